@@ -1,0 +1,72 @@
+# Needs make and Python 3.11 or newer with venv and pip; everything else goes into .venv, at the versions of requirements.lock.
+#   make demo                      first pass, dispatch and blended generation with the shipped model
+#   make test                      the fast tests; `make check` runs everything that CI runs
+#   make PYTHON=python3.12 demo    another interpreter (`make clean` first if .venv was made by the former)
+
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+WHEEL_TEST := build/wheel-test
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input $(if $(CI),-qq)
+PYTEST := $(BIN)/python -m pytest
+
+.DELETE_ON_ERROR:
+.PHONY: install demo train test slow lint wheel-test notebooks check clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	  command -v $(PYTHON) >/dev/null || { \
+	    echo "bayes-dispatch needs Python 3.11 or newer, found no $(PYTHON); try make PYTHON=/path/to/python3" >&2; exit 1; }; \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "bayes-dispatch needs Python 3.11 or newer, got $$($(PYTHON) --version 2>&1); try make PYTHON=python3.12" >&2; exit 1; }; \
+	  $(PYTHON) -c 'import ensurepip, venv' || { \
+	    echo "bayes-dispatch needs Python's venv and ensurepip, which $(PYTHON) lacks (Debian: apt install python3-venv)" >&2; exit 1; }; \
+	  $(PYTHON) -m venv --clear $(VENV); }
+	$(PIP) install -r requirements.lock
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/bayes-dispatch demo --out demo-output
+
+train: $(INSTALLED)
+	$(BIN)/bayes-dispatch train --out runs/bundle
+
+test: $(INSTALLED)
+	$(PYTEST) -m "not slow"
+
+slow: $(INSTALLED)
+	$(PYTEST) -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# The wheel alone, away from the sources: the .pth file lends it the dependencies in .venv, but not the editable install there.
+wheel-test: $(INSTALLED)
+	rm -rf build
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir $(WHEEL_TEST) .
+	$(BIN)/python -m venv --without-pip $(WHEEL_TEST)/venv
+	$(PIP) --python $(WHEEL_TEST)/venv/bin/python install --no-deps --no-index $(WHEEL_TEST)/*.whl
+	$(BIN)/python -c 'import pathlib, sysconfig as s; v = {"base": "$(WHEEL_TEST)/venv", "platbase": "$(WHEEL_TEST)/venv"}; \
+	  pathlib.Path(s.get_path("purelib", vars=v), "dependencies.pth").write_text(s.get_path("purelib") + "\n")'
+	cd $(WHEEL_TEST) && venv/bin/python -c 'import pathlib, sys, bayes_dispatch as bd; \
+	  assert pathlib.Path(sys.prefix) in pathlib.Path(bd.__file__).parents, bd.__file__; \
+	  [getattr(bd, name) for name in bd.__all__]; \
+	  stray = [f for n, m in sys.modules.items() if n.startswith("bayes_dispatch") for f in [m.__file__] if sys.prefix not in f]; \
+	  assert not stray, stray; \
+	  print("wheel:", bd.__version__, "with experts", *bd.load_bundle().experts.names)'
+	cd $(WHEEL_TEST) && venv/bin/bayes-dispatch --help >/dev/null
+
+notebooks: $(INSTALLED)
+	$(PYTEST) --nbmake --nbmake-timeout=900 notebooks
+
+check: lint test slow wheel-test notebooks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

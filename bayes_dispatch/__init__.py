@@ -1,0 +1,130 @@
+"""bayes-dispatch: a language model that adapts itself to each prompt, and knows how sure it is about it.
+
+The public names are loaded when they are first used (PEP 562), so that ``import bayes_dispatch`` stays light.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from bayes_dispatch.errors import (
+    BayesDispatchError,
+    BundleError,
+    CacheFullError,
+    ConfigError,
+    EvidenceError,
+    ForeignExpertError,
+    NotFittedError,
+    PromptError,
+    StaleCacheError,
+    TensorError,
+    UnknownNameError,
+)
+
+if TYPE_CHECKING:
+    from bayes_dispatch.bundle import Bundle, load_bundle
+    from bayes_dispatch.dispatcher import Dispatcher
+    from bayes_dispatch.evidence import Evidence
+    from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.experts.documents import Document
+    from bayes_dispatch.experts.vectors import ExpertVector
+    from bayes_dispatch.inference.blends import (
+        BestExpert,
+        Blend,
+        PosteriorMean,
+        PosteriorPredictive,
+        ThompsonSample,
+        TopK,
+    )
+    from bayes_dispatch.inference.compare import Comparison, compare_blends
+    from bayes_dispatch.inference.first_pass import FirstPass, first_pass
+    from bayes_dispatch.inference.generator import Generation, TwoPassGenerator
+    from bayes_dispatch.model.adaptation import Adaptation
+    from bayes_dispatch.model.cache import Cache
+    from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
+    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.tokenizer import ByteTokenizer
+    from bayes_dispatch.posterior import DispatchPosterior
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "load_bundle",
+    "Bundle",
+    "first_pass",
+    "FirstPass",
+    "Evidence",
+    "Dispatcher",
+    "DispatchPosterior",
+    "TwoPassGenerator",
+    "Generation",
+    "Blend",
+    "PosteriorMean",
+    "TopK",
+    "BestExpert",
+    "ThompsonSample",
+    "PosteriorPredictive",
+    "compare_blends",
+    "Comparison",
+    "Document",
+    "ExpertBank",
+    "ExpertVector",
+    "MambaFormerConfig",
+    "LanguageModelConfig",
+    "MambaFormerForCausalLM",
+    "Adaptation",
+    "Cache",
+    "ByteTokenizer",
+    "BayesDispatchError",
+    "BundleError",
+    "CacheFullError",
+    "ConfigError",
+    "EvidenceError",
+    "ForeignExpertError",
+    "NotFittedError",
+    "PromptError",
+    "StaleCacheError",
+    "TensorError",
+    "UnknownNameError",
+]
+
+_MODULE_OF = {
+    "load_bundle": "bundle",
+    "Bundle": "bundle",
+    "first_pass": "inference.first_pass",
+    "FirstPass": "inference.first_pass",
+    "Evidence": "evidence",
+    "Dispatcher": "dispatcher",
+    "DispatchPosterior": "posterior",
+    "TwoPassGenerator": "inference.generator",
+    "Generation": "inference.generator",
+    "Blend": "inference.blends",
+    "PosteriorMean": "inference.blends",
+    "TopK": "inference.blends",
+    "BestExpert": "inference.blends",
+    "ThompsonSample": "inference.blends",
+    "PosteriorPredictive": "inference.blends",
+    "compare_blends": "inference.compare",
+    "Comparison": "inference.compare",
+    "Document": "experts.documents",
+    "ExpertBank": "experts.bank",
+    "ExpertVector": "experts.vectors",
+    "MambaFormerConfig": "model.config",
+    "LanguageModelConfig": "model.config",
+    "MambaFormerForCausalLM": "model.mambaformer",
+    "Adaptation": "model.adaptation",
+    "Cache": "model.cache",
+    "ByteTokenizer": "model.tokenizer",
+}
+
+if not TYPE_CHECKING:  # a type checker would take any name for a public one
+
+    def __getattr__(name: str) -> object:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

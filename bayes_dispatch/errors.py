@@ -1,0 +1,63 @@
+"""Every error that a user of bayes-dispatch can cause.
+
+Each class stands for one kind of mistake; each message is one line that says what was expected and what came.
+This module imports nothing, so that every part of the project may raise them.
+"""
+
+__all__ = [
+    "BayesDispatchError",
+    "BundleError",
+    "CacheFullError",
+    "ConfigError",
+    "EvidenceError",
+    "ForeignExpertError",
+    "NotFittedError",
+    "PromptError",
+    "StaleCacheError",
+    "TensorError",
+    "UnknownNameError",
+]
+
+
+class BayesDispatchError(Exception):
+    """Base of all errors that users can cause; its text is one line: expected …, got …"""
+
+
+class ConfigError(BayesDispatchError):
+    """A setting is outside its range, or settings contradict each other."""
+
+
+class TensorError(BayesDispatchError):
+    """A tensor or array has another shape, dtype or range than the function takes."""
+
+
+class PromptError(BayesDispatchError):
+    """A prompt is empty, too long, or no UTF-8 text."""
+
+
+class UnknownNameError(BayesDispatchError):
+    """A name (of an expert, a blend, a domain) that the table of names does not hold."""
+
+
+class EvidenceError(BayesDispatchError):
+    """Evidence with NaN, infinite or negative entries, or whose views do not fit together."""
+
+
+class NotFittedError(BayesDispatchError):
+    """A dispatcher was asked for a posterior before ``fit`` or ``load``."""
+
+
+class BundleError(BayesDispatchError):
+    """A file or directory that we wrote is missing, truncated, edited, or of another format."""
+
+
+class ForeignExpertError(BayesDispatchError):
+    """An expert made for another base model: the fingerprints of the weights differ."""
+
+
+class StaleCacheError(BayesDispatchError):
+    """A block's cached state was made under other scales of that block, or by another model."""
+
+
+class CacheFullError(BayesDispatchError):
+    """More tokens than the cache was made for."""
