@@ -1,0 +1,1 @@
+"""The MambaFormer: configuration, scans, mixers, cache, adaptation, sampling, tokenizer and pre-training."""

@@ -1,0 +1,67 @@
+"""Scales for the adapted matrices of a model, as one immutable value that is passed to ``forward``."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from bayes_dispatch.errors import TensorError
+
+__all__ = ["Adaptation"]
+
+
+@dataclass(frozen=True, eq=False)
+class Adaptation:
+    """Singular-value scales ``z`` by matrix name: ``W(z) = U diag(s * z) Vᵀ`` (Transformer², arXiv 2501.06252).
+
+    Attributes:
+        scales: for each adapted matrix, its scales, shape (rank,) for one set that all rows share, or (B, rank) for one
+            set per row of the batch; matrices that are not named keep their own weights.
+        rows: B for per-row scales, ``None`` for shared ones.
+
+    Raises:
+        TensorError: scales of mixed kinds, of another number of rows, or not finite.
+    """
+
+    scales: Mapping[str, Tensor]
+    rows: int | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", MappingProxyType(dict(self.scales)))
+        kinds = {tuple(scales.shape[:-1]) for scales in self.scales.values()}
+        if len(kinds) > 1 or any(len(kind) > 1 for kind in kinds):
+            raise TensorError(
+                f"expected scales of shape (rank,) or all of shape (B, rank), got leading shapes {sorted(kinds)}"
+            )
+        for name, scales in self.scales.items():
+            if not scales.isfinite().all():
+                raise TensorError(f"expected finite scales for {name}, got NaN or infinite ones")
+        (kind,) = kinds or {()}
+        object.__setattr__(self, "rows", kind[0] if kind else None)
+
+    @classmethod
+    def identity(cls) -> "Adaptation":
+        """No adaptation: every matrix keeps its stored weights."""
+        return cls({})
+
+    def select(self, rows: Sequence[int] | Tensor) -> "Adaptation":
+        """The scales of some rows, in that order; shared scales stay shared."""
+        if self.rows is None:
+            return self
+        index = torch.as_tensor(rows)
+        return Adaptation({name: scales[index] for name, scales in self.scales.items()})
+
+    def digest(self, prefix: str) -> str:
+        """A hash of the scales whose matrix names begin with ``prefix``; empty where there are none."""
+        names = sorted(name for name in self.scales if name.startswith(prefix))
+        if not names:
+            return ""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in names:
+            scales = self.scales[name].detach().cpu().contiguous()
+            digest.update(f"{name}{tuple(scales.shape)}{scales.dtype}".encode())
+            digest.update(scales.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,53 @@
+"""What experts and inference need to know of a language model, whichever it is."""
+
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.cache import Cache
+
+__all__ = ["Backbone", "CausalLMOutput"]
+
+
+class CausalLMOutput(NamedTuple):
+    """Logits (B, T, V), the last hidden states (B, T, D) after the final normalisation, and the cache, filled."""
+
+    logits: Float[Tensor, "B T V"]
+    hidden: Float[Tensor, "B T D"]
+    cache: Cache | None
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A causal language model with adaptable matrices and an explicit cache."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, logits and cached states."""
+        ...
+
+    def __call__(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        *,
+        attention_mask: Int[Tensor, "B T"] | None = None,
+        cache: Cache | None = None,
+        adaptation: Adaptation | None = None,
+    ) -> CausalLMOutput:
+        """Run the whole model over the tokens that follow those in ``cache``."""
+        ...
+
+    def init_cache(self, batch_size: int, max_length: int) -> Cache:
+        """An empty cache for ``batch_size`` rows of up to ``max_length`` tokens."""
+        ...
+
+    def adaptable(self) -> dict[str, int]:
+        """The name and rank of each matrix that can be adapted, in order."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of the weights: equal for equal weights only."""
+        ...

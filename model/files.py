@@ -1,0 +1,104 @@
+"""Reading and writing what we keep on disk: JSON and safetensors, written whole or not at all, and never executed."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from bayes_dispatch.errors import BundleError
+
+__all__ = ["read_json", "read_tensors", "write_bytes", "write_directory", "write_json"]
+
+
+@contextmanager
+def write_directory(path: Path) -> Iterator[Path]:
+    """A new directory to fill, which takes the place of ``path`` once the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    temporary.chmod(0o755)
+    try:
+        yield temporary
+        if path.is_dir():
+            old = temporary.with_name(temporary.name + "-old")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write ``data`` under a temporary name, then rename it to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def write_json(path: Path, data: Any) -> None:
+    """``write_bytes`` for JSON."""
+    write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The JSON of ``path``.
+
+    Raises:
+        BundleError: the file is missing or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BundleError(f"expected a readable file {path}, got: {error.strerror}") from None
+    except ValueError as error:
+        raise BundleError(f"expected JSON in {path}, got: {error}") from None
+
+
+def read_tensors(
+    path: Path, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]] | None = None
+) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, on the CPU.
+
+    Args:
+        path: the file. expected: shape and dtype of each name that it must hold, and it may hold no others; ``None``
+            for any.
+
+    Raises:
+        BundleError: the file is missing, truncated or no safetensors file, or holds other names, shapes or dtypes.
+    """
+    try:
+        tensors = safetensors.torch.load(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"expected a readable file {path}, got: {error.strerror}") from None
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BundleError(f"expected a whole safetensors file {path}, got: {error}") from None
+    if expected is not None:
+        if set(tensors) != set(expected):
+            odd = sorted(set(tensors) ^ set(expected))
+            raise BundleError(f"expected {len(expected)} tensors in {path}, got others or fewer: {', '.join(odd[:4])}")
+        for name, (shape, dtype) in expected.items():
+            got = tensors[name]
+            if tuple(got.shape) != shape or got.dtype != dtype:
+                raise BundleError(
+                    f"expected {name} of shape {shape} and {dtype} in {path}, got {tuple(got.shape)} and {got.dtype}"
+                )
+    return tensors

@@ -1,0 +1,84 @@
+"""Choosing the next token from log-probabilities, with randomness that belongs to each row."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bayes_dispatch.errors import ConfigError
+
+__all__ = ["Sampling", "row_generators", "row_seeds"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        do_sample: draw from the distribution; else take its mode (greedy).
+        temperature: logits are divided by it before drawing.
+        top_k: keep only the k most probable tokens.
+        top_p: keep the fewest most probable tokens whose total probability reaches p (nucleus sampling, 1904.09751).
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ConfigError(f"expected a temperature above 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"expected top_k of at least 1, got {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"expected top_p in (0, 1], got {self.top_p}")
+
+    def choose(self, logits: Float[Tensor, "B V"], generators: Sequence[np.random.Generator]) -> Int[Tensor, " B"]:
+        """The next token of each row; drawing uses one uniform number of the row's own generator.
+
+        Args:
+            logits: unnormalised log-probabilities. generators: one per row; unused when greedy.
+        """
+        if not self.do_sample:
+            return logits.argmax(-1)
+        probabilities, tokens = (
+            (logits.double() / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        )
+        if self.top_k is not None:
+            probabilities[:, self.top_k :] = 0
+        if self.top_p is not None:
+            before = probabilities.cumsum(-1) - probabilities
+            probabilities[before >= self.top_p] = 0
+        cumulative = probabilities.cumsum(-1)
+        uniform = torch.tensor([[generator.random()] for generator in generators], dtype=torch.double)
+        place = torch.searchsorted(cumulative, uniform.to(cumulative) * cumulative[:, -1:], right=True)
+        kept = (probabilities > 0).sum(-1, keepdim=True)
+        return tokens.gather(-1, place.clamp(max=kept - 1))[:, 0]
+
+
+def row_seeds(seed: int | None, rows: Sequence[bytes]) -> list[int]:
+    """One seed for each row of a batch, which does not depend on the other rows.
+
+    It is a hash of ``seed``, the row's content and, where a batch holds the same content again, how often it came
+    before: so a batch gives what one by one gives, and copies of a prompt still differ. ``None`` draws a fresh seed.
+    """
+    if seed is None:
+        seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+    seen: Counter[bytes] = Counter()
+    seeds = []
+    for row in rows:
+        digest = hashlib.blake2b(f"{seed}:{seen[row]}:".encode() + row, digest_size=8).digest()
+        seen[row] += 1
+        seeds.append(int.from_bytes(digest))
+    return seeds
+
+
+def row_generators(seed: int | None, rows: Sequence[bytes]) -> list[np.random.Generator]:
+    """One generator for each row, seeded by ``row_seeds``."""
+    return [np.random.default_rng(row_seed) for row_seed in row_seeds(seed, rows)]
