@@ -1,0 +1,61 @@
+"""Documents: text of which the first pass sees a beginning, and of which some byte ranges are scored."""
+
+from dataclasses import dataclass
+
+from bayes_dispatch.errors import ConfigError
+
+__all__ = ["Document"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text with its prompt and its scored bytes.
+
+    Attributes:
+        text: the whole document.
+        prompt_bytes: how many bytes of its UTF-8 form the first pass sees.
+        scored: byte ranges (start, stop) that count; ``None`` means all after the prompt.
+
+    Raises:
+        ConfigError: the prompt is longer than the text, or a range lies outside it.
+    """
+
+    text: str
+    prompt_bytes: int
+    scored: tuple[tuple[int, int], ...] | None = None
+
+    def __post_init__(self) -> None:
+        length = len(self.data)
+        if not 0 <= self.prompt_bytes <= length:
+            raise ConfigError(f"expected prompt_bytes in 0 … {length}, got {self.prompt_bytes}")
+        for start, stop in self.ranges:
+            if not 0 <= start <= stop <= length:
+                raise ConfigError(f"expected scored ranges within {length} bytes, got {start} … {stop}")
+
+    @property
+    def data(self) -> bytes:
+        """The text's bytes."""
+        return self.text.encode("utf-8", errors="surrogatepass")
+
+    @property
+    def prompt(self) -> str:
+        """What the first pass sees; a character that the cut divides is left out."""
+        return self.data[: self.prompt_bytes].decode("utf-8", errors="ignore")
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """The scored byte ranges, also where they are the default."""
+        return ((self.prompt_bytes, len(self.data)),) if self.scored is None else self.scored
+
+    def byte_weights(self, unscored: float) -> list[float]:
+        """A loss weight for each byte: 1 where it is scored, ``unscored`` elsewhere."""
+        weights = [unscored] * len(self.data)
+        for start, stop in self.ranges:
+            weights[start:stop] = [1.0] * (stop - start)
+        return weights
+
+    def cut(self, length: int) -> "Document":
+        """The first ``length`` bytes, with the ranges that remain."""
+        ranges = tuple((start, min(stop, length)) for start, stop in self.ranges if start < length)
+        text = self.data[:length].decode("utf-8", errors="ignore")
+        return Document(text, min(self.prompt_bytes, length), ranges)

@@ -1,0 +1,42 @@
+"""What the base model is trained on: texts, and questions whose convention changes from item to item.
+
+Because the convention is drawn anew for each item, no context tells it, and the base model has to hedge.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bayes_dispatch.experts.domains.conventions import CONVENTIONS, SURFACES, Interleaved
+from bayes_dispatch.experts.domains.domain import Domain
+from bayes_dispatch.experts.domains.text import BASE_TEXTS
+
+__all__ = ["BaseCorpus"]
+
+HEDGED = tuple(
+    Interleaved(surface.name, tuple(c for c in CONVENTIONS if c.surface is surface), "random") for surface in SURFACES
+)
+
+
+@dataclass(frozen=True)
+class BaseCorpus:
+    """Rows for pre-training.
+
+    Attributes:
+        words, sums, code, prose: share of the rows of each kind.
+        question_weight: loss weight of question bytes; answer and text bytes count 1.
+    """
+
+    words: float = 0.4
+    sums: float = 0.25
+    code: float = 0.175
+    prose: float = 0.175
+    question_weight: float = 0.3
+
+    def row(self, rng: np.random.Generator, length: int) -> tuple[bytes, list[float]]:
+        """``length`` bytes of one domain, and their weights."""
+        domains: tuple[Domain, ...] = (*HEDGED, *BASE_TEXTS)
+        shares = np.array([self.words, self.sums, self.code, self.prose])
+        domain = domains[int(rng.choice(len(domains), p=shares / shares.sum()))]
+        document = domain.document(rng, 0, length, "train").cut(length)
+        return document.data, document.byte_weights(self.question_weight)
