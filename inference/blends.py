@@ -1,0 +1,212 @@
+"""Blends: how a posterior over expert weights becomes the scales under which the second pass runs.
+
+A blend answers with *particles*: blend weights, each run as one row of the model, with a prior mass. One particle is a
+plain adapted model. Several are mixed token by token, and the tokens read so far say which of them fit (``filtering``).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from bayes_dispatch.errors import ConfigError, UnknownNameError
+from bayes_dispatch.posterior import DispatchPosterior
+
+__all__ = [
+    "BLENDS",
+    "BestExpert",
+    "Blend",
+    "FixedWeights",
+    "Particles",
+    "PosteriorMean",
+    "PosteriorPredictive",
+    "ThompsonSample",
+    "TopK",
+    "blend_by_name",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Particles:
+    """Blend weights with prior masses, for each prompt.
+
+    Attributes:
+        weights: (prompt, particle, K + 1), each on the simplex.
+        mass: (prompt, particle), prior probabilities, summing to 1 over the particles.
+        switching: possible values of the probability, at each token, that the document changes its domain; equally
+            probable at first, and filtered along with the particles. 0 alone: it never changes.
+        flat: share of equal masses in the prior that a changed document draws its domain from.
+    """
+
+    weights: np.ndarray
+    mass: np.ndarray
+    switching: tuple[float, ...] = (0.0,)
+    flat: float = 0.0
+
+    def select(self, prompts: slice) -> "Particles":
+        """The particles of some prompts."""
+        return replace(self, weights=self.weights[prompts], mass=self.mass[prompts])
+
+
+@runtime_checkable
+class Blend(Protocol):
+    """A way to turn a posterior into particles."""
+
+    @property
+    def name(self) -> str: ...
+
+    def particles(self, posterior: DispatchPosterior) -> Particles:
+        """Particles for each prompt of ``posterior``."""
+        ...
+
+
+@dataclass(frozen=True)
+class PosteriorMean:
+    """One particle: the posterior mean of the weights."""
+
+    name = "weighted_average"
+
+    def particles(self, posterior: DispatchPosterior) -> Particles:
+        return _single(posterior.mean)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """One particle: the ``k`` largest components of the posterior mean, renormalised."""
+
+    k: int = 2
+    name = "top_k"
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise ConfigError(f"expected k of at least 1, got {self.k}")
+
+    def particles(self, posterior: DispatchPosterior) -> Particles:
+        mean = posterior.mean
+        if self.k > mean.shape[1]:
+            raise ConfigError(f"expected k of at most {mean.shape[1]} components, got {self.k}")
+        kept = np.argsort(-mean, axis=1, kind="stable")[:, : self.k]
+        weights = np.zeros_like(mean)
+        np.put_along_axis(weights, kept, np.take_along_axis(mean, kept, axis=1), axis=1)
+        return _single(weights / weights.sum(1, keepdims=True))
+
+
+@dataclass(frozen=True)
+class BestExpert:
+    """One particle: all weight on the component of the largest posterior mean (hard routing)."""
+
+    name = "max"
+
+    def particles(self, posterior: DispatchPosterior) -> Particles:
+        return _single(np.eye(posterior.mean.shape[1])[posterior.mean.argmax(1)])
+
+
+@dataclass(frozen=True)
+class ThompsonSample:
+    """One particle: the first draw of the posterior."""
+
+    name = "thompson"
+
+    def particles(self, posterior: DispatchPosterior) -> Particles:
+        return _single(posterior.weights[0])
+
+
+@dataclass(frozen=True)
+class FixedWeights:
+    """One particle, the same for every prompt; a vertex is a single expert, or base."""
+
+    weights: tuple[float, ...]
+    name: str = "fixed"
+
+    def __post_init__(self) -> None:
+        if not (min(self.weights, default=-1) >= 0 and abs(sum(self.weights) - 1) <= 1e-6):
+            raise ConfigError(f"expected weights on the simplex, got {self.weights}")
+
+    @classmethod
+    def vertex(cls, components: Sequence[str], component: str) -> "FixedWeights":
+        """All weight on one component.
+
+        Raises:
+            UnknownNameError: ``component`` is none of ``components``.
+        """
+        if component not in components:
+            raise UnknownNameError(f"expected a component of {', '.join(components)}, got {component!r}")
+        return cls(tuple(float(name == component) for name in components), component)
+
+    def particles(self, posterior: DispatchPosterior) -> Particles:
+        prompts, components = posterior.mean.shape
+        if len(self.weights) != components:
+            raise ConfigError(f"expected {components} weights, got {len(self.weights)}")
+        return _single(np.tile(self.weights, (prompts, 1)))
+
+
+@dataclass(frozen=True)
+class PosteriorPredictive:
+    """Many particles whose predictive distributions are mixed, filtered by every token (DESIGN §8).
+
+    With more than K + 1 rows to spend, the vertices (each expert, base) take K + 1 of them and posterior draws the
+    rest; with fewer, all are posterior draws. A vertex enters with its posterior probability of being the largest
+    component.
+
+    Attributes:
+        draws: particles in all.
+        switching: see ``Particles``. flat: see ``Particles``.
+        vertex_mass: prior mass of the vertices together.
+    """
+
+    draws: int = 16
+    switching: tuple[float, ...] = (0.001, 0.01, 0.1)
+    flat: float = 0.1
+    vertex_mass: float = 0.5
+    name = "predictive"
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise ConfigError(f"expected at least 1 particle, got {self.draws}")
+        if not self.switching or not all(0 <= rate < 1 for rate in self.switching):
+            raise ConfigError(f"expected switching rates in [0, 1), got {self.switching}")
+        for field in ("flat", "vertex_mass"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ConfigError(f"expected {field} in [0, 1), got {getattr(self, field)}")
+
+    def particles(self, posterior: DispatchPosterior) -> Particles:
+        available, prompts, components = posterior.weights.shape
+        vertices = components if self.draws > components else 0
+        draws = self.draws - vertices
+        if draws > available:
+            raise ConfigError(f"expected a posterior of at least {draws} draws, got {available}")
+        drawn = posterior.weights[:draws].swapaxes(0, 1)  # (prompt, draw, K + 1)
+        vertex_mass = self.vertex_mass if vertices else 0.0
+        mass = np.full((prompts, draws), (1 - vertex_mass) / draws)
+        if vertices:
+            drawn = np.concatenate([np.tile(np.eye(components), (prompts, 1, 1)), drawn], axis=1)
+            best = posterior.probability_best
+            mass = np.concatenate([vertex_mass * best / best.sum(1, keepdims=True), mass], axis=1)
+        return Particles(drawn, mass, self.switching, self.flat)
+
+
+def _single(weights: np.ndarray) -> Particles:
+    return Particles(weights[:, None], np.ones((len(weights), 1)))
+
+
+BLENDS: dict[str, type] = {
+    blend.name: blend for blend in (PosteriorMean, TopK, BestExpert, ThompsonSample, PosteriorPredictive)
+}
+
+
+def blend_by_name(name: str, *, top_k: int = 2, draws: int = 16) -> Blend:
+    """The blend of a name that the command line uses.
+
+    Raises:
+        UnknownNameError: the name is none of ``BLENDS``.
+    """
+    if name not in BLENDS:
+        raise UnknownNameError(f"expected a blending mode of {', '.join(BLENDS)}, got {name!r}")
+    match BLENDS[name]:
+        case type() as blend if blend is TopK:
+            return TopK(top_k)
+        case type() as blend if blend is PosteriorPredictive:
+            return PosteriorPredictive(draws)
+        case blend:
+            return blend()

@@ -1,0 +1,94 @@
+"""Evidence of known origin, from documents of the domains: to fit a dispatcher, and to judge it."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bayes_dispatch.evidence import Evidence
+from bayes_dispatch.experts.domains import Domain, Split, mixed_text
+from bayes_dispatch.inference.first_pass import first_pass
+from bayes_dispatch.model.backbone import Backbone
+from bayes_dispatch.model.tokenizer import ByteTokenizer
+
+__all__ = ["KnownEvidence", "foreign_evidence", "mixed_evidence", "pure_evidence"]
+
+
+class KnownEvidence(NamedTuple):
+    """Evidence with what is known of its prompts.
+
+    Attributes:
+        evidence: N prompts.
+        labels: (N,) index of a prompt's only domain, −1 where it has several or none.
+        mixtures: (N, K + 1) byte shares of the domains, base last; NaN rows where they are not known.
+    """
+
+    evidence: Evidence
+    labels: np.ndarray
+    mixtures: np.ndarray
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["KnownEvidence"]) -> "KnownEvidence":
+        """All prompts of several sets, in order."""
+        return cls(
+            Evidence.concatenate([part.evidence for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+            np.concatenate([part.mixtures for part in parts]),
+        )
+
+
+def pure_evidence(
+    model: Backbone,
+    domains: Sequence[Domain],
+    per_domain: int,
+    lengths: tuple[int, int],
+    split: Split,
+    seed: int,
+    progress: bool = False,
+) -> KnownEvidence:
+    """Prompts of one domain each; their lengths in bytes are log-uniform in ``lengths``, both included."""
+    rng = np.random.default_rng([seed, 1])
+    prompts, labels = [], []
+    for label, domain in enumerate(domains):
+        for _ in range(per_domain):
+            length = _length(rng, lengths)
+            prompts.append(domain.document(rng, 0, length, split).text[:length])
+            labels.append(label)
+    evidence = first_pass(model, ByteTokenizer(), prompts, progress=progress).evidence
+    return KnownEvidence(evidence, np.array(labels), np.full((len(labels), len(domains) + 1), np.nan))
+
+
+def mixed_evidence(
+    model: Backbone,
+    domains: Sequence[Domain],
+    count: int,
+    lengths: tuple[int, int],
+    split: Split,
+    seed: int,
+    progress: bool = False,
+) -> KnownEvidence:
+    """Prompts whose lines come from two domains, in a third of them from three, with shares uniform on the simplex."""
+    rng = np.random.default_rng([seed, 2])
+    prompts, mixtures = [], np.zeros((count, len(domains) + 1))
+    for row in range(count):
+        chosen = rng.choice(len(domains), size=3 if rng.random() < 1 / 3 else 2, replace=False)
+        weights = rng.dirichlet(np.ones(len(chosen))).tolist()
+        text, shares = mixed_text([domains[i] for i in chosen], weights, rng, _length(rng, lengths), split)
+        prompts.append(text)
+        mixtures[row, chosen] = shares
+    evidence = first_pass(model, ByteTokenizer(), prompts, progress=progress).evidence
+    return KnownEvidence(evidence, np.full(count, -1), mixtures)
+
+
+def foreign_evidence(
+    model: Backbone, domains: Sequence[Domain], experts: int, per_domain: int, lengths: tuple[int, int], seed: int
+) -> KnownEvidence:
+    """Prompts of domains without an expert, held out: nothing is known of their weights over ``experts`` experts."""
+    found = pure_evidence(model, domains, per_domain, lengths, "held_out", seed)
+    count = len(found.labels)
+    return KnownEvidence(found.evidence, np.full(count, -1), np.full((count, experts + 1), np.nan))
+
+
+def _length(rng: np.random.Generator, lengths: tuple[int, int]) -> int:
+    low, high = lengths
+    return min(int(np.exp(rng.uniform(np.log(low), np.log(high + 1)))), high)

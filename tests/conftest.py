@@ -1,0 +1,144 @@
+"""Shared fixtures: a tiny model with weights that are not trivial, experts of random scales, a small fitted dispatcher.
+
+The package is imported inside the fixtures: tests that need no model start without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.model.config import MambaFormerConfig
+    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+
+EXPERTS = ("reverse", "sort", "add")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors run fastest, and most repeatably, on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Without the tests' own type checks: what a user meets who passes a wrong type."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., MambaFormerForCausalLM]:
+    """A model of random weights: no bias, decay, skip or norm at its initial value, and logits that spread by units."""
+    from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
+    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+
+    def make(
+        backbone: MambaFormerConfig | None = None,
+        *,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        tie_embeddings: bool = True,
+    ) -> MambaFormerForCausalLM:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            config = LanguageModelConfig(
+                backbone=backbone or MambaFormerConfig.tiny(), vocab_size=258, tie_embeddings=tie_embeddings
+            )
+            model = MambaFormerForCausalLM(config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.ndim == 1:
+                        parameter.add_(0.3 * torch.randn_like(parameter))
+                model.embedding.weight.mul_(20)
+                for block in model.blocks:
+                    block.mixer.out_proj.weight.mul_(2)
+        return model.to(dtype).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(make_model: Callable[..., MambaFormerForCausalLM]) -> MambaFormerForCausalLM:
+    """The tiny model; not to be changed."""
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def model64(make_model: Callable[..., MambaFormerForCausalLM]) -> MambaFormerForCausalLM:
+    """The same model in float64."""
+    return make_model(dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def make_bank() -> Callable[..., ExpertBank]:
+    """Experts of random scales for a model."""
+    from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.experts.vectors import ExpertVector
+
+    def make(model: MambaFormerForCausalLM, names: tuple[str, ...] = EXPERTS, seed: int = 1) -> ExpertBank:
+        generator = torch.Generator().manual_seed(seed)
+        return ExpertBank(
+            [
+                ExpertVector(
+                    name,
+                    {m: 1 + 0.5 * torch.randn(rank, generator=generator) for m, rank in model.adaptable().items()},
+                    model.fingerprint(),
+                    {"domain": name, "steps": "0"},
+                )
+                for name in names
+            ]
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bank(make_bank: Callable[..., ExpertBank], model: MambaFormerForCausalLM) -> ExpertBank:
+    return make_bank(model)
+
+
+@pytest.fixture(scope="session")
+def bundle(model: MambaFormerForCausalLM, bank: ExpertBank) -> Bundle:
+    """A whole system whose dispatcher was fitted, coarsely, on the tiny model's own evidence."""
+    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.dispatcher import Dispatcher
+    from bayes_dispatch.experts.domains import CONVENTIONS
+    from bayes_dispatch.features import FeatureSettings
+    from bayes_dispatch.fitting import SVISettings
+    from bayes_dispatch.guides import GuideSettings
+    from bayes_dispatch.inference.first_pass import first_pass
+    from bayes_dispatch.model.tokenizer import ByteTokenizer
+
+    rng = np.random.default_rng(0)
+    domains = [convention for name in EXPERTS for convention in CONVENTIONS if convention.name == name]
+    labels = np.arange(60) % len(EXPERTS)
+    texts = [domains[label].document(rng, 0, 48, "train").text for label in labels]
+    dispatcher = Dispatcher(
+        EXPERTS,
+        svi=SVISettings(steps=40),
+        guide=GuideSettings(hidden=16, simulations=500, global_draws=5, steps=60, batch_size=64),
+        features=FeatureSettings(dimensions=4, folds=2),
+    )
+    dispatcher.fit(first_pass(model, ByteTokenizer(), texts).evidence, labels)
+    return Bundle(model, bank, dispatcher, {"note": "tiny"})
+
+
+@pytest.fixture(scope="session")
+def bundle64(bundle: Bundle, model64: MambaFormerForCausalLM) -> Bundle:
+    """The same system with the model in float64."""
+    from bayes_dispatch.bundle import Bundle
+
+    return Bundle(model64, bundle.experts, bundle.dispatcher)

@@ -1,0 +1,139 @@
+"""Scores of blends are what the model itself says of the bytes, under the same posterior for all."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from bayes_dispatch.errors import ConfigError, PromptError
+from bayes_dispatch.experts.documents import Document
+from bayes_dispatch.inference import compare as compare_module
+from bayes_dispatch.inference.blends import (
+    BestExpert,
+    Blend,
+    FixedWeights,
+    PosteriorMean,
+    PosteriorPredictive,
+    ThompsonSample,
+    TopK,
+)
+from bayes_dispatch.inference.compare import compare_blends
+from bayes_dispatch.inference.generator import dispatch
+
+if TYPE_CHECKING:
+    from bayes_dispatch.bundle import Bundle
+
+DOCUMENTS = [
+    Document("kfpa>apfk\nbcde>edcb\n", 10, ((15, 19),)),
+    Document("37+58=95\n12+11=23\n44+44=88\n", 9, ((15, 17), (17, 17), (24, 26))),
+    Document("naïve: é", 4),
+]
+BLENDS: list[Blend] = [
+    PosteriorMean(),
+    TopK(2),
+    BestExpert(),
+    ThompsonSample(),
+    FixedWeights.vertex(("reverse", "sort", "add", "base"), "base"),
+    PosteriorPredictive(6, switching=(0.05, 0.001), flat=0.2),
+]
+
+
+def scored(document: Document) -> list[int]:
+    return [i for start, stop in document.ranges for i in range(start, stop)]
+
+
+def test_one_particle_is_the_adapted_model(bundle64: "Bundle") -> None:
+    frame = compare_blends(bundle64, DOCUMENTS, BLENDS[:5], seed=2).to_frame()
+    posterior, _ = dispatch(bundle64, [document.prompt for document in DOCUMENTS], 2)
+    for blend in BLENDS[:5]:
+        weights = blend.particles(posterior).weights[:, 0]
+        for n, document in enumerate(DOCUMENTS):
+            adaptation = bundle64.experts.blend(torch.tensor(weights[n]))
+            with torch.no_grad():
+                log_p = bundle64.model(torch.tensor([[256, *document.data]]), adaptation=adaptation).logits[0]
+            log_p = log_p.log_softmax(-1)
+            places = scored(document)
+            expected = -np.mean([float(log_p[i, document.data[i]]) for i in places])
+            row = frame[(frame.document == n) & (frame.blend == blend.name)].iloc[0]
+            np.testing.assert_allclose(row.nll, expected, atol=1e-10)
+            np.testing.assert_allclose(row.mutual_information, 0, atol=1e-10)
+            entropy = -(log_p.exp() * log_p).sum(-1)
+            np.testing.assert_allclose(row.entropy, float(entropy[places].mean()), atol=1e-10)
+            hits = [bool(log_p[i].argmax() == document.data[i]) for i in range(len(document.data))]
+            ranges = [(a, b) for a, b in document.ranges if b > a]
+            assert row.exact_match == np.mean([all(hits[a:b]) for a, b in ranges])
+
+
+def test_many_particles_are_filtered_by_every_byte(
+    bundle64: "Bundle", explicit_filter: Callable[..., SimpleNamespace]
+) -> None:
+    blend = BLENDS[5]
+    scores = compare_blends(bundle64, DOCUMENTS, [blend], seed=2).scores
+    posterior, _ = dispatch(bundle64, [document.prompt for document in DOCUMENTS], 2)
+    particles = blend.particles(posterior)
+    for n, (document, score) in enumerate(zip(DOCUMENTS, scores, strict=True)):
+        exact = explicit_filter(
+            bundle64.model, bundle64.experts, document.data, particles.weights[n], particles.mass[n], (0.05, 0.001), 0.2
+        )
+        places = scored(document)
+        expected = -np.mean([exact.log_p[i, document.data[i]] for i in places])
+        np.testing.assert_allclose(score.nll, expected, atol=1e-9)
+        np.testing.assert_allclose(score.entropy, exact.entropy[places].mean(), atol=1e-9)
+        np.testing.assert_allclose(score.mutual_information, exact.information[places].mean(), atol=1e-9)
+
+
+def test_exact_match_counts_whole_ranges(bundle64: "Bundle") -> None:
+    """Of a text that the model continues greedily itself, every range matches; change one byte, and its range fails."""
+    from bayes_dispatch.inference.generator import TwoPassGenerator
+
+    blend = FixedWeights.vertex(bundle64.experts.components, "sort")
+    prompts = [f"{letter}fpa>" for letter in "abcdefghijklmnop"]
+    generated = TwoPassGenerator(bundle64).generate(prompts, blend=blend, max_new_tokens=8, seed=0).token_ids
+    prompt, row = next((p, row) for p, row in zip(prompts, generated, strict=True) if row.max() < 128)
+    text = prompt + bytes(row.tolist()).decode()
+    ranges = ((5, 7), (7, 10), (10, 13))
+    changed = text[:8] + chr((ord(text[8]) + 1) % 128) + text[9:]
+    whole, broken = compare_blends(
+        bundle64, [Document(text, 5, ranges), Document(changed, 5, ranges[:2])], [blend]
+    ).scores
+    assert whole.exact_match == 1
+    assert broken.exact_match == 0.5
+
+
+def test_rows_at_once_and_order_do_not_matter(bundle64: "Bundle", monkeypatch: pytest.MonkeyPatch) -> None:
+    together = compare_blends(bundle64, DOCUMENTS, BLENDS, seed=1)
+    monkeypatch.setattr(compare_module, "ROWS_AT_ONCE", 7)
+    apart = compare_blends(bundle64, DOCUMENTS[::-1], BLENDS[::-1], seed=1)
+    found = {(2 - score.document, score.blend): score for score in apart.scores}
+    assert len(found) == len(together.scores) == len(DOCUMENTS) * len(BLENDS)
+    for score in together.scores:
+        other = found[score.document, score.blend]
+        np.testing.assert_allclose(
+            [score.nll, score.exact_match, score.entropy, score.mutual_information],
+            [other.nll, other.exact_match, other.entropy, other.mutual_information],
+            atol=1e-9,
+        )
+
+
+def test_the_table(bundle64: "Bundle") -> None:
+    frame = compare_blends(bundle64, DOCUMENTS[:2], BLENDS[:2], seed=0).to_frame()
+    assert list(frame.columns) == ["document", "blend", "nll", "exact_match", "entropy", "mutual_information"]
+    assert sorted(zip(frame.document, frame.blend, strict=True)) == [
+        (0, "top_k"),
+        (0, "weighted_average"),
+        (1, "top_k"),
+        (1, "weighted_average"),
+    ]
+
+
+def test_what_cannot_be_compared(bundle64: "Bundle") -> None:
+    with pytest.raises(ConfigError, match=r"blends of different names, got .'top_k', 'top_k'."):
+        compare_blends(bundle64, DOCUMENTS, [TopK(1), TopK(2)])
+    for document in (Document("abc", 3), Document("abc", 1, ((2, 2),)), Document("abc", 1, ())):
+        with pytest.raises(ConfigError, match="expected document 1 to have scored bytes, got none"):
+            compare_blends(bundle64, [DOCUMENTS[0], document], BLENDS[:1])
+    with pytest.raises(PromptError, match="expected prompt 1 to have 1 to 4096 bytes, got 0"):
+        compare_blends(bundle64, [DOCUMENTS[0], Document("abc", 0)], BLENDS[:1])

@@ -1,0 +1,168 @@
+"""The filter is exact inference in a hidden Markov chain; the mixture's entropy splits as it must."""
+
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bayes_dispatch.inference.blends import Particles
+from bayes_dispatch.inference.filtering import CachedReader, ParticleFilter, UncachedReader, predictive
+
+if TYPE_CHECKING:
+    from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+
+seeds = st.integers(0, 2**31)
+
+
+def random_particles(seed: int, prompts: int, count: int, switching: tuple[float, ...], flat: float) -> Particles:
+    rng = np.random.default_rng(seed)
+    weights, mass = rng.dirichlet(np.ones(4), size=(prompts, count)), rng.dirichlet(np.ones(count), size=prompts)
+    return Particles(weights, mass, switching, flat)
+
+
+def enumerate_paths(likelihood: np.ndarray, target: np.ndarray, switching: float) -> tuple[np.ndarray, float]:
+    """P(particle of the next token, tokens) and P(tokens), summing the joint over all T switches and paths by force.
+
+    Before each token after the first, the document changes (with probability ``switching``) and then draws its particle
+    anew from ``target``, or stays. ``likelihood`` is (T, S).
+    """
+    steps, count = likelihood.shape
+    joint = np.zeros(count)
+    for changes in itertools.product([False, True], repeat=steps):
+        for path in itertools.product(range(count), repeat=steps + 1):
+            p = target[path[0]]
+            for t in range(steps):
+                p *= likelihood[t, path[t]]
+                p *= switching * target[path[t + 1]] if changes[t] else (1 - switching) * (path[t] == path[t + 1])
+            joint[path[-1]] += p
+    return joint, float(joint.sum())
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seeds,
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.lists(st.sampled_from([0.0, 0.01, 0.1, 0.4]), min_size=1, max_size=3, unique=True).map(tuple),
+    st.sampled_from([0.0, 0.3]),
+)
+def test_the_filter_enumerates_all_paths(
+    seed: int, steps: int, count: int, switching: tuple[float, ...], flat: float
+) -> None:
+    particles = random_particles(seed, 2, count, switching, flat)
+    likelihood = np.random.default_rng(seed + 1).uniform(0.01, 1, size=(2, steps, count))
+    weights, evidence = ParticleFilter(particles), torch.zeros(2, dtype=torch.float64)
+    for t in range(steps):
+        step = torch.from_numpy(likelihood[:, t]).log()
+        evidence += torch.logsumexp(weights.log_weights + step, 1)
+        weights.update(step)
+    for n in range(2):
+        target = (1 - flat) * particles.mass[n] + flat / count
+        joints, totals = zip(*(enumerate_paths(likelihood[n], target, rate) for rate in switching), strict=True)
+        total = np.mean(totals)  # each rate is as likely as another
+        expected = np.mean(joints, axis=0) / total
+        np.testing.assert_allclose(weights.log_weights[n].exp(), expected, atol=1e-12)
+        np.testing.assert_allclose(weights.log_rates[n].exp(), totals / np.sum(totals), atol=1e-12)
+        np.testing.assert_allclose(evidence[n].exp(), total, rtol=1e-10)
+        np.testing.assert_allclose(weights.mean(particles)[n], expected @ particles.weights[n], atol=1e-12)
+
+
+def test_prompts_that_read_nothing_keep_their_weights() -> None:
+    particles = random_particles(0, 3, 4, (0.1, 0.3), 0.1)
+    weights = ParticleFilter(particles)
+    before = weights.log_weights.clone()
+    weights.update(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([True, False, True]))
+    kept = (weights.log_weights == before).all(1)
+    assert kept.tolist() == [False, True, False]
+
+
+def test_a_particle_of_no_mass_stays_out_until_the_document_may_change() -> None:
+    """Log weights of −∞ harm nothing; with switching, only the flat part of the prior brings the particle back."""
+    mass = np.array([[0.0, 0.5, 0.5]])
+    likelihood = torch.tensor([[0.0, -5.0, -6.0]])
+    for switching, flat, back in (((0.0,), 0.0, False), ((0.1,), 0.0, False), ((0.0, 0.1), 0.3, True)):
+        weights = ParticleFilter(Particles(np.eye(3)[None], mass, switching, flat))
+        for _ in range(3):
+            weights.update(likelihood)
+        masses = weights.log_weights.exp()[0]
+        assert masses.isfinite().all()
+        assert float(masses.sum()) == pytest.approx(1)
+        assert (float(masses[0]) > 0.5) == back
+        assert predictive(weights.log_weights, torch.randn(1, 3, 5).log_softmax(-1)).entropy.isfinite().all()
+
+
+def test_very_unlikely_tokens_do_not_underflow() -> None:
+    weights = ParticleFilter(random_particles(0, 1, 3, (0.0,), 0.0))
+    for _ in range(100):
+        weights.update(torch.tensor([[-900.0, -1000.0, -1000.0]]))
+    np.testing.assert_allclose(weights.log_weights.exp(), [[1, 0, 0]], atol=1e-12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.integers(1, 4), st.integers(2, 7))
+def test_entropy_splits_into_within_and_between(seed: int, count: int, vocabulary: int) -> None:
+    rng = np.random.default_rng(seed)
+    v, p = rng.dirichlet(np.ones(count), size=2), rng.dirichlet(np.full(vocabulary, 0.5), size=(2, count))
+    got = predictive(torch.from_numpy(v).log(), torch.from_numpy(p).clamp(min=1e-300).log())
+    joint = v[..., None] * p  # P(particle, token)
+    token = joint.sum(1)
+
+    def entropy(q: np.ndarray) -> np.ndarray:
+        return -(q * np.log(np.maximum(q, 1e-300))).reshape(2, -1).sum(1)
+
+    np.testing.assert_allclose(got.log_probabilities.exp(), token, atol=1e-12)
+    np.testing.assert_allclose(got.log_probabilities.exp().sum(1), 1)
+    np.testing.assert_allclose(got.entropy, entropy(token), atol=1e-10)
+    np.testing.assert_allclose(got.mutual_information, entropy(token) + entropy(v) - entropy(joint), atol=1e-10)
+    assert (got.mutual_information >= 0).all()
+    assert (got.mutual_information.numpy() <= np.minimum(entropy(v), entropy(token)) + 1e-12).all()
+
+
+def test_particles_that_agree_have_nothing_to_tell() -> None:
+    p = torch.randn(2, 1, 9, generator=torch.Generator().manual_seed(0)).log_softmax(-1).expand(-1, 5, -1)
+    got = predictive(torch.full((2, 5), 0.2, dtype=torch.float64).log(), p)
+    np.testing.assert_allclose(got.mutual_information, 0, atol=1e-12)
+    torch.testing.assert_close(got.log_probabilities, p[:, 0].double(), rtol=0, atol=1e-6)
+
+
+def test_particles_that_contradict_tell_all() -> None:
+    p = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]).clamp(min=1e-30).log()
+    got = predictive(torch.tensor([[0.5, 0.5]]).log().double(), p)
+    np.testing.assert_allclose(got.mutual_information, np.log(2), atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["cached", "uncached"])
+def test_readers_read_each_row_as_if_alone(
+    model64: "MambaFormerForCausalLM", bank: "ExpertBank", kind: str, explicit_filter: Callable[..., SimpleNamespace]
+) -> None:
+    """Ragged prompts in three parts, one of which a row has none of."""
+    particles = random_particles(0, 2, 3, (0.0,), 0.0)
+    texts = [b"kfpa>apfk\nbc", b"12+34"]
+    cuts = [(5, 4, 3), (4, 0, 1)]
+    cached = CachedReader(model64, bank, particles, capacity=14)
+    reader = cached if kind == "cached" else UncachedReader(model64, bank, particles)
+    got: list[list[torch.Tensor]] = [[], []]
+    with torch.no_grad():
+        for part in range(3):
+            starts = [sum(cut[:part]) for cut in cuts]
+            rows = [text[start : start + cut[part]] for text, start, cut in zip(texts, starts, cuts, strict=True)]
+            ids = torch.full((2, max(map(len, rows))), 257)
+            for n, row in enumerate(rows):
+                ids[n, : len(row)] = torch.tensor(list(row))
+            tokens = torch.tensor([len(row) for row in rows])
+            after = reader.read(ids, tokens)
+            for n in range(2):
+                got[n].append(after[n, :, : int(tokens[n])])
+    for n, text in enumerate(texts):
+        for s in range(3):
+            with torch.no_grad():
+                blended = bank.blend(torch.from_numpy(particles.weights[n, s]))
+                alone = model64(torch.tensor([list(text)]), adaptation=blended).logits[0].log_softmax(-1)
+            torch.testing.assert_close(torch.cat(got[n], 1)[s], alone, rtol=0, atol=1e-10)

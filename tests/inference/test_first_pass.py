@@ -1,0 +1,111 @@
+"""Evidence is a property of the prompt: not of its neighbours, their order, or the batch."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bayes_dispatch.errors import PromptError
+from bayes_dispatch.inference.first_pass import TOKEN_CLASSES, first_pass, token_counts
+from bayes_dispatch.inference.prompts import MAX_PROMPT_BYTES, check_prompts
+from bayes_dispatch.model.tokenizer import ByteTokenizer
+
+if TYPE_CHECKING:
+    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+
+TOKENIZER = ByteTokenizer()
+PROMPTS = [
+    "kfpa>apfk\nbcde>",
+    "37+58=95\n12+11=",
+    "a",
+    "naïve “prose”, 3 kinds",
+    "x" * 40,
+    "def mean(xs):\n    return ",
+]
+
+
+def assert_same(a: Any, b: Any, tolerance: float) -> None:
+    assert list(a.views) == list(b.views) == ["hidden", "counts"]
+    np.testing.assert_allclose(a.views["hidden"], b.views["hidden"], rtol=0, atol=tolerance)
+    np.testing.assert_array_equal(a.views["counts"], b.views["counts"])
+    np.testing.assert_array_equal(a.lengths, b.lengths)
+
+
+def test_hidden_is_the_mean_over_the_bytes(model64: "MambaFormerForCausalLM") -> None:
+    evidence = first_pass(model64, TOKENIZER, PROMPTS).evidence
+    for prompt, got in zip(PROMPTS, evidence.views["hidden"], strict=True):
+        with torch.no_grad():
+            states = model64(torch.tensor([[256, *prompt.encode()]])).hidden[0]
+        np.testing.assert_allclose(got, np.mean([state.numpy() for state in states[1:]], axis=0), rtol=0, atol=1e-10)
+    assert evidence.lengths is not None
+    assert evidence.lengths.tolist() == [len(prompt.encode()) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("model64", 1e-10), ("model", 1e-5)])
+def test_a_batch_is_one_by_one_in_any_order(request: pytest.FixtureRequest, name: str, tolerance: float) -> None:
+    model = request.getfixturevalue(name)
+    together = first_pass(model, TOKENIZER, PROMPTS)
+    assert together.prompts == tuple(prompt.encode() for prompt in PROMPTS)
+    for i, prompt in enumerate(PROMPTS):
+        assert_same(first_pass(model, TOKENIZER, [prompt]).evidence, together.evidence.select([i]), tolerance)
+    order = [4, 2, 0, 5, 1, 3]
+    shuffled = first_pass(model, TOKENIZER, [PROMPTS[i].encode() for i in order], batch_size=2)
+    assert_same(shuffled.evidence, together.evidence.select(order), tolerance)
+
+
+def test_different_prompts_give_different_evidence(model64: "MambaFormerForCausalLM") -> None:
+    hidden = first_pass(model64, TOKENIZER, ["ab>", "ba>"]).evidence.views["hidden"]
+    assert not np.allclose(hidden[0], hidden[1], atol=0.01)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(min_size=1, max_size=60))
+def test_counts_are_counts(data: bytes) -> None:
+    expected = dict.fromkeys([*TOKEN_CLASSES, "other"], 0)
+    for byte in data:
+        expected[next((name for name, members in TOKEN_CLASSES.items() if byte in members), "other")] += 1
+    assert token_counts(data).tolist() == list(expected.values())
+
+
+def test_classes_do_not_overlap() -> None:
+    members = [byte for members in TOKEN_CLASSES.values() for byte in members]
+    assert len(members) == len(set(members))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=4))
+def test_good_prompts_are_their_bytes(prompts: list[str]) -> None:
+    expected = [prompt.encode() for prompt in prompts]
+    assert check_prompts(prompts) == check_prompts(expected) == expected
+
+
+def test_the_longest_prompt() -> None:
+    assert check_prompts(["é" * (MAX_PROMPT_BYTES // 2)]) == [("é" * (MAX_PROMPT_BYTES // 2)).encode()]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ("a single text", "expected a list of prompts, got a single str"),
+        (b"bytes", "expected a list of prompts, got a single bytes"),
+        ([], "expected at least one prompt, got none"),
+        (["fine", ""], "expected prompt 1 to have 1 to 4096 bytes, got 0"),
+        ([b""], "expected prompt 0 to have 1 to 4096 bytes, got 0"),
+        (["a" * 20_000], "expected prompt 0 to have 1 to 4096 bytes, got 20000"),
+        (["é" * 2049], "got 4098"),
+        (["fine", b"\xff\xfe"], "prompt 1: expected UTF-8 text, got byte 0xff at position 0"),
+        (["\udc80"], "prompt 0: expected UTF-8 text, got the lone surrogate"),
+        (["fine", 3], "expected prompt 1 to be text, got int"),
+        ([None], "expected prompt 0 to be text, got NoneType"),
+    ],
+)
+def test_bad_prompts(model: "MambaFormerForCausalLM", prompts: Sequence[Any], message: str) -> None:
+    for read in (check_prompts, lambda p: first_pass(model, TOKENIZER, p)):
+        with pytest.raises(PromptError, match=message) as error:
+            read(prompts)
+        assert "\n" not in str(error.value)

@@ -1,0 +1,258 @@
+"""Continuing from a cache equals reading everything at once, however the sequence is cut and padded."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bayes_dispatch.errors import BayesDispatchError, CacheFullError, ConfigError, StaleCacheError, TensorError
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.cache import Cache
+from bayes_dispatch.model.config import MambaFormerConfig
+
+if TYPE_CHECKING:
+    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+
+MakeModel = Callable[..., "MambaFormerForCausalLM"]
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
+
+configs = st.builds(
+    lambda heads, pairs, taps, chunk, head_dim, window: MambaFormerConfig(
+        d_model=16,
+        n_pairs=pairs,
+        n_heads=heads[0],
+        n_kv_heads=heads[1],
+        d_state=4,
+        d_conv=taps,
+        head_dim=head_dim,
+        chunk_size=chunk,
+        attention_window=window,
+    ),
+    heads=st.sampled_from([(1, None), (2, 2), (4, 2), (4, 1)]),
+    pairs=st.integers(0, 2),
+    taps=st.integers(2, 5),
+    chunk=st.sampled_from([1, 4, 7, 64]),
+    head_dim=st.sampled_from([4, 16]),
+    window=st.none() | st.integers(1, 6),
+)
+
+
+def tokens(seed: int, *shape: int) -> Tensor:
+    return torch.randint(0, 258, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scales(model: "MambaFormerForCausalLM", rows: int | None = None, seed: int = 0, only: str = "") -> Adaptation:
+    """Random scales of the matrices whose names begin with ``only``."""
+    draw = torch.Generator().manual_seed(seed)
+    lead = () if rows is None else (rows,)
+    return Adaptation(
+        {
+            name: (1 + 0.3 * torch.randn(*lead, rank, generator=draw)).to(model.dtype)
+            for name, rank in model.adaptable().items()
+            if name.startswith(only)
+        }
+    )
+
+
+def pad(rows: Sequence[Tensor], sides: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Rows of ids in one batch; row b has ``sides[b]`` of its padding on its left (as many as there are)."""
+    width = max(1, *(len(row) for row in rows))
+    ids = torch.full((len(rows), width), 257)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for b, row in enumerate(rows):
+        left = min(sides[b], width - len(row))
+        ids[b, left : left + len(row)] = row
+        mask[b, left : left + len(row)] = 1
+    return ids, mask
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    config=configs,
+    seed=st.integers(0, 1000),
+    pieces=st.lists(st.integers(1, 12), min_size=1, max_size=6),
+    batch=st.integers(1, 3),
+    adapted=st.sampled_from(["no", "shared", "rows"]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+def test_any_split_gives_the_full_forward(
+    make_model: MakeModel,
+    config: MambaFormerConfig,
+    seed: int,
+    pieces: list[int],
+    batch: int,
+    adapted: str,
+    dtype: torch.dtype,
+) -> None:
+    model = make_model(config, seed=seed, dtype=dtype, tie_embeddings=bool(seed % 2))
+    ids = tokens(seed, batch, sum(pieces))
+    adaptation = None if adapted == "no" else scales(model, batch if adapted == "rows" else None)
+    with torch.no_grad():
+        full = model(ids, adaptation=adaptation).logits
+        cache = model.init_cache(batch, ids.shape[1])
+        parts = [model(part, cache=cache, adaptation=adaptation).logits for part in ids.split(pieces, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=0, atol=TOLERANCE[dtype])
+    assert cache.lengths.tolist() == [ids.shape[1]] * batch
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    config=configs,
+    seed=st.integers(0, 1000),
+    cuts=st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=1, max_size=4),
+    sides=st.lists(st.integers(0, 9), min_size=4, max_size=4),
+    adapted=st.booleans(),
+)
+def test_ragged_continuation_gives_each_row_alone(
+    make_model: MakeModel,
+    config: MambaFormerConfig,
+    seed: int,
+    cuts: list[list[int]],
+    sides: list[int],
+    adapted: bool,
+) -> None:
+    """Each row is read in four pieces of its own lengths, some of them empty, padded left, right or on both sides."""
+    model = make_model(config, seed=seed, dtype=torch.float64)
+    batch = len(cuts)
+    rows = [tokens(seed + b, sum(cut)) for b, cut in enumerate(cuts)]
+    adaptation = scales(model, batch) if adapted else None
+    cache = model.init_cache(batch, max(1, *map(len, rows)))
+    got: list[list[Tensor]] = [[] for _ in rows]
+    with torch.no_grad():
+        for piece in range(4):
+            parts = [row.split(cut)[piece] for row, cut in zip(rows, cuts, strict=True)]
+            ids, mask = pad(parts, sides)
+            logits = model(ids, attention_mask=mask, cache=cache, adaptation=adaptation).logits
+            for b in range(batch):
+                got[b].append(logits[b, mask[b].bool()])
+        for b, row in enumerate(rows):
+            if len(row):
+                alone = model(row[None], adaptation=adaptation.select([b]) if adaptation else None).logits[0]
+                torch.testing.assert_close(torch.cat(got[b]), alone, rtol=0, atol=1e-10)
+    assert cache.lengths.tolist() == [len(row) for row in rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("sides", [[0, 0, 0], [9, 9, 9], [2, 0, 1]])
+def test_a_padded_batch_gives_each_row_alone(make_model: MakeModel, dtype: torch.dtype, sides: list[int]) -> None:
+    model = make_model(dtype=dtype)
+    rows = [tokens(b, n) for b, n in enumerate((11, 3, 8))]
+    ids, mask = pad(rows, sides)
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask)
+        for b, row in enumerate(rows):
+            alone = model(row[None])
+            for got, expected in ((out.logits, alone.logits), (out.hidden, alone.hidden)):
+                torch.testing.assert_close(got[b, mask[b].bool()], expected[0], rtol=0, atol=TOLERANCE[dtype])
+
+
+def test_padding_content_does_not_matter(model64: "MambaFormerForCausalLM") -> None:
+    ids, mask = pad([tokens(0, 9), tokens(1, 4)], [0, 2])
+    other = torch.where(mask.bool(), ids, 7)
+    with torch.no_grad():
+        a, b = (model64(x, attention_mask=mask).logits[mask.bool()] for x in (ids, other))
+    assert torch.equal(a, b)
+
+
+def test_reset_is_a_new_cache_in_the_same_memory(model64: "MambaFormerForCausalLM") -> None:
+    ids = tokens(2, 2, 7)
+    cache = model64.init_cache(2, 7)
+    places = [t.data_ptr() for state in cache.states for t in vars(state).values()]
+    with torch.no_grad():
+        first = model64(ids, cache=cache, adaptation=scales(model64)).logits
+        cache.reset()
+        assert cache.lengths.tolist() == [0, 0]
+        second = model64(ids, cache=cache).logits  # under other scales
+        assert torch.equal(second, model64(ids, cache=model64.init_cache(2, 7)).logits)
+    assert not torch.allclose(first, second)
+    assert places == [t.data_ptr() for state in cache.states for t in vars(state).values()]
+
+
+def test_nbytes_counts_every_state(make_model: MakeModel) -> None:
+    model = make_model(
+        MambaFormerConfig(d_model=16, n_pairs=1, n_heads=4, n_kv_heads=2, d_state=4, d_conv=3, head_dim=8)
+    )
+    mamba = (2 * 16 + 2 * 4) * 2 + 4 * 8 * 4
+    attention = 2 * 2 * 10 * 4
+    assert model.init_cache(5, 10).nbytes == 5 * (2 * mamba + attention) * 4
+
+
+class TestErrors:
+    """What may not be continued is refused, and the refusal changes nothing."""
+
+    @pytest.fixture
+    def cache(self, model64: "MambaFormerForCausalLM") -> Cache:
+        """Half full, under scales of all blocks."""
+        cache = model64.init_cache(2, 8)
+        with torch.no_grad():
+            model64(tokens(3, 2, 4), cache=cache, adaptation=scales(model64))
+        return cache
+
+    def refused(
+        self,
+        model: "MambaFormerForCausalLM",
+        cache: Cache,
+        error: type[BayesDispatchError],
+        text: str,
+        **changed: object,
+    ) -> None:
+        given = {"input_ids": tokens(4, 2, 2), "adaptation": scales(model)} | changed
+        before = [t.clone() for state in cache.states for t in vars(state).values()]
+        with pytest.raises(error, match=text) as raised, torch.no_grad():
+            model(**given, cache=cache)
+        assert "\n" not in str(raised.value)
+        after = [t for state in cache.states for t in vars(state).values()]
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert cache.lengths.tolist() == [4, 4]
+
+    def test_equal_scales_in_another_object_continue(self, model64: "MambaFormerForCausalLM", cache: Cache) -> None:
+        with torch.no_grad():
+            got = model64(tokens(4, 2, 2), cache=cache, adaptation=scales(model64)).logits
+            full = model64(torch.cat([tokens(3, 2, 4), tokens(4, 2, 2)], 1), adaptation=scales(model64)).logits
+        torch.testing.assert_close(got, full[:, 4:], rtol=0, atol=1e-10)
+
+    def test_other_scales(self, model64: "MambaFormerForCausalLM", cache: Cache) -> None:
+        text = "expected the scales that filled block 0"
+        self.refused(model64, cache, StaleCacheError, text, adaptation=scales(model64, seed=1))
+        self.refused(model64, cache, StaleCacheError, text, adaptation=scales(model64, rows=2))
+
+    def test_no_scales(self, model64: "MambaFormerForCausalLM", cache: Cache) -> None:
+        self.refused(model64, cache, StaleCacheError, "block 0 .* got others .none.", adaptation=None)
+        self.refused(model64, cache, StaleCacheError, "block 0 .* got others .none.", adaptation=Adaptation.identity())
+
+    def test_scales_after_none(self, model64: "MambaFormerForCausalLM") -> None:
+        cache = model64.init_cache(2, 8)
+        with torch.no_grad():
+            model64(tokens(3, 2, 4), cache=cache)
+        self.refused(model64, cache, StaleCacheError, r"block 0 \(none\)")
+
+    def test_other_scales_of_a_late_block_alone(self, model64: "MambaFormerForCausalLM", cache: Cache) -> None:
+        """The blocks before it are not run either."""
+        late = scales(model64, seed=1, only="blocks.2.").scales
+        mixed = Adaptation({**scales(model64).scales, **late})
+        self.refused(model64, cache, StaleCacheError, "block 2", adaptation=mixed)
+
+    def test_another_model(self, make_model: MakeModel, cache: Cache) -> None:
+        self.refused(make_model(seed=5, dtype=torch.float64), cache, StaleCacheError, "expected a cache of model")
+
+    def test_the_same_model_in_another_dtype(self, model: "MambaFormerForCausalLM", cache: Cache) -> None:
+        self.refused(model, cache, StaleCacheError, r"torch.float32.*torch.float64")
+
+    def test_no_room(self, model64: "MambaFormerForCausalLM", cache: Cache) -> None:
+        self.refused(model64, cache, CacheFullError, "at most 8 tokens .* got 9", input_ids=tokens(4, 2, 5))
+        with torch.no_grad():  # a shorter row still has room, and the last place can be used
+            mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+            model64(tokens(4, 2, 4), attention_mask=mask, cache=cache, adaptation=scales(model64))
+        assert cache.lengths.tolist() == [8, 6]
+
+    def test_another_batch(self, model64: "MambaFormerForCausalLM", cache: Cache) -> None:
+        self.refused(model64, cache, TensorError, "batch of 2 rows for this cache, got 3", input_ids=tokens(4, 3, 2))
+
+    @pytest.mark.parametrize("size", [(0, 4), (4, 0), (-1, 3)])
+    def test_sizes(self, model64: "MambaFormerForCausalLM", size: tuple[int, int]) -> None:
+        with pytest.raises(ConfigError, match="a batch and a length of at least 1"):
+            model64.init_cache(*size)

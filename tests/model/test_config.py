@@ -1,0 +1,90 @@
+"""Configurations are checked once, and JSON gives them back."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
+
+TINY = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    width=st.sampled_from([8, 24, 64]),
+    heads=st.sampled_from([(1, None), (4, 2), (8, 1)]),
+    pairs=st.integers(0, 5),
+    window=st.none() | st.integers(1, 50),
+    vocab=st.integers(2, 10_000),
+    tied=st.booleans(),
+)
+def test_json_round_trip(
+    width: int, heads: tuple[int, int | None], pairs: int, window: int | None, vocab: int, tied: bool
+) -> None:
+    backbone = MambaFormerConfig(
+        d_model=width, n_heads=heads[0], n_kv_heads=heads[1], n_pairs=pairs, head_dim=4, attention_window=window
+    )
+    config = LanguageModelConfig(backbone=backbone, vocab_size=vocab, tie_embeddings=tied)
+    assert LanguageModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert backbone.n_blocks == 1 + 2 * pairs
+    assert backbone.kv_heads == (heads[1] or heads[0])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("d_model", 0),
+        ("d_model", 32.0),
+        ("d_model", True),
+        ("d_model", "32"),
+        ("n_pairs", -1),
+        ("n_heads", 3),  # does not divide 32
+        ("n_kv_heads", 3),
+        ("n_kv_heads", 0),
+        ("d_state", -1),
+        ("d_conv", 1),
+        ("expand", None),
+        ("head_dim", 48),
+        ("mixer", "mamba3"),
+        ("mixer", ["mamba2"]),
+        ("chunk_size", 0),
+        ("attention_window", 0),
+    ],
+)
+def test_a_bad_size_is_named(field: str, value: Any) -> None:
+    data = TINY.to_json()
+    data["backbone"][field] = value
+    with pytest.raises(ConfigError, match=field) as error:
+        LanguageModelConfig.from_json(data)
+    assert str(value) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("field", "value"), [("vocab_size", 1), ("vocab_size", 2.5), ("tie_embeddings", "no")])
+def test_a_bad_head_is_named(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=field):
+        LanguageModelConfig.from_json(TINY.to_json() | {field: value})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        "text",
+        {},
+        TINY.to_json() | {"extra": 1},
+        {"backbone": TINY.to_json()["backbone"], "vocab_size": 258},
+        TINY.to_json() | {"backbone": None},
+        TINY.to_json() | {"backbone": {"d_model": 32}},
+    ],
+)
+def test_other_names_are_refused(data: Any) -> None:
+    with pytest.raises(ConfigError, match="expected the names"):
+        LanguageModelConfig.from_json(data)

@@ -1,0 +1,47 @@
+"""The convolution with its own gradient equals the library's grouped convolution."""
+
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bayes_dispatch.model.convolution import causal_convolution
+
+
+def tensors(seed: int, batch: int, length: int, channels: int, taps: int) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    shapes = [(batch, length + taps - 1, channels), (channels, taps), (channels,)]
+    return [torch.randn(s, generator=draw, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    batch=st.integers(1, 3),
+    length=st.integers(1, 20),
+    channels=st.integers(1, 5),
+    taps=st.integers(1, 6),
+)
+def test_equals_the_library_in_value_and_gradient(seed: int, batch: int, length: int, channels: int, taps: int) -> None:
+    padded, weight, bias = inputs = tensors(seed, batch, length, channels, taps)
+    own = causal_convolution(*inputs)
+    library = F.conv1d(padded.transpose(1, 2), weight[:, None], bias, groups=channels).transpose(1, 2)
+    torch.testing.assert_close(own, library, rtol=1e-12, atol=1e-12)
+    direction = torch.randn_like(own)
+    for got, expected in zip(
+        torch.autograd.grad(own, inputs, direction), torch.autograd.grad(library, inputs, direction), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_by_finite_differences() -> None:
+    assert torch.autograd.gradcheck(causal_convolution, tensors(0, 2, 5, 3, 4))
+
+
+def test_it_is_causal() -> None:
+    padded, weight, bias = tensors(1, 1, 8, 2, 4)
+    changed = padded.detach().clone()
+    changed[:, 3 + 5 :] += 1  # inputs from time 5 on
+    before, after = (causal_convolution(p, weight, bias) for p in (padded, changed))
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.isclose(before[:, 5:], after[:, 5:]).any()

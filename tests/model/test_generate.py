@@ -1,0 +1,161 @@
+"""Generation: with and without a cache, in a batch and one by one, greedy and sampled."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.config import MambaFormerConfig
+
+if TYPE_CHECKING:
+    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+
+MakeModel = Callable[..., "MambaFormerForCausalLM"]
+
+fast = pytest.mark.usefixtures("unchecked")  # the other tests here check the shapes
+PROMPTS = [[256, 1, 2, 3, 4, 5, 6, 7, 8], [256, 90], [256, 7, 7, 20]]
+WAYS: list[dict[str, Any]] = [
+    {},
+    {"do_sample": True, "seed": 3},
+    {"do_sample": True, "seed": 3, "temperature": 2.5, "top_k": 9, "top_p": 0.9},
+]
+
+
+def padded(side: str) -> tuple[Tensor, Tensor]:
+    """The prompts in one batch, padded left, right, or on both sides."""
+    width = max(map(len, PROMPTS))
+    ids, mask = torch.full((len(PROMPTS), width), 257), torch.zeros(len(PROMPTS), width, dtype=torch.long)
+    for b, prompt in enumerate(PROMPTS):
+        left = {"left": width - len(prompt), "right": 0, "both": (width - len(prompt)) // 2}[side]
+        ids[b, left : left + len(prompt)] = torch.tensor(prompt)
+        mask[b, left : left + len(prompt)] = 1
+    return ids, mask
+
+
+def rows_of(model: "MambaFormerForCausalLM", *lead: int) -> Adaptation:
+    draw = torch.Generator().manual_seed(0)
+    return Adaptation(
+        {n: (1 + 0.5 * torch.randn(*lead, r, generator=draw)).to(model.dtype) for n, r in model.adaptable().items()}
+    )
+
+
+@pytest.fixture(scope="module", params=["full attention", "window"])
+def generator(request: pytest.FixtureRequest, make_model: MakeModel) -> "MambaFormerForCausalLM":
+    window = 4 if request.param == "window" else None
+    config = MambaFormerConfig(
+        d_model=16, n_pairs=1, n_heads=2, n_kv_heads=1, d_state=4, head_dim=8, attention_window=window
+    )
+    return make_model(config, dtype=torch.float64)
+
+
+@fast
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("side", "lead"), [("left", None), ("right", (3,)), ("both", ())])
+def test_cached_is_uncached_is_one_by_one(
+    generator: "MambaFormerForCausalLM", way: dict[str, Any], side: str, lead: tuple[int, ...] | None
+) -> None:
+    adaptation = None if lead is None else rows_of(generator, *lead)
+    ids, mask = padded(side)
+    given = {"attention_mask": mask, "adaptation": adaptation, "max_new_tokens": 6, **way}
+    cached = generator.generate(ids, **given)
+    assert cached.shape == (3, 6)
+    assert torch.equal(cached, generator.generate(ids, **given, use_cache=False))
+    for b, prompt in enumerate(PROMPTS):
+        own = None if adaptation is None else adaptation.select([b])
+        alone = generator.generate(torch.tensor([prompt]), adaptation=own, max_new_tokens=6, **way)
+        assert torch.equal(alone[0], cached[b])
+
+
+def test_greedy_takes_the_best_logit_each_time(generator: "MambaFormerForCausalLM") -> None:
+    sequence = torch.tensor([PROMPTS[0]])
+    new = generator.generate(sequence, max_new_tokens=12)
+    for token in new[0]:
+        with torch.no_grad():
+            assert int(generator(sequence).logits[0, -1].argmax()) == int(token)
+        sequence = torch.cat([sequence, token.view(1, 1)], 1)
+    assert len(new[0].unique()) > 2  # or the test would say little
+
+
+@pytest.mark.parametrize("narrow", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}])
+def test_the_narrowest_sampling_is_greedy(generator: "MambaFormerForCausalLM", narrow: dict[str, Any]) -> None:
+    ids, mask = padded("right")
+    greedy = generator.generate(ids, attention_mask=mask, max_new_tokens=10)
+    sampled = generator.generate(ids, attention_mask=mask, max_new_tokens=10, do_sample=True, seed=5, **narrow)
+    assert torch.equal(greedy, sampled)
+
+
+@fast
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_a_row_ends_with_its_end_token(
+    generator: "MambaFormerForCausalLM", use_cache: bool, way: dict[str, Any]
+) -> None:
+    ids, mask = padded("left")
+    free = generator.generate(ids, attention_mask=mask, max_new_tokens=10, **way)
+    eos = int(free[1, 4])
+    ended = generator.generate(
+        ids, attention_mask=mask, max_new_tokens=10, eos_token_id=eos, use_cache=use_cache, **way
+    )
+    lengths = []
+    for b in range(3):
+        at = (free[b] == eos).nonzero()
+        lengths.append(int(at[0]) + 1 if len(at) else 10)
+        assert torch.equal(ended[b, : lengths[b]], free[b, : lengths[b]])
+        assert (ended[b, lengths[b] :] == eos).all()
+    assert lengths[1] <= 5
+    assert ended.shape[1] == max(lengths)  # and no longer than the longest row needs
+    alone = generator.generate(torch.tensor(PROMPTS[1:2]), max_new_tokens=10, eos_token_id=eos, **way)
+    assert alone.shape == (1, lengths[1])
+
+
+def test_seeds(generator: "MambaFormerForCausalLM") -> None:
+    ids = torch.tensor(PROMPTS[:1])
+
+    def sample(seed: int | None) -> list[int]:
+        return generator.generate(ids, max_new_tokens=12, do_sample=True, temperature=3.0, seed=seed)[0].tolist()
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+    assert sample(None) != sample(None)
+
+
+def test_copies_of_a_prompt_differ_when_sampled_only(generator: "MambaFormerForCausalLM") -> None:
+    ids = torch.tensor([PROMPTS[0]] * 3)
+    greedy = generator.generate(ids, max_new_tokens=12)
+    assert torch.equal(greedy, greedy[:1].expand(3, -1))
+    sampled = generator.generate(ids, max_new_tokens=12, do_sample=True, temperature=3.0, seed=0)
+    assert len({tuple(row.tolist()) for row in sampled}) == 3
+    alone = generator.generate(ids[:1], max_new_tokens=12, do_sample=True, temperature=3.0, seed=0)
+    assert torch.equal(alone[0], sampled[0])
+
+
+def test_short_integers_are_the_same_prompt(generator: "MambaFormerForCausalLM") -> None:
+    ids = torch.tensor(PROMPTS[:1])
+    long, short = (generator.generate(i, max_new_tokens=5, do_sample=True, seed=0) for i in (ids, ids.int()))
+    assert torch.equal(long, short)
+
+
+def test_the_prompt_is_left_alone(generator: "MambaFormerForCausalLM") -> None:
+    ids, mask = padded("left")
+    generator.generate(ids, attention_mask=mask, max_new_tokens=3)
+    assert all(torch.equal(a, b) for a, b in zip((ids, mask), padded("left"), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens of at least 1, got 0"),
+        ({"temperature": 0.0}, "temperature above 0, got 0.0"),
+        ({"temperature": float("nan")}, "temperature above 0, got nan"),
+        ({"top_k": 0}, "top_k of at least 1, got 0"),
+        ({"top_p": 0.0}, r"top_p in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, r"top_p in \(0, 1\], got 1.5"),
+    ],
+)
+def test_bad_settings(generator: "MambaFormerForCausalLM", bad: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        generator.generate(torch.tensor(PROMPTS[:1]), **{"max_new_tokens": 2, "do_sample": True} | bad)

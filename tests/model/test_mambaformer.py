@@ -1,0 +1,187 @@
+"""The model as a whole: causal, row by row, and adapted exactly as if its weights had been replaced."""
+
+import copy
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bayes_dispatch.errors import TensorError
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.backbone import Backbone
+from bayes_dispatch.model.config import MambaFormerConfig
+
+if TYPE_CHECKING:
+    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+
+MakeModel = Callable[..., "MambaFormerForCausalLM"]
+
+
+def tokens(seed: int, *shape: int) -> Tensor:
+    return torch.randint(0, 258, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scales(model: "MambaFormerForCausalLM", *lead: int, seed: int = 0) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {n: (1 + 0.5 * torch.randn(*lead, r, generator=draw)).to(model.dtype) for n, r in model.adaptable().items()}
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("position", [0, 7, 8, 19])
+def test_future_tokens_do_not_alter_past_logits(make_model: MakeModel, window: int | None, position: int) -> None:
+    model = make_model(
+        MambaFormerConfig(d_model=32, n_heads=2, attention_window=window, chunk_size=8), dtype=torch.float64
+    )
+    ids = tokens(0, 2, 20)
+    changed = ids.clone()
+    changed[:, position:] = (ids[:, position:] + 1) % 258
+    with torch.no_grad():
+        before, after = model(ids).logits, model(changed).logits
+    torch.testing.assert_close(after[:, :position], before[:, :position], rtol=0, atol=1e-12)
+    assert not torch.isclose(after[:, position:], before[:, position:]).all(-1).any()
+
+
+def test_blocks_are_residual_and_run_in_order(model64: "MambaFormerForCausalLM") -> None:
+    """The whole model is what its parts say: embedding, x + mixer(norm(x)) for each block, norm, head."""
+    from bayes_dispatch.model.mixers import Span
+
+    ids = tokens(1, 2, 9)
+    span = Span(None, torch.zeros(2, dtype=torch.long), aligned=True)
+    with torch.no_grad():
+        x = model64.embedding.weight[ids]
+        for block in model64.blocks:
+            rms = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.norm.weight
+            x = x + block.mixer(rms, span, {})
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * model64.norm.weight
+        out = model64(ids)
+    torch.testing.assert_close(out.hidden, x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out.logits, x @ model64.embedding.weight.T, rtol=1e-12, atol=1e-12)
+
+
+def test_an_untied_head_is_its_own_matrix(make_model: MakeModel) -> None:
+    model = make_model(dtype=torch.float64, tie_embeddings=False)
+    with torch.no_grad():
+        out = model(tokens(1, 1, 5))
+        torch.testing.assert_close(out.logits, out.hidden @ model.head.weight.T)
+        assert not torch.allclose(out.logits, out.hidden @ model.embedding.weight.T)
+
+
+def test_rows_do_not_see_each_other(model64: "MambaFormerForCausalLM") -> None:
+    ids = tokens(2, 3, 12)
+    with torch.no_grad():
+        batch = model64(ids).logits
+        for b in range(3):
+            torch.testing.assert_close(batch[b], model64(ids[b : b + 1]).logits[0], rtol=0, atol=1e-11)
+
+
+def test_it_is_a_backbone(model: "MambaFormerForCausalLM") -> None:
+    assert isinstance(model, Backbone)
+
+
+class TestAdaptation:
+    def test_equals_a_model_whose_weights_were_replaced(self, model64: "MambaFormerForCausalLM") -> None:
+        z, ids = scales(model64), tokens(3, 2, 10)
+        replaced = copy.deepcopy(model64)
+        for name, module in replaced.named_modules():
+            if name in z:
+                U, s, Vt = np.linalg.svd(module.weight.detach().numpy(), full_matrices=False)
+                module.weight.data = torch.from_numpy(U * (s * z[name].numpy()) @ Vt)
+        with torch.no_grad():
+            expected = replaced(ids).logits
+            adapted = model64(ids, adaptation=Adaptation(z)).logits
+            assert not torch.allclose(model64(ids).logits, expected, atol=0.1)
+        torch.testing.assert_close(adapted, expected, rtol=0, atol=1e-10)
+
+    def test_each_matrix_counts(self, model64: "MambaFormerForCausalLM") -> None:
+        ids = tokens(3, 1, 10)
+        with torch.no_grad():
+            plain = model64(ids).logits
+            for name, z in scales(model64).items():
+                assert not torch.allclose(model64(ids, adaptation=Adaptation({name: z})).logits, plain, atol=1e-3), name
+
+    def test_identity_is_none_and_ones_are_close(self, model64: "MambaFormerForCausalLM") -> None:
+        ids = tokens(4, 2, 10)
+        ones = Adaptation({name: torch.ones(rank).double() for name, rank in model64.adaptable().items()})
+        with torch.no_grad():
+            plain = model64(ids).logits
+            assert torch.equal(model64(ids, adaptation=Adaptation.identity()).logits, plain)
+            torch.testing.assert_close(model64(ids, adaptation=ones).logits, plain, rtol=0, atol=1e-10)
+
+    def test_rows_have_their_own(self, model64: "MambaFormerForCausalLM") -> None:
+        ids, adaptation = tokens(5, 3, 10), Adaptation(scales(model64, 3))
+        with torch.no_grad():
+            batch = model64(ids, adaptation=adaptation).logits
+            for b in range(3):
+                shared = Adaptation({name: z[b] for name, z in adaptation.scales.items()})
+                alone = model64(ids[b : b + 1], adaptation=shared).logits[0]
+                torch.testing.assert_close(batch[b], alone, rtol=0, atol=1e-10)
+
+    def test_names_are_the_matrices_of_all_blocks(self, model: "MambaFormerForCausalLM") -> None:
+        assert model.adaptable() == {
+            "blocks.0.mixer.in_proj": 32,
+            "blocks.0.mixer.out_proj": 32,
+            "blocks.1.mixer.qkv": 32,
+            "blocks.1.mixer.out_proj": 32,
+            "blocks.2.mixer.in_proj": 32,
+            "blocks.2.mixer.out_proj": 32,
+        }
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"blocks.0.norm": torch.ones(32)}, "blocks.0.norm"),
+            ({"embedding": torch.ones(32)}, "embedding"),
+            ({"blocks.9.mixer.qkv": torch.ones(32)}, "blocks.9.mixer.qkv"),
+            ({"blocks.1.mixer.qkv": torch.ones(31)}, "expected 32 scales .* got 31"),
+            ({"blocks.1.mixer.qkv": torch.ones(3, 32)}, "expected scales for 2 rows, got 3"),
+            ({"blocks.1.mixer.qkv": torch.ones(32).double()}, "expected scales of torch.float32 .* got torch.float64"),
+        ],
+    )
+    def test_scales_that_do_not_fit(self, model: "MambaFormerForCausalLM", given: Any, message: str) -> None:
+        with pytest.raises(TensorError, match=message):
+            model(tokens(0, 2, 3), adaptation=Adaptation(given))
+
+
+class TestFingerprint:
+    def test_equal_weights_have_one(self, make_model: MakeModel) -> None:
+        prints = {make_model().fingerprint(), make_model().fingerprint(), make_model(dtype=torch.float64).fingerprint()}
+        assert len(prints) == 1
+
+    def test_every_weight_counts(self, make_model: MakeModel) -> None:
+        model = make_model()
+        prints = [model.fingerprint()]
+        for parameter in model.parameters():
+            with torch.no_grad():
+                parameter.view(-1)[-1] += 0.01
+            prints.append(model.fingerprint())
+        assert len(set(prints)) == len(prints)
+
+
+HOLES = torch.tensor([[1, 0, 1], [1, 1, 1]])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("ids", "mask", "message"),
+    [
+        (torch.zeros(3, dtype=torch.long), None, r"shape \(B, T\) .* got \(3,\)"),
+        (torch.zeros(0, 3, dtype=torch.long), None, r"got \(0, 3\)"),
+        (torch.zeros(2, 0, dtype=torch.long), None, r"got \(2, 0\)"),
+        (torch.zeros(2, 3), None, "integer input_ids, got torch.float32"),
+        (torch.zeros(2, 3, dtype=torch.bool), None, "integer input_ids, got torch.bool"),
+        (torch.full((2, 3), 258), None, r"0 … 257, got 258 … 258"),
+        (torch.full((2, 3), -1), None, r"0 … 257, got -1 … -1"),
+        (tokens(0, 2, 3), torch.ones(2, 4), r"attention_mask of shape \(2, 3\), got \(2, 4\)"),
+        (tokens(0, 2, 3), HOLES, "a mask with holes"),
+        (tokens(0, 2, 3), torch.tensor([[1, 1, 1], [0, 0, 0]]), "got a row of padding"),
+    ],
+)
+def test_bad_input_is_named(model: "MambaFormerForCausalLM", ids: Tensor, mask: Tensor | None, message: str) -> None:
+    with pytest.raises(TensorError, match=message):
+        model(ids, attention_mask=mask)
+    if mask is None or not torch.equal(mask, HOLES):
+        with pytest.raises(TensorError, match=message):
+            model.generate(ids, attention_mask=mask, max_new_tokens=1)

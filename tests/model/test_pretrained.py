@@ -1,0 +1,123 @@
+"""Saving and loading a model is the identity; a damaged directory is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from bayes_dispatch.errors import BundleError
+from bayes_dispatch.model.config import MambaFormerConfig
+from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+
+if TYPE_CHECKING:
+    MakeModel = Callable[..., MambaFormerForCausalLM]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("window", [None, 5])
+def test_round_trip(make_model: "MakeModel", tmp_path: Path, tied: bool, window: int | None) -> None:
+    backbone = MambaFormerConfig(d_model=16, n_pairs=1, n_kv_heads=2, d_state=4, head_dim=8, attention_window=window)
+    model = make_model(backbone, tie_embeddings=tied)
+    model.save_pretrained(tmp_path / "model")
+    again = MambaFormerForCausalLM.from_pretrained(tmp_path / "model")
+    assert again.config == model.config
+    assert again.fingerprint() == model.fingerprint()
+    assert not again.training
+    ids = torch.arange(20).view(2, 10)
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_saving_again_replaces(make_model: "MakeModel", tmp_path: Path) -> None:
+    for seed in (0, 1):
+        model = make_model(seed=seed)
+        model.save_pretrained(tmp_path / "model")
+        assert MambaFormerForCausalLM.from_pretrained(str(tmp_path / "model")).fingerprint() == model.fingerprint()
+
+
+def test_a_failed_save_leaves_the_old_model(
+    make_model: "MakeModel", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = make_model()
+    old.save_pretrained(tmp_path / "model")
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", failing)
+    with pytest.raises(OSError, match="disk full"):
+        make_model(seed=1).save_pretrained(tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert MambaFormerForCausalLM.from_pretrained(tmp_path / "model").fingerprint() == old.fingerprint()
+
+
+class TestDamage:
+    @pytest.fixture
+    def saved(self, model: MambaFormerForCausalLM, tmp_path: Path) -> Path:
+        model.save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    def refused(self, saved: Path, message: str) -> None:
+        with pytest.raises(BundleError, match=message) as error:
+            MambaFormerForCausalLM.from_pretrained(saved)
+        assert "\n" not in str(error.value)
+
+    def edit(self, saved: Path, change: Callable[[dict[str, Any]], object]) -> None:
+        config = json.loads((saved / "config.json").read_text())
+        change(config)
+        (saved / "config.json").write_text(json.dumps(config))
+
+    def tensors(self, saved: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+        tensors = safetensors.torch.load((saved / "model.safetensors").read_bytes())
+        change(tensors)
+        safetensors.torch.save_file(tensors, saved / "model.safetensors")
+
+    def test_nothing_there(self, saved: Path) -> None:
+        shutil.rmtree(saved)
+        self.refused(saved, "readable file .*config.json")
+
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+    def test_a_missing_file(self, saved: Path, name: str) -> None:
+        (saved / name).unlink()
+        self.refused(saved, f"expected a readable file .*{name}, got: No such file")
+
+    @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+    @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+    def test_a_truncated_file(self, saved: Path, name: str, share: float) -> None:
+        data = (saved / name).read_bytes().rstrip()
+        (saved / name).write_bytes(data[: int(share * len(data))])
+        self.refused(saved, f"expected .*{name}, got")
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("vocab_size", 0), ("vocab_size", "258"), ("backbone", 3), ("tie_embeddings", "no")]
+    )
+    @pytest.mark.usefixtures("unchecked")
+    def test_a_configuration_out_of_range(self, saved: Path, name: str, value: Any) -> None:
+        self.edit(saved, lambda config: config.update({name: value}))
+        self.refused(saved, "config.json: expected")
+
+    @pytest.mark.parametrize(("name", "value"), [("d_model", 64), ("n_pairs", 2), ("d_conv", 3)])
+    def test_a_configuration_of_another_model(self, saved: Path, name: str, value: int) -> None:
+        self.edit(saved, lambda config: config["backbone"].update({name: value}))
+        self.refused(saved, "expected .* in .*model.safetensors, got")
+
+    def test_a_missing_tensor(self, saved: Path) -> None:
+        self.tensors(saved, lambda tensors: tensors.pop("norm.weight"))
+        self.refused(saved, "norm.weight")
+
+    def test_a_tensor_too_many(self, saved: Path) -> None:
+        self.tensors(saved, lambda tensors: tensors.update(extra=torch.ones(1)))
+        self.refused(saved, "extra")
+
+    def test_a_tensor_of_another_shape(self, saved: Path) -> None:
+        self.tensors(saved, lambda tensors: tensors.update({"norm.weight": torch.ones(33)}))
+        self.refused(saved, r"expected norm.weight of shape \(32,\) .* got \(33,\)")
+
+    def test_a_tensor_of_another_dtype(self, saved: Path) -> None:
+        self.tensors(saved, lambda tensors: tensors.update({"norm.weight": torch.ones(32).half()}))
+        self.refused(saved, "expected norm.weight .* got .* torch.float16")

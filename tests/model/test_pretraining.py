@@ -1,0 +1,174 @@
+"""Training goes on after an interruption as if there had been none, and is plain AdamW."""
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+
+from bayes_dispatch.errors import BundleError, ConfigError
+from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
+from bayes_dispatch.model.pretraining import PretrainingSettings, next_token_loss, pack_rows, pretrain, schedule
+from bayes_dispatch.model.tokenizer import ByteTokenizer
+
+if TYPE_CHECKING:
+    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+
+CONFIG = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
+SETTINGS = PretrainingSettings(steps=9, batch_size=4, length=24, warmup=3, checkpoint_every=4, seed=3)
+
+
+class Source:
+    """Counting up from a random letter; question-like bytes weigh less. Fails at one batch, if told to."""
+
+    def __init__(self, fail_after: int = 10**9) -> None:
+        self.left = fail_after
+
+    def row(self, rng: np.random.Generator, length: int) -> tuple[bytes, list[float]]:
+        self.left -= 1
+        if self.left < 0:
+            raise ConnectionError
+        start, count = int(rng.integers(26)), int(rng.integers(length // 2, length + 1))
+        return bytes(97 + (start + i) % 26 for i in range(count)), [0.3 if i % 3 else 1.0 for i in range(count)]
+
+
+def weights(model: "MambaFormerForCausalLM") -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def same(a: "MambaFormerForCausalLM", b: "MambaFormerForCausalLM") -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> "MambaFormerForCausalLM":
+    return pretrain(CONFIG, Source(), SETTINGS, tmp_path_factory.mktemp("whole"), progress=False)
+
+
+@pytest.mark.parametrize("steps_done", [3, 4, 6, 8])
+def test_resuming_is_not_stopping(uninterrupted: "MambaFormerForCausalLM", tmp_path: Path, steps_done: int) -> None:
+    with pytest.raises(ConnectionError):
+        pretrain(CONFIG, Source(fail_after=4 * steps_done), SETTINGS, tmp_path, progress=False)
+    rest = Source()
+    resumed = pretrain(CONFIG, rest, SETTINGS, tmp_path, progress=False)
+    assert 10**9 - rest.left == 4 * (9 - steps_done // 4 * 4)  # only what the checkpoint lacks is trained
+    assert same(resumed, uninterrupted)
+
+
+def test_a_finished_run_is_only_loaded(uninterrupted: "MambaFormerForCausalLM", tmp_path: Path) -> None:
+    pretrain(CONFIG, Source(), SETTINGS, tmp_path, progress=False)
+    assert same(pretrain(CONFIG, Source(fail_after=0), SETTINGS, tmp_path, progress=False), uninterrupted)
+
+
+def test_the_seed_decides(uninterrupted: "MambaFormerForCausalLM", tmp_path: Path) -> None:
+    torch.manual_seed(99)  # of no influence
+    state = torch.random.get_rng_state()
+    assert same(pretrain(CONFIG, Source(), SETTINGS, tmp_path / "a", progress=False), uninterrupted)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    other = pretrain(CONFIG, Source(), replace(SETTINGS, seed=4), tmp_path / "b", progress=False)
+    assert not same(other, uninterrupted)
+
+
+def test_it_is_plain_adamw(tmp_path: Path) -> None:
+    """Against torch's own mean loss, clipping and unfused AdamW."""
+    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+
+    settings = replace(SETTINGS, steps=5, clip=2.0)
+    trained = pretrain(CONFIG, Source(), settings, tmp_path, progress=False)
+    torch.manual_seed(settings.seed)
+    model = MambaFormerForCausalLM(CONFIG)
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=3e-3, betas=(0.9, 0.95)
+    )
+    clipped = 0
+    for step in range(5):
+        rows = [Source().row(np.random.default_rng([3, step, row]), 24) for row in range(4)]
+        total, weight = torch.zeros(()), 0.0
+        for data, each in rows:
+            ids = torch.tensor([[256, *data]])
+            log_p = model(ids).logits[0].log_softmax(-1)
+            for t, w in enumerate(each):
+                total = total - w * log_p[t, data[t]]
+                weight += w
+        optimizer.zero_grad()
+        (total / weight).backward()
+        clipped += int(torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0) > 2.0)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * schedule(step, 5, 3, 0.3)
+        optimizer.step()
+    assert 0 < clipped < 5  # or the size of the gradients would not matter to Adam
+    for name, value in weights(trained).items():
+        torch.testing.assert_close(value, weights(model)[name], rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_training_lowers_the_loss(tmp_path: Path) -> None:
+    ids, weight = pack_rows([Source().row(np.random.default_rng(i), 24) for i in range(20)], ByteTokenizer())
+    losses = []
+    for steps in (1, 40):
+        model = pretrain(
+            CONFIG, Source(), replace(SETTINGS, steps=steps, warmup=1), tmp_path / str(steps), progress=False
+        )
+        with torch.no_grad():
+            losses.append(float(next_token_loss(model(ids).logits, ids, weight) / weight.sum()))
+    assert losses[0] > 3.5  # about uniform
+    assert losses[1] < np.log(26) - 0.1  # less than the letters' own entropy: context is used
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    from bayes_dispatch.experts.domains.base import BaseCorpus
+
+    corpus = BaseCorpus(code=0.0, prose=0.0)  # importable by the processes
+    settings = replace(SETTINGS, steps=6, batch_size=4)
+    one = pretrain(CONFIG, corpus, settings, tmp_path / "one", processes=1, progress=False)
+    two = pretrain(CONFIG, corpus, settings, tmp_path / "two", processes=2, progress=False)
+    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_other_settings_need_another_directory(tmp_path: Path) -> None:
+    pretrain(CONFIG, Source(), SETTINGS, tmp_path, progress=False)
+    other = LanguageModelConfig(backbone=MambaFormerConfig(d_model=32, n_pairs=1), vocab_size=258)
+    for config, settings in ((CONFIG, replace(SETTINGS, steps=10)), (other, SETTINGS)):
+        with pytest.raises(ConfigError, match=r"expected a checkpoint of these settings .* use a new directory"):
+            pretrain(config, Source(), settings, tmp_path, progress=False)
+
+
+def test_a_damaged_checkpoint(tmp_path: Path) -> None:
+    pretrain(CONFIG, Source(), SETTINGS, tmp_path, progress=False)
+    file = tmp_path / "pretraining.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(BundleError, match="expected a whole safetensors file"):
+        pretrain(CONFIG, Source(), SETTINGS, tmp_path, progress=False)
+    (tmp_path / "pretraining.json").unlink()
+    with pytest.raises(BundleError, match=r"expected a readable file .*pretraining.json"):
+        pretrain(CONFIG, Source(), SETTINGS, tmp_path, progress=False)
+
+
+def test_a_batch_is_shared_evenly(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a batch_size that 3 processes can share, got 4"):
+        pretrain(CONFIG, Source(), SETTINGS, tmp_path, processes=3)
+
+
+def test_the_schedule_rises_stays_and_falls() -> None:
+    factors = [schedule(step, 200, 20, 0.3) for step in range(200)]
+    np.testing.assert_allclose(factors[:20], np.arange(1, 21) / 20)
+    np.testing.assert_allclose(factors[20:61], 1)
+    assert all(a > b for a, b in pairwise(factors[60:]))
+    np.testing.assert_allclose(factors[130], 0.5)  # half-way through the cosine
+    assert 0 < factors[-1] < 1e-3
+
+
+def test_packing_keeps_bytes_and_weights_together() -> None:
+    ids, weight = pack_rows([(b"abc", [1.0, 0.5, 1.0]), (b"z", [0.25])], ByteTokenizer())
+    assert ids.tolist() == [[256, 97, 98, 99], [256, 122, 257, 257]]
+    assert weight.tolist() == [[1.0, 0.5, 1.0], [0.25, 0.0, 0.0]]
+    logits = torch.randn(2, 4, 258, generator=torch.Generator().manual_seed(0))
+    log_p = logits.log_softmax(-1)
+    expected = -(log_p[0, 0, 97] + 0.5 * log_p[0, 1, 98] + log_p[0, 2, 99] + 0.25 * log_p[1, 0, 122])
+    torch.testing.assert_close(next_token_loss(logits, ids, weight), expected)

@@ -1,0 +1,120 @@
+"""The SVD linear map: without scales the stored matrix, with scales U diag(s z) Vᵀ, however it is computed."""
+
+import copy
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bayes_dispatch.errors import TensorError
+from bayes_dispatch.model.svd_linear import SVDLinear
+
+
+def linear_of(in_features: int, out_features: int, seed: int = 0) -> SVDLinear:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return SVDLinear(in_features, out_features).double()
+
+
+def normal(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def dense(linear: SVDLinear, z: Tensor) -> Tensor:
+    """W(z) by numpy's decomposition."""
+    U, s, Vt = np.linalg.svd(linear.weight.detach().numpy(), full_matrices=False)
+    return torch.from_numpy(U @ np.diag(s * z.detach().numpy()) @ Vt)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(1, 40), st.integers(0, 2**31))
+def test_scaled_map_is_the_dense_product(n_in: int, n_out: int, batch: int, length: int, seed: int) -> None:
+    linear, x = linear_of(n_in, n_out, seed), normal(batch, length, n_in, seed=seed + 1)
+    z = 1 + normal(linear.rank, seed=seed + 2)
+    rows = 1 + normal(batch, linear.rank, seed=seed + 3)
+    torch.testing.assert_close(linear(x, z), F.linear(x, dense(linear, z)), rtol=1e-10, atol=1e-10)
+    each = torch.stack([F.linear(x[b], dense(linear, rows[b])) for b in range(batch)])
+    torch.testing.assert_close(linear(x, rows), each, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(linear(x, z.expand(batch, -1)), linear(x, z), rtol=1e-10, atol=1e-10)
+
+
+def test_without_scales_it_is_the_stored_matrix_itself() -> None:
+    linear, x = linear_of(9, 7), normal(2, 5, 9)
+    assert torch.equal(linear(x), F.linear(x, linear.weight))
+    torch.testing.assert_close(linear(x, torch.ones(7, dtype=torch.float64)), linear(x), rtol=1e-12, atol=1e-12)
+
+
+def test_folded_is_factored_in_value_and_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, x = linear_of(9, 7), normal(2, 5, 9)
+    results = []
+    for folded in (True, False):
+        monkeypatch.setattr(SVDLinear, "_folding_pays", lambda *_, folded=folded: folded)
+        z = (1 + normal(7)).requires_grad_()
+        y = linear(x, z)
+        results.append((y, *torch.autograd.grad((y * normal(2, 5, 7, seed=9)).sum(), [z])))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_folding_is_chosen_by_the_number_of_multiplications() -> None:
+    """A square matrix folds from n tokens on: n² (n + t) multiplications against 2 n² t."""
+    linear = linear_of(16, 16)
+    assert [linear._folding_pays(tokens) for tokens in (1, 16, 17, 1000)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("shape", [(6,), (8,), (2, 6), (3, 7), (1, 7), (2, 5, 7), (2, 1)])
+def test_scales_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(TensorError, match=r"expected scales of shape \(7,\) or \(2, 7\), got"):
+        linear_of(9, 7)(normal(2, 5, 9), torch.ones(shape, dtype=torch.float64))
+
+
+def changed_in_place(linear: SVDLinear) -> SVDLinear:
+    with torch.no_grad():
+        linear.weight.add_(1.0)
+    return linear
+
+
+def loaded(linear: SVDLinear) -> SVDLinear:
+    linear.load_state_dict({"weight": linear.weight.detach() + 1})
+    return linear
+
+
+def trained(linear: SVDLinear) -> SVDLinear:
+    optimizer = torch.optim.AdamW(linear.parameters(), lr=0.1)
+    linear(normal(1, 2, 9)).square().sum().backward()
+    optimizer.step()
+    return linear
+
+
+def copied(linear: SVDLinear) -> SVDLinear:
+    return changed_in_place(copy.deepcopy(linear))
+
+
+@pytest.mark.parametrize("change", [changed_in_place, loaded, trained, copied])
+def test_factors_follow_the_weight(change: Callable[[SVDLinear], SVDLinear]) -> None:
+    linear, x, z = linear_of(9, 7), normal(2, 5, 9), 1 + normal(7)
+    before = linear(x, z)
+    linear = change(linear)
+    after = linear(x, z)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, F.linear(x, dense(linear, z)), rtol=1e-10, atol=1e-10)
+
+
+def test_factors_follow_the_dtype() -> None:
+    linear, x, z = linear_of(9, 7).float(), normal(2, 5, 9), 1 + normal(7)
+    single = linear(x.float(), z.float())
+    linear.double()
+    double = linear(x, z)
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(double, F.linear(x, dense(linear, z)), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-4)
+
+
+def test_factors_are_kept_while_the_weight_stays() -> None:
+    linear = linear_of(9, 7)
+    assert linear.factors()[0] is linear.factors()[0]
