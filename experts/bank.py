@@ -4,7 +4,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import safetensors
-import safetensors.torch
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
@@ -14,7 +13,7 @@ from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError, 
 from bayes_dispatch.experts.vectors import BASE, ExpertVector
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.backbone import Backbone
-from bayes_dispatch.model.files import read_json, read_tensors, write_directory, write_json
+from bayes_dispatch.model.files import read_json, read_tensors, write_directory, write_json, write_tensors
 
 __all__ = ["ExpertBank"]
 
@@ -51,7 +50,7 @@ class ExpertBank(Mapping[str, ExpertVector]):
         self.base = first.base
         self.names = tuple(self._experts)
         self.components = (*self.names, BASE)
-        self._sizes = {name: scales.shape[0] for name, scales in first.scales.items()}
+        self._sizes = {name: scales.shape[0] for name, scales in sorted(first.scales.items())}  # files keep no order
         flat = [torch.cat([expert.scales[name] for name in self._sizes]) for expert in experts]
         self._deviations = torch.stack([*flat, torch.ones_like(flat[0])]) - 1  # (K + 1, scales); base deviates nowhere
 
@@ -79,7 +78,7 @@ class ExpertBank(Mapping[str, ExpertVector]):
         Raises:
             TensorError: another number of components, or weights that are not finite.
         """
-        if weights.shape[-1] != len(self.components) or weights.ndim > 2:
+        if weights.ndim not in (1, 2) or weights.shape[-1] != len(self.components):
             expected = f"({len(self.components)},) or (B, {len(self.components)})"
             raise TensorError(f"expected weights of shape {expected}, got {tuple(weights.shape)}")
         scales = 1 + weights @ self._deviations.to(weights)
@@ -98,9 +97,7 @@ class ExpertBank(Mapping[str, ExpertVector]):
             for expert in self._experts.values():
                 tensors = {name: scales.contiguous() for name, scales in expert.scales.items()}
                 reserved = {"name": expert.name, "base": expert.base}
-                safetensors.torch.save_file(
-                    tensors, target / f"{expert.name}.safetensors", metadata={**expert.metadata, **reserved}
-                )
+                write_tensors(target / f"{expert.name}.safetensors", tensors, {**expert.metadata, **reserved})
             write_json(target / "bank.json", {"base": self.base, "experts": list(self.names)})
 
     @classmethod
@@ -113,18 +110,27 @@ class ExpertBank(Mapping[str, ExpertVector]):
         """
         directory = Path(directory)
         index = read_json(directory / "bank.json")
-        if not isinstance(index, dict) or not isinstance(index.get("experts"), list):
-            raise BundleError(f"expected a list of experts in {directory / 'bank.json'}, got {index!r:.80}")
-        return cls([_load_expert(directory / f"{name}.safetensors") for name in index["experts"]])
+        if not isinstance(index, dict) or not isinstance(index.get("experts"), list) or "base" not in index:
+            raise BundleError(
+                f"expected a base model and a list of experts in {directory / 'bank.json'}, got {index!r:.80}"
+            )
+        try:
+            bank = cls([_load_expert(directory, str(name)) for name in index["experts"]])
+        except (ConfigError, TensorError) as error:
+            raise BundleError(f"{directory}: {error}") from None
+        if bank.base != index["base"]:
+            raise ForeignExpertError(f"expected experts made for base model {index['base']}, got ones for {bank.base}")
+        return bank
 
 
-def _load_expert(path: Path) -> ExpertVector:
+def _load_expert(directory: Path, name: str) -> ExpertVector:
+    path = directory / f"{name}.safetensors"
     scales = read_tensors(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
     except SafetensorError as error:
         raise BundleError(f"expected a whole safetensors file {path}, got: {error}") from None
-    if not {"name", "base"} <= metadata.keys() or metadata["name"] != path.stem:
-        raise BundleError(f"expected the expert {path.stem!r} and its base model in {path}, got {metadata!r:.80}")
+    if not {"name", "base"} <= metadata.keys() or metadata["name"] != name:
+        raise BundleError(f"expected the expert {name!r} and its base model in {path}, got {metadata!r:.80}")
     return ExpertVector(metadata.pop("name"), scales, metadata.pop("base"), metadata)

@@ -55,7 +55,8 @@ class Document:
         return weights
 
     def cut(self, length: int) -> "Document":
-        """The first ``length`` bytes, with the ranges that remain."""
-        ranges = tuple((start, min(stop, length)) for start, stop in self.ranges if start < length)
+        """The whole characters of the first ``length`` bytes, with the ranges that remain."""
         text = self.data[:length].decode("utf-8", errors="ignore")
+        length = min(length, len(text.encode()))  # a character that the cut divides is left out
+        ranges = tuple((start, min(stop, length)) for start, stop in self.ranges if start < length)
         return Document(text, min(self.prompt_bytes, length), ranges)

@@ -38,6 +38,8 @@ class ExpertVector:
             raise ConfigError(
                 f"expected an expert name of letters, digits, '_' and '-' other than 'base', got {self.name!r}"
             )
+        if not self.scales:
+            raise TensorError(f"expected scales of at least one matrix of expert {self.name}, got none")
         for name, scales in self.scales.items():
             if scales.ndim != 1 or not scales.is_floating_point() or not bool(scales.isfinite().all()):
                 raise TensorError(

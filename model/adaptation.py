@@ -32,9 +32,10 @@ class Adaptation:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", MappingProxyType(dict(self.scales)))
         kinds = {tuple(scales.shape[:-1]) for scales in self.scales.values()}
-        if len(kinds) > 1 or any(len(kind) > 1 for kind in kinds):
+        if len(kinds) > 1 or any(not 1 <= scales.ndim <= 2 for scales in self.scales.values()):
             raise TensorError(
-                f"expected scales of shape (rank,) or all of shape (B, rank), got leading shapes {sorted(kinds)}"
+                "expected scales of shape (rank,) or all of shape (B, rank), got shapes "
+                f"{sorted({tuple(scales.shape) for scales in self.scales.values()})}"
             )
         for name, scales in self.scales.items():
             if not scales.isfinite().all():

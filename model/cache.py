@@ -64,7 +64,7 @@ class Cache:
             raise CacheFullError(f"expected at most {self.capacity} tokens in this cache, got {need}")
 
     def check_model(self, model: str) -> None:
-        """Raise ``StaleCacheError`` unless the cache was made by the model of this weight fingerprint."""
+        """Raise ``StaleCacheError`` unless the cache was made by this model: its weights' fingerprint and dtype."""
         if model != self._model:
             raise StaleCacheError(f"expected a cache of model {model}, got one of model {self._model}")
 

@@ -86,6 +86,8 @@ class LanguageModelConfig:
 
     def __post_init__(self) -> None:
         _expect_integer("vocab_size", self.vocab_size, at_least=2)
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(f"expected tie_embeddings to be true or false, got {self.tie_embeddings!r}")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -99,7 +101,7 @@ class LanguageModelConfig:
         """
         data = _expect_names(cls, data)
         backbone = MambaFormerConfig(**_expect_names(MambaFormerConfig, data["backbone"]))
-        return cls(backbone=backbone, vocab_size=data["vocab_size"], tie_embeddings=bool(data["tie_embeddings"]))
+        return cls(backbone=backbone, vocab_size=data["vocab_size"], tie_embeddings=data["tie_embeddings"])
 
 
 def _expect_integer(name: str, value: object, at_least: int) -> None:

@@ -16,12 +16,19 @@ from torch import Tensor
 
 from bayes_dispatch.errors import BundleError
 
-__all__ = ["read_json", "read_tensors", "write_bytes", "write_directory", "write_json"]
+__all__ = ["read_json", "read_tensors", "write_bytes", "write_directory", "write_json", "write_tensors"]
 
 
 @contextmanager
 def write_directory(path: Path) -> Iterator[Path]:
-    """A new directory to fill, which takes the place of ``path`` once the block ends without an error."""
+    """A new directory to fill, which takes the place of ``path`` once the block ends without an error.
+
+    Raises:
+        BundleError: ``path`` is a file.
+    """
+    path = path.resolve()  # a link to a directory stays a link
+    if path.exists() and not path.is_dir():
+        raise BundleError(f"expected a directory at {path}, got a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     temporary.chmod(0o755)
@@ -30,7 +37,11 @@ def write_directory(path: Path) -> Iterator[Path]:
         if path.is_dir():
             old = temporary.with_name(temporary.name + "-old")
             path.rename(old)
-            temporary.rename(path)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
             shutil.rmtree(old)
         else:
             temporary.rename(path)
@@ -54,6 +65,15 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """``write_bytes`` for safetensors: the same file for the same content, where its own writer shuffles metadata."""
+    data = safetensors.torch.save(dict(tensors), dict(metadata))
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    write_bytes(path, len(header).to_bytes(8, "little") + header + data[8 + size :])
+
+
 def write_json(path: Path, data: Any) -> None:
     """``write_bytes`` for JSON."""
     write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
@@ -69,7 +89,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise BundleError(f"expected a readable file {path}, got: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"expected JSON in {path}, got: {error}") from None
 
 

@@ -117,9 +117,10 @@ class MambaFormerForCausalLM(nn.Module):
         for name, z in adaptation.scales.items():
             _, block, _, matrix = name.split(".")
             scales[int(block)][matrix] = z
-        for index in range(start, stop):
-            if cache is not None:
+        if cache is not None:  # before any block changes its state
+            for index in range(start, stop):
                 cache.check_block(index, adaptation.digest(f"blocks.{index}."))
+        for index in range(start, stop):
             x = self.blocks[index](x, span, scales[index], cache, index)
         return x
 
@@ -141,7 +142,7 @@ class MambaFormerForCausalLM(nn.Module):
         if batch_size < 1 or max_length < 1:
             raise ConfigError(f"expected a batch and a length of at least 1, got {batch_size} and {max_length}")
         states = [cast(Block, block).mixer.init_state(batch_size, max_length) for block in self.blocks]
-        return Cache(states, batch_size, max_length, self.fingerprint())
+        return Cache(states, batch_size, max_length, self._maker())
 
     def adaptable(self) -> dict[str, int]:
         """Name and rank of each matrix that can be adapted: in, out, qkv and o of every block."""
@@ -195,6 +196,7 @@ class MambaFormerForCausalLM(nn.Module):
         if max_new_tokens < 1:
             raise ConfigError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
         self._check_ids(input_ids)
+        input_ids = input_ids.long()
         tokens, shift = _padding(attention_mask, input_ids, at_least=1)
         ids = input_ids if shift is None else input_ids.gather(1, shift)  # right-padded from here on
         batch, length = ids.shape
@@ -266,14 +268,20 @@ class MambaFormerForCausalLM(nn.Module):
                 raise TensorError(f"expected scales of an adaptable matrix ({next(iter(ranks))}, …), got {name!r}")
             if scales.shape[-1] != ranks[name]:
                 raise TensorError(f"expected {ranks[name]} scales for {name}, got {scales.shape[-1]}")
+            if scales.dtype != self.dtype:
+                raise TensorError(f"expected scales of {self.dtype} for {name}, got {scales.dtype}")
         if adaptation.rows not in (None, batch):
             raise TensorError(f"expected scales for {batch} rows, got {adaptation.rows}")
+
+    def _maker(self) -> str:
+        """What a cache remembers of the model that made it."""
+        return f"{self.fingerprint()} in {self.dtype}"
 
     def _span(self, tokens: Tensor | None, input_ids: Tensor, cache: Cache | None) -> Span:
         batch, length = input_ids.shape
         if cache is None:
             return Span(tokens, torch.zeros(batch, dtype=torch.long), aligned=tokens is None)
-        cache.check_model(self.fingerprint())
+        cache.check_model(self._maker())
         cache.check_room(batch, torch.tensor(length) if tokens is None else tokens)
         aligned = tokens is None and bool((cache.lengths == cache.lengths[0]).all())
         return Span(tokens, cache.lengths, aligned)

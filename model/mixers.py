@@ -172,7 +172,7 @@ class SelfAttention(nn.Module):
             places = span.before[rows] + times
             state.keys[rows, :, places] = k[rows, :, times]
             state.values[rows, :, places] = v[rows, :, times]
-            end = int(places.max()) + 1
+            end = max(1, int((span.before + real.sum(1)).max()))  # a row without new tokens sees its old ones
         return state.keys[:, :, :end], state.values[:, :, :end]
 
     def _visible(self, queries: int, keys: int, before: Tensor) -> Tensor | None:

@@ -103,7 +103,8 @@ def pretrain(
         progress: show a progress bar.
 
     Raises:
-        ConfigError: the batch cannot be shared evenly. BundleError: the checkpoint is damaged or of other settings.
+        ConfigError: the batch cannot be shared evenly, or the checkpoint is of other settings.
+        BundleError: the checkpoint is damaged.
     """
     if settings.batch_size % processes:
         raise ConfigError(f"expected a batch_size that {processes} processes can share, got {settings.batch_size}")

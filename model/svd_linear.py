@@ -41,7 +41,7 @@ class SVDLinear(nn.Module):
         """
         if scales is None:
             return F.linear(x, self.weight)
-        if scales.shape[-1] != self.rank or (scales.ndim == 2 and scales.shape[0] != x.shape[0]):
+        if scales.shape not in ((self.rank,), (x.shape[0], self.rank)):
             expected = f"({self.rank},) or ({x.shape[0]}, {self.rank})"
             raise TensorError(f"expected scales of shape {expected}, got {tuple(scales.shape)}")
         U, s, Vt = self.factors()
