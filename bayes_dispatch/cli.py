@@ -1,0 +1,340 @@
+"""The command line. Heavy imports wait inside the commands, so that ``--help`` is quick.
+
+Whatever a user does wrong ends in one line on stderr, ``bayes-dispatch: error: expected …, got …``, and exit code 2.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from bayes_dispatch.errors import BayesDispatchError, BundleError, ConfigError, PromptError, UnknownNameError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bayes_dispatch.inference.generator import Generation
+
+__all__ = ["app", "main"]
+
+WIDTH = 130  # of output that goes to no terminal
+
+app = typer.Typer(
+    help="A language model that adapts itself to each prompt, and knows how sure it is about it.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+BundleOption = Annotated[Path | None, typer.Option("--bundle", help="A bundle's directory; default: the shipped one.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, on stdout.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 when all went well, 2 on bad input, 130 when interrupted."""
+    sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _run(arguments: list[str]) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no error
+    try:
+        code = app(arguments or ["--help"], prog_name="bayes-dispatch", standalone_mode=False) or 0
+        sys.stdout.flush()
+        return int(code)
+    except BayesDispatchError as error:
+        return _fail(str(error))
+    except typer.TyperException as error:
+        return _fail(f"expected arguments as `bayes-dispatch --help` tells, got: {error.format_message()}")
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f" at {error.filename}" if error.filename else ""
+        return _fail(f"expected readable and writable files, got: {error.strerror or error}{where}")
+
+
+def _fail(message: str) -> int:
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print(f"bayes-dispatch: error: {line}", file=sys.stderr)
+    return 2
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from bayes_dispatch import __version__
+
+        print(f"bayes-dispatch {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    bundle: BundleOption = None,
+    out: Annotated[Path, typer.Option(help="Directory for the posterior, the pictures and the report.")] = Path(
+        "demo-output"
+    ),
+    seed: SeedOption = 0,
+) -> None:
+    """First pass, dispatch and generation under every blend, for sixteen fixed prompts."""
+    _check_output(out)
+    from bayes_dispatch.bundle import load_bundle
+    from bayes_dispatch.demo import run_demo
+
+    _use_one_thread()
+    begun, console = time.perf_counter(), _console()
+    files = run_demo(load_bundle(bundle), out, seed, console)
+    console.print(f"Done in {time.perf_counter() - begun:.0f} s:", *files, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Directory of the new bundle.")] = Path("runs/bundle"),
+    work: Annotated[Path | None, typer.Option(help="Directory of the stages' results; default: OUT.work.")] = None,
+    seed: SeedOption = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that work at once.")] = 2,
+    plan: Annotated[str, typer.Option(help="full, or smoke: seconds, for a look at the stages only.")] = "full",
+    as_json: JsonOption = False,
+) -> None:
+    """Train base model, experts and dispatcher, judge them, and write a bundle. A stopped run goes on where it was."""
+    _check_output(out)
+    if out.is_dir() and any(out.iterdir()) and not (out / "bundle.json").is_file():
+        raise BundleError(
+            f"expected a new directory or an earlier bundle to replace, got {out}, which holds other files"
+        )
+    if work is not None:
+        _check_output(work)
+    from bayes_dispatch.train import PLANS, train_bundle
+
+    if plan not in PLANS:
+        raise UnknownNameError(f"expected a plan of {', '.join(PLANS)}, got {plan!r}")
+
+    def announce(stage: str) -> None:
+        print(f"{stage} …", file=sys.stderr)
+
+    begun = time.perf_counter()
+    report = train_bundle(PLANS[plan].with_seed(seed), out, work, processes, announce=announce).report
+    _print_report(report, as_json)
+    print(f"{out}: trained in {(time.perf_counter() - begun) / 60:.1f} minutes", file=sys.stderr)
+
+
+@app.command()
+def report(
+    bundle: BundleOption = None,
+    as_json: JsonOption = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+) -> None:
+    """What was measured when a bundle was trained: experts, dispatch, calibration and blends."""
+    from bayes_dispatch.bundle import load_bundle
+    from bayes_dispatch.tables import report_markdown
+
+    measured = load_bundle(bundle).report
+    if markdown and not as_json:
+        return print(report_markdown(measured))
+    _print_report(measured, as_json)
+
+
+@app.command()
+def experts(bundle: BundleOption = None, as_json: JsonOption = False) -> None:
+    """The experts of a bundle, and what is known about them."""
+    from bayes_dispatch.bundle import load_bundle
+    from bayes_dispatch.tables import Table
+
+    bank = load_bundle(bundle).experts
+    found = [
+        {
+            "name": name,
+            "matrices": len(bank[name].scales),
+            "scales": sum(len(scales) for scales in bank[name].scales.values()),
+            **dict(sorted(bank[name].metadata.items())),
+        }
+        for name in bank.names
+    ]
+    if as_json:
+        return _print_json({"base": bank.base, "experts": found})
+    columns = list(dict.fromkeys(key for expert in found for key in expert))
+    rows = [[str(expert.get(key, "")) for key in columns] for expert in found]
+    _console().print(Table(f"Experts of base model {bank.base}", columns, rows).to_rich())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; give it again for more.")] = None,
+    prompt_file: Annotated[
+        list[Path] | None, typer.Option(help="A file whose bytes, all of them, are a prompt; `-` is stdin.")
+    ] = None,
+    escapes: Annotated[bool, typer.Option("--escapes", help=r"Read \n in --prompt as a newline, and \\ as \.")] = False,
+    blending_mode: Annotated[
+        str, typer.Option(help="weighted_average, top_k, max, thompson or predictive.")
+    ] = "weighted_average",
+    top_k: Annotated[int, typer.Option(min=1, help="Components that top_k keeps.")] = 2,
+    draws: Annotated[int, typer.Option(min=1, help="Particles of predictive.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Bytes to generate.")] = 32,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw from the predictive distribution; default: greedy.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="Of --sample.")] = 1.0,
+    seed: SeedOption = 0,
+    show_experts: Annotated[bool, typer.Option("--show-experts", help="Show the weight of every expert.")] = False,
+    as_json: JsonOption = False,
+    bundle: BundleOption = None,
+) -> None:
+    """Continue prompts under Bayesian blends of the experts."""
+    prompts = [*(_typed(text, escapes) for text in prompt or ()), *(_read(path) for path in prompt_file or ())]
+    if not prompts:
+        raise PromptError("expected at least one --prompt or --prompt-file, got none")
+    from bayes_dispatch.inference.blends import blend_by_name
+    from bayes_dispatch.inference.prompts import check_prompts
+
+    blend = blend_by_name(blending_mode, top_k=top_k, draws=draws)
+    checked = check_prompts(prompts)
+    from bayes_dispatch.bundle import load_bundle
+    from bayes_dispatch.inference.generator import TwoPassGenerator
+
+    _use_one_thread()
+    generation = TwoPassGenerator(load_bundle(bundle)).generate(
+        checked,
+        blend=blend,
+        max_new_tokens=max_new_tokens,
+        do_sample=sample,
+        temperature=temperature,
+        seed=seed,
+        progress=sys.stderr.isatty(),
+    )
+    if as_json:
+        settings = {"seed": seed, "max_new_tokens": max_new_tokens, "sample": sample, "temperature": temperature}
+        return _print_json(_as_json(generation) | settings)
+    _print_generation(generation, show_experts)
+
+
+@app.command()
+def fit(
+    evidence: Annotated[Path, typer.Option(help="An .npz file of hidden, counts, lengths, labels and mixtures.")],
+    expert_names: Annotated[
+        str, typer.Option("--experts", help="Names, with commas; labels are their numbers from 0.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the fitted dispatcher.")],
+    seed: SeedOption = 0,
+) -> None:
+    """Fit a dispatcher to evidence of your own."""
+    _check_output(out)
+    from bayes_dispatch.dispatcher import Dispatcher
+    from bayes_dispatch.evidence_file import read_evidence
+
+    known = read_evidence(evidence)
+    dispatcher = Dispatcher([name.strip() for name in expert_names.split(",")], seed)
+    dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=sys.stderr.isatty()).save(out)
+    print(f"{out}: a dispatcher over {', '.join(dispatcher.experts)}, fitted on {len(known.evidence)} prompts")
+
+
+def _typed(text: str, escapes: bool) -> bytes:
+    """The bytes that were typed, UTF-8 or not."""
+    if escapes:
+        text = "\\".join(part.replace("\\n", "\n") for part in text.split("\\\\"))
+    return os.fsencode(text)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
+    except OSError as error:
+        raise PromptError(f"expected a readable prompt file {path}, got: {error.strerror or error}") from None
+
+
+def _check_output(path: Path) -> None:
+    """Refuse, before any work, a directory that could not be written later."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"expected a directory for the output, got the file {path}")
+    parent = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise ConfigError(f"expected a writable place for {path}, got {parent}: {error.strerror}") from None
+
+
+def _use_one_thread() -> None:
+    """So small a model gains nothing from more, loses much where cores are busy, and rounds by their number."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
+
+
+def _print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def _print_report(report: Any, as_json: bool) -> None:
+    from bayes_dispatch.tables import report_tables
+
+    tables, console = report_tables(report), _console()
+    if as_json:
+        return _print_json(dict(report))
+    for table in tables:
+        console.print(table.to_rich())
+
+
+def _as_json(generation: "Generation") -> dict[str, Any]:
+    """The fields of a ``Generation`` under their names; lists have an entry for each prompt."""
+    posterior = generation.posterior
+    return {
+        "prompts": [prompt.decode() for prompt in generation.prompts],
+        "texts": list(generation.texts),
+        "blend": generation.blend,
+        "experts": list(posterior.experts),
+        "weights": generation.weights.tolist(),
+        "posterior": {
+            "mean": posterior.mean.tolist(),
+            "interval_90": posterior.interval(0.9).transpose(1, 2, 0).tolist(),
+            "probability_best": posterior.probability_best.tolist(),
+            "entropy": posterior.entropy.tolist(),
+        },
+        "token_ids": generation.token_ids.tolist(),
+        "log_probabilities": generation.log_probabilities.tolist(),
+        "predictive_entropy": generation.predictive_entropy.tolist(),
+        "mutual_information": generation.mutual_information.tolist(),
+    }
+
+
+def _print_generation(generation: "Generation", show_experts: bool) -> None:
+    from rich.text import Text
+
+    from bayes_dispatch.tables import visible, weights_table
+
+    console = _console()
+    for n, (prompt, text) in enumerate(zip(generation.prompts, generation.texts, strict=True)):
+        lines = [(prompt.decode(), "dim"), (text, "bold")]
+        shown = [("\n".join(visible(line.expandtabs(4)) for line in part.split("\n")), style) for part, style in lines]
+        console.print(Text.assemble(*shown), soft_wrap=True)
+        if show_experts:
+            values = (
+                -generation.log_probabilities[n],
+                generation.predictive_entropy[n],
+                generation.mutual_information[n],
+            )
+            nll, entropy, information = (value.mean() for value in values)
+            note = (
+                f"Blend weight: under {generation.blend}, once the prompt was read. New bytes, in nats: NLL {nll:.3f}, "
+                f"entropy {entropy:.3f}, mutual information {information:.4f}."
+            )
+            console.print(
+                weights_table(generation.posterior.select([n]), generation.weights[n].tolist(), note).to_rich()
+            )

@@ -1,0 +1,44 @@
+"""Evidence from a NumPy ``.npz`` file, for ``bayes-dispatch fit``."""
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bayes_dispatch.errors import EvidenceError
+from bayes_dispatch.evidence import Evidence
+
+__all__ = ["EvidenceFile", "read_evidence"]
+
+ARRAYS = ("hidden", "counts", "lengths", "labels", "mixtures")
+
+
+class EvidenceFile(NamedTuple):
+    """Evidence of N prompts, with labels and mixtures as ``Dispatcher.fit`` takes them, where the file has them."""
+
+    evidence: Evidence
+    labels: np.ndarray | None
+    mixtures: np.ndarray | None
+
+
+def read_evidence(path: Path) -> EvidenceFile:
+    """Read the arrays ``hidden``, ``counts``, ``lengths``, ``labels`` and ``mixtures``; at least one of the first two.
+
+    Raises:
+        EvidenceError: no such file, no ``.npz`` file, pickled objects in it, arrays of other names, or bad evidence.
+    """
+    try:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except OSError as error:
+        raise EvidenceError(f"expected a readable .npz file {path}, got: {error.strerror or error}") from None
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError) as error:
+        raise EvidenceError(f"expected an .npz file of plain arrays at {path}, got: {error}") from None
+    if unknown := arrays.keys() - set(ARRAYS):
+        raise EvidenceError(
+            f"expected arrays of the names {', '.join(ARRAYS)} in {path}, got {', '.join(sorted(unknown))}"
+        )
+    views = {name: arrays[name] for name in ("hidden", "counts") if name in arrays}
+    return EvidenceFile(Evidence(views, arrays.get("lengths")), arrays.get("labels"), arrays.get("mixtures"))
