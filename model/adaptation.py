@@ -28,6 +28,7 @@ class Adaptation:
 
     scales: Mapping[str, Tensor]
     rows: int | None = field(init=False)
+    _digests: dict[str, str] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", MappingProxyType(dict(self.scales)))
@@ -57,6 +58,11 @@ class Adaptation:
 
     def digest(self, prefix: str) -> str:
         """A hash of the scales whose matrix names begin with ``prefix``; empty where there are none."""
+        if prefix not in self._digests:  # once: every cached step asks
+            self._digests[prefix] = self._compute_digest(prefix)
+        return self._digests[prefix]
+
+    def _compute_digest(self, prefix: str) -> str:
         names = sorted(name for name in self.scales if name.startswith(prefix))
         if not names:
             return ""

@@ -262,7 +262,7 @@ class MambaFormerForCausalLM(nn.Module):
             raise TensorError(f"expected input_ids in 0 … {self.config.vocab_size - 1}, got {low} … {high}")
 
     def _check_adaptation(self, adaptation: Adaptation, batch: int) -> None:
-        ranks = self.adaptable()
+        ranks = self.adaptable() if adaptation.scales else {}
         for name, scales in adaptation.scales.items():
             if name not in ranks:
                 raise TensorError(f"expected scales of an adaptable matrix ({next(iter(ranks))}, …), got {name!r}")

@@ -55,8 +55,9 @@ class SVDLinear(nn.Module):
         W = self.weight
         key = (W._version, W.data_ptr(), W.dtype, W.device)
         if self._factors is None or self._factors[0] != key:
-            U, s, Vt = torch.linalg.svd(W.detach().double(), full_matrices=False)
-            self._factors = (key, (U.to(W.dtype), s.to(W.dtype), Vt.to(W.dtype)))
+            with torch.inference_mode(False):  # they stay, and may be trained through later
+                U, s, Vt = torch.linalg.svd(W.detach().double(), full_matrices=False)
+                self._factors = (key, (U.to(W.dtype), s.to(W.dtype), Vt.to(W.dtype)))
         return self._factors[1]
 
     def _folding_pays(self, tokens: int) -> bool:

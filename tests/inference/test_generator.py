@@ -119,9 +119,26 @@ def test_the_number_of_rows_at_once_does_not_matter(
     bundle64: "Bundle", monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
     generator = TwoPassGenerator(bundle64)
-    together = generator.generate(PROMPTS, blend=PosteriorPredictive(6), max_new_tokens=3, seed=1)
+    given: dict[str, Any] = {"blend": PosteriorPredictive(6), "max_new_tokens": 4, "do_sample": True, "seed": 1}
+    together = generator.generate(PROMPTS, **given)
     monkeypatch.setattr(generator_module, "ROWS_AT_ONCE", rows)
-    assert_same(generator.generate(PROMPTS, blend=PosteriorPredictive(6), max_new_tokens=3, seed=1), together)
+    assert_same(generator.generate(PROMPTS, **given), together)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_only_bytes_are_generated(
+    bundle64: "Bundle", make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, do_sample: bool
+) -> None:
+    """Even if the model thinks that a special token comes next."""
+    model = make_model(dtype=bundle64.model.dtype)
+    head = model.logits
+    monkeypatch.setattr(model, "logits", lambda hidden: head(hidden) + 30.0 * (np_to_torch(np.arange(258)) > 255))
+    system = stub(bundle64, np.eye(4))
+    system.model = model
+    given: dict[str, Any] = {"blend": PosteriorPredictive(4), "max_new_tokens": 6, "do_sample": do_sample, "seed": 0}
+    result = TwoPassGenerator(system).generate(PROMPTS, **given)
+    assert result.token_ids.max() < 256
+    assert (result.log_probabilities < -10).all()  # the special tokens keep their share of the probability
 
 
 @every_blend

@@ -118,3 +118,12 @@ def test_factors_follow_the_dtype() -> None:
 def test_factors_are_kept_while_the_weight_stays() -> None:
     linear = linear_of(9, 7)
     assert linear.factors()[0] is linear.factors()[0]
+
+
+def test_factors_made_in_inference_mode_can_be_trained_through() -> None:
+    linear, z = linear_of(9, 7), torch.ones(7, dtype=torch.float64)
+    with torch.inference_mode():
+        linear(normal(2, 5, 9), z)
+    z.requires_grad_()
+    linear(normal(2, 5, 9), z).sum().backward()
+    assert z.grad is not None
