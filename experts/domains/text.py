@@ -103,13 +103,22 @@ def _code(split: Split) -> list[str]:
 
 
 @cache
-def _prose(split: Split) -> list[str]:
-    texts = {f"topic {name}": text for name, text in topics.topics.items() if text.isascii()}
+def _passages() -> dict[str, list[str]]:
+    """Help topics, and the longer docstrings of each source file."""
+    found = {f"topic {name}": [text] for name, text in topics.topics.items() if text.isascii()}
     for name, source in _sources().items():
-        tree = ast.parse(source)
-        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
-        texts[name] = "\n\n".join(doc for node in nodes if len(doc := ast.get_docstring(node) or "") > 200)
-    return _split(texts, split)
+        nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+        found[name] = [doc for node in nodes if len(doc := ast.get_docstring(node) or "") > 200]
+    return found
+
+
+@cache
+def _prose(split: Split) -> list[str]:
+    passages = _passages()
+    if split == "held_out":  # some topics have two names, some docstrings stand in two files
+        seen = {text for name, texts in passages.items() if not held_out(name) for text in texts}
+        passages = {name: [text for text in texts if text not in seen] for name, texts in passages.items()}
+    return _split({name: "\n\n".join(texts) for name, texts in passages.items()}, split)
 
 
 @cache
