@@ -28,7 +28,7 @@ class Coverage(NamedTuple):
 
     value: float
     standard_error: float
-    count: int
+    count: int  # type: ignore[assignment]  # shadows tuple.count, which nobody needs here
 
 
 def interval_coverage(

@@ -105,7 +105,7 @@ def train(
     work: Annotated[Path | None, typer.Option(help="Directory of the stages' results; default: OUT.work.")] = None,
     seed: SeedOption = 0,
     processes: Annotated[int, typer.Option(min=1, help="Processes that work at once.")] = 2,
-    plan: Annotated[str, typer.Option(help="full, or smoke: seconds, for a look at the stages only.")] = "full",
+    plan: Annotated[str, typer.Option(help="full, or smoke: minutes, all stages without any quality.")] = "full",
     as_json: JsonOption = False,
 ) -> None:
     """Train base model, experts and dispatcher, judge them, and write a bundle. A stopped run goes on where it was."""
@@ -124,6 +124,7 @@ def train(
     def announce(stage: str) -> None:
         print(f"{stage} …", file=sys.stderr)
 
+    _use_one_thread()
     begun = time.perf_counter()
     report = train_bundle(PLANS[plan].with_seed(seed), out, work, processes, announce=announce).report
     _print_report(report, as_json)
@@ -233,6 +234,7 @@ def fit(
     from bayes_dispatch.dispatcher import Dispatcher
     from bayes_dispatch.evidence_file import read_evidence
 
+    _use_one_thread()
     known = read_evidence(evidence)
     dispatcher = Dispatcher([name.strip() for name in expert_names.split(",")], seed)
     dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=sys.stderr.isatty()).save(out)
@@ -265,7 +267,7 @@ def _check_output(path: Path) -> None:
 
 
 def _use_one_thread() -> None:
-    """So small a model gains nothing from more, loses much where cores are busy, and rounds by their number."""
+    """More gain nothing with so small a model, cost much where cores are busy, and make rounding depend on them."""
     if "OMP_NUM_THREADS" not in os.environ:
         import torch
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -232,15 +233,17 @@ class Dispatcher:
         document, arrays = read_directory(Path(directory), KIND)
         if document.get("version") != VERSION:
             raise BundleError(f"expected a dispatcher of version {VERSION}, got version {document.get('version')}")
-        guide = {name: tuple(value) if isinstance(value, list) else value for name, value in document["guide"].items()}
-        features = document["features"] | {"penalties": tuple(document["features"]["penalties"])}
-        dispatcher = cls(
-            document["experts"],
-            document["random_state"],
-            SVISettings(**document["svi"]),
-            GuideSettings(**guide),
-            FeatureSettings(**features),
-        )
+        try:
+            dispatcher = cls(
+                document["experts"],
+                document["random_state"],
+                SVISettings(**document["svi"]),
+                GuideSettings(**_tuples(document["guide"])),
+                FeatureSettings(**_tuples(document["features"])),
+            )
+        except (AttributeError, KeyError, TypeError, ConfigError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            raise BundleError(f"expected the settings of a dispatcher in {directory}, got {reason}") from None
         dispatcher._state = FittedDispatcher.unpack(document, arrays, len(dispatcher.experts), dispatcher.guide)
         return dispatcher
 
@@ -288,9 +291,15 @@ def _as_evidence(X: Evidence | np.ndarray) -> Evidence:
     return X if isinstance(X, Evidence) else Evidence.from_array(X)
 
 
+def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no tuples, settings no lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
 def _generators(seed: int | Sequence[int], count: int) -> list[np.random.Generator]:
     """One generator for each prompt."""
-    keys = [(int(seed), row) for row in range(count)] if np.ndim(seed) == 0 else [(int(s),) for s in seed]
+    given: Any = seed  # NumPy's integers and arrays serve too
+    keys = [(int(given), row) for row in range(count)] if np.ndim(given) == 0 else [(int(s),) for s in given]
     if len(keys) != count:
         raise ConfigError(f"expected one seed, or one for each of {count} prompts, got {len(keys)}")
     if any(key[0] < 0 for key in keys):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -53,7 +54,7 @@ class Evidence:
             if lengths.ndim != 1:
                 raise EvidenceError(f"expected lengths of shape (prompt,), got shape {lengths.shape}")
             sizes[LENGTHS] = len(lengths)
-        missing = {name: np.asarray(mask) for name, mask in self.missing.items()}
+        missing = {name: np.array(mask) for name, mask in self.missing.items()}
         for name, mask in missing.items():
             if name not in sizes:
                 raise EvidenceError(f"expected missing masks for {sorted(sizes)}, got one for {name!r}")
@@ -115,8 +116,11 @@ class Evidence:
         Raises:
             EvidenceError: an index outside the prompts.
         """
+        wanted: Any = indices
+        if isinstance(indices, list | tuple):
+            wanted = np.asarray(indices) if indices else np.zeros(0, int)
         try:
-            rows = np.arange(len(self))[np.asarray(indices, int) if isinstance(indices, list | tuple) else indices]
+            rows = np.arange(len(self))[wanted]
         except IndexError as error:
             raise EvidenceError(f"expected indices of {len(self)} prompts, got {error}") from None
         rows = np.atleast_1d(rows)
@@ -127,7 +131,7 @@ class Evidence:
         )
 
     def is_missing(self, name: str) -> Shaped[np.ndarray, " prompt"]:
-        """``(N,)`` bool, True where a prompt lacks view ``name`` (or, for ``"lengths"``, where its length is unknown)."""
+        """``(N,)`` bool, True where a prompt lacks view ``name`` (for ``"lengths"``, where its length is unknown)."""
         present = self.lengths is not None if name == LENGTHS else name in self.views
         return self.missing.get(name, np.full(len(self), not present))
 

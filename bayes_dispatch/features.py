@@ -95,7 +95,7 @@ def fit_feature_map(
         return _principal(hidden, settings.dimensions)
     center, spread = hidden[known].mean(axis=0), hidden[known].std(axis=0) + 1e-8
     x, y = (hidden - center) / spread, seen[known]
-    penalty = RidgeCV(settings.penalties).fit(x[known], y).alpha_
+    penalty = RidgeCV(list(settings.penalties)).fit(x[known], y).alpha_
     coefficients = Ridge(penalty).fit(x[known], y).coef_.T  # (F, K')
     scores = x @ coefficients  # (N, K')
     rows = np.flatnonzero(known)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,12 @@ from bayes_dispatch.errors import BundleError, EvidenceError, TensorError
 from bayes_dispatch.evidence import Evidence
 from bayes_dispatch.features import FeatureMap
 from bayes_dispatch.fitting import GlobalsPosterior
-from bayes_dispatch.generative import CountsView, DispatchModel, HiddenView, Prompts
+from bayes_dispatch.generative import CountsView, DispatchModel, HiddenView, Prompts, View
 from bayes_dispatch.guides import DirichletMixtures, GuideSettings, MixtureGuide, encode, encoded_width
 
 __all__ = ["FittedDispatcher", "as_prompts"]
 
-VIEWS = {"hidden": HiddenView, "counts": CountsView}
+VIEWS: dict[str, Callable[[int], View]] = {"hidden": HiddenView, "counts": CountsView}
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class FittedDispatcher:
                     _under(arrays, "like.missing."),
                 ),
             )
-        except (KeyError, RuntimeError, TypeError) as error:
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise BundleError(f"expected the arrays of a dispatcher of {n_experts} experts, got {reason}") from None
 

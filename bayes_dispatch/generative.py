@@ -80,8 +80,13 @@ class Prompts:
 class View(Protocol):
     """One kind of evidence: its name, its globals, and its distribution given the weights."""
 
-    name: str
-    width: int
+    @property
+    def name(self) -> str:
+        """The key of its evidence and of its Pyro site."""
+
+    @property
+    def width(self) -> int:
+        """Numbers in each prompt's evidence."""
 
     def sample_experts(self) -> dict[str, Tensor]:
         """Draw the globals of each expert, inside the plate of experts: site → ``(K, ·)``."""
@@ -90,7 +95,7 @@ class View(Protocol):
         """Draw the globals that all experts share: site → scalar."""
 
     def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
-        """Values of the globals to start SVI from, given evidence ``(N, width)`` and each prompt's shares ``(N, K)``."""
+        """Values of the globals to start SVI from, given evidence ``(N, width)`` and the prompts' shares ``(N, K)``."""
 
     def likelihood(
         self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
@@ -205,7 +210,7 @@ class DispatchModel:
             ``(N, K+1)`` weights of the prompts in the plate.
         """
         with pyro.plate("prompts", len(prompts), subsample_size=self.batch_size) as rows:
-            batch = prompts if self.batch_size is None else prompts.select(rows)
+            batch = prompts if self.batch_size is None or rows is None else prompts.select(rows)
             tau = torch.ones(len(batch)) if temper is None else torch.as_tensor(temper).expand(len(batch))
             weights = self._sample_weights(sites, batch)
             if batch.labels is not None:
@@ -217,7 +222,7 @@ class DispatchModel:
         return weights
 
     def prior_concentration(self, sites: Mapping[str, Tensor]) -> Tensor:
-        """``(K+1,)`` or ``(N, K+1)`` concentration of the weights' Dirichlet prior; the floor keeps its share as K grows."""
+        """``(K+1,)`` or ``(N, K+1)`` concentration of the weights' prior; the floor keeps its share as K grows."""
         floored = 0.95 * sites["pi"] + 0.05 / (self.n_experts + 1)
         return sites["kappa"].unsqueeze(-1) * floored
 
@@ -234,7 +239,7 @@ class DispatchModel:
 
 
 def length_factor(lengths: Float[Tensor, " prompt"], lt: Tensor) -> Float[Tensor, " prompt"]:
-    """Noise variance of prompts of T tokens relative to 50 tokens, ``(1 + 20 lt/T) / (1 + .4 lt)``; 1 where T is 0, unknown."""
+    """Noise variance at T tokens relative to 50 tokens, ``(1 + 20 lt/T) / (1 + .4 lt)``; 1 where T is 0, unknown."""
     known = (1 + 20 * lt / lengths.clamp(min=1.0)) / (1 + 0.4 * lt)
     return torch.where(lengths > 0, known, torch.ones_like(known))
 
@@ -273,10 +278,10 @@ class _RaggedDirichletMultinomial(dist.DirichletMultinomial):
     def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         with torch.no_grad():
             probabilities = self._dirichlet.sample(torch.Size(sample_shape))
-            left, mass = self.total_count.expand(probabilities.shape[:-1]).round(), 1.0
+            left, mass = self.total_count.expand(probabilities.shape[:-1]).round(), torch.ones(())
             counts = []
             for p in probabilities.unbind(-1)[:-1]:
-                drawn = torch.binomial(left, (p / torch.as_tensor(mass).clamp(min=1e-9)).clamp(0.0, 1.0))
+                drawn = torch.binomial(left, (p / mass.clamp(min=1e-9)).clamp(0.0, 1.0))
                 counts.append(drawn)
                 left, mass = left - drawn, mass - p
             return torch.stack([*counts, left], dim=-1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pyro
@@ -85,7 +86,7 @@ class LocalDirichlet(PyroModule):
         if prompts.labels is not None:
             rows = prompts.labels >= 0
             start[rows, prompts.labels[rows]] += 4.0
-        self.concentration = PyroParam(start, constraints.greater_than(CONCENTRATION_FLOOR))
+        self.concentration = cast(Tensor, PyroParam(start, constraints.greater_than(CONCENTRATION_FLOOR)))
 
     def forward(self, prompts: Prompts) -> None:
         with pyro.plate("prompts", len(prompts), subsample_size=self.batch_size) as rows:
@@ -101,7 +102,7 @@ def encoded_width(widths: dict[str, int]) -> int:
 
 
 def encode(prompts: Prompts, temper: Float[Tensor, " prompt"]) -> Float[Tensor, "prompt inputs"]:
-    """The network's inputs ``(N, ·)``: each view and whether it is missing, log length and whether it is unknown, log τ."""
+    """The network's inputs ``(N, ·)``: each view and whether it is missing, log length and whether unknown, log τ."""
     columns = []
     for name, values in prompts.observed.items():
         absent = prompts.missing[name].to(values).unsqueeze(-1)
@@ -121,6 +122,9 @@ class MixtureGuide(nn.Module):
         n_weights: K+1.
         settings: sizes of the network.
     """
+
+    center: Tensor
+    spread: Tensor
 
     def __init__(self, n_inputs: int, n_weights: int, settings: GuideSettings) -> None:
         super().__init__()

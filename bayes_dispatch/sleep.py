@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,7 +128,7 @@ def simulate(
         tau = torch.exp(torch.empty(len(rows)).uniform_(*np.log(tempers)))
         blank = replace(prompts, known=known)
         with torch.no_grad():
-            nodes = poutine.trace(model.sample_prompts).get_trace(sites, blank, tau).nodes
+            nodes: Any = poutine.trace(model.sample_prompts).get_trace(sites, blank, tau).nodes
         observed = {view.name: nodes[view.name]["value"] for view in model.views}
         drawn = nodes["w"]["value"] if known is None else known
         pieces.append((replace(prompts, observed=observed), drawn, tau))
@@ -183,7 +184,7 @@ def train_guide(
 
 
 def choose_temper(guide: MixtureGuide, prompts: Prompts, weights: Tensor, tempers: tuple[float, ...]) -> float:
-    """The τ under which held-out documents of known mixture are likeliest: the largest mean ``log q(w | evidence, τ)``."""
+    """The τ under which held-out documents of known mixture are likeliest: largest mean ``log q(w | evidence, τ)``."""
     with torch.no_grad():
         scores = [
             float(guide(encode(prompts, torch.full((len(prompts),), tau))).log_prob(weights).mean()) for tau in tempers

@@ -19,7 +19,7 @@ from bayes_dispatch.bundle import Bundle, load_bundle
 from bayes_dispatch.dispatcher import Dispatcher
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
-from bayes_dispatch.experts.domains import EXPERT_DOMAINS, FOREIGN_TEXTS
+from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, FOREIGN_TEXTS
 from bayes_dispatch.experts.domains.base import BaseCorpus
 from bayes_dispatch.experts.training import ExpertSettings, train_expert
 from bayes_dispatch.fitting import SVISettings
@@ -32,7 +32,13 @@ from bayes_dispatch.inference.evaluation import (
     mixed_report,
     pure_report,
 )
-from bayes_dispatch.inference.evidence_sets import KnownEvidence, foreign_evidence, mixed_evidence, pure_evidence
+from bayes_dispatch.inference.evidence_sets import (
+    KnownEvidence,
+    base_evidence,
+    foreign_evidence,
+    mixed_evidence,
+    pure_evidence,
+)
 from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
 from bayes_dispatch.model.files import read_json, write_json
 from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
@@ -75,7 +81,7 @@ class TrainingPlan:
 
 
 PLANS = {
-    "full": TrainingPlan(pretraining=PretrainingSettings(steps=2000)),
+    "full": TrainingPlan(pretraining=PretrainingSettings(steps=1900)),
     "smoke": TrainingPlan(
         backbone=MambaFormerConfig.tiny(),
         pretraining=PretrainingSettings(steps=20, batch_size=4, length=64, checkpoint_every=10),
@@ -174,6 +180,7 @@ def _dispatcher_evidence(plan: TrainingPlan, model: MambaFormerForCausalLM, prog
         [
             pure_evidence(model, EXPERT_DOMAINS, plan.pure_prompts, lengths, "train", seed, progress),
             mixed_evidence(model, EXPERT_DOMAINS, plan.mixed_prompts, lengths, "train", seed, progress),
+            base_evidence(model, BASE_TEXTS, len(EXPERT_DOMAINS), plan.pure_prompts, lengths, "train", seed),
         ]
     )
 

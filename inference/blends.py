@@ -145,9 +145,9 @@ class FixedWeights:
 class PosteriorPredictive:
     """Many particles whose predictive distributions are mixed, filtered by every token (DESIGN §8).
 
-    With more than K + 1 rows to spend, the vertices (each expert, base) take K + 1 of them and posterior draws the
-    rest; with fewer, all are posterior draws. A vertex enters with its posterior probability of being the largest
-    component.
+    With more than K + 1 rows to spend, the vertices (each expert, base) take K + 1 of them, the posterior mean one, and
+    posterior draws the rest; with fewer, all are posterior draws. A vertex enters in proportion to its posterior mean
+    weight, the others enter equally.
 
     Attributes:
         draws: particles in all.
@@ -172,18 +172,20 @@ class PosteriorPredictive:
 
     def particles(self, posterior: DispatchPosterior) -> Particles:
         available, prompts, components = posterior.weights.shape
-        vertices = components if self.draws > components else 0
-        draws = self.draws - vertices
-        if draws > available:
-            raise ConfigError(f"expected a posterior of at least {draws} draws, got {available}")
-        drawn = posterior.weights[:draws].swapaxes(0, 1)  # (prompt, draw, K + 1)
-        vertex_mass = self.vertex_mass if vertices else 0.0
-        mass = np.full((prompts, draws), (1 - vertex_mass) / draws)
-        if vertices:
-            drawn = np.concatenate([np.tile(np.eye(components), (prompts, 1, 1)), drawn], axis=1)
-            best = posterior.probability_best
-            mass = np.concatenate([vertex_mass * best / best.sum(1, keepdims=True), mass], axis=1)
-        return Particles(drawn, mass, self.switching, self.flat)
+        fixed = components + 1 if self.draws > components else 0  # vertices and mean
+        if self.draws - fixed > available:
+            raise ConfigError(f"expected a posterior of at least {self.draws - fixed} draws, got {available}")
+        drawn = posterior.weights[: self.draws - fixed].swapaxes(0, 1)  # (prompt, draw, K + 1)
+        if not fixed:
+            return Particles(drawn, np.full((prompts, self.draws), 1 / self.draws), self.switching, self.flat)
+        vertices = np.tile(np.eye(components), (prompts, 1, 1))
+        inside = np.full((prompts, self.draws - components), (1 - self.vertex_mass) / (self.draws - components))
+        return Particles(
+            np.concatenate([vertices, posterior.mean[:, None], drawn], axis=1),
+            np.concatenate([self.vertex_mass * posterior.mean, inside], axis=1),
+            self.switching,
+            self.flat,
+        )
 
 
 def _single(weights: np.ndarray) -> Particles:

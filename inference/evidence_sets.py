@@ -11,7 +11,7 @@ from bayes_dispatch.inference.first_pass import first_pass
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
-__all__ = ["KnownEvidence", "foreign_evidence", "mixed_evidence", "pure_evidence"]
+__all__ = ["KnownEvidence", "base_evidence", "foreign_evidence", "mixed_evidence", "pure_evidence"]
 
 
 class KnownEvidence(NamedTuple):
@@ -78,6 +78,21 @@ def mixed_evidence(
         mixtures[row, chosen] = shares
     evidence = first_pass(model, ByteTokenizer(), prompts, progress=progress).evidence
     return KnownEvidence(evidence, np.full(count, -1), mixtures)
+
+
+def base_evidence(
+    model: Backbone,
+    domains: Sequence[Domain],
+    experts: int,
+    per_domain: int,
+    lengths: tuple[int, int],
+    split: Split,
+    seed: int,
+) -> KnownEvidence:
+    """Prompts of domains that base itself serves best: all their weight is on it, beside ``experts`` experts."""
+    found = pure_evidence(model, domains, per_domain, lengths, split, seed)
+    count = len(found.labels)
+    return KnownEvidence(found.evidence, np.full(count, -1), np.tile(np.eye(experts + 1)[-1], (count, 1)))
 
 
 def foreign_evidence(

@@ -1,0 +1,111 @@
+"""A small world of known weights, and one dispatcher fitted on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pytest
+
+if TYPE_CHECKING:
+    from bayes_dispatch.dispatcher import Dispatcher
+    from bayes_dispatch.evidence import Evidence
+
+EXPERTS = ("sort", "reverse", "add")
+
+
+class Sample(NamedTuple):
+    """Evidence with its true weights; labels are −1 and mixtures NaN where the other is known."""
+
+    evidence: Evidence
+    weights: np.ndarray
+    labels: np.ndarray
+    mixtures: np.ndarray
+
+
+@pytest.fixture(scope="session")
+def make_sample() -> Callable[..., Sample]:
+    """Prompts of three experts that are far apart; every fourth is a mixture, and a few lack a view or their length."""
+    from bayes_dispatch.evidence import Evidence
+
+    world = np.random.default_rng(7)
+    means, classes = world.normal(size=(4, 6)) * 2, world.dirichlet(np.full(5, 0.3), 4)
+    means[3], classes[3] = 0, 1 / 5
+
+    def make(count: int, seed: int, mixed: int = 4) -> Sample:
+        rng = np.random.default_rng(seed)
+        rows = np.arange(count)
+        blend = rows % mixed == mixed - 1
+        weights = np.where(blend[:, None], rng.dirichlet(np.full(4, 0.8), count), np.eye(4)[rows % 3])
+        lengths = rng.integers(16, 129, count)
+        hidden = weights @ means + 0.5 * rng.normal(size=(count, 6))
+        counts = np.stack([rng.multinomial(n, p) for n, p in zip(lengths, weights @ classes, strict=True)])
+        missing = {"hidden": rows % 11 == 5, "counts": rows % 13 == 6, "lengths": rows % 17 == 8}
+        return Sample(
+            Evidence({"hidden": hidden, "counts": counts}, lengths, missing),
+            weights,
+            np.where(blend, -1, rows % 3),
+            np.where(blend[:, None], weights, np.nan),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sample(make_sample: Callable[..., Sample]) -> Sample:
+    """What the fitted dispatcher has seen."""
+    return make_sample(160, 0)
+
+
+@pytest.fixture(scope="session")
+def fresh(make_sample: Callable[..., Sample]) -> Sample:
+    """What it has not."""
+    return make_sample(60, 1)
+
+
+@pytest.fixture(scope="session")
+def settings() -> Callable[..., dict[str, Any]]:
+    """Settings of a fit that takes a fraction of a second; by default one that learns nothing much."""
+    from bayes_dispatch.features import FeatureSettings
+    from bayes_dispatch.fitting import SVISettings
+    from bayes_dispatch.guides import GuideSettings
+
+    def make(
+        svi: int = 4, steps: int = 5, simulations: int = 40, hidden: int = 8, real_share: float = 0.12
+    ) -> dict[str, Any]:
+        return {
+            "svi": SVISettings(steps=svi),
+            "guide": GuideSettings(
+                hidden=hidden,
+                simulations=simulations,
+                global_draws=4,
+                steps=steps,
+                batch_size=min(simulations, 128),
+                real_share=real_share,
+            ),
+            "features": FeatureSettings(dimensions=3, folds=2),
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def fitted(sample: Sample, settings: Callable[..., dict[str, Any]]) -> Dispatcher:
+    """A dispatcher of three experts fitted on labels and mixtures; not to be changed."""
+    from bayes_dispatch.dispatcher import Dispatcher
+
+    dispatcher = Dispatcher(EXPERTS, **settings(svi=50, steps=120, simulations=2_000, hidden=32))
+    return dispatcher.fit(sample.evidence, sample.labels, sample.mixtures)
+
+
+@pytest.fixture(scope="session")
+def trained(sample: Sample, settings: Callable[..., dict[str, Any]]) -> Dispatcher:
+    """The same with a guide good enough for calibration, in half a minute: for slow tests.
+
+    It is trained on simulations alone: real prompts are not draws from the program's prior, and pull the guide off it.
+    """
+    from bayes_dispatch.dispatcher import Dispatcher
+
+    dispatcher = Dispatcher(EXPERTS, **settings(svi=100, steps=2_000, simulations=10_000, hidden=64, real_share=0.0))
+    return dispatcher.fit(sample.evidence, sample.labels, sample.mixtures)
