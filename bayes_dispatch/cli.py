@@ -148,7 +148,11 @@ def report(
 
 
 @app.command()
-def experts(bundle: BundleOption = None, as_json: JsonOption = False) -> None:
+def experts(
+    names: Annotated[list[str] | None, typer.Argument(help="Only these.", show_default="all")] = None,
+    bundle: BundleOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """The experts of a bundle, and what is known about them."""
     from bayes_dispatch.bundle import load_bundle
     from bayes_dispatch.tables import Table
@@ -161,7 +165,7 @@ def experts(bundle: BundleOption = None, as_json: JsonOption = False) -> None:
             "scales": sum(len(scales) for scales in bank[name].scales.values()),
             **dict(sorted(bank[name].metadata.items())),
         }
-        for name in bank.names
+        for name in names or bank.names
     ]
     if as_json:
         return _print_json({"base": bank.base, "experts": found})

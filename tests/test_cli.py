@@ -239,6 +239,11 @@ def test_bad_input_of_other_commands_is_one_line(arguments: list[str], capfd: py
     assert os.listdir() == []
 
 
+def test_unknown_expert_is_one_line(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert_one_line(*run(capfd, "experts", "add", "subtract", "--bundle", saved))
+    assert json.loads(run(capfd, "experts", "add", "--bundle", saved, "--json")[1])["experts"][0]["name"] == "add"
+
+
 def test_report_that_was_not_measured(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert_one_line(*run(capfd, "report", "--bundle", saved))
 
