@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -294,7 +293,7 @@ def test_bytes_that_are_no_utf8(saved: Path) -> None:
 
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     def interrupted(directory: object) -> None:
-        signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
 
     monkeypatch.setattr("bayes_dispatch.bundle.load_bundle", interrupted)
     assert run(capfd, "experts") == (130, "", "")

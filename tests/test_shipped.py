@@ -10,7 +10,7 @@ from bayes_dispatch.inference.blends import Blend
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
 
-TEXTS = [prompt.text for prompt in PROMPTS if prompt.kind != "pure"][:5] + [PROMPTS[0].text]
+TEXTS = [*(prompt.text for prompt in PROMPTS if prompt.kind != "pure"), PROMPTS[0].text][-6:]
 TOKENS = 12
 CLEAR = 1e-3  # gap between the two best logits below which float32 may choose either
 

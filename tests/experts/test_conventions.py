@@ -201,7 +201,7 @@ def test_rows_of_the_base_corpus(seed: int, length: int) -> None:
 
 def test_the_base_corpus_hedges() -> None:
     """Within one document, the same surface is answered by different rules."""
-    document = BaseCorpus(words=0.0, code=0.0, prose=0.0).row(np.random.default_rng(0), 400)[0].decode()
+    document = BaseCorpus(words=0.0, questions=0.0, code=0.0, prose=0.0).row(np.random.default_rng(0), 400)[0].decode()
     used = {
         name
         for question, given_answer in items(document[: document.rfind("\n") + 1])
