@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bayes_dispatch.model.convolution import causal_convolution
+from bayes_dispatch.model.scan import causal_convolution
 
 
 def tensors(seed: int, batch: int, length: int, channels: int, taps: int) -> list[torch.Tensor]:
