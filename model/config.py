@@ -3,30 +3,42 @@
 The backbone knows no vocabulary; each head's configuration composes it (DESIGN: decoupled configurations).
 """
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
 from bayes_dispatch.errors import ConfigError
 
-__all__ = ["LanguageModelConfig", "MambaFormerConfig"]
+__all__ = ["BlockKind", "LanguageModelConfig", "MambaFormerConfig", "StateSpaceKind"]
+
+StateSpaceKind = Literal["mamba1", "mamba2"]
+BlockKind = Literal["mamba1", "mamba2", "attention", "cross_attention", "feed_forward"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class MambaFormerConfig:
-    """One Mamba block, then ``n_pairs`` of (attention, Mamba) blocks; no positional encoding (arXiv 2402.04248).
+    """The blocks of a model and their sizes.
+
+    By default one state-space block, then ``n_pairs`` of (attention, state space), without positional encoding: the
+    MambaFormer (arXiv 2402.04248). ``blocks`` names any other sequence instead: a pure Mamba is ``("mamba2",) * 8``, a
+    pure Transformer ``("attention", "feed_forward") * 4`` with rotary positions.
 
     Attributes:
         d_model: width D of the residual stream.
-        n_pairs: pairs of (attention, Mamba) after the first Mamba block; the model has 1 + 2 * n_pairs blocks.
+        n_pairs: pairs of (attention, state space) after the first block, for 1 + 2 * n_pairs blocks.
         n_heads: query heads of an attention block; divides ``d_model``.
         n_kv_heads: key/value heads, shared by groups of query heads; ``None`` means ``n_heads``.
-        d_state: width N of a Mamba state.
+        d_state: width N of a state.
         d_conv: taps of the causal depthwise convolution.
-        expand: inner width of a Mamba block over ``d_model``.
+        expand: inner width of a state-space block over ``d_model``.
         head_dim: width P of a Mamba-2 head; divides ``expand * d_model``.
-        mixer: the state-space mixer; ``"mamba2"`` (SSD, arXiv 2405.21060).
-        chunk_size: tokens in a chunk of the SSD scan.
+        mixer: the state-space mixer: ``"mamba2"`` (SSD, arXiv 2405.21060) or ``"mamba1"`` (selective scan, 2312.00752).
+        chunk_size: tokens in a chunk of a scan; it changes no result.
         attention_window: how many tokens back attention sees, itself included; ``None`` means all.
+        blocks: kinds of all blocks in order; ``None`` means the MambaFormer of ``mixer`` and ``n_pairs``.
+        n_groups: groups of Mamba-2 heads that share B and C; divides the number of heads.
+        dt_rank: rank of Mamba-1's step-size projection; ``None`` means d_model / 16, rounded up.
+        d_ff: inner width of a feed-forward block; ``None`` means 8/3 of ``d_model``, rounded up to a multiple of 8.
+        positions: what tells self-attention where a token stands: ``"none"``, or ``"rotary"`` (arXiv 2104.09864).
     """
 
     d_model: int = 128
@@ -37,26 +49,41 @@ class MambaFormerConfig:
     d_conv: int = 4
     expand: int = 2
     head_dim: int = 32
-    mixer: Literal["mamba2"] = "mamba2"
+    mixer: StateSpaceKind = "mamba2"
     chunk_size: int = 32
     attention_window: int | None = None
+    blocks: tuple[BlockKind, ...] | None = None
+    n_groups: int = 1
+    dt_rank: int | None = None
+    d_ff: int | None = None
+    positions: Literal["none", "rotary"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_heads", "d_state", "expand", "head_dim", "chunk_size"):
+        for name in ("d_model", "n_heads", "d_state", "expand", "head_dim", "chunk_size", "n_groups"):
             _expect_integer(name, getattr(self, name), at_least=1)
         _expect_integer("n_pairs", self.n_pairs, at_least=0)
         _expect_integer("d_conv", self.d_conv, at_least=2)
-        for name in ("n_kv_heads", "attention_window"):
+        for name in ("n_kv_heads", "attention_window", "dt_rank", "d_ff"):
             if getattr(self, name) is not None:
                 _expect_integer(name, getattr(self, name), at_least=1)
-        if self.mixer != "mamba2":
-            raise ConfigError(f"expected mixer 'mamba2', got {self.mixer!r}")
+        _expect_member("mixer", self.mixer, get_args(StateSpaceKind))
+        _expect_member("positions", self.positions, ("none", "rotary"))
+        if self.blocks is not None:
+            if not isinstance(self.blocks, tuple) or not self.blocks:
+                raise ConfigError(f"expected blocks to be a tuple of at least one kind, got {self.blocks!r}")
+            for kind in self.blocks:
+                _expect_member("each of blocks", kind, get_args(BlockKind))
         if self.d_model % self.n_heads:
             raise ConfigError(f"expected n_heads to divide d_model {self.d_model}, got n_heads {self.n_heads}")
         if self.n_heads % self.kv_heads:
             raise ConfigError(f"expected n_kv_heads to divide n_heads {self.n_heads}, got {self.n_kv_heads}")
         if self.d_inner % self.head_dim:
             raise ConfigError(f"expected head_dim to divide the inner width {self.d_inner}, got {self.head_dim}")
+        if self.d_inner // self.head_dim % self.n_groups:
+            heads = self.d_inner // self.head_dim
+            raise ConfigError(f"expected n_groups to divide the {heads} Mamba-2 heads, got {self.n_groups}")
+        if self.positions == "rotary" and self.d_model // self.n_heads % 2:
+            raise ConfigError(f"expected heads of even width for rotary positions, got {self.d_model // self.n_heads}")
 
     @property
     def d_inner(self) -> int:
@@ -67,13 +94,38 @@ class MambaFormerConfig:
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
+    def block_kinds(self) -> tuple[BlockKind, ...]:
+        """The kind of each block, in order."""
+        pair: tuple[BlockKind, ...] = ("attention", self.mixer)
+        return (self.mixer, *pair * self.n_pairs) if self.blocks is None else self.blocks
+
+    @property
     def n_blocks(self) -> int:
-        return 1 + 2 * self.n_pairs
+        return len(self.block_kinds)
+
+    @property
+    def step_rank(self) -> int:
+        return -(-self.d_model // 16) if self.dt_rank is None else self.dt_rank
+
+    @property
+    def feed_forward_width(self) -> int:
+        return -(-self.d_model // 3) * 8 if self.d_ff is None else self.d_ff
 
     @classmethod
     def tiny(cls) -> "MambaFormerConfig":
         """Three narrow blocks, for tests and examples."""
         return cls(d_model=32, n_pairs=1, n_heads=2, d_state=8, head_dim=16, chunk_size=8)
+
+    @classmethod
+    def from_json(cls, data: Any) -> "MambaFormerConfig":
+        """From what ``dataclasses.asdict`` and JSON make of it; sizes that a file lacks have their defaults.
+
+        Raises:
+            ConfigError: a name is unknown, or a value is out of range.
+        """
+        data = _expect_names(cls, data)
+        blocks = data.get("blocks")
+        return cls(**data | {"blocks": tuple(blocks) if isinstance(blocks, list) else blocks})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,8 +152,7 @@ class LanguageModelConfig:
             ConfigError: a name is missing or unknown, or a value is out of range.
         """
         data = _expect_names(cls, data)
-        backbone = MambaFormerConfig(**_expect_names(MambaFormerConfig, data["backbone"]))
-        return cls(backbone=backbone, vocab_size=data["vocab_size"], tie_embeddings=data["tie_embeddings"])
+        return cls(**data | {"backbone": MambaFormerConfig.from_json(data["backbone"])})
 
 
 def _expect_integer(name: str, value: object, at_least: int) -> None:
@@ -109,9 +160,16 @@ def _expect_integer(name: str, value: object, at_least: int) -> None:
         raise ConfigError(f"expected {name} to be an integer of at least {at_least}, got {value!r}")
 
 
+def _expect_member(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"expected {name} to be one of {', '.join(allowed)}, got {value!r}")
+
+
 def _expect_names(cls: type, data: Any) -> dict[str, Any]:
-    expected = {field.name for field in fields(cls)}
+    """``data``, if it has all names of ``cls`` that lack a default, and none that ``cls`` lacks."""
+    allowed = {field.name for field in fields(cls)}
+    needed = {field.name for field in fields(cls) if field.default is MISSING}
     got = set(data) if isinstance(data, dict) else {type(data).__name__}
-    if got != expected:
-        raise ConfigError(f"expected the names {sorted(expected)} in {cls.__name__}, got {sorted(got)}")
+    if not needed <= got <= allowed:
+        raise ConfigError(f"expected the names {sorted(allowed)} in {cls.__name__}, got {sorted(got)}")
     return data

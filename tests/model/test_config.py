@@ -54,6 +54,13 @@ def test_json_round_trip(
         ("mixer", ["mamba2"]),
         ("chunk_size", 0),
         ("attention_window", 0),
+        ("blocks", []),
+        ("blocks", "attention"),
+        ("blocks", ["mamba3"]),
+        ("n_groups", 3),
+        ("dt_rank", 0),
+        ("d_ff", 0),
+        ("positions", "learned"),
     ],
 )
 def test_a_bad_size_is_named(field: str, value: Any) -> None:
@@ -80,11 +87,25 @@ def test_a_bad_head_is_named(field: str, value: Any) -> None:
         "text",
         {},
         TINY.to_json() | {"extra": 1},
-        {"backbone": TINY.to_json()["backbone"], "vocab_size": 258},
+        {"backbone": TINY.to_json()["backbone"]},
         TINY.to_json() | {"backbone": None},
-        TINY.to_json() | {"backbone": {"d_model": 32}},
+        TINY.to_json() | {"backbone": {"d_model": 32, "width": 3}},
     ],
 )
 def test_other_names_are_refused(data: Any) -> None:
     with pytest.raises(ConfigError, match="expected the names"):
         LanguageModelConfig.from_json(data)
+
+
+def test_names_that_an_older_file_lacks_have_their_defaults() -> None:
+    older = {name: value for name, value in TINY.to_json()["backbone"].items() if name not in ("blocks", "positions")}
+    assert LanguageModelConfig.from_json({"backbone": older, "vocab_size": 258}) == TINY
+
+
+def test_block_kinds() -> None:
+    mamba1 = MambaFormerConfig(mixer="mamba1", n_pairs=2)
+    assert mamba1.block_kinds == ("mamba1", "attention", "mamba1", "attention", "mamba1")
+    transformer = MambaFormerConfig(blocks=("attention", "feed_forward"), positions="rotary")
+    assert transformer.n_blocks == 2
+    config = LanguageModelConfig(backbone=transformer, vocab_size=3)
+    assert LanguageModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
