@@ -54,9 +54,7 @@ def test_json_round_trip(
         ("mixer", ["mamba2"]),
         ("chunk_size", 0),
         ("attention_window", 0),
-        ("blocks", []),
         ("blocks", "attention"),
-        ("blocks", ["mamba3"]),
         ("n_groups", 3),
         ("dt_rank", 0),
         ("d_ff", 0),
@@ -100,6 +98,13 @@ def test_other_names_are_refused(data: Any) -> None:
 def test_names_that_an_older_file_lacks_have_their_defaults() -> None:
     older = {name: value for name, value in TINY.to_json()["backbone"].items() if name not in ("blocks", "positions")}
     assert LanguageModelConfig.from_json({"backbone": older, "vocab_size": 258}) == TINY
+
+
+@pytest.mark.parametrize(("blocks", "text"), [([], "at least one kind, got ()"), (["mamba3"], "got 'mamba3'")])
+def test_bad_blocks_are_named(blocks: list[str], text: str) -> None:
+    with pytest.raises(ConfigError, match="blocks") as error:
+        MambaFormerConfig.from_json({"blocks": blocks})
+    assert text in str(error.value)
 
 
 def test_block_kinds() -> None:
