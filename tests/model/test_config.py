@@ -100,6 +100,7 @@ def test_names_that_an_older_file_lacks_have_their_defaults() -> None:
     assert LanguageModelConfig.from_json({"backbone": older, "vocab_size": 258}) == TINY
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("blocks", "text"), [([], "at least one kind, got ()"), (["mamba3"], "got 'mamba3'")])
 def test_bad_blocks_are_named(blocks: list[str], text: str) -> None:
     with pytest.raises(ConfigError, match="blocks") as error:
