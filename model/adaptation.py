@@ -28,7 +28,7 @@ class Adaptation:
 
     scales: Mapping[str, Tensor]
     rows: int | None = field(init=False)
-    _digests: dict[str, str] = field(init=False, repr=False, default_factory=dict)
+    _digests: dict[str, str | tuple[str, ...]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", MappingProxyType(dict(self.scales)))
@@ -56,19 +56,27 @@ class Adaptation:
         index = torch.as_tensor(rows)
         return Adaptation({name: scales[index] for name, scales in self.scales.items()})
 
-    def digest(self, prefix: str) -> str:
-        """A hash of the scales whose matrix names begin with ``prefix``; empty where there are none."""
+    def digest(self, prefix: str) -> str | tuple[str, ...]:
+        """A hash of the scales whose matrix names begin with ``prefix``; empty where there are none.
+
+        One for all rows, or one for each row; a row has the hash that its scales would have if they were shared.
+        """
         if prefix not in self._digests:  # once: every cached step asks
             self._digests[prefix] = self._compute_digest(prefix)
         return self._digests[prefix]
 
-    def _compute_digest(self, prefix: str) -> str:
-        names = sorted(name for name in self.scales if name.startswith(prefix))
-        if not names:
+    def _compute_digest(self, prefix: str) -> str | tuple[str, ...]:
+        named = {name: self.scales[name].detach().cpu() for name in sorted(self.scales) if name.startswith(prefix)}
+        if not named:
             return ""
-        digest = hashlib.blake2b(digest_size=16)
-        for name in names:
-            scales = self.scales[name].detach().cpu().contiguous()
-            digest.update(f"{name}{tuple(scales.shape)}{scales.dtype}".encode())
-            digest.update(scales.view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        if self.rows is None:
+            return _hash(named)
+        return tuple(_hash({name: scales[row] for name, scales in named.items()}) for row in range(self.rows))
+
+
+def _hash(named: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, scales in named.items():
+        digest.update(f"{name}{tuple(scales.shape)}{scales.dtype}".encode())
+        digest.update(scales.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -11,6 +11,7 @@ from bayes_dispatch.errors import ConfigError
 __all__ = ["BlockKind", "LanguageModelConfig", "MambaFormerConfig", "StateSpaceKind"]
 
 StateSpaceKind = Literal["mamba1", "mamba2"]
+PositionKind = Literal["none", "rotary"]
 BlockKind = Literal["mamba1", "mamba2", "attention", "cross_attention", "feed_forward"]
 
 
@@ -56,7 +57,7 @@ class MambaFormerConfig:
     n_groups: int = 1
     dt_rank: int | None = None
     d_ff: int | None = None
-    positions: Literal["none", "rotary"] = "none"
+    positions: PositionKind = "none"
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "d_state", "expand", "head_dim", "chunk_size", "n_groups"):
@@ -66,13 +67,13 @@ class MambaFormerConfig:
         for name in ("n_kv_heads", "attention_window", "dt_rank", "d_ff"):
             if getattr(self, name) is not None:
                 _expect_integer(name, getattr(self, name), at_least=1)
-        _expect_member("mixer", self.mixer, get_args(StateSpaceKind))
-        _expect_member("positions", self.positions, ("none", "rotary"))
+        _expect_member("mixer", self.mixer, StateSpaceKind)
+        _expect_member("positions", self.positions, PositionKind)
         if self.blocks is not None:
             if not isinstance(self.blocks, tuple) or not self.blocks:
                 raise ConfigError(f"expected blocks to be a tuple of at least one kind, got {self.blocks!r}")
             for kind in self.blocks:
-                _expect_member("each of blocks", kind, get_args(BlockKind))
+                _expect_member("each of blocks", kind, BlockKind)
         if self.d_model % self.n_heads:
             raise ConfigError(f"expected n_heads to divide d_model {self.d_model}, got n_heads {self.n_heads}")
         if self.n_heads % self.kv_heads:
@@ -160,7 +161,8 @@ def _expect_integer(name: str, value: object, at_least: int) -> None:
         raise ConfigError(f"expected {name} to be an integer of at least {at_least}, got {value!r}")
 
 
-def _expect_member(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def _expect_member(name: str, value: object, kind: object) -> None:
+    allowed = get_args(kind)
     if value not in allowed:
         raise ConfigError(f"expected {name} to be one of {', '.join(allowed)}, got {value!r}")
 

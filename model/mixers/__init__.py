@@ -4,8 +4,18 @@ All take right-padded rows and a ``Span`` that tells how many tokens of each row
 fill their cached state in place. Matrices that can be adapted are ``SVDLinear``.
 """
 
-from bayes_dispatch.model.mixers.attention import SelfAttention
+from bayes_dispatch.model.mixers.attention import BidirectionalAttention, SelfAttention
+from bayes_dispatch.model.mixers.cross_attention import CrossAttention, Memory
+from bayes_dispatch.model.mixers.feed_forward import FeedForward
 from bayes_dispatch.model.mixers.mamba2 import Mamba2Mixer
 from bayes_dispatch.model.mixers.span import Span
 
-__all__ = ["Mamba2Mixer", "SelfAttention", "Span"]
+__all__ = [
+    "BidirectionalAttention",
+    "CrossAttention",
+    "FeedForward",
+    "Mamba2Mixer",
+    "Memory",
+    "SelfAttention",
+    "Span",
+]

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from bayes_dispatch.model.cache import MambaState
 from bayes_dispatch.model.config import MambaFormerConfig
+from bayes_dispatch.model.mixers.convolution import continue_convolution
 from bayes_dispatch.model.mixers.span import Span
-from bayes_dispatch.model.scan import causal_convolution, ssd_scan, ssd_step
+from bayes_dispatch.model.scan import ssd_scan, ssd_step
 from bayes_dispatch.model.svd_linear import SVDLinear
 
 __all__ = ["Mamba2Mixer"]
@@ -24,11 +25,12 @@ class Mamba2Mixer(nn.Module):
         super().__init__()
         self.d_inner = config.d_inner
         self.d_state = config.d_state
+        self.n_groups = config.n_groups
         self.head_dim = config.head_dim
         self.n_heads = config.d_inner // config.head_dim
         self.chunk_size = config.chunk_size
         self.d_conv = config.d_conv
-        conv_width = self.d_inner + 2 * self.d_state
+        conv_width = self.d_inner + 2 * self.n_groups * self.d_state
         self.in_proj = SVDLinear(config.d_model, self.d_inner + conv_width + self.n_heads)
         self.out_proj = SVDLinear(self.d_inner, config.d_model)
         self.conv_weight = nn.Parameter(torch.empty(conv_width, config.d_conv).uniform_(-1, 1) * config.d_conv**-0.5)
@@ -39,12 +41,12 @@ class Mamba2Mixer(nn.Module):
         self.D = nn.Parameter(torch.ones(self.n_heads))
         self.norm = nn.RMSNorm(self.d_inner, eps=1e-5)
 
-    def init_state(self, batch_size: int, capacity: int) -> MambaState:
-        """Zero state; its size does not depend on ``capacity``."""
+    def init_state(self, batch_size: int, dtype: torch.dtype) -> MambaState:
+        """The zero state that every sequence begins with."""
         new = self.A_log.detach().new_zeros
         return MambaState(
-            conv=new(batch_size, self.conv_weight.shape[0], self.d_conv - 1),
-            ssm=new(batch_size, self.n_heads, self.head_dim, self.d_state),
+            conv=new(batch_size, self.d_conv - 1, self.conv_weight.shape[0], dtype=dtype),
+            ssm=new(batch_size, self.n_heads, self.head_dim, self.d_state, dtype=dtype),
         )
 
     def forward(
@@ -63,32 +65,20 @@ class Mamba2Mixer(nn.Module):
         mask = span.mask(length)
         if mask is not None:
             dt = dt * mask[..., None]
-        xBC = F.silu(self._convolve(xBC, span, state))
-        xs, B, C = xBC.split([self.d_inner, self.d_state, self.d_state], dim=-1)
+        xBC, history = continue_convolution(xBC, self.conv_weight, self.conv_bias, span, state)
+        xBC = F.silu(xBC)
+        xs, B, C = xBC.split([self.d_inner, self.n_groups * self.d_state, self.n_groups * self.d_state], dim=-1)
         xs = xs.reshape(batch, length, self.n_heads, self.head_dim)
+        B, C = (v.reshape(batch, length, self.n_groups, self.d_state) for v in (B, C))
         A = -self.A_log.exp()
-        if state is not None and length == 1:
-            step, final = ssd_step(xs[:, 0], dt[:, 0], A, B, C, self.D, state.ssm)
+        initial = None if state is None else state.ssm.to(x.dtype)
+        if initial is not None and length == 1:
+            step, final = ssd_step(xs[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, initial)
             y = step[:, None]
         else:
-            initial = None if state is None else state.ssm
-            scanned = ssd_scan(xs, dt, A, B[:, :, None], C[:, :, None], self.chunk_size, self.D, initial, True)
+            scanned = ssd_scan(xs, dt, A, B, C, self.chunk_size, self.D, initial, True)
             y, final = cast("tuple[Tensor, Tensor]", scanned)
-        if state is not None:
-            state.ssm.copy_(final)
+        if state is not None and history is not None:
+            state.update(history, final)
         y = self.norm(y.reshape(batch, length, self.d_inner) * F.silu(gate))
         return self.out_proj(y, scales.get("out_proj"))
-
-    def _convolve(self, xBC: Tensor, span: Span, state: MambaState | None) -> Tensor:
-        length, history = xBC.shape[1], self.d_conv - 1
-        if state is None:
-            padded = F.pad(xBC, (0, 0, history, 0))
-        else:
-            padded = torch.cat([state.conv.transpose(1, 2), xBC], dim=1)
-            if span.tokens is None:
-                last = padded[:, length:]
-            else:  # the last inputs before each row's padding
-                index = span.tokens[:, None] + torch.arange(history)
-                last = padded.gather(1, index[..., None].expand(-1, -1, padded.shape[-1]))
-            state.conv.copy_(last.transpose(1, 2))
-        return causal_convolution(padded, self.conv_weight, self.conv_bias)

@@ -1,7 +1,7 @@
 """Continuing from a cache equals reading everything at once, however the sequence is cut and padded."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -20,18 +20,19 @@ if TYPE_CHECKING:
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}
 
+# Sizes, not configurations: the type checks of the latter use `random`, which hypothesis forbids while it draws.
 configs = st.builds(
-    lambda heads, pairs, taps, chunk, head_dim, window: MambaFormerConfig(
-        d_model=16,
-        n_pairs=pairs,
-        n_heads=heads[0],
-        n_kv_heads=heads[1],
-        d_state=4,
-        d_conv=taps,
-        head_dim=head_dim,
-        chunk_size=chunk,
-        attention_window=window,
-    ),
+    lambda heads, pairs, taps, chunk, head_dim, window: {
+        "d_model": 16,
+        "n_pairs": pairs,
+        "n_heads": heads[0],
+        "n_kv_heads": heads[1],
+        "d_state": 4,
+        "d_conv": taps,
+        "head_dim": head_dim,
+        "chunk_size": chunk,
+        "attention_window": window,
+    },
     heads=st.sampled_from([(1, None), (2, 2), (4, 2), (4, 1)]),
     pairs=st.integers(0, 2),
     taps=st.integers(2, 5),
@@ -81,14 +82,14 @@ def pad(rows: Sequence[Tensor], sides: Sequence[int]) -> tuple[Tensor, Tensor]:
 )
 def test_any_split_gives_the_full_forward(
     make_model: MakeModel,
-    config: MambaFormerConfig,
+    config: dict[str, Any],
     seed: int,
     pieces: list[int],
     batch: int,
     adapted: str,
     dtype: torch.dtype,
 ) -> None:
-    model = make_model(config, seed=seed, dtype=dtype, tie_embeddings=bool(seed % 2))
+    model = make_model(MambaFormerConfig(**config), seed=seed, dtype=dtype, tie_embeddings=bool(seed % 2))
     ids = tokens(seed, batch, sum(pieces))
     adaptation = None if adapted == "no" else scales(model, batch if adapted == "rows" else None)
     with torch.no_grad():
@@ -109,14 +110,14 @@ def test_any_split_gives_the_full_forward(
 )
 def test_ragged_continuation_gives_each_row_alone(
     make_model: MakeModel,
-    config: MambaFormerConfig,
+    config: dict[str, Any],
     seed: int,
     cuts: list[list[int]],
     sides: list[int],
     adapted: bool,
 ) -> None:
     """Each row is read in four pieces of its own lengths, some of them empty, padded left, right or on both sides."""
-    model = make_model(config, seed=seed, dtype=torch.float64)
+    model = make_model(MambaFormerConfig(**config), seed=seed, dtype=torch.float64)
     batch = len(cuts)
     rows = [tokens(seed + b, sum(cut)) for b, cut in enumerate(cuts)]
     adaptation = scales(model, batch) if adapted else None
@@ -161,7 +162,7 @@ def test_padding_content_does_not_matter(model64: "MambaFormerForCausalLM") -> N
 def test_reset_is_a_new_cache_in_the_same_memory(model64: "MambaFormerForCausalLM") -> None:
     ids = tokens(2, 2, 7)
     cache = model64.init_cache(2, 7)
-    places = [t.data_ptr() for state in cache.states for t in vars(state).values()]
+    places = [t.data_ptr() for state in cache.states for t in state.tensors().values()]
     with torch.no_grad():
         first = model64(ids, cache=cache, adaptation=scales(model64)).logits
         cache.reset()
@@ -169,7 +170,7 @@ def test_reset_is_a_new_cache_in_the_same_memory(model64: "MambaFormerForCausalL
         second = model64(ids, cache=cache).logits  # under other scales
         assert torch.equal(second, model64(ids, cache=model64.init_cache(2, 7)).logits)
     assert not torch.allclose(first, second)
-    assert places == [t.data_ptr() for state in cache.states for t in vars(state).values()]
+    assert places == [t.data_ptr() for state in cache.states for t in state.tensors().values()]
 
 
 def test_nbytes_counts_every_state(make_model: MakeModel) -> None:
@@ -201,11 +202,11 @@ class TestErrors:
         **changed: object,
     ) -> None:
         given = {"input_ids": tokens(4, 2, 2), "adaptation": scales(model)} | changed
-        before = [t.clone() for state in cache.states for t in vars(state).values()]
+        before = [t.clone() for state in cache.states for t in state.tensors().values()]
         with pytest.raises(error, match=text) as raised, torch.no_grad():
             model(**given, cache=cache)
         assert "\n" not in str(raised.value)
-        after = [t for state in cache.states for t in vars(state).values()]
+        after = [t for state in cache.states for t in state.tensors().values()]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert cache.lengths.tolist() == [4, 4]
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
-ALL = Span(None, torch.zeros(2, dtype=torch.long), aligned=True)
+ALL = Span()
 
 
 def config(**changes: int | None) -> MambaFormerConfig:

@@ -1,0 +1,38 @@
+"""Our models as contestants."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bayes_dispatch.model.cache import Cache
+from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
+from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+
+__all__ = ["Ours", "language_model"]
+
+
+@dataclass
+class Ours:
+    """A ``MambaFormerForCausalLM``."""
+
+    module: MambaFormerForCausalLM
+
+    def logits(self, ids: Tensor) -> Tensor:
+        return self.module(ids).logits
+
+    def prefill(self, ids: Tensor) -> object:
+        return self.extend(ids, self.start(ids.shape[1]))
+
+    def start(self, room: int) -> Cache:
+        return self.module.init_cache(1, room)
+
+    def extend(self, ids: Tensor, state: Cache) -> Tensor:
+        return self.module(ids, cache=state).logits
+
+    def clone(self, state: Cache) -> Cache:
+        return state.clone()
+
+
+def language_model(backbone: MambaFormerConfig, vocab_size: int) -> Ours:
+    """Our model over ``vocab_size`` tokens, with tied embeddings and random weights."""
+    return Ours(MambaFormerForCausalLM(LanguageModelConfig(backbone=backbone, vocab_size=vocab_size)))

@@ -1,0 +1,238 @@
+"""Residual blocks in sequence: the part that all models share."""
+
+from collections.abc import Callable, Mapping
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.cache import Cache, State
+from bayes_dispatch.model.config import BlockKind, MambaFormerConfig
+from bayes_dispatch.model.fingerprint import Fingerprint
+from bayes_dispatch.model.mixers import CrossAttention, FeedForward, Mamba2Mixer, Memory, SelfAttention, Span
+from bayes_dispatch.model.padding import Padding, check_padding
+from bayes_dispatch.model.svd_linear import SVDLinear
+
+__all__ = ["Block", "BlockStack", "MambaFormer", "build_mixer"]
+
+
+def build_mixer(kind: BlockKind, config: MambaFormerConfig) -> nn.Module:
+    """A new mixer of this kind."""
+    mixers: dict[BlockKind, Callable[[MambaFormerConfig], nn.Module]] = {
+        "mamba2": Mamba2Mixer,
+        "attention": SelfAttention,
+        "cross_attention": CrossAttention,
+        "feed_forward": FeedForward,
+    }
+    return mixers[kind](config)
+
+
+class Block(nn.Module):
+    """A residual block: ``x + mixer(norm(x))``."""
+
+    def __init__(self, mixer: nn.Module, d_model: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        self.mixer = mixer
+
+    def forward(
+        self,
+        x: Tensor,
+        span: Span,
+        scales: Mapping[str, Tensor],
+        state: State | None = None,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        if isinstance(self.mixer, CrossAttention):
+            return x + self.mixer(self.norm(x), scales, memory, state)
+        if isinstance(self.mixer, FeedForward):
+            return x + self.mixer(self.norm(x), scales)
+        return x + self.mixer(self.norm(x), span, scales, state)
+
+    def init_state(self, batch_size: int, capacity: int | None, dtype: torch.dtype, kv_dtype: torch.dtype) -> State:
+        """An empty state; a block that needs none has one without tensors."""
+        if isinstance(self.mixer, SelfAttention):
+            return self.mixer.init_state(batch_size, capacity, kv_dtype)
+        if isinstance(self.mixer, CrossAttention):
+            return self.mixer.init_state(dtype)
+        if isinstance(self.mixer, FeedForward):
+            return State()
+        return cast(Mamba2Mixer, self.mixer).init_state(batch_size, dtype)
+
+
+class BlockStack(nn.Module):
+    """Blocks, and a normalisation after the last; before them an embedding, where a vocabulary is given.
+
+    Attributes:
+        backbone: sizes of the blocks.
+        gradient_checkpointing: in training, keep only what goes into each block, and run it again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        backbone: MambaFormerConfig,
+        build: Callable[[BlockKind, MambaFormerConfig], nn.Module] = build_mixer,
+        vocab_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.gradient_checkpointing = False
+        if vocab_size is not None:  # before the blocks: the order of the weights is that of their fingerprint
+            self.embedding = nn.Embedding(vocab_size, backbone.d_model)
+            nn.init.normal_(self.embedding.weight, std=0.02)
+        self.blocks = nn.ModuleList(Block(build(kind, backbone), backbone.d_model) for kind in backbone.block_kinds)
+        self.norm = nn.RMSNorm(backbone.d_model, eps=1e-5)
+        for name, parameter in self.blocks.named_parameters():
+            if name.endswith(
+                "out_proj.weight"
+            ):  # residual branches start small, so that depth does not blow up the stream
+                parameter.data.mul_(backbone.n_blocks**-0.5)
+        self._fingerprint = Fingerprint()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of hidden states, logits and, by default, cached states."""
+        return self.norm.weight.dtype
+
+    def run_blocks(
+        self,
+        x: Float[Tensor, "B T D"],
+        span: Span,
+        start: int,
+        stop: int,
+        *,
+        cache: Cache | None,
+        adaptation: Adaptation,
+        memory: Memory | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Run blocks ``start`` to ``stop`` − 1 over right-padded hidden states."""
+        scales: list[dict[str, Tensor]] = [{} for _ in self.blocks]
+        for name, z in adaptation.scales.items():
+            _, block, _, matrix = name.split(".", 3)
+            scales[int(block)][matrix] = z
+        if cache is not None:  # before any block changes its state
+            for index in range(start, stop):
+                cache.check_block(index, adaptation.digest(f"blocks.{index}."))
+        saving = self.gradient_checkpointing and self.training and cache is None
+        for index in range(start, stop):
+            state = None if cache is None else cache.states[index]
+            if saving:
+                x = cast(
+                    Tensor, checkpoint(self.blocks[index], x, span, scales[index], None, memory, use_reentrant=False)
+                )
+            else:
+                x = self.blocks[index](x, span, scales[index], state, memory)
+        return x
+
+    def init_cache(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None,
+        grow: bool = False,
+    ) -> Cache:
+        """An empty cache.
+
+        Args:
+            batch_size: its rows. max_length: tokens that each row has room for; ``None`` where state-space blocks and
+                sliding windows bound the memory of a stream without end.
+            dtype: of the states; ``None`` for the model's own. kv_dtype: of keys and values, ``torch.int8`` among
+                others; ``None`` for ``dtype``.
+            grow: make room when ``max_length`` is reached, instead of raising ``CacheFullError``.
+
+        Raises:
+            ConfigError: a size below 1, no bound for attention without a window, or a dtype that cannot hold states.
+        """
+        if batch_size < 1 or (max_length is not None and max_length < 1):
+            raise ConfigError(f"expected a batch and a length of at least 1, got {batch_size} and {max_length}")
+        if max_length is None and self.backbone.attention_window is None and "attention" in self.backbone.block_kinds:
+            raise ConfigError("expected max_length for attention without a window, got None")
+        dtype = dtype or self.dtype
+        kv_dtype = kv_dtype or dtype
+        if not dtype.is_floating_point or not (kv_dtype.is_floating_point or kv_dtype == torch.int8):
+            raise ConfigError(
+                f"expected a float dtype, and a float one or int8 for kv_dtype, got {dtype} and {kv_dtype}"
+            )
+        states = [cast(Block, block).init_state(batch_size, max_length, dtype, kv_dtype) for block in self.blocks]
+        return Cache(states, batch_size, max_length, self._maker(), grow)
+
+    def adaptable(self) -> dict[str, int]:
+        """Name and rank of each matrix that can be adapted, in order."""
+        return {name: module.rank for name, module in self.named_modules() if isinstance(module, SVDLinear)}
+
+    def fingerprint(self) -> str:
+        """A hash of the weights in float32, which is the same for a float64 copy of the model."""
+        return self._fingerprint.of(self)
+
+    def _run(
+        self,
+        x: Float[Tensor, "B T D"],
+        padding: Padding,
+        cache: Cache | None,
+        adaptation: Adaptation,
+        memory: Memory | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """All blocks and the normalisation, over right-padded hidden states; ``cache`` is checked and advanced."""
+        tokens = x.shape[1] if padding.tokens is None else padding.tokens
+        if cache is None:
+            span = Span(padding.tokens)
+        else:
+            cache.check_model(self._maker())
+            cache.check_room(x.shape[0], tokens)
+            span = Span(padding.tokens, cache.read, cache.dropped)
+        x = self.run_blocks(x, span, 0, len(self.blocks), cache=cache, adaptation=adaptation, memory=memory)
+        if cache is not None:
+            cache.advance(tokens)
+        return self.norm(x)
+
+    def _check_adaptation(self, adaptation: Adaptation, batch: int) -> None:
+        ranks = self.adaptable() if adaptation.scales else {}
+        for name, scales in adaptation.scales.items():
+            if name not in ranks:
+                raise TensorError(f"expected scales of an adaptable matrix ({next(iter(ranks))}, …), got {name!r}")
+            if scales.shape[-1] != ranks[name]:
+                raise TensorError(f"expected {ranks[name]} scales for {name}, got {scales.shape[-1]}")
+            if scales.dtype != self.dtype:
+                raise TensorError(f"expected scales of {self.dtype} for {name}, got {scales.dtype}")
+        if adaptation.rows not in (None, batch):
+            raise TensorError(f"expected scales for {batch} rows, got {adaptation.rows}")
+
+    def _maker(self) -> str:
+        """What a cache remembers of the model that made it."""
+        return f"{self.fingerprint()} in {self.dtype}"
+
+
+class MambaFormer(BlockStack):
+    """The blocks alone, from hidden states to hidden states: for inputs that are no tokens.
+
+    Example:
+        >>> MambaFormer(MambaFormerConfig.tiny())(torch.zeros(2, 5, 32)).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"] | None = None,
+        cache: Cache | None = None,
+        adaptation: Adaptation | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """The last hidden states, normalised; arguments and errors are those of ``MambaFormerForCausalLM``.
+
+        Raises:
+            TensorError: ``x`` is empty or of another width.
+        """
+        width = self.backbone.d_model
+        if x.ndim != 3 or x.shape[0] < 1 or x.shape[1] < 1 or x.shape[2] != width:
+            raise TensorError(f"expected hidden states of shape (B, T, {width}) with B, T >= 1, got {tuple(x.shape)}")
+        adaptation = adaptation or Adaptation.identity()
+        self._check_adaptation(adaptation, x.shape[0])
+        padding = check_padding(attention_mask, (x.shape[0], x.shape[1]), at_least=1 if cache is None else 0)
+        return padding.restore(self._run(padding.to_right(x), padding, cache, adaptation))

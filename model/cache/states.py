@@ -1,0 +1,158 @@
+"""What each kind of block keeps between calls. Every tensor has the batch first, so rows can be moved and copied."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["AttentionState", "CrossAttentionState", "MambaState", "State"]
+
+
+@dataclass(eq=False)
+class State:
+    """Base of all states."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, batch first; those not made yet are left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace each tensor by ``change`` of it."""
+        for name, tensor in self.tensors().items():
+            setattr(self, name, change(tensor))
+
+    def clear(self) -> None:
+        """Forget everything; the memory stays."""
+        self.apply(lambda tensor: tensor.detach().zero_())
+
+
+@dataclass(eq=False)
+class MambaState(State):
+    """``conv`` (B, taps − 1, C): the last inputs of the convolution; ``ssm`` (B, …): the scan's state.
+
+    They may be stored in less precision than the model computes in.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+    def update(self, conv: Tensor, ssm: Tensor) -> None:
+        """Take new values: in place, or, where a gradient flows through them, as new tensors."""
+        if _records_gradients(conv, ssm, self.ssm):
+            self.conv, self.ssm = conv.to(self.conv.dtype), ssm.to(self.ssm.dtype)
+        else:
+            self.conv.copy_(conv)
+            self.ssm.copy_(ssm)
+
+
+@dataclass(eq=False)
+class AttentionState(State):
+    """Keys and values of the tokens that later ones attend to.
+
+    Attributes:
+        keys, values: (B, kv_heads, slots, head width), in a float dtype, or int8 with a scale for each vector.
+        key_scales, value_scales: (B, kv_heads, slots, 1) for int8, else ``None``.
+        window: with a sliding window, token t lies in slot t modulo ``slots``, over the one that has left the window;
+            without one (``None``), tokens lie in order.
+    """
+
+    keys: Tensor
+    values: Tensor
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
+    window: int | None = None
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[2]
+
+    def write(self, keys: Float[Tensor, "B H T W"], values: Float[Tensor, "B H T W"], start: int) -> None:
+        """Store T tokens of every row in the slots from ``start`` on."""
+        end = start + keys.shape[2]
+        for name, stored in self._encoded(keys, values).items():
+            self._writable(name, stored)[:, :, start:end] = stored
+
+    def scatter(
+        self, keys: Float[Tensor, "B H T W"], values: Float[Tensor, "B H T W"], places: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        """Store single tokens: ``places`` are their rows, times and slots, each (N,)."""
+        rows, times, slots = places
+        for name, stored in self._encoded(keys, values).items():
+            self._writable(name, stored)[rows, :, slots] = stored[rows, :, times]
+
+    def read(self, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, kv_heads, end, W) of the first ``end`` slots."""
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        if self.key_scales is None or self.value_scales is None:
+            return keys.to(dtype), values.to(dtype)
+        key_scales, value_scales = self.key_scales[:, :, :end], self.value_scales[:, :, :end]
+        return keys.to(dtype) * key_scales.to(dtype), values.to(dtype) * value_scales.to(dtype)
+
+    def rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values as they will be read again: so a token sees the same, stored or not."""
+        if self.keys.dtype == keys.dtype:
+            return keys, values
+        stored = self._encoded(keys, values)
+        scales = stored.get("key_scales"), stored.get("value_scales")
+        return AttentionState(stored["keys"], stored["values"], *scales).read(keys.shape[2], keys.dtype)
+
+    def reserve(self, slots: int) -> None:
+        """Make room for ``slots`` tokens, or those in the window; a ring is made larger only before it is full."""
+        if self.window is not None:
+            slots = min(slots, self.window)
+        self.apply(lambda tensor: F.pad(tensor, (0, 0, 0, slots - tensor.shape[2])))
+
+    def gather(self, index: Tensor) -> None:
+        """Move what slot ``index[b, s]`` of row b holds to slot s, for index (B, s); later slots keep theirs."""
+        for name, tensor in self.tensors().items():
+            moved = tensor.gather(2, index[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+            self._writable(name, moved)[:, :, : index.shape[1]] = moved
+
+    def _encoded(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
+        if self.keys.dtype != torch.int8:
+            return {"keys": keys.to(self.keys.dtype), "values": values.to(self.values.dtype)}
+        encoded = {}
+        for name, tensor in (("key", keys), ("value", values)):
+            scales = tensor.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 127
+            encoded[f"{name}s"] = (tensor / scales.to(tensor)).round().to(torch.int8)
+            encoded[f"{name}_scales"] = scales
+        return encoded
+
+    def _writable(self, name: str, stored: Tensor) -> Tensor:
+        """The tensor to write to: where a gradient flows, a copy, since earlier calls have kept the former one."""
+        tensor: Tensor = getattr(self, name)
+        if _records_gradients(tensor, stored):
+            tensor = tensor.clone()
+            setattr(self, name, tensor)
+        return tensor
+
+
+@dataclass(eq=False)
+class CrossAttentionState(State):
+    """Keys and values of an encoder's output, computed by the first call and read by all later ones.
+
+    Attributes:
+        keys, values: (B, kv_heads, S, head width), ``None`` until they are computed.
+        visible: (B, S), true where the encoder read a token; ``None`` where it read all S.
+        dtype: in which keys and values are kept; ``None`` for their own.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    visible: Tensor | None = None
+    dtype: torch.dtype | None = None
+
+    def fill(self, keys: Tensor, values: Tensor, visible: Tensor | None) -> None:
+        """Keep them, in the ``dtype`` of this state if it has one."""
+        self.keys, self.values, self.visible = keys.to(self.dtype), values.to(self.dtype), visible
+
+    def clear(self) -> None:
+        self.keys = self.values = self.visible = None
+
+
+def _records_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

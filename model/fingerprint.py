@@ -1,0 +1,42 @@
+"""A hash of a model's weights, kept until one of them changes."""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Fingerprint"]
+
+
+class Fingerprint:
+    """The hash of all parameters of a module, in float32, so that a float64 copy of a model has the same.
+
+    Changes are seen by the tensors' version counters and places in memory; edits through ``.data`` are not.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] = ()
+        self._value = ""
+        self._slots: list[tuple[dict[str, nn.Parameter | None], str]] = []
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Fingerprint":
+        return Fingerprint()  # of another module
+
+    def of(self, module: nn.Module) -> str:
+        """The hash; always of the same module."""
+        if not self._slots:  # once: walking the modules takes longer than a cached step should
+            self._slots = [(part._parameters, name) for part in module.modules() for name in part._parameters]
+        parameters = [parameter for slot, name in self._slots if (parameter := slot[name]) is not None]
+        key = (parameters[0].dtype, *((parameter._version, parameter.data_ptr()) for parameter in parameters))
+        if self._key != key:
+            self._value = _hash(dict(module.named_parameters()))
+            self._key = key
+        return self._value
+
+
+def _hash(parameters: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in parameters.items():
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()

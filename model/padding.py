@@ -1,0 +1,63 @@
+"""Padding of a batch: checked once, and moved to the right, where no causal block can see it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bayes_dispatch.errors import TensorError
+
+__all__ = ["Padding", "check_padding"]
+
+
+@dataclass(frozen=True, eq=False)
+class Padding:
+    """Where the real tokens of a (B, T) batch stand.
+
+    Attributes:
+        tokens: real tokens of each row, (B,); ``None`` where all T are.
+        shift: (B, T) index that moves each row's first real token to the left end; ``None`` where all begin there.
+    """
+
+    tokens: Tensor | None = None
+    shift: Tensor | None = None
+
+    def to_right(self, x: Tensor) -> Tensor:
+        """(B, T) or (B, T, D) with its padding on the right."""
+        return x if self.shift is None else _gather(x, self.shift)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """Inverse of ``to_right``."""
+        return x if self.shift is None else _gather(x, self.shift.argsort(dim=1))
+
+
+def check_padding(mask: Tensor | None, shape: tuple[int, int], at_least: int) -> Padding:
+    """Read an attention mask: 1 for tokens, 0 for padding at the ends of each row.
+
+    Args:
+        mask: (B, T), or ``None`` where all tokens are real. shape: (B, T). at_least: tokens that each row must have.
+
+    Raises:
+        TensorError: a mask of another shape, with holes, or a row of too few tokens.
+    """
+    if mask is None:
+        return Padding()
+    if tuple(mask.shape) != shape:
+        raise TensorError(f"expected an attention_mask of shape {shape}, got {tuple(mask.shape)}")
+    real = mask.bool()
+    if bool(real.all()):
+        return Padding()
+    tokens = real.sum(1)
+    if int(tokens.min()) < at_least:
+        raise TensorError("expected at least one token in each row of attention_mask, got a row of padding")
+    first = real.long().argmax(1)
+    place = torch.arange(shape[1], device=mask.device)
+    if not bool((real == ((place >= first[:, None]) & (place < (first + tokens)[:, None]))).all()):
+        raise TensorError("expected padding at the ends of each row of attention_mask, got a mask with holes")
+    if not bool(first.any()):
+        return Padding(tokens)
+    return Padding(tokens, (place + first[:, None]) % shape[1])
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index) if x.ndim == 2 else x.gather(1, index[..., None].expand_as(x))
