@@ -13,16 +13,26 @@ from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.cache import Cache, State
 from bayes_dispatch.model.config import BlockKind, MambaFormerConfig
 from bayes_dispatch.model.fingerprint import Fingerprint
-from bayes_dispatch.model.mixers import CrossAttention, FeedForward, Mamba2Mixer, Memory, SelfAttention, Span
+from bayes_dispatch.model.mixers import (
+    CrossAttention,
+    FeedForward,
+    Mamba1Mixer,
+    Mamba2Mixer,
+    Memory,
+    SelfAttention,
+    Span,
+)
+from bayes_dispatch.model.normalisation import RMSNorm
 from bayes_dispatch.model.padding import Padding, check_padding
 from bayes_dispatch.model.svd_linear import SVDLinear
 
-__all__ = ["Block", "BlockStack", "MambaFormer", "build_mixer"]
+__all__ = ["Block", "BlockStack", "MambaFormer", "build_mixer", "check_adaptation"]
 
 
 def build_mixer(kind: BlockKind, config: MambaFormerConfig) -> nn.Module:
     """A new mixer of this kind."""
     mixers: dict[BlockKind, Callable[[MambaFormerConfig], nn.Module]] = {
+        "mamba1": Mamba1Mixer,
         "mamba2": Mamba2Mixer,
         "attention": SelfAttention,
         "cross_attention": CrossAttention,
@@ -36,7 +46,7 @@ class Block(nn.Module):
 
     def __init__(self, mixer: nn.Module, d_model: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(d_model, eps=1e-5)
+        self.norm = RMSNorm(d_model)
         self.mixer = mixer
 
     def forward(
@@ -58,7 +68,7 @@ class Block(nn.Module):
         if isinstance(self.mixer, SelfAttention):
             return self.mixer.init_state(batch_size, capacity, kv_dtype)
         if isinstance(self.mixer, CrossAttention):
-            return self.mixer.init_state(dtype)
+            return self.mixer.init_state(kv_dtype)
         if isinstance(self.mixer, FeedForward):
             return State()
         return cast(Mamba2Mixer, self.mixer).init_state(batch_size, dtype)
@@ -85,7 +95,7 @@ class BlockStack(nn.Module):
             self.embedding = nn.Embedding(vocab_size, backbone.d_model)
             nn.init.normal_(self.embedding.weight, std=0.02)
         self.blocks = nn.ModuleList(Block(build(kind, backbone), backbone.d_model) for kind in backbone.block_kinds)
-        self.norm = nn.RMSNorm(backbone.d_model, eps=1e-5)
+        self.norm = RMSNorm(backbone.d_model)
         for name, parameter in self.blocks.named_parameters():
             if name.endswith(
                 "out_proj.weight"
@@ -192,20 +202,24 @@ class BlockStack(nn.Module):
         return self.norm(x)
 
     def _check_adaptation(self, adaptation: Adaptation, batch: int) -> None:
-        ranks = self.adaptable() if adaptation.scales else {}
-        for name, scales in adaptation.scales.items():
-            if name not in ranks:
-                raise TensorError(f"expected scales of an adaptable matrix ({next(iter(ranks))}, …), got {name!r}")
-            if scales.shape[-1] != ranks[name]:
-                raise TensorError(f"expected {ranks[name]} scales for {name}, got {scales.shape[-1]}")
-            if scales.dtype != self.dtype:
-                raise TensorError(f"expected scales of {self.dtype} for {name}, got {scales.dtype}")
-        if adaptation.rows not in (None, batch):
-            raise TensorError(f"expected scales for {batch} rows, got {adaptation.rows}")
+        check_adaptation(adaptation, self.adaptable() if adaptation.scales else {}, self.dtype, batch)
 
     def _maker(self) -> str:
         """What a cache remembers of the model that made it."""
         return f"{self.fingerprint()} in {self.dtype}"
+
+
+def check_adaptation(adaptation: Adaptation, ranks: Mapping[str, int], dtype: torch.dtype, batch: int) -> None:
+    """Raise ``TensorError`` unless the scales fit matrices of these names and ranks, this dtype and this many rows."""
+    for name, scales in adaptation.scales.items():
+        if name not in ranks:
+            raise TensorError(f"expected scales of an adaptable matrix ({next(iter(ranks))}, …), got {name!r}")
+        if scales.shape[-1] != ranks[name]:
+            raise TensorError(f"expected {ranks[name]} scales for {name}, got {scales.shape[-1]}")
+        if scales.dtype != dtype:
+            raise TensorError(f"expected scales of {dtype} for {name}, got {scales.dtype}")
+    if adaptation.rows not in (None, batch):
+        raise TensorError(f"expected scales for {batch} rows, got {adaptation.rows}")
 
 
 class MambaFormer(BlockStack):

@@ -30,6 +30,12 @@ class Padding:
         """Inverse of ``to_right``."""
         return x if self.shift is None else _gather(x, self.shift.argsort(dim=1))
 
+    def real(self, length: int) -> Tensor | None:
+        """(B, T) for T = ``length``: true where a token stands; ``None`` where all do."""
+        if self.tokens is None:
+            return None
+        return self.restore(torch.arange(length, device=self.tokens.device) < self.tokens[:, None])
+
 
 def check_padding(mask: Tensor | None, shape: tuple[int, int], at_least: int) -> Padding:
     """Read an attention mask: 1 for tokens, 0 for padding at the ends of each row.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -72,9 +73,9 @@ class AttentionState(State):
 
     def write(self, keys: Float[Tensor, "B H T W"], values: Float[Tensor, "B H T W"], start: int) -> None:
         """Store T tokens of every row in the slots from ``start`` on."""
-        end = start + keys.shape[2]
+        length = keys.shape[2]
         for name, stored in self._encoded(keys, values).items():
-            self._writable(name, stored)[:, :, start:end] = stored
+            self._writable(name, stored).narrow(2, start, length).copy_(stored)
 
     def scatter(
         self, keys: Float[Tensor, "B H T W"], values: Float[Tensor, "B H T W"], places: tuple[Tensor, Tensor, Tensor]
@@ -82,20 +83,22 @@ class AttentionState(State):
         """Store single tokens: ``places`` are their rows, times and slots, each (N,)."""
         rows, times, slots = places
         for name, stored in self._encoded(keys, values).items():
-            self._writable(name, stored)[rows, :, slots] = stored[rows, :, times]
+            self._writable(name, stored)[rows, :, slots] = stored[rows, :, times].to(getattr(self, name).dtype)
 
     def read(self, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Keys and values (B, kv_heads, end, W) of the first ``end`` slots."""
-        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        keys, values = (t.narrow(2, 0, end).to(dtype) for t in (self.keys, self.values))
         if self.key_scales is None or self.value_scales is None:
-            return keys.to(dtype), values.to(dtype)
-        key_scales, value_scales = self.key_scales[:, :, :end], self.value_scales[:, :, :end]
-        return keys.to(dtype) * key_scales.to(dtype), values.to(dtype) * value_scales.to(dtype)
+            return keys, values
+        key_scales, value_scales = (t.narrow(2, 0, end).to(dtype) for t in (self.key_scales, self.value_scales))
+        return keys * key_scales, values * value_scales
 
     def rounded(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values as they will be read again: so a token sees the same, stored or not."""
         if self.keys.dtype == keys.dtype:
             return keys, values
+        if self.keys.dtype != torch.int8:
+            return keys.to(self.keys.dtype).to(keys.dtype), values.to(self.keys.dtype).to(values.dtype)
         stored = self._encoded(keys, values)
         scales = stored.get("key_scales"), stored.get("value_scales")
         return AttentionState(stored["keys"], stored["values"], *scales).read(keys.shape[2], keys.dtype)
@@ -114,7 +117,7 @@ class AttentionState(State):
 
     def _encoded(self, keys: Tensor, values: Tensor) -> dict[str, Tensor]:
         if self.keys.dtype != torch.int8:
-            return {"keys": keys.to(self.keys.dtype), "values": values.to(self.values.dtype)}
+            return {"keys": keys, "values": values}  # converted when they are copied
         encoded = {}
         for name, tensor in (("key", keys), ("value", values)):
             scales = tensor.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 127
@@ -137,21 +140,46 @@ class CrossAttentionState(State):
 
     Attributes:
         keys, values: (B, kv_heads, S, head width), ``None`` until they are computed.
+        key_scales, value_scales: (B, kv_heads, S, 1) for int8, else ``None``.
         visible: (B, S), true where the encoder read a token; ``None`` where it read all S.
-        dtype: in which keys and values are kept; ``None`` for their own.
+        source: (B, 32) bytes that tell what the encoder's output was made from; ``None`` where that is not known.
+        dtype: in which keys and values are kept.
     """
 
+    dtype: torch.dtype
     keys: Tensor | None = None
     values: Tensor | None = None
+    key_scales: Tensor | None = None
+    value_scales: Tensor | None = None
     visible: Tensor | None = None
-    dtype: torch.dtype | None = None
+    source: Tensor | None = None
 
-    def fill(self, keys: Tensor, values: Tensor, visible: Tensor | None) -> None:
-        """Keep them, in the ``dtype`` of this state if it has one."""
-        self.keys, self.values, self.visible = keys.to(self.dtype), values.to(self.dtype), visible
+    @property
+    def filled(self) -> bool:
+        """Whether it holds an encoder's output."""
+        return self.keys is not None
+
+    def fill(
+        self,
+        keys: Float[Tensor, "B H S W"],
+        values: Float[Tensor, "B H S W"],
+        visible: Tensor | None,
+        source: Tensor | None,
+    ) -> None:
+        """Keep the keys and values of all S tokens."""
+        empty = keys.new_empty(0, dtype=self.dtype)
+        for name, stored in AttentionState(empty, empty)._encoded(keys, values).items():
+            dtype = torch.float32 if name.endswith("scales") else self.dtype
+            setattr(self, name, stored.to(dtype).contiguous())
+        self.visible, self.source = visible, source
+
+    def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The keys and values (B, kv_heads, S, W) of a filled state."""
+        keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
+        return AttentionState(keys, values, self.key_scales, self.value_scales).read(keys.shape[2], dtype)
 
     def clear(self) -> None:
-        self.keys = self.values = self.visible = None
+        self.keys = self.values = self.key_scales = self.value_scales = self.visible = self.source = None
 
 
 def _records_gradients(*tensors: Tensor) -> bool:

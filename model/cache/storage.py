@@ -19,17 +19,14 @@ FORMAT = "bayes-dispatch cache 1"
 KINDS: dict[str, type[State]] = {
     kind.__name__: kind for kind in (State, MambaState, AttentionState, CrossAttentionState)
 }
-DIMENSIONS = {"conv": (3,), "ssm": (3, 4), "visible": (2,)}  # of tensors by name; keys, values and their scales have 4
+DIMENSIONS = {"conv": (3,), "ssm": (3, 4), "visible": (2,), "source": (2,)}  # of tensors by name; keys, values and their scales have 4
 FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 def write_states(path: Path, states: Sequence[State], lengths: dict[str, Tensor], about: dict[str, Any]) -> None:
     """Write states, tensors of one number per row, and what else there is to say about them."""
     tensors = {f"{i}.{name}": tensor for i, state in enumerate(states) for name, tensor in state.tensors().items()}
-    kinds = [
-        {"kind": type(state).__name__} | ({"window": state.window} if isinstance(state, AttentionState) else {})
-        for state in states
-    ]
+    kinds = [{"kind": type(state).__name__} | _settings(state) for state in states]
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors | lengths).items()}
     write_tensors(path, stored, {"format": FORMAT, "states": json.dumps(kinds), "about": json.dumps(about)})
 
@@ -66,6 +63,17 @@ def _read_state(description: dict[str, Any], index: int, tensors: dict[str, Tens
     for name, tensor in own.items():
         if tensor.shape[0] != batch or tensor.ndim not in DIMENSIONS.get(name, (4,)):
             raise ValueError(f"{name} of block {index} of shape {tuple(tensor.shape)}")
-        if tensor.dtype not in FLOATS | {torch.int8, torch.bool}:
+        if tensor.dtype not in FLOATS | {torch.int8, torch.uint8, torch.bool}:
             raise ValueError(f"{name} of block {index} of {tensor.dtype}")
-    return kind(**own, **({"window": description["window"]} if kind is AttentionState else {}))
+    settings: dict[str, Any] = {}
+    if kind is AttentionState:
+        settings["window"] = description["window"]
+    elif kind is CrossAttentionState:
+        settings["dtype"] = {str(dtype): dtype for dtype in FLOATS | {torch.int8}}[description["dtype"]]
+    return kind(**own, **settings)
+
+
+def _settings(state: State) -> dict[str, Any]:
+    if isinstance(state, AttentionState):
+        return {"window": state.window}
+    return {"dtype": str(state.dtype)} if isinstance(state, CrossAttentionState) else {}

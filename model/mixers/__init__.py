@@ -7,6 +7,7 @@ fill their cached state in place. Matrices that can be adapted are ``SVDLinear``
 from bayes_dispatch.model.mixers.attention import BidirectionalAttention, SelfAttention
 from bayes_dispatch.model.mixers.cross_attention import CrossAttention, Memory
 from bayes_dispatch.model.mixers.feed_forward import FeedForward
+from bayes_dispatch.model.mixers.mamba1 import Mamba1Mixer
 from bayes_dispatch.model.mixers.mamba2 import Mamba2Mixer
 from bayes_dispatch.model.mixers.span import Span
 
@@ -14,6 +15,7 @@ __all__ = [
     "BidirectionalAttention",
     "CrossAttention",
     "FeedForward",
+    "Mamba1Mixer",
     "Mamba2Mixer",
     "Memory",
     "SelfAttention",

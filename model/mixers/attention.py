@@ -58,19 +58,31 @@ class SelfAttention(nn.Module):
             y = self._continue_ring(q, k, v, span, state)
         else:
             y = self._continue(q, k, v, span, state)
-        return self.out_proj(y.transpose(1, 2).reshape(x.shape), scales.get("out_proj"))
+        return self._merge(y, x, scales)
 
     def _project(self, x: Tensor, span: Span, scales: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, n_heads, T, W), keys and values (B, kv_heads, T, W)."""
         batch, length, _ = x.shape
-        heads = self.qkv(x, scales.get("qkv")).view(batch, length, -1, self.head_width).transpose(1, 2)
-        q, k, v = heads.split([self.n_heads, self.kv_heads, self.kv_heads], dim=1)
+        projected = self.qkv(x, scales.get("qkv"))
+        if length == 1:
+            heads = projected.view(batch, -1, 1, self.head_width)  # the same as below, in one call
+        else:
+            heads = projected.view(batch, length, -1, self.head_width).transpose(1, 2)
+        q, k, v = heads.split((self.n_heads, self.kv_heads, self.kv_heads), dim=1)
         if self.positions == "rotary":
             q, k = rotate(q, span.before), rotate(k, span.before)
         return q, k, v
 
+    def _merge(self, y: Tensor, x: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
+        """From (B, n_heads, T, W) to outputs of the shape of ``x``."""
+        merged = y if x.shape[1] == 1 else y.transpose(1, 2)
+        return self.out_proj(merged.reshape(x.shape), scales.get("out_proj"))
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_causal: bool = False) -> Tensor:
         grouped = self.kv_heads != self.n_heads
+        if grouped and q.shape[2] == 1 and visible is None:  # as if a group's heads were queries: half the time
+            shared = q.reshape(q.shape[0], self.kv_heads, -1, self.head_width)
+            return F.scaled_dot_product_attention(shared, k, v).reshape(q.shape)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal, enable_gqa=grouped)
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, span: Span, state: AttentionState) -> Tensor:
@@ -154,7 +166,7 @@ class BidirectionalAttention(SelfAttention):
         q, k, v = self._project(x, span, scales)
         mask = span.mask(x.shape[1])
         y = self._attend(q, k, v, None if mask is None else mask[:, None, None])
-        return self.out_proj(y.transpose(1, 2).reshape(x.shape), scales.get("out_proj"))
+        return self._merge(y, x, scales)
 
 
 def _per_row(number: int | Tensor, like: Tensor) -> Tensor:

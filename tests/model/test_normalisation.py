@@ -1,0 +1,37 @@
+"""Our normalisation against the library's, in value and gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bayes_dispatch.model.normalisation import RMSNorm, rms_norm
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 5), (2, 3, 8), (2, 1, 3, 4)])
+def test_value_and_gradient_are_the_librarys(shape: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, out = (torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(2))
+    weight = torch.randn(shape[-1], generator=draw, dtype=torch.float64)
+    results = []
+    for norm in (rms_norm, lambda x, w, eps: F.rms_norm(x, (shape[-1],), w, eps)):
+        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = norm(*inputs, 1e-3)
+        y.backward(out)
+        results.append((y.detach(), *(i.grad for i in inputs)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        assert torch.equal(rms_norm(x, weight, 1e-3), results[0][0])
+
+
+def test_zeros_and_large_numbers() -> None:
+    assert torch.equal(rms_norm(torch.zeros(2, 4), torch.ones(4)), torch.zeros(2, 4))
+    large = torch.full((2, 4), 1e15)
+    torch.testing.assert_close(rms_norm(large, torch.ones(4)), torch.ones(2, 4))
+
+
+def test_less_precise_inputs_are_normalised_in_the_weights_dtype() -> None:
+    x = torch.randn(2, 7, generator=torch.Generator().manual_seed(0)).bfloat16()
+    norm = RMSNorm(7)
+    assert norm(x).dtype == torch.float32
+    assert torch.equal(norm(x), norm(x.float()))
