@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 __all__ = ["RMSNorm", "rms_norm"]
 
 
-def rms_norm(x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"], eps: float = 1e-5) -> Float[Tensor, "*B D"]:
+def rms_norm(x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"], eps: Float[Tensor, ""]) -> Float[Tensor, "*B D"]:
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension, in the more precise of the two dtypes."""
     if x.dtype != weight.dtype:
         x = x.to(torch.promote_types(x.dtype, weight.dtype))
@@ -27,21 +27,22 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
+        self.eps: Tensor
         self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.register_buffer("eps", torch.tensor(eps), persistent=False)  # a tensor saves the decoding step two calls
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         return rms_norm(x, self.weight, self.eps)
 
 
-def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+def _inverse_rms(x: Tensor, eps: Tensor) -> Tensor:
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return norm.mul_(norm).mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+    return torch.addcmul(eps, norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: Tensor) -> Tensor:
         inverse = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, inverse)
         return (x * inverse).mul_(weight)

@@ -53,9 +53,9 @@ def test_blocks_are_residual_and_run_in_order(model64: "MambaFormerForCausalLM")
     with torch.no_grad():
         x = model64.embedding.weight[ids]
         for block in model64.blocks:
-            rms = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * block.norm.weight
+            rms = x / (x.square().mean(-1, keepdim=True) + block.norm.eps).sqrt() * block.norm.weight
             x = x + block.mixer(rms, span, {})
-        x = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * model64.norm.weight
+        x = x / (x.square().mean(-1, keepdim=True) + model64.norm.eps).sqrt() * model64.norm.weight
         out = model64(ids)
     torch.testing.assert_close(out.hidden, x, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(out.logits, x @ model64.embedding.weight.T, rtol=1e-12, atol=1e-12)
