@@ -14,6 +14,7 @@ DOMAINS = {domain.name: domain for domain in (*BASE_TEXTS, *EXPERT_TEXTS, *FOREI
 CACHED = (
     text._sources,
     text._definitions,
+    text._passages,
     text._code,
     text._prose,
     text._json,
