@@ -40,8 +40,16 @@ if TYPE_CHECKING:
     from bayes_dispatch.inference.generator import Generation, TwoPassGenerator
     from bayes_dispatch.model.adaptation import Adaptation
     from bayes_dispatch.model.cache import Cache
-    from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.config import (
+        ClassifierConfig,
+        FeatureExtractorConfig,
+        LanguageModelConfig,
+        MambaFormerConfig,
+        Seq2SeqConfig,
+    )
+    from bayes_dispatch.model.heads import MambaFormerForFeatureExtraction, MambaFormerForSequenceClassification
+    from bayes_dispatch.model.mambaformer import MambaFormer, MambaFormerForCausalLM
+    from bayes_dispatch.model.seq2seq import MambaFormerForSeq2Seq
     from bayes_dispatch.model.tokenizer import ByteTokenizer
     from bayes_dispatch.posterior import DispatchPosterior
 
@@ -70,7 +78,14 @@ __all__ = [
     "ExpertVector",
     "MambaFormerConfig",
     "LanguageModelConfig",
+    "ClassifierConfig",
+    "FeatureExtractorConfig",
+    "Seq2SeqConfig",
+    "MambaFormer",
     "MambaFormerForCausalLM",
+    "MambaFormerForSequenceClassification",
+    "MambaFormerForFeatureExtraction",
+    "MambaFormerForSeq2Seq",
     "Adaptation",
     "Cache",
     "ByteTokenizer",
@@ -110,7 +125,14 @@ _MODULE_OF = {
     "ExpertVector": "experts.vectors",
     "MambaFormerConfig": "model.config",
     "LanguageModelConfig": "model.config",
+    "ClassifierConfig": "model.config",
+    "FeatureExtractorConfig": "model.config",
+    "Seq2SeqConfig": "model.config",
+    "MambaFormer": "model.mambaformer",
     "MambaFormerForCausalLM": "model.mambaformer",
+    "MambaFormerForSequenceClassification": "model.heads",
+    "MambaFormerForFeatureExtraction": "model.heads",
+    "MambaFormerForSeq2Seq": "model.seq2seq",
     "Adaptation": "model.adaptation",
     "Cache": "model.cache",
     "ByteTokenizer": "model.tokenizer",

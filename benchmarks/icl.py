@@ -45,19 +45,19 @@ class Preset:
 PRESETS = {
     "smoke": Preset(
         tasks=(SparseParity(3, 2, 6), LinearRegression(2, 6), AssociativeRecall(3, 2, 4)),
-        sizes=Sizes(d_model=16, n_heads=2, d_state=8, head_dim=16, pairs=1, mamba_blocks=3, layers=1, d_ff=64),
-        recipe=Recipe(steps=8, batch=8, warmup=2, judged=64),
+        sizes=Sizes(d_model=16, n_heads=2, d_state=4, head_dim=16, pairs=2, mamba_blocks=4, layers=2, d_ff=64),
+        recipe=Recipe(steps=4, batch=4, warmup=2, judged=32),
         rates={},
     ),
     "default": Preset(
         tasks=(SparseParity(6, 2, 20), LinearRegression(5, 15), AssociativeRecall(16, 8, 8)),
-        sizes=Sizes(d_model=64, n_heads=4, d_state=16, head_dim=32, pairs=2, mamba_blocks=4, layers=2, d_ff=224),
+        sizes=Sizes(d_model=64, n_heads=4, d_state=16, head_dim=32, pairs=2, mamba_blocks=4, layers=2, d_ff=232),
         recipe=Recipe(steps=1500, batch=32),
         rates={},
     ),
     "gpu": Preset(
         tasks=(SparseParity(10, 2, 140), LinearRegression(20, 41), AssociativeRecall(32, 16, 20)),
-        sizes=Sizes(d_model=256, n_heads=8, d_state=64, head_dim=64, pairs=4, mamba_blocks=8, layers=4, d_ff=704),
+        sizes=Sizes(d_model=256, n_heads=8, d_state=32, head_dim=64, pairs=4, mamba_blocks=7, layers=4, d_ff=672),
         recipe=Recipe(steps=100_000, batch=64, warmup=1000, judged=4096),
         rates={},
     ),
@@ -124,9 +124,9 @@ def as_json(run: Run) -> dict[str, Any]:
     }
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean and standard deviation over seeds; of one seed, the latter is 0."""
-    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+def spread(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean and standard deviation over seeds; one seed has no deviation."""
+    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def table(name: str, result: dict[str, Any]) -> Table:
@@ -147,8 +147,8 @@ def table(name: str, result: dict[str, Any]) -> Table:
     return rows
 
 
-def show(value: dict[str, float], digits: int) -> str:
-    return f"{value['mean']:.{digits}f} ± {value['sd']:.{digits}f}"
+def show(value: dict[str, float | None], digits: int) -> str:
+    return " ± ".join(f"{number:.{digits}f}" for number in (value["mean"], value["sd"]) if number is not None)
 
 
 def main(
@@ -161,28 +161,30 @@ def main(
     steps: Annotated[int | None, typer.Option(min=4, help="Training steps, instead of the preset's.")] = None,
     device: Annotated[str, typer.Option(help="Where models train: cpu, cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 1,
-    json_file: Annotated[Path | None, typer.Option("--json", help="A file for all numbers.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", dir_okay=False, help="A file for all numbers.")] = None,
 ) -> None:
     """Train the models on the in-context tasks and print one table a task: loss and score, mean ± sd over seeds."""
     begun = time.perf_counter()
+    if json_file is not None and not json_file.parent.is_dir():
+        raise typer.BadParameter(f"expected a file in a directory that exists, got {json_file}")
     torch.set_num_threads(threads)
     chosen = pick({preset}, PRESETS, "preset")[preset]
     recipe = replace(chosen.recipe, steps=steps or chosen.recipe.steps)
     tasks = pick(task, {each.name: each for each in chosen.tasks}, "task")
     configs = pick(model, chosen.sizes.configs(mixer), "model")
     runs = len(tasks) * len(configs) * (seeds + len(GRID) * tune)
-    results = {}
-    with tqdm(total=runs * recipe.steps, unit="step", file=sys.stderr) as bar:
+    report: dict[str, Any] = {"preset": preset, "mixer": mixer, "seeds": seeds, "device": device, "threads": threads}
+    report |= {"torch": torch.__version__, "sizes": asdict(chosen.sizes), "recipe": asdict(recipe), "tasks": {}}
+    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    with tqdm(total=runs * recipe.steps, unit="step") as bar:
         bench = Bench(replace(chosen, recipe=recipe), device, bar)
         for name, each in tasks.items():
-            results[name] = measure(bench, each, configs, seeds, tune)
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    console.print(*(table(name, result) for name, result in results.items()))
+            report["tasks"][name] = measure(bench, each, configs, seeds, tune)
+            bar.clear()
+            console.print(table(name, report["tasks"][name]))
+            if json_file is not None:  # after each task: a long run that is stopped leaves what it has
+                json_file.write_text(json.dumps(report, indent=2) + "\n")
     print(f"{seeds} seed(s), {recipe.steps} steps of {recipe.batch} prompts, {time.perf_counter() - begun:.0f} s")
-    if json_file is not None:
-        settings = {"preset": preset, "mixer": mixer, "seeds": seeds, "device": device, "threads": threads}
-        sizes = {"sizes": asdict(chosen.sizes), "recipe": asdict(recipe), "torch": torch.__version__}
-        json_file.write_text(json.dumps(settings | sizes | {"tasks": results}, indent=2) + "\n")
 
 
 def pick(names: Iterable[str] | None, known: dict[str, T], what: str) -> dict[str, T]:

@@ -11,22 +11,28 @@ Peers that are not installed are left out, and named: ``pip install transformers
 
 import json
 import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from peers.alone import cache, floor, length
-from peers.comparison import Scale, comparison
+from peers.comparison import comparison
 from peers.groups import GROUPS
+from peers.tasks import Scale
+from peers.timing import Rounds
 from rich.console import Console
 from rich.table import Table
 
 PACKAGES = ("torch", "transformers", "mambapy", "minimamba")
-SECTIONS = {"floor": floor, "length": length, "cache": cache}  # and "peers", once for each group
+Result = tuple[list[Table], list[dict[str, object]]]
+ALONE: dict[str, Callable[[Scale, int], Result]] = {"floor": floor, "length": length, "cache": cache}
 
 
 class Section(StrEnum):
@@ -38,6 +44,14 @@ class Section(StrEnum):
     cache = "cache"
 
 
+class Clock(StrEnum):
+    """What is measured."""
+
+    wall = "wall"
+    cpu = "cpu"
+
+
+CLOCKS = {Clock.wall: time.perf_counter, Clock.cpu: time.process_time}
 GroupName = StrEnum("GroupName", [group.name for group in GROUPS])  # type: ignore[misc]
 
 
@@ -52,13 +66,12 @@ def versions() -> dict[str, str]:
     return found
 
 
-def run(
-    section: str, groups: set[str], scale: Scale, threads: int
-) -> list[tuple[list[Table], list[dict[str, object]]]]:
-    """Tables and records of a section."""
-    if section == "peers":
-        return [comparison(group, scale, threads) for group in GROUPS if group.name in groups]
-    return [SECTIONS[section](scale, threads)]
+def run(section: str, groups: set[str], scale: Scale, threads: int) -> Iterator[Result]:
+    """Tables and records of a section, part by part."""
+    if section in ALONE:
+        yield ALONE[section](scale, threads)
+        return
+    yield from (comparison(group, scale, threads) for group in GROUPS if group.name in groups)
 
 
 def main(
@@ -69,27 +82,29 @@ def main(
     budget: Annotated[
         float | None, typer.Option(help="Seconds for a measure, above which it has fewer rounds.")
     ] = None,
+    clock: Annotated[
+        Clock, typer.Option(help="Wall time, or CPU time: for one thread of a busy machine.")
+    ] = Clock.wall,
     quick: Annotated[bool, typer.Option("--quick", help="Short prompts and few rounds.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all readings to this file.")] = None,
 ) -> None:
     """Measure our models beside their peers."""
     scale = Scale.quick() if quick else Scale()
-    scale = replace(scale, repeats=repeats or scale.repeats, budget=budget or scale.budget)
-    sections = [str(section) for section in (only or list(Section))]
-    groups = {str(name) for name in (group or list(GroupName))}
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=200)
-    console.print(versions())
-    readings: list[dict[str, object]] = []
+    rounds = Rounds(repeats or scale.rounds.repeats, budget or scale.rounds.budget, CLOCKS[clock])
+    scale = replace(scale, rounds=rounds)
+    sections = [str(section) for section in only or Section]
+    groups = {str(name) for name in group or GroupName}
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    report: dict[str, Any] = {"versions": versions(), "clock": clock, "readings": []}
+    console.print(report["versions"], f"clock: {clock}")
     for count in threads or [1]:
         torch.set_num_threads(count)
         for section in sections:
             for tables, records in run(section, groups, scale, count):
                 console.print(*tables, sep="\n")
-                readings += [{"threads": count, "section": section} | record for record in records]
-                if json_file is not None:  # as soon as there is something, since a full run is long
-                    json_file.write_text(json.dumps({"versions": versions(), "readings": readings}, indent=1) + "\n")
+                report["readings"] += [{"threads": count, "section": section} | record for record in records]
+                if json_file is not None:  # after each part, since a full run is long
+                    json_file.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Adaptation:
     scales: Mapping[str, Tensor]
     rows: int | None = field(init=False)
     _digests: dict[str, str | tuple[str, ...]] = field(init=False, repr=False, default_factory=dict)
+    _parts: dict[str, "Adaptation"] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", MappingProxyType(dict(self.scales)))
@@ -55,6 +56,13 @@ class Adaptation:
             return self
         index = torch.as_tensor(rows)
         return Adaptation({name: scales[index] for name, scales in self.scales.items()})
+
+    def part(self, prefix: str) -> "Adaptation":
+        """The scales whose matrix names begin with ``prefix``, under their names without it."""
+        if prefix not in self._parts:  # once: every cached step asks
+            named = {name: scales for name, scales in self.scales.items() if name.startswith(prefix)}
+            self._parts[prefix] = Adaptation({name.removeprefix(prefix): scales for name, scales in named.items()})
+        return self._parts[prefix]
 
     def digest(self, prefix: str) -> str | tuple[str, ...]:
         """A hash of the scales whose matrix names begin with ``prefix``; empty where there are none.

@@ -3,16 +3,28 @@
 The backbone knows no vocabulary; each head's configuration composes it (DESIGN: decoupled configurations).
 """
 
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any, Literal, TypeVar, cast, get_args
 
 from bayes_dispatch.errors import ConfigError
 
-__all__ = ["BlockKind", "LanguageModelConfig", "MambaFormerConfig", "StateSpaceKind"]
+__all__ = [
+    "BlockKind",
+    "ClassifierConfig",
+    "FeatureExtractorConfig",
+    "LanguageModelConfig",
+    "MambaFormerConfig",
+    "PoolingKind",
+    "Seq2SeqConfig",
+    "StateSpaceKind",
+]
 
 StateSpaceKind = Literal["mamba1", "mamba2"]
 PositionKind = Literal["none", "rotary"]
 BlockKind = Literal["mamba1", "mamba2", "attention", "cross_attention", "feed_forward"]
+PoolingKind = Literal["last", "mean", "max"]
+
+C = TypeVar("C", bound="Composed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,8 +141,26 @@ class MambaFormerConfig:
         return cls(**data | {"blocks": tuple(blocks) if isinstance(blocks, list) else blocks})
 
 
+class Composed:
+    """A dataclass around one or more backbones, which JSON can hold."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {n: asdict(v) if isinstance(v, MambaFormerConfig) else v for n, v in vars(self).items()}
+
+    @classmethod
+    def from_json(cls: type[C], data: Any) -> C:
+        """Inverse of ``to_json``.
+
+        Raises:
+            ConfigError: a name is missing or unknown, or a value is out of range.
+        """
+        data = _expect_names(cls, data)
+        backbones = [field.name for field in fields(cast(Any, cls)) if field.type is MambaFormerConfig]
+        return cls(**data | {name: MambaFormerConfig.from_json(data[name]) for name in backbones})
+
+
 @dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig:
+class LanguageModelConfig(Composed):
     """A backbone with an embedding and a next-token head over ``vocab_size`` tokens."""
 
     backbone: MambaFormerConfig
@@ -142,18 +172,98 @@ class LanguageModelConfig:
         if not isinstance(self.tie_embeddings, bool):
             raise ConfigError(f"expected tie_embeddings to be true or false, got {self.tie_embeddings!r}")
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureExtractorConfig(Composed):
+    """A backbone with an embedding over ``vocab_size`` tokens, whose last hidden states are pooled for each row.
+
+    Attributes:
+        pooling: over the row's real tokens: the ``"last"`` of them, their ``"mean"``, or their ``"max"`` by feature.
+    """
+
+    backbone: MambaFormerConfig
+    vocab_size: int
+    pooling: PoolingKind = "mean"
+
+    def __post_init__(self) -> None:
+        _expect_integer("vocab_size", self.vocab_size, at_least=2)
+        _expect_member("pooling", self.pooling, PoolingKind)
+        _expect_alone(self.backbone)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig(FeatureExtractorConfig):
+    """A backbone with an embedding, and a linear map from each row's pooled states to ``num_labels`` logits."""
+
+    num_labels: int
+    pooling: PoolingKind = "last"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _expect_integer("num_labels", self.num_labels, at_least=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seq2SeqConfig(Composed):
+    """An encoder, a decoder that attends to it, and one embedding over ``vocab_size`` tokens for both.
+
+    Attributes:
+        encoder: blocks that see the whole input, both ways; attention without a window.
+        decoder: blocks with at least one ``"cross_attention"`` among them, as wide as the encoder.
+        tie_embeddings: whether the next-token head is the embedding, too.
+        start_token_id: what every output begins with, unseen.
+    """
+
+    encoder: MambaFormerConfig
+    decoder: MambaFormerConfig
+    vocab_size: int
+    tie_embeddings: bool = True
+    start_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        _expect_integer("vocab_size", self.vocab_size, at_least=2)
+        _expect_integer("start_token_id", self.start_token_id, at_least=0)
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(f"expected tie_embeddings to be true or false, got {self.tie_embeddings!r}")
+        if self.start_token_id >= self.vocab_size:
+            raise ConfigError(f"expected start_token_id in 0 … {self.vocab_size - 1}, got {self.start_token_id}")
+        _expect_alone(self.encoder)
+        if self.encoder.attention_window is not None:
+            raise ConfigError(f"expected an encoder without attention_window, got {self.encoder.attention_window}")
+        if "cross_attention" not in self.decoder.block_kinds:
+            raise ConfigError(f"expected cross_attention among the decoder's blocks, got {self.decoder.block_kinds}")
+        if self.encoder.d_model != self.decoder.d_model:
+            widths = f"{self.encoder.d_model} and {self.decoder.d_model}"
+            raise ConfigError(f"expected an encoder and a decoder of one d_model, got {widths}")
 
     @classmethod
-    def from_json(cls, data: Any) -> "LanguageModelConfig":
-        """Inverse of ``to_json``.
+    def symmetric(
+        cls, backbone: MambaFormerConfig, *, vocab_size: int, tie_embeddings: bool = True, start_token_id: int = 0
+    ) -> "Seq2SeqConfig":
+        """``backbone`` twice: both ways as the encoder, and with cross-attention as the decoder.
 
-        Raises:
-            ConfigError: a name is missing or unknown, or a value is out of range.
+        The decoder of a MambaFormer is the state-space block, then ``n_pairs`` of (attention, cross-attention, state
+        space). For other ``blocks``, cross-attention follows each attention block, or each state-space block where
+        there is no attention.
         """
-        data = _expect_names(cls, data)
-        return cls(**data | {"backbone": MambaFormerConfig.from_json(data["backbone"])})
+        kinds = backbone.block_kinds
+        followed = {"attention"} if "attention" in kinds else {"mamba1", "mamba2"}
+        blocks: list[BlockKind] = []
+        for kind in kinds:
+            blocks += [kind, "cross_attention"] if kind in followed else [kind]
+        return cls(
+            encoder=replace(backbone, attention_window=None),
+            decoder=replace(backbone, blocks=tuple(blocks)),
+            vocab_size=vocab_size,
+            tie_embeddings=tie_embeddings,
+            start_token_id=start_token_id,
+        )
+
+
+def _expect_alone(backbone: MambaFormerConfig) -> None:
+    """Raise ``ConfigError`` if a block needs an encoder to attend to."""
+    if "cross_attention" in backbone.block_kinds:
+        raise ConfigError(f"expected cross_attention in the blocks of a decoder only, got {backbone.block_kinds}")
 
 
 def _expect_integer(name: str, value: object, at_least: int) -> None:

@@ -18,14 +18,17 @@ class Fingerprint:
         self._key: tuple[object, ...] = ()
         self._value = ""
         self._slots: list[tuple[dict[str, nn.Parameter | None], str]] = []
+        self._parts: list[tuple[dict[str, nn.Module | None], tuple[nn.Module | None, ...]]] = []
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Fingerprint":
         return Fingerprint()  # of another module
 
     def of(self, module: nn.Module) -> str:
         """The hash; always of the same module."""
-        if not self._slots:  # once: walking the modules takes longer than a cached step should
+        if not self._slots or any(tuple(now.values()) != then for now, then in self._parts):
+            # walking the modules takes longer than a cached step should: only if one was replaced
             self._slots = [(part._parameters, name) for part in module.modules() for name in part._parameters]
+            self._parts = [(part._modules, tuple(part._modules.values())) for part in module.modules() if part._modules]
         parameters = [parameter for slot, name in self._slots if (parameter := slot[name]) is not None]
         key = (parameters[0].dtype, *((parameter._version, parameter.data_ptr()) for parameter in parameters))
         if self._key != key:

@@ -1,25 +1,23 @@
 """The MambaFormer (arXiv 2402.04248): a Mamba block, then pairs of attention and Mamba blocks, as a language model."""
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.backbone import CausalLMOutput
 from bayes_dispatch.model.blocks import Block, MambaFormer
 from bayes_dispatch.model.cache import Cache
 from bayes_dispatch.model.config import LanguageModelConfig
+from bayes_dispatch.model.generation import CachedContinuation, GenerationMixin, Prompts, UncachedContinuation
 from bayes_dispatch.model.padding import check_padding
 from bayes_dispatch.model.pretrained import Pretrained
-from bayes_dispatch.model.sampling import Sampling, row_generators
 from bayes_dispatch.model.token_model import TokenModel, check_ids
 
 __all__ = ["Block", "MambaFormer", "MambaFormerForCausalLM"]
 
 
-class MambaFormerForCausalLM(TokenModel, Pretrained):
+class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
     """Next-token prediction with explicit cache and adaptation.
 
     Example:
@@ -63,69 +61,24 @@ class MambaFormerForCausalLM(TokenModel, Pretrained):
         """The next-token head."""
         return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
 
-    @torch.no_grad()
-    def generate(
+    def begin(
         self,
         input_ids: Int[Tensor, "B T"],
+        attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"] | None,
         *,
-        attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"] | None = None,
         max_new_tokens: int,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        eos_token_id: int | None = None,
-        use_cache: bool = True,
-        adaptation: Adaptation | None = None,
-        seed: int | None = None,
-    ) -> Int[Tensor, "B T_new"]:
-        """Continue each row, greedily or by sampling.
-
-        Args:
-            input_ids, attention_mask: prompts, padded on either side.
-            max_new_tokens: tokens to add. do_sample, temperature, top_k, top_p: see ``Sampling``.
-            eos_token_id: a row that yields it is finished and is filled with it from there on.
-            use_cache: ``False`` recomputes the whole sequence for each token; the result is the same.
-            adaptation: shared or per-row scales.
-            seed: each row draws from a stream of its own, made of the seed and its prompt; ``None`` for a fresh one.
-
-        Returns:
-            The new tokens only, (B, up to max_new_tokens).
-
-        Raises:
-            TensorError, ConfigError: see ``forward`` and ``Sampling``.
-        """
-        sampling = Sampling(do_sample=do_sample, temperature=temperature, top_k=top_k, top_p=top_p)
-        if max_new_tokens < 1:
-            raise ConfigError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
+        use_cache: bool,
+        adaptation: Adaptation | None,
+    ) -> Prompts:
+        """What ``generate`` begins with: see ``GenerationMixin``."""
+        adaptation = adaptation or Adaptation.identity()
         check_ids(input_ids, self.vocab_size)
-        input_ids = input_ids.long()
+        self._check_adaptation(adaptation, input_ids.shape[0])
         padding = check_padding(attention_mask, (input_ids.shape[0], input_ids.shape[1]), at_least=1)
-        ids = padding.to_right(input_ids)
-        batch, length = ids.shape
-        lengths = torch.full((batch,), length) if padding.tokens is None else padding.tokens
-        rows = [ids[b, :n].cpu().numpy().tobytes() for b, n in enumerate(lengths.tolist())]
-        generators = row_generators(seed, rows)
-        cache = self.init_cache(batch, length + max_new_tokens) if use_cache else None
-        sequence = torch.cat([ids, ids.new_zeros(batch, max_new_tokens)], dim=1)
-        each = torch.arange(batch)
-        finished = torch.zeros(batch, dtype=torch.bool)
-        new: list[Tensor] = []
-        for _ in range(max_new_tokens):
-            if cache is not None and new:
-                logits = self(new[-1][:, None], cache=cache, adaptation=adaptation).logits[:, 0]
-            else:
-                width = int(lengths.max())
-                mask = (torch.arange(width) < lengths[:, None]).long()
-                out = self(sequence[:, :width], attention_mask=mask, cache=cache, adaptation=adaptation)
-                logits = out.logits[each, lengths - 1]
-            token = sampling.choose(logits, generators)
-            if eos_token_id is not None:
-                token = torch.where(finished, eos_token_id, token)
-                finished |= token == eos_token_id
-            new.append(token)
-            sequence[each, lengths] = token
-            lengths = lengths + 1
-            if bool(finished.all()):
-                break
-        return torch.stack(new, dim=1)
+        ids = padding.to_right(input_ids.long())
+        if padding.tokens is not None:
+            ids = ids[:, : int(padding.tokens.max())]
+        lengths = [ids.shape[1]] * ids.shape[0] if padding.tokens is None else padding.tokens.tolist()
+        content = [row[:n].numpy().tobytes() for row, n in zip(ids.cpu(), lengths, strict=True)]
+        kind = CachedContinuation if use_cache else UncachedContinuation
+        return Prompts(kind(self, ids, padding.tokens, max_new_tokens - 1, adaptation), content, ids, padding.tokens)

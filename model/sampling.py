@@ -7,29 +7,34 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bayes_dispatch.errors import ConfigError
 
-__all__ = ["Sampling", "row_generators", "row_seeds"]
+__all__ = ["Sampling", "penalise_repetition", "row_generators", "row_seeds"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen.
 
+    The temperature comes first. Each filter then reads the whole tempered distribution, and a token must pass them all,
+    so that their order does not matter; the tokens that are left are drawn by their relative probabilities.
+
     Attributes:
         do_sample: draw from the distribution; else take its mode (greedy).
         temperature: logits are divided by it before drawing.
         top_k: keep only the k most probable tokens.
         top_p: keep the fewest most probable tokens whose total probability reaches p (nucleus sampling, 1904.09751).
+        min_p: keep the tokens at least min_p times as probable as the most probable one (2407.01082).
     """
 
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -38,6 +43,8 @@ class Sampling:
             raise ConfigError(f"expected top_k of at least 1, got {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"expected top_p in (0, 1], got {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ConfigError(f"expected min_p in [0, 1], got {self.min_p}")
 
     def choose(self, logits: Float[Tensor, "B V"], generators: Sequence[np.random.Generator]) -> Int[Tensor, " B"]:
         """The next token of each row; drawing uses one uniform number of the row's own generator.
@@ -55,11 +62,23 @@ class Sampling:
         if self.top_p is not None:
             before = probabilities.cumsum(-1) - probabilities
             probabilities[before >= self.top_p] = 0
+        if self.min_p is not None:
+            probabilities[probabilities < self.min_p * probabilities[:, :1]] = 0
         cumulative = probabilities.cumsum(-1)
         uniform = torch.tensor([[generator.random()] for generator in generators], dtype=torch.double)
         place = torch.searchsorted(cumulative, uniform.to(cumulative) * cumulative[:, -1:], right=True)
         kept = (probabilities > 0).sum(-1, keepdim=True)
         return tokens.gather(-1, place.clamp(max=kept - 1))[:, 0]
+
+
+def penalise_repetition(
+    logits: Float[Tensor, "B V"], seen: Bool[Tensor, "B V"], penalty: float
+) -> Float[Tensor, "B V"]:
+    """Make tokens that were ``seen`` less probable: positive logits are divided by ``penalty``, others multiplied.
+
+    CTRL (arXiv 1909.05858, section 4.1) divides all of them, which would favour tokens of negative logits.
+    """
+    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def row_seeds(seed: int | None, rows: Sequence[bytes]) -> list[int]:

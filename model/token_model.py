@@ -9,7 +9,7 @@ from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.blocks import BlockStack
 from bayes_dispatch.model.cache import Cache
 from bayes_dispatch.model.config import MambaFormerConfig
-from bayes_dispatch.model.mixers import Memory
+from bayes_dispatch.model.mixers import Memory, Span
 from bayes_dispatch.model.padding import Padding, check_padding
 
 __all__ = ["TokenModel", "check_ids"]
@@ -42,6 +42,17 @@ class TokenModel(BlockStack):
         padding = check_padding(attention_mask, shape, at_least=1 if cache is None else 0)
         x = self.embedding(padding.to_right(input_ids))
         return padding.restore(self._run(x, padding, cache, adaptation, memory)), padding
+
+    def step(self, tokens: Int[Tensor, " B"], cache: Cache, adaptation: Adaptation) -> Float[Tensor, "B D"]:
+        """What ``read`` gives for one more token of each row, with nothing checked: for loops that have done so.
+
+        ``cache`` is of this model as it is and has room, ``adaptation`` is the one that filled it.
+        """
+        span = Span(None, cache.read, cache.dropped)
+        x = self.embedding(tokens[:, None])
+        x = self.run_blocks(x, span, 0, len(self.blocks), cache=cache, adaptation=adaptation)
+        cache.advance(1)
+        return self.norm(x[:, 0])
 
 
 def check_ids(input_ids: Tensor, vocab_size: int) -> None:

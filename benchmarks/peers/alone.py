@@ -2,20 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
+from bayes_dispatch.model.cache import Cache
 from bayes_dispatch.model.config import BlockKind
-from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
-from bayes_dispatch.model.svd_linear import SVDLinear
-from peers.comparison import Scale, decode, parameters, prompt
 from peers.contestant import Contestant
 from peers.groups import mambaformer, pure
 from peers.ours import Ours
+from peers.tasks import Scale, decode, filled, parameters, prefill, products, prompt
 from peers.timing import Times, Work, interleaved
 
 __all__ = ["cache", "floor", "length"]
@@ -24,100 +23,78 @@ KINDS: tuple[BlockKind, ...] = ("mamba2", "mamba1")
 PAIRS = 4  # nine blocks, 3.3M parameters
 WINDOW = 256
 PIECE = 1024  # long contexts are read in pieces
+Record = dict[str, object]
+Build = Callable[[], Contestant]
+MAMBAFORMERS: dict[str, Build] = {f"MambaFormer, {kind}": partial(mambaformer, kind, PAIRS) for kind in KINDS}
+PURE: dict[str, Build] = {f"{kind} alone": partial(pure, kind) for kind in KINDS}
+WINDOWED: dict[str, Build] = {
+    f"MambaFormer, {kind}, window {WINDOW}": partial(mambaformer, kind, PAIRS, WINDOW) for kind in KINDS
+}
 
 
-def _build(build: Callable[[], Contestant]) -> Ours:
+def _build(build: Build) -> Ours:
     torch.manual_seed(0)
     contestant = cast(Ours, build())
     contestant.module.eval()
     return contestant
 
 
-MAMBAFORMERS = {f"MambaFormer, {kind}": lambda kind=kind: mambaformer(kind, PAIRS) for kind in KINDS}
-PURE = {f"{kind} alone": lambda kind=kind: pure(kind) for kind in KINDS}
-WINDOWED = {
-    f"MambaFormer, {kind}, window {WINDOW}": lambda kind=kind: mambaformer(kind, PAIRS, WINDOW) for kind in KINDS
-}
-
-
-def matrices(model: MambaFormerForCausalLM) -> list[Tensor]:
-    """All weight matrices that the model multiplies by, in the order of their use, the head's last."""
-    modules = [m for m in model.modules() if isinstance(m, SVDLinear | nn.Linear) and m is not model.head]
-    return [m.weight for m in modules] + [model.embedding.weight if model.head is None else model.head.weight]
-
-
-def floor(scale: Scale, threads: int) -> tuple[list[Table], list[dict[str, object]]]:
+def floor(scale: Scale, threads: int) -> tuple[list[Table], list[Record]]:
     """The model against its matrix products alone: what no implementation of it can be faster than."""
-    title = f"share of the floor (its matrix products alone), threads: {threads}"
-    columns = [f"prefill {n}" for n in scale.prefill] + [f"decode after {scale.after[0]}"]
+    after, tokens = scale.after[0], scale.tokens
+    columns = [f"prefill {n}" for n in scale.prefill] + [f"decode after {after}"]
+    title = f"tokens/s of the model, of its matrix products alone, and share of these; threads: {threads}"
     table = Table("model", "parameters", "in products", *columns, title=title)
-    records: list[dict[str, object]] = []
+    records: list[Record] = []
     for name, build in (MAMBAFORMERS | PURE).items():
         ours = _build(build)
-        weights = matrices(ours.module)
-        count = parameters(ours)
+        weights = ours.matrices()
+        tasks = [(n, prefill(ours, n), products(weights, n, 1)) for n in scale.prefill]
+        step = decode(ours, lambda ours=ours: filled(ours, after, tokens), tokens)  # type: ignore[misc]
+        tasks.append((tokens, step, products(weights, 1, tokens)))
         cells = []
-        for column, n in zip(columns, [*scale.prefill, 1], strict=True):
-            decoding = n == 1
-            tokens = scale.tokens if decoding else n
-            ids = prompt(n)
-            works = {
-                "model": decode(ours, scale.after[0], tokens) if decoding else Work(lambda _, i=ids: ours.prefill(i)),
-                "floor": _products(weights, n, tokens if decoding else 1),
-            }
+        for column, (number, model, alone) in zip(columns, tasks, strict=True):
             with torch.inference_mode():
-                times = interleaved(works, f"{name}: {column}", scale.repeats, scale.budget)
-            share, spread = times.ratio("floor", "model")
-            rates = {which: tokens / times.median(which) for which in works}
-            cells.append(f"{rates['model']:,.0f} of {rates['floor']:,.0f} = [bold]{share:.0%}[/] ±{spread:.0%}")
+                works = {"model": model, "products": alone}
+                times = interleaved(works, f"{name}: {column}", scale.rounds)
+            share, spread = times.ratio("products", "model")
+            rates = {which: number / times.median(which) for which in works}
+            cells.append(f"{rates['model']:,.0f} / {rates['products']:,.0f} = [bold]{share:.0%}[/] ±{spread:.0%}")
             records.append({"model": name, "measure": column, "share": share, "spread": spread} | rates)
+        count = parameters(ours)
         table.add_row(name, f"{count / 1e6:.2f}M", f"{sum(w.numel() for w in weights) / count:.1%}", *cells)
     return [table], records
 
 
-def _products(weights: list[Tensor], tokens: int, times: int) -> Work:
-    inputs = {w.shape[1]: torch.randn(1, tokens, w.shape[1]) for w in weights}
-
-    def run(_: object) -> None:
-        for _step in range(times):
-            for weight in weights:
-                F.linear(inputs[weight.shape[1]], weight)
-
-    return Work(run)
-
-
-def length(scale: Scale, threads: int) -> tuple[list[Table], list[dict[str, object]]]:
+def length(scale: Scale, threads: int) -> tuple[list[Table], list[Record]]:
     """What a decoded token costs after ever longer contexts, and what the cache holds."""
-    title = f"decode after a context: µs per token, × the shortest, cache; threads: {threads}"
+    title = f"decode after a context: µs per token, × the shortest, size of the cache; threads: {threads}"
     table = Table("model", *(f"{n:,}" for n in scale.lengths), title=title)
-    records: list[dict[str, object]] = []
+    shortest = str(scale.lengths[0])
+    records: list[Record] = []
     for name, build in (PURE | WINDOWED).items():
         ours = _build(build)
         with torch.inference_mode():
-            states = {str(n): _filled(ours, n, scale) for n in scale.lengths}
-            steps = prompt(scale.tokens).split(1, dim=1)
-            works = {
-                n: Work(lambda s: [ours.extend(t, s) for t in steps], lambda s=state: ours.clone(s))
-                for n, state in states.items()
-            }
-            times = interleaved(works, f"{name}: length", scale.repeats, scale.budget)
+            states = {str(n): filled(ours, n, scale.tokens, PIECE) for n in scale.lengths}
+            works = {n: decode(ours, lambda s=s: s, scale.tokens) for n, s in states.items()}  # type: ignore[misc]
+            times = interleaved(works, f"{name}: length", scale.rounds)
         cells = []
         for n, state in states.items():
-            ratio, spread = times.ratio(n, str(scale.lengths[0]))
+            ratio, spread = times.ratio(n, shortest)
             micro = times.median(n) / scale.tokens * 1e6
-            nbytes = state.info().nbytes
-            cells.append(f"{micro:,.0f} [bold]{ratio:.2f}×[/] ±{spread:.0%} {nbytes / 2**10:,.0f} KiB")
+            says, holds = state.info().nbytes, held(state)
+            size = f"{says / 2**10:,.0f} KiB" + ("" if says == holds else f" [red]but holds {holds / 2**10:,.0f}[/]")
+            cells.append(f"{micro:,.0f}  [bold]{ratio:.2f}×[/] ±{spread:.0%}  {size}")
             record = {"model": name, "context": int(n), "microseconds": micro, "ratio": ratio, "spread": spread}
-            records.append(record | {"cache_bytes": nbytes})
+            records.append(record | {"cache_info_bytes": says, "cache_held_bytes": holds})
         table.add_row(name, *cells)
     return [table], records
 
 
-def _filled(ours: Ours, context: int, scale: Scale):
-    state = ours.start(context + scale.tokens)
-    for piece in prompt(context).split(PIECE, dim=1):
-        ours.extend(piece, state)
-    return state
+def held(cache: Cache) -> int:
+    """Bytes of all memory that a cache's tensors lie in, whatever part of it they use."""
+    storages = (tensor.untyped_storage() for state in cache.states for tensor in state.tensors().values())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 @dataclass(frozen=True)
@@ -130,19 +107,18 @@ class Generator:
 
 def generators() -> list[Generator]:
     """The cases of ``cache``."""
-    ids = prompt(32)
-    cases = []
-    for name, build in (MAMBAFORMERS | PURE).items():
-        model = _build(build).module
-        cases.append(Generator(name, lambda n, use, m=model: m.generate(ids, max_new_tokens=n, use_cache=use)))
-    return cases
+    return [Generator(name, partial(_continue, _build(build))) for name, build in (MAMBAFORMERS | PURE).items()]
 
 
-def cache(scale: Scale, threads: int) -> tuple[list[Table], list[dict[str, object]]]:
+def _continue(ours: Ours, tokens: int, use_cache: bool) -> Tensor:
+    return ours.module.generate(prompt(32), max_new_tokens=tokens, use_cache=use_cache)
+
+
+def cache(scale: Scale, threads: int) -> tuple[list[Table], list[Record]]:
     """Greedy generation with the cache against without, and whether the tokens are the same."""
     title = f"generation with the cache: tokens/s, × without it, threads: {threads}"
     table = Table("model", *(f"{n} new tokens" for n in scale.generated), title=title)
-    records: list[dict[str, object]] = []
+    records: list[Record] = []
     for case in generators():
         cells = []
         for n in scale.generated:
@@ -166,4 +142,4 @@ def _both(case: Generator, tokens: int, outputs: dict[bool, Tensor], scale: Scal
         return Work(run)
 
     works = {"cached": work(True), "uncached": work(False)}
-    return interleaved(works, f"{case.name}: {tokens} tokens", scale.repeats, scale.budget)
+    return interleaved(works, f"{case.name}: {tokens} tokens", scale.rounds)

@@ -1,83 +1,113 @@
 """Section "peers": the models of a group side by side, in prefill, decode, training and its memory."""
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from rich.table import Table
-from torch import Tensor
 
 from peers.contestant import Contestant, Entry, Group
-from peers.memory import peak_of_training, training_step
+from peers.memory import peak_of_training
+from peers.ours import Ours
+from peers.tasks import Scale, decode, filled, parameters, prefill, products, prompt, training
 from peers.timing import Times, Work, interleaved
 
-__all__ = ["Scale", "built", "comparison", "decode", "parameters", "prompt"]
+__all__ = ["comparison"]
+
+PRODUCTS = "matrix products of the first"  # the least that prefill and decode take
+BROKEN = 1e-3  # a cache that changes the largest logit by more of it
+Record = dict[str, object]
 
 
 @dataclass(frozen=True)
-class Scale:
-    """How much to measure: prompt lengths, tokens per timed decode, batch and length of a training step, rounds."""
+class Measure:
+    """Times of one task, and the tokens that it takes."""
 
-    prefill: tuple[int, ...] = (512, 4096)
-    after: tuple[int, ...] = (32, 4096)
-    tokens: int = 64
-    batch: tuple[int, int] = (4, 256)
-    lengths: tuple[int, ...] = (1024, 4096, 16384, 65536)
-    generated: tuple[int, ...] = (10, 20, 50, 500)
-    repeats: int = 7
-    budget: float = 60.0
-
-    @classmethod
-    def quick(cls) -> "Scale":
-        """Short prompts only, for a look while working."""
-        return cls(
-            prefill=(512,), after=(32,), tokens=32, lengths=(1024, 4096), generated=(10, 50), repeats=3, budget=15
-        )
+    name: str
+    tokens: int
+    times: Times
 
 
-def prompt(length: int, batch: int = 1) -> Tensor:
-    """Random bytes, the same in every call."""
-    return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(length))
-
-
-def parameters(contestant: Contestant) -> int:
-    """Numbers in its weights; tied ones count once."""
-    return sum(p.numel() for p in contestant.module.parameters())
+def comparison(group: Group, scale: Scale, threads: int) -> tuple[list[Table], list[Record]]:
+    """Tables of the models and of their times, and the same as records."""
+    contestants, missing = built(group.entries)
+    models, records = describe(group, contestants, missing)
+    measures = measured(group, contestants, scale)
+    failed = measures[-1].times.failed
+    memory = {
+        name: peak_of_training(group.name, name, scale.batch, threads) for name in contestants if name not in failed
+    }
+    first = group.entries[0].name
+    records += [record for measure in measures for record in _records(measure, first)]
+    records += [{"measure": "training memory", "model": name, "bytes": peak} for name, peak in memory.items()]
+    times = _table(group, contestants, measures, memory, threads)
+    return [models, times], [{"group": group.name} | record for record in records]
 
 
 def built(entries: tuple[Entry, ...]) -> tuple[dict[str, Contestant], dict[str, str]]:
-    """The models in evaluation mode, and why a peer is missing."""
+    """The models, in evaluation mode, and which package is missing for a peer."""
     contestants, missing = {}, {}
     for entry in entries:
         torch.manual_seed(0)
         try:
             contestants[entry.name] = entry.build()
+            contestants[entry.name].module.eval()
         except ModuleNotFoundError as error:
             if entry.ours or (error.name or "").startswith(("bayes_dispatch", "peers")):
                 raise
-            missing[entry.name] = f"not installed: {error.name}"
-            continue
-        contestants[entry.name].module.eval()
+            missing[entry.name] = error.name or str(error)
     return contestants, missing
 
 
-def decode(contestant: Contestant, after: int, tokens: int) -> Work:
-    """Work that reads ``tokens`` one by one from a cache that holds ``after``; filling and copying it is not timed."""
-    steps = prompt(tokens).split(1, dim=1)
-    filled = None
+def measured(group: Group, contestants: dict[str, Contestant], scale: Scale) -> list[Measure]:
+    """All tasks, the training step last."""
+    ours = {entry.name for entry in group.entries if entry.ours}
 
-    def prepare() -> object:
-        nonlocal filled
-        if filled is None:
-            filled = contestant.start(after + tokens)
-            contestant.extend(prompt(after), filled)
-        return contestant.clone(filled)
+    def measure(name: str, tokens: int, works: dict[str, Work]) -> Measure:
+        works = {who: replace(work, fragile=who not in ours) for who, work in works.items()}
+        return Measure(name, tokens, interleaved(works, f"{group.name}: {name}", scale.rounds))
 
-    def run(state: object) -> None:
-        for token in steps:
-            contestant.extend(token, state)
+    weights = cast(Ours, contestants[group.entries[0].name]).matrices()
+    measures = []
+    with torch.inference_mode():
+        for n in scale.prefill:
+            works = {who: prefill(c, n) for who, c in contestants.items()}
+            measures.append(measure(f"prefill {n}", n, works | {PRODUCTS: products(weights, n, 1)}))
+        for n in scale.after:
+            works = {
+                who: decode(c, lambda c=c, n=n: filled(c, n, scale.tokens), scale.tokens)  # type: ignore[misc]
+                for who, c in contestants.items()
+            }
+            works[PRODUCTS] = products(weights, 1, scale.tokens)
+            measures.append(measure(f"decode after {n}", scale.tokens, works))
+    works = {who: training(c, scale.batch) for who, c in contestants.items()}
+    return [*measures, measure("training step", scale.batch[0] * scale.batch[1], works)]
 
-    return Work(run, prepare)
+
+@torch.inference_mode()
+def describe(group: Group, contestants: dict[str, Contestant], missing: dict[str, str]) -> tuple[Table, list[Record]]:
+    """Sizes, and whether caches are right: for a prompt and then single tokens, and for a prompt in two parts.
+
+    Raises:
+        ValueError: the number of parameters of an entry is not that of the first, ±10 %.
+    """
+    columns = ("model", "blocks", "parameters", "÷ ours", "cache error, 48 + 16 × 1", "cache error, 32 + 32")
+    table = Table(*columns, title=group.title)
+    reference = parameters(contestants[group.entries[0].name])
+    records: list[Record] = []
+    for entry in group.entries:
+        if entry.name in missing:
+            table.add_row(entry.name, f"[red]not installed: {missing[entry.name]}[/]")
+            continue
+        count = parameters(contestants[entry.name])
+        if not 0.9 <= count / reference <= 1.1:
+            raise ValueError(f"expected {entry.name} to have {reference} parameters ± 10 %, got {count}")
+        steps, parts = (cache_error(contestants[entry.name], pieces) for pieces in ([48] + [1] * 16, [32, 32]))
+        size = (f"{count / 1e6:.2f}M", f"{count / reference:.2f}")
+        table.add_row(entry.name, entry.blocks, *size, _verdict(steps), _verdict(parts))
+        record = {"measure": "model", "model": entry.name, "blocks": entry.blocks, "parameters": count}
+        records.append(record | {"cache_steps_error": steps, "cache_parts_error": parts})
+    return table, records
 
 
 def cache_error(contestant: Contestant, pieces: list[int]) -> float | str:
@@ -87,133 +117,75 @@ def cache_error(contestant: Contestant, pieces: list[int]) -> float | str:
     try:
         state = contestant.start(ids.shape[1])
         read = torch.cat([contestant.extend(piece, state) for piece in ids.split(pieces, dim=1)], dim=1)
-    except Exception as error:  # a peer's; ours are tested elsewhere
-        return f"fails: {type(error).__name__}"
-    return float((read - whole).abs().max() / whole.abs().max())
+        return float((read - whole).abs().max() / whole.abs().max())
+    except Exception as error:  # of a peer: our own would fail in the measures too
+        return f"{type(error).__name__}: {error}"
 
 
-def comparison(group: Group, scale: Scale, threads: int) -> tuple[list[Table], list[dict[str, object]]]:
-    """Tables of the models and of their times, and the same as records."""
-    contestants, missing = built(group.entries)
-    ours = {entry.name for entry in group.entries if entry.ours}
-    with torch.inference_mode():
-        models, records = _models(group, contestants, missing)
-        measures = {
-            f"prefill {n}": _prefill(contestants, ours, n, scale, f"{group.name}: prefill {n}") for n in scale.prefill
-        }
-        for n in scale.after:
-            works = {name: decode(contestant, n, scale.tokens) for name, contestant in contestants.items()}
-            works = {name: Work(w.run, w.prepare, fragile=name not in ours) for name, w in works.items()}
-            times = interleaved(works, f"{group.name}: decode after {n}", scale.repeats, scale.budget)
-            measures[f"decode after {n}"] = times, scale.tokens
-    measures["training step"] = _training(contestants, ours, scale, f"{group.name}: training")
-    memory = {
-        name: peak_of_training(group.name, name, scale.batch, threads)
-        for name in contestants
-        if name not in measures["training step"][0].failed
-    }
-    table = _times(group, contestants, measures, memory, threads)
-    for measure, (times, tokens) in measures.items():
-        records += _records(measure, times, tokens, next(iter(contestants)))
-    records += [{"measure": "training memory", "model": name, "bytes": peak} for name, peak in memory.items()]
-    return [models, table], [{"group": group.name} | record for record in records]
+def _verdict(error: float | str) -> str:
+    if isinstance(error, str):
+        return f"[red]{error}[/]"
+    return f"{error:.0e}" if error <= BROKEN else f"[red]{error:.0e}, wrong[/]"
 
 
-def _prefill(
-    contestants: dict[str, Contestant], ours: set[str], length: int, scale: Scale, title: str
-) -> tuple[Times, int]:
-    ids = prompt(length)
-    works = {
-        name: Work(lambda _, c=contestant: c.prefill(ids), fragile=name not in ours)  # type: ignore[misc]
-        for name, contestant in contestants.items()
-    }
-    return interleaved(works, title, scale.repeats, scale.budget), length
-
-
-def _training(contestants: dict[str, Contestant], ours: set[str], scale: Scale, title: str) -> tuple[Times, int]:
-    batch, length = scale.batch
-    ids = prompt(length, batch)
-    for contestant in contestants.values():
-        contestant.module.train()
-    works = {
-        name: Work(lambda _, c=contestant: training_step(c, ids), fragile=name not in ours)  # type: ignore[misc]
-        for name, contestant in contestants.items()
-    }
-    return interleaved(works, title, scale.repeats, scale.budget), batch * length
-
-
-def _models(
-    group: Group, contestants: dict[str, Contestant], missing: dict[str, str]
-) -> tuple[Table, list[dict[str, object]]]:
-    """Sizes, and whether caches are right: a prompt and then single tokens, and a prompt in two parts."""
-    table = Table("model", "blocks", "parameters", "÷ ours", "cache: 48 + 16 × 1", "cache: 32 + 32", title=group.title)
-    reference = parameters(next(iter(contestants.values())))
-    records: list[dict[str, object]] = []
-    for entry in group.entries:
-        if entry.name in missing:
-            table.add_row(entry.name, missing[entry.name])
-            continue
-        contestant = contestants[entry.name]
-        count = parameters(contestant)
-        if not 0.9 <= count / reference <= 1.1:
-            raise ValueError(f"expected {entry.name} to have {reference} parameters ± 10 %, got {count}")
-        errors = [cache_error(contestant, pieces) for pieces in ([48] + [1] * 16, [32, 32])]
-        shown = [error if isinstance(error, str) else f"{error:.0e}" for error in errors]
-        marked = [f"[red]{s}[/]" if isinstance(e, str) or e > 1e-3 else s for e, s in zip(errors, shown, strict=True)]
-        table.add_row(entry.name, entry.blocks, f"{count / 1e6:.2f}M", f"{count / reference:.2f}", *marked)
-        about = {"parameters": count, "cache_steps_error": errors[0], "cache_parts_error": errors[1]}
-        records.append({"measure": "model", "model": entry.name} | about)
-    return table, records
-
-
-def _times(
+def _table(
     group: Group,
     contestants: dict[str, Contestant],
-    measures: dict[str, tuple[Times, int]],
+    measures: list[Measure],
     memory: dict[str, int | None],
     threads: int,
 ) -> Table:
-    """Tokens per second, their spread, and how many times as fast ours is."""
-    first = next(iter(contestants))
-    table = Table("model", *measures, "training memory", title=f"{group.title}: tokens/s, × ours, threads: {threads}")
-    for name in contestants:
-        cells = [_cell(times, tokens, name, first) for times, tokens in measures.values()]
-        peak = memory.get(name)
-        ratio = f" {peak / memory[first]:.2f}×" if peak and memory[first] else ""
-        table.add_row(name, *cells, f"{peak / 2**20:.0f} MiB{ratio}" if peak else "—")
+    """Tokens per second and their spread; and by how much ours is faster, or needs less memory."""
+    first = group.entries[0].name
+    title = f"{group.title}: tokens/s, and × what {first} takes; threads: {threads}"
+    table = Table("model", *(measure.name for measure in measures), "training memory", title=title)
+    for name in (*contestants, PRODUCTS):
+        table.add_row(name, *(_cell(m, name, first) for m in measures), _megabytes(memory, name, first))
     table.add_section()
     peers = [entry.name for entry in group.entries if entry.name in contestants and not entry.ours]
-    for name in [entry.name for entry in group.entries if entry.ours]:
-        best = [_best(times, peers, name) for times, _ in measures.values()]
-        least = min((memory[p] or math.inf for p in peers if p in memory), default=math.inf)
+    for name in (entry.name for entry in group.entries if entry.ours):
+        least = [peak for peer in peers if (peak := memory.get(peer)) is not None]
         mine = memory[name]
-        table.add_row(f"{name} against best peer", *best, f"{least / mine:.2f}×" if mine and least < math.inf else "—")
+        saved = f"[bold]{min(least) / mine:.2f}×[/]" if least and mine else "—"
+        table.add_row(f"best peer against {name}", *(_best(m.times, peers, name) for m in measures), saved)
     return table
 
 
-def _cell(times: Times, tokens: int, name: str, reference: str) -> str:
+def _cell(measure: Measure, name: str, first: str) -> str:
+    times = measure.times
+    if name == PRODUCTS and name not in times.seconds:
+        return "—"
     if name in times.failed:
-        return f"[red]{times.failed[name].split(':')[0]}[/]"
-    ratio, spread = times.ratio(name, reference)
-    once = "once" if len(times.seconds[name]) == 1 else f"±{times.spread(name):.0%}"
-    return f"{tokens / times.median(name):,.0f} {once}" + ("" if name == reference else f"  {ratio:.2f}× ±{spread:.0%}")
+        return f"[red]{times.failed[name].partition(':')[0]}[/]"
+    rate = f"{measure.tokens / times.median(name):,.0f}"
+    rate += " once" if len(times.seconds[name]) == 1 else f" ±{times.spread(name):.0%}"
+    ratio, spread = times.ratio(name, first)
+    return rate if name == first else f"{rate}  {ratio:.2f}× ±{spread:.0%}"
 
 
-def _best(times: Times, peers: list[str], mine: str) -> str:
-    ratios = {name: times.ratio(name, mine) for name in peers if name in times.seconds}
+def _best(times: Times, peers: list[str], ours: str) -> str:
+    ratios = {name: times.ratio(name, ours)[0] for name in peers if name in times.seconds}
     if not ratios:
         return "—"
-    name = min(ratios, key=lambda peer: ratios[peer][0])
-    return f"[bold]{ratios[name][0]:.2f}×[/] ({name})"
+    best = min(ratios, key=lambda name: ratios[name])
+    return f"[bold]{ratios[best]:.2f}×[/] ({best})"
 
 
-def _records(measure: str, times: Times, tokens: int, reference: str) -> list[dict[str, object]]:
-    records: list[dict[str, object]] = [
-        {"measure": measure, "model": name, "failed": reason} for name, reason in times.failed.items()
+def _megabytes(memory: dict[str, int | None], name: str, first: str) -> str:
+    peak, reference = memory.get(name), memory.get(first)
+    if peak is None or reference is None:
+        return "—"
+    return f"{peak / 2**20:,.0f} MiB" + ("" if name == first else f"  {peak / reference:.2f}×")
+
+
+def _records(measure: Measure, first: str) -> list[Record]:
+    times = measure.times
+    records: list[Record] = [
+        {"measure": measure.name, "model": name, "failed": reason} for name, reason in times.failed.items()
     ]
     for name, seconds in times.seconds.items():
-        ratio, spread = times.ratio(name, reference)
-        rate = tokens / times.median(name)
-        about = {"seconds": seconds, "tokens_per_second": rate, "ratio": ratio, "ratio_spread": spread}
-        records.append({"measure": measure, "model": name} | about)
+        ratio, spread = times.ratio(name, first)
+        rate = measure.tokens / times.median(name)
+        record: Record = {"measure": measure.name, "model": name, "tokens_per_second": rate}
+        records.append(record | {"ratio": ratio, "ratio_spread": spread, "seconds": seconds})
     return records

@@ -10,13 +10,12 @@ __all__ = ["Contestant", "Entry", "Group"]
 
 
 class Contestant(Protocol):
-    """A causal language model, with or without a cache that works.
+    """A causal language model, with or without a cache that works."""
 
-    Attributes:
-        module: its weights.
-    """
-
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """Its weights."""
+        ...
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits (B, T, V) of ids (B, T) without a cache, through which gradients flow."""

@@ -23,8 +23,8 @@ class HuggingFace:
 
     Attributes:
         cache_argument: by which name its ``forward`` takes a cache.
-        positions: whether ``forward`` must be told them. Bamba's counts from 0 in each call if it is not, and its
-            rotary attention is then wrong after the first call, though ``generate`` is right.
+        positions: whether ``forward`` must be told them. Bamba's counts from 0 in each call if it is not, so that its
+            rotary attention is wrong after the first call; its ``generate`` tells it.
     """
 
     module: nn.Module

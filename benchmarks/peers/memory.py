@@ -6,22 +6,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from peers.contestant import Contestant
 from peers.groups import GROUPS
+from peers.tasks import training_step
 
-__all__ = ["peak_of_training", "training_step"]
+__all__ = ["peak_of_training"]
 
 STATUS = Path("/proc/self/status")
-
-
-def training_step(contestant: Contestant, ids: Tensor) -> None:
-    """Forward, next-token loss and backward; gradients are made anew. No optimiser: it costs the same for all."""
-    contestant.module.zero_grad(set_to_none=True)
-    logits = contestant.logits(ids)
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
 
 
 def peak_of_training(group: str, entry: str, shape: tuple[int, int], threads: int) -> int | None:
@@ -40,7 +31,6 @@ def _peak(group: str, entry: str, shape: tuple[int, int], threads: int) -> int:
     torch.set_num_threads(threads)
     entries = {e.name: e for g in GROUPS if g.name == group for e in g.entries}
     contestant = entries[entry].build()
-    contestant.module.train()
     training_step(contestant, torch.zeros(1, 8, dtype=torch.long))  # loads what is loaded on first use
     contestant.module.zero_grad(set_to_none=True)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is in use now

@@ -13,8 +13,8 @@ __all__ = ["MiniMamba", "mamba"]
 class MiniMamba:
     """A model of MiniMamba, which pads its vocabulary to a multiple of eight.
 
-    Version 1.0.1 fails in the first cached step (``Tensor`` has no ``roll_``), and would be wrong after it: prefill
-    stores no scan state. It is asked for one all the same, so that a later version counts.
+    Version 1.0.1 fails in the first cached step (``Tensor`` has no ``roll_``), and reading a prompt leaves the cached
+    scan state at zero. It is asked for its cache all the same, so that a version that has one counts.
     """
 
     module: MambaForCausalLM

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bayes_dispatch.model.cache import Cache
 from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
 from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+from bayes_dispatch.model.svd_linear import SVDLinear
 
 __all__ = ["Ours", "language_model"]
 
@@ -31,6 +32,12 @@ class Ours:
 
     def clone(self, state: Cache) -> Cache:
         return state.clone()
+
+    def matrices(self) -> list[Tensor]:
+        """All weight matrices that the model multiplies by, the head's last."""
+        model = self.module
+        linear = [m for m in model.modules() if isinstance(m, SVDLinear | nn.Linear) and m is not model.head]
+        return [m.weight for m in linear] + [model.embedding.weight if model.head is None else model.head.weight]
 
 
 def language_model(backbone: MambaFormerConfig, vocab_size: int) -> Ours:

@@ -8,7 +8,23 @@ from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["Times", "Work", "interleaved"]
+__all__ = ["Rounds", "Times", "Work", "interleaved"]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often works take turns.
+
+    Attributes:
+        repeats: rounds after the first, which warms up.
+        budget: seconds; there are fewer rounds where they would take longer, but at least three. A work of more than a
+            third of it runs once, in the round that warms up for the others.
+        clock: what is measured: wall time, or time of this process on the CPU.
+    """
+
+    repeats: int = 7
+    budget: float = 60.0
+    clock: Callable[[], float] = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -19,12 +35,12 @@ class Work:
     prepare: Callable[[], Any] = lambda: None
     fragile: bool = False
 
-    def seconds(self) -> float:
-        """Wall time of one run."""
+    def seconds(self, clock: Callable[[], float]) -> float:
+        """Time of one run."""
         prepared = self.prepare()
-        start = time.perf_counter()
+        start = clock()
         self.run(prepared)
-        return time.perf_counter() - start
+        return clock() - start
 
 
 @dataclass
@@ -54,30 +70,24 @@ class Times:
         return statistics.median(ratios), _half_range(ratios)
 
 
-def interleaved(works: dict[str, Work], title: str, repeats: int, budget: float) -> Times:
-    """Run all works in turn, again and again.
-
-    Args:
-        works: by name. title: of the progress bar. repeats: rounds after the first, which warms up.
-        budget: seconds; there are fewer rounds where they would take longer, but at least three. A work of more than a
-            third of it runs once, in the round that warms up for the others.
-    """
+def interleaved(works: dict[str, Work], title: str, rounds: Rounds) -> Times:
+    """Run all works in turn, again and again; the progress bar says ``title``."""
     times = Times()
     warm: dict[str, float] = {}
-    for name, work in tqdm(works.items(), f"{title}, first round", leave=False):
+    for name, work in tqdm(works.items(), f"{title}, first round", leave=False, disable=None):
         try:
-            warm[name] = work.seconds()
+            warm[name] = work.seconds(rounds.clock)
         except Exception as error:
             if not work.fragile:
                 raise
             times.failed[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    slow = {name for name, spent in warm.items() if spent > budget / 3}
+    slow = {name for name, spent in warm.items() if spent > rounds.budget / 3}
     times.seconds = {name: [spent] if name in slow else [] for name, spent in warm.items()}
     quick = [name for name in warm if name not in slow]
-    rounds = max(3, min(repeats, int(budget / max(sum(warm[name] for name in quick), 1e-9))))
-    for _ in tqdm(range(rounds), title, leave=False):
+    affordable = int(rounds.budget / max(sum(warm[name] for name in quick), 1e-9))
+    for _ in tqdm(range(max(3, min(rounds.repeats, affordable))), title, leave=False, disable=None):
         for name in quick:
-            times.seconds[name].append(works[name].seconds())
+            times.seconds[name].append(works[name].seconds(rounds.clock))
     return times
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from bayes_dispatch.errors import BundleError, CacheFullError, ConfigError, StaleCacheError, TensorError
-from bayes_dispatch.model.cache.states import AttentionState, State
+from bayes_dispatch.model.cache.states import AttentionState, CrossAttentionState, State
 from bayes_dispatch.model.cache.storage import read_states, write_states
 
 __all__ = ["Cache", "CacheInfo", "LayerInfo"]
@@ -123,15 +123,17 @@ class Cache:
         if int(index.min()) < 0 or int(index.max()) >= self.batch_size:
             got = f"{int(index.min())} … {int(index.max())}"
             raise TensorError(f"expected indices of rows 0 … {self.batch_size - 1} of this cache, got {got}")
-        for state in self.states:
-            state.apply(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+        rows = index.tolist()
+        for state, made_by in zip(self.states, self._made_by, strict=True):
+            adapted = isinstance(made_by, tuple) and tuple(made_by[row] for row in rows) != made_by
+            if adapted or not (isinstance(state, CrossAttentionState) and state.unchanged_by(index)):
+                state.apply(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
         index = index.cpu().long()
         self._batch_size = index.numel()
         if isinstance(self._read, Tensor):
             self._read = _one_number(self._read[index])
         if isinstance(self._dropped, Tensor):
             self._dropped = _one_number(self._dropped[index])
-        rows = index.tolist()
         self._made_by = [tuple(d[row] for row in rows) if isinstance(d, tuple) else d for d in self._made_by]
         return self
 

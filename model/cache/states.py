@@ -173,6 +173,11 @@ class CrossAttentionState(State):
             setattr(self, name, stored.to(dtype).contiguous())
         self.visible, self.source = visible, source
 
+    def unchanged_by(self, index: Tensor) -> bool:
+        """Whether each row ``index[b]`` was made from what row b was made from, as beams of one prompt are."""
+        source = self.source
+        return source is not None and len(index) == len(source) and torch.equal(source[index.to(source.device)], source)
+
     def read(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The keys and values (B, kv_heads, S, W) of a filled state."""
         keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)

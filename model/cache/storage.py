@@ -19,7 +19,8 @@ FORMAT = "bayes-dispatch cache 1"
 KINDS: dict[str, type[State]] = {
     kind.__name__: kind for kind in (State, MambaState, AttentionState, CrossAttentionState)
 }
-DIMENSIONS = {"conv": (3,), "ssm": (3, 4), "visible": (2,), "source": (2,)}  # of tensors by name; keys, values and their scales have 4
+# Of tensors by name; keys, values and their scales have 4.
+DIMENSIONS = {"conv": (3,), "ssm": (3, 4), "visible": (2,), "source": (2,)}
 FLOATS = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 

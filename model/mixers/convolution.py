@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bayes_dispatch.model.cache import MambaState
 from bayes_dispatch.model.mixers.span import Span
-from bayes_dispatch.model.scan import causal_convolution
+from bayes_dispatch.model.scan.convolution import causal_convolution, causal_convolution_after
 
 __all__ = ["continue_convolution"]
 
@@ -25,6 +25,10 @@ def continue_convolution(
         The outputs, and the last taps − 1 real inputs of each row for ``state`` (``None`` without one).
     """
     length, history = x.shape[1], weight.shape[1] - 1
+    plain = not torch.is_grad_enabled() and x.device.type == "cpu"
+    if plain and span.tokens is None and length >= history:
+        y = causal_convolution_after(None if state is None else state.conv.to(x.dtype), x, weight, bias)
+        return y, None if state is None else x[:, length - history :]
     if state is None:
         return causal_convolution(F.pad(x, (0, 0, history, 0)), weight, bias), None
     padded = torch.cat([state.conv.to(x.dtype), x], dim=1)

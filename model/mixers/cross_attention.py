@@ -29,11 +29,24 @@ class Memory:
     visible: Bool[Tensor, "B S"] | None = None
     source: UInt8[Tensor, "B 32"] | None = None
 
+    def check(self, rows: int, width: int, dtype: torch.dtype) -> None:
+        """Raise ``TensorError`` unless it is of ``rows`` rows, each with a real token, and of this width and dtype."""
+        shape = tuple(self.hidden.shape)
+        if len(shape) != 3 or shape[1] < 1 or (shape[0], shape[2]) != (rows, width):
+            raise TensorError(f"expected a memory of shape ({rows}, S, {width}) with S >= 1, got {shape}")
+        if self.hidden.dtype != dtype:
+            raise TensorError(f"expected a memory of {dtype}, got {self.hidden.dtype}")
+        if self.visible is not None and self.visible.shape != shape[:2]:
+            got = tuple(self.visible.shape)
+            raise TensorError(f"expected visible tokens of a memory of shape {shape[:2]}, got {got}")
+        if self.visible is not None and not bool(self.visible.any(1).all()):
+            raise TensorError("expected at least one visible token in each row of a memory, got a row of padding")
+
     def select(self, rows: Sequence[int]) -> "Memory":
         """Some rows, in that order."""
-        index = torch.as_tensor(rows)
-        parts = (self.hidden, self.visible, self.source)
-        return Memory(*(None if part is None else part.index_select(0, index.to(part.device)) for part in parts))
+        index = torch.as_tensor(rows, device=self.hidden.device)
+        visible = None if self.visible is None else self.visible[index]
+        return Memory(self.hidden[index], visible, None if self.source is None else self.source[index.cpu()])
 
 
 class CrossAttention(nn.Module):
@@ -41,7 +54,6 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: MambaFormerConfig) -> None:
         super().__init__()
-        self.n_heads = config.n_heads
         self.kv_heads = config.kv_heads
         self.head_width = config.d_model // config.n_heads
         self.q_proj = SVDLinear(config.d_model, config.d_model)
@@ -72,9 +84,10 @@ class CrossAttention(nn.Module):
             visible = memory.visible
             if state is not None:
                 state.fill(k, v, visible, memory.source)
-        if state is not None:
-            (k, v), visible = state.read(x.dtype), state.visible
         q = self.q_proj(x, scales.get("q_proj")).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        if state is not None:
+            (k, v), visible = state.read(q.dtype), state.visible
         mask = None if visible is None else visible[:, None, None]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=self.kv_heads != self.n_heads)
+        shared = q.reshape(q.shape[0], self.kv_heads, -1, self.head_width)  # as if a group's heads were queries
+        y = F.scaled_dot_product_attention(shared, k, v, attn_mask=mask).reshape(q.shape)
         return self.out_proj(y.transpose(1, 2).reshape(x.shape), scales.get("out_proj"))

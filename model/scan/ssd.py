@@ -8,13 +8,15 @@ Shapes: batch b, length l, heads h, head width p, groups g (g divides h), state 
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
+from bayes_dispatch.model.scan.kernels import fused_ssd_scan
+from bayes_dispatch.model.scan.ssd_chunks import scan_in_pieces
+from bayes_dispatch.model.scan.ssd_gradient import ChunkedScan
 
-__all__ = ["ssd_scan", "ssd_scan_ref", "ssd_step"]
+__all__ = ["ssd_scan", "ssd_scan_ref", "ssd_step", "ssd_step_"]
 
 
 def ssd_scan(
@@ -27,6 +29,7 @@ def ssd_scan(
     D: Float[Tensor, " h"] | None = None,
     initial_state: Float[Tensor, "b h p n"] | None = None,
     return_final_state: bool = False,
+    gate: Float[Tensor, "b l h p"] | None = None,
 ) -> Float[Tensor, "b l h p"] | tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
     """The scan in chunks: matrix products within a chunk, a recurrence over the chunks' states.
 
@@ -35,53 +38,31 @@ def ssd_scan(
         B, C: input and output projections of each group of heads.
         chunk_size: tokens in a chunk; any value gives the same result.
         D: skip connection. initial_state: state before the first token; zeros if ``None``.
-        return_final_state: also return the state after the last token.
+        return_final_state: also return the state after the last token. gate: what to multiply the outputs by.
+
+    Returns:
+        y (b, l, h, p) in the dtype of ``x``, and, if asked for, the last state (b, h, p, n), in float32 at least.
 
     Raises:
         TensorError: the number of heads is no multiple of the number of groups.
     """
-    batch, length, heads, width = x.shape
-    groups = _check_groups(heads, B)
-    chunk = min(chunk_size, length)
-    pad = -length % chunk
-    u = x * dt[..., None]
-    decay = dt * A
-    if pad:  # padded steps have dt = 0: they change no state, and their outputs are cut off
-        u, B, C = (F.pad(v, (0, 0, 0, 0, 0, pad)) for v in (u, B, C))
-        decay = F.pad(decay, (0, 0, 0, pad))
-    n_chunks = (length + pad) // chunk
-    per_group = heads // groups
-
-    u = u.view(batch, n_chunks, chunk, groups, per_group, width)
-    B = B.reshape(batch, n_chunks, chunk, groups, -1)
-    C = C.reshape(batch, n_chunks, chunk, groups, -1)
-    # cumulative log decay within each chunk                                    (b, c, g, r, q)
-    log_decay = decay.view(batch, n_chunks, chunk, groups, per_group).permute(0, 1, 3, 4, 2).cumsum(-1)
-    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
-    between = (log_decay[..., :, None] - log_decay[..., None, :]).masked_fill(~causal, -torch.inf).exp()
-
-    scores = torch.einsum("bcign,bcjgn->bcgij", C, B)  # (b, c, g, q, q)
-    attention = scores[:, :, :, None] * between  # (b, c, g, r, q, q)
-    y = torch.einsum("bcgrij,bcjgrp->bcigrp", attention, u)
-
-    to_end = (log_decay[..., -1:] - log_decay).exp()  # (b, c, g, r, q)
-    added = torch.einsum("bcjgn,bcgrj,bcjgrp->bcgrpn", B, to_end, u)
-    chunk_decay = log_decay[..., -1].exp()  # (b, c, g, r)
-    if initial_state is None:
-        state = x.new_zeros(batch, groups, per_group, width, B.shape[-1])
-    else:
-        state = initial_state.reshape(batch, groups, per_group, width, -1)
-    before = []
-    for c in range(n_chunks):
-        before.append(state)
-        state = state * chunk_decay[:, c, ..., None, None] + added[:, c]
-    from_start = log_decay.exp()
-    y = y + torch.einsum("bcign,bcgri,bcgrpn->bcigrp", C, from_start, torch.stack(before, 1))
-
-    y = y.reshape(batch, n_chunks * chunk, heads, width)[:, :length]
-    if D is not None:
-        y = y + x * D[:, None]
-    return (y, state.reshape(batch, heads, width, -1)) if return_final_state else y
+    _check_groups(x.shape[2], B)
+    kernel = fused_ssd_scan(x.device)
+    if kernel is not None and x.dtype != torch.float64:  # the one dtype that it does not know
+        y, final = kernel(x, dt, A, B, C, 256, D=D, initial_states=initial_state, return_final_states=True)
+        y = y if gate is None else y * gate
+        return (y, final) if return_final_state else y
+    dtype = torch.promote_types(x.dtype, torch.float32)  # states and decays lose too much in less
+    with torch.autocast(x.device.type, enabled=False):
+        given, dt, A, B, C = (v.to(dtype) for v in (x, dt, A, B, C))
+        D, initial = (None if v is None else v.to(dtype) for v in (D, initial_state))
+        if torch.is_grad_enabled():
+            y, final = ChunkedScan.apply(given, dt, A, B, C, D, initial, chunk_size)
+            y = y if gate is None else y * gate
+        else:
+            y, final = scan_in_pieces(given, dt, A, B, C, D, initial, gate, chunk_size)
+    y = y.to(x.dtype)
+    return (y, final) if return_final_state else y
 
 
 def ssd_step(
@@ -101,6 +82,28 @@ def ssd_step(
     return (y if D is None else y + x * D[:, None]), state
 
 
+def ssd_step_(
+    x: Float[Tensor, "b h p"],
+    dt: Float[Tensor, "b h"],
+    A: Float[Tensor, " h"],
+    B: Float[Tensor, "b g n"],
+    C: Float[Tensor, "b g n"],
+    D: Float[Tensor, " h"] | None,
+    state: Float[Tensor, "b h p n"],
+) -> Float[Tensor, "b h p"]:
+    """``ssd_step`` that changes ``state`` itself, which may be stored in less precision, and returns the output."""
+    batch, heads, _ = x.shape
+    groups, n = B.shape[1:]
+    B, C = B.reshape(batch * groups, 1, n), C.reshape(batch * groups, n, 1)
+    new = state.to(x.dtype)
+    new.mul_((dt * A).exp_().view(batch, heads, 1, 1))
+    new = new.view(batch * groups, -1, n).baddbmm_((x * dt.unsqueeze(-1)).view(batch * groups, -1, 1), B)
+    y = torch.bmm(new, C).view(x.shape)
+    if state.dtype != x.dtype:
+        state.copy_(new.view(state.shape))
+    return y if D is None else y.addcmul_(x, D.unsqueeze(1))
+
+
 def ssd_scan_ref(
     x: Float[Tensor, "b l h p"],
     dt: Float[Tensor, "b l h"],
@@ -111,6 +114,7 @@ def ssd_scan_ref(
     D: Float[Tensor, " h"] | None = None,
     initial_state: Float[Tensor, "b h p n"] | None = None,
     return_final_state: bool = False,
+    gate: Float[Tensor, "b l h p"] | None = None,
 ) -> Float[Tensor, "b l h p"] | tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
     """``ssd_scan`` as the recurrence is written, one token at a time; ``chunk_size`` has no effect."""
     batch, length, heads, width = x.shape

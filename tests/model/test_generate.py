@@ -1,5 +1,6 @@
-"""Generation: with and without a cache, in a batch and one by one, greedy and sampled."""
+"""Generation: with and without a cache, in a batch and one by one, greedy and sampled; how rows end."""
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.config import MambaFormerConfig
 
@@ -145,17 +146,103 @@ def test_the_prompt_is_left_alone(generator: "MambaFormerForCausalLM") -> None:
     assert all(torch.equal(a, b) for a, b in zip((ids, mask), padded("left"), strict=True))
 
 
+def test_padding_counts_as_no_token(generator: "MambaFormerForCausalLM") -> None:
+    """Nor is it penalised as one that came before."""
+    ids, mask = padded("left")
+    given = {"attention_mask": mask, "max_new_tokens": 4, "repetition_penalty": 1.2}
+    expected = generator.generate(ids, **given)
+    for token in expected[1].tolist():
+        assert torch.equal(generator.generate(torch.where(mask.bool(), ids, token), **given), expected)
+
+
+# Stop sequences
+
+
+def first_end(new: list[int], stop: list[int]) -> int:
+    """Tokens of ``new`` up to the first ``stop`` and with it."""
+    return next((t for t in range(len(stop), len(new) + 1) if new[t - len(stop) : t] == stop), len(new))
+
+
+@fast
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_row_ends_after_a_stop_sequence(generator: "MambaFormerForCausalLM", use_cache: bool) -> None:
+    ids = torch.tensor(PROMPTS[:1])
+    new = generator.generate(ids, max_new_tokens=8)[0].tolist()
+    assert len(set(new)) > 2
+    for first, width in itertools.product((0, 2, 5), (1, 2, 3)):
+        stop = new[first : first + width]
+        for stops in ([stop], [[*stop, 0, 0, 0], stop]):
+            result = generator.generate(ids, max_new_tokens=8, stop_sequences=stops, use_cache=use_cache)
+            assert result[0].tolist() == new[: first_end(new, stop)]
+    as_bytes = generator.generate(ids, max_new_tokens=2, stop_sequences=[b"ab"], use_cache=use_cache)
+    assert as_bytes[0].tolist() == new[:2]
+
+
+def test_a_stop_sequence_that_begins_in_the_prompt_is_none(generator: "MambaFormerForCausalLM") -> None:
+    ids = torch.tensor(PROMPTS[:1])
+    new = generator.generate(ids, max_new_tokens=8)[0].tolist()
+    for stop in ([PROMPTS[0][-1], new[0]], PROMPTS[0][-2:], [*PROMPTS[0], *new[:2]]):
+        assert first_end(new, stop) == 8
+        assert generator.generate(ids, max_new_tokens=8, stop_sequences=[stop])[0].tolist() == new
+    beams = generator.generate(ids, max_new_tokens=8, num_beams=3)
+    stop = [PROMPTS[0][-1], int(beams[0, 0])]
+    assert torch.equal(generator.generate(ids, max_new_tokens=8, num_beams=3, stop_sequences=[stop]), beams)
+
+
+def test_what_fills_a_row_that_has_ended(generator: "MambaFormerForCausalLM") -> None:
+    ids, mask = padded("left")
+    free = generator.generate(ids, attention_mask=mask, max_new_tokens=6)
+    unused = next(token for token in range(258) if token not in free)
+    stop = free[0, :3].tolist()
+    assert first_end(free[1].tolist(), stop) == 6
+    for options, fill in (({}, -1), ({"eos_token_id": unused}, unused)):
+        result = generator.generate(ids, attention_mask=mask, max_new_tokens=6, stop_sequences=[stop], **options)
+        assert result.shape == (3, 6)
+        assert result[0].tolist() == [*stop, *[fill] * 3]
+
+
+# Errors
+
+
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("bad", "error", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens of at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature above 0, got 0.0"),
-        ({"temperature": float("nan")}, "temperature above 0, got nan"),
-        ({"top_k": 0}, "top_k of at least 1, got 0"),
-        ({"top_p": 0.0}, r"top_p in \(0, 1\], got 0.0"),
-        ({"top_p": 1.5}, r"top_p in \(0, 1\], got 1.5"),
+        ({"max_new_tokens": 0}, ConfigError, "max_new_tokens of at least 1, got 0"),
+        ({"max_new_tokens": 1.5}, ConfigError, "a whole number as max_new_tokens .* got 1.5"),
+        ({"temperature": 0.0}, ConfigError, "temperature above 0, got 0.0"),
+        ({"temperature": float("nan")}, ConfigError, "temperature above 0, got nan"),
+        ({"top_k": 0}, ConfigError, "top_k of at least 1, got 0"),
+        ({"top_p": 0.0}, ConfigError, r"top_p in \(0, 1\], got 0.0"),
+        ({"top_p": 1.5}, ConfigError, r"top_p in \(0, 1\], got 1.5"),
+        ({"min_p": 1.5}, ConfigError, r"min_p in \[0, 1\], got 1.5"),
+        ({"repetition_penalty": 0.0}, ConfigError, "repetition_penalty above 0, got 0.0"),
+        ({"repetition_penalty": -1.0}, ConfigError, "repetition_penalty above 0, got -1.0"),
+        ({"repetition_penalty": float("inf")}, ConfigError, "finite repetition_penalty above 0, got inf"),
+        ({"eos_token_id": 258}, ConfigError, "tokens in 0 … 257, got 258"),
+        ({"eos_token_id": -1}, ConfigError, "tokens in 0 … 257, got -1"),
+        ({"stop_sequences": [[1, 999]]}, ConfigError, "tokens in 0 … 257, got 999"),
+        ({"stop_sequences": [[1], []]}, ConfigError, "at least one token in each stop sequence"),
+        ({"stop_sequences": [1, 2]}, ConfigError, r"sequences of token ids, got \[1, 2\]"),
+        ({"stop_sequences": ["ab"]}, ConfigError, r"sequences of token ids, got \['ab'\]"),
+        ({"input_ids": torch.tensor([[1, 258]])}, TensorError, "input_ids in 0 … 257, got 1 … 258"),
+        ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, TensorError, r"got \(0, 3\)"),
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, TensorError, r"got \(1, 0\)"),
+        ({"input_ids": torch.zeros(1, 2)}, TensorError, "integer input_ids, got torch.float32"),
+        ({"attention_mask": torch.ones(2, 2)}, TensorError, r"shape \(2, 3\), got \(2, 2\)"),
+        ({"attention_mask": torch.tensor([[1, 0, 1]] * 2)}, TensorError, "a mask with holes"),
+        ({"attention_mask": torch.tensor([[1, 1, 1], [0, 0, 0]])}, TensorError, "got a row of padding"),
+        ({"adaptation": 3}, TensorError, "scales for 2 rows, got 3"),
     ],
 )
-def test_bad_settings(generator: "MambaFormerForCausalLM", bad: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        generator.generate(torch.tensor(PROMPTS[:1]), **{"max_new_tokens": 2, "do_sample": True} | bad)
+@fast
+def test_bad_arguments(
+    model: "MambaFormerForCausalLM", bad: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    """A stream raises, too, before its first step."""
+    if "adaptation" in bad:
+        bad = {"adaptation": rows_of(model, bad["adaptation"])}
+    options = {"input_ids": torch.tensor([[1, 2, 3]] * 2), "max_new_tokens": 2, "do_sample": True} | bad
+    ids = options.pop("input_ids")
+    for call in (model.generate, model.generate_with_log_probabilities, model.stream):
+        with pytest.raises(error, match=message):
+            call(ids, **options)

@@ -1,5 +1,6 @@
 """Training goes on after an interruption as if there had been none, and is plain AdamW."""
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -119,24 +120,59 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     assert losses[1] < np.log(26) - 0.1  # less than the letters' own entropy: context is used
 
 
-@pytest.mark.slow
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    from bayes_dispatch.experts.domains.base import BaseCorpus
-
-    corpus = BaseCorpus(code=0.0, prose=0.0)  # importable by the processes
-    settings = replace(SETTINGS, steps=6, batch_size=4)
-    one = pretrain(CONFIG, corpus, settings, tmp_path / "one", processes=1, progress=False)
-    two = pretrain(CONFIG, corpus, settings, tmp_path / "two", processes=2, progress=False)
-    for (name, a), b in zip(one.named_parameters(), two.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=name)
-
-
 def test_other_settings_need_another_directory(tmp_path: Path) -> None:
     pretrain(CONFIG, Source(), SETTINGS, tmp_path, progress=False)
     other = LanguageModelConfig(backbone=MambaFormerConfig(d_model=32, n_pairs=1), vocab_size=258)
     for config, settings in ((CONFIG, replace(SETTINGS, steps=10)), (other, SETTINGS)):
         with pytest.raises(ConfigError, match=r"expected a checkpoint of these settings .* use a new directory"):
             pretrain(config, Source(), settings, tmp_path, progress=False)
+
+
+def test_what_an_earlier_version_did_not_name_has_its_default(tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError):
+        pretrain(CONFIG, Source(fail_after=4 * 5), SETTINGS, tmp_path, progress=False)
+    file = tmp_path / "pretraining.json"
+    identity = json.loads(file.read_text())
+    del identity["precision"], identity["settings"]["clip"], identity["config"]["backbone"]["n_groups"]
+    file.write_text(json.dumps(identity))
+    rest = Source()
+    pretrain(CONFIG, rest, SETTINGS, tmp_path, progress=False)
+    assert 10**9 - rest.left == 4 * 5  # from the checkpoint at step 4
+    assert json.loads(file.read_text()).keys() == {"config", "settings", "precision"}
+    for odd in ([], {}, {"config": 1}, identity | {"settings": {"steps": 9, "unknown": 1}}, identity | {"config": {}}):
+        file.write_text(json.dumps(odd))
+        with pytest.raises(ConfigError, match="expected a checkpoint of these settings"):
+            pretrain(CONFIG, Source(), SETTINGS, tmp_path, progress=False)
+
+
+def test_blocks_by_name_are_resumed(tmp_path: Path) -> None:
+    """JSON makes a list of the tuple."""
+    config = replace(CONFIG, backbone=replace(CONFIG.backbone, blocks=("attention", "mamba2")))
+    settings = replace(SETTINGS, steps=2)
+    first = pretrain(config, Source(), settings, tmp_path, progress=False)
+    assert same(pretrain(config, Source(fail_after=0), settings, tmp_path, progress=False), first)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_former_one(
+    uninterrupted: "MambaFormerForCausalLM", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk is full at the second one, once its tensors are written but not safe."""
+    calls = 0
+
+    def fsync(file: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # two files each
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", fsync)
+        with pytest.raises(OSError, match="No space left"):
+            pretrain(CONFIG, Source(), SETTINGS, tmp_path, progress=False)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["pretraining.json", "pretraining.safetensors"]
+    rest = Source()
+    assert same(pretrain(CONFIG, rest, SETTINGS, tmp_path, progress=False), uninterrupted)
+    assert 10**9 - rest.left == 4 * 5
 
 
 def test_a_damaged_checkpoint(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from bayes_dispatch.model.sampling import Sampling, row_generators, row_seeds
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.model.sampling import Sampling, penalise_repetition, row_generators, row_seeds
 
 FALSE_ALARM = 1e-6
 DRAWS = 20_000
@@ -27,7 +28,9 @@ def p_value(setting: dict[str, Any], expected: np.ndarray) -> float:
     return float(chisquare(counts[kept], DRAWS * expected[kept]).pvalue)
 
 
-def distribution(temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None) -> np.ndarray:
+def distribution(
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float = 0.0
+) -> np.ndarray:
     """By the definitions, one token at a time."""
     p = np.exp(LOGITS / temperature)
     p /= p.sum()
@@ -40,6 +43,7 @@ def distribution(temperature: float = 1.0, top_k: int | None = None, top_p: floa
             if total >= top_p:
                 break
         order = nucleus
+    order = [i for i in order if p[i] >= min_p * p.max()]
     kept = np.zeros_like(p)
     kept[order] = p[order]
     return kept / kept.sum()
@@ -56,6 +60,10 @@ def distribution(temperature: float = 1.0, top_k: int | None = None, top_p: floa
         {"top_p": 0.7},
         {"top_p": 1.0},
         {"temperature": 1.5, "top_k": 6, "top_p": 0.8},
+        {"min_p": 0.0},
+        {"min_p": 0.2},
+        {"temperature": 3.0, "min_p": 0.5},
+        {"temperature": 2.0, "top_k": 9, "top_p": 0.9, "min_p": 0.3},
     ],
 )
 def test_draws_follow_the_distribution(setting: dict[str, Any]) -> None:
@@ -64,6 +72,33 @@ def test_draws_follow_the_distribution(setting: dict[str, Any]) -> None:
 
 def test_the_check_would_notice_a_small_error() -> None:
     assert p_value({"temperature": 1.1}, distribution()) < FALSE_ALARM
+
+
+def test_min_p_of_one_leaves_the_most_probable() -> None:
+    logits = torch.from_numpy(LOGITS).expand(50, -1)
+    drawn = Sampling(do_sample=True, temperature=9.0, min_p=1.0).choose(logits, [np.random.default_rng(0)] * 50)
+    assert set(drawn.tolist()) == {int(LOGITS.argmax())}
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, float("nan")])
+def test_bad_min_p(bad: float) -> None:
+    with pytest.raises(ConfigError, match=rf"min_p in \[0, 1\], got {bad}"):
+        Sampling(min_p=bad)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(-9, 9), st.booleans()), min_size=1, max_size=6), st.floats(0.1, 9), st.integers(1, 3)
+)
+def test_repetition_penalty(tokens: list[tuple[float, bool]], penalty: float, batch: int) -> None:
+    """As CTRL and its users have it, one logit at a time; above 1 it never helps a token that was seen."""
+    logits = torch.tensor([[logit for logit, _ in tokens]] * batch, dtype=torch.double)
+    seen = torch.tensor([[was for _, was in tokens]] * batch)
+    penalised = penalise_repetition(logits, seen, penalty)
+    for row in penalised.tolist():
+        for (logit, was), new in zip(tokens, row, strict=True):
+            assert new == pytest.approx((logit / penalty if logit > 0 else logit * penalty) if was else logit)
+    assert bool(((penalised <= logits) | (penalty < 1)).all())
 
 
 def test_rows_draw_independently() -> None:

@@ -1,0 +1,110 @@
+"""What less precise caches and pruned ones cost: bytes of memory, and nats per byte, with the shipped model.
+
+    python benchmarks/precision.py            # half a minute
+    python benchmarks/precision.py --markdown
+
+Held-out documents of the base model's domains are read 16 bytes at a time, so that nearly every byte is predicted from
+states that were stored.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import bayes_dispatch as bd
+from bayes_dispatch.experts.domains import BASE_TEXTS, CONVENTIONS
+from bayes_dispatch.model.cache import Cache
+
+LENGTH, PIECE = 512, 16
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kind of cache: options of ``init_cache``, and how it is pruned before each piece."""
+
+    name: str
+    options: dict[str, Any]
+    prune: dict[str, int] | None = None
+
+
+VARIANTS = (
+    Variant("float32", {}),
+    Variant("keys and values in bfloat16", {"kv_dtype": torch.bfloat16}),
+    Variant("keys and values in int8", {"kv_dtype": torch.int8}),
+    Variant("all states in bfloat16", {"dtype": torch.bfloat16}),
+    Variant("states in bfloat16, keys and values in int8", {"dtype": torch.bfloat16, "kv_dtype": torch.int8}),
+    Variant("pruned to the last 256 tokens and 4 sinks", {}, {"keep": 256, "sinks": 4}),
+    Variant("pruned to the last 128 tokens and 4 sinks", {}, {"keep": 128, "sinks": 4}),
+    Variant("pruned to the last 128 tokens", {}, {"keep": 128, "sinks": 0}),
+    Variant("pruned to the last 64 tokens and 4 sinks", {}, {"keep": 64, "sinks": 4}),
+)
+
+
+def documents(count: int) -> Tensor:
+    """(count, LENGTH + 1) ids of held-out documents."""
+    rng = np.random.default_rng(0)
+    domains = [*CONVENTIONS, *BASE_TEXTS]
+    tokenizer = bd.ByteTokenizer()
+    rows = []
+    for index in range(count):
+        domain = domains[index % len(domains)]
+        data = b"".join(domain.document(rng, 0, LENGTH, "held_out").data + b"\n" for _ in range(2))  # items end early
+        rows.append([tokenizer.bos_token_id, *data[:LENGTH]])
+    return torch.tensor(rows)
+
+
+@torch.inference_mode()
+def read(model: bd.MambaFormerForCausalLM, ids: Tensor, variant: Variant) -> tuple[Tensor, Cache]:
+    """Log-probabilities (document, byte, token), and the cache after the last."""
+    slots = LENGTH if variant.prune is None else sum(variant.prune.values()) + PIECE
+    cache = model.init_cache(len(ids), slots, **variant.options)
+    logits = []
+    for piece in ids[:, :-1].split(PIECE, dim=1):
+        if variant.prune is not None:
+            cache.prune(**variant.prune)
+        logits.append(model(piece, cache=cache).logits)
+    return torch.cat(logits, dim=1).log_softmax(-1), cache
+
+
+def main(
+    count: Annotated[int, typer.Option(help="documents")] = 64,
+    markdown: Annotated[bool, typer.Option(help="print the table as Markdown")] = False,
+) -> None:
+    """Measure and print."""
+    torch.set_num_threads(1)
+    model, ids = bd.load_bundle().model, documents(count)
+    exact, _ = read(model, ids, VARIANTS[0])
+    targets = ids[:, 1:, None]
+    rows = []
+    for variant in VARIANTS:
+        found, cache = read(model, ids, variant)
+        loss = (exact - found).gather(-1, targets)[..., 0]
+        per_document = loss.mean(1)
+        divergence = (exact.exp() * (exact - found)).sum(-1).mean()
+        error = per_document.std() / len(ids) ** 0.5
+        rows.append(
+            (
+                variant.name,
+                f"{cache.nbytes / len(ids) / 1024:.0f}",
+                f"{float(per_document.mean()):+.1e} ± {float(error):.0e}",
+                f"{float(divergence):.1e}",
+            )
+        )
+    header = ("cache", "KiB a row", "NLL lost, nats a byte", "KL to exact, nats")
+    if markdown:
+        print("\n".join("| " + " | ".join(row) + " |" for row in (header, ("---",) * 4, *rows)))
+        return
+    table = Table(*header, title=f"{count} held-out documents of {LENGTH} bytes, {PIECE} at a time")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

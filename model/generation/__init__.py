@@ -1,0 +1,20 @@
+"""Generation: greedy, sampled and beam search over any model that continues sequences."""
+
+from bayes_dispatch.model.generation.continuation import (
+    CachedContinuation,
+    Continuation,
+    Prompts,
+    UncachedContinuation,
+)
+from bayes_dispatch.model.generation.decoding import Generated, Step
+from bayes_dispatch.model.generation.mixin import GenerationMixin
+
+__all__ = [
+    "CachedContinuation",
+    "Continuation",
+    "Generated",
+    "GenerationMixin",
+    "Prompts",
+    "Step",
+    "UncachedContinuation",
+]

@@ -1,0 +1,26 @@
+"""docs/model.md says what is so: its code runs, and the tests that it names exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+GUIDE = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
+
+
+def test_python_blocks_run_in_order(tmp_path: Path) -> None:
+    code = "".join(re.findall(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_tests_of_the_feature_list_exist() -> None:
+    named = set(re.findall(r"`pytest ([^`]+)`", GUIDE))
+    assert len(named) > 10
+    for command in named:
+        file, *selection = shlex.split(command)
+        found = re.findall(r"def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"))
+        assert found, command
+        assert selection == [] or (selection[0] == "-k" and selection[1:] == [selection[1]] and selection[1] in found)
