@@ -11,7 +11,8 @@ __all__ = ["Fingerprint"]
 class Fingerprint:
     """The hash of all parameters of a module, in float32, so that a float64 copy of a model has the same.
 
-    Changes are seen by the tensors' version counters and places in memory; edits through ``.data`` are not.
+    Changes are seen by the tensors' version counters and places in memory; edits through ``.data``, or
+    of tensors that were made in inference mode, are not.
     """
 
     def __init__(self) -> None:
@@ -30,11 +31,16 @@ class Fingerprint:
             self._slots = [(part._parameters, name) for part in module.modules() for name in part._parameters]
             self._parts = [(part._modules, tuple(part._modules.values())) for part in module.modules() if part._modules]
         parameters = [parameter for slot, name in self._slots if (parameter := slot[name]) is not None]
-        key = (parameters[0].dtype, *((parameter._version, parameter.data_ptr()) for parameter in parameters))
+        key = (parameters[0].dtype, *(_state(parameter) for parameter in parameters))
         if self._key != key:
             self._value = _hash(dict(module.named_parameters()))
             self._key = key
         return self._value
+
+
+def _state(parameter: Tensor) -> tuple[int, int]:
+    """Its version and its place in memory; tensors made in inference mode have no version."""
+    return (-1 if parameter.is_inference() else parameter._version, parameter.data_ptr())
 
 
 def _hash(parameters: dict[str, Tensor]) -> str:

@@ -53,7 +53,7 @@ class SVDLinear(nn.Module):
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
         """U (out, rank), s (rank,), Vᵀ (rank, in) of the present weight, computed in float64, kept until it changes."""
         W = self.weight
-        key = (W._version, W.data_ptr(), W.dtype, W.device)
+        key = (-1 if W.is_inference() else W._version, W.data_ptr(), W.dtype, W.device)
         if self._factors is None or self._factors[0] != key:
             with torch.inference_mode(False):  # they stay, and may be trained through later
                 U, s, Vt = torch.linalg.svd(W.detach().double(), full_matrices=False)

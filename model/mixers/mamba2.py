@@ -128,7 +128,9 @@ class Mamba2Mixer(nn.Module):
     def _constants(self) -> tuple[Float[Tensor, " H"], Float[Tensor, "taps C"]]:
         """A, and the convolution's weight with its channels last; kept until the weights change."""
         weights = (self.A_log, self.conv_weight)
-        key = tuple((w._version, w.data_ptr(), w.dtype, w.device) for w in weights)
+        if torch.compiler.is_compiling():  # it cannot follow places in memory
+            return -self.A_log.exp(), self.conv_weight.t()
+        key = tuple((-1 if w.is_inference() else w._version, w.data_ptr(), w.dtype, w.device) for w in weights)
         if self._kept is None or self._kept[0] != key:
             self._kept = (key, (-self.A_log.exp(), self.conv_weight.t().contiguous()))
         return self._kept[1]
@@ -139,7 +141,7 @@ class Mamba2Mixer(nn.Module):
         if torch.is_grad_enabled():
             return self.out_proj(self.norm(y), z)
         norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-        inverse = norm.square_().mul_(1 / self.d_inner).add_(self.norm.eps).rsqrt_()
+        inverse = torch.addcmul(self.norm.eps, norm, norm, value=1 / self.d_inner).rsqrt_()
         return self.out_proj(y.mul_(self.norm.weight), z).mul_(inverse)
 
 

@@ -146,8 +146,8 @@ def selective_scan_ref(
     B, C = (v.repeat_interleave(u.shape[1] // groups, dim=1) for v in (B, C))  # (b, d, n, l)
     state = u.new_zeros(*u.shape[:2], A.shape[1]) if initial_state is None else initial_state
     outputs = []
-    for t in range(u.shape[2]):
-        y, state = selective_step(u[..., t], delta[..., t], A, B[..., t], C[..., t], state)
+    for u_t, delta_t, B_t, C_t in zip(*(v.unbind(-1) for v in (u, delta, B, C)), strict=True):
+        y, state = selective_step(u_t, delta_t, A, B_t, C_t, state)
         outputs.append(y)
     y = torch.stack(outputs, dim=-1)
     if D is not None:

@@ -74,7 +74,7 @@ def test_every_token_sees_every_other(make_seq2seq: MakeSeq2Seq, blocks: Any, pa
             assert torch.equal(seen[b].abs().sum(-1) > 0, real & real[t])
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     sizes=sizes,
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=3),

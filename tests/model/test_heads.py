@@ -66,7 +66,7 @@ def pad(rows: list[Tensor], lefts: list[int]) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
     lefts=st.lists(st.integers(0, 9), min_size=4, max_size=4),

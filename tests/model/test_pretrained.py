@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from bayes_dispatch.errors import BundleError
+from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.config import MambaFormerConfig
 from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
 
@@ -121,3 +122,13 @@ class TestDamage:
     def test_a_tensor_of_another_dtype(self, saved: Path) -> None:
         self.tensors(saved, lambda tensors: tensors.update({"norm.weight": torch.ones(32).half()}))
         self.refused(saved, "expected norm.weight .* got .* torch.float16")
+
+
+def test_a_model_made_in_inference_mode_works(make_model: "MakeModel") -> None:
+    with torch.inference_mode():
+        model = make_model()
+        ids = torch.tensor([[256, 1, 2, 3]])
+        cache = model.init_cache(1, 4)
+        scales = Adaptation({name: torch.full((rank,), 1.1) for name, rank in model.adaptable().items()})
+        parts = [model(part, cache=cache, adaptation=scales).logits for part in ids.split(1, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(ids, adaptation=scales).logits, rtol=0, atol=2e-5)

@@ -54,7 +54,7 @@ def pad(rows: list[Tensor], lefts: list[int]) -> tuple[Tensor, Tensor]:
 
 
 @fast
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     sizes=st.fixed_dictionaries(
         {
