@@ -102,7 +102,7 @@ def measure(bench: Bench, task: Task, configs: dict[str, MambaFormerConfig], see
             "rate": rate,
             "loss": spread([run.outcome.test.loss for run in runs]),
             "score": spread([run.outcome.test.score for run in runs]),
-            "half_time_loss": spread([run.outcome.quarters[1].loss for run in runs]),
+            "three_quarters_loss": spread([run.outcome.quarters[2].loss for run in runs]),
             "seconds": spread([run.outcome.seconds for run in runs]),
             "runs": [as_json(run) for run in runs],
             "tuning": [as_json(run) for run in tried],
@@ -132,18 +132,17 @@ def spread(values: Sequence[float]) -> dict[str, float | None]:
 def table(name: str, result: dict[str, Any]) -> Table:
     """One task: what is known without training, then the models."""
     sizes = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
-    columns = ("parameters", "rate", "loss at half time", "loss", result["score_name"], "seconds a run")
+    columns = ("parameters", "rate", "loss at ¾ of steps", "loss", result["score_name"], "seconds a run")
     rows = Table("model", title=f"{name} ({sizes})")
     for column in columns:
         rows.add_column(column, justify="right")
     for baseline, value in result["baselines"].items():
         rows.add_row(baseline, "", "", "", f"{value['loss']:.4f}", f"{value['score']:.3f}", "", style="dim")
     for model, value in result["models"].items():
-        half, loss, score = (
-            show(value[key], digits) for key, digits in (("half_time_loss", 4), ("loss", 4), ("score", 3))
-        )
+        numbers = (("three_quarters_loss", 4), ("loss", 4), ("score", 3))
+        before, loss, score = (show(value[key], digits) for key, digits in numbers)
         seconds = f"{value['seconds']['mean']:.0f}"
-        rows.add_row(model, f"{value['parameters']:,}", f"{value['rate']:g}", half, loss, score, seconds)
+        rows.add_row(model, f"{value['parameters']:,}", f"{value['rate']:g}", before, loss, score, seconds)
     return rows
 
 

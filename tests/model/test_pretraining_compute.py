@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
+from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig, StateSpaceKind
 from bayes_dispatch.model.files import read_tensors
 from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
 from bayes_dispatch.model.pretraining import (
@@ -63,12 +64,13 @@ def assert_same(a: MambaFormerForCausalLM, b: MambaFormerForCausalLM, rtol: floa
         torch.testing.assert_close(x, y, rtol=rtol, atol=atol, msg=name)
 
 
+@pytest.mark.parametrize("mixer", get_args(StateSpaceKind))
 def test_checkpointed_gradients_are_the_same_and_keep_less(
-    make_model: Callable[..., MambaFormerForCausalLM],
+    make_model: Callable[..., MambaFormerForCausalLM], mixer: StateSpaceKind
 ) -> None:
     gradients, kept = [], []
     for checkpointing in (False, True):
-        model = make_model(replace(CONFIG.backbone, n_pairs=3), dtype=torch.float64).train()
+        model = make_model(replace(CONFIG.backbone, n_pairs=3, mixer=mixer), dtype=torch.float64).train()
         model.gradient_checkpointing = checkpointing
         with saved() as sizes:
             value = loss(model)
@@ -97,8 +99,18 @@ def test_training_with_gradient_checkpointing(plain: MambaFormerForCausalLM, tmp
     assert_same(pretrain(CONFIG, CORPUS, SETTINGS, tmp_path / "c", progress=False, compute=compute), plain)
 
 
-def test_bfloat16_rounds_products_but_no_weights(plain: MambaFormerForCausalLM, tmp_path: Path) -> None:
+def test_bfloat16_rounds_products_but_neither_loss_nor_weights(
+    plain: MambaFormerForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtypes = set()
+
+    def recorded(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        dtypes.add(logits.dtype)
+        return next_token_loss(logits, ids, weights)
+
+    monkeypatch.setattr("bayes_dispatch.model.pretraining.next_token_loss", recorded)
     model = pretrain(CONFIG, CORPUS, SETTINGS, tmp_path, progress=False, compute=ComputeSettings(precision="bfloat16"))
+    assert dtypes == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert {tensor.dtype for tensor in read_tensors(tmp_path / "pretraining.safetensors").values()} == {torch.float32}
     assert not torch.equal(model.embedding.weight, model.embedding.weight.bfloat16().float())
@@ -109,9 +121,10 @@ def test_bfloat16_rounds_products_but_no_weights(plain: MambaFormerForCausalLM, 
     assert exact < untrained - 0.3
 
 
-def test_bfloat16_is_near_float32(make_model: Callable[..., MambaFormerForCausalLM]) -> None:
+@pytest.mark.parametrize("mixer", get_args(StateSpaceKind))
+def test_bfloat16_is_near_float32(make_model: Callable[..., MambaFormerForCausalLM], mixer: StateSpaceKind) -> None:
     """Loss to 1%, gradients to 5% of each one's norm, at weights that are not small."""
-    model = make_model().train()
+    model = make_model(replace(CONFIG.backbone, mixer=mixer)).train()
     exact = loss(model)
     exact.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
