@@ -37,7 +37,7 @@ train: $(INSTALLED)
 	$(BIN)/bayes-dispatch train --out runs/bundle
 
 test: $(INSTALLED)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -n auto --maxprocesses 4 -m "not slow"
 
 slow: $(INSTALLED)
 	$(PYTEST) -m slow
