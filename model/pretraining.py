@@ -3,7 +3,7 @@
 A batch is a function of the seed, the step and the row alone, so any number of processes trains on the same batches,
 and a resumed run continues as if it had never stopped. To train on a text of your own:
 
-    torchrun --nproc-per-node 2 -m bayes_dispatch.model.pretraining --text FILE --out DIR
+    torchrun --nproc-per-node 2 -m bayes_dispatch.model.text_pretraining --text FILE --out DIR
 
 The same command goes on after a crash. Where ``torchrun --max-restarts`` is to do so by itself, it needs
 ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``: else it hands its processes the addresses of those before (pytorch #135712).
@@ -222,9 +222,3 @@ def _gradient(parameter: Tensor) -> Tensor:
 def _check_share(batch_size: int, processes: int) -> None:
     if batch_size % processes:
         raise ConfigError(f"expected a batch_size that {processes} processes can share, got {batch_size}")
-
-
-if __name__ == "__main__":
-    from bayes_dispatch.model.text_pretraining import main
-
-    main()

@@ -1,4 +1,7 @@
-"""Pre-training on a text of one's own, from the shell, in one process or under ``torchrun``."""
+"""Pre-training on a text of one's own, from the shell, in one process or under ``torchrun``.
+
+torchrun --nproc-per-node 2 -m bayes_dispatch.model.text_pretraining --text FILE --out DIR
+"""
 
 from pathlib import Path
 from typing import Annotated
@@ -18,7 +21,7 @@ from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 __all__ = ["loss_per_byte", "main"]
 
-PROGRAM = "bayes_dispatch.model.pretraining"
+PROGRAM = "bayes_dispatch.model.text_pretraining"
 JUDGED_ROWS = 256  # at most
 MODEL_FILES = {"config.json", "model.safetensors"}
 
@@ -121,3 +124,7 @@ def _claim(work: Path, corpus: TextCorpus) -> None:
             write_json(file, mine)
     elif read_json(file) != mine:
         raise ConfigError(f"expected the text that training in {work} began with, got another: use a new directory")
+
+
+if __name__ == "__main__":
+    main()

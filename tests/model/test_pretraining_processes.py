@@ -96,7 +96,7 @@ def test_two_processes_of_torchrun_are_one(tmp_path: Path) -> None:
         (tmp_path / "texts" / f"{i}.txt").write_text(text)
     out = tmp_path / "out"
     done = start(
-        *("-m", "bayes_dispatch.model.pretraining", "--text", tmp_path / "texts", "--out", out),
+        *("-m", "bayes_dispatch.model.text_pretraining", "--text", tmp_path / "texts", "--out", out),
         *("--config", tmp_path / "config.json", "--steps", "8", "--batch-size", "4", "--length", "24", "--seed", "3"),
         *("--held-out", "0.2", "--checkpoint-every", "3"),
         torchrun=("--nproc-per-node", "2"),
