@@ -161,14 +161,6 @@ def test_models_are_of_one_size(preset: icl.Preset, mixer: StateSpaceKind) -> No
         assert max(counts) < 1.1 * min(counts)
 
 
-def test_every_tuned_rate_is_of_the_grid() -> None:
-    for preset in icl.PRESETS.values():
-        for task, rates in preset.rates.items():
-            assert task in {each.name for each in preset.tasks}
-            assert set(rates) <= set(preset.sizes.configs("mamba2"))
-            assert set(rates.values()) <= set(icl.GRID)
-
-
 def test_the_rate_warms_up_stays_and_falls_to_zero() -> None:
     recipe = Recipe(steps=100, batch=1, warmup=10)
     assert [recipe.rate_factor(step) for step in (0, 4, 9, 30, 50, 75)] == pytest.approx([0.1, 0.5, 1, 1, 1, 0.5])

@@ -52,15 +52,7 @@ def ssd_scan(
         y, final = kernel(x, dt, A, B, C, 256, D=D, initial_states=initial_state, return_final_states=True)
         y = y if gate is None else y * gate
         return (y, final) if return_final_state else y
-    dtype = torch.promote_types(x.dtype, torch.float32)  # states and decays lose too much in less
-    with torch.autocast(x.device.type, enabled=False):
-        given, dt, A, B, C = (v.to(dtype) for v in (x, dt, A, B, C))
-        D, initial = (None if v is None else v.to(dtype) for v in (D, initial_state))
-        if torch.is_grad_enabled():
-            y, final = ChunkedScan.apply(given, dt, A, B, C, D, initial, chunk_size)
-            y = y if gate is None else y * gate
-        else:
-            y, final = scan_in_pieces(given, dt, A, B, C, D, initial, gate, chunk_size)
+    y, final = _scan(x, dt, A, B, C, D, initial_state, gate, chunk_size)
     y = y.to(x.dtype)
     return (y, final) if return_final_state else y
 
@@ -125,6 +117,28 @@ def ssd_scan_ref(
         outputs.append(y)
     y = torch.stack(outputs, 1)
     return (y, state) if return_final_state else y
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # its pieces depend on the length: a program for each, compiled
+def _scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    initial: Tensor | None,
+    gate: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.promote_types(x.dtype, torch.float32)  # states and decays lose too much in less
+    with torch.autocast(x.device.type, enabled=False):
+        x, dt, A, B, C = (v.to(dtype) for v in (x, dt, A, B, C))
+        D, initial = (None if v is None else v.to(dtype) for v in (D, initial))
+        if torch.is_grad_enabled():
+            y, final = ChunkedScan.apply(x, dt, A, B, C, D, initial, chunk_size)
+            return (y if gate is None else y * gate), final
+        return scan_in_pieces(x, dt, A, B, C, D, initial, gate, chunk_size)
 
 
 def _check_groups(heads: int, B: Tensor) -> int:
