@@ -43,7 +43,7 @@ slow: $(INSTALLED)
 	$(PYTEST) -m slow
 
 lint: $(INSTALLED)
-	$(BIN)/ruff check
+	$(BIN)/ruff check --no-cache
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 

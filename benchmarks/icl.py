@@ -17,13 +17,13 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 import typer
-from in_context.tasks import AssociativeRecall, LinearRegression, SparseParity, Task
-from in_context.training import TEST_SEED, InContextModel, Outcome, Recipe, Sizes, judge, train
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from bayes_dispatch.model.config import MambaFormerConfig, StateSpaceKind
+from in_context.tasks import AssociativeRecall, LinearRegression, SparseParity, Task
+from in_context.training import TEST_SEED, InContextModel, Outcome, Recipe, Sizes, judge, train
 
 T = TypeVar("T")
 

@@ -22,13 +22,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
+from rich.table import Table
+
 from peers.alone import cache, floor, length
 from peers.comparison import comparison
 from peers.groups import GROUPS
 from peers.tasks import Scale
 from peers.timing import Rounds
-from rich.console import Console
-from rich.table import Table
 
 PACKAGES = ("torch", "transformers", "mambapy", "minimamba")
 Result = tuple[list[Table], list[dict[str, object]]]

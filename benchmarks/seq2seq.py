@@ -13,12 +13,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from peers.timing import Rounds, Work, interleaved
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import bayes_dispatch as bd
+from peers.timing import Rounds, Work, interleaved
 
 MODELS = {
     "Mamba-2 + attention": bd.MambaFormerConfig(d_model=256, n_pairs=2, d_state=32),

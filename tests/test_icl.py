@@ -14,10 +14,9 @@ import typer
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import icl
+from bayes_dispatch.model.config import MambaFormerConfig, StateSpaceKind
 from in_context.tasks import AssociativeRecall, LinearRegression, Prompts, SparseParity, Task
 from in_context.training import InContextModel, Recipe, judge, train
-
-from bayes_dispatch.model.config import MambaFormerConfig, StateSpaceKind
 
 TASKS = [SparseParity(5, 2, 24), LinearRegression(4, 12), AssociativeRecall(6, 4, 8)]
 SMOKE = icl.PRESETS["smoke"]

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from in_context.tasks import Prompts, Task
 from torch import Tensor, nn
 
 from bayes_dispatch.model.config import BlockKind, MambaFormerConfig, StateSpaceKind
 from bayes_dispatch.model.mambaformer import MambaFormer
+from in_context.tasks import Prompts, Task
 
 __all__ = ["InContextModel", "Outcome", "Recipe", "Sizes", "judge", "train"]
 

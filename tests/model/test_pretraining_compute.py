@@ -192,7 +192,7 @@ print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
         [sys.executable, script, tmp_path / "run"], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) <= 6  # before and after the scan of a Mamba block, and attention: not one for each length
+    assert 0 < int(done.stdout) <= 6  # two parts of a Mamba block, and attention: not one for each length
     compiled = pretrain(CONFIG, CORPUS, SETTINGS, tmp_path / "run", progress=False, compute=ComputeSettings())
     assert_same(compiled, plain, rtol=1e-3, atol=1e-5)
     with pytest.raises(AssertionError):
