@@ -10,68 +10,17 @@ from torch.utils.checkpoint import checkpoint
 
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.cache import Cache, State
+from bayes_dispatch.model.block import Block, build_mixer
+from bayes_dispatch.model.cache import Cache
 from bayes_dispatch.model.config import BlockKind, MambaFormerConfig
 from bayes_dispatch.model.fingerprint import Fingerprint
-from bayes_dispatch.model.mixers import (
-    CrossAttention,
-    FeedForward,
-    Mamba1Mixer,
-    Mamba2Mixer,
-    Memory,
-    SelfAttention,
-    Span,
-)
+from bayes_dispatch.model.mixers import Memory, Span
 from bayes_dispatch.model.normalisation import RMSNorm
 from bayes_dispatch.model.padding import Padding, check_padding
+from bayes_dispatch.model.stepping import Steppers, can_step
 from bayes_dispatch.model.svd_linear import SVDLinear
 
-__all__ = ["Block", "BlockStack", "MambaFormer", "build_mixer", "check_adaptation"]
-
-
-def build_mixer(kind: BlockKind, config: MambaFormerConfig) -> nn.Module:
-    """A new mixer of this kind."""
-    mixers: dict[BlockKind, Callable[[MambaFormerConfig], nn.Module]] = {
-        "mamba1": Mamba1Mixer,
-        "mamba2": Mamba2Mixer,
-        "attention": SelfAttention,
-        "cross_attention": CrossAttention,
-        "feed_forward": FeedForward,
-    }
-    return mixers[kind](config)
-
-
-class Block(nn.Module):
-    """A residual block: ``x + mixer(norm(x))``."""
-
-    def __init__(self, mixer: nn.Module, d_model: int) -> None:
-        super().__init__()
-        self.norm = RMSNorm(d_model)
-        self.mixer = mixer
-
-    def forward(
-        self,
-        x: Tensor,
-        span: Span,
-        scales: Mapping[str, Tensor],
-        state: State | None = None,
-        memory: Memory | None = None,
-    ) -> Tensor:
-        if isinstance(self.mixer, CrossAttention):
-            return x + self.mixer(self.norm(x), scales, memory, state)
-        if isinstance(self.mixer, FeedForward):
-            return x + self.mixer(self.norm(x), scales)
-        return x + self.mixer(self.norm(x), span, scales, state)
-
-    def init_state(self, batch_size: int, capacity: int | None, dtype: torch.dtype, kv_dtype: torch.dtype) -> State:
-        """An empty state; a block that needs none has one without tensors."""
-        if isinstance(self.mixer, SelfAttention):
-            return self.mixer.init_state(batch_size, capacity, kv_dtype)
-        if isinstance(self.mixer, CrossAttention):
-            return self.mixer.init_state(kv_dtype)
-        if isinstance(self.mixer, FeedForward):
-            return State()
-        return cast(Mamba2Mixer, self.mixer).init_state(batch_size, dtype)
+__all__ = ["BlockStack", "MambaFormer", "check_adaptation"]
 
 
 class BlockStack(nn.Module):
@@ -102,6 +51,7 @@ class BlockStack(nn.Module):
             ):  # residual branches start small, so that depth does not blow up the stream
                 parameter.data.mul_(backbone.n_blocks**-0.5)
         self._fingerprint = Fingerprint()
+        self._steppers = Steppers()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -120,13 +70,13 @@ class BlockStack(nn.Module):
         memory: Memory | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Run blocks ``start`` to ``stop`` − 1 over right-padded hidden states."""
-        scales: list[dict[str, Tensor]] = [{} for _ in self.blocks]
-        for name, z in adaptation.scales.items():
-            _, block, _, matrix = name.split(".", 3)
-            scales[int(block)][matrix] = z
         if cache is not None:  # before any block changes its state
             for index in range(start, stop):
                 cache.check_block(index, adaptation.digest(f"blocks.{index}."))
+            if can_step(x):
+                step = self._steppers.of(self._fingerprint.key, adaptation, self.blocks, self._scales)
+                return step(x, span, cache, start, stop, memory)
+        scales = self._scales(adaptation)
         saving = self.gradient_checkpointing and self.training and cache is None
         for index in range(start, stop):
             state = None if cache is None else cache.states[index]
@@ -137,6 +87,14 @@ class BlockStack(nn.Module):
             else:
                 x = self.blocks[index](x, span, scales[index], state, memory)
         return x
+
+    def _scales(self, adaptation: Adaptation) -> list[dict[str, Tensor]]:
+        """The scales of each block, by the names that its mixer knows."""
+        scales: list[dict[str, Tensor]] = [{} for _ in self.blocks]
+        for name, z in adaptation.scales.items():
+            _, block, _, matrix = name.split(".", 3)
+            scales[int(block)][matrix] = z
+        return scales
 
     def init_cache(
         self,

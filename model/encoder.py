@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from bayes_dispatch.errors import StaleCacheError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.blocks import BlockStack, build_mixer
+from bayes_dispatch.model.block import build_mixer
+from bayes_dispatch.model.blocks import BlockStack
 from bayes_dispatch.model.config import BlockKind, MambaFormerConfig
 from bayes_dispatch.model.mixers import BidirectionalAttention
 from bayes_dispatch.model.mixers.bidirectional import BidirectionalMixer

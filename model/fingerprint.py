@@ -24,6 +24,11 @@ class Fingerprint:
     def __deepcopy__(self, memo: dict[int, object]) -> "Fingerprint":
         return Fingerprint()  # of another module
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The versions and places of the weights that were hashed last: the same object until they change."""
+        return self._key
+
     def of(self, module: nn.Module) -> str:
         """The hash; always of the same module."""
         if not self._slots or any(tuple(now.values()) != then for now, then in self._parts):

@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.backbone import CausalLMOutput
-from bayes_dispatch.model.blocks import Block, MambaFormer
+from bayes_dispatch.model.block import Block
+from bayes_dispatch.model.blocks import MambaFormer
 from bayes_dispatch.model.cache import Cache
 from bayes_dispatch.model.config import LanguageModelConfig
 from bayes_dispatch.model.generation import CachedContinuation, GenerationMixin, Prompts, UncachedContinuation

@@ -57,7 +57,7 @@ class SVDLinear(nn.Module):
         if self._factors is None or self._factors[0] != key:
             with torch.inference_mode(False):  # they stay, and may be trained through later
                 U, s, Vt = torch.linalg.svd(W.detach().double(), full_matrices=False)
-                self._factors = (key, (U.to(W.dtype), s.to(W.dtype), Vt.to(W.dtype)))
+                self._factors = (key, tuple(factor.to(W.dtype).contiguous() for factor in (U, s, Vt)))
         return self._factors[1]
 
     def _folding_pays(self, tokens: int) -> bool:

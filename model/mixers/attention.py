@@ -2,14 +2,16 @@
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayes_dispatch.model.cache import AttentionState
+from bayes_dispatch.model.compiled import array, can_compile, kernels, written
 from bayes_dispatch.model.config import MambaFormerConfig
-from bayes_dispatch.model.mixers.rotary import rotate
+from bayes_dispatch.model.mixers.rotary import BASE, rotate
 from bayes_dispatch.model.mixers.span import Span
 from bayes_dispatch.model.svd_linear import SVDLinear
 
@@ -26,6 +28,7 @@ class SelfAttention(nn.Module):
         self.head_width = config.d_model // config.n_heads
         self.window = config.attention_window
         self.positions = config.positions
+        self.base = BASE if config.positions == "rotary" else 0.0  # as compiled loops know it
         self.qkv = SVDLinear(config.d_model, (self.n_heads + 2 * self.kv_heads) * self.head_width)
         self.out_proj = SVDLinear(config.d_model, config.d_model)
 
@@ -48,6 +51,8 @@ class SelfAttention(nn.Module):
         state: AttentionState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Let each token attend to itself and those before it; keys and values are appended to ``state`` in place."""
+        if state is not None and x.shape[1] == 1 and can_compile(x, state.keys):
+            return self._step_compiled(x, span, scales, state)
         q, k, v = self._project(x, span, scales)
         if state is None:
             if self.window is None or self.window >= x.shape[1]:
@@ -59,6 +64,17 @@ class SelfAttention(nn.Module):
         else:
             y = self._continue(q, k, v, span, state)
         return self._merge(y, x, scales)
+
+    def _step_compiled(
+        self, x: Float[Tensor, "B 1 D"], span: Span, scales: Mapping[str, Tensor], state: AttentionState
+    ) -> Float[Tensor, "B 1 D"]:
+        """One token of each row, where ``can_compile``."""
+        batch = x.shape[0]
+        projected = array(self.qkv(x, scales.get("qkv"))).reshape(batch, -1)
+        y = np.empty((batch, 1, self.n_heads * self.head_width), projected.dtype)
+        places, stored = span.places(batch), (written(state.keys), written(state.values))
+        kernels().attend(projected, *places, *stored, self.window is not None, self.base, y.reshape(batch, -1))
+        return self.out_proj(torch.from_numpy(y), scales.get("out_proj"))
 
     def _project(self, x: Tensor, span: Span, scales: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, n_heads, T, W), keys and values (B, kv_heads, T, W)."""

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayes_dispatch.model.cache import MambaState
+from bayes_dispatch.model.compiled import Array, Arrays, array, can_compile, kernels, token_counts, written
 from bayes_dispatch.model.config import MambaFormerConfig
 from bayes_dispatch.model.mixers.convolution import continue_convolution
 from bayes_dispatch.model.mixers.span import Span
@@ -46,6 +48,7 @@ class Mamba1Mixer(nn.Module):
         step = torch.empty(self.d_inner).uniform_(-6.9, -2.3).exp()  # step sizes of .001 to .1, as published
         self.dt_bias = nn.Parameter(step + (-torch.expm1(-step)).log())  # inverse of softplus
         self.D = nn.Parameter(torch.ones(self.d_inner))
+        self._arrays = Arrays()
 
     def init_state(self, batch_size: int, dtype: torch.dtype) -> MambaState:
         """The zero state that every sequence begins with: conv (B, taps − 1, d_inner), ssm (B, N, d_inner)."""
@@ -63,12 +66,43 @@ class Mamba1Mixer(nn.Module):
         state: MambaState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the tokens of each row with those before them; ``state`` is read and replaced in place."""
-        x, gate = self.in_proj(x, scales.get("in_proj")).chunk(2, dim=-1)
+        projected = self.in_proj(x, scales.get("in_proj"))
+        if can_compile(x, *(() if state is None else (state.conv, state.ssm))):
+            state = state or self.init_state(x.shape[0], x.dtype)
+            return self.out_proj(self._scan_compiled(projected, span, scales, state), scales.get("out_proj"))
+        x, gate = projected.chunk(2, dim=-1)
         if state is not None and x.shape[1] == 1 and not torch.is_grad_enabled():
             y = self._step(x, gate, span, scales, state)
         else:
             y = self._scan(x, gate, span, scales, state)
         return self.out_proj(y, scales.get("out_proj"))
+
+    def _scan_compiled(
+        self, projected: Tensor, span: Span, scales: Mapping[str, Tensor], state: MambaState
+    ) -> Float[Tensor, "B T d_inner"]:
+        """``_scan`` where ``can_compile``; the state is changed in place."""
+        batch, length, _ = projected.shape
+        taps, bias, A, D, dt_bias = self.arrays()
+        tokens = token_counts(span.tokens, batch, length)
+        inputs = array(projected)
+        x = np.empty((batch, length, self.d_inner), inputs.dtype)
+        kernels().convolve(inputs, tokens, written(state.conv), taps, bias, x)
+        selected = self.x_proj(torch.from_numpy(x), scales.get("x_proj"))
+        steps = self.dt_proj(selected[..., : self._widths[0]], scales.get("dt_proj"))
+        y = np.empty_like(x)
+        kernels().scan_mamba1(
+            x, array(steps), array(selected), inputs, tokens, A, D, dt_bias, written(state.ssm), y
+        )
+        return torch.from_numpy(y)
+
+    def arrays(self) -> tuple[Array, ...]:
+        """The weights between the products, as the compiled loops take them: taps first, and A itself."""
+        weights = self.conv_weight, self.conv_bias, self.A_log, self.D, self.dt_bias
+        return self._arrays.of(self._make_arrays, *weights)
+
+    def _make_arrays(self) -> tuple[Array, ...]:
+        weights = self.conv_weight.t(), self.conv_bias, -self.A_log.exp(), self.D, self.dt_bias
+        return tuple(array(weight) for weight in weights)
 
     def _scan(
         self, x: Tensor, gate: Tensor, span: Span, scales: Mapping[str, Tensor], state: MambaState | None

@@ -4,12 +4,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayes_dispatch.model.cache import MambaState
+from bayes_dispatch.model.compiled import Array, Arrays, array, can_compile, kernels, token_counts, written
 from bayes_dispatch.model.config import MambaFormerConfig
 from bayes_dispatch.model.mixers.convolution import continue_convolution
 from bayes_dispatch.model.mixers.span import Span
@@ -46,7 +48,7 @@ class Mamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(step + (-torch.expm1(-step)).log())  # inverse of softplus
         self.D = nn.Parameter(torch.ones(self.n_heads))
         self.norm = RMSNorm(self.d_inner)
-        self._kept: tuple[tuple[object, ...], tuple[Tensor, Tensor]] | None = None
+        self._arrays = Arrays()
 
     def init_state(self, batch_size: int, dtype: torch.dtype) -> MambaState:
         """The zero state that every sequence begins with."""
@@ -66,10 +68,15 @@ class Mamba2Mixer(nn.Module):
         """Mix the tokens of each row with those before them; ``state`` is read and replaced in place."""
         batch, length, _ = x.shape
         recording = torch.is_grad_enabled()
+        size = length if recording or scales else max(self.chunk_size, PIECE // batch)
+        if can_compile(x, *(() if state is None else (state.conv, state.ssm))):
+            state = state or self.init_state(batch, x.dtype)
+            starts = range(0, length, size)
+            pieces = [self._mix_compiled(x[:, t : t + size], _part(span, t, size), scales, state) for t in starts]
+            return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         if state is not None and length == 1 and not recording:
             return self._step(x, span, scales, state)
         after = state
-        size = length if recording or scales else max(self.chunk_size, PIECE // batch)
         if size >= length:
             y, after = self._mix(x, span, scales, state)
         else:
@@ -106,6 +113,25 @@ class Mamba2Mixer(nn.Module):
         y = self._project(y.flatten(2), scales)
         return y, None if history is None else MambaState(history, final)
 
+    def _mix_compiled(self, x: Tensor, span: Span, scales: Mapping[str, Tensor], state: MambaState) -> Tensor:
+        """``_mix`` where ``can_compile``; the state is changed in place."""
+        batch, length, _ = x.shape
+        projected = array(self.in_proj(x, scales.get("in_proj")))
+        y = np.empty((batch, length, self.d_inner), projected.dtype)
+        tokens = token_counts(span.tokens, batch, length)
+        states = written(state.conv), written(state.ssm)
+        kernels().mix_mamba2(projected, tokens, *states, *self.arrays(), self.norm.eps_number, self.n_groups, y)
+        return self.out_proj(torch.from_numpy(y), scales.get("out_proj"))
+
+    def arrays(self) -> tuple[Array, ...]:
+        """The weights between the products, as the compiled loop takes them: taps first, and A itself."""
+        weights = self.conv_weight, self.conv_bias, self.A_log, self.dt_bias, self.D, self.norm.weight
+        return self._arrays.of(self._make_arrays, *weights)
+
+    def _make_arrays(self) -> tuple[Array, ...]:
+        weights = self.conv_weight.t(), self.conv_bias, -self.A_log.exp(), self.dt_bias, self.D, self.norm.weight
+        return tuple(array(weight) for weight in weights)
+
     def _step(self, x: Tensor, span: Span, scales: Mapping[str, Tensor], state: MambaState) -> Tensor:
         """``_mix`` of one token of each row, where no gradient is recorded: few operations, the state in place."""
         gate, xBC, dt = self.in_proj(x, scales.get("in_proj")).split(self._widths, dim=-1)
@@ -117,23 +143,12 @@ class Mamba2Mixer(nn.Module):
             new = span.tokens.view(-1, 1, 1) > 0
             dt = dt * new
             state.conv.copy_(torch.where(new, window[:, 1:], window[:, :-1]))
-        rates, taps = self._constants()
-        xBC = F.silu((window * taps).sum(1).add_(self.conv_bias), inplace=True)
+        xBC = F.silu((window * self.conv_weight.t()).sum(1).add_(self.conv_bias), inplace=True)
         xs, B, C = xBC.split(self._inputs, dim=-1)
         xs = xs.view(-1, self.n_heads, self.head_dim)
         B, C = (v.view(-1, self.n_groups, self.d_state) for v in (B, C))
-        y = ssd_step_(xs, dt.squeeze(1), rates, B, C, self.D, state.ssm)
+        y = ssd_step_(xs, dt.squeeze(1), -self.A_log.exp(), B, C, self.D, state.ssm)
         return self._project(y.view(gate.shape).mul_(F.silu(gate)), scales)
-
-    def _constants(self) -> tuple[Float[Tensor, " H"], Float[Tensor, "taps C"]]:
-        """A, and the convolution's weight with its channels last; kept until the weights change."""
-        weights = (self.A_log, self.conv_weight)
-        if torch.compiler.is_compiling():  # it cannot follow places in memory
-            return -self.A_log.exp(), self.conv_weight.t()
-        key = tuple((-1 if w.is_inference() else w._version, w.data_ptr(), w.dtype, w.device) for w in weights)
-        if self._kept is None or self._kept[0] != key:
-            self._kept = (key, (-self.A_log.exp(), self.conv_weight.t().contiguous()))
-        return self._kept[1]
 
     def _project(self, y: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
         """Normalise and project; without gradients, ``y`` is overwritten, and the narrower result is normalised."""

@@ -4,15 +4,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["rotate"]
+__all__ = ["BASE", "rotate"]
+
+BASE = 10_000.0  # longest wavelength over 2π
 
 
-def rotate(x: Float[Tensor, "B H T W"], before: int | Tensor, base: float = 10_000.0) -> Float[Tensor, "B H T W"]:
+def rotate(x: Float[Tensor, "B H T W"], before: int | Tensor, base: float = BASE) -> Float[Tensor, "B H T W"]:
     """Turn each pair (x[i], x[i + W/2]) of a token by position * base^(−2i/W).
 
     Args:
         x: queries or keys of even width W. before: position of their first token, one for all rows or one per row (B,).
-        base: longest wavelength over 2π.
+        base: see ``BASE``.
     """
     half = x.shape[-1] // 2
     frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)

@@ -1,0 +1,87 @@
+"""When the compiled loops of ``kernels`` may take the place of tensor operations, and the arrays that they take."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = ["Array", "Arrays", "array", "can_compile", "kernels", "tensors_only", "token_counts", "written"]
+
+Array = npt.NDArray[Any]
+
+_enabled = True
+
+
+@cache
+def kernels() -> ModuleType:
+    """The module, imported when it is first needed."""
+    return import_module("bayes_dispatch.model.kernels")
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Within this context, everything is computed by tensor operations: the reference of the compiled loops."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def can_compile(x: Tensor, *states: Tensor) -> bool:
+    """Whether the loops know what to do: no gradient, a CPU, and one dtype of float32 and float64 throughout."""
+    dtype = x.dtype
+    return (
+        not torch.is_grad_enabled()
+        and _enabled
+        and (dtype == torch.float32 or dtype == torch.float64)
+        and type(x) is Tensor  # and no tracer's stand-in
+        and x.device.type == "cpu"
+        and all(state.dtype == dtype for state in states)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    )
+
+
+def array(tensor: Tensor) -> Array:
+    """The same memory as an array; a copy where the tensor is not contiguous."""
+    values: Array = tensor.detach().contiguous().numpy()
+    return values
+
+
+def written(tensor: Tensor) -> Array:
+    """``array`` of a contiguous tensor that will be written to: autograd is told, as for an operation in place."""
+    if not tensor.is_inference():
+        torch.autograd.graph.increment_version(tensor)
+    return array(tensor)
+
+
+def token_counts(tokens: Tensor | None, batch: int, length: int) -> Array:
+    """New tokens of each row, (B,)."""
+    return np.full(batch, length) if tokens is None else tokens.numpy()
+
+
+class Arrays:
+    """Arrays made from a module's weights, kept until one of these changes."""
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] = ()
+        self._kept: tuple[Array, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Arrays":
+        return Arrays()  # of another module
+
+    def of(self, make: Callable[[], tuple[Array, ...]], *weights: Tensor) -> tuple[Array, ...]:
+        """What ``make`` gives, which reads ``weights``."""
+        key = tuple((-1 if w.is_inference() else w._version, w.data_ptr()) for w in weights)
+        if self._key != key:
+            self._kept, self._key = make(), key
+        return self._kept

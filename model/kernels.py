@@ -1,0 +1,590 @@
+"""Loops over one row at a time, compiled for the CPU with numba: what ``compiled`` calls where no gradient is recorded.
+
+On a CPU a library call costs as much as the arithmetic of a decoded token, and between the matrix products of a prompt
+most time goes into memory. Here a mixer is one pass over its inputs between two products, for one token as for many.
+
+All arrays are C-contiguous and of one dtype, float32 or float64. One file, since a compiled function that is kept on
+disk is made again only when its own file changes.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic, overload
+
+__all__ = [
+    "attend",
+    "convolve",
+    "mix_mamba2",
+    "normalise",
+    "scan_mamba1",
+    "step_attention",
+    "step_feed_forward",
+    "step_mamba1",
+    "step_mamba2",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+Array = Any  # numba infers what its functions take
+
+TILE = 64  # tokens whose activations stay in a processor's cache
+CHANNELS = 128  # of a selective scan, likewise
+
+
+def compile_with(*fast: str) -> Callable[[F], F]:
+    """Compile with these liberties in floating-point arithmetic, and keep the program on disk where that can be."""
+
+    def compile_function(function: F) -> F:
+        function = inspect.unwrap(function)  # out of the checks that tests put around annotated functions
+        options = {"nogil": True, "error_model": "numpy", "fastmath": set(fast)}
+        try:
+            return cast(F, numba.njit(cache=True, **options)(function))
+        except RuntimeError:  # no directory that can be written to
+            return cast(F, numba.njit(**options)(function))
+
+    return compile_function
+
+
+precise = compile_with("contract")  # an exponential needs its two-part constants as they are
+loop = compile_with("contract", "reassoc", "nsz", "arcp")  # sums in any order, NaN and infinity as they are
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _power_of_two(typing_context: Any, biased: Any) -> Any:
+    """2 to the exponent whose biased form is given: int32 for float32, int64 for float64."""
+    narrow = biased == types.int32
+    result, shift = (types.float32, 23) if narrow else (types.float64, 52)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        shifted = builder.shl(arguments[0], context.get_constant(biased, shift))
+        return builder.bitcast(shifted, context.get_value_type(result))
+
+    return result(biased), generate
+
+
+# exp(x) = 2^n exp(r) with |r| <= ln(2) / 2, where ln(2) is given in two parts, the first with few digits (Cody and Waite);
+# in loops it becomes vector instructions, which the mathematics library's is not.
+_LOG2E, _LN2_HIGH, _LN2_LOW = 1.4426950408889634, 0.693145751953125, 1.42860682030941723212e-6
+_LOG2E_32, _LN2_HIGH_32, _LN2_LOW_32 = np.float32(_LOG2E), np.float32(0.693359375), np.float32(-2.12194440e-4)
+_BIAS_32, _ROUNDED_BIAS_32 = np.float32(127), np.float32(127.5)
+_LEAST_32, _MOST_32, _ZERO_32, _ONE_32, _TWO_32 = (np.float32(v) for v in (-87, 88, 0, 1, 2))
+_1_2, _1_6, _1_24, _1_120, _1_720, _1_5040 = (np.float32(1 / v) for v in (2, 6, 24, 120, 720, 5040))
+_1_3, _1_5, _1_7, _1_9, _1_11, _1_13, _1_15 = (np.float32(1 / v) for v in (3, 5, 7, 9, 11, 13, 15))
+
+
+@precise
+def _exp32(x: Any) -> Any:
+    bounded = min(max(x, _LEAST_32), _MOST_32)
+    biased = np.int32(bounded * _LOG2E_32 + _ROUNDED_BIAS_32)
+    n = np.float32(biased) - _BIAS_32
+    r = (bounded - n * _LN2_HIGH_32) - n * _LN2_LOW_32
+    tail = ((((_1_5040 * r + _1_720) * r + _1_120) * r + _1_24) * r + _1_6) * r + _1_2
+    value = (tail * (r * r) + r + _ONE_32) * _power_of_two(biased)
+    value = value if x >= _LEAST_32 else _ZERO_32
+    return value if x == x else x
+
+
+@precise
+def _exp64(x: Any) -> Any:
+    bounded = min(max(x, -708.0), 709.0)
+    biased = np.int64(bounded * _LOG2E + 1023.5)
+    n = np.float64(biased) - 1023.0
+    r = (bounded - n * _LN2_HIGH) - n * _LN2_LOW
+    tail = ((1 / 6227020800 * r + 1 / 479001600) * r + 1 / 39916800) * r + 1 / 3628800
+    tail = (((tail * r + 1 / 362880) * r + 1 / 40320) * r + 1 / 5040) * r + 1 / 720
+    tail = (((tail * r + 1 / 120) * r + 1 / 24) * r + 1 / 6) * r + 1 / 2
+    value = (tail * (r * r) + r + 1.0) * _power_of_two(biased)
+    value = value if x >= -708.0 else 0.0
+    return value if x == x else x
+
+
+# log(1 + u) = 2 artanh(s) with s = u / (2 + u) <= 1/3 for u = exp(−|x|) <= 1
+@precise
+def _softplus32(x: Any) -> Any:
+    u = _exp32(-abs(x))
+    s = u / (_TWO_32 + u)
+    z = s * s
+    series = ((((((_1_15 * z + _1_13) * z + _1_11) * z + _1_9) * z + _1_7) * z + _1_5) * z + _1_3) * z + _ONE_32
+    return max(x, _ZERO_32) + _TWO_32 * s * series
+
+
+@precise
+def _softplus64(x: Any) -> Any:
+    u = _exp64(-abs(x))
+    s = u / (2.0 + u)
+    z = s * s
+    series = 1 / 35
+    series = (((series * z + 1 / 33) * z + 1 / 31) * z + 1 / 29) * z + 1 / 27
+    series = (((series * z + 1 / 25) * z + 1 / 23) * z + 1 / 21) * z + 1 / 19
+    series = (((series * z + 1 / 17) * z + 1 / 15) * z + 1 / 13) * z + 1 / 11
+    series = ((((series * z + 1 / 9) * z + 1 / 7) * z + 1 / 5) * z + 1 / 3) * z + 1.0
+    return max(x, 0.0) + 2.0 * s * series
+
+
+def exp(x: Any) -> Any:
+    """To the last digits up to exp(88) in float32 and exp(709) in float64, where it stays; below exp(−87), 0."""
+    raise NotImplementedError("for compiled functions only")
+
+
+def softplus(x: Any) -> Any:
+    """log(1 + exp(x)), without the library's threshold."""
+    raise NotImplementedError("for compiled functions only")
+
+
+def sigmoid(x: Any) -> Any:
+    """1 / (1 + exp(−x))."""
+    raise NotImplementedError("for compiled functions only")
+
+
+@overload(exp, strict=False)  # type: ignore[untyped-decorator]
+def _exp(x: Any) -> Any:
+    return (lambda x: _exp32(x)) if x == types.float32 else (lambda x: _exp64(x))
+
+
+@overload(softplus, strict=False)  # type: ignore[untyped-decorator]
+def _softplus(x: Any) -> Any:
+    return (lambda x: _softplus32(x)) if x == types.float32 else (lambda x: _softplus64(x))
+
+
+@overload(sigmoid, strict=False)  # type: ignore[untyped-decorator]
+def _sigmoid(x: Any) -> Any:
+    if x == types.float32:
+        return lambda x: _ONE_32 / (_ONE_32 + _exp32(-x))
+    return lambda x: 1.0 / (1.0 + _exp64(-x))
+
+
+@loop
+def normalise(x: Array, weight: Array, eps: float, out: Array) -> None:
+    """Root-mean-square normalisation of the rows of x (R, D)."""
+    rows, width = x.shape
+    for r in range(rows):
+        total = x.dtype.type(0)
+        for d in range(width):
+            total += x[r, d] * x[r, d]
+        inverse = x.dtype.type(1 / np.sqrt(total / width + eps))
+        for d in range(width):
+            out[r, d] = x[r, d] * inverse * weight[d]
+
+
+@loop
+def _convolve_tile(
+    x: Array, first: int, start: int, length: int, history: Array, taps: Array, bias: Array, out: Array
+) -> None:
+    """silu(convolution) of the tokens from ``start`` on, for channels from ``first`` on of x (T, ·), into out (length, C)."""
+    past, width = history.shape
+    for j in range(length):
+        t = start + j
+        for c in range(width):
+            out[j, c] = bias[c] + x[t, first + c] * taps[past, c]
+        for k in range(past):
+            source = t - past + k
+            if source >= 0:
+                for c in range(width):
+                    out[j, c] += x[source, first + c] * taps[k, c]
+            else:
+                for c in range(width):
+                    out[j, c] += history[source + past, c] * taps[k, c]
+        for c in range(width):
+            out[j, c] *= sigmoid(out[j, c])
+
+
+@loop
+def _remember(x: Array, first: int, tokens: int, history: Array) -> None:
+    """Make the last of ``tokens`` inputs x (T, ·) the convolution's history (taps − 1, C)."""
+    past, width = history.shape
+    for k in range(past):
+        source = tokens - past + k
+        for c in range(width):
+            history[k, c] = x[source, first + c] if source >= 0 else history[source + past, c]
+
+
+@loop
+def convolve(x: Array, tokens: Array, history: Array, taps: Array, bias: Array, out: Array) -> None:
+    """silu of the causal convolution of the first C channels of x (B, T, ·), into out (B, T, C).
+
+    ``tokens`` (B,): real ones of each row; ``history`` (B, taps − 1, C) is read and replaced.
+    """
+    for b in range(len(tokens)):
+        _convolve_tile(x[b], 0, 0, tokens[b], history[b], taps, bias, out[b])
+        out[b, tokens[b] :] = 0
+        _remember(x[b], 0, tokens[b], history[b])
+
+
+@loop
+def scan_mamba1(
+    x: Array,
+    steps: Array,
+    selected: Array,
+    gated: Array,
+    tokens: Array,
+    A: Array,
+    D: Array,
+    dt_bias: Array,
+    state: Array,
+    out: Array,
+) -> None:
+    """The selective scan, its skip connection and its gate.
+
+    x, steps before bias and softplus, out (B, T, d); selected (B, T, · + 2 N): B and C are its last; gated
+    (B, T, 2 d): the gate is its second half; tokens (B,); A, rates (N, d); state (B, N, d) is read and replaced.
+    """
+    n_state, width = A.shape
+    at_b = selected.shape[2] - 2 * n_state
+    delta, driven, y = np.empty(CHANNELS, x.dtype), np.empty(CHANNELS, x.dtype), np.empty(CHANNELS, x.dtype)
+    for b in range(len(tokens)):
+        for first in range(0, width, CHANNELS):
+            after = min(first + CHANNELS, width)
+            channels = slice(first, after)
+            for t in range(tokens[b]):
+                u, raw, bias, skip = x[b, t, channels], steps[b, t, channels], dt_bias[channels], D[channels]
+                for c in range(after - first):
+                    delta[c] = softplus(raw[c] + bias[c])
+                    driven[c] = delta[c] * u[c]
+                    y[c] = skip[c] * u[c]
+                for n in range(n_state):
+                    Bn, Cn = selected[b, t, at_b + n], selected[b, t, at_b + n_state + n]
+                    rates, values = A[n, channels], state[b, n, channels]
+                    for c in range(after - first):
+                        value = values[c] * exp(delta[c] * rates[c]) + driven[c] * Bn
+                        values[c] = value
+                        y[c] += value * Cn
+                gate, into = gated[b, t, width + first : width + after], out[b, t, channels]
+                for c in range(after - first):
+                    into[c] = y[c] * gate[c] * sigmoid(gate[c])
+        out[b, tokens[b] :] = 0
+
+
+@loop
+def _scan_token(u: Array, decay: float, Bn: Array, Cn: Array, state: Array, y: Array) -> None:
+    """One token of one head: state (P, N) = decay state + u Bᵀ, and y (P,) = state C."""
+    width, n_state = state.shape
+    for i in range(width):
+        total, drive = u.dtype.type(0), u[i]
+        for n in range(n_state):
+            value = state[i, n] * decay + drive * Bn[n]
+            state[i, n] = value
+            total += value * Cn[n]
+        y[i] = total
+
+
+@loop
+def _scan_tile(u: Array, decay: Array, mixed: Array, at_b: int, at_c: int, state: Array, y: Array) -> None:
+    """``_scan_token`` for a tile of tokens, u and y (T, P), of a state (N, P); B and C are columns of ``mixed`` (T, ·).
+
+    In this layout nothing is summed across a vector; four tokens at a time, the state is read and written once for them.
+    """
+    n_state, width = state.shape
+    y[: len(u)] = 0
+    whole = len(u) // 4 * 4
+    for t in range(0, whole, 4):
+        u0, u1, u2, u3 = u[t], u[t + 1], u[t + 2], u[t + 3]
+        y0, y1, y2, y3 = y[t], y[t + 1], y[t + 2], y[t + 3]
+        d0, d1, d2, d3 = decay[t], decay[t + 1], decay[t + 2], decay[t + 3]
+        m0, m1, m2, m3 = mixed[t], mixed[t + 1], mixed[t + 2], mixed[t + 3]
+        for n in range(n_state):
+            b0, b1, b2, b3 = m0[at_b + n], m1[at_b + n], m2[at_b + n], m3[at_b + n]
+            c0, c1, c2, c3 = m0[at_c + n], m1[at_c + n], m2[at_c + n], m3[at_c + n]
+            values = state[n]
+            for i in range(width):
+                value = values[i] * d0 + u0[i] * b0
+                y0[i] += value * c0
+                value = value * d1 + u1[i] * b1
+                y1[i] += value * c1
+                value = value * d2 + u2[i] * b2
+                y2[i] += value * c2
+                value = value * d3 + u3[i] * b3
+                y3[i] += value * c3
+                values[i] = value
+    for t in range(whole, len(u)):
+        drive, into = u[t], y[t]
+        for n in range(n_state):
+            b, c = mixed[t, at_b + n], mixed[t, at_c + n]
+            values = state[n]
+            for i in range(width):
+                value = values[i] * decay[t] + drive[i] * b
+                values[i] = value
+                into[i] += value * c
+
+
+@loop
+def mix_mamba2(
+    projected: Array,
+    tokens: Array,
+    history: Array,
+    state: Array,
+    taps: Array,
+    bias: Array,
+    A: Array,
+    dt_bias: Array,
+    D: Array,
+    weight: Array,
+    eps: float,
+    groups: int,
+    out: Array,
+) -> None:
+    """All of a Mamba-2 mixer between its two products: convolution, scan, gate, normalisation, into out (B, T, d).
+
+    projected (B, T, d + C + H): gate, inputs of the convolution, steps before bias and softplus; tokens (B,);
+    history (B, taps − 1, C) and state (B, H, P, N) are read and replaced; A, rates (H,); weight (d,).
+    """
+    heads, width, n_state = state.shape[1:]
+    inner = heads * width
+    at_steps = inner + history.shape[2]
+    dtype = projected.dtype
+    mixed = np.empty((TILE, history.shape[2]), dtype)
+    steps, decay = np.empty((heads, TILE), dtype), np.empty((heads, TILE), dtype)
+    transposed = np.empty((n_state, width), dtype)
+    u, y = np.empty((TILE, width), dtype), np.empty((TILE, width), dtype)
+    for b in range(len(tokens)):
+        for start in range(0, tokens[b], TILE):
+            length = min(TILE, tokens[b] - start)
+            _convolve_tile(projected[b], inner, start, length, history[b], taps, bias, mixed)
+            for j in range(length):
+                for h in range(heads):
+                    steps[h, j] = softplus(projected[b, start + j, at_steps + h] + dt_bias[h])
+                    decay[h, j] = exp(steps[h, j] * A[h])
+            for h in range(heads):
+                at_b = inner + h // (heads // groups) * n_state
+                at_c = at_b + groups * n_state
+                channels = slice(h * width, (h + 1) * width)
+                for j in range(length):
+                    x, driven, dt = mixed[j, channels], u[j], steps[h, j]
+                    for i in range(width):
+                        driven[i] = x[i] * dt
+                if length == 1:
+                    B, C = mixed[0, at_b : at_b + n_state], mixed[0, at_c : at_c + n_state]
+                    _scan_token(u[0], decay[h, 0], B, C, state[b, h], y[0])
+                else:
+                    transposed[:] = state[b, h].T
+                    _scan_tile(u[:length], decay[h], mixed, at_b, at_c, transposed, y)
+                    state[b, h] = transposed.T
+                for j in range(length):
+                    x, scanned, into = mixed[j, channels], y[j], out[b, start + j, channels]
+                    gate = projected[b, start + j, channels]
+                    for i in range(width):
+                        into[i] = (scanned[i] + D[h] * x[i]) * gate[i] * sigmoid(gate[i])
+            done = out[b, start : start + length]
+            normalise(done, weight, eps, done)
+        out[b, tokens[b] :] = 0
+        _remember(projected[b], inner, tokens[b], history[b])
+
+
+@loop
+def _rotate(x: Array, position: int, base: float) -> None:
+    """Rotary positions, in place, of the heads x (heads, W)."""
+    heads, width = x.shape
+    half = width // 2
+    for i in range(half):
+        angle = position * base ** (-i / half)  # in double: positions may be large
+        cos, sin = x.dtype.type(np.cos(angle)), x.dtype.type(np.sin(angle))
+        for h in range(heads):
+            a, b = x[h, i], x[h, half + i]
+            x[h, i], x[h, half + i] = a * cos - b * sin, a * sin + b * cos
+
+
+@loop
+def attend(
+    projected: Array,
+    tokens: Array,
+    held: Array,
+    positions: Array,
+    keys: Array,
+    values: Array,
+    ring: bool,
+    base: float,
+    out: Array,
+) -> None:
+    """One token of each row attends to what its row has kept, itself included.
+
+    projected (B, (n_heads + 2 kv_heads) W): queries, keys, values; tokens (B,): 0 where a row has no new one; held
+    (B,): tokens kept so far; positions (B,), for rotary ones of this ``base`` unless it is 0; keys, values (B, kv_heads,
+    slots, W), a ring or in order; out (B, n_heads W).
+    """
+    kv_heads, slots, width = keys.shape[1:]
+    n_heads = projected.shape[1] // width - 2 * kv_heads
+    scale = projected.dtype.type(1 / np.sqrt(width))
+    for b in range(len(tokens)):
+        if tokens[b] == 0:
+            out[b] = 0
+            continue
+        heads, outputs = projected[b].reshape(-1, width), out[b].reshape(-1, width)
+        if base > 0:
+            _rotate(heads[: n_heads + kv_heads], positions[b], base)
+        slot = held[b] % slots if ring else held[b]
+        scores = np.empty(min(held[b] + 1, slots), projected.dtype)
+        for k in range(kv_heads):
+            held_keys, held_values = keys[b, k], values[b, k]
+            held_keys[slot] = heads[n_heads + k]
+            held_values[slot] = heads[n_heads + kv_heads + k]
+            for h in range(k * (n_heads // kv_heads), (k + 1) * (n_heads // kv_heads)):
+                query, into = heads[h], outputs[h]
+                most = projected.dtype.type(-np.inf)
+                for t in range(len(scores)):
+                    key, score = held_keys[t], projected.dtype.type(0)
+                    for w in range(width):
+                        score += query[w] * key[w]
+                    scores[t] = score * scale
+                    most = max(most, scores[t])
+                total = projected.dtype.type(0)
+                for t in range(len(scores)):
+                    scores[t] = exp(scores[t] - most)
+                    total += scores[t]
+                into[:] = 0
+                for t in range(len(scores)):
+                    value, share = held_values[t], scores[t] / total
+                    for w in range(width):
+                        into[w] += share * value[w]
+
+
+@loop
+def _product(x: Array, weight: Array, scaled: Array, right: Array) -> Array:
+    """Rows x (B, K) times a matrix: ``weight`` (O, K), or, where ``scaled`` (1 or B, r) is not empty, U diag(scaled) Vᵀ with
+    U ``weight`` and Vᵀ ``right``. For few rows: a matrix is read once, and memory is what that waits for."""
+    if len(scaled) > 0:
+        inner = np.empty((len(x), len(right)), x.dtype)
+        _rows_times(x, right, inner)
+        for b in range(len(x)):
+            row, factors = inner[b], scaled[b % len(scaled)]
+            for r in range(len(right)):
+                row[r] *= factors[r]
+        x = inner
+    out = np.empty((len(x), len(weight)), x.dtype)
+    _rows_times(x, weight, out)
+    return out
+
+
+@loop
+def _rows_times(x: Array, weight: Array, out: Array) -> None:
+    for o in range(len(weight)):
+        row = weight[o]
+        for b in range(len(x)):
+            values, total = x[b], x.dtype.type(0)
+            for k in range(len(row)):
+                total += values[k] * row[k]
+            out[b, o] = total
+
+
+@loop
+def _normalised(x: Array, weight: Array, eps: float) -> Array:
+    out = np.empty_like(x)
+    normalise(x, weight, eps, out)
+    return out
+
+
+@loop
+def _add(x: Array, y: Array) -> None:
+    for b in range(len(x)):
+        row, change = x[b], y[b]
+        for d in range(len(row)):
+            row[d] += change[d]
+
+
+# The steps below are whole blocks for one more token of few rows: x (B, D) becomes x + mixer(norm(x)). Each matrix comes
+# as the three arrays that ``_product`` takes; the other arguments are those of the functions above.
+
+
+@loop
+def step_mamba1(
+    x: Array,
+    tokens: Array,
+    history: Array,
+    state: Array,
+    weight: Array,
+    eps: float,
+    in_proj: tuple[Array, Array, Array],
+    x_proj: tuple[Array, Array, Array],
+    dt_proj: tuple[Array, Array, Array],
+    out_proj: tuple[Array, Array, Array],
+    taps: Array,
+    bias: Array,
+    A: Array,
+    D: Array,
+    dt_bias: Array,
+) -> None:
+    """A block of Mamba."""
+    rows, width = len(x), A.shape[1]
+    projected = _product(_normalised(x, weight, eps), *in_proj)
+    inputs = projected.reshape(rows, 1, 2 * width)
+    mixed, out = np.empty((rows, 1, width), x.dtype), np.empty((rows, 1, width), x.dtype)
+    convolve(inputs, tokens, history, taps, bias, mixed)
+    selected = _product(mixed.reshape(rows, width), *x_proj)
+    rank = selected.shape[1] - 2 * len(A)
+    steps = _product(np.ascontiguousarray(selected[:, :rank]), *dt_proj)
+    scan_mamba1(
+        mixed, steps.reshape(rows, 1, width), selected.reshape(rows, 1, -1), inputs, tokens, A, D, dt_bias, state, out
+    )
+    _add(x, _product(out.reshape(rows, width), *out_proj))
+
+
+@loop
+def step_mamba2(
+    x: Array,
+    tokens: Array,
+    history: Array,
+    state: Array,
+    weight: Array,
+    eps: float,
+    in_proj: tuple[Array, Array, Array],
+    out_proj: tuple[Array, Array, Array],
+    taps: Array,
+    bias: Array,
+    A: Array,
+    dt_bias: Array,
+    D: Array,
+    inner_weight: Array,
+    inner_eps: float,
+    groups: int,
+) -> None:
+    """A block of Mamba-2."""
+    rows, width = len(x), len(inner_weight)
+    projected = _product(_normalised(x, weight, eps), *in_proj).reshape(rows, 1, -1)
+    out = np.empty((rows, 1, width), x.dtype)
+    mix_mamba2(
+        projected, tokens, history, state, taps, bias, A, dt_bias, D, inner_weight, inner_eps, groups, out
+    )
+    _add(x, _product(out.reshape(rows, width), *out_proj))
+
+
+@loop
+def step_attention(
+    x: Array,
+    tokens: Array,
+    held: Array,
+    positions: Array,
+    keys: Array,
+    values: Array,
+    weight: Array,
+    eps: float,
+    qkv: tuple[Array, Array, Array],
+    out_proj: tuple[Array, Array, Array],
+    ring: bool,
+    base: float,
+) -> None:
+    """A block of attention."""
+    projected = _product(_normalised(x, weight, eps), *qkv)
+    out = np.empty((len(x), projected.shape[1] - 2 * keys.shape[1] * keys.shape[3]), x.dtype)
+    attend(projected, tokens, held, positions, keys, values, ring, base, out)
+    _add(x, _product(out, *out_proj))
+
+
+@loop
+def step_feed_forward(
+    x: Array,
+    weight: Array,
+    eps: float,
+    in_proj: tuple[Array, Array, Array],
+    out_proj: tuple[Array, Array, Array],
+) -> None:
+    """A feed-forward block."""
+    projected = _product(_normalised(x, weight, eps), *in_proj)
+    width = projected.shape[1] // 2
+    out = np.empty((len(x), width), x.dtype)
+    for b in range(len(x)):
+        gate, up, into = projected[b, :width], projected[b, width:], out[b]
+        for c in range(width):
+            into[c] = gate[c] * sigmoid(gate[c]) * up[c]
+    _add(x, _product(out, *out_proj))

@@ -1,0 +1,133 @@
+"""One more token of few rows on a CPU: each block is one compiled function, matrix products included."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.block import Block
+from bayes_dispatch.model.cache import AttentionState, Cache, MambaState, State
+from bayes_dispatch.model.compiled import Array, array, can_compile, kernels, written
+from bayes_dispatch.model.mixers import FeedForward, Mamba1Mixer, Mamba2Mixer, Memory, SelfAttention, Span
+from bayes_dispatch.model.svd_linear import SVDLinear
+
+__all__ = ["Stepper", "Steppers", "can_step"]
+
+MOST_ROWS = 4  # with more, a library's products are faster
+
+Scales = Mapping[str, Tensor]
+Places = tuple[Array, Array, Array]  # what ``Span.places`` gives
+Step = Callable[[Array, Places, State], None]
+
+
+def can_step(x: Float[Tensor, "B T D"]) -> bool:
+    """Whether a ``Stepper`` takes these inputs."""
+    return x.shape[1] == 1 and x.shape[0] <= MOST_ROWS and can_compile(x)
+
+
+class Stepper:
+    """Steps of blocks with their present weights and these scales; modules are not called, nor are their hooks."""
+
+    def __init__(self, blocks: Iterable[Block], scales: Sequence[Scales]) -> None:
+        self._blocks = [(block, z, _step(block, z)) for block, z in zip(blocks, scales, strict=True)]
+
+    def __call__(
+        self, x: Float[Tensor, "B 1 D"], span: Span, cache: Cache, start: int, stop: int, memory: Memory | None
+    ) -> Float[Tensor, "B 1 D"]:
+        """Run blocks ``start`` to ``stop`` − 1; their states change, the cache is not advanced."""
+        rows = np.array(x.numpy()[:, 0])
+        places = span.places(len(rows))
+        for (block, z, step), state in zip(self._blocks[start:stop], cache.states[start:stop], strict=True):
+            if step is not None and all(tensor.dtype == x.dtype for tensor in state.tensors().values()):
+                step(rows, places, state)
+            else:  # cross-attention, and states of other precision
+                rows[:] = block(torch.from_numpy(rows)[:, None], span, z, state, memory)[:, 0].numpy()
+        return torch.from_numpy(rows)[:, None]
+
+
+class Steppers:
+    """The latest stepper of a model."""
+
+    def __init__(self) -> None:
+        self._made_of: tuple[object, Adaptation | None] | None = None
+        self._stepper: Stepper
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Steppers":
+        return Steppers()  # of another model
+
+    def __reduce__(self) -> tuple[type["Steppers"], tuple[()]]:
+        return Steppers, ()
+
+    def of(
+        self,
+        weights: object,
+        adaptation: Adaptation,
+        blocks: nn.ModuleList,
+        scales: Callable[[Adaptation], Sequence[Scales]],
+    ) -> Stepper:
+        """The stepper of these blocks; ``weights`` is the same object for as long as theirs do not change."""
+        adapted = adaptation if adaptation.scales else None
+        if self._made_of is None or self._made_of[0] is not weights or self._made_of[1] is not adapted:
+            self._stepper = Stepper(cast("Iterable[Block]", blocks), scales(adaptation))
+            self._made_of = weights, adapted
+        return self._stepper
+
+
+def _step(block: Block, scales: Scales) -> Step | None:
+    """The step of a block, where it is compiled."""
+    mixer = block.mixer
+    norm = array(block.norm.weight), block.norm.eps_number
+
+    def matrices(*names: str) -> list[tuple[Array, Array, Array]]:
+        return [_matrix(getattr(mixer, name), scales.get(name)) for name in names]
+
+    if type(mixer) is Mamba1Mixer:
+        return _mamba(kernels().step_mamba1, *norm, *matrices("in_proj", "x_proj", "dt_proj", "out_proj"), *mixer.arrays())
+    if type(mixer) is Mamba2Mixer:
+        more = *mixer.arrays(), mixer.norm.eps_number, mixer.n_groups
+        return _mamba(kernels().step_mamba2, *norm, *matrices("in_proj", "out_proj"), *more)
+    if type(mixer) is SelfAttention:
+        return _attention(*norm, *matrices("qkv", "out_proj"), mixer.window is not None, mixer.base)
+    if type(mixer) is FeedForward:
+        return _feed_forward(*norm, *matrices("in_proj", "out_proj"))
+    return None
+
+
+def _mamba(step: Callable[..., None], *arguments: object) -> Step:
+    def run(x: Array, places: Places, state: State) -> None:
+        state = cast(MambaState, state)
+        step(x, places[0], written(state.conv), written(state.ssm), *arguments)
+
+    return run
+
+
+def _attention(*arguments: object) -> Step:
+    step = kernels().step_attention
+
+    def run(x: Array, places: Places, state: State) -> None:
+        state = cast(AttentionState, state)
+        step(x, *places, written(state.keys), written(state.values), *arguments)
+
+    return run
+
+
+def _feed_forward(*arguments: object) -> Step:
+    step = kernels().step_feed_forward
+
+    def run(x: Array, places: Places, state: State) -> None:
+        step(x, *arguments)
+
+    return run
+
+
+def _matrix(linear: SVDLinear, z: Tensor | None) -> tuple[Array, Array, Array]:
+    """As compiled functions take it: W and two empty arrays, or U, s z (1 or B, rank) and Vᵀ."""
+    if z is None:
+        weight = array(linear.weight)
+        return weight, weight[:0], weight[:0]
+    U, s, Vt = linear.factors()
+    return array(U), array((s * z).reshape(-1, linear.rank)), array(Vt)
