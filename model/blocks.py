@@ -70,12 +70,8 @@ class BlockStack(nn.Module):
         memory: Memory | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Run blocks ``start`` to ``stop`` − 1 over right-padded hidden states."""
-        if cache is not None:  # before any block changes its state
-            for index in range(start, stop):
-                cache.check_block(index, adaptation.digest(f"blocks.{index}."))
-            if can_step(x):
-                step = self._steppers.of(self._fingerprint.key, adaptation, self.blocks, self._scales)
-                return step(x, span, cache, start, stop, memory)
+        if cache is not None:
+            self._check_blocks(range(start, stop), cache, adaptation)
         scales = self._scales(adaptation)
         saving = self.gradient_checkpointing and self.training and cache is None
         for index in range(start, stop):
@@ -87,6 +83,41 @@ class BlockStack(nn.Module):
             else:
                 x = self.blocks[index](x, span, scales[index], state, memory)
         return x
+
+    def advance(
+        self,
+        x: Float[Tensor, "B T D"],
+        tokens: Tensor | None,
+        cache: Cache | None,
+        adaptation: Adaptation,
+        memory: Memory | None = None,
+        *,
+        same_weights: bool = False,
+    ) -> Float[Tensor, "B T D"]:
+        """All blocks and the normalisation over right-padded hidden states, with nothing checked but the scales.
+
+        Args:
+            tokens: real ones of each row (B,), by which ``cache`` is advanced; ``None`` where all T are.
+            same_weights: no weight has changed since the fingerprint was last asked for.
+        """
+        span = Span(tokens) if cache is None else Span(tokens, cache.read, cache.dropped)
+        if cache is not None and can_step(x):
+            if not same_weights:
+                self.fingerprint()
+            stepper = self._steppers.of(self._fingerprint.key, adaptation, self.blocks, self.norm, self._scales)
+            self._check_blocks(range(len(self.blocks)), cache, adaptation)
+            x = stepper(x, span, cache, memory)
+        else:
+            blocks = 0, len(self.blocks)
+            x = self.norm(self.run_blocks(x, span, *blocks, cache=cache, adaptation=adaptation, memory=memory))
+        if cache is not None:
+            cache.advance(x.shape[1] if tokens is None else tokens)
+        return x
+
+    def _check_blocks(self, blocks: range, cache: Cache, adaptation: Adaptation) -> None:
+        """Before any block changes its state: raise if one was filled under other scales."""
+        for index in blocks:
+            cache.check_block(index, adaptation.digest(f"blocks.{index}."))
 
     def _scales(self, adaptation: Adaptation) -> list[dict[str, Tensor]]:
         """The scales of each block, by the names that its mixer knows."""
@@ -147,17 +178,10 @@ class BlockStack(nn.Module):
         memory: Memory | None = None,
     ) -> Float[Tensor, "B T D"]:
         """All blocks and the normalisation, over right-padded hidden states; ``cache`` is checked and advanced."""
-        tokens = x.shape[1] if padding.tokens is None else padding.tokens
-        if cache is None:
-            span = Span(padding.tokens)
-        else:
-            cache.check_model(self._maker())
-            cache.check_room(x.shape[0], tokens)
-            span = Span(padding.tokens, cache.read, cache.dropped)
-        x = self.run_blocks(x, span, 0, len(self.blocks), cache=cache, adaptation=adaptation, memory=memory)
         if cache is not None:
-            cache.advance(tokens)
-        return self.norm(x)
+            cache.check_model(self._maker())
+            cache.check_room(x.shape[0], x.shape[1] if padding.tokens is None else padding.tokens)
+        return self.advance(x, padding.tokens, cache, adaptation, memory, same_weights=True)
 
     def _check_adaptation(self, adaptation: Adaptation, batch: int) -> None:
         check_adaptation(adaptation, self.adaptable() if adaptation.scales else {}, self.dtype, batch)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Array", "Arrays", "array", "can_compile", "kernels", "tensors_only", "token_counts", "written"]
+__all__ = ["Array", "Arrays", "Views", "array", "can_compile", "kernels", "tensors_only", "token_counts"]
 
 Array = npt.NDArray[Any]
 
@@ -57,13 +57,6 @@ def array(tensor: Tensor) -> Array:
     return values
 
 
-def written(tensor: Tensor) -> Array:
-    """``array`` of a contiguous tensor that will be written to: autograd is told, as for an operation in place."""
-    if not tensor.is_inference():
-        torch.autograd.graph.increment_version(tensor)
-    return array(tensor)
-
-
 def token_counts(tokens: Tensor | None, batch: int, length: int) -> Array:
     """New tokens of each row, (B,)."""
     return np.full(batch, length) if tokens is None else tokens.numpy()
@@ -85,3 +78,29 @@ class Arrays:
         if self._key != key:
             self._kept, self._key = make(), key
         return self._kept
+
+
+class Views:
+    """Arrays of the same memory as two contiguous tensors, for as long as these are the same objects."""
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None
+        self._second: Tensor | None = None
+        self._arrays: tuple[Array, Array]
+        self._counted: list[Tensor] = []
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Views":
+        return Views()  # of other tensors
+
+    def __reduce__(self) -> tuple[type["Views"], tuple[()]]:
+        return Views, ()
+
+    def of(self, first: Tensor, second: Tensor) -> tuple[Array, Array]:
+        """Arrays to write to; autograd is told, as by an operation in place."""
+        if first is not self._first or second is not self._second:
+            self._first, self._second = first, second
+            self._arrays = first.detach().numpy(), second.detach().numpy()
+            self._counted = [tensor for tensor in (first, second) if not tensor.is_inference()]
+        if self._counted:
+            torch.autograd.graph.increment_version(self._counted)
+        return self._arrays

@@ -36,16 +36,20 @@ class Fingerprint:
             self._slots = [(part._parameters, name) for part in module.modules() for name in part._parameters]
             self._parts = [(part._modules, tuple(part._modules.values())) for part in module.modules() if part._modules]
         parameters = [parameter for slot, name in self._slots if (parameter := slot[name]) is not None]
-        key = (parameters[0].dtype, *(_state(parameter) for parameter in parameters))
+        places = [parameter.data_ptr() for parameter in parameters]
+        key = (parameters[0].dtype, *places, *_versions(parameters))
         if self._key != key:
             self._value = _hash(dict(module.named_parameters()))
             self._key = key
         return self._value
 
 
-def _state(parameter: Tensor) -> tuple[int, int]:
-    """Its version and its place in memory; tensors made in inference mode have no version."""
-    return (-1 if parameter.is_inference() else parameter._version, parameter.data_ptr())
+def _versions(parameters: list[nn.Parameter]) -> list[int]:
+    """Counts of changes in place; tensors made in inference mode have none."""
+    try:
+        return [parameter._version for parameter in parameters]
+    except RuntimeError:
+        return [-1 if parameter.is_inference() else parameter._version for parameter in parameters]
 
 
 def _hash(parameters: dict[str, Tensor]) -> str:

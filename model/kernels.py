@@ -40,7 +40,7 @@ def compile_with(*fast: str) -> Callable[[F], F]:
 
     def compile_function(function: F) -> F:
         function = inspect.unwrap(function)  # out of the checks that tests put around annotated functions
-        options = {"nogil": True, "error_model": "numpy", "fastmath": set(fast)}
+        options: Any = {"nogil": True, "error_model": "numpy", "fastmath": set(fast)}
         try:
             return cast(F, numba.njit(cache=True, **options)(function))
         except RuntimeError:  # no directory that can be written to
@@ -53,8 +53,7 @@ precise = compile_with("contract")  # an exponential needs its two-part constant
 loop = compile_with("contract", "reassoc", "nsz", "arcp")  # sums in any order, NaN and infinity as they are
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _power_of_two(typing_context: Any, biased: Any) -> Any:
+def _power(typing_context: Any, biased: Any) -> Any:
     """2 to the exponent whose biased form is given: int32 for float32, int64 for float64."""
     narrow = biased == types.int32
     result, shift = (types.float32, 23) if narrow else (types.float64, 52)
@@ -66,8 +65,10 @@ def _power_of_two(typing_context: Any, biased: Any) -> Any:
     return result(biased), generate
 
 
-# exp(x) = 2^n exp(r) with |r| <= ln(2) / 2, where ln(2) is given in two parts, the first with few digits (Cody and Waite);
-# in loops it becomes vector instructions, which the mathematics library's is not.
+_power_of_two: Any = intrinsic(_power)
+
+# exp(x) = 2^n exp(r) with |r| <= ln(2) / 2, where ln(2) is given in two parts, the first with few digits (Cody and
+# Waite). In loops it becomes vector instructions, which the mathematics library's does not.
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.4426950408889634, 0.693145751953125, 1.42860682030941723212e-6
 _LOG2E_32, _LN2_HIGH_32, _LN2_LOW_32 = np.float32(_LOG2E), np.float32(0.693359375), np.float32(-2.12194440e-4)
 _BIAS_32, _ROUNDED_BIAS_32 = np.float32(127), np.float32(127.5)
@@ -140,17 +141,17 @@ def sigmoid(x: Any) -> Any:
     raise NotImplementedError("for compiled functions only")
 
 
-@overload(exp, strict=False)  # type: ignore[untyped-decorator]
+@overload(exp, strict=False)
 def _exp(x: Any) -> Any:
     return (lambda x: _exp32(x)) if x == types.float32 else (lambda x: _exp64(x))
 
 
-@overload(softplus, strict=False)  # type: ignore[untyped-decorator]
+@overload(softplus, strict=False)
 def _softplus(x: Any) -> Any:
     return (lambda x: _softplus32(x)) if x == types.float32 else (lambda x: _softplus64(x))
 
 
-@overload(sigmoid, strict=False)  # type: ignore[untyped-decorator]
+@overload(sigmoid, strict=False)
 def _sigmoid(x: Any) -> Any:
     if x == types.float32:
         return lambda x: _ONE_32 / (_ONE_32 + _exp32(-x))
@@ -174,7 +175,7 @@ def normalise(x: Array, weight: Array, eps: float, out: Array) -> None:
 def _convolve_tile(
     x: Array, first: int, start: int, length: int, history: Array, taps: Array, bias: Array, out: Array
 ) -> None:
-    """silu(convolution) of the tokens from ``start`` on, for channels from ``first`` on of x (T, ·), into out (length, C)."""
+    """silu(convolution) of tokens from ``start`` and channels from ``first`` on of x (T, ·), into out (length, C)."""
     past, width = history.shape
     for j in range(length):
         t = start + j
@@ -275,7 +276,7 @@ def _scan_token(u: Array, decay: float, Bn: Array, Cn: Array, state: Array, y: A
 def _scan_tile(u: Array, decay: Array, mixed: Array, at_b: int, at_c: int, state: Array, y: Array) -> None:
     """``_scan_token`` for a tile of tokens, u and y (T, P), of a state (N, P); B and C are columns of ``mixed`` (T, ·).
 
-    In this layout nothing is summed across a vector; four tokens at a time, the state is read and written once for them.
+    In this layout nothing is summed across a vector. The state is read and written once for four tokens.
     """
     n_state, width = state.shape
     y[: len(u)] = 0
@@ -401,8 +402,8 @@ def attend(
     """One token of each row attends to what its row has kept, itself included.
 
     projected (B, (n_heads + 2 kv_heads) W): queries, keys, values; tokens (B,): 0 where a row has no new one; held
-    (B,): tokens kept so far; positions (B,), for rotary ones of this ``base`` unless it is 0; keys, values (B, kv_heads,
-    slots, W), a ring or in order; out (B, n_heads W).
+    (B,): tokens kept so far; positions (B,), turned by rotary angles of this ``base`` unless it is 0; keys, values
+    (B, kv_heads, slots, W), a ring or in order; out (B, n_heads W).
     """
     kv_heads, slots, width = keys.shape[1:]
     n_heads = projected.shape[1] // width - 2 * kv_heads
@@ -442,8 +443,11 @@ def attend(
 
 @loop
 def _product(x: Array, weight: Array, scaled: Array, right: Array) -> Array:
-    """Rows x (B, K) times a matrix: ``weight`` (O, K), or, where ``scaled`` (1 or B, r) is not empty, U diag(scaled) Vᵀ with
-    U ``weight`` and Vᵀ ``right``. For few rows: a matrix is read once, and memory is what that waits for."""
+    """Rows x (B, K) times a matrix, for few rows: it is read once, and memory is what that waits for.
+
+    The matrix is ``weight`` (O, K), or, where ``scaled`` (1 or B, r) is not empty, U diag(scaled) Vᵀ with U ``weight``
+    and Vᵀ ``right``.
+    """
     if len(scaled) > 0:
         inner = np.empty((len(x), len(right)), x.dtype)
         _rows_times(x, right, inner)
@@ -483,8 +487,8 @@ def _add(x: Array, y: Array) -> None:
             row[d] += change[d]
 
 
-# The steps below are whole blocks for one more token of few rows: x (B, D) becomes x + mixer(norm(x)). Each matrix comes
-# as the three arrays that ``_product`` takes; the other arguments are those of the functions above.
+# The steps below are whole blocks for one more token of few rows: x (B, D) becomes x + mixer(norm(x)). Each matrix
+# comes as the three arrays that ``_product`` takes; the other arguments are those of the functions above.
 
 
 @loop
@@ -543,9 +547,7 @@ def step_mamba2(
     rows, width = len(x), len(inner_weight)
     projected = _product(_normalised(x, weight, eps), *in_proj).reshape(rows, 1, -1)
     out = np.empty((rows, 1, width), x.dtype)
-    mix_mamba2(
-        projected, tokens, history, state, taps, bias, A, dt_bias, D, inner_weight, inner_eps, groups, out
-    )
+    mix_mamba2(projected, tokens, history, state, taps, bias, A, dt_bias, D, inner_weight, inner_eps, groups, out)
     _add(x, _product(out.reshape(rows, width), *out_proj))
 
 

@@ -20,7 +20,7 @@ from bayes_dispatch.model.config import Seq2SeqConfig
 from bayes_dispatch.model.encoder import Encoder, Input, check_source, makers, source_of
 from bayes_dispatch.model.fingerprint import Fingerprint
 from bayes_dispatch.model.generation import CachedContinuation, GenerationMixin, Prompts
-from bayes_dispatch.model.mixers import Memory, Span
+from bayes_dispatch.model.mixers import Memory
 from bayes_dispatch.model.padding import Padding, check_padding
 from bayes_dispatch.model.pretrained import Pretrained
 from bayes_dispatch.model.token_model import check_ids
@@ -214,13 +214,7 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
     ) -> Tensor:
         """The decoder's last hidden states (B, T, D), with nothing checked, under its own scales ``blocks.i.…``."""
         x = self.embedding(padding.to_right(ids))
-        tokens = x.shape[1] if padding.tokens is None else padding.tokens
-        span = Span(padding.tokens) if cache is None else Span(padding.tokens, cache.read, cache.dropped)
-        stop = len(self.decoder.blocks)
-        x = self.decoder.run_blocks(x, span, 0, stop, cache=cache, adaptation=adaptation, memory=memory)
-        if cache is not None:
-            cache.advance(tokens)
-        return padding.restore(self.decoder.norm(x))
+        return padding.restore(self.decoder.advance(x, padding.tokens, cache, adaptation, memory))
 
     def _remember(
         self,

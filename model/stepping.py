@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,8 +10,9 @@ from torch import Tensor, nn
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.block import Block
 from bayes_dispatch.model.cache import AttentionState, Cache, MambaState, State
-from bayes_dispatch.model.compiled import Array, array, can_compile, kernels, written
+from bayes_dispatch.model.compiled import Array, array, can_compile, kernels
 from bayes_dispatch.model.mixers import FeedForward, Mamba1Mixer, Mamba2Mixer, Memory, SelfAttention, Span
+from bayes_dispatch.model.normalisation import RMSNorm
 from bayes_dispatch.model.svd_linear import SVDLinear
 
 __all__ = ["Stepper", "Steppers", "can_step"]
@@ -21,7 +21,7 @@ MOST_ROWS = 4  # with more, a library's products are faster
 
 Scales = Mapping[str, Tensor]
 Places = tuple[Array, Array, Array]  # what ``Span.places`` gives
-Step = Callable[[Array, Places, State], None]
+Step = Callable[[Array, Places, State], bool]  # whether it knew what to do with the state
 
 
 def can_step(x: Float[Tensor, "B T D"]) -> bool:
@@ -32,20 +32,20 @@ def can_step(x: Float[Tensor, "B T D"]) -> bool:
 class Stepper:
     """Steps of blocks with their present weights and these scales; modules are not called, nor are their hooks."""
 
-    def __init__(self, blocks: Iterable[Block], scales: Sequence[Scales]) -> None:
+    def __init__(self, blocks: Iterable[Block], norm: RMSNorm, scales: Sequence[Scales]) -> None:
         self._blocks = [(block, z, _step(block, z)) for block, z in zip(blocks, scales, strict=True)]
+        self._norm = _arguments(norm)
 
     def __call__(
-        self, x: Float[Tensor, "B 1 D"], span: Span, cache: Cache, start: int, stop: int, memory: Memory | None
+        self, x: Float[Tensor, "B 1 D"], span: Span, cache: Cache, memory: Memory | None
     ) -> Float[Tensor, "B 1 D"]:
-        """Run blocks ``start`` to ``stop`` − 1; their states change, the cache is not advanced."""
-        rows = np.array(x.numpy()[:, 0])
+        """The hidden states after the normalisation; states change, but the cache is not advanced."""
+        rows = x[:, 0].numpy().copy()
         places = span.places(len(rows))
-        for (block, z, step), state in zip(self._blocks[start:stop], cache.states[start:stop], strict=True):
-            if step is not None and all(tensor.dtype == x.dtype for tensor in state.tensors().values()):
-                step(rows, places, state)
-            else:  # cross-attention, and states of other precision
+        for (block, z, step), state in zip(self._blocks, cache.states, strict=True):
+            if step is None or not step(rows, places, state):  # cross-attention, and states of other precision
                 rows[:] = block(torch.from_numpy(rows)[:, None], span, z, state, memory)[:, 0].numpy()
+        kernels().normalise(rows, *self._norm, rows)
         return torch.from_numpy(rows)[:, None]
 
 
@@ -67,12 +67,13 @@ class Steppers:
         weights: object,
         adaptation: Adaptation,
         blocks: nn.ModuleList,
+        norm: RMSNorm,
         scales: Callable[[Adaptation], Sequence[Scales]],
     ) -> Stepper:
         """The stepper of these blocks; ``weights`` is the same object for as long as theirs do not change."""
         adapted = adaptation if adaptation.scales else None
         if self._made_of is None or self._made_of[0] is not weights or self._made_of[1] is not adapted:
-            self._stepper = Stepper(cast("Iterable[Block]", blocks), scales(adaptation))
+            self._stepper = Stepper(cast("Iterable[Block]", blocks), norm, scales(adaptation))
             self._made_of = weights, adapted
         return self._stepper
 
@@ -80,37 +81,47 @@ class Steppers:
 def _step(block: Block, scales: Scales) -> Step | None:
     """The step of a block, where it is compiled."""
     mixer = block.mixer
-    norm = array(block.norm.weight), block.norm.eps_number
+    norm = _arguments(block.norm)
 
     def matrices(*names: str) -> list[tuple[Array, Array, Array]]:
         return [_matrix(getattr(mixer, name), scales.get(name)) for name in names]
 
+    dtype = block.norm.weight.dtype
     if type(mixer) is Mamba1Mixer:
-        return _mamba(kernels().step_mamba1, *norm, *matrices("in_proj", "x_proj", "dt_proj", "out_proj"), *mixer.arrays())
+        products = matrices("in_proj", "x_proj", "dt_proj", "out_proj")
+        return _mamba(kernels().step_mamba1, dtype, *norm, *products, *mixer.arrays())
     if type(mixer) is Mamba2Mixer:
         more = *mixer.arrays(), mixer.norm.eps_number, mixer.n_groups
-        return _mamba(kernels().step_mamba2, *norm, *matrices("in_proj", "out_proj"), *more)
+        return _mamba(kernels().step_mamba2, dtype, *norm, *matrices("in_proj", "out_proj"), *more)
     if type(mixer) is SelfAttention:
-        return _attention(*norm, *matrices("qkv", "out_proj"), mixer.window is not None, mixer.base)
+        return _attention(dtype, *norm, *matrices("qkv", "out_proj"), mixer.window is not None, mixer.base)
     if type(mixer) is FeedForward:
         return _feed_forward(*norm, *matrices("in_proj", "out_proj"))
     return None
 
 
-def _mamba(step: Callable[..., None], *arguments: object) -> Step:
-    def run(x: Array, places: Places, state: State) -> None:
+def _arguments(norm: RMSNorm) -> tuple[Array, float]:
+    return array(norm.weight), norm.eps_number
+
+
+def _mamba(step: Callable[..., None], dtype: torch.dtype, *arguments: object) -> Step:
+    def run(x: Array, places: Places, state: State) -> bool:
         state = cast(MambaState, state)
-        step(x, places[0], written(state.conv), written(state.ssm), *arguments)
+        if known := state.conv.dtype == state.ssm.dtype == dtype:
+            step(x, places[0], *state.arrays(), *arguments)
+        return known
 
     return run
 
 
-def _attention(*arguments: object) -> Step:
+def _attention(dtype: torch.dtype, *arguments: object) -> Step:
     step = kernels().step_attention
 
-    def run(x: Array, places: Places, state: State) -> None:
+    def run(x: Array, places: Places, state: State) -> bool:
         state = cast(AttentionState, state)
-        step(x, *places, written(state.keys), written(state.values), *arguments)
+        if known := state.keys.dtype == dtype:
+            step(x, *places, *state.arrays(), *arguments)
+        return known
 
     return run
 
@@ -118,8 +129,9 @@ def _attention(*arguments: object) -> Step:
 def _feed_forward(*arguments: object) -> Step:
     step = kernels().step_feed_forward
 
-    def run(x: Array, places: Places, state: State) -> None:
+    def run(x: Array, places: Places, state: State) -> bool:
         step(x, *arguments)
+        return True
 
     return run
 

@@ -9,7 +9,7 @@ from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.blocks import BlockStack
 from bayes_dispatch.model.cache import Cache
 from bayes_dispatch.model.config import MambaFormerConfig
-from bayes_dispatch.model.mixers import Memory, Span
+from bayes_dispatch.model.mixers import Memory
 from bayes_dispatch.model.padding import Padding, check_padding
 
 __all__ = ["TokenModel", "check_ids"]
@@ -48,11 +48,8 @@ class TokenModel(BlockStack):
 
         ``cache`` is of this model as it is and has room, ``adaptation`` is the one that filled it.
         """
-        span = Span(None, cache.read, cache.dropped)
         x = self.embedding(tokens[:, None])
-        x = self.run_blocks(x, span, 0, len(self.blocks), cache=cache, adaptation=adaptation)
-        cache.advance(1)
-        return self.norm(x[:, 0])
+        return self.advance(x, None, cache, adaptation, same_weights=True)[:, 0]
 
 
 def check_ids(input_ids: Tensor, vocab_size: int) -> None:

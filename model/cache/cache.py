@@ -149,7 +149,7 @@ class Cache:
 
     def clone(self) -> "Cache":
         """An independent copy."""
-        copy = Cache([_copied(state) for state in self.states], self.batch_size, self.capacity, self._model, self.grow)
+        copy = Cache([state.copy() for state in self.states], self.batch_size, self.capacity, self._model, self.grow)
         copy._read, copy._dropped, copy._made_by = self._read, self._dropped, list(self._made_by)
         return copy
 
@@ -251,12 +251,6 @@ def _layer_info(state: State) -> LayerInfo:
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "none"
     return LayerInfo(type(state).__name__, dtype, nbytes)
-
-
-def _copied(state: State) -> State:
-    copy = type(state)(**vars(state))
-    copy.apply(torch.clone)
-    return copy
 
 
 def _one_number(numbers: Tensor) -> int | Tensor:

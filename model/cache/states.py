@@ -1,7 +1,7 @@
 """What each kind of block keeps between calls. Every tensor has the batch first, so rows can be moved and copied."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import cast
 
 import torch
@@ -9,12 +9,22 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from bayes_dispatch.model.compiled import Array, Views
+
 __all__ = ["AttentionState", "CrossAttentionState", "MambaState", "State"]
 
 
 @dataclass(eq=False)
 class State:
     """Base of all states."""
+
+    views: Views = field(default_factory=Views, init=False, repr=False)
+
+    def copy(self) -> "State":
+        """An independent copy."""
+        copy = type(self)(**{field.name: getattr(self, field.name) for field in fields(self) if field.init})
+        copy.apply(torch.clone)
+        return copy
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, batch first; those not made yet are left out."""
@@ -40,6 +50,10 @@ class MambaState(State):
 
     conv: Tensor
     ssm: Tensor
+
+    def arrays(self) -> tuple[Array, Array]:
+        """``conv`` and ``ssm`` for a compiled loop that changes them in place."""
+        return self.views.of(self.conv, self.ssm)
 
     def update(self, conv: Tensor, ssm: Tensor) -> None:
         """Take new values: in place, or, where a gradient flows through them, as new tensors."""
@@ -70,6 +84,10 @@ class AttentionState(State):
     @property
     def slots(self) -> int:
         return self.keys.shape[2]
+
+    def arrays(self) -> tuple[Array, Array]:
+        """Keys and values for a compiled loop that changes them in place."""
+        return self.views.of(self.keys, self.values)
 
     def write(self, keys: Float[Tensor, "B H T W"], values: Float[Tensor, "B H T W"], start: int) -> None:
         """Store T tokens of every row in the slots from ``start`` on."""

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayes_dispatch.model.cache import AttentionState
-from bayes_dispatch.model.compiled import array, can_compile, kernels, written
+from bayes_dispatch.model.compiled import array, can_compile, kernels
 from bayes_dispatch.model.config import MambaFormerConfig
 from bayes_dispatch.model.mixers.rotary import BASE, rotate
 from bayes_dispatch.model.mixers.span import Span
@@ -72,8 +72,8 @@ class SelfAttention(nn.Module):
         batch = x.shape[0]
         projected = array(self.qkv(x, scales.get("qkv"))).reshape(batch, -1)
         y = np.empty((batch, 1, self.n_heads * self.head_width), projected.dtype)
-        places, stored = span.places(batch), (written(state.keys), written(state.values))
-        kernels().attend(projected, *places, *stored, self.window is not None, self.base, y.reshape(batch, -1))
+        ring = self.window is not None
+        kernels().attend(projected, *span.places(batch), *state.arrays(), ring, self.base, y.reshape(batch, -1))
         return self.out_proj(torch.from_numpy(y), scales.get("out_proj"))
 
     def _project(self, x: Tensor, span: Span, scales: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayes_dispatch.model.cache import MambaState
-from bayes_dispatch.model.compiled import Array, Arrays, array, can_compile, kernels, token_counts, written
+from bayes_dispatch.model.compiled import Array, Arrays, array, can_compile, kernels, token_counts
 from bayes_dispatch.model.config import MambaFormerConfig
 from bayes_dispatch.model.mixers.convolution import continue_convolution
 from bayes_dispatch.model.mixers.span import Span
@@ -83,16 +83,15 @@ class Mamba1Mixer(nn.Module):
         """``_scan`` where ``can_compile``; the state is changed in place."""
         batch, length, _ = projected.shape
         taps, bias, A, D, dt_bias = self.arrays()
+        history, final = state.arrays()
         tokens = token_counts(span.tokens, batch, length)
         inputs = array(projected)
         x = np.empty((batch, length, self.d_inner), inputs.dtype)
-        kernels().convolve(inputs, tokens, written(state.conv), taps, bias, x)
+        kernels().convolve(inputs, tokens, history, taps, bias, x)
         selected = self.x_proj(torch.from_numpy(x), scales.get("x_proj"))
         steps = self.dt_proj(selected[..., : self._widths[0]], scales.get("dt_proj"))
         y = np.empty_like(x)
-        kernels().scan_mamba1(
-            x, array(steps), array(selected), inputs, tokens, A, D, dt_bias, written(state.ssm), y
-        )
+        kernels().scan_mamba1(x, array(steps), array(selected), inputs, tokens, A, D, dt_bias, final, y)
         return torch.from_numpy(y)
 
     def arrays(self) -> tuple[Array, ...]:

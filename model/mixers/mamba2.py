@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayes_dispatch.model.cache import MambaState
-from bayes_dispatch.model.compiled import Array, Arrays, array, can_compile, kernels, token_counts, written
+from bayes_dispatch.model.compiled import Array, Arrays, array, can_compile, kernels, token_counts
 from bayes_dispatch.model.config import MambaFormerConfig
 from bayes_dispatch.model.mixers.convolution import continue_convolution
 from bayes_dispatch.model.mixers.span import Span
@@ -119,8 +119,7 @@ class Mamba2Mixer(nn.Module):
         projected = array(self.in_proj(x, scales.get("in_proj")))
         y = np.empty((batch, length, self.d_inner), projected.dtype)
         tokens = token_counts(span.tokens, batch, length)
-        states = written(state.conv), written(state.ssm)
-        kernels().mix_mamba2(projected, tokens, *states, *self.arrays(), self.norm.eps_number, self.n_groups, y)
+        kernels().mix_mamba2(projected, tokens, *state.arrays(), *self.arrays(), self.norm.eps_number, self.n_groups, y)
         return self.out_proj(torch.from_numpy(y), scales.get("out_proj"))
 
     def arrays(self) -> tuple[Array, ...]:

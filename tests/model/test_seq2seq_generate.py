@@ -138,9 +138,9 @@ def test_rows_that_have_ended_leave(make_seq2seq: MakeSeq2Seq) -> None:
     ends = [int((row == eos).nonzero()[0]) + 1 if eos in row else 6 for row in free]
     assert min(ends) < max(ends)
     batches: list[int] = []
-    model.decoder.norm.register_forward_hook(lambda _module, _given, out: batches.append(len(out)))
+    model.embedding.register_forward_hook(lambda _module, _given, out: batches.append(len(out)))
     model.generate(ids, max_new_tokens=6, eos_token_id=eos)
-    assert batches == [sum(end > t for end in ends) for t in range(max(ends))]
+    assert batches == [3, *(sum(end > t for end in ends) for t in range(max(ends)))]  # the encoder's, then steps
 
 
 def test_stream_and_log_probabilities(make_seq2seq: MakeSeq2Seq) -> None:

@@ -1,0 +1,276 @@
+"""The compiled loops of the CPU give what tensor operations give, for every mixer, padding, adaptation and cache."""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.compiled import kernels, tensors_only
+from bayes_dispatch.model.config import MambaFormerConfig
+from bayes_dispatch.model.stepping import MOST_ROWS
+
+if TYPE_CHECKING:
+    from bayes_dispatch.model.cache import Cache
+    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+
+MakeModel = Callable[..., "MambaFormerForCausalLM"]
+SMALL: dict[str, Any] = {"d_model": 16, "n_heads": 4, "n_kv_heads": 2, "d_state": 4, "head_dim": 8, "chunk_size": 4}
+KINDS: dict[str, dict[str, Any]] = {
+    "mamba2": {"n_pairs": 1},
+    "mamba1": {"n_pairs": 1, "mixer": "mamba1"},
+    "groups": {"blocks": ("mamba2", "feed_forward"), "n_groups": 2, "d_conv": 2},
+    "taps": {"blocks": ("mamba1", "mamba2"), "d_conv": 6},
+    "rotary": {"blocks": ("attention", "feed_forward"), "positions": "rotary"},
+    "window": {"blocks": ("attention", "mamba1"), "positions": "rotary", "attention_window": 4},
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+
+
+@pytest.fixture(scope="module")
+def models(make_model: MakeModel) -> Callable[[str, torch.dtype], "MambaFormerForCausalLM"]:
+    made: dict[tuple[str, torch.dtype], MambaFormerForCausalLM] = {}
+
+    def get(kind: str, dtype: torch.dtype = torch.float64) -> "MambaFormerForCausalLM":
+        if (kind, dtype) not in made:
+            made[kind, dtype] = make_model(MambaFormerConfig(**SMALL | KINDS[kind]), dtype=dtype)
+        return made[kind, dtype]
+
+    return get
+
+
+def tokens(seed: int, *shape: int) -> Tensor:
+    return torch.randint(0, 258, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scales(model: "MambaFormerForCausalLM", rows: int | None, seed: int) -> Adaptation:
+    draw = torch.Generator().manual_seed(seed)
+    lead = () if rows is None else (rows,)
+    ranks = model.adaptable().items()
+    return Adaptation({n: (1 + 0.3 * torch.randn(*lead, r, generator=draw)).to(model.dtype) for n, r in ranks})
+
+
+def run(
+    model: "MambaFormerForCausalLM", pieces: list[tuple[Tensor, Tensor]], adaptation: Adaptation | None
+) -> tuple[list[Tensor], "Cache"]:
+    """Logits at the real tokens of each piece, and the cache after them."""
+    cache = model.init_cache(pieces[0][0].shape[0], 64)
+    outputs = []
+    for ids, mask in pieces:
+        logits = model(ids, attention_mask=mask, cache=cache, adaptation=adaptation).logits
+        outputs.append(logits[mask.bool()])
+    return outputs, cache
+
+
+def assert_equal_runs(
+    model: "MambaFormerForCausalLM", pieces: list[tuple[Tensor, Tensor]], adaptation: Adaptation | None
+) -> None:
+    tolerance = {"rtol": 1e-10, "atol": 1e-10} if model.dtype == torch.float64 else {"rtol": 2e-5, "atol": 2e-5}
+    with torch.inference_mode():
+        fast, cache = run(model, pieces, adaptation)
+        with tensors_only():
+            slow, expected = run(model, pieces, adaptation)
+    torch.testing.assert_close(fast, slow, **tolerance)
+    assert cache.read is expected.read or bool((cache.lengths == expected.lengths).all())
+    for got, wanted in zip(cache.states, expected.states, strict=True):
+        torch.testing.assert_close(got.tensors(), wanted.tensors(), **tolerance)
+
+
+@pytest.mark.parametrize("adapted", ["stored", "shared", "per row"])
+@pytest.mark.parametrize("rows", [1, 3, MOST_ROWS + 1])
+@every_kind
+@both_dtypes
+def test_a_prompt_and_steps_after_it(
+    models: Callable[..., "MambaFormerForCausalLM"], kind: str, dtype: torch.dtype, rows: int, adapted: str
+) -> None:
+    model = models(kind, dtype)
+    adaptation = {"stored": None, "shared": scales(model, None, 1), "per row": scales(model, rows, 2)}[adapted]
+    ids = tokens(rows, rows, 13)
+    whole = torch.ones_like(ids)
+    pieces = [(piece, whole[:, : piece.shape[1]]) for piece in (ids[:, :9], *ids[:, 9:].split(1, dim=1))]
+    assert_equal_runs(model, pieces, adaptation)
+
+
+@settings(max_examples=60)
+@given(
+    kind=st.sampled_from(list(KINDS)),
+    lengths=st.lists(st.lists(st.integers(0, 6), min_size=2, max_size=2), min_size=2, max_size=5),
+    left=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_ragged_pieces(
+    models: Callable[..., "MambaFormerForCausalLM"], kind: str, lengths: list[list[int]], left: bool, seed: int
+) -> None:
+    """Rows of any number of new tokens, none included, in pieces; the width of the last is often 1."""
+    model = models(kind)
+    pieces = []
+    for i, new in enumerate(torch.tensor(lengths).T.unbind()):
+        new = new + 1 if i == 0 else new.clamp(max=1 + seed % 3)
+        width = max(1, int(new.max()))
+        mask = (torch.arange(width) < new[:, None]).long()
+        pieces.append((tokens(seed + i, len(lengths), width), mask.flip(1) if left else mask))
+    assert_equal_runs(model, pieces, None)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 66, 67, 130, 600])
+def test_lengths_around_a_tile(models: Callable[..., "MambaFormerForCausalLM"], length: int) -> None:
+    for kind in ("mamba2", "mamba1"):
+        model, ids = models(kind), tokens(length, 2, length)
+        with torch.inference_mode():
+            fast = model(ids).logits
+            with tensors_only():
+                slow = model(ids).logits
+        torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
+
+
+def test_the_context_restores_what_was() -> None:
+    from bayes_dispatch.model.compiled import can_compile
+
+    with torch.no_grad():
+        x = torch.zeros(1)
+        with tensors_only():
+            with tensors_only():
+                assert not can_compile(x)
+            assert not can_compile(x)
+        assert can_compile(x)
+        assert not can_compile(x.bfloat16())
+        assert not can_compile(x, x.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not can_compile(x)
+    assert not can_compile(x)
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "mamba1", "rotary"])
+def test_changed_weights_are_seen(make_model: MakeModel, kind: str) -> None:
+    """In place, moved to other memory, replaced, and copied: never what the weights were."""
+    model = make_model(MambaFormerConfig(**SMALL | KINDS[kind]), dtype=torch.float64)
+    ids = tokens(0, 1, 6)
+
+    def check() -> Tensor:
+        with torch.inference_mode():
+            cache = model.init_cache(1, 8)
+            fast = torch.cat([model(piece, cache=cache).logits for piece in ids.split(1, dim=1)], dim=1)
+            with tensors_only():
+                slow = model(ids).logits
+        torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
+        return fast
+
+    first = check()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+    second = check()
+    assert not torch.allclose(first, second)
+    for parameter in model.blocks.parameters():
+        parameter.data = parameter.data * 0.9
+    third = check()
+    assert not torch.allclose(second, third)
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.8)
+    assert not torch.allclose(third, check())
+
+
+def test_a_model_that_has_decoded_can_be_stored(models: Callable[..., "MambaFormerForCausalLM"]) -> None:
+    model, buffer = models("mamba2"), io.BytesIO()
+    ids = tokens(0, 1, 3)
+    expected = model.generate(ids, max_new_tokens=4)
+    torch.save(model, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    assert torch.equal(loaded.generate(ids, max_new_tokens=4), expected)
+
+
+@every_kind
+def test_a_copied_cache_is_independent(models: Callable[..., "MambaFormerForCausalLM"], kind: str) -> None:
+    model, ids = models(kind), tokens(0, 2, 6)
+    with torch.inference_mode():
+        cache = model.init_cache(2, 16)
+        model(ids[:, :4], cache=cache)
+        model(ids[:, 4:5], cache=cache)
+        for copied in (cache.clone(), copy.deepcopy(cache)):
+            before = [{n: t.clone() for n, t in state.tensors().items()} for state in cache.states]
+            model(ids[:, 5:], cache=copied)
+            for state, was in zip(cache.states, before, strict=True):
+                torch.testing.assert_close(state.tensors(), was, rtol=0, atol=0)
+        torch.testing.assert_close(model(ids[:, 5:], cache=cache).logits, model(ids).logits[:, 5:])
+
+
+def test_autograd_knows_of_changed_states(models: Callable[..., "MambaFormerForCausalLM"]) -> None:
+    """A backward pass through states that a compiled loop has changed since is an error, not a wrong gradient."""
+    model, ids = models("mamba2"), tokens(0, 1, 4)
+    cache = model.init_cache(1, 8)
+    model(ids[:, :2], cache=cache)
+    state: Any = cache.states[0]
+    product = (state.ssm * state.ssm.detach()).sum()
+    with torch.no_grad():
+        model(ids[:, 2:3], cache=cache)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+@both_dtypes
+def test_exponential_functions(dtype: torch.dtype) -> None:
+    """To a few units in the last place, from underflow to saturation; NaN stays NaN."""
+    numba = pytest.importorskip("numba")
+    K = kernels()
+
+    @numba.njit
+    def evaluate(function: Any, x: Any, out: Any) -> None:
+        for i in range(len(x)):
+            out[i] = function(x[i])
+
+    kind = np.float32 if dtype == torch.float32 else np.float64
+    unit = float(np.finfo(kind).eps)
+    x = np.concatenate([np.linspace(-87, 87, 100_001), np.random.default_rng(0).normal(0, 2, 10_000)]).astype(kind)
+    exact = x.astype(np.longdouble)
+    expected = {
+        "exp": np.exp(exact),
+        "softplus": np.logaddexp(0, exact),
+        "sigmoid": 1 / (1 + np.exp(-exact)),
+    }
+    for name, values in expected.items():
+        got = np.empty_like(x)
+        evaluate(numba.njit(_calling(K, name)), x, got)
+        assert np.max(np.abs(got / values - 1)) < 4 * unit, name
+        special, out = np.array([np.nan, -np.inf, np.inf, -1e4, 1e4], kind), np.empty(5, kind)
+        evaluate(numba.njit(_calling(K, name)), special, out)
+        assert np.isnan(out[0])
+        assert 0 <= out[1] == out[3] < 1e-37
+        if name == "sigmoid":
+            assert out[2] == out[4] == 1
+        elif name == "softplus":
+            assert out[2] == np.inf
+            assert out[4] == 1e4
+        else:
+            assert out[2] == out[4]
+            assert out[2] > np.exp(kind(87))
+
+
+def _calling(module: Any, name: str) -> Callable[[Any], Any]:
+    exp, softplus, sigmoid = module.exp, module.softplus, module.sigmoid
+    calls: dict[str, Callable[[Any], Any]] = {
+        "exp": lambda x: exp(x),
+        "softplus": lambda x: softplus(x),
+        "sigmoid": lambda x: sigmoid(x),
+    }
+    return calls[name]
+
+
+def test_hooks_are_called_with_tensors_only(models: Callable[..., "MambaFormerForCausalLM"]) -> None:
+    model, called = models("mamba2"), []
+    handle = model.blocks[0].register_forward_hook(lambda *_: called.append(1))
+    with torch.inference_mode(), tensors_only():
+        cache = model.init_cache(1, 4)
+        model(tokens(0, 1, 1), cache=cache)
+    handle.remove()
+    assert called == [1]
