@@ -6,7 +6,7 @@ products), "length" (decode after ever longer contexts) and "cache" (generation 
 
 Batch 1 and float32 unless said otherwise. All that is compared takes turns in one process, and ratios are taken round
 by round, so only they mean something: times vary from machine to machine. ± is half the distance between the quartiles.
-Peers that are not installed are left out, and named: ``pip install transformers mambapy minimamba`` brings all of them.
+Peers that are not installed are left out, and named: ``pip install -e '.[bench]'`` brings all of them.
 """
 
 import json
