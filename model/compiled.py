@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from types import ModuleType
@@ -16,7 +17,7 @@ __all__ = ["Array", "Arrays", "Views", "array", "can_compile", "kernels", "tenso
 
 Array = npt.NDArray[Any]
 
-_enabled = True
+_only_tensors = ContextVar("only_tensors", default=False)
 
 
 @cache
@@ -28,12 +29,11 @@ def kernels() -> ModuleType:
 @contextmanager
 def tensors_only() -> Iterator[None]:
     """Within this context, everything is computed by tensor operations: the reference of the compiled loops."""
-    global _enabled
-    before, _enabled = _enabled, False
+    token = _only_tensors.set(True)
     try:
         yield
     finally:
-        _enabled = before
+        _only_tensors.reset(token)
 
 
 def can_compile(x: Tensor, *states: Tensor) -> bool:
@@ -41,13 +41,14 @@ def can_compile(x: Tensor, *states: Tensor) -> bool:
     dtype = x.dtype
     return (
         not torch.is_grad_enabled()
-        and _enabled
+        and not _only_tensors.get()
         and (dtype == torch.float32 or dtype == torch.float64)
         and type(x) is Tensor  # and no tracer's stand-in
         and x.device.type == "cpu"
         and all(state.dtype == dtype for state in states)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
 
 

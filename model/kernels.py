@@ -16,6 +16,8 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic, overload
 
+from bayes_dispatch.errors import TensorError
+
 __all__ = [
     "attend",
     "convolve",
@@ -33,6 +35,7 @@ Array = Any  # numba infers what its functions take
 
 TILE = 64  # tokens whose activations stay in a processor's cache
 CHANNELS = 128  # of a selective scan, likewise
+OTHER_SHAPE = "expected cached states of this model's sizes, got others"  # indices are not checked one by one
 
 
 def compile_with(*fast: str) -> Callable[[F], F]:
@@ -209,6 +212,9 @@ def convolve(x: Array, tokens: Array, history: Array, taps: Array, bias: Array, 
 
     ``tokens`` (B,): real ones of each row; ``history`` (B, taps − 1, C) is read and replaced.
     """
+    past, width = history.shape[1:]
+    if len(history) != len(tokens) or taps.shape != (past + 1, width) or out.shape[2] != width:
+        raise TensorError(OTHER_SHAPE)
     for b in range(len(tokens)):
         _convolve_tile(x[b], 0, 0, tokens[b], history[b], taps, bias, out[b])
         out[b, tokens[b] :] = 0
@@ -234,6 +240,8 @@ def scan_mamba1(
     (B, T, 2 d): the gate is its second half; tokens (B,); A, rates (N, d); state (B, N, d) is read and replaced.
     """
     n_state, width = A.shape
+    if state.shape != (len(tokens), n_state, width):
+        raise TensorError(OTHER_SHAPE)
     at_b = selected.shape[2] - 2 * n_state
     delta, driven, y = np.empty(CHANNELS, x.dtype), np.empty(CHANNELS, x.dtype), np.empty(CHANNELS, x.dtype)
     for b in range(len(tokens)):
@@ -335,6 +343,12 @@ def mix_mamba2(
     heads, width, n_state = state.shape[1:]
     inner = heads * width
     at_steps = inner + history.shape[2]
+    if len(history) != len(tokens) or len(state) != len(tokens) or taps.shape != (history.shape[1] + 1, len(bias)):
+        raise TensorError(OTHER_SHAPE)
+    if history.shape[2] != len(bias) or len(bias) != inner + 2 * groups * n_state or len(weight) != inner:
+        raise TensorError(OTHER_SHAPE)
+    if projected.shape[2] != at_steps + heads or len(A) != heads:
+        raise TensorError(OTHER_SHAPE)
     dtype = projected.dtype
     mixed = np.empty((TILE, history.shape[2]), dtype)
     steps, decay = np.empty((heads, TILE), dtype), np.empty((heads, TILE), dtype)
@@ -407,11 +421,15 @@ def attend(
     """
     kv_heads, slots, width = keys.shape[1:]
     n_heads = projected.shape[1] // width - 2 * kv_heads
+    if len(keys) != len(tokens) or values.shape != keys.shape or out.shape[1] != n_heads * width:
+        raise TensorError(OTHER_SHAPE)
     scale = projected.dtype.type(1 / np.sqrt(width))
     for b in range(len(tokens)):
         if tokens[b] == 0:
             out[b] = 0
             continue
+        if held[b] < 0 or (held[b] >= slots and not ring):
+            raise TensorError(OTHER_SHAPE)
         heads, outputs = projected[b].reshape(-1, width), out[b].reshape(-1, width)
         if base > 0:
             _rotate(heads[: n_heads + kv_heads], positions[b], base)
@@ -448,6 +466,8 @@ def _product(x: Array, weight: Array, scaled: Array, right: Array) -> Array:
     The matrix is ``weight`` (O, K), or, where ``scaled`` (1 or B, r) is not empty, U diag(scaled) Vᵀ with U ``weight``
     and Vᵀ ``right``.
     """
+    if x.shape[1] != (right if len(scaled) > 0 else weight).shape[1]:
+        raise TensorError(OTHER_SHAPE)
     if len(scaled) > 0:
         inner = np.empty((len(x), len(right)), x.dtype)
         _rows_times(x, right, inner)

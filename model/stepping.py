@@ -53,8 +53,7 @@ class Steppers:
     """The latest stepper of a model."""
 
     def __init__(self) -> None:
-        self._made_of: tuple[object, Adaptation | None] | None = None
-        self._stepper: Stepper
+        self._kept: tuple[object, Adaptation | None, Stepper] | None = None  # replaced at once: threads may share it
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Steppers":
         return Steppers()  # of another model
@@ -71,11 +70,11 @@ class Steppers:
         scales: Callable[[Adaptation], Sequence[Scales]],
     ) -> Stepper:
         """The stepper of these blocks; ``weights`` is the same object for as long as theirs do not change."""
-        adapted = adaptation if adaptation.scales else None
-        if self._made_of is None or self._made_of[0] is not weights or self._made_of[1] is not adapted:
-            self._stepper = Stepper(cast("Iterable[Block]", blocks), norm, scales(adaptation))
-            self._made_of = weights, adapted
-        return self._stepper
+        kept, adapted = self._kept, adaptation if adaptation.scales else None
+        if kept is None or kept[0] is not weights or kept[1] is not adapted:
+            stepper = Stepper(cast("Iterable[Block]", blocks), norm, scales(adaptation))
+            self._kept = kept = weights, adapted, stepper
+        return kept[2]
 
 
 def _step(block: Block, scales: Scales) -> Step | None:

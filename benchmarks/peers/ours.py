@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from bayes_dispatch.model.cache import Cache
@@ -42,4 +43,6 @@ class Ours:
 
 def language_model(backbone: MambaFormerConfig, vocab_size: int) -> Ours:
     """Our model over ``vocab_size`` tokens, with tied embeddings and random weights."""
-    return Ours(MambaFormerForCausalLM(LanguageModelConfig(backbone=backbone, vocab_size=vocab_size)))
+    model = MambaFormerForCausalLM(LanguageModelConfig(backbone=backbone, vocab_size=vocab_size))
+    model.generate(torch.zeros(1, 2, dtype=torch.long), max_new_tokens=2)  # compiles its loops, where that was not done
+    return Ours(model)

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.compiled import kernels, tensors_only
 from bayes_dispatch.model.config import MambaFormerConfig
@@ -203,6 +204,38 @@ def test_a_copied_cache_is_independent(models: Callable[..., "MambaFormerForCaus
             for state, was in zip(cache.states, before, strict=True):
                 torch.testing.assert_close(state.tensors(), was, rtol=0, atol=0)
         torch.testing.assert_close(model(ids[:, 5:], cache=cache).logits, model(ids).logits[:, 5:])
+
+
+@pytest.mark.parametrize("rows", [1, MOST_ROWS + 1])
+@pytest.mark.parametrize(
+    ("kind", "name", "shape"),
+    [
+        ("mamba2", "conv", (3, 48)),
+        ("mamba2", "conv", (2, 40)),
+        ("mamba2", "ssm", (4, 8, 8)),
+        ("mamba2", "ssm", (2, 8, 4)),
+        ("mamba1", "ssm", (4, 31)),
+        ("mamba1", "conv", (4, 32)),
+        ("rotary", "keys", (1, 8, 4)),
+        ("rotary", "keys", (2, 8, 5)),
+        ("rotary", "values", (2, 7, 4)),
+        ("rotary", "both", (1, 8, 4)),
+        ("rotary", "both", (2, 2, 4)),
+    ],
+)
+def test_states_of_other_sizes_are_refused(
+    models: Callable[..., "MambaFormerForCausalLM"], kind: str, name: str, shape: tuple[int, ...], rows: int
+) -> None:
+    """As from a file that says it is this model's: compiled loops do not check each index."""
+    model, ids = models(kind), tokens(0, rows, 4)
+    with torch.inference_mode():
+        cache = model.init_cache(rows, 8)
+        model(ids[:, :3], cache=cache)
+        state: Any = cache.states[0]
+        for changed in ("keys", "values") if name == "both" else (name,):
+            setattr(state, changed, torch.zeros(rows, *shape, dtype=torch.float64))
+        with pytest.raises((TensorError, RuntimeError)):
+            model(ids[:, 3:], cache=cache)
 
 
 def test_autograd_knows_of_changed_states(models: Callable[..., "MambaFormerForCausalLM"]) -> None:
