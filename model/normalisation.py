@@ -33,7 +33,7 @@ class RMSNorm(nn.Module):
         self.eps: Tensor
         self.weight = nn.Parameter(torch.ones(width))
         self.register_buffer("eps", torch.tensor(eps), persistent=False)  # a tensor saves the decoding step two calls
-        self.eps_number = float(self.eps)
+        self.eps_number = float(torch.tensor(eps, device="cpu"))  # as rounded above, on any device
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         if can_compile(x, self.weight):
