@@ -20,11 +20,13 @@ from bayes_dispatch.errors import TensorError
 
 __all__ = [
     "attend",
+    "attend_across",
     "convolve",
     "mix_mamba2",
     "normalise",
     "scan_mamba1",
     "step_attention",
+    "step_cross_attention",
     "step_feed_forward",
     "step_mamba1",
     "step_mamba2",
@@ -402,6 +404,31 @@ def _rotate(x: Array, position: int, base: float) -> None:
 
 
 @loop
+def _attend_head(query: Array, keys: Array, values: Array, visible: Array, scores: Array, out: Array) -> None:
+    """A query (W,) attends to the first keys (T, W), as many as ``scores`` has room for; ``visible`` (T,) or empty."""
+    width = len(query)
+    scale = query.dtype.type(1 / np.sqrt(width))
+    most = query.dtype.type(-np.inf)
+    for t in range(len(scores)):
+        key, score = keys[t], query.dtype.type(0)
+        for w in range(width):
+            score += query[w] * key[w]
+        scores[t] = score * scale
+        if len(visible) > 0 and not visible[t]:
+            scores[t] = -np.inf
+        most = max(most, scores[t])
+    total = query.dtype.type(0)
+    for t in range(len(scores)):
+        scores[t] = exp(scores[t] - most)
+        total += scores[t]
+    out[:] = 0
+    for t in range(len(scores)):
+        value, share = values[t], scores[t] / total
+        for w in range(width):
+            out[w] += share * value[w]
+
+
+@loop
 def attend(
     projected: Array,
     tokens: Array,
@@ -423,7 +450,7 @@ def attend(
     n_heads = projected.shape[1] // width - 2 * kv_heads
     if len(keys) != len(tokens) or values.shape != keys.shape or out.shape[1] != n_heads * width:
         raise TensorError(OTHER_SHAPE)
-    scale = projected.dtype.type(1 / np.sqrt(width))
+    everything = np.empty(0, np.bool_)
     for b in range(len(tokens)):
         if tokens[b] == 0:
             out[b] = 0
@@ -436,27 +463,28 @@ def attend(
         slot = held[b] % slots if ring else held[b]
         scores = np.empty(min(held[b] + 1, slots), projected.dtype)
         for k in range(kv_heads):
-            held_keys, held_values = keys[b, k], values[b, k]
-            held_keys[slot] = heads[n_heads + k]
-            held_values[slot] = heads[n_heads + kv_heads + k]
+            keys[b, k, slot] = heads[n_heads + k]
+            values[b, k, slot] = heads[n_heads + kv_heads + k]
             for h in range(k * (n_heads // kv_heads), (k + 1) * (n_heads // kv_heads)):
-                query, into = heads[h], outputs[h]
-                most = projected.dtype.type(-np.inf)
-                for t in range(len(scores)):
-                    key, score = held_keys[t], projected.dtype.type(0)
-                    for w in range(width):
-                        score += query[w] * key[w]
-                    scores[t] = score * scale
-                    most = max(most, scores[t])
-                total = projected.dtype.type(0)
-                for t in range(len(scores)):
-                    scores[t] = exp(scores[t] - most)
-                    total += scores[t]
-                into[:] = 0
-                for t in range(len(scores)):
-                    value, share = held_values[t], scores[t] / total
-                    for w in range(width):
-                        into[w] += share * value[w]
+                _attend_head(heads[h], keys[b, k], values[b, k], everything, scores, outputs[h])
+
+
+@loop
+def attend_across(queries: Array, keys: Array, values: Array, visible: Array, out: Array) -> None:
+    """Queries (B, n_heads W) attend to keys and values (B, kv_heads, S, W), where ``visible`` (B, S) if it has rows."""
+    kv_heads, length, width = keys.shape[1:]
+    per_head = queries.shape[1] // (kv_heads * width)
+    if len(keys) != len(queries) or values.shape != keys.shape or per_head * kv_heads * width != queries.shape[1]:
+        raise TensorError(OTHER_SHAPE)
+    if len(visible) > 0 and visible.shape != (len(queries), length):
+        raise TensorError(OTHER_SHAPE)
+    scores = np.empty(length, queries.dtype)
+    everything = np.empty(0, np.bool_)
+    for b in range(len(queries)):
+        heads, outputs = queries[b].reshape(-1, width), out[b].reshape(-1, width)
+        seen = visible[b] if len(visible) > 0 else everything
+        for h in range(len(heads)):
+            _attend_head(heads[h], keys[b, h // per_head], values[b, h // per_head], seen, scores, outputs[h])
 
 
 @loop
@@ -590,6 +618,24 @@ def step_attention(
     projected = _product(_normalised(x, weight, eps), *qkv)
     out = np.empty((len(x), projected.shape[1] - 2 * keys.shape[1] * keys.shape[3]), x.dtype)
     attend(projected, tokens, held, positions, keys, values, ring, base, out)
+    _add(x, _product(out, *out_proj))
+
+
+@loop
+def step_cross_attention(
+    x: Array,
+    keys: Array,
+    values: Array,
+    visible: Array,
+    weight: Array,
+    eps: float,
+    q_proj: tuple[Array, Array, Array],
+    out_proj: tuple[Array, Array, Array],
+) -> None:
+    """A block of attention to an encoder."""
+    queries = _product(_normalised(x, weight, eps), *q_proj)
+    out = np.empty_like(queries)
+    attend_across(queries, keys, values, visible, out)
     _add(x, _product(out, *out_proj))
 
 

@@ -3,15 +3,24 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import cast
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.block import Block
-from bayes_dispatch.model.cache import AttentionState, Cache, MambaState, State
+from bayes_dispatch.model.cache import AttentionState, Cache, CrossAttentionState, MambaState, State
 from bayes_dispatch.model.compiled import Array, array, can_compile, kernels
-from bayes_dispatch.model.mixers import FeedForward, Mamba1Mixer, Mamba2Mixer, Memory, SelfAttention, Span
+from bayes_dispatch.model.mixers import (
+    CrossAttention,
+    FeedForward,
+    Mamba1Mixer,
+    Mamba2Mixer,
+    Memory,
+    SelfAttention,
+    Span,
+)
 from bayes_dispatch.model.normalisation import RMSNorm
 from bayes_dispatch.model.svd_linear import SVDLinear
 
@@ -43,7 +52,9 @@ class Stepper:
         rows = x[:, 0].numpy().copy()
         places = span.places(len(rows))
         for (block, z, step), state in zip(self._blocks, cache.states, strict=True):
-            if step is None or not step(rows, places, state):  # cross-attention, and states of other precision
+            if step is None or not step(
+                rows, places, state
+            ):  # a first step of cross-attention, states of other precision
                 rows[:] = block(torch.from_numpy(rows)[:, None], span, z, state, memory)[:, 0].numpy()
         kernels().normalise(rows, *self._norm, rows)
         return torch.from_numpy(rows)[:, None]
@@ -94,6 +105,8 @@ def _step(block: Block, scales: Scales) -> Step | None:
         return _mamba(kernels().step_mamba2, dtype, *norm, *matrices("in_proj", "out_proj"), *more)
     if type(mixer) is SelfAttention:
         return _attention(dtype, *norm, *matrices("qkv", "out_proj"), mixer.window is not None, mixer.base)
+    if type(mixer) is CrossAttention:
+        return _cross_attention(dtype, *norm, *matrices("q_proj", "out_proj"))
     if type(mixer) is FeedForward:
         return _feed_forward(*norm, *matrices("in_proj", "out_proj"))
     return None
@@ -121,6 +134,20 @@ def _attention(dtype: torch.dtype, *arguments: object) -> Step:
         if known := state.keys.dtype == dtype:
             step(x, *places, *state.arrays(), *arguments)
         return known
+
+    return run
+
+
+def _cross_attention(dtype: torch.dtype, *arguments: object) -> Step:
+    step, everything = kernels().step_cross_attention, np.empty((0, 0), np.bool_)
+
+    def run(x: Array, places: Places, state: State) -> bool:
+        state = cast(CrossAttentionState, state)
+        keys, values, visible = state.keys, state.values, state.visible
+        if keys is None or values is None or keys.dtype != dtype:
+            return False
+        step(x, array(keys), array(values), everything if visible is None else array(visible), *arguments)
+        return True
 
     return run
 

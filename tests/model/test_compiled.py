@@ -307,3 +307,28 @@ def test_hooks_are_called_with_tensors_only(models: Callable[..., "MambaFormerFo
         model(tokens(0, 1, 1), cache=cache)
     handle.remove()
     assert called == [1]
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, MOST_ROWS + 1])
+def test_a_decoder_with_cross_attention(
+    make_seq2seq: Callable[..., Any], rows: int, padded: bool, kv_dtype: torch.dtype | None
+) -> None:
+    model = make_seq2seq(n_kv_heads=1)
+    draw = torch.Generator().manual_seed(rows)
+    source, target = (torch.randint(0, 40, (rows, n), generator=draw) for n in (7, 5))
+    lengths = torch.arange(rows) % 7 + 1
+    mask = (torch.arange(7) < lengths[:, None]).long() if padded else None
+
+    def decode() -> Tensor:
+        cache = model.init_cache(rows, 8, kv_dtype=kv_dtype)
+        outputs = [model(source, target[:, :1], attention_mask=mask, cache=cache).logits]
+        outputs += [model(None, piece, cache=cache).logits for piece in target[:, 1:].split(1, dim=1)]
+        return torch.cat(outputs, dim=1)
+
+    with torch.inference_mode():
+        fast = decode()
+        with tensors_only():
+            slow = decode()
+    torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
