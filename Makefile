@@ -40,7 +40,7 @@ test: $(INSTALLED)
 	$(PYTEST) -n auto --maxprocesses 4 -m "not slow"
 
 slow: $(INSTALLED)
-	$(PYTEST) -m slow
+	$(PYTEST) -n auto --maxprocesses 2 -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check --no-cache
