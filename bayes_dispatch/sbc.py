@@ -156,7 +156,12 @@ def rank_uniformity(
 
 
 def simulation_based_calibration(
-    dispatcher: Simulator, count: int = 1_000, draws: int = 255, seed: int = 0, false_alarm_rate: float = 0.05
+    dispatcher: Simulator,
+    count: int = 1_000,
+    draws: int = 255,
+    seed: int = 0,
+    false_alarm_rate: float = 0.05,
+    resolution: float = RESOLUTION,
 ) -> SimulationBasedCalibration:
     """Draw weights and evidence from a fitted program, infer the weights, and check that their ranks are uniform.
 
@@ -169,17 +174,21 @@ def simulation_based_calibration(
         draws: S, independent posterior draws of each.
         seed: of simulation, draws and ties.
         false_alarm_rate: probability, at most, that an exact posterior fails in any component, base included.
+        resolution: weights nearer to 0 or 1 than this are ties. The rate of false alarms holds at any; a larger one
+            leaves out how weights that are practically 0 are distributed, and under a sparse prior these are many.
 
     Returns:
         The verdict of each component.
 
     Raises:
         NotFittedError: a dispatcher before ``fit``.
-        ConfigError: fewer than one simulation or draw, a negative seed, or a rate outside 0 to 1.
+        ConfigError: fewer than one simulation or draw, a negative seed, a rate outside 0 to 1, or a resolution outside
+            0 to .5.
     """
     if count < 1 or draws < 1:
         raise ConfigError(f"expected at least 1 simulation and 1 draw, got {count} and {draws}")
     if seed < 0:
         raise ConfigError(f"expected a seed ≥ 0, got {seed}")
     truth, posterior = dispatcher.simulate(count, draws, seed)
-    return rank_uniformity(posterior_ranks(posterior, truth, seed), draws, posterior.experts, false_alarm_rate)
+    ranks = posterior_ranks(posterior, truth, seed, resolution)
+    return rank_uniformity(ranks, draws, posterior.experts, false_alarm_rate)

@@ -42,9 +42,10 @@ class Conjugate:
         return truth, DispatchPosterior(gammas / gammas.sum(-1, keepdims=True), NAMES)
 
 
-def test_exact_posterior_passes() -> None:
-    """At a false-alarm rate of .001, and the seed is fixed."""
-    result = simulation_based_calibration(Conjugate(), 1_000, 63, seed=0, false_alarm_rate=0.001)
+@pytest.mark.parametrize("resolution", [1e-6, 0.1])
+def test_exact_posterior_passes(resolution: float) -> None:
+    """At a false-alarm rate of .001, with and without many ties, and the seed is fixed."""
+    result = simulation_based_calibration(Conjugate(), 1_000, 63, 0, 0.001, resolution)
     assert result.passed
     assert [c.component for c in result.components] == list(NAMES)
     assert all(c.inside and c.excess == 0 for c in result.components)
@@ -80,6 +81,19 @@ def test_biased_posterior_fails_where_it_is_biased() -> None:
     assert not first.inside
     assert not result.passed
     assert (first.ecdf - first.band.points).mean() > 0.1
+
+
+def test_resolution_overlooks_only_what_is_below_it() -> None:
+    """Draws whose weights below .01 are squared fail, but pass where these are ties."""
+
+    class Squared(Conjugate):
+        def simulate(self, count: int, draws: int, seed: int) -> tuple[np.ndarray, DispatchPosterior]:
+            truth, posterior = super().simulate(count, draws, seed)
+            weights = np.where(posterior.weights < 0.01, posterior.weights**2, posterior.weights)
+            return truth, DispatchPosterior(weights / weights.sum(-1, keepdims=True), NAMES)
+
+    assert not simulation_based_calibration(Squared(), 1_000, 63, 0, 0.001).passed
+    assert simulation_based_calibration(Squared(), 1_000, 63, 0, 0.001, resolution=0.02).passed
 
 
 def test_one_bad_component_is_enough() -> None:
