@@ -13,6 +13,7 @@ from bayes_dispatch.errors import (
     ConfigError,
     EvidenceError,
     ForeignExpertError,
+    MissingDependencyError,
     NotFittedError,
     PromptError,
     StaleCacheError,
@@ -23,6 +24,7 @@ from bayes_dispatch.errors import (
 if TYPE_CHECKING:
     from bayes_dispatch.bundle import Bundle, load_bundle
     from bayes_dispatch.dispatcher import Dispatcher
+    from bayes_dispatch.distances import Agreement, agreement
     from bayes_dispatch.evidence import Evidence
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.documents import Document
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from bayes_dispatch.model.seq2seq import MambaFormerForSeq2Seq
     from bayes_dispatch.model.tokenizer import ByteTokenizer
     from bayes_dispatch.posterior import DispatchPosterior
+    from bayes_dispatch.reference import ReferencePosterior, joint_posterior, reference_posterior
 
 __version__ = "0.1.0"
 
@@ -63,6 +66,11 @@ __all__ = [
     "Evidence",
     "Dispatcher",
     "DispatchPosterior",
+    "reference_posterior",
+    "joint_posterior",
+    "ReferencePosterior",
+    "agreement",
+    "Agreement",
     "TwoPassGenerator",
     "Generation",
     "Blend",
@@ -95,6 +103,7 @@ __all__ = [
     "ConfigError",
     "EvidenceError",
     "ForeignExpertError",
+    "MissingDependencyError",
     "NotFittedError",
     "PromptError",
     "StaleCacheError",
@@ -110,6 +119,11 @@ _MODULE_OF = {
     "Evidence": "evidence",
     "Dispatcher": "dispatcher",
     "DispatchPosterior": "posterior",
+    "reference_posterior": "reference",
+    "joint_posterior": "reference",
+    "ReferencePosterior": "reference",
+    "agreement": "distances",
+    "Agreement": "distances",
     "TwoPassGenerator": "inference.generator",
     "Generation": "inference.generator",
     "Blend": "inference.blends",
