@@ -46,7 +46,7 @@ except ImportError as error:
 
 __all__ = ["ReferencePosterior", "conditional_posterior", "joint_posterior", "log_density", "reference_posterior"]
 
-LANES = 512  # chains that run side by side; more run one batch after another
+LANES = 64  # chains that run side by side, each draw as long as the longest of them; more run batch after batch
 MEMORY = 2**26  # numbers that one batch may keep
 Sites = Mapping[str, Any]  # site → array, of torch, NumPy or jax
 
@@ -483,7 +483,7 @@ def _run_lanes(
         start_keys = dict(zip(shapes, jax.random.split(start_key, len(shapes)), strict=True))
         start = {name: jax.random.uniform(start_keys[name], shape, minval=-1.0) for name, shape in shapes.items()}
         init, sample = hmc(partial(potential_energy, _program, arguments, {}), algo="NUTS")
-        state = init(start, warmup, target_accept_prob=0.9, max_tree_depth=8, rng_key=key)
+        state = init(start, warmup, target_accept_prob=0.8, max_tree_depth=8, rng_key=key)
 
         def advance(state: Any, _: None) -> tuple[Any, Any]:
             state = sample(state)
