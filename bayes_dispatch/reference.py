@@ -221,6 +221,7 @@ def conditional_posterior(
         weights, diverging, steps = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(3))
     weights = weights[: len(keys), :, 0].reshape(count, chains * draws, -1).swapaxes(0, 1)
     diverging, steps = (a[: len(keys)].reshape(count, -1) for a in (diverging, steps))
+    weights = _with_known(weights, prompts)
     return ReferencePosterior(weights, (*experts, "base"), chains, diverging.sum(1), steps.mean(1))
 
 
@@ -277,7 +278,7 @@ def joint_posterior(
         )
         samples = {name: np.asarray(value) for name, value in mcmc.get_samples().items()}
         fields = {name: np.asarray(value) for name, value in mcmc.get_extra_fields().items()}
-    weights = samples.pop("w")
+    weights = _with_known(samples.pop("w"), prompts)
     free = {name: value for name, value in samples.items() if name not in ("gammas", "exponentials")}
     count = len(prompts)
     return ReferencePosterior(
@@ -437,6 +438,14 @@ def _boosted(prior: Any) -> Any:
     gammas = numpyro.sample("gammas", dist.Gamma(alpha + 1.0).to_event(1))
     exponentials = numpyro.sample("exponentials", dist.Exponential(jnp.ones_like(alpha)).to_event(1))
     return numpyro.deterministic("w", jax.nn.softmax(jnp.log(gammas) - exponentials / alpha))
+
+
+def _with_known(weights: np.ndarray, prompts: Prompts) -> np.ndarray:
+    """Draws ``(draw, prompt, K+1)`` with known weights in their rows: the program draws some there and ignores them."""
+    if prompts.known is None:
+        return weights
+    known = _array(prompts.known)
+    return np.where(np.isfinite(known[:, :1]), np.nan_to_num(known), weights)
 
 
 def _in_default_dtype(prompts: Prompts) -> Prompts:

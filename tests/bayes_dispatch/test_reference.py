@@ -279,7 +279,7 @@ def test_joint_follows_known_mixtures() -> None:
         torch.tensor(np.where(mixed[:, None], weights, np.nan)),
     )
     found = joint_posterior(model, prompts, NAMES[:2], draws=300, chains=2, warmup=300, seed=0)
-    np.testing.assert_allclose(found.weights[:, mixed], np.broadcast_to(weights[mixed], (600, 4, 3)), atol=1e-5)
+    np.testing.assert_allclose(found.weights[:, mixed], np.broadcast_to(weights[mixed], (600, 4, 3)))
     assert np.isnan(found.r_hat[mixed]).all()
     assert np.nanmax(found.r_hat) < 1.1
     assert (found.mean[~mixed].argmax(1) == np.arange(16)[~mixed] % 2).all()
@@ -296,7 +296,7 @@ def test_the_guide_is_near_nuts(trained: Dispatcher, make_sample: Callable[..., 
     guide = trained.posterior(evidence, draws=800, seed=0)
     compared = agreement(guide, found, resolution=1e-3)
     print(f"KS {compared.ks.mean():.3f} (floor {compared.ks_floor.mean():.3f})")
-    assert compared.excess_ks < 0.25
+    assert compared.excess_ks < 0.15
     assert np.abs(guide.mean - found.mean).mean() < 0.08
 
 
@@ -313,3 +313,6 @@ def test_posteriors_know_their_chains() -> None:
     assert np.isnan(found.r_hat[2]).all()
     assert (found.ess[0] > 200).all()
     assert (found.ess[1] < 50).all()
+    shown = found.to_arviz()["posterior"]["weights"]
+    assert shown.dims == ("chain", "draw", "prompt", "expert")
+    np.testing.assert_array_equal(shown.values[2], weights[200:300])
