@@ -26,7 +26,7 @@ from bayes_dispatch.dispatcher import Dispatcher
 from bayes_dispatch.errors import ConfigError, MissingDependencyError, TensorError
 from bayes_dispatch.evidence import Evidence
 from bayes_dispatch.fitted import as_prompts
-from bayes_dispatch.generative import FLOOR, DispatchModel, Prompts, label_informed_start
+from bayes_dispatch.generative import DispatchModel, Prompts, label_informed_start
 from bayes_dispatch.posterior import DispatchPosterior
 
 try:
@@ -46,6 +46,7 @@ except ImportError as error:
 
 __all__ = ["ReferencePosterior", "conditional_posterior", "joint_posterior", "log_density", "reference_posterior"]
 
+FLOOR = 1e-6  # of w inside the likelihoods
 LANES = 64  # chains that run side by side, each draw as long as the longest of them; more run batch after batch
 MEMORY = 2**26  # numbers that one batch may keep
 Sites = Mapping[str, Any]  # site → array, of torch, NumPy or jax
