@@ -13,6 +13,7 @@ from bayes_dispatch.errors import (
     ConfigError,
     EvidenceError,
     ForeignExpertError,
+    MissingDependencyError,
     NotFittedError,
     PromptError,
     StaleCacheError,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
         simulation_based_calibration,
     )
     from bayes_dispatch.dispatcher import Dispatcher
+    from bayes_dispatch.distances import Agreement, agreement
     from bayes_dispatch.evidence import Evidence
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.documents import Document
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from bayes_dispatch.model.seq2seq import MambaFormerForSeq2Seq
     from bayes_dispatch.model.tokenizer import ByteTokenizer
     from bayes_dispatch.posterior import DispatchPosterior
+    from bayes_dispatch.reference import ReferencePosterior, joint_posterior, reference_posterior
 
 __version__ = "0.1.0"
 
@@ -119,6 +122,11 @@ __all__ = [
     "AUROC",
     "paired_comparison",
     "PairedComparison",
+    "reference_posterior",
+    "joint_posterior",
+    "ReferencePosterior",
+    "agreement",
+    "Agreement",
     "TwoPassGenerator",
     "Generation",
     "Blend",
@@ -151,6 +159,7 @@ __all__ = [
     "ConfigError",
     "EvidenceError",
     "ForeignExpertError",
+    "MissingDependencyError",
     "NotFittedError",
     "PromptError",
     "StaleCacheError",
@@ -193,6 +202,11 @@ _MODULE_OF = {
     "AUROC": "calibration",
     "paired_comparison": "calibration",
     "PairedComparison": "calibration",
+    "reference_posterior": "reference",
+    "joint_posterior": "reference",
+    "ReferencePosterior": "reference",
+    "agreement": "distances",
+    "Agreement": "distances",
     "TwoPassGenerator": "inference.generator",
     "Generation": "inference.generator",
     "Blend": "inference.blends",

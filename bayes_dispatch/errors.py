@@ -11,6 +11,7 @@ __all__ = [
     "ConfigError",
     "EvidenceError",
     "ForeignExpertError",
+    "MissingDependencyError",
     "NotFittedError",
     "PromptError",
     "StaleCacheError",
@@ -61,3 +62,7 @@ class StaleCacheError(BayesDispatchError):
 
 class CacheFullError(BayesDispatchError):
     """More tokens than the cache was made for."""
+
+
+class MissingDependencyError(BayesDispatchError, ImportError):
+    """An optional library that the called part needs is not installed; the message names the extra that has it."""

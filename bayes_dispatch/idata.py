@@ -28,7 +28,7 @@ def to_datatree(posterior: DispatchPosterior, prompts: Sequence[str] | None = No
         prompts: a unique name of each prompt; its number by default.
 
     Returns:
-        A tree whose ``posterior/weights`` has dims chain (1), draw, prompt, expert.
+        A tree whose ``posterior/weights`` has dims chain (1, or those of NUTS), draw, prompt, expert.
 
     Raises:
         TensorError: another number of names than prompts.
@@ -36,12 +36,13 @@ def to_datatree(posterior: DispatchPosterior, prompts: Sequence[str] | None = No
     draws, count, _ = posterior.weights.shape
     if prompts is not None and len(prompts) != count:
         raise TensorError(f"expected {count} prompt names, got {len(prompts)}")
+    chains = getattr(posterior, "chains", 1)  # of NUTS; independent draws are one
     weights = xr.DataArray(
-        posterior.weights[None],
+        posterior.weights.reshape(chains, -1, *posterior.weights.shape[1:]),
         dims=("chain", "draw", "prompt", "expert"),
         coords={
-            "chain": [0],
-            "draw": np.arange(draws),
+            "chain": np.arange(chains),
+            "draw": np.arange(draws // chains),
             "prompt": np.arange(count) if prompts is None else list(prompts),
             "expert": list(posterior.experts),
         },
