@@ -148,6 +148,36 @@ def report(
 
 
 @app.command()
+def diagnose(
+    bundle: BundleOption = None,
+    out: Annotated[Path, typer.Option(help="Directory for the report, the pictures and the numbers.")] = Path(
+        "diagnosis"
+    ),
+    simulations: Annotated[int, typer.Option(min=20, help="Prompts drawn from the fitted program.")] = 1000,
+    mixtures: Annotated[int, typer.Option(min=20, help="Held-out prompts of known mixture.")] = 1000,
+    prompts: Annotated[int, typer.Option(min=20, help="Held-out prompts of each domain and length.")] = 100,
+    risk: Annotated[float, typer.Option(help="Share of served prompts that may be wrong.")] = 0.05,
+    seed: SeedOption = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a dispatcher's calibration: simulated ranks, coverage, reliability, foreign text, when to abstain."""
+    _check_output(out)
+    from bayes_dispatch.bundle import load_bundle
+    from bayes_dispatch.diagnosis import DiagnosisSettings, diagnosis_tables, write_diagnosis
+    from bayes_dispatch.diagnosis import diagnose as run
+
+    settings = DiagnosisSettings(simulations=simulations, mixtures=mixtures, prompts=prompts, risk=risk, seed=seed)
+    _use_one_thread()
+    found = run(load_bundle(bundle), settings, progress=sys.stderr.isatty())
+    files, console = write_diagnosis(found, out), _console()
+    if as_json:
+        return _print_json(found.to_dict())
+    for table in diagnosis_tables(found):
+        console.print(table.to_rich())
+    console.print(*files, highlight=False, soft_wrap=True)
+
+
+@app.command()
 def experts(
     names: Annotated[list[str] | None, typer.Argument(help="Only these.", show_default="all")] = None,
     bundle: BundleOption = None,

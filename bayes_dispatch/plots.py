@@ -13,7 +13,7 @@ from bayes_dispatch.posterior import DispatchPosterior
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["expert_colours", "plot_blend_bars", "plot_forest"]
+__all__ = ["expert_colours", "plain_axis", "plain_figure", "plot_blend_bars", "plot_forest"]
 
 BASE_COLOUR = "#b8bcc4"
 INK, FAINT = "#22252b", "#e6e8ec"
@@ -50,7 +50,7 @@ def plot_forest(
     count, experts = _check(posterior, prompts), posterior.experts
     columns = min(columns, max(count, 1))
     rows = -(-count // columns)
-    figure = _figure(2.6 * columns + 1.0, rows * (0.19 * len(experts) + 0.75) + 0.5)
+    figure = plain_figure(2.6 * columns + 1.0, rows * (0.19 * len(experts) + 0.75) + 0.5)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     colours, heights = expert_colours(experts), np.arange(len(experts))[::-1]
     outer, inner, mean = posterior.interval(probability), posterior.interval(0.5), posterior.mean
@@ -71,7 +71,7 @@ def plot_forest(
         axis.set_yticks(heights, experts)
         axis.set_ylim(-0.6, len(experts) - 0.4)
         axis.hlines(heights, 0, 1, color=FAINT, lw=0.6, zorder=0)
-        _plain(axis)
+        plain_axis(axis)
         axis.tick_params(labelbottom=index + columns >= count)
     figure.suptitle(f"Weight of each expert: mean, 50% and {probability:.0%} intervals", fontsize=10, color=INK)
     return figure
@@ -91,7 +91,7 @@ def plot_blend_bars(posterior: DispatchPosterior, prompts: Sequence[str]) -> Fig
         TensorError: another number of labels than prompts.
     """
     count, mean, colours = _check(posterior, prompts), posterior.mean, expert_colours(posterior.experts)
-    figure = _figure(9.0, 0.36 * count + 1.3)
+    figure = plain_figure(9.0, 0.36 * count + 1.3)
     axis = figure.subplots()
     heights = np.arange(count)[::-1]
     left = np.zeros(count)
@@ -110,7 +110,7 @@ def plot_blend_bars(posterior: DispatchPosterior, prompts: Sequence[str]) -> Fig
     axis.set_xlim(0, 1)
     axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"])
     axis.set_xlabel("posterior mean weight", fontsize=8, color=INK)
-    _plain(axis)
+    plain_axis(axis)
     figure.legend(
         loc="outside upper center", ncols=min(len(posterior.experts), 9), fontsize=8, frameon=False, handlelength=1.0
     )
@@ -123,13 +123,15 @@ def _check(posterior: DispatchPosterior, prompts: Sequence[str]) -> int:
     return len(prompts)
 
 
-def _figure(width: float, height: float) -> Figure:
+def plain_figure(width: float, height: float) -> Figure:
+    """An empty figure of this size in inches."""
     from matplotlib.figure import Figure  # not pyplot: no global figure list, no display
 
     return Figure((width, height), layout="constrained", dpi=130)
 
 
-def _plain(axis: object) -> None:
+def plain_axis(axis: object) -> None:
+    """Take away frame and ticks."""
     axis.spines[["top", "right", "left"]].set_visible(False)  # type: ignore[attr-defined]
     axis.spines["bottom"].set_color(FAINT)  # type: ignore[attr-defined]
     axis.tick_params(length=0, labelsize=8, colors=INK)  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from bayes_dispatch.bundle import load_bundle
 from bayes_dispatch.tables import report_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
+LONG = ("train", "demo", "diagnose")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -42,14 +43,14 @@ def test_all_python_blocks_in_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in commands("bayes-dispatch") if c[1] not in ("train", "demo")], ids=lambda c: " ".join(c[:6])
+    "command", [c for c in commands("bayes-dispatch") if c[1] not in LONG], ids=lambda c: " ".join(c[:6])
 )
 def test_commands(command: list[str], tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-m", "bayes_dispatch", *command[1:]], cwd=tmp_path, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-@pytest.mark.parametrize("command", [c for c in commands("bayes-dispatch") if c[1] in ("train", "demo")], ids=" ".join)
+@pytest.mark.parametrize("command", [c for c in commands("bayes-dispatch") if c[1] in LONG], ids=" ".join)
 def test_options_of_long_commands_exist(command: list[str]) -> None:
     shown = subprocess.run(
         [sys.executable, "-m", "bayes_dispatch", command[1], "--help"], capture_output=True, text=True

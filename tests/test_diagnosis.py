@@ -1,0 +1,96 @@
+"""The diagnosis of a bundle: its numbers are those of the calibration functions, its files are whole."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bayes_dispatch.bundle import Bundle
+from bayes_dispatch.calibration import Abstention, expected_calibration_error, risk_coverage
+from bayes_dispatch.diagnosis import FILES, Diagnosis, DiagnosisSettings, diagnose, diagnosis_tables, write_diagnosis
+from bayes_dispatch.errors import ConfigError, UnknownNameError
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.domains import EXPERT_DOMAINS
+from bayes_dispatch.inference.evidence_sets import pure_evidence
+
+SETTINGS = DiagnosisSettings(
+    simulations=40, mixtures=20, mixture_lengths=(16, 32), prompts=20, lengths=(16, 24), draws=39, seed=3
+)
+
+
+@pytest.fixture(scope="module")
+def found(bundle: Bundle) -> Diagnosis:
+    return diagnose(bundle, SETTINGS)
+
+
+def test_numbers_are_of_held_out_prompts(bundle: Bundle, found: Diagnosis) -> None:
+    names = {domain.name: domain for domain in EXPERT_DOMAINS}
+    domains = [names[name] for name in bundle.experts.names]
+    known = pure_evidence(bundle.model, domains, 20, (24, 24), "held_out", 3 + 24)
+    probabilities = bundle.dispatcher.predict_proba(known.evidence)
+    assert found.pure[24]["accuracy"] == (probabilities.argmax(1) == known.labels).mean()
+    assert found.pure[24]["ECE"] == expected_calibration_error(probabilities, known.labels)
+    assert found.reliability.counts.sum() == 2 * 20 * len(domains)
+    assert len(found.risk_coverage.risk) == 20 * len(domains)
+    assert [c.component for c in found.ranks.components] == [*bundle.experts.names, "base"]
+    assert found.ranks.ranks.shape == (40, len(domains) + 1)
+    assert found.coverage.levels.tolist() == found.attainable.levels.tolist()
+    assert (found.foreign.inside, found.foreign.outside % 20) == (20 * len(domains), 0)
+
+
+def test_same_seed_same_numbers(bundle: Bundle, found: Diagnosis) -> None:
+    assert diagnose(bundle, SETTINGS).to_dict() == found.to_dict()
+    assert diagnose(bundle, replace(SETTINGS, seed=4)).to_dict() != found.to_dict()
+
+
+def test_share_served_by_a_threshold(found: Diagnosis) -> None:
+    confidence, wrong = np.array([0.9, 0.8, 0.7, 0.6]), np.array([False, True, False, True])
+    curve = risk_coverage(confidence, wrong)
+    rule = Abstention(threshold=0.7, risk=0.5, delta=0.1, count=4, served=3, errors=1, upper_bound=0.4)
+    assert replace(found, risk_coverage=curve, abstention=rule).served == (0.75, pytest.approx(1 / 3))
+    assert replace(found, risk_coverage=curve, abstention=replace(rule, threshold=0.95)).served == (0, 0)
+    none = replace(found, risk_coverage=curve, abstention=None)
+    assert none.served is None
+    assert "none certified" in diagnosis_tables(none)[-1].to_markdown()
+
+
+def test_files(found: Diagnosis, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "diagnosis"
+    assert write_diagnosis(found, out) == [out / name for name in FILES]
+    (out / "mine.txt").write_text("stays")
+    write_diagnosis(found, out)
+    assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, "mine.txt"])
+    assert sorted(path.name for path in out.parent.iterdir()) == ["diagnosis"]
+    assert json.loads((out / "diagnosis.json").read_text()) == json.loads(json.dumps(found.to_dict()))
+    report = (out / "report.md").read_text()
+    assert all(name in report for name in FILES if name.endswith(".png"))
+    assert all(component.component in report for component in found.ranks.components)
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in FILES if name.endswith(".png"))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"simulations": 5},
+        {"mixtures": 0},
+        {"prompts": 19},
+        {"draws": 3},
+        {"seed": -1},
+        {"risk": 0.0},
+        {"delta": 1.0},
+        {"lengths": ()},
+        {"lengths": (0,)},
+    ],
+)
+def test_bad_settings(bad: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"expected .* got"):
+        replace(SETTINGS, **bad)  # type: ignore[arg-type]
+
+
+def test_experts_of_other_domains(bundle: Bundle) -> None:
+    renamed = [replace(bundle.experts[name], name=f"my-{name}") for name in bundle.experts.names]
+    dispatcher = replace(bundle.dispatcher, experts=[expert.name for expert in renamed])
+    with pytest.raises(UnknownNameError, match="my-reverse"):
+        diagnose(replace(bundle, experts=ExpertBank(renamed), dispatcher=dispatcher), SETTINGS)
