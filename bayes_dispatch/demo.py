@@ -1,7 +1,5 @@
 """The demonstration: first pass, dispatch and generation under every blend, on prompts that are always the same."""
 
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ from bayes_dispatch.experts.domains import CONVENTIONS, Convention, Interleaved
 from bayes_dispatch.idata import to_datatree
 from bayes_dispatch.inference.blends import BestExpert, Blend, PosteriorMean, PosteriorPredictive, ThompsonSample, TopK
 from bayes_dispatch.inference.generator import Generation, System, TwoPassGenerator
+from bayes_dispatch.model.files import write_files
 from bayes_dispatch.plots import plot_blend_bars, plot_forest
 from bayes_dispatch.posterior import DispatchPosterior
 from bayes_dispatch.tables import Cell, Table, visible
@@ -216,14 +215,9 @@ def _report(tables: Sequence[Table], settings: str) -> str:
 def _write(out: Path, posterior: DispatchPosterior, report: str) -> list[Path]:
     """Make all files beside ``out``, then move them there."""
     names = [prompt.name for prompt in PROMPTS]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        new = Path(temporary)
+    with write_files(out, FILES) as new:
         to_datatree(posterior, names).to_netcdf(new / "posterior.nc", engine="h5netcdf")
         plot_forest(posterior, names).savefig(new / "forest.png")
         plot_blend_bars(posterior, names).savefig(new / "blends.png")
         (new / "report.md").write_text(report, encoding="utf-8")
-        out.mkdir(exist_ok=True)
-        for name in FILES:
-            os.replace(new / name, out / name)
     return [out / name for name in FILES]

@@ -1,8 +1,5 @@
 """Whether a bundle's posterior can be trusted: calibration on simulations, on held-out prompts, and a report of it."""
 
-import json
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +30,7 @@ from bayes_dispatch.calibration_plots import plot_coverage, plot_rank_ecdfs, plo
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS, FOREIGN_TEXTS
 from bayes_dispatch.inference.evidence_sets import foreign_evidence, mixed_evidence, pure_evidence
+from bayes_dispatch.model.files import write_files, write_json
 from bayes_dispatch.tables import Cell, Table
 
 __all__ = ["FILES", "Diagnosis", "DiagnosisSettings", "diagnose", "diagnosis_tables", "write_diagnosis"]
@@ -243,16 +241,11 @@ def write_diagnosis(diagnosis: Diagnosis, out: Path) -> list[Path]:
     }
     parts = ["# bayes-dispatch: diagnosis", *(table.to_markdown() for table in diagnosis_tables(diagnosis))]
     parts += [f"![{name.partition('.')[0]}]({name})" for name in figures]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        new = Path(temporary)
+    with write_files(out, FILES) as new:
         for name, figure in figures.items():
             figure.savefig(new / name)
-        (new / "diagnosis.json").write_text(json.dumps(diagnosis.to_dict(), indent=1, allow_nan=False) + "\n")
+        write_json(new / "diagnosis.json", diagnosis.to_dict())
         (new / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-        out.mkdir(exist_ok=True)
-        for name in FILES:
-            os.replace(new / name, out / name)
     return [out / name for name in FILES]
 
 

@@ -7,6 +7,7 @@ Held-out documents of the base model's domains are read 16 bytes at a time, so t
 states that were stored.
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -72,6 +73,27 @@ def read(model: bd.MambaFormerForCausalLM, ids: Tensor, variant: Variant) -> tup
     return torch.cat(logits, dim=1).log_softmax(-1), cache
 
 
+def exactness(model: bd.MambaFormerForCausalLM, ids: Tensor) -> str:
+    """How far cached logits are from one pass over the document, beside how far rounding alone takes that pass."""
+    lines = [f"Largest difference of logits to one pass without a cache, {len(ids)} documents:"]
+    passes = {}
+    for dtype in (torch.float32, torch.float64):
+        copy = deepcopy(model).to(dtype)
+        with torch.inference_mode():
+            whole = passes[dtype] = copy(ids[:, :-1]).logits
+        for name, size in ((f"{PIECE} bytes at a time", PIECE), ("byte by byte", 1)):
+            with torch.inference_mode():
+                cache = copy.init_cache(len(ids), LENGTH)
+                pieces = [copy(piece, cache=cache).logits for piece in ids[:, :-1].split(size, dim=1)]
+            error = float((torch.cat(pieces, dim=1) - whole).abs().max())
+            lines.append(f"  {str(dtype).removeprefix('torch.')}, {name}: {error:.1e}")
+    rounding = float((passes[torch.float32] - passes[torch.float64]).abs().max())
+    lines.append(
+        f"  float32 in one pass, to float64 in one pass: {rounding:.1e}, for logits up to {whole.abs().max():.0f}"
+    )
+    return "\n".join(lines)
+
+
 def main(
     count: Annotated[int, typer.Option(help="documents")] = 64,
     markdown: Annotated[bool, typer.Option(help="print the table as Markdown")] = False,
@@ -96,14 +118,15 @@ def main(
                 f"{float(divergence):.1e}",
             )
         )
+    differences = exactness(model, ids[: min(count, 8)])
     header = ("cache", "KiB a row", "NLL lost, nats a byte", "KL to exact, nats")
     if markdown:
         print("\n".join("| " + " | ".join(row) + " |" for row in (header, ("---",) * 4, *rows)))
-        return
+        return print(f"\n{differences}")
     table = Table(*header, title=f"{count} held-out documents of {LENGTH} bytes, {PIECE} at a time")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console().print(table, differences, sep="\n")
 
 
 if __name__ == "__main__":

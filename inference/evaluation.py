@@ -5,11 +5,10 @@ from typing import Any
 
 import numpy as np
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from bayes_dispatch.calibration import attainable_coverage, interval_coverage
+from bayes_dispatch.calibration import attainable_coverage, interval_coverage, ood_auroc, paired_comparison
 from bayes_dispatch.dispatcher import Dispatcher
 from bayes_dispatch.evidence import Evidence
 from bayes_dispatch.experts.bank import ExpertBank
@@ -106,11 +105,10 @@ def dispatch_report(
     attainable = attainable_coverage(dispatcher, mixed.mixtures, 0.9, seed=seed)
     longest = pure[max(pure)].evidence
     base_weight = [dispatcher.posterior(e, draws=64, seed=seed).mean[:, -1] for e in (longest, foreign.evidence)]
-    is_foreign = np.repeat([0, 1], [len(part) for part in base_weight])
     return {
         "accuracy": accuracy,
         "coverage_90": {"found": list(found), "attainable": list(attainable)},
-        "foreign_auroc_base_weight": float(roc_auc_score(is_foreign, np.concatenate(base_weight))),
+        "foreign_auroc_base_weight": ood_auroc(*base_weight).value,
     }
 
 
@@ -136,7 +134,8 @@ def _blends() -> list[Any]:
 def paired(scores: Sequence[Score], one: str, other: str) -> list[float]:
     """Mean and standard error over documents of the NLL under ``one`` minus that under ``other``."""
     nll = {name: np.array([score.nll for score in scores if score.blend == name]) for name in (one, other)}
-    return _mean(nll[one] - nll[other])
+    found = paired_comparison(nll[one], nll[other])
+    return [found.difference, found.standard_error]
 
 
 def _versus(scores: Sequence[Score], reference: str) -> dict[str, Any]:

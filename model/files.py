@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import BundleError
 
-__all__ = ["read_json", "read_tensors", "write_bytes", "write_directory", "write_json", "write_tensors"]
+__all__ = ["read_json", "read_tensors", "write_bytes", "write_directory", "write_files", "write_json", "write_tensors"]
 
 
 @contextmanager
@@ -47,6 +47,20 @@ def write_directory(path: Path) -> Iterator[Path]:
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def write_files(directory: Path, names: Sequence[str]) -> Iterator[Path]:
+    """A new directory to fill with files of these names, which take their places in ``directory`` after the block.
+
+    Other files in ``directory`` stay, and all do if the block ends with an error.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{directory.name}-", dir=directory.parent) as temporary:
+        yield Path(temporary)
+        directory.mkdir(exist_ok=True)
+        for name in names:
+            os.replace(Path(temporary, name), directory / name)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

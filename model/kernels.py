@@ -34,6 +34,7 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 Array = Any  # numba infers what its functions take
+Matrix = tuple[Array, Array, Array]  # as ``_product`` takes it
 
 TILE = 64  # tokens whose activations stay in a processor's cache
 CHANNELS = 128  # of a selective scan, likewise
@@ -547,10 +548,10 @@ def step_mamba1(
     state: Array,
     weight: Array,
     eps: float,
-    in_proj: tuple[Array, Array, Array],
-    x_proj: tuple[Array, Array, Array],
-    dt_proj: tuple[Array, Array, Array],
-    out_proj: tuple[Array, Array, Array],
+    in_proj: Matrix,
+    x_proj: Matrix,
+    dt_proj: Matrix,
+    out_proj: Matrix,
     taps: Array,
     bias: Array,
     A: Array,
@@ -580,8 +581,8 @@ def step_mamba2(
     state: Array,
     weight: Array,
     eps: float,
-    in_proj: tuple[Array, Array, Array],
-    out_proj: tuple[Array, Array, Array],
+    in_proj: Matrix,
+    out_proj: Matrix,
     taps: Array,
     bias: Array,
     A: Array,
@@ -609,8 +610,8 @@ def step_attention(
     values: Array,
     weight: Array,
     eps: float,
-    qkv: tuple[Array, Array, Array],
-    out_proj: tuple[Array, Array, Array],
+    qkv: Matrix,
+    out_proj: Matrix,
     ring: bool,
     base: float,
 ) -> None:
@@ -629,8 +630,8 @@ def step_cross_attention(
     visible: Array,
     weight: Array,
     eps: float,
-    q_proj: tuple[Array, Array, Array],
-    out_proj: tuple[Array, Array, Array],
+    q_proj: Matrix,
+    out_proj: Matrix,
 ) -> None:
     """A block of attention to an encoder."""
     queries = _product(_normalised(x, weight, eps), *q_proj)
@@ -644,8 +645,8 @@ def step_feed_forward(
     x: Array,
     weight: Array,
     eps: float,
-    in_proj: tuple[Array, Array, Array],
-    out_proj: tuple[Array, Array, Array],
+    in_proj: Matrix,
+    out_proj: Matrix,
 ) -> None:
     """A feed-forward block."""
     projected = _product(_normalised(x, weight, eps), *in_proj)

@@ -332,3 +332,12 @@ def test_a_decoder_with_cross_attention(
         with tensors_only():
             slow = decode()
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
+
+
+def test_without_a_directory_to_keep_programs_in() -> None:
+    """Text that is in no file has no place for its program: it is compiled and not kept."""
+    made: dict[str, Any] = {}
+    exec(compile("def double(x):\n    return 2 * x\n", "<text>", "exec"), made)
+    double = kernels().compile_with()(made["double"])
+    assert double(3.5) == 7.0
+    assert double.signatures
