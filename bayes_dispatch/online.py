@@ -1,8 +1,8 @@
 """The serving prior: shares ``pi`` of K experts and base, updated by every event without refitting.
 
 An event is what is learnt about the label of one prompt: a label, a reward for the expert that served, the prompt's own
-posterior, or several of these. It enters as likelihoods ``L_k ∝ P(event | label = k)``, and the Dirichlet of ``pi``
-takes it in as :mod:`bayes_dispatch.density_filter` says.
+posterior, or several of these. It enters as likelihoods ``L_k ∝ P(event | label = k)``, and mean and covariance of
+``pi`` take it in as :mod:`bayes_dispatch.moment_filter` says.
 
 >>> state = prior_state(np.array([3.0, 3.0, 1.5]), ("sort", "reverse", "base"))
 >>> observe(state, label_likelihood(np.array([1, 1, 0]), 3)).mean.round(2)
@@ -16,11 +16,19 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.special import betaincinv
 
 from bayes_dispatch.arrays import as_labels, as_points, as_values
-from bayes_dispatch.density_filter import FLOOR, label_probability, update_concentration
 from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.moment_filter import (
+    FLOOR,
+    are_moments,
+    decay_moments,
+    dirichlet_moments,
+    label_probability,
+    share_intervals,
+    total_precision,
+    update_moments,
+)
 
 __all__ = [
     "PriorState",
@@ -32,64 +40,88 @@ __all__ = [
 ]
 
 RELIABILITY = 0.95
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class PriorState:
-    """``pi ~ Dirichlet(concentration)`` after some events.
+    """Mean and covariance of ``pi`` after some events; those of ``Dirichlet(initial)`` before the first.
 
     Args:
-        concentration: ``(K+1,)`` finite and positive, base last.
-        initial: ``(K+1,)`` likewise; what forgetting decays to.
+        mean: ``(K+1,)`` E[pi], positive and on the simplex, base last.
+        covariance: ``(K+1, K+1)`` Cov(pi).
+        initial: ``(K+1,)`` finite and positive; what forgetting decays to.
         names: K+1 distinct names in order; the last is ``"base"``.
         events: how many have been observed.
 
     Raises:
-        ConfigError: concentrations that are not finite and positive, or of another number than names; a name twice, or
-            another last name; no whole number of events.
+        ConfigError: a mean, covariance or concentration that no shares have, or of another size than names; a name
+            twice, or another last name; no whole number of events.
     """
 
-    concentration: np.ndarray
+    mean: np.ndarray
+    covariance: np.ndarray
     initial: np.ndarray
     names: tuple[str, ...]
     events: int
 
     def __post_init__(self) -> None:
         names = tuple(self.names)
-        if len(names) < 2 or len(set(names)) < len(names) or names[-1] != "base":
+        width = len(names)
+        if width < 2 or len(set(names)) < width or names[-1] != "base":
             raise ConfigError(f'expected distinct names of experts and then "base", got {list(names)}')
         if not isinstance(self.events, int) or self.events < 0:
             raise ConfigError(f"expected a whole number of events ≥ 0, got {self.events!r}")
         object.__setattr__(self, "names", names)
-        for field in ("concentration", "initial"):
+        for field, shape in (("mean", (width,)), ("covariance", (width, width)), ("initial", (width,))):
             values = np.array(getattr(self, field), dtype=np.float64)
-            if values.shape != (len(names),):
-                raise ConfigError(f"expected a {field} of shape ({len(names)},), got shape {values.shape}")
-            if not (np.isfinite(values) & (values > 0)).all():
-                raise ConfigError(f"expected a finite {field} > 0, got {values.tolist()}")
+            if values.shape != shape or not np.isfinite(values).all():
+                raise ConfigError(f"expected a finite {field} of shape {shape}, got shape {values.shape} or others")
             values.setflags(write=False)
             object.__setattr__(self, field, values)
+        if not (self.initial > 0).all():
+            raise ConfigError(f"expected initial concentrations > 0, got {self.initial.tolist()}")
+        spread = np.trace(self.covariance)
+        sums = np.abs(self.covariance.sum(0)).max()
+        symmetric = (self.covariance == self.covariance.T).all()
+        if not ((self.mean > 0).all() and abs(self.mean.sum() - 1) < ROUNDING):
+            raise ConfigError(f"expected a mean on the simplex, got {self.mean.tolist()}")
+        if not (symmetric and (np.diag(self.covariance) > 0).all() and sums < ROUNDING * spread):
+            raise ConfigError("expected a symmetric covariance of positive variances whose rows sum to 0, got another")
+        if not are_moments(self.mean, self.covariance):
+            raise ConfigError("expected a covariance that shares of this mean can have, got another")
 
     @property
-    def mean(self) -> Float[np.ndarray, " component"]:
-        """``(K+1,)`` E[pi]."""
-        return self.concentration / self.concentration.sum()
+    def concentration(self) -> Float[np.ndarray, " component"]:
+        """``(K+1,)`` of the Dirichlet with this mean and this sum of variances; ``initial`` before any event."""
+        return self.mean * total_precision(self.mean, self.covariance)
 
     def interval(self, probability: float = 0.9) -> Float[np.ndarray, "2 component"]:
-        """Equal-tailed intervals ``(2, K+1)`` of each share, from its Beta marginal.
+        """Equal-tailed intervals ``(2, K+1)`` of each share, from the Beta of its mean and variance.
 
         Raises:
             ConfigError: a probability outside 0 to 1.
         """
         if not 0 < probability < 1:
             raise ConfigError(f"expected a probability between 0 and 1, got {probability}")
-        tails = np.array([[(1 - probability) / 2], [(1 + probability) / 2]])
-        return betaincinv(self.concentration, self.concentration.sum() - self.concentration, tails)
+        return share_intervals(self.mean, self.covariance, probability)
 
 
 def prior_state(initial: Float[np.ndarray, " component"], names: Sequence[str]) -> PriorState:
-    """The state before the first event; arguments and errors as of :class:`PriorState`."""
-    return PriorState(initial, initial, tuple(names), 0)
+    """The state before the first event.
+
+    Args:
+        initial: ``(K+1,)`` concentration of the Dirichlet, finite and positive, base last.
+        names: K+1 distinct names in order; the last is ``"base"``.
+
+    Raises:
+        ConfigError: concentrations that are not finite and positive, or of another number than names; a name twice, or
+            another last name.
+    """
+    given = np.asarray(initial, dtype=np.float64)
+    if given.shape != (len(names),) or not (np.isfinite(given) & (given > 0)).all():
+        raise ConfigError(f"expected {len(names)} finite initial concentrations > 0, got {given.tolist()}")
+    return PriorState(*dirichlet_moments(given), given, tuple(names), 0)
 
 
 def observe(
@@ -125,12 +157,12 @@ def observe(
         raise ConfigError(f"expected forgetting in (0, 1], got {forgetting}")
     if not 0 <= floor < 1:
         raise ConfigError(f"expected a floor in [0, 1), got {floor}")
-    concentration = state.concentration
+    mean, covariance = state.mean, state.covariance
     for row in given:
         if forgetting < 1:
-            concentration = state.initial + forgetting * (concentration - state.initial)
-        concentration = update_concentration(concentration, row, floor)
-    return replace(state, concentration=concentration, events=state.events + len(given))
+            mean, covariance = decay_moments(mean, covariance, state.initial, forgetting)
+        mean, covariance = update_moments(mean, covariance, row, floor)
+    return replace(state, mean=mean, covariance=covariance, events=state.events + len(given))
 
 
 def label_likelihood(labels: Int[np.ndarray, " event"], components: int) -> Float[np.ndarray, "event component"]:

@@ -24,6 +24,7 @@ __all__ = ["read_prior", "write_prior"]
 
 FORMAT = "serving-prior"
 VERSION = 1
+ARRAYS = ("mean", "covariance", "initial")
 
 
 def write_prior(path: str | Path, state: PriorState, fingerprint: str) -> None:
@@ -52,8 +53,7 @@ def write_prior(path: str | Path, state: PriorState, fingerprint: str) -> None:
         "dispatcher": fingerprint,
         "names": list(state.names),
         "events": state.events,
-        "concentration": state.concentration.tolist(),
-        "initial": state.initial.tolist(),
+        **{name: getattr(state, name).tolist() for name in ARRAYS},
     }
     data = json.dumps({**body, "digest": _digest(body)}, indent=1).encode()
     temporary = path.with_name(f".{path.name}.tmp")
@@ -109,8 +109,8 @@ def read_prior(path: str | Path, names: Sequence[str], fingerprint: str) -> Prio
         if body.get(key) != wanted:
             raise BundleError(f"expected {key} {wanted!r} in {path}, got {body.get(key)!r}")
     try:
-        concentration, initial = (np.array(body[key], dtype=np.float64) for key in ("concentration", "initial"))
-        return PriorState(concentration, initial, tuple(names), body["events"])
+        arrays = {name: np.array(body[name], dtype=np.float64) for name in ARRAYS}
+        return PriorState(**arrays, names=tuple(names), events=body["events"])
     except (BayesDispatchError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise BundleError(f"expected a serving prior in {path}, got {reason}") from None

@@ -1,6 +1,6 @@
 """Whether the serving prior keeps its word: coverage of its 90% intervals after streams of events, and time per event.
 
-    python benchmarks/online.py            # a minute
+    python benchmarks/online.py            # half a minute
     python benchmarks/online.py --markdown
 
 Shares are drawn from the initial Dirichlet of eight experts and base, labels from the floored shares.
@@ -15,9 +15,14 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
-from scipy.special import betaincinv
 
-from bayes_dispatch.density_filter import label_probability, update_concentration
+from bayes_dispatch.moment_filter import (
+    dirichlet_moments,
+    label_probability,
+    share_intervals,
+    total_precision,
+    update_moments,
+)
 from bayes_dispatch.online import (
     RELIABILITY,
     evidence_likelihood,
@@ -31,7 +36,8 @@ INITIAL = np.array([3.0] * 8 + [1.5])
 NAMES = (*(f"expert {k}" for k in range(8)), "base")
 SEPARATION = 1.5  # of the prompts of different labels, in standard deviations
 
-Update = Callable[[np.ndarray, np.ndarray], np.ndarray]
+Moments = tuple[np.ndarray, np.ndarray]
+Update = Callable[[np.ndarray, np.ndarray, np.ndarray], Moments]
 
 
 class Events(Protocol):
@@ -95,25 +101,23 @@ def reward(rng: np.random.Generator, hit: np.ndarray, graded: bool) -> np.ndarra
     return rng.beta(np.where(success, 2.0, 1.0), np.where(success, 1.0, 2.0)) if graded else success.astype(np.float64)
 
 
-def expected_counts(concentration: np.ndarray, likelihood: np.ndarray) -> np.ndarray:
-    """What not to do: a count is spread over the labels by their probabilities."""
-    joint = concentration * likelihood
-    return concentration + joint / joint.sum(-1, keepdims=True)
+def expected_counts(mean: np.ndarray, covariance: np.ndarray, likelihood: np.ndarray) -> Moments:
+    """What not to do: a Dirichlet's count is spread over the labels by their probabilities."""
+    joint = mean * likelihood
+    return dirichlet_moments(mean * total_precision(mean, covariance) + joint / joint.sum(-1, keepdims=True))
 
 
 def coverage(
-    events: Events, update: Update = update_concentration, streams: int = 200, length: int = 500, seed: int = 0
+    events: Events, update: Update = update_moments, streams: int = 200, length: int = 500, seed: int = 0
 ) -> np.ndarray:
     """``(K+1,)`` share of streams whose 90% interval of each component's share holds the truth."""
     rng = np.random.default_rng(seed)
     truth = rng.dirichlet(INITIAL, streams)
-    concentration = np.tile(INITIAL, (streams, 1))
+    mean, covariance = dirichlet_moments(np.tile(INITIAL, (streams, 1)))
     for _ in range(length):
         labels = draw(rng, label_probability(truth))
-        mean = concentration / concentration.sum(1, keepdims=True)
-        concentration = update(concentration, events(rng, labels, mean))
-    rest = concentration.sum(1, keepdims=True) - concentration
-    lower, upper = betaincinv(concentration, rest, 0.05), betaincinv(concentration, rest, 0.95)
+        mean, covariance = update(mean, covariance, events(rng, labels, mean))
+    lower, upper = share_intervals(mean, covariance, 0.9)
     return ((lower <= truth) & (truth <= upper)).mean(0)
 
 
@@ -130,12 +134,12 @@ def microseconds(events: int = 500) -> float:
 
 
 ROWS: tuple[tuple[str, Events, Update], ...] = (
-    ("labels", Labels(), update_concentration),
-    ("rewards of 0 or 1", Rewards(), update_concentration),
-    ("graded rewards", Rewards(graded=True), update_concentration),
-    ("rewards and evidence, served by the prompt", PromptRewards(), update_concentration),
-    ("the same without the evidence", PromptRewards(evidence=False), update_concentration),
-    ("rewards, served greedily", Rewards(greedy=True, exploration=0.1), update_concentration),
+    ("labels", Labels(), update_moments),
+    ("rewards of 0 or 1", Rewards(), update_moments),
+    ("graded rewards", Rewards(graded=True), update_moments),
+    ("rewards and evidence, served by the prompt", PromptRewards(), update_moments),
+    ("the same without the evidence", PromptRewards(evidence=False), update_moments),
+    ("rewards, served greedily", Rewards(greedy=True, exploration=0.1), update_moments),
     ("rewards, expected counts added", Rewards(), expected_counts),
 )
 

@@ -1,6 +1,7 @@
 """The serving prior: exact where it can be, near the true posterior elsewhere, and honest over long streams."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mpmath import digamma, log, mp, mpf
 from scipy.stats import beta
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import online as streams
-from bayes_dispatch.density_filter import label_probability, update_concentration
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.generative import DispatchModel, HiddenView
+from bayes_dispatch.moment_filter import are_moments, dirichlet_moments, label_probability, update_moments
 from bayes_dispatch.online import (
     PriorState,
     evidence_likelihood,
@@ -58,7 +58,8 @@ def test_sure_labels_are_counted(seed: int, size: float) -> None:
     concentration, labels = size * rng.uniform(0.1, 3, 4), rng.integers(0, 4, 20)
     counted = observe(prior_state(concentration, NAMES), label_likelihood(labels, 4), floor=0.0)
     expected = concentration + np.bincount(labels, minlength=4)
-    np.testing.assert_allclose(counted.concentration, expected, rtol=1e-13, atol=1e-7)
+    np.testing.assert_allclose(counted.concentration, expected, rtol=1e-11)
+    np.testing.assert_allclose(counted.covariance, dirichlet_moments(expected)[1], rtol=1e-9)
     assert counted.events == 20
 
 
@@ -72,31 +73,25 @@ def test_a_label_tells_less_the_likelier_it_came_from_the_floor(state: PriorStat
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=seeds, size=st.sampled_from([1e-2, 1.0, 1e4]))
-def test_one_event_has_the_mean_and_the_weighted_log_of_the_exact_posterior(seed: int, size: float) -> None:
-    """Both written out for the mixture of Dirichlets, in 50 digits."""
-    mp.dps = 50
+@given(seed=seeds, size=st.sampled_from([1e-2, 1.0, 1e3]))
+def test_one_event_has_the_moments_of_the_exact_posterior(seed: int, size: float) -> None:
+    """Those of the mixture of Dirichlets, by the law of total covariance."""
     concentration, likelihood = size * np.random.default_rng(seed).uniform(0.2, 3, 4), likelihoods_of(seed, 1)[0]
-    a, likely = [mpf(x) for x in concentration], [mpf(x) for x in likelihood]
-    total = sum(a)
-    parts = [mpf(0.95) * x / total * y for x, y in zip(a, likely, strict=True)] + [mpf(0.05) / 4 * sum(likely)]
-    parts = [part / sum(parts) for part in parts]
-    mixture = [[x + (j == k) for j, x in enumerate(a)] for k in range(5)]  # the last is the prior
-    mean = [sum(c * m[j] / sum(m) for c, m in zip(parts, mixture, strict=True)) for j in range(4)]
-    logs = [sum(c * (digamma(m[j]) - digamma(sum(m))) for c, m in zip(parts, mixture, strict=True)) for j in range(4)]
-    found = update_concentration(concentration, likelihood)
-    np.testing.assert_allclose(found / found.sum(), np.array(mean, dtype=float), rtol=1e-12)
-    precision = mpf(found.sum())
-    weighted = sum(m * (digamma(precision * m) - log(m)) for m in mean) - digamma(precision)
-    expected = sum(m * (t - log(m)) for m, t in zip(mean, logs, strict=True))
-    assert float(weighted / expected) == pytest.approx(1, rel=1e-9)
+    parts = np.append(0.95 * concentration / concentration.sum() * likelihood, 0.05 / 4 * likelihood.sum())
+    parts /= parts.sum()
+    means, covariances = dirichlet_moments(concentration + np.eye(5, 4))  # the last is the prior
+    mean = parts @ means
+    between = np.einsum("c,ci,cj->ij", parts, means - mean, means - mean)
+    covariance = np.einsum("c,cij->ij", parts, covariances) + between
+    found = observe(prior_state(concentration, NAMES), likelihood[None])
+    np.testing.assert_allclose(found.mean, mean, rtol=1e-10)
+    np.testing.assert_allclose(found.covariance, covariance, rtol=1e-8, atol=1e-10 * np.trace(covariance))
 
 
 def test_short_stream_against_importance_sampling() -> None:
     """Twelve events of all kinds: moments of the exact posterior, by 400,000 weighted draws of the prior.
 
-    Means within a twelfth of the posterior's standard deviations and these within 8%, of which the sampling takes less
-    than a hundredth.
+    Means within .03 standard deviations, covariances within .05 variances; the sampling takes less than .01 of these.
     """
     rng = np.random.default_rng(0)
     events = np.concatenate(
@@ -110,11 +105,11 @@ def test_short_stream_against_importance_sampling() -> None:
     weights = np.prod(label_probability(draws) @ events.T, axis=1)
     weights /= weights.sum()
     mean = weights @ draws
-    spread = np.sqrt(weights @ (draws - mean) ** 2)
+    covariance = (weights[:, None] * (draws - mean)).T @ (draws - mean)
+    spread = np.sqrt(np.diag(covariance))
     found = observe(prior_state(INITIAL, NAMES), events)
-    total = found.concentration.sum()
-    assert (np.abs(found.mean - mean) < spread / 12).all()
-    np.testing.assert_allclose(np.sqrt(found.mean * (1 - found.mean) / (total + 1)), spread, rtol=0.08)
+    assert (np.abs(found.mean - mean) < 0.03 * spread).all()
+    assert (np.abs(found.covariance - covariance) < 0.05 * np.outer(spread, spread)).all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -139,9 +134,10 @@ def test_streams_are_independent_and_can_be_cut_anywhere(seed: int) -> None:
     assert whole.events == cut.events == 6
     scales = np.exp(np.random.default_rng(seed).normal(0, 50, (6, 1)))
     np.testing.assert_allclose(observe(state, scales * events, 0.95).concentration, whole.concentration, rtol=1e-9)
-    several = update_concentration(np.tile(INITIAL, (6, 1)), events)
-    single = np.stack([update_concentration(INITIAL, event) for event in events])
-    np.testing.assert_allclose(several, single, rtol=1e-9)
+    several = update_moments(*dirichlet_moments(np.tile(INITIAL, (6, 1))), events)
+    for row, event in enumerate(events):
+        for ours, theirs in zip(several, update_moments(*dirichlet_moments(INITIAL), event), strict=True):
+            np.testing.assert_allclose(ours[row], theirs, rtol=1e-9, atol=1e-12)
 
 
 def test_events_that_tell_nothing_change_nothing(state: PriorState) -> None:
@@ -197,22 +193,50 @@ def test_evidence_takes_the_prior_out_again(seed: int) -> None:
         np.testing.assert_allclose(found, likelihood / likelihood.max(1, keepdims=True), rtol=1e-9)
 
 
-def test_mean_and_intervals_are_those_of_the_marginals() -> None:
-    state = PriorState(np.array([2.0, 5.0, 0.3, 1.0]), INITIAL, NAMES, 3)
-    marginals = beta(state.concentration, 8.3 - state.concentration)
+def test_intervals_are_those_of_the_marginals_before_any_event() -> None:
+    state = prior_state(np.array([2.0, 5.0, 0.3, 1.0]), NAMES)
+    marginals = beta(state.initial, 8.3 - state.initial)
+    np.testing.assert_allclose(state.concentration, state.initial, rtol=1e-12)
     np.testing.assert_allclose(state.mean, marginals.mean(), rtol=1e-12)
     np.testing.assert_allclose(state.interval(0.8), marginals.ppf([[0.1], [0.9]]), rtol=1e-9)
 
 
+def test_rewards_of_one_component_tell_little_about_the_others() -> None:
+    """What no Dirichlet says: the served share is known well, how the rest is divided hardly better than before."""
+    rewards = np.random.default_rng(0).permutation(np.repeat([1.0, 0.0], 200))
+    state = prior_state(INITIAL, NAMES)
+    after = observe(state, feedback_likelihood(np.zeros(400, int), rewards, 4))
+    (before,), (left,) = (np.diff(s.interval(), axis=0) / (1 - s.mean[0]) for s in (state, after))
+    assert left[0] < 0.4 * before[0]
+    assert (left[1:] > 0.8 * before[1:]).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=seeds, forgetting=st.sampled_from([1.0, 0.9]))
+def test_wild_streams_keep_moments_that_shares_can_have(seed: int, forgetting: float) -> None:
+    """From initial concentrations between a thousandth and thousands, and events that contradict each other."""
+    rng = np.random.default_rng(seed)
+    state = prior_state(np.exp(rng.normal(0, 3, 4)), NAMES)
+    for count in (1, 5, 40):
+        state = observe(state, likelihoods_of(seed + count, count), forgetting)
+        assert are_moments(state.mean, state.covariance)
+        assert state.mean.sum() == pytest.approx(1, abs=1e-9)
+        assert (state.concentration > 0).all()
+        assert state.concentration.sum() < state.initial.sum() + 47
+        lower, upper = state.interval()
+        assert ((lower >= 0) & (lower < upper) & (upper <= 1)).all()
+
+
 def test_state_cannot_be_changed(state: PriorState) -> None:
     with pytest.raises(ValueError, match="read-only"):
-        state.concentration[0] = 9
+        state.mean[0] = 9
     observe(state, likelihoods_of(0))
-    np.testing.assert_array_equal(state.concentration, [3, 3, 3, 1.5])
+    np.testing.assert_array_equal(state.mean, INITIAL / 10.5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["labels", "rewards of 0 or 1", "graded rewards",
+                                  "rewards, served greedily",
                                   "rewards and evidence, served by the prompt"])  # fmt: skip
 def test_intervals_cover(name: str) -> None:
     """200 streams of 500 events, nine components: an exact 90% falls outside 87–93% in about 1 of 3,000 seeds.
@@ -231,17 +255,32 @@ def test_intervals_of_expected_counts_do_not() -> None:
 
 
 def test_bad_input(unchecked: None, state: PriorState) -> None:
-    for concentration in ([1.0, 2.0], [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, np.nan, 1.0], [1.0, 1.0, np.inf, 1.0]):
-        with pytest.raises(ConfigError, match=r"^expected a .*concentration.*, got [^\n]*$"):
-            PriorState(np.array(concentration), INITIAL, NAMES, 0)
-    with pytest.raises(ConfigError, match=r"expected a finite initial > 0, got \[-1\.0, "):
-        PriorState(INITIAL, np.array([-1.0, 1, 1, 1]), NAMES, 0)
+    for initial in ([1.0, 2.0], [1.0, 1.0, 1.0, 0.0], [1.0, 1.0, np.nan, 1.0], [1.0, 1.0, np.inf, 1.0]):
+        with pytest.raises(ConfigError, match=r"^expected 4 finite initial concentrations > 0, got \["):
+            prior_state(np.array(initial), NAMES)
+    mean, covariance = state.mean, state.covariance
+    skew = np.zeros((4, 4))
+    skew[0, 1] = 1e-3
+    apart = np.array([[1.0, -1, 0, 0], [-1, 1, 0, 0], [0, 0, 1, -1], [0, 0, -1, 1]])
+    for changes, message in (
+        ({"mean": mean[:3]}, r"expected a finite mean of shape \(4,\)"),
+        ({"covariance": covariance * np.nan}, r"expected a finite covariance of shape \(4, 4\)"),
+        ({"initial": -INITIAL}, r"expected initial concentrations > 0, got \[-3\.0"),
+        ({"mean": 2 * mean}, "expected a mean on the simplex, got"),
+        ({"mean": np.array([0.0, 0.5, 0.25, 0.25])}, "expected a mean on the simplex, got"),
+        ({"covariance": covariance + skew}, "expected a symmetric covariance"),
+        ({"covariance": covariance + 1e-3}, "expected a symmetric covariance"),
+        ({"covariance": -covariance}, "expected a symmetric covariance of positive variances"),
+        ({"covariance": apart}, "expected a covariance that shares of this mean can have"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            replace(state, **changes)
     for names in (("a", "a", "b", "base"), ("a", "b", "c", "d"), ("base",)):
         with pytest.raises(ConfigError, match='expected distinct names of experts and then "base", got'):
-            prior_state(INITIAL, names)
+            replace(state, names=names)
     for events in (-1, 1.5):
         with pytest.raises(ConfigError, match="expected a whole number of events ≥ 0, got"):
-            PriorState(INITIAL, INITIAL, NAMES, events)
+            replace(state, events=events)
     with pytest.raises(ConfigError, match="expected a probability between 0 and 1, got 1"):
         state.interval(1)
     with pytest.raises(TensorError, match=r"expected likelihoods of shape \(E, 4\), got shape \(2, 3\)"):

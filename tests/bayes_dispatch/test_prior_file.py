@@ -40,8 +40,8 @@ def after(events: int) -> PriorState:
 
 
 def assert_same(found: PriorState, expected: PriorState) -> None:
-    np.testing.assert_array_equal(found.concentration, expected.concentration)
-    np.testing.assert_array_equal(found.initial, expected.initial)
+    for name in ("mean", "covariance", "initial"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
     assert (found.names, found.events) == (expected.names, expected.events)
 
 
@@ -94,9 +94,9 @@ def make_directory(path: Path) -> None:
         (lambda p: rewrite(p, version=2), "expected version 1 in .*, got 2"),
         (lambda p: rewrite(p, dispatcher="9"), "expected dispatcher '0123abcd' in .*, got '9'"),
         (lambda p: rewrite(p, names=["b", "a", "base"]), r"expected names \['a', 'b', 'base'\] in .*, got \['b', 'a'"),
-        (lambda p: rewrite(p, concentration=[1.0, 2.0]), r"expected a serving prior in .*, got ConfigError: expected"),
-        (lambda p: rewrite(p, concentration=[1.0, 2.0, float("nan")]), "expected a serving prior in .*ConfigError"),
-        (lambda p: rewrite(p, concentration=None), "expected a serving prior in .*ConfigError"),
+        (lambda p: rewrite(p, mean=[0.5, 0.5]), r"expected a serving prior in .*, got ConfigError: expected"),
+        (lambda p: rewrite(p, mean=[0.5, 0.5, float("nan")]), "expected a serving prior in .*ConfigError"),
+        (lambda p: rewrite(p, covariance=None), "expected a serving prior in .*ConfigError"),
         (lambda p: rewrite(p, initial=["x", 1, 2]), "expected a serving prior in .*ValueError"),
         (lambda p: rewrite(p, initial={}), "expected a serving prior in .*TypeError"),
         (lambda p: rewrite(p, events="3"), "expected a serving prior in .*ConfigError"),
