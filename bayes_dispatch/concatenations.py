@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bayes_dispatch.generative import Prompts
+from bayes_dispatch.prompts import Prompts
 
 __all__ = ["RealPrompts", "smooth"]
 
@@ -41,11 +41,11 @@ class RealPrompts:
         sources = [rows for rows in (pure, mixed) if len(rows)]
         share = count // (len(sources) + bool(len(pure)))
         rows = torch.cat([rows[torch.randint(len(rows), (share,))] for rows in sources])
-        taken = _bare(self.prompts.select(rows)), self.weights[rows]
+        taken = self.prompts.select(rows).unlabelled(), self.weights[rows]
         if not len(pure):
             return taken[0], smooth(taken[1])
         joined = self.concatenate(count - len(rows))
-        return _join(taken[0], joined[0]), smooth(torch.cat([taken[1], joined[1]]))
+        return Prompts.concatenate([taken[0], joined[0]]), smooth(torch.cat([taken[1], joined[1]]))
 
     def concatenate(self, count: int) -> tuple[Prompts, Float[Tensor, "prompt weight"]]:
         """``count`` concatenations of two or three pure prompts, where possible no longer than the longest prompt."""
@@ -63,10 +63,10 @@ class RealPrompts:
         lengths = torch.where(unknown, torch.zeros(()), sizes.sum(-1))
         missing = {name: (mask[pieces] & used).any(-1) for name, mask in prompts.missing.items()}
         observed = {
-            name: (values[pieces] * (used.unsqueeze(-1) if name == "counts" else shares)).sum(1)
+            name: (values[pieces] * (used.unsqueeze(-1) if name in prompts.totals else shares)).sum(1)
             for name, values in prompts.observed.items()
         }
-        totals = (prompts.totals[pieces] * used).sum(-1)
+        totals = {name: (values[pieces] * used).sum(-1) for name, values in prompts.totals.items()}
         return Prompts(lengths, totals, missing, observed), (self.weights[pieces] * shares).sum(1)
 
 
@@ -75,16 +75,3 @@ def smooth(weights: Float[Tensor, "prompt weight"], share: float = 0.02) -> Floa
     amount = torch.distributions.Beta(1.0, 1 / share - 1).sample((len(weights), 1))
     spread = torch.distributions.Dirichlet(torch.full((weights.shape[1],), 0.3)).sample((len(weights),))
     return (1 - amount) * weights + amount * spread
-
-
-def _bare(prompts: Prompts) -> Prompts:
-    return Prompts(prompts.lengths, prompts.totals, prompts.missing, prompts.observed)
-
-
-def _join(first: Prompts, second: Prompts) -> Prompts:
-    return Prompts(
-        torch.cat([first.lengths, second.lengths]),
-        torch.cat([first.totals, second.totals]),
-        {name: torch.cat([mask, second.missing[name]]) for name, mask in first.missing.items()},
-        {name: torch.cat([values, second.observed[name]]) for name, values in first.observed.items()},
-    )

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,28 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 
-from bayes_dispatch.concatenations import RealPrompts
-from bayes_dispatch.errors import BundleError, ConfigError, EvidenceError, NotFittedError, TensorError
+from bayes_dispatch.dirichlet_mixtures import DirichletMixtures
+from bayes_dispatch.errors import BundleError, ConfigError, NotFittedError
 from bayes_dispatch.evidence import Evidence
-from bayes_dispatch.features import FeatureMap, FeatureSettings, fit_feature_map
-from bayes_dispatch.fitted import FittedDispatcher, as_prompts
-from bayes_dispatch.fitting import SVISettings, fit_globals, isolated
-from bayes_dispatch.generative import CountsView, DispatchModel, HiddenView, View
-from bayes_dispatch.guides import DirichletMixtures, GuideSettings
+from bayes_dispatch.features import FeatureSettings
+from bayes_dispatch.fitted import FittedDispatcher
+from bayes_dispatch.fitting import FitReport, SVISettings, isolated
+from bayes_dispatch.guides import GuideSettings
+from bayes_dispatch.importance import Weighted, draw_resampled
+from bayes_dispatch.one_label import LabelProbabilities
+from bayes_dispatch.pipeline import fit_parts
 from bayes_dispatch.posterior import DispatchPosterior
-from bayes_dispatch.sleep import fit_guide, simulate
+from bayes_dispatch.program import PROGRAMS, Admixture
+from bayes_dispatch.prompts import Prompts
+from bayes_dispatch.sleep import simulate
 from bayes_dispatch.storage import read_directory, write_directory
+from bayes_dispatch.training_set import TrainingSet
 
 __all__ = ["Dispatcher"]
 
 KIND = "dispatcher"
-VERSION = 1
-HELD_OUT = 0.3  # of the known mixtures choose the temper
-LIKE = 2_000  # prompts whose lengths and totals are kept for simulations
+VERSION = 2
+PROPOSALS = 96  # at least, and half as many again as the draws that are taken of them
 
 
 @dataclass(eq=False)
@@ -44,10 +48,11 @@ class Dispatcher:
         random_state: seed of everything random in ``fit``.
         svi: settings of the globals' fit.
         guide: settings of the guide and its training.
-        features: settings of the hidden view's projection.
+        features: settings of the projection of vectors.
+        program: the generative program: views, families of experts, prior.
 
     Raises:
-        ConfigError: fewer than two experts, a name twice, or one called ``"base"``.
+        ConfigError: fewer than two experts, a name twice, one called ``"base"``, or a program for other experts.
     """
 
     experts: Sequence[str]
@@ -55,7 +60,9 @@ class Dispatcher:
     svi: SVISettings = field(default_factory=SVISettings)
     guide: GuideSettings = field(default_factory=GuideSettings)
     features: FeatureSettings = field(default_factory=FeatureSettings)
+    program: Admixture = field(default_factory=Admixture)
     _state: FittedDispatcher | None = field(default=None, init=False, repr=False)
+    _report: FitReport | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.experts = tuple(self.experts)
@@ -63,6 +70,7 @@ class Dispatcher:
             raise ConfigError(f'expected at least two distinct expert names, none "base", got {list(self.experts)}')
         if self.random_state < 0:
             raise ConfigError(f"expected random_state ≥ 0, got {self.random_state}")
+        self.program.check_experts(self.experts)
 
     @property
     def fitted(self) -> bool:
@@ -102,60 +110,38 @@ class Dispatcher:
             EvidenceError: bad evidence, or none of the views that the dispatcher reads.
             TensorError: labels outside −1 … K−1, mixtures off the simplex, or another N.
         """
-        evidence = _as_evidence(X)
-        labels = self._labels(y, len(evidence))
-        known = self._mixtures(mixtures, len(evidence))
-        mixed = np.isfinite(known).all(1)
-        labels = np.where(mixed, -1, labels)
-        targets = known.copy()
-        targets[labels >= 0] = np.eye(len(self.experts) + 1)[labels[labels >= 0]]
-
-        # Documents of known mixture are many enough to spare some for choosing the noise temper from 100 on.
-        order = np.random.default_rng(self.random_state).permutation(np.flatnonzero(mixed & (known.max(1) < 1)))
-        held_out = np.sort(order[: int(HELD_OUT * len(order))] if len(order) >= 100 else order[:0])
-        train = np.setdiff1d(np.arange(len(evidence)), held_out)
-
-        feature_map, projected = self._project(evidence, targets, train)
-        views: list[View] = [] if projected is None else [HiddenView(projected.shape[1])]
-        if "counts" in evidence.views:
-            views.append(CountsView(evidence.views["counts"].shape[1]))
-        if not views:
-            raise EvidenceError(f'expected a view "hidden" or "counts", got {sorted(evidence.views)}')
-        model = DispatchModel(len(self.experts), tuple(views))
-        every = as_prompts(model, evidence, projected, torch.float32)
-        prompts = every.select(torch.as_tensor(train))
-        weights = torch.as_tensor(targets, dtype=torch.float32)
-        observed = replace(
-            prompts,
-            labels=torch.as_tensor(labels[train]) if (labels >= 0).any() else None,
-            known=torch.as_tensor(known[train], dtype=torch.float32) if mixed.any() else None,
-        )
-        posterior, _ = fit_globals(model, observed, self.svi, self.random_state, progress)
-
-        like = prompts.select(torch.linspace(0, len(train) - 1, min(len(train), LIKE)).long()).blank()
-        guide, temper = fit_guide(
-            model,
-            posterior,
-            like,
-            RealPrompts(prompts, weights[torch.as_tensor(train)]),
-            (every.select(torch.as_tensor(held_out)), weights[torch.as_tensor(held_out)]),
-            self.guide,
-            self.random_state + 1,
-            progress,
-        )
-        self._state = FittedDispatcher(model, posterior, feature_map, guide, temper, like)
+        data = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts))
+        settings = (self.svi, self.guide, self.features)
+        self._state, self._report = fit_parts(self.experts, self.program, data, *settings, self.random_state, progress)
         return self
 
+    @property
+    def report(self) -> FitReport:
+        """How the fit of the globals went.
+
+        Raises:
+            NotFittedError: before ``fit``, or after ``load``: it is not saved.
+        """
+        if self._report is None:
+            raise NotFittedError("expected a dispatcher that was fitted here, got one before fit() or from load()")
+        return self._report
+
     def posterior(
-        self, X: Evidence | Shaped[np.ndarray, "prompt feature"], draws: int = 64, seed: int | Sequence[int] = 0
+        self,
+        X: Evidence | Shaped[np.ndarray, "prompt feature"],
+        draws: int = 64,
+        seed: int | Sequence[int] = 0,
+        resample: bool = False,
     ) -> DispatchPosterior:
         """Draw from the posterior of the weights, one network call for all prompts.
 
         Args:
             X: evidence of N prompts, or an array ``(N, F)`` taken as their hidden view.
             draws: independent draws of each prompt.
-            seed: one seed (a prompt's generator then also depends on its row), or one for each prompt. A prompt's draws
-                depend on its evidence and its generator, never on the other prompts.
+            seed: one seed (a prompt's draws then also depend on its row), or one for each prompt. A prompt's draws
+                depend on its evidence and its seed, never on the other prompts.
+            resample: correct the guide's draws by Pareto-smoothed importance sampling against the fitted program; the
+                posterior then has each prompt's ``k_hat`` and ``log_evidence``.
 
         Returns:
             The draws ``(draw, prompt, K+1)``.
@@ -169,16 +155,26 @@ class Dispatcher:
         evidence = _as_evidence(X)
         if draws < 1:
             raise ConfigError(f"expected at least 1 draw, got {draws}")
-        generators = _generators(seed, len(evidence))
-        return DispatchPosterior(self.mixtures_of(evidence).draw(draws, generators), (*self.experts, "base"))
+        prompts = self.state.prompts(evidence)
+        return self._posterior(prompts, draws, _keys(seed, len(evidence)), resample)
 
-    def mixtures_of(self, evidence: Evidence) -> DirichletMixtures:
+    def mixtures_of(self, evidence: Evidence) -> DirichletMixtures | LabelProbabilities:
         """The guide's answer itself: a mixture of Dirichlets for each prompt, in float64."""
-        state = self.state
-        projected = None
-        if state.feature_map is not None and "hidden" in evidence.views:
-            projected = state.feature_map(evidence.views["hidden"])
-        return state.answer(as_prompts(state.model, evidence, projected, torch.float64))
+        return self.state.answer(self.state.prompts(evidence), self.shares)
+
+    def weigh(self, X: Evidence | Shaped[np.ndarray, "prompt feature"], proposals: int, seed: int = 0) -> Weighted:
+        """Weighted proposals of each prompt, as :meth:`posterior` resamples them.
+
+        Raises:
+            ConfigError: fewer than 25 proposals, or a one-label program, whose posterior is exact.
+        """
+        evidence = _as_evidence(X)
+        return self._weigh(self.state.prompts(evidence), proposals, _keys(seed, len(evidence)))
+
+    @property
+    def shares(self) -> Float[np.ndarray, " weight"]:
+        """``(K+1,)`` ``pi`` that prompts are served under."""
+        return self.state.shares
 
     def predict_proba(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` probability that each expert (base last) has the largest weight; deterministic."""
@@ -189,7 +185,12 @@ class Dispatcher:
         return np.array([*self.experts, "base"])[self.predict_proba(X).argmax(axis=1)]
 
     def simulate(
-        self, count: int, draws: int = 256, seed: int = 0, weights: Float[np.ndarray, "prompt weight"] | None = None
+        self,
+        count: int,
+        draws: int = 256,
+        seed: int = 0,
+        weights: Float[np.ndarray, "prompt weight"] | None = None,
+        resample: bool = False,
     ) -> tuple[Float[np.ndarray, "prompt weight"], DispatchPosterior]:
         """Draw prompts from the fitted program and infer their weights: what calibration is attainable.
 
@@ -198,17 +199,19 @@ class Dispatcher:
             draws: posterior draws of each.
             seed: of simulation and draws.
             weights: ``(count, K+1)`` to simulate at; drawn from the prior by default.
+            resample: as in :meth:`posterior`.
 
         Returns:
             The true weights ``(count, K+1)`` and the posterior.
         """
         state = self.state
         given = None if weights is None else torch.as_tensor(np.asarray(weights), dtype=torch.float32)
-        tempers = (state.temper, state.temper)
+        shares = torch.as_tensor(self.shares, dtype=torch.float32)
         with isolated(seed):
-            drawn = simulate(state.model, state.globals, state.like, count, self.guide, tempers, 0.0, given)
-        answer = state.answer(drawn.prompts.to(torch.float64))
-        posterior = DispatchPosterior(answer.draw(draws, _generators(seed, count)), (*self.experts, "base"))
+            drawn = simulate(
+                state.model, state.globals, state.like, count, self.guide, (state.temper,) * 2, 0.0, given, shares
+            )
+        posterior = self._posterior(drawn.prompts.to(torch.float64), draws, _keys(seed, count), resample)
         return drawn.weights.numpy().astype(np.float64), posterior
 
     def save(self, directory: str | Path) -> None:
@@ -219,8 +222,9 @@ class Dispatcher:
             BundleError: the path is a file.
         """
         document, arrays = self.state.pack()
-        settings = {name: asdict(getattr(self, name)) for name in ("svi", "guide", "features")}
+        settings = {name: asdict(getattr(self, name)) for name in ("svi", "guide", "features", "program")}
         header = {"version": VERSION, "experts": list(self.experts), "random_state": self.random_state}
+        header |= {"kind": next(name for name, each in PROGRAMS.items() if type(self.program) is each)}
         write_directory(Path(directory), KIND, {**header, **settings, **document}, arrays)
 
     @classmethod
@@ -240,51 +244,31 @@ class Dispatcher:
                 SVISettings(**document["svi"]),
                 GuideSettings(**_tuples(document["guide"])),
                 FeatureSettings(**_tuples(document["features"])),
+                PROGRAMS[document["kind"]](**document["program"]),
             )
         except (AttributeError, KeyError, TypeError, ConfigError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             raise BundleError(f"expected the settings of a dispatcher in {directory}, got {reason}") from None
-        dispatcher._state = FittedDispatcher.unpack(document, arrays, len(dispatcher.experts), dispatcher.guide)
+        experts, program = dispatcher.experts, dispatcher.program
+        dispatcher._state = FittedDispatcher.unpack(
+            document, arrays, lambda views: program.model(experts, views), dispatcher.guide
+        )
         return dispatcher
 
-    def _project(
-        self, evidence: Evidence, targets: np.ndarray, train: np.ndarray
-    ) -> tuple[FeatureMap | None, np.ndarray | None]:
-        """The hidden view's projection, and its features ``(N, D)``: out-of-fold for the prompts it was fitted on."""
-        if "hidden" not in evidence.views:
-            return None, None
-        hidden = evidence.views["hidden"]
-        present = train[~evidence.is_missing("hidden")[train]]
-        if len(present) < 2:
-            raise EvidenceError(f"expected at least 2 prompts with a hidden view, got {len(present)}")
-        feature_map, own = fit_feature_map(hidden[present], targets[present], self.features, self.random_state)
-        projected = feature_map(hidden)
-        projected[present] = own
-        return feature_map, projected
+    def _posterior(self, prompts: Prompts, draws: int, keys: np.ndarray, resample: bool) -> DispatchPosterior:
+        names = (*self.experts, "base")
+        if resample and self.state.guide is not None:
+            weighted = self._weigh(prompts, max(PROPOSALS, -(-3 * draws // 2)), keys)
+            drawn = draw_resampled(weighted, draws, _scramble(keys))
+            return DispatchPosterior(drawn, names, weighted.k_hat, weighted.log_evidence)
+        return DispatchPosterior(self.state.answer(prompts, self.shares).draw(draws, keys), names)
 
-    def _labels(self, y: object, count: int) -> np.ndarray:
-        if y is None:
-            return np.full(count, -1)
-        labels = np.asarray(y)
-        if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-            raise TensorError(f"expected {count} integer labels, got {labels.dtype} of shape {labels.shape}")
-        if count and (labels.min() < -1 or labels.max() >= len(self.experts)):
-            raise TensorError(
-                f"expected labels from -1 to {len(self.experts) - 1}, got {labels.min()} to {labels.max()}"
-            )
-        return labels.astype(np.int64)
-
-    def _mixtures(self, mixtures: object, count: int) -> np.ndarray:
-        width = len(self.experts) + 1
-        if mixtures is None:
-            return np.full((count, width), np.nan)
-        known = np.array(mixtures, dtype=np.float64)
-        if known.shape != (count, width):
-            raise TensorError(f"expected mixtures of shape {(count, width)}, base last, got {known.shape}")
-        rows = known[~np.isnan(known).all(1)]
-        if not (np.isfinite(rows).all() and (rows >= 0).all() and np.allclose(rows.sum(1), 1, atol=1e-4)):
-            raise TensorError("expected mixtures on the simplex or rows of NaN, got rows that do not sum to 1")
-        return known / known.sum(1, keepdims=True)
+    def _weigh(self, prompts: Prompts, proposals: int, keys: np.ndarray) -> Weighted:
+        answer = self.state.answer(prompts, self.shares)
+        if isinstance(answer, LabelProbabilities) or proposals < 25:
+            got = f"{proposals} of {type(self.program).__name__}"
+            raise ConfigError(f"expected at least 25 proposals of an admixture, got {got}")
+        return self.state.sampler(answer, prompts, self.shares, proposals, keys)
 
 
 def _as_evidence(X: Evidence | np.ndarray) -> Evidence:
@@ -296,12 +280,21 @@ def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
 
 
-def _generators(seed: int | Sequence[int], count: int) -> list[np.random.Generator]:
-    """One generator for each prompt."""
+def _keys(seed: int | Sequence[int], count: int) -> Shaped[np.ndarray, " prompt"]:
+    """``(N,)`` keys of 32 bits, one for each prompt."""
     given: Any = seed  # NumPy's integers and arrays serve too
-    keys = [(int(given), row) for row in range(count)] if np.ndim(given) == 0 else [(int(s),) for s in given]
-    if len(keys) != count:
-        raise ConfigError(f"expected one seed, or one for each of {count} prompts, got {len(keys)}")
-    if any(key[0] < 0 for key in keys):
-        raise ConfigError(f"expected seeds ≥ 0, got {min(key[0] for key in keys)}")
-    return [np.random.default_rng(key) for key in keys]
+    seeds = np.asarray(given)
+    if seeds.ndim and len(seeds) != count:
+        raise ConfigError(f"expected one seed, or one for each of {count} prompts, got {len(seeds)}")
+    if seeds.size and seeds.min() < 0:
+        raise ConfigError(f"expected seeds ≥ 0, got {seeds.min()}")
+    rows = np.zeros(count, np.uint64) if seeds.ndim else np.arange(1, count + 1, dtype=np.uint64)
+    return _scramble(_scramble(np.atleast_1d(seeds)) + (rows << np.uint64(32)))
+
+
+def _scramble(keys: np.ndarray) -> np.ndarray:
+    """32 well-mixed bits of 64-bit keys (the finaliser of SplitMix64; Steele et al. 2014)."""
+    z = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))) >> np.uint64(32)

@@ -1,106 +1,157 @@
-"""What fitting finds, and all that is saved: program, globals, projection, guide and temper, as arrays."""
+"""What fitting finds, and all that is saved: program, globals, projections, guide and temper, as arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from bayes_dispatch.errors import BundleError, EvidenceError, TensorError
+from bayes_dispatch.dirichlet_mixtures import DirichletMixtures
+from bayes_dispatch.errors import BundleError, ConfigError, EvidenceError, TensorError
 from bayes_dispatch.evidence import Evidence
 from bayes_dispatch.features import FeatureMap
-from bayes_dispatch.fitting import GlobalsPosterior
-from bayes_dispatch.generative import CountsView, DispatchModel, HiddenView, Prompts, View
-from bayes_dispatch.guides import DirichletMixtures, GuideSettings, MixtureGuide, encode, encoded_width
+from bayes_dispatch.fitting import GlobalsPosterior, isolated
+from bayes_dispatch.generative import DispatchModel
+from bayes_dispatch.guides import GuideSettings, MixtureGuide, encode, encoded_width
+from bayes_dispatch.importance import ImportanceSampler
+from bayes_dispatch.one_label import LabelProbabilities, label_probabilities
+from bayes_dispatch.prompts import Prompts
+from bayes_dispatch.views import KINDS, View, floored
 
 __all__ = ["FittedDispatcher", "as_prompts"]
-
-VIEWS: dict[str, Callable[[int], View]] = {"hidden": HiddenView, "counts": CountsView}
 
 
 @dataclass(frozen=True, eq=False)
 class FittedDispatcher:
-    """The fitted parts of a dispatcher; the guide is evaluated in float64.
+    """The fitted parts of a dispatcher; everything is evaluated in float64.
 
     Args:
         model: the generative program.
         globals: its fitted globals.
-        feature_map: projection of the hidden view; ``None`` without that view.
-        guide: the amortised guide.
+        feature_maps: by view the affine map of its raw values; views without one are read as they are.
+        guide: the amortised guide; ``None`` for the one-label program, whose posterior is exact.
+        settings: of the guide.
         temper: the noise temper τ served with.
         like: lengths, totals and missing views of training prompts, for simulations.
     """
 
     model: DispatchModel
     globals: GlobalsPosterior
-    feature_map: FeatureMap | None
-    guide: MixtureGuide
+    feature_maps: Mapping[str, FeatureMap]
+    guide: MixtureGuide | None
+    settings: GuideSettings
     temper: float
     like: Prompts
 
-    def __post_init__(self) -> None:
-        self.guide.double().requires_grad_(False)
+    @cached_property
+    def shares(self) -> Float[np.ndarray, " weight"]:
+        """``(K+1,)`` fitted median of ``pi``."""
+        return self.globals.center()["pi"].double().numpy()
 
-    def answer(self, prompts: Prompts) -> DirichletMixtures:
-        """The guide's mixtures of Dirichlets for float64 prompts."""
-        with torch.inference_mode():
-            tempers = torch.full((len(prompts),), self.temper, dtype=torch.float64)
-            logits, concentration = self.guide.parameters_of(encode(prompts, tempers))
-        return DirichletMixtures(logits.exp().numpy(), concentration.numpy())
+    @cached_property
+    def draws(self) -> tuple[dict[str, Tensor], ...]:
+        """Draws of the globals that serving goes through, always the same."""
+        with isolated(0):
+            return tuple(self.globals.draw() for _ in range(self.settings.global_draws))
+
+    @cached_property
+    def sampler(self) -> ImportanceSampler:
+        """Importance sampling under these draws of the globals."""
+        return ImportanceSampler(self.model, self.draws, self.temper, self.settings.kappa)
+
+    def prompts(self, evidence: Evidence) -> Prompts:
+        """Evidence as the program's tensors, float64.
+
+        Raises:
+            EvidenceError: none of the program's views.
+            TensorError: a view of another width.
+        """
+        mapped = {
+            name: each(evidence.views[name]) for name, each in self.feature_maps.items() if name in evidence.views
+        }
+        return as_prompts(self.model, evidence, mapped, torch.float64)
+
+    def answer(self, prompts: Prompts, shares: Float[np.ndarray, " weight"]) -> DirichletMixtures | LabelProbabilities:
+        """The posterior of float64 prompts under ``pi`` = ``shares (K+1,)``: the guide's, or the exact one."""
+        if self.guide is None:
+            return label_probabilities(self.model, self.draws, prompts, shares, self.temper)
+        labels = self.model.label_shares(shares)
+        return self._network(encode(self.model.views, prompts, self.temper, labels))
+
+    @cached_property
+    def _network(self) -> Callable[[np.ndarray], DirichletMixtures]:
+        if self.guide is None:
+            raise ConfigError("expected a program with a guide, got the one-label program")
+        return self.guide.compiled()
 
     def pack(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What JSON holds, and named arrays."""
-        document = {"views": {view.name: view.width for view in self.model.views}, "temper": self.temper}
+        views = [{"name": view.name, "kind": view.kind, "width": view.width} for view in self.model.views]
+        document = {"views": views, "temper": self.temper}
         arrays = {f"globals.loc.{name}": value.numpy() for name, value in self.globals.locations.items()}
         arrays |= {f"globals.scale.{name}": value.numpy() for name, value in self.globals.scales.items()}
-        arrays |= {f"guide.{name}": value.float().numpy() for name, value in self.guide.state_dict().items()}
-        if self.feature_map is not None:
-            arrays |= {"features.center": self.feature_map.center, "features.projection": self.feature_map.projection}
-        arrays |= {"like.lengths": self.like.lengths.numpy(), "like.totals": self.like.totals.numpy()}
+        if self.guide is not None:
+            arrays |= {f"guide.{name}": value.float().numpy() for name, value in self.guide.state_dict().items()}
+        for name, each in self.feature_maps.items():
+            arrays |= {f"features.{name}.center": each.center, f"features.{name}.projection": each.projection}
+        arrays |= {"like.lengths": self.like.lengths.numpy()}
+        arrays |= {f"like.totals.{name}": values.numpy() for name, values in self.like.totals.items()}
         arrays |= {f"like.missing.{name}": mask.numpy() for name, mask in self.like.missing.items()}
         return document, arrays
 
     @classmethod
     def unpack(
-        cls, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray], n_experts: int, settings: GuideSettings
+        cls,
+        document: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+        build: Callable[[tuple[View, ...]], DispatchModel],
+        settings: GuideSettings,
     ) -> FittedDispatcher:
-        """The inverse of :meth:`pack`.
+        """The inverse of :meth:`pack`; ``build`` makes the program for its views.
 
         Raises:
             BundleError: arrays are missing or of other shapes.
         """
         try:
-            views = tuple(VIEWS[name](width) for name, width in document["views"].items())
-            guide = MixtureGuide(encoded_width(document["views"]), n_experts + 1, settings)
-            guide.load_state_dict(_under(arrays, "guide."))
-            hidden = "features.center" in arrays
-            return cls(
-                DispatchModel(n_experts, views),
-                GlobalsPosterior(_under(arrays, "globals.loc."), _under(arrays, "globals.scale.")),
-                FeatureMap(arrays["features.center"], arrays["features.projection"]) if hidden else None,
-                guide,
-                float(document["temper"]),
-                Prompts(
-                    torch.from_numpy(arrays["like.lengths"]),
-                    torch.from_numpy(arrays["like.totals"]),
-                    _under(arrays, "like.missing."),
-                ),
+            views = tuple(KINDS[view["kind"]](view["width"], view["name"]) for view in document["views"])
+            model = build(views)
+            guide = None
+            if any(name.startswith("guide.") for name in arrays):
+                width = model.n_experts + 1
+                guide = MixtureGuide(encoded_width(views, width), width, settings)
+                guide.load_state_dict(_under(arrays, "guide."))
+            maps = {
+                name: FeatureMap(arrays[f"features.{name}.center"], arrays[f"features.{name}.projection"])
+                for name in (view.name for view in views)
+                if f"features.{name}.center" in arrays
+            }
+            globals_ = GlobalsPosterior(_under(arrays, "globals.loc."), _under(arrays, "globals.scale."))
+            like = Prompts(
+                torch.from_numpy(arrays["like.lengths"]),
+                _under(arrays, "like.totals."),
+                _under(arrays, "like.missing."),
             )
+            return cls(model, globals_, maps, guide, settings, float(document["temper"]), like)
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]
-            raise BundleError(f"expected the arrays of a dispatcher of {n_experts} experts, got {reason}") from None
+            raise BundleError(f"expected the arrays of a dispatcher, got {reason}") from None
 
 
-def as_prompts(model: DispatchModel, evidence: Evidence, projected: np.ndarray | None, dtype: torch.dtype) -> Prompts:
-    """Evidence as the program's tensors: projected hidden states, counts, lengths; views that it lacks are missing.
+def as_prompts(
+    model: DispatchModel, evidence: Evidence, mapped: Mapping[str, np.ndarray], dtype: torch.dtype
+) -> Prompts:
+    """Evidence as the program's tensors; views that it lacks are missing.
 
     Args:
         model: the program, whose views are read; others are ignored.
         evidence: of N prompts.
-        projected: ``(N, D)`` hidden view, ``None`` where absent.
+        mapped: by view ``(N, D)`` values that take the place of raw ones.
         dtype: of the tensors.
 
     Raises:
@@ -110,18 +161,37 @@ def as_prompts(model: DispatchModel, evidence: Evidence, projected: np.ndarray |
     names = [view.name for view in model.views]
     if not any(name in evidence.views for name in names):
         raise EvidenceError(f"expected at least one of the views {names}, got {sorted(evidence.views)}")
-    observed, missing = {}, {}
+    observed, missing, totals = {}, {}, {}
     for view in model.views:
-        values = projected if view.name == "hidden" else evidence.views.get(view.name)
+        values = mapped.get(view.name, evidence.views.get(view.name))
         if values is None:
             values = np.zeros((len(evidence), view.width))
         if values.shape[1] != view.width:
             raise TensorError(f"expected view {view.name!r} of width {view.width}, got {values.shape[1]}")
-        absent = torch.tensor(evidence.is_missing(view.name))
-        observed[view.name] = torch.tensor(values, dtype=dtype).masked_fill(absent.unsqueeze(-1), 0.0)
-        missing[view.name] = absent
-    totals = observed["counts"].sum(-1) if "counts" in observed else torch.zeros(len(evidence), dtype=dtype)
-    return Prompts(torch.tensor(evidence.known_lengths(), dtype=dtype), totals, missing, observed)
+        absent = evidence.is_missing(view.name)
+        if absent.any():
+            values = np.where(absent[:, None], 0.0, values)
+        observed[view.name] = _tensor(values, dtype)
+        missing[view.name] = _tensor(absent, torch.bool)
+        if view.kind == "counts":
+            _check_kind(view, values, ~absent, "numbers ≥ 0", values >= 0)
+            totals[view.name] = observed[view.name].sum(-1)
+        elif view.kind == "probabilities":
+            near = np.abs(values.sum(1, keepdims=True) - 1) < 1e-4
+            _check_kind(view, values, ~absent, "probabilities that sum to 1", (values >= 0) & near)
+            observed[view.name] = floored(observed[view.name])
+    return Prompts(_tensor(evidence.known_lengths(), dtype), totals, missing, observed)
+
+
+def _tensor(values: np.ndarray, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(np.array(values)).to(dtype)  # a copy: evidence is read-only, which torch warns of
+
+
+def _check_kind(view: View, values: np.ndarray, present: np.ndarray, expected: str, good: np.ndarray) -> None:
+    wrong = present & ~good.all(1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise EvidenceError(f"expected {expected} in view {view.name!r}, got {values[row]} for prompt {row}")
 
 
 def _under(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, torch.Tensor]:

@@ -9,162 +9,33 @@ expert does::
     plate prompts:  w ~ Dirichlet(kappa * (.95*pi + .05/(K+1)));  each view given w;  label ~ Categorical(w) where
     observed
 
-A view is one class below: what it draws for each expert, what base has instead, and the distribution of its evidence
-given ``w``. Adding a view is adding a class. ``temper`` τ is part of the program: it multiplies the noise variance of
-the hidden view and divides the concentration of the counts, because views are not quite independent given ``w``.
+The views are in :mod:`bayes_dispatch.views`. ``temper`` τ is part of the program: it multiplies the noise variance of
+vectors and divides the concentration of counts, because views are not quite independent given ``w``. With families of
+experts both Dirichlets become trees (:mod:`bayes_dispatch.dirichlet_tree`). :class:`OneLabelModel` is the simpler
+program of a mixture model, for comparison.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
-__all__ = ["CountsView", "DispatchModel", "HiddenView", "Prompts", "View", "label_informed_start", "length_factor"]
+from bayes_dispatch.dirichlet_tree import DirichletTree, family_sums
+from bayes_dispatch.prompts import Prompts
+from bayes_dispatch.views import View
+
+__all__ = ["DispatchModel", "OneLabelModel", "label_informed_start"]
 
 FLOOR = 1e-6  # of w inside the likelihoods: keeps scales and concentrations off zero
-
-
-@dataclass(frozen=True, eq=False)
-class Prompts:
-    """Evidence of N prompts as tensors, masked where missing.
-
-    Args:
-        lengths: ``(N,)`` tokens, 0 where unknown.
-        totals: ``(N,)`` sum of the counts of each prompt (0 where missing).
-        missing: by view ``(N,)`` bool.
-        observed: by view ``(N, ·)``; a view that is not here is drawn from the program.
-        labels: ``(N,)`` expert index, −1 where unknown; ``None`` for none.
-        known: ``(N, K+1)`` known weights, NaN rows where unknown; ``None`` for none.
-    """
-
-    lengths: Float[Tensor, " prompt"]
-    totals: Float[Tensor, " prompt"]
-    missing: Mapping[str, Bool[Tensor, " prompt"]]
-    observed: Mapping[str, Tensor] = field(default_factory=dict)
-    labels: Int[Tensor, " prompt"] | None = None
-    known: Float[Tensor, "prompt weight"] | None = None
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def to(self, dtype: torch.dtype) -> Prompts:
-        """The same evidence in another floating-point type, without labels and known weights."""
-        observed = {name: values.to(dtype) for name, values in self.observed.items()}
-        return Prompts(self.lengths.to(dtype), self.totals.to(dtype), self.missing, observed)
-
-    def blank(self) -> Prompts:
-        """The same lengths, totals and missing views, nothing observed."""
-        return Prompts(self.lengths, self.totals, self.missing)
-
-    def select(self, rows: Tensor) -> Prompts:
-        """The prompts at ``rows`` (integer or bool tensor)."""
-        return Prompts(
-            self.lengths[rows],
-            self.totals[rows],
-            {name: mask[rows] for name, mask in self.missing.items()},
-            {name: values[rows] for name, values in self.observed.items()},
-            None if self.labels is None else self.labels[rows],
-            None if self.known is None else self.known[rows],
-        )
-
-
-@runtime_checkable
-class View(Protocol):
-    """One kind of evidence: its name, its globals, and its distribution given the weights."""
-
-    @property
-    def name(self) -> str:
-        """The key of its evidence and of its Pyro site."""
-
-    @property
-    def width(self) -> int:
-        """Numbers in each prompt's evidence."""
-
-    def sample_experts(self) -> dict[str, Tensor]:
-        """Draw the globals of each expert, inside the plate of experts: site → ``(K, ·)``."""
-
-    def sample_shared(self) -> dict[str, Tensor]:
-        """Draw the globals that all experts share: site → scalar."""
-
-    def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
-        """Values of the globals to start SVI from, given evidence ``(N, width)`` and the prompts' shares ``(N, K)``."""
-
-    def likelihood(
-        self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
-    ) -> TorchDistributionMixin:
-        """The distribution ``(N,) | (width,)`` of the view's evidence given weights ``(N, K+1)``."""
-
-
-@dataclass(frozen=True)
-class HiddenView:
-    """``StudentT(6, w @ M, sqrt(τ · length_factor · w @ s2))`` for projected hidden states ``(N, D)``.
-
-    Per expert ``M ~ Normal(0, 1)[D]``, ``s2 ~ LogNormal(-3, 1)[D]``; base has ``M = 0, s2 = 1``; shared
-    ``lt ~ LogNormal(2.5, 1)`` tells how fast noise falls with length.
-    """
-
-    width: int
-    name: str = "hidden"
-
-    def sample_experts(self) -> dict[str, Tensor]:
-        zeros = torch.zeros(self.width)
-        return {
-            "M": pyro.sample("M", dist.Normal(zeros, 1.0).to_event(1)),
-            "s2": pyro.sample("s2", dist.LogNormal(zeros - 3.0, 1.0).to_event(1)),
-        }
-
-    def sample_shared(self) -> dict[str, Tensor]:
-        return {"lt": pyro.sample("lt", dist.LogNormal(torch.tensor(2.5), 1.0))}
-
-    def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
-        total = shares.sum(0).unsqueeze(-1)
-        means = shares.T @ values / total  # (K, D)
-        variances = shares.T @ values.square() / total - means.square()
-        return {"M": means, "s2": variances.clamp(min=5e-3, max=1.0), "lt": torch.tensor(12.0)}
-
-    def likelihood(
-        self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
-    ) -> TorchDistributionMixin:
-        means = _append(sites["M"], torch.zeros(self.width))  # (K+1, D)
-        variances = _append(sites["s2"], torch.ones(self.width))
-        noise = (weights @ variances) * (temper * length_factor(prompts.lengths, sites["lt"])).unsqueeze(-1)  # (N, D)
-        return dist.StudentT(6.0, weights @ means, noise.sqrt()).to_event(1)
-
-
-@dataclass(frozen=True)
-class CountsView:
-    """``DirichletMultinomial(conc/τ · (w @ Phi) + 1e-3, T)`` for token-class counts ``(N, C)``.
-
-    Per expert ``Phi ~ Dirichlet(.7)[C]``; base is uniform; shared ``conc ~ LogNormal(3, 1)``.
-    """
-
-    width: int
-    name: str = "counts"
-
-    def sample_experts(self) -> dict[str, Tensor]:
-        return {"Phi": pyro.sample("Phi", dist.Dirichlet(torch.full((self.width,), 0.7)))}
-
-    def sample_shared(self) -> dict[str, Tensor]:
-        return {"conc": pyro.sample("conc", dist.LogNormal(torch.tensor(3.0), 1.0))}
-
-    def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
-        counts = shares.T @ values + 1.0  # (K, C)
-        return {"Phi": counts / counts.sum(-1, keepdim=True), "conc": torch.tensor(20.0)}
-
-    def likelihood(
-        self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
-    ) -> TorchDistributionMixin:
-        classes = _append(sites["Phi"], torch.full((self.width,), 1.0 / self.width))  # (K+1, C)
-        strength = (sites["conc"] / temper).unsqueeze(-1)
-        return _RaggedDirichletMultinomial(strength * (weights @ classes) + 1e-3, prompts.totals)
+PRIOR = (3.0, 1.5)  # concentration of pi for an expert, and for base
 
 
 @dataclass(frozen=True)
@@ -175,22 +46,27 @@ class DispatchModel:
         n_experts: K, without base.
         views: the kinds of evidence.
         batch_size: prompts in each step's plate; all by default.
+        prior: K+1 concentrations of ``pi``, base last; by default 3 for experts and 1.5 for base.
+        families: family of each expert, numbered from 0; none by default. Base is a family of its own.
     """
 
     n_experts: int
     views: tuple[View, ...]
     batch_size: int | None = None
+    prior: tuple[float, ...] | None = None
+    families: tuple[int, ...] | None = None
+
+    @property
+    def tree(self) -> tuple[int, ...] | None:
+        """Family of each component, base last in one of its own; ``None`` without families."""
+        return None if self.families is None else (*self.families, max(self.families) + 1)
 
     def __call__(self, prompts: Prompts) -> None:
         self.sample_prompts(self.sample_globals(), prompts)
 
     def sample_globals(self) -> dict[str, Tensor]:
         """Draw every global: site → value; per-expert sites have K rows (base is fixed)."""
-        prior = torch.tensor([3.0] * self.n_experts + [1.5])
-        sites = {
-            "pi": pyro.sample("pi", dist.Dirichlet(prior)),
-            "kappa": pyro.sample("kappa", dist.LogNormal(torch.tensor(0.0), 0.7)),
-        }
+        sites = self.sample_shares()
         for view in self.views:
             sites |= view.sample_shared()
         with pyro.plate("experts", self.n_experts):
@@ -198,11 +74,30 @@ class DispatchModel:
                 sites |= view.sample_experts()
         return sites
 
+    def sample_shares(self) -> dict[str, Tensor]:
+        """Draw the globals of the weights: shares ``pi (K+1,)`` and the prompts' precision ``kappa``."""
+        kappa = dist.LogNormal(torch.tensor(0.0), 0.7)
+        return {"pi": pyro.sample("pi", self.shares_prior()), "kappa": pyro.sample("kappa", kappa)}
+
+    def shares_prior(self) -> TorchDistributionMixin:
+        """The prior of ``pi``; a family is as likely as an expert, whatever its size."""
+        prior = self.prior_of_shares()
+        if self.tree is None:
+            return dist.Dirichlet(prior)
+        tree, ones = torch.tensor(self.tree), torch.ones_like(prior)
+        count = max(self.tree) + 1
+        return DirichletTree(family_sums(prior, tree, count) / family_sums(ones, tree, count), prior, tree)
+
+    def prior_of_shares(self) -> Float[Tensor, " weight"]:
+        """``(K+1,)`` concentrations of ``pi``."""
+        return torch.tensor(self.prior or (PRIOR[0],) * self.n_experts + PRIOR[1:])
+
     def sample_prompts(self, sites: Mapping[str, Tensor], prompts: Prompts, temper: Tensor | None = None) -> Tensor:
         """Draw the weights of prompts, and their evidence where it is not observed.
 
         Args:
-            sites: globals; ``kappa`` may be a scalar, or ``(N,)`` for a precision per prompt.
+            sites: globals; ``kappa`` may be a scalar, or ``(N,)`` for a precision per prompt, and ``pi`` ``(K+1,)`` or
+                ``(N, K+1)``.
             prompts: what is known of the prompts; rows of known mixture enter at their weights.
             temper: ``(N,)`` or scalar τ, 1 by default.
 
@@ -212,7 +107,7 @@ class DispatchModel:
         with pyro.plate("prompts", len(prompts), subsample_size=self.batch_size) as rows:
             batch = prompts if self.batch_size is None or rows is None else prompts.select(rows)
             tau = torch.ones(len(batch)) if temper is None else torch.as_tensor(temper).expand(len(batch))
-            weights = self._sample_weights(sites, batch)
+            weights = _floored(self.sample_weights(sites, batch))
             if batch.labels is not None:
                 label = dist.Categorical(probs=weights).mask(batch.labels >= 0)
                 pyro.sample("labels", label, obs=batch.labels.clamp(min=0))
@@ -221,27 +116,74 @@ class DispatchModel:
                 pyro.sample(view.name, likelihood, obs=batch.observed.get(view.name))
         return weights
 
+    def sample_weights(self, sites: Mapping[str, Tensor], prompts: Prompts) -> Float[Tensor, "... weight"]:
+        """Draw the weights inside the plate of prompts, ``(N, K+1)``; known ones stay."""
+        prior = self.weights_prior(sites).expand([len(prompts)])
+        if prompts.known is None:
+            return pyro.sample("w", prior)
+        known = torch.isfinite(prompts.known[:, 0])
+        drawn = pyro.sample("w", prior.mask(~known))
+        return torch.where(known.unsqueeze(-1), prompts.known.nan_to_num(), drawn)
+
+    def weights_prior(self, sites: Mapping[str, Tensor]) -> TorchDistributionMixin:
+        """The prior of a prompt's weights, batch shape that of ``kappa``."""
+        concentration = self.prior_concentration(sites)
+        if self.tree is None:
+            return dist.Dirichlet(concentration)
+        tree, kappa = torch.tensor(self.tree), sites["kappa"].unsqueeze(-1)
+        sums = family_sums(concentration, tree, max(self.tree) + 1)
+        return DirichletTree(sums, kappa * concentration / sums[..., tree], tree)
+
     def prior_concentration(self, sites: Mapping[str, Tensor]) -> Tensor:
         """``(K+1,)`` or ``(N, K+1)`` concentration of the weights' prior; the floor keeps its share as K grows."""
-        floored = 0.95 * sites["pi"] + 0.05 / (self.n_experts + 1)
-        return sites["kappa"].unsqueeze(-1) * floored
+        return sites["kappa"].unsqueeze(-1) * self.label_shares(sites["pi"])
 
-    def _sample_weights(self, sites: Mapping[str, Tensor], prompts: Prompts) -> Tensor:
-        prior = dist.Dirichlet(self.prior_concentration(sites)).expand([len(prompts)])
+    def label_shares(self, shares: Any) -> Any:
+        """``(·, K+1)`` chance of each label under shares ``pi``, a tensor or an array: these with their floor."""
+        return 0.95 * shares + 0.05 / (self.n_experts + 1)
+
+    def log_likelihood(
+        self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor | float = 1.0
+    ) -> dict[str, Tensor]:
+        """By view the log density of its observed evidence at given weights, 0 where it is missing.
+
+        Args:
+            sites: globals.
+            weights: ``(·, N, K+1)``, or ``(·, 1, K+1)`` for all prompts.
+            prompts: N prompts, every view observed.
+            temper: ``(N,)`` or scalar τ.
+
+        Returns:
+            view → ``(·, N)`` nats.
+        """
+        tau = torch.as_tensor(temper, dtype=weights.dtype).expand(len(prompts))
+        values = {}
+        for view in self.views:
+            density = view.likelihood(sites, _floored(weights), prompts, tau).log_prob(prompts.observed[view.name])
+            values[view.name] = density.masked_fill(prompts.missing[view.name], 0.0)
+        return values
+
+
+@dataclass(frozen=True)
+class OneLabelModel(DispatchModel):
+    """The mixture model: every prompt is one expert's alone, ``w`` one-hot. Its label is summed out in SVI.
+
+    Same views and globals but ``kappa``; prompts of known mixture enter at their weights, which no label explains.
+    """
+
+    def sample_shares(self) -> dict[str, Tensor]:
+        """Draw the shares ``pi (K+1,)``."""
+        return {"pi": pyro.sample("pi", self.shares_prior())}
+
+    def sample_weights(self, sites: Mapping[str, Tensor], prompts: Prompts) -> Float[Tensor, "... weight"]:
+        """One-hot weights of an expert drawn inside the plate of prompts, or of all experts where SVI enumerates."""
+        prior = dist.Categorical(probs=self.label_shares(sites["pi"])).expand([len(prompts)])
+        drawn = pyro.sample("expert", prior, infer={"enumerate": "parallel"})
+        weights = torch.eye(self.n_experts + 1, dtype=sites["pi"].dtype)[drawn]
         if prompts.known is None:
-            weights = pyro.sample("w", prior)
-        else:
-            known = torch.isfinite(prompts.known[:, 0])
-            drawn = pyro.sample("w", prior.mask(~known))
-            weights = torch.where(known.unsqueeze(-1), prompts.known.nan_to_num(), drawn)
-        floored = weights + FLOOR
-        return floored / floored.sum(-1, keepdim=True)
-
-
-def length_factor(lengths: Float[Tensor, " prompt"], lt: Tensor) -> Float[Tensor, " prompt"]:
-    """Noise variance at T tokens relative to 50 tokens, ``(1 + 20 lt/T) / (1 + .4 lt)``; 1 where T is 0, unknown."""
-    known = (1 + 20 * lt / lengths.clamp(min=1.0)) / (1 + 0.4 * lt)
-    return torch.where(lengths > 0, known, torch.ones_like(known))
+            return weights
+        known = torch.isfinite(prompts.known[:, :1])
+        return torch.where(known, prompts.known.nan_to_num(), weights)
 
 
 def label_informed_start(model: DispatchModel, prompts: Prompts) -> dict[str, Tensor]:
@@ -262,26 +204,14 @@ def label_informed_start(model: DispatchModel, prompts: Prompts) -> dict[str, Te
     empty = shares.sum(0) == 0
     shares[spread[empty], empty.nonzero().squeeze(-1)] = 1.0
     start = {"pi": torch.full((count + 1,), 1.0 / (count + 1)), "kappa": torch.tensor(0.5)}
+    if isinstance(model, OneLabelModel):
+        del start["kappa"]
     for view in model.views:
         present = (~prompts.missing[view.name]).float().unsqueeze(-1)
         start |= view.start(prompts.observed[view.name], shares * present + 1e-6)
     return start
 
 
-def _append(experts: Tensor, base: Tensor) -> Tensor:
-    return torch.cat([experts, base.to(experts).unsqueeze(0)])
-
-
-class _RaggedDirichletMultinomial(dist.DirichletMultinomial):
-    """Pyro's, able to sample when totals differ by row: one conditional binomial per class."""
-
-    def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        with torch.no_grad():
-            probabilities = self._dirichlet.sample(torch.Size(sample_shape))
-            left, mass = self.total_count.expand(probabilities.shape[:-1]).round(), torch.ones(())
-            counts = []
-            for p in probabilities.unbind(-1)[:-1]:
-                drawn = torch.binomial(left, (p / mass.clamp(min=1e-9)).clamp(0.0, 1.0))
-                counts.append(drawn)
-                left, mass = left - drawn, mass - p
-            return torch.stack([*counts, left], dim=-1)
+def _floored(weights: Tensor) -> Tensor:
+    raised = weights + FLOOR
+    return raised / raised.sum(-1, keepdim=True)

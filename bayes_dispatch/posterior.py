@@ -24,6 +24,9 @@ class DispatchPosterior:
     Args:
         weights: ``(draw, prompt, K+1)``, each row on the simplex, base last.
         experts: the K+1 names in order; the last is ``"base"``.
+        k_hat: ``(prompt,)`` Pareto shape of the importance weights behind the draws, ``None`` where there were none.
+            Above .7 the draws of the prompt are not to be trusted.
+        log_evidence: ``(prompt,)`` log density of the prompt's evidence under the fitted program, nats, or ``None``.
 
     Raises:
         TensorError: another shape, or rows off the simplex.
@@ -31,12 +34,14 @@ class DispatchPosterior:
 
     weights: np.ndarray
     experts: tuple[str, ...]
+    k_hat: np.ndarray | None = None
+    log_evidence: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         weights = np.array(self.weights, dtype=np.float64)
         if weights.ndim != 3 or weights.shape[0] == 0 or weights.shape[2] != len(self.experts):
             raise TensorError(f"expected weights (draw, prompt, {len(self.experts)}), got shape {weights.shape}")
-        if not (np.isfinite(weights).all() and (weights >= 0).all() and np.allclose(weights.sum(-1), 1, atol=1e-6)):
+        if weights.size and not (weights.min() >= 0 and np.abs(weights.sum(-1) - 1).max() <= 1e-6):  # NaN fails both
             raise TensorError("expected weights on the simplex, got rows that are negative or do not sum to 1")
         weights.setflags(write=False)
         object.__setattr__(self, "weights", weights)
@@ -70,7 +75,9 @@ class DispatchPosterior:
 
     def select(self, indices: Shaped[np.ndarray, " selected"] | Sequence[int] | slice) -> DispatchPosterior:
         """The posterior of the prompts at ``indices``, in that order."""
-        return DispatchPosterior(self.weights[:, indices], self.experts)
+        k_hat = None if self.k_hat is None else self.k_hat[indices]
+        log_evidence = None if self.log_evidence is None else self.log_evidence[indices]
+        return DispatchPosterior(self.weights[:, indices], self.experts, k_hat, log_evidence)
 
     def to_arviz(self, prompts: Sequence[str] | None = None) -> Any:
         """The draws as arviz data, ``posterior["weights"]`` with dims chain, draw, prompt, expert.

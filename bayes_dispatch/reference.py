@@ -25,9 +25,9 @@ from scipy.stats import norm, rankdata
 from bayes_dispatch.dispatcher import Dispatcher
 from bayes_dispatch.errors import ConfigError, MissingDependencyError, TensorError
 from bayes_dispatch.evidence import Evidence
-from bayes_dispatch.fitted import as_prompts
-from bayes_dispatch.generative import DispatchModel, Prompts, label_informed_start
+from bayes_dispatch.generative import DispatchModel, label_informed_start
 from bayes_dispatch.posterior import DispatchPosterior
+from bayes_dispatch.prompts import Prompts
 
 try:
     import jax
@@ -115,9 +115,7 @@ def log_density(
     """
     with jax.enable_x64(True):
         fixed = None if given is None else _arrays(given)
-        return float(
-            _log_density(_twins(model), model.n_experts, _Data.of(model, prompts, temper), _arrays(values), fixed)
-        )
+        return float(_log_density(_Structure.of(model), _Data.of(model, prompts, temper), _arrays(values), fixed))
 
 
 def reference_posterior(
@@ -156,10 +154,7 @@ def reference_posterior(
         TensorError: a view of another width, or a global has no value.
     """
     state = dispatcher.state
-    projected = None
-    if state.feature_map is not None and "hidden" in evidence.views:
-        projected = state.feature_map(evidence.views["hidden"])
-    prompts = as_prompts(state.model, evidence, projected, torch.float64)
+    prompts = state.prompts(evidence)
     if sites is None:
         sites = {name: value for name, value in state.globals.center().items() if name != "kappa"}
     if temper is None:
@@ -204,7 +199,8 @@ def conditional_posterior(
         TensorError: a view is not observed, or a global has no value.
     """
     _check_run(draws, chains, warmup, experts, model)
-    names = {"pi", *(name for view in _twins(model) for name in view.globals)}
+    structure = _Structure.of(model)
+    names = {"pi", *(name for view in structure.views for name in view.globals)}
     if set(sites) - {"kappa"} != names:
         raise TensorError(f"expected values of the globals {sorted(names)}, got {sorted(sites)}")
     count = len(prompts)
@@ -216,14 +212,16 @@ def conditional_posterior(
         lanes = jax.tree.map(lambda a: np.repeat(a, chains, axis=0)[:, None], own)  # (N * chain, 1, ·)
         size = MEMORY // ((warmup + draws) * 2 * (model.n_experts + 1))
         parts = [
-            _run_lanes(_twins(model), kappa, draws, warmup, given, *part)
+            _run_lanes(structure, kappa, draws, warmup, given, *part)
             for part in _batches((keys, *lanes), max(1, min(LANES, size)))
         ]
         weights, diverging, steps = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(3))
     weights = weights[: len(keys), :, 0].reshape(count, chains * draws, -1).swapaxes(0, 1)
     diverging, steps = (a[: len(keys)].reshape(count, -1) for a in (diverging, steps))
     weights = _with_known(weights, prompts)
-    return ReferencePosterior(weights, (*experts, "base"), chains, diverging.sum(1), steps.mean(1))
+    return ReferencePosterior(
+        weights, (*experts, "base"), chains=chains, divergences=diverging.sum(1), steps=steps.mean(1)
+    )
 
 
 def joint_posterior(
@@ -270,8 +268,7 @@ def joint_posterior(
         )
         mcmc.run(
             jax.random.key(seed),
-            _twins(model),
-            model.n_experts,
+            _Structure.of(model),
             data,
             None,
             _boosted,
@@ -280,15 +277,15 @@ def joint_posterior(
         samples = {name: np.asarray(value) for name, value in mcmc.get_samples().items()}
         fields = {name: np.asarray(value) for name, value in mcmc.get_extra_fields().items()}
     weights = _with_known(samples.pop("w"), prompts)
-    free = {name: value for name, value in samples.items() if name not in ("gammas", "exponentials")}
+    free = {name: value for name, value in samples.items() if not name.endswith(("gammas", "exponentials"))}
     count = len(prompts)
     return ReferencePosterior(
         weights,
         (*experts, "base"),
-        chains,
-        np.full(count, int(fields["diverging"].sum())),
-        np.full(count, float(fields["num_steps"].mean())),
-        free,
+        chains=chains,
+        divergences=np.full(count, int(fields["diverging"].sum())),
+        steps=np.full(count, float(fields["num_steps"].mean())),
+        globals=free,
     )
 
 
@@ -296,7 +293,7 @@ class _Data(NamedTuple):
     """Prompts as arrays; labels are −1 and known weights NaN where unknown."""
 
     lengths: Any
-    totals: Any
+    totals: dict[str, Any]
     missing: dict[str, Any]
     observed: dict[str, Any]
     labels: Any
@@ -312,7 +309,7 @@ class _Data(NamedTuple):
         known = np.full((count, model.n_experts + 1), np.nan) if prompts.known is None else prompts.known
         return cls(
             _array(prompts.lengths),
-            _array(prompts.totals),
+            {name: _array(values) for name, values in prompts.totals.items()},
             {name: np.asarray(prompts.missing[name]) for name in names},
             {name: _array(prompts.observed[name]) for name in names},
             np.asarray(labels),
@@ -344,67 +341,179 @@ class _View(Protocol):
 
 
 @dataclass(frozen=True)
-class _HiddenView:
+class _VectorsView:
     width: int
     name: str = "hidden"
-    globals: tuple[str, ...] = ("M", "s2", "lt")
+
+    @property
+    def globals(self) -> tuple[str, ...]:
+        return tuple(_site(self.name, parameter) for parameter in ("M", "s2", "lt"))
 
     def sample_experts(self) -> dict[str, Any]:
-        means = numpyro.sample("M", dist.Normal(jnp.zeros(self.width), 1.0).to_event(1))
-        variances = numpyro.sample("s2", dist.LogNormal(jnp.full(self.width, -3.0), 1.0).to_event(1))
-        return {"M": means, "s2": variances}
+        means, variances, _ = self.globals
+        normal = dist.Normal(jnp.zeros(self.width), 1.0).to_event(1)
+        spread = dist.LogNormal(jnp.full(self.width, -3.0), 1.0).to_event(1)
+        return {means: numpyro.sample(means, normal), variances: numpyro.sample(variances, spread)}
 
     def sample_shared(self) -> dict[str, Any]:
-        return {"lt": numpyro.sample("lt", dist.LogNormal(2.5, 1.0))}
+        lt = self.globals[2]
+        return {lt: numpyro.sample(lt, dist.LogNormal(2.5, 1.0))}
 
     def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
+        means, variances, lt = (sites[name] for name in self.globals)
         base = weights[:, -1:]
-        location = weights[:, :-1] @ sites["M"]  # (N, D); base has mean 0, variance 1
-        variance = weights[:, :-1] @ sites["s2"] + base
-        known = (1 + 20 * sites["lt"] / jnp.maximum(data.lengths, 1.0)) / (1 + 0.4 * sites["lt"])
+        location = weights[:, :-1] @ means  # (N, D); base has mean 0, variance 1
+        variance = weights[:, :-1] @ variances + base
+        known = (1 + 20 * lt / jnp.maximum(data.lengths, 1.0)) / (1 + 0.4 * lt)
         factor = jnp.where(data.lengths > 0, known, 1.0)
         scale = jnp.sqrt(variance * (data.temper * factor)[:, None])
         return dist.StudentT(6.0, location, scale).to_event(1)
 
 
 @dataclass(frozen=True)
+class _SurpriseView:
+    width: int
+    name: str = "surprise"
+
+    @property
+    def globals(self) -> tuple[str, ...]:
+        return tuple(_site(self.name, parameter) for parameter in ("a", "a2"))
+
+    def sample_experts(self) -> dict[str, Any]:
+        means, variances = self.globals
+        normal = dist.Normal(jnp.zeros(self.width), 1.0).to_event(1)
+        spread = dist.LogNormal(jnp.full(self.width, -1.0), 1.0).to_event(1)
+        return {means: numpyro.sample(means, normal), variances: numpyro.sample(variances, spread)}
+
+    def sample_shared(self) -> dict[str, Any]:
+        return {}
+
+    def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
+        means, variances = (sites[name] for name in self.globals)
+        location = weights[:, :-1] @ means + 4.0 * weights[:, -1:]  # (N, 2); base has mean 4, variance 9
+        variance = weights[:, :-1] @ variances + 9.0 * weights[:, -1:]
+        return dist.StudentT(6.0, location, jnp.sqrt(variance * data.temper[:, None])).to_event(1)
+
+
+@dataclass(frozen=True)
 class _CountsView:
     width: int
     name: str = "counts"
-    globals: tuple[str, ...] = ("Phi", "conc")
+
+    @property
+    def globals(self) -> tuple[str, ...]:
+        return tuple(_site(self.name, parameter) for parameter in ("Phi", "conc"))
 
     def sample_experts(self) -> dict[str, Any]:
-        return {"Phi": numpyro.sample("Phi", dist.Dirichlet(jnp.full(self.width, 0.7)))}
+        phi = self.globals[0]
+        return {phi: numpyro.sample(phi, dist.Dirichlet(jnp.full(self.width, 0.7)))}
 
     def sample_shared(self) -> dict[str, Any]:
-        return {"conc": numpyro.sample("conc", dist.LogNormal(3.0, 1.0))}
+        conc = self.globals[1]
+        return {conc: numpyro.sample(conc, dist.LogNormal(3.0, 1.0))}
+
+    def concentration(self, sites: Sites, weights: Any, data: _Data) -> Any:
+        phi, conc = (sites[name] for name in self.globals)
+        classes = weights[:, :-1] @ phi + weights[:, -1:] / self.width  # (N, C)
+        return (conc / data.temper)[:, None] * classes + 1e-3
 
     def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
-        classes = weights[:, :-1] @ sites["Phi"] + weights[:, -1:] / self.width  # (N, C)
-        strength = (sites["conc"] / data.temper)[:, None]
-        return dist.DirichletMultinomial(strength * classes + 1e-3, data.totals)
+        return dist.DirichletMultinomial(self.concentration(sites, weights, data), data.totals[self.name])
 
 
-TWINS: dict[str, Callable[[int], _View]] = {"hidden": _HiddenView, "counts": _CountsView}
+@dataclass(frozen=True)
+class _ProbabilitiesView(_CountsView):
+    name: str = "classifier"
+
+    def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
+        return dist.Dirichlet(self.concentration(sites, weights, data))
+
+
+TWINS: dict[str, Callable[[int, str], _View]] = {
+    "vectors": _VectorsView,
+    "counts": _CountsView,
+    "probabilities": _ProbabilitiesView,
+    "surprise": _SurpriseView,
+}
+
+
+def _site(view: str, parameter: str) -> str:
+    return parameter if view in ("hidden", "counts", "surprise") else f"{view}_{parameter}"
+
+
+class _Structure(NamedTuple):
+    """What of the program is no array: its views, K, the prior of ``pi`` and the family of each component."""
+
+    views: tuple[_View, ...]
+    n_experts: int
+    prior: tuple[float, ...]
+    families: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, model: DispatchModel) -> _Structure:
+        if type(model) is not DispatchModel:
+            raise ConfigError(
+                f"expected an admixture, got {type(model).__name__}, whose posterior is exact without NUTS"
+            )
+        views = tuple(TWINS[view.kind](view.width, view.name) for view in model.views)
+        prior = model.prior or (*[3.0] * model.n_experts, 1.5)
+        families = None if model.families is None else (*model.families, max(model.families) + 1)
+        return cls(views, model.n_experts, prior, families)
+
+
+class _Tree(dist.Distribution):  # type: ignore[misc]
+    """A Dirichlet over families and one within each, by change of variables to shares and shares within."""
+
+    support = dist.constraints.simplex
+    pytree_data_fields = ("top", "leaves")
+    pytree_aux_fields = ("families",)
+
+    def __init__(self, top: Any, leaves: Any, families: tuple[int, ...]) -> None:
+        self.top, self.leaves, self.families = top, leaves, families
+        super().__init__(jnp.shape(leaves)[:-1], jnp.shape(leaves)[-1:])
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+        keys = jax.random.split(key, 1 + self.top.shape[-1])
+        shares = dist.Dirichlet(self.top).sample(keys[0], sample_shape)
+        columns: list[Any] = [None] * len(self.families)
+        for family, members in self._members():
+            inner = dist.Dirichlet(self.leaves[..., members]).sample(keys[1 + family], sample_shape)
+            for position, member in enumerate(members):
+                columns[member] = shares[..., family] * inner[..., position]
+        return jnp.stack(columns, -1)
+
+    def log_prob(self, value: Any) -> Any:
+        shares = jnp.stack([value[..., members].sum(-1) for _, members in self._members()], -1)
+        density = dist.Dirichlet(self.top).log_prob(shares)
+        for family, members in self._members():
+            if len(members) > 1:
+                share = shares[..., family]
+                within = dist.Dirichlet(self.leaves[..., members]).log_prob(value[..., members] / share[..., None])
+                density = density + within - (len(members) - 1) * jnp.log(share)
+        return density
+
+    def _members(self) -> list[tuple[int, np.ndarray]]:
+        families = np.array(self.families)
+        return [(family, np.flatnonzero(families == family)) for family in range(max(self.families) + 1)]
 
 
 def _program(
-    views: tuple[_View, ...],
-    n_experts: int,
+    structure: _Structure,
     data: _Data,
     given: Sites | None,
     weigh: Callable[[Any], Any],
     kappa: Any = None,
 ) -> None:
     """The program; ``given`` globals are fixed, ``kappa`` is the range to draw one for each prompt from."""
-    sites = dict(given) if given is not None else _sample_globals(views, n_experts)
+    views, n_experts = structure.views, structure.n_experts
+    sites = dict(given) if given is not None else _sample_globals(structure)
     with numpyro.plate("prompts", len(data.lengths)):
         if "kappa" not in sites:
             sites["kappa"] = numpyro.sample("kappa", dist.LogUniform(*kappa))
         shares = 0.95 * sites["pi"] + 0.05 / (n_experts + 1)
         concentration = jnp.broadcast_to(sites["kappa"], data.lengths.shape)[:, None] * shares  # (N, K+1)
         known = jnp.isfinite(data.known[:, 0])
-        drawn = weigh(dist.Dirichlet(concentration).mask(~known))
+        drawn = weigh(_weights_prior(structure, sites["kappa"], concentration).mask(~known))
         weights = jnp.where(known[:, None], jnp.nan_to_num(data.known), drawn)
         weights = (weights + FLOOR) / (weights + FLOOR).sum(-1, keepdims=True)
         label = dist.Categorical(probs=weights).mask(data.labels >= 0)
@@ -414,10 +523,24 @@ def _program(
             numpyro.sample(view.name, likelihood, obs=data.observed[view.name])
 
 
-def _sample_globals(views: tuple[_View, ...], n_experts: int) -> dict[str, Any]:
-    prior = jnp.append(jnp.full(n_experts, 3.0), 1.5)
+def _weights_prior(structure: _Structure, kappa: Any, concentration: Any) -> dist.Distribution:
+    if structure.families is None:
+        return dist.Dirichlet(concentration)
+    families = np.array(structure.families)
+    top = jnp.stack([concentration[:, families == f].sum(-1) for f in range(families.max() + 1)], -1)  # (N, F)
+    leaves = jnp.broadcast_to(kappa, concentration.shape[:1])[:, None] * concentration / top[:, families]
+    return _Tree(top, leaves, structure.families)
+
+
+def _sample_globals(structure: _Structure) -> dict[str, Any]:
+    views, n_experts, prior = structure.views, structure.n_experts, np.array(structure.prior)
+    shares: dist.Distribution = dist.Dirichlet(prior)
+    if structure.families is not None:
+        families = np.array(structure.families)
+        mean = np.array([prior[families == f].mean() for f in range(families.max() + 1)])
+        shares = _Tree(mean, prior, structure.families)
     sites = {
-        "pi": numpyro.sample("pi", dist.Dirichlet(prior)),
+        "pi": numpyro.sample("pi", shares),
         "kappa": numpyro.sample("kappa", dist.LogNormal(0.0, 0.7)),
     }
     for view in views:
@@ -435,10 +558,22 @@ def _plain(prior: Any) -> Any:
 
 def _boosted(prior: Any) -> Any:
     """The same weights from gamma variates of shapes above 1 and exponentials (see the module's docstring)."""
-    alpha = prior.base_dist.concentration
-    gammas = numpyro.sample("gammas", dist.Gamma(alpha + 1.0).to_event(1))
-    exponentials = numpyro.sample("exponentials", dist.Exponential(jnp.ones_like(alpha)).to_event(1))
-    return numpyro.deterministic("w", jax.nn.softmax(jnp.log(gammas) - exponentials / alpha))
+    inner = prior.base_dist
+    alpha = inner.leaves if isinstance(inner, _Tree) else inner.concentration
+    logs = _boosted_logs("gammas", "exponentials", alpha)
+    if isinstance(inner, _Tree):
+        families = np.array(inner.families)
+        tops = jax.nn.log_softmax(_boosted_logs("family_gammas", "family_exponentials", inner.top))
+        within = [jax.nn.log_softmax(logs[:, members]) for _, members in inner._members()]
+        order = np.argsort(np.argsort(families, kind="stable"))
+        logs = jnp.concatenate(within, -1)[:, order] + tops[:, families]
+    return numpyro.deterministic("w", jax.nn.softmax(logs))
+
+
+def _boosted_logs(gammas: str, exponentials: str, alpha: Any) -> Any:
+    drawn = numpyro.sample(gammas, dist.Gamma(alpha + 1.0).to_event(1))
+    exponential = numpyro.sample(exponentials, dist.Exponential(jnp.ones_like(alpha)).to_event(1))
+    return jnp.log(drawn) - exponential / alpha
 
 
 def _with_known(weights: np.ndarray, prompts: Prompts) -> np.ndarray:
@@ -455,14 +590,10 @@ def _in_default_dtype(prompts: Prompts) -> Prompts:
     return replace(prompts.to(dtype), labels=prompts.labels, known=known)
 
 
-def _twins(model: DispatchModel) -> tuple[_View, ...]:
-    return tuple(TWINS[view.name](view.width) for view in model.views)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-def _log_density(views: tuple[_View, ...], n_experts: int, data: _Data, values: Sites, given: Sites | None) -> Any:
+@partial(jax.jit, static_argnums=0)
+def _log_density(structure: _Structure, data: _Data, values: Sites, given: Sites | None) -> Any:
     seeded = handlers.seed(_program, 0)  # sites without a value are drawn, and refused below
-    trace = handlers.trace(handlers.substitute(seeded, data=values)).get_trace(views, n_experts, data, given, _plain)
+    trace = handlers.trace(handlers.substitute(seeded, data=values)).get_trace(structure, data, given, _plain)
     latent = {name for name, site in trace.items() if site["type"] == "sample" and not site["is_observed"]}
     if latent != set(values):
         raise TensorError(f"expected values of the sites {sorted(latent)}, got {sorted(values)}")
@@ -472,7 +603,7 @@ def _log_density(views: tuple[_View, ...], n_experts: int, data: _Data, values: 
 # Level 1: a program of this size compiles in half the time of the default, and runs no slower.
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), compiler_options={"xla_backend_optimization_level": 1})
 def _run_lanes(
-    views: tuple[_View, ...],
+    structure: _Structure,
     kappa: tuple[float, float],
     draws: int,
     warmup: int,
@@ -482,16 +613,17 @@ def _run_lanes(
     precision: Any,
 ) -> Any:
     """One chain of one prompt in each lane: weights ``(lane, draw, 1, K+1)``, divergent, steps ``(lane, draw)``."""
-    n_experts = given["pi"].shape[-1] - 1
+    shapes = {"gammas": structure.n_experts + 1, "exponentials": structure.n_experts + 1}
+    if structure.families is not None:
+        shapes |= {"family_gammas": max(structure.families) + 1, "family_exponentials": max(structure.families) + 1}
 
     def run(key: Any, data: _Data, own: Any) -> Any:
         sites = given if own is None else {**given, "kappa": own}
-        arguments = (views, n_experts, data, sites, _boosted, kappa)
+        arguments = (structure, data, sites, _boosted, kappa)
         start_key, key = jax.random.split(jax.random.wrap_key_data(key))
-        shapes = {"gammas": data.known.shape, "exponentials": data.known.shape}
-        shapes |= {} if "kappa" in sites else {"kappa": data.lengths.shape}
-        start_keys = dict(zip(shapes, jax.random.split(start_key, len(shapes)), strict=True))
-        start = {name: jax.random.uniform(start_keys[name], shape, minval=-1.0) for name, shape in shapes.items()}
+        sizes = {name: (1, width) for name, width in shapes.items()} | ({} if "kappa" in sites else {"kappa": (1,)})
+        start_keys = dict(zip(sizes, jax.random.split(start_key, len(sizes)), strict=True))
+        start = {name: jax.random.uniform(start_keys[name], size, minval=-1.0) for name, size in sizes.items()}
         init, sample = hmc(partial(potential_energy, _program, arguments, {}), algo="NUTS")
         state = init(start, warmup, target_accept_prob=0.8, max_tree_depth=8, rng_key=key)
 

@@ -7,7 +7,7 @@ simulated ones.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,8 +20,10 @@ from tqdm.auto import tqdm
 
 from bayes_dispatch.concatenations import RealPrompts, smooth
 from bayes_dispatch.fitting import GlobalsPosterior, isolated
-from bayes_dispatch.generative import DispatchModel, Prompts
+from bayes_dispatch.generative import DispatchModel
 from bayes_dispatch.guides import GuideSettings, MixtureGuide, encode, encoded_width
+from bayes_dispatch.prompts import Prompts
+from bayes_dispatch.views import View
 
 __all__ = ["Simulations", "choose_temper", "fit_guide", "simulate", "train_guide"]
 
@@ -56,22 +58,34 @@ def fit_guide(
         The guide and τ.
     """
     pure, mixed = real.groups()
-    source = real if len(pure) + len(mixed) else None
     warm = int(WARM_UP * settings.steps)
     bars = ("guide, every temper", "guide, chosen temper") if progress else (None, None)
     rate = settings.learning_rate
     with isolated(seed):
-        widths = {view.name: view.width for view in model.views}
-        guide = MixtureGuide(encoded_width(widths), model.n_experts + 1, settings)
+        guide = MixtureGuide(encoded_width(model.views, model.n_experts + 1), model.n_experts + 1, settings)
+        shares = model.label_shares(posterior.center()["pi"])
         span = (min(settings.tempers), max(settings.tempers))
         simulations = simulate(model, posterior, like, settings.simulations, settings, span, DROPOUT)
-        guide.standardise_by(simulations.inputs())
-        train_guide(guide, simulations, None, 1.0, settings, warm, rate, bars[0])
+        guide.standardise_by(simulations.inputs(model.views))
+
+        def present(prompts: Prompts, temper: float) -> Tensor:
+            return torch.from_numpy(encode(model.views, prompts, temper, shares)).to(prompts.lengths)
+
+        train_guide(guide, simulations.inputs(model.views), simulations.weights, None, settings, warm, rate, bars[0])
         if not len(held_out[0]) and len(pure):
             held_out = real.concatenate(300)
-        temper = choose_temper(guide, held_out[0], smooth(held_out[1]), settings.tempers) if len(held_out[0]) else 1.0
+        temper = 1.0
+        if len(held_out[0]):
+            temper = choose_temper(guide, present, held_out[0], smooth(held_out[1]), settings.tempers)
         simulations = simulate(model, posterior, like, settings.simulations, settings, (temper, temper), DROPOUT)
-        train_guide(guide, simulations, source, temper, settings, settings.steps - warm, rate / 2, bars[1])
+
+        def pairs(count: int) -> tuple[Tensor, Tensor]:
+            prompts, weights = real(count)
+            return present(prompts, temper), weights
+
+        source = pairs if len(pure) + len(mixed) else None
+        inputs, left = simulations.inputs(model.views), settings.steps - warm
+        train_guide(guide, inputs, simulations.weights, source, settings, left, rate / 2, bars[1])
     return guide, temper
 
 
@@ -83,15 +97,17 @@ class Simulations:
         prompts: every view observed.
         weights: ``(N, K+1)``.
         tempers: ``(N,)``.
+        shares: ``(N, K+1)`` label shares of the prior that they were drawn from.
     """
 
     prompts: Prompts
     weights: Tensor
     tempers: Tensor
+    shares: Tensor
 
-    def inputs(self) -> Float[Tensor, "prompt inputs"]:
+    def inputs(self, views: Sequence[View]) -> Float[Tensor, "prompt inputs"]:
         """The encoded evidence ``(N, I)``."""
-        return encode(self.prompts, self.tempers)
+        return torch.from_numpy(encode(views, self.prompts, self.tempers, self.shares)).to(self.weights)
 
 
 def simulate(
@@ -103,6 +119,7 @@ def simulate(
     tempers: tuple[float, float],
     dropout: float = 0.0,
     weights: Float[Tensor, "prompt weight"] | None = None,
+    shares: Float[Tensor, " weight"] | None = None,
 ) -> Simulations:
     """Draw prompts from the fitted program with torch's generator.
 
@@ -115,6 +132,8 @@ def simulate(
         tempers: range of τ, log-uniform.
         dropout: chance that a prompt lacks a view, or its length, that its real counterpart has.
         weights: ``(count, K+1)`` to draw evidence at; drawn from the prior by default.
+        shares: ``(K+1,)`` ``pi`` of that prior. By default each prompt has its own, half of them from the program's
+            prior of ``pi`` and half from a flat one, so that a guide learns to serve any.
 
     Returns:
         The simulated prompts.
@@ -124,23 +143,24 @@ def simulate(
     for rows in torch.arange(count).chunk(min(settings.global_draws, count)):
         prompts = _drop(like.select(torch.randint(len(like), (len(rows),))), dropout)
         known = None if weights is None else weights[rows]
-        sites = posterior.draw() | {"kappa": torch.exp(low + (high - low) * torch.rand(len(rows)))}
+        pi = _draw_shares(model, len(rows)) if shares is None else shares.expand(len(rows), -1)
+        sites = posterior.draw() | {"kappa": torch.exp(low + (high - low) * torch.rand(len(rows))), "pi": pi}
         tau = torch.exp(torch.empty(len(rows)).uniform_(*np.log(tempers)))
         blank = replace(prompts, known=known)
         with torch.no_grad():
             nodes: Any = poutine.trace(model.sample_prompts).get_trace(sites, blank, tau).nodes
         observed = {view.name: nodes[view.name]["value"] for view in model.views}
         drawn = nodes["w"]["value"] if known is None else known
-        pieces.append((replace(prompts, observed=observed), drawn, tau))
-    prompts, drawn, taus = zip(*pieces, strict=True)
-    return Simulations(_stack(prompts), torch.cat(drawn), torch.cat(taus))
+        pieces.append((replace(prompts, observed=observed), drawn, tau, model.label_shares(pi)))
+    parts, drawn, taus, priors = zip(*pieces, strict=True)
+    return Simulations(Prompts.concatenate(parts), torch.cat(drawn), torch.cat(taus), torch.cat(priors))
 
 
 def train_guide(
     guide: MixtureGuide,
-    simulations: Simulations,
-    real: RealPrompts | None,
-    temper: float,
+    inputs: Float[Tensor, "prompt inputs"],
+    targets: Float[Tensor, "prompt weight"],
+    real: Callable[[int], tuple[Tensor, Tensor]] | None,
     settings: GuideSettings,
     steps: int,
     learning_rate: float,
@@ -150,9 +170,9 @@ def train_guide(
 
     Args:
         guide: the network; its standardisation is set.
-        simulations: the training prompts.
-        real: source of real prompts of known weights; ``None`` trains on simulations alone.
-        temper: τ that real prompts are presented with.
+        inputs: encoded evidence of the simulated prompts.
+        targets: ``(N, K+1)`` their weights.
+        real: gives encoded evidence and weights of so many real prompts; ``None`` trains on simulations alone.
         settings: batch sizes and shares.
         steps: optimiser steps.
         learning_rate: at the start, cosine to zero.
@@ -161,7 +181,6 @@ def train_guide(
     Returns:
         The loss of each step, nats per prompt.
     """
-    inputs, targets = simulations.inputs(), simulations.weights
     optimiser = torch.optim.Adam(guide.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     n_real = round(settings.real_share * settings.batch_size) if real is not None else 0
@@ -170,10 +189,9 @@ def train_guide(
         rows = torch.randint(len(targets), (settings.batch_size - n_real,))
         batch, weights = inputs[rows], targets[rows]
         if real is not None and n_real:
-            prompts, known = real(n_real)
-            batch = torch.cat([batch, encode(prompts, torch.full((n_real,), temper))])
-            weights = torch.cat([weights, known])
-        loss = -guide(batch).log_prob(weights.clamp(min=1e-13)).mean()
+            encoded, known = real(n_real)
+            batch, weights = torch.cat([batch, encoded]), torch.cat([weights, known])
+        loss = -guide(batch, weights).mean()
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(guide.parameters(), 5.0)
@@ -183,13 +201,28 @@ def train_guide(
     return np.array(losses)
 
 
-def choose_temper(guide: MixtureGuide, prompts: Prompts, weights: Tensor, tempers: tuple[float, ...]) -> float:
-    """The τ under which held-out documents of known mixture are likeliest: largest mean ``log q(w | evidence, τ)``."""
+def choose_temper(
+    guide: MixtureGuide,
+    present: Callable[[Prompts, float], Tensor],
+    prompts: Prompts,
+    weights: Tensor,
+    tempers: tuple[float, ...],
+) -> float:
+    """The τ under which held-out documents of known mixture are likeliest: largest mean ``log q(w | evidence, τ)``.
+
+    ``present`` encodes prompts at a τ.
+    """
     with torch.no_grad():
-        scores = [
-            float(guide(encode(prompts, torch.full((len(prompts),), tau))).log_prob(weights).mean()) for tau in tempers
-        ]
+        scores = [float(guide(present(prompts, tau), weights).mean()) for tau in tempers]
     return tempers[int(np.argmax(scores))]
+
+
+def _draw_shares(model: DispatchModel, count: int) -> Float[Tensor, "prompt weight"]:
+    """Shares ``pi`` that a dispatcher may come to serve."""
+    flat = torch.distributions.Dirichlet(torch.ones(model.n_experts + 1))
+    prior: Any = model.shares_prior()
+    drawn = torch.stack([prior.sample((count,)), flat.sample((count,))], 1)
+    return drawn[torch.arange(count), torch.randint(2, (count,))]
 
 
 def _drop(prompts: Prompts, chance: float) -> Prompts:
@@ -197,12 +230,3 @@ def _drop(prompts: Prompts, chance: float) -> Prompts:
     missing = {name: mask | (torch.rand(len(prompts)) < chance) for name, mask in prompts.missing.items()}
     lengths = torch.where(torch.rand(len(prompts)) < chance, torch.zeros(()), prompts.lengths)
     return Prompts(lengths, prompts.totals, missing)
-
-
-def _stack(parts: Sequence[Prompts]) -> Prompts:
-    return Prompts(
-        torch.cat([p.lengths for p in parts]),
-        torch.cat([p.totals for p in parts]),
-        {name: torch.cat([p.missing[name] for p in parts]) for name in parts[0].missing},
-        {name: torch.cat([p.observed[name] for p in parts]) for name in parts[0].observed},
-    )

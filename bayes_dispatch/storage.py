@@ -35,7 +35,7 @@ def write_directory(path: Path, kind: str, document: Mapping[str, Any], arrays: 
     if path.exists() and not path.is_dir():
         raise BundleError(f"expected a directory at {path}, got a file")
     path.mkdir(parents=True, exist_ok=True)
-    tensors = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+    tensors = save({name: np.asarray(array, order="C") for name, array in arrays.items()})
     body = {"format": kind, **document}
     text = json.dumps({**body, "digest": _digest(body, tensors)}, indent=1)
     contents = {f"{kind}.safetensors": tensors, f"{kind}.json": text.encode()}

@@ -11,16 +11,9 @@ from pyro import poutine
 from scipy import stats
 from torch import Tensor
 
-from bayes_dispatch.generative import (
-    FLOOR,
-    CountsView,
-    DispatchModel,
-    HiddenView,
-    Prompts,
-    View,
-    label_informed_start,
-    length_factor,
-)
+from bayes_dispatch.generative import FLOOR, DispatchModel, label_informed_start
+from bayes_dispatch.prompts import Prompts
+from bayes_dispatch.views import CountsView, VectorsView, View, length_factor
 
 K, D, C, N = 3, 2, 4, 6
 
@@ -39,7 +32,7 @@ def prompts(seed: int = 0) -> Prompts:
     missing = {name: torch.zeros(N, dtype=torch.bool) for name in ("hidden", "counts")}
     observed = {"hidden": torch.tensor(rng.normal(size=(N, D))), "counts": counts}
     lengths = torch.tensor([0.0, 1.0, 20.0, 50.0, 128.0, 50.0])
-    return Prompts(lengths, counts.sum(-1), missing, observed, torch.tensor([0, 1, 2, -1, -1, 0]))
+    return Prompts(lengths, {"counts": counts.sum(-1)}, missing, observed, torch.tensor([0, 1, 2, -1, -1, 0]))
 
 
 def simplex(seed: int, *shape: int) -> Tensor:
@@ -49,7 +42,7 @@ def simplex(seed: int, *shape: int) -> Tensor:
 def globals_(seed: int = 0) -> dict[str, Tensor]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return DispatchModel(K, (HiddenView(D), CountsView(C))).sample_globals()
+        return DispatchModel(K, (VectorsView(D), CountsView(C))).sample_globals()
 
 
 def density(model: DispatchModel, values: Mapping[str, Tensor], data: Prompts, temper: Tensor | None = None) -> Tensor:
@@ -58,7 +51,7 @@ def density(model: DispatchModel, values: Mapping[str, Tensor], data: Prompts, t
     return poutine.trace(program).get_trace(values, data, temper).log_prob_sum()
 
 
-both = DispatchModel(K, (HiddenView(D), CountsView(C)))
+both = DispatchModel(K, (VectorsView(D), CountsView(C)))
 
 
 def test_density_by_hand() -> None:
@@ -127,7 +120,7 @@ def test_labels_alone_are_conjugate() -> None:
     """Without views the posterior of w is Dirichlet(prior + one-hot): differences of log densities show it."""
     sites, a, b = globals_(), simplex(1, N, K + 1), simplex(2, N, K + 1)
     alone = DispatchModel(K, ())
-    data = Prompts(torch.zeros(N), torch.zeros(N), {}, labels=torch.tensor([0, 1, 2, -1, -1, 0]))
+    data = Prompts(torch.zeros(N), {}, {}, labels=torch.tensor([0, 1, 2, -1, -1, 0]))
     onehot = torch.cat([torch.eye(K + 1)[:K], torch.zeros(1, K + 1)])[data.labels]
     posterior = torch.distributions.Dirichlet(alone.prior_concentration(sites) + onehot)
     got = density(alone, {**sites, "w": a}, data) - density(alone, {**sites, "w": b}, data)
@@ -167,7 +160,7 @@ def test_length_factor() -> None:
 
 
 def test_views_are_views() -> None:
-    assert isinstance(HiddenView(3), View)
+    assert isinstance(VectorsView(3), View)
     assert isinstance(CountsView(3), View)
 
 
@@ -179,7 +172,7 @@ def test_ragged_counts() -> None:
     totals = torch.tensor([0.0, 1.0, 7.0, 60.0])
     sites = globals_(4) | {"conc": torch.tensor(3.0)}
     weights, draws = simplex(5, 4, K + 1), 20_000
-    data = Prompts(torch.zeros(4), totals, {})
+    data = Prompts(torch.zeros(4), {"counts": totals}, {})
     likelihood = CountsView(C).likelihood(sites, weights, data, torch.ones(4))
     with torch.random.fork_rng():
         torch.manual_seed(0)

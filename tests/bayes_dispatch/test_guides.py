@@ -10,11 +10,14 @@ from pyro import poutine
 from scipy import stats
 from scipy.special import logsumexp
 
+from bayes_dispatch.dirichlet_mixtures import DirichletMixtures
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.fitting import GlobalsPosterior, isolated
-from bayes_dispatch.generative import DispatchModel, Prompts
-from bayes_dispatch.guides import DirichletMixtures, GuideSettings, LocalDirichlet, MixtureGuide, encode, encoded_width
+from bayes_dispatch.generative import DispatchModel
+from bayes_dispatch.guides import RESOLUTION, GuideSettings, LocalDirichlet, MixtureGuide, encode, encoded_width
+from bayes_dispatch.prompts import Prompts
 from bayes_dispatch.sleep import simulate, train_guide
+from bayes_dispatch.views import CountsView, VectorsView
 
 if TYPE_CHECKING:
     from bayes_dispatch.dispatcher import Dispatcher
@@ -27,14 +30,14 @@ def mixtures(rows: int = 8, components: int = 3, weights: int = 4, seed: int = 0
     return DirichletMixtures(rng.dirichlet(np.ones(components), rows), concentration)
 
 
-def generators(rows: int, seed: int = 0) -> list[np.random.Generator]:
-    return [np.random.default_rng((seed, row)) for row in range(rows)]
+def keys(rows: int, seed: int = 0) -> np.ndarray:
+    return np.arange(rows, dtype=np.uint64) + np.uint64(1_000 * seed)
 
 
 def test_draws_have_the_exact_mean() -> None:
     """20,000 draws of 8 mixtures within 5 standard errors of the closed form: 32 comparisons, false alarm < 1e-4."""
     guide, draws = mixtures(), 20_000
-    drawn = guide.draw(draws, generators(8))
+    drawn = guide.draw(draws, keys(8))
     assert drawn.shape == (draws, 8, 4)
     np.testing.assert_allclose(drawn.sum(-1), 1, atol=1e-12)
     assert (drawn >= 0).all()
@@ -45,14 +48,14 @@ def test_draws_follow_their_distribution() -> None:
     """The first weight of a single Dirichlet is Beta: a Kolmogorov–Smirnov test at level 1e-4, fixed seed."""
     for alpha in ([0.02, 0.05, 0.9], [0.5, 1.5, 3.0], [40.0, 10.0, 5.0]):
         guide = DirichletMixtures(np.ones((1, 1)), np.array([[alpha]]))
-        first = guide.draw(5_000, generators(1))[:, 0, 0]
+        first = guide.draw(5_000, keys(1))[:, 0, 0]
         assert stats.kstest(first, stats.beta(alpha[0], sum(alpha[1:])).cdf).pvalue > 1e-4
 
 
 def test_probability_best_is_that_of_draws() -> None:
     """Quadrature within 5 standard errors of 20,000 draws, and .004 of its own; false alarm < 1e-4, fixed seed."""
     guide, draws = mixtures(), 20_000
-    best = guide.draw(draws, generators(8)).argmax(-1)
+    best = guide.draw(draws, keys(8)).argmax(-1)
     shares = np.stack([(best == k).mean(0) for k in range(4)], -1)
     got = guide.probability_best()
     np.testing.assert_allclose(got.sum(-1), 1, atol=1e-12)
@@ -69,71 +72,106 @@ def test_probability_best_in_closed_form(scale: float) -> None:
 
 
 def test_a_prompts_draws_are_its_own() -> None:
-    """They depend on its mixture and its generator, neither on the others nor on their number."""
+    """They depend on its mixture and its key, neither on the others nor on their number."""
     guide = mixtures()
-    all_draws = guide.draw(5, generators(8))
+    all_draws = guide.draw(5, keys(8))
     rows = [6, 1]
     some = DirichletMixtures(guide.shares[rows], guide.concentration[rows])
-    drawn = some.draw(5, [generators(8)[row] for row in rows])
+    drawn = some.draw(5, keys(8)[rows])
     assert np.array_equal(drawn, all_draws[:, rows])
-    assert not np.array_equal(guide.draw(5, generators(8, seed=1)), all_draws)
+    assert not np.array_equal(guide.draw(5, keys(8, seed=1)), all_draws)
+
+
+VIEWS = (VectorsView(2), CountsView(3))
+SHARES = np.array([0.4, 0.3, 0.2, 0.1])
+
+
+def encoded(prompts: Prompts, temper: float = 1.0) -> torch.Tensor:
+    return torch.from_numpy(encode(VIEWS, prompts, temper, SHARES))
 
 
 def network(weights: int = 4) -> tuple[MixtureGuide, Prompts]:
     """A guide of random weights, and prompts that lack some views and lengths."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        guide = MixtureGuide(encoded_width({"hidden": 2, "counts": 3}), weights, GuideSettings(hidden=8)).double()
+        guide = MixtureGuide(encoded_width(VIEWS, weights), weights, GuideSettings(hidden=8)).double()
         observed = {"hidden": torch.randn(6, 2).double(), "counts": torch.randint(0, 9, (6, 3)).double()}
     missing = {"hidden": torch.arange(6) % 3 == 1, "counts": torch.arange(6) % 4 == 2}
     lengths = torch.tensor([0.0, 5.0, 9.0, 50.0, 100.0, 7.0]).double()
-    return guide, Prompts(lengths, observed["counts"].sum(-1), missing, observed)
+    return guide, Prompts(lengths, {"counts": observed["counts"].sum(-1)}, missing, observed)
 
 
 def test_encoding() -> None:
     """As wide as promised, finite, and blind to what missing rows hold."""
     _, prompts = network()
-    tau = torch.full((6,), 2.0).double()
-    inputs = encode(prompts, tau)
-    assert inputs.shape == (6, encoded_width({"hidden": 2, "counts": 3}))
+    inputs = encoded(prompts, 2.0)
+    assert inputs.shape == (6, encoded_width(VIEWS, 4))
     assert torch.isfinite(inputs).all()
     changed = {name: values + 100 * prompts.missing[name].unsqueeze(-1) for name, values in prompts.observed.items()}
-    assert torch.equal(encode(replace(prompts, observed=changed), tau), inputs)
-    assert not torch.equal(encode(prompts, tau / 2), inputs)
+    assert torch.equal(encoded(replace(prompts, observed=changed), 2.0), inputs)
+    assert not torch.equal(encoded(prompts, 1.0), inputs)
     doubled = {**prompts.observed, "counts": 2 * prompts.observed["counts"]}
-    torch.testing.assert_close(encode(replace(prompts, observed=doubled), tau), inputs)  # counts enter as shares
+    torch.testing.assert_close(encoded(replace(prompts, observed=doubled), 2.0), inputs)  # counts enter as shares
+    other = torch.from_numpy(encode(VIEWS, prompts, torch.full((6,), 2.0).double(), np.tile(SHARES[::-1], (6, 1))))
+    assert torch.equal(other[:, :-4], inputs[:, :-4])
+    assert torch.equal(other[:, -4:], inputs[:, -4:].flip(-1))
 
 
 def test_network_density() -> None:
-    """Its log density is the mixture's, by SciPy."""
+    """Its log density is the mixture's, by SciPy, where no weight is small; and the compiled network is the network."""
     guide, prompts = network()
-    inputs = encode(prompts, torch.ones(6).double())
-    w = np.random.default_rng(0).dirichlet(np.ones(4), 6)
+    inputs = encoded(prompts)
+    w = np.random.default_rng(0).dirichlet(np.full(4, 3.0), 6)
     with torch.no_grad():
         logits, concentration = guide.parameters_of(inputs)
-        got = guide(inputs).log_prob(torch.tensor(w)).numpy()
+        got = guide(inputs, torch.tensor(w)).numpy()
     assert (concentration > 0.02).all()
     by_hand = [
         logsumexp([float(s) + stats.dirichlet(a.numpy()).logpdf(row) for s, a in zip(share, alpha, strict=True)])
         for share, alpha, row in zip(logits, concentration, w, strict=True)
     ]
     np.testing.assert_allclose(got, by_hand, rtol=1e-9)
+    answer = guide.compiled()(inputs.numpy())
+    np.testing.assert_allclose(answer.shares, logits.exp().numpy(), rtol=1e-9)
+    np.testing.assert_allclose(answer.concentration, concentration.numpy(), rtol=1e-9)
+    np.testing.assert_allclose(answer.log_prob(w), got, rtol=1e-9)
+
+
+def test_small_weights_count_by_their_probability() -> None:
+    """Whatever lies below the resolution has one density: its mean there, which integrates to the probability."""
+    guide, prompts = network(3)
+    inputs = torch.from_numpy(encode(VIEWS, prompts, 1.0, np.array([0.5, 0.3, 0.2])))
+    with torch.no_grad():
+        tiny, tinier = (guide(inputs, torch.tensor([[w, 0.4, 0.6 - w]]).double().expand(6, 3)) for w in (9e-5, 1e-30))
+        torch.testing.assert_close(tiny, tinier, atol=2e-3, rtol=0)
+        answer = guide.compiled()(inputs.numpy())
+    # integral over w_1 in (0, resolution) at w_2 : w_3 = 2 : 3, by quadrature in log w_1, of the exact density
+    logs = np.linspace(np.log(1e-300), np.log(RESOLUTION), 20_001)
+    grid = np.exp(logs)
+    points = np.stack([grid, 0.4 * (1 - grid), 0.6 * (1 - grid)], -1)[:, None]
+    density = np.exp(answer.log_prob(np.broadcast_to(points, (len(grid), 6, 3))) + logs[:, None])
+    expected = np.trapezoid(density, logs, axis=0)
+    np.testing.assert_allclose(RESOLUTION * tiny.exp().numpy(), expected, rtol=5e-3)
 
 
 def test_a_batch_is_its_rows() -> None:
     guide, prompts = network()
+    answer = guide.compiled()
     with torch.no_grad():
-        whole = guide.parameters_of(encode(prompts, torch.ones(6).double()))
-        for row in range(6):
-            one = guide.parameters_of(encode(prompts.select(torch.tensor([row])), torch.ones(1).double()))
-            for a, b in zip(whole, one, strict=True):
-                torch.testing.assert_close(a[row : row + 1], b, atol=1e-12, rtol=1e-12)
+        whole = guide.parameters_of(encoded(prompts))
+    for row in range(6):
+        inputs = encoded(prompts.select(torch.tensor([row])))
+        with torch.no_grad():
+            one = guide.parameters_of(inputs)
+        for a, b in zip(whole, one, strict=True):
+            torch.testing.assert_close(a[row : row + 1], b, atol=1e-12, rtol=1e-12)
+        np.testing.assert_allclose(answer(inputs.numpy()).concentration, one[1].numpy(), rtol=1e-9)
 
 
 def test_local_guide_starts_at_labels() -> None:
-    prompts = Prompts(torch.zeros(3), torch.zeros(3), {}, labels=torch.tensor([2, -1, 0]))
+    prompts = Prompts(torch.zeros(3), {}, {}, labels=torch.tensor([2, -1, 0]))
     with isolated(0):
-        local = LocalDirichlet(prompts, 4, None)
+        local = LocalDirichlet(prompts, 4)
         start = local.concentration.detach()
         assert start.argmax(-1)[[0, 2]].tolist() == [2, 0]
         assert start[1].std() == pytest.approx(0, abs=1e-6)
@@ -200,14 +238,15 @@ def test_the_trained_guide_against_exact_inference(trained: "Dispatcher") -> Non
     )
     settings = GuideSettings(hidden=64, simulations=10_000, global_draws=5)
     with isolated(0):
-        guide = MixtureGuide(encoded_width({v.name: v.width for v in state.model.views}), 4, settings)
-        simulations = simulate(state.model, fixed, state.like, 10_000, settings, (1.0, 1.0))
-        guide.standardise_by(simulations.inputs())
-        losses = train_guide(guide, simulations, None, 1.0, settings, 1_500, 2e-3)
-        new = simulate(state.model, fixed, state.like, 40, settings, (1.0, 1.0))
+        guide = MixtureGuide(encoded_width(state.model.views, 4), 4, settings)
+        shares = fixed.center()["pi"]
+        simulations = simulate(state.model, fixed, state.like, 10_000, settings, (1.0, 1.0), shares=shares)
+        inputs = simulations.inputs(state.model.views)
+        guide.standardise_by(inputs)
+        losses = train_guide(guide, inputs, simulations.weights, None, settings, 1_500, 2e-3)
+        new = simulate(state.model, fixed, state.like, 40, settings, (1.0, 1.0), shares=shares)
         exact, errors = exact_means(state.model, fixed.center(), new.prompts, settings.kappa, 20_000)
-        with torch.no_grad():
-            got = guide(new.inputs()).mean.numpy()
+        got = guide.compiled()(new.inputs(state.model.views).double().numpy()).mean
     assert losses[-100:].mean() < losses[:20].mean()
     sharp = errors.max(1) < 0.02
     assert sharp.mean() > 0.7

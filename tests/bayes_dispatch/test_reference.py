@@ -20,10 +20,11 @@ from torch import Tensor
 from bayes_dispatch import reference
 from bayes_dispatch.distances import agreement
 from bayes_dispatch.errors import ConfigError, MissingDependencyError, TensorError
-from bayes_dispatch.fitted import VIEWS
-from bayes_dispatch.generative import DispatchModel, Prompts
+from bayes_dispatch.generative import DispatchModel, OneLabelModel
 from bayes_dispatch.posterior import DispatchPosterior
+from bayes_dispatch.prompts import Prompts
 from bayes_dispatch.reference import ReferencePosterior, conditional_posterior, joint_posterior, log_density
+from bayes_dispatch.views import KINDS, floored
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,8 +41,12 @@ def float64() -> Iterator[None]:
     torch.set_default_dtype(torch.float32)
 
 
+KIND_OF = {"hidden": "vectors", "counts": "counts", "surprise": "surprise", "keywords": "counts"}
+KIND_OF |= {"embedding": "vectors", "classifier": "probabilities"}
+
+
 def program(n_experts: int, **widths: int) -> DispatchModel:
-    return DispatchModel(n_experts, tuple(VIEWS[name](width) for name, width in widths.items()))
+    return DispatchModel(n_experts, tuple(KINDS[KIND_OF[name]](width, name) for name, width in widths.items()))
 
 
 def draw_globals(model: DispatchModel, seed: int) -> dict[str, Tensor]:
@@ -54,16 +59,18 @@ def draw_prompts(model: DispatchModel, count: int, seed: int) -> Prompts:
     """Any evidence at all: the density is compared, not the fit."""
     rng = np.random.default_rng(seed)
     observed = {
-        v.name: torch.tensor(
+        v.name: torch.as_tensor(
             rng.integers(0, 30, (count, v.width)) * 1.0
-            if v.name == "counts"
+            if v.kind == "counts"
+            else floored(torch.tensor(rng.dirichlet(np.full(v.width, 0.1), count)))
+            if v.kind == "probabilities"
             else 3 * rng.standard_t(2, (count, v.width))
         )
         for v in model.views
     }
     missing = {v.name: torch.tensor(rng.random(count) < 0.3) for v in model.views}
     lengths = torch.tensor(np.where(rng.random(count) < 0.3, 0.0, rng.integers(1, 500, count)))
-    totals = observed["counts"].sum(-1) if "counts" in observed else torch.zeros(count)
+    totals = {v.name: observed[v.name].sum(-1) for v in model.views if v.kind == "counts"}
     return Prompts(lengths, totals, missing, observed)
 
 
@@ -82,6 +89,8 @@ PROGRAMS = [
     (program(3, hidden=2), 1),
     (program(2, counts=3), 4),
     (program(5), 6),
+    (program(3, surprise=2, classifier=3, keywords=4, embedding=2), 5),
+    (replace(program(5, hidden=2), families=(0, 1, 0, 2, 1), prior=(1.0, 2.0, 3.0, 9.0, 0.5, 2.0)), 4),
 ]
 
 
@@ -129,11 +138,18 @@ def test_log_density_is_that_of_pyro(
 
 
 def test_every_view_has_a_twin() -> None:
-    """Views of a bundle, with the same globals as in the Pyro program."""
-    assert reference.TWINS.keys() == VIEWS.keys()
-    for name, view in VIEWS.items():
-        model = DispatchModel(2, (view(3),))
-        assert set(reference.TWINS[name](3).globals) == draw_globals(model, 0).keys() - {"pi", "kappa"}
+    """Every kind of view, with the same globals as in the Pyro program."""
+    assert reference.TWINS.keys() == KINDS.keys()
+    for kind, view in KINDS.items():
+        for name in ("other", kind):
+            model = DispatchModel(2, (view(3, name),))
+            assert set(reference.TWINS[kind](3, name).globals) == draw_globals(model, 0).keys() - {"pi", "kappa"}
+
+
+def test_the_one_label_program_has_no_twin() -> None:
+    model = OneLabelModel(2, program(2, hidden=2).views)
+    with pytest.raises(ConfigError, match=r"expected an admixture, got OneLabelModel"):
+        log_density(model, draw_prompts(model, 3, 0), {})
 
 
 def test_log_density_wants_every_site() -> None:
@@ -224,7 +240,7 @@ def test_evidence_by_quadrature() -> None:
     shares = torch.linspace(0.0, 1.0, count).unsqueeze(-1)
     observed = {"hidden": shares * sites["M"] + 0.3, "counts": (40 * shares * sites["Phi"] + 3).round()}
     missing = {"hidden": prompts.missing["hidden"], "counts": ~prompts.missing["hidden"] & prompts.missing["counts"]}
-    prompts = replace(prompts, observed=observed, totals=observed["counts"].sum(-1), missing=missing)
+    prompts = replace(prompts, observed=observed, totals={"counts": observed["counts"].sum(-1)}, missing=missing)
     temper = torch.linspace(0.5, 2.0, count)
     found = conditional_posterior(model, prompts, NAMES[:1], sites, draws=1000, warmup=500, seed=0, temper=temper)
     assert found.r_hat.max() < 1.02
@@ -306,7 +322,7 @@ def test_posteriors_know_their_chains() -> None:
     weights = rng.dirichlet([2.0, 3.0], (4 * 100, 3))
     weights[:100, 1] = rng.dirichlet([30.0, 3.0], 100)
     weights[:, 2] = [0.25, 0.75]
-    found = ReferencePosterior(weights, ("a", "base"), 4)
+    found = ReferencePosterior(weights, ("a", "base"), chains=4)
     assert isinstance(found, DispatchPosterior)
     assert found.r_hat[0] == pytest.approx([1, 1], abs=0.02)
     assert (found.r_hat[1] > 1.2).all()

@@ -1,0 +1,192 @@
+"""Importance sampling of the weights: from the guide's answer to the posterior of the fitted program.
+
+Proposals come from the guide's mixture of Dirichlets, each beside one draw of the globals, so that their uncertainty is
+carried through: the weights of the proposals are those of the joint posterior. The prior's precision is summed out over
+a grid. Pareto smoothing (PSIS; Vehtari et al. 2024) steadies the weights, and its k-hat says, for each prompt, whether
+they can be trusted (below .7).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+from bayes_dispatch.dirichlet_mixtures import NO_FAMILIES, DirichletMixtures
+from bayes_dispatch.generative import DispatchModel
+from bayes_dispatch.importance_kernels import (
+    counts_density,
+    draw_weights,
+    pareto_smooth,
+    probabilities_density,
+    resample,
+    vectors_density,
+)
+from bayes_dispatch.prompts import Prompts
+from bayes_dispatch.views import View, length_factor, site
+
+__all__ = ["ImportanceSampler", "Weighted"]
+
+GRID = 8  # precisions of the prior
+MEMORY = 2**22  # numbers of proposals at a time
+
+
+class Weighted(NamedTuple):
+    """Weighted proposals of N prompts.
+
+    Attributes:
+        proposals: ``(N, P, K+1)``.
+        log_weights: ``(N, P)`` Pareto-smoothed, normalised.
+        k_hat: ``(N,)`` shape of the ratios' tail; above .7 the weights are not to be trusted.
+        log_evidence: ``(N,)`` log density of the evidence under the fitted program, in nats.
+    """
+
+    proposals: np.ndarray
+    log_weights: np.ndarray
+    k_hat: np.ndarray
+    log_evidence: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class ImportanceSampler:
+    """The fitted program's densities, tabulated for G draws of its globals.
+
+    Args:
+        model: the program.
+        sites: G draws of its globals.
+        temper: noise temper τ.
+        kappa: range of the prior's precision, log-uniform.
+    """
+
+    model: DispatchModel
+    sites: Sequence[Mapping[str, Tensor]]
+    temper: float
+    kappa: tuple[float, float]
+    _tables: dict[str, dict[str, np.ndarray]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tables = {view.name: _tabulate(view, self.sites, self.temper) for view in self.model.views}
+        object.__setattr__(self, "_tables", tables)
+
+    def __call__(
+        self,
+        mixtures: DirichletMixtures,
+        prompts: Prompts,
+        shares: Float[np.ndarray, " weight"],
+        proposals: int,
+        keys: Shaped[np.ndarray, " prompt"],
+    ) -> Weighted:
+        """Draw and weigh proposals.
+
+        Args:
+            mixtures: the guide's answer for N prompts.
+            prompts: their evidence, float64.
+            shares: ``(K+1,)`` ``pi`` of the prior.
+            proposals: P for each prompt.
+            keys: ``(N,)`` seeds; a prompt's proposals depend on its own only.
+
+        Returns:
+            The weighted proposals.
+        """
+        step = max(1, MEMORY // (proposals * (self.model.n_experts + 1)))
+        parts = [
+            self._weigh(
+                DirichletMixtures(mixtures.shares[rows], mixtures.concentration[rows]),
+                prompts if len(prompts) <= step else prompts.select(torch.from_numpy(rows)),
+                shares,
+                proposals,
+                keys[rows],
+            )
+            for rows in np.array_split(np.arange(len(prompts)), max(1, -(-len(prompts) // step)))
+        ]
+        return (
+            parts[0]
+            if len(parts) == 1
+            else Weighted(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+        )
+
+    def _weigh(
+        self,
+        mixtures: DirichletMixtures,
+        prompts: Prompts,
+        shares: np.ndarray,
+        proposals: int,
+        keys: np.ndarray,
+    ) -> Weighted:
+        count, width = len(prompts), self.model.n_experts + 1
+        weights, ratios = np.empty((count, proposals, width)), np.empty((count, proposals))
+        kappas = np.exp(_middle_points(math.log(self.kappa[0]), math.log(self.kappa[1]), GRID))
+        prior, families, top = _prior(self.model, shares, kappas)
+        draw_weights(keys, mixtures.shares, mixtures.concentration, kappas, prior, families, top, weights, ratios)
+        # The proposals of a prompt go through the draws of the globals in turn, from one that its key chooses.
+        chosen = (keys[:, None].astype(np.int64) + np.arange(proposals)) % len(self.sites)
+        for view in self.model.views:
+            self._add_density(view, prompts, weights, chosen, ratios)
+        highest = ratios.max(1)
+        log_evidence = highest + np.log(np.exp(ratios - highest[:, None]).mean(1))
+        k_hat = np.empty(count)
+        pareto_smooth(ratios, k_hat)
+        return Weighted(weights, ratios, k_hat, log_evidence)
+
+    def _add_density(
+        self, view: View, prompts: Prompts, weights: np.ndarray, chosen: np.ndarray, out: np.ndarray
+    ) -> None:
+        table, missing = self._tables[view.name], prompts.missing[view.name].numpy()
+        values = prompts.observed[view.name].double()
+        if view.kind in ("vectors", "surprise"):
+            factors = np.full((len(self.sites), len(prompts)), self.temper)
+            if view.kind == "vectors":
+                lengths = prompts.lengths.double()
+                factors *= length_factor(lengths, torch.from_numpy(table["lt"]).unsqueeze(-1)).numpy()
+            vectors_density(weights, chosen, values.numpy(), missing, factors, table["means"], table["variances"], out)
+        elif view.kind == "counts":
+            counts_density(weights, chosen, values.numpy(), missing, table["strengths"], table["classes"], out)
+        else:
+            probabilities_density(weights, chosen, values.numpy(), missing, table["strengths"], table["classes"], out)
+
+
+def draw_resampled(
+    weighted: Weighted, draws: int, keys: Shaped[np.ndarray, " prompt"]
+) -> Float[np.ndarray, "draw prompt weight"]:
+    """``(S, N, K+1)`` equally weighted draws, by systematic resampling, in random order."""
+    count, _, width = weighted.proposals.shape
+    drawn = np.empty((draws, count, width))
+    resample(keys, weighted.proposals, weighted.log_weights, drawn)
+    return drawn
+
+
+def _tabulate(view: View, sites: Sequence[Mapping[str, Tensor]], temper: float) -> dict[str, np.ndarray]:
+    """The globals of a view with base appended, for G draws: ``(G, K+1, ·)`` and ``(G,)``."""
+
+    def stack(parameter: str, base: float | None = None) -> np.ndarray:
+        values = np.stack([each[site(view, parameter)].double().numpy() for each in sites])
+        if base is None:
+            return values
+        last = np.full((len(values), 1, values.shape[-1]), base)
+        return np.ascontiguousarray(np.concatenate([values, last], 1))
+
+    if view.kind == "vectors":
+        return {"means": stack("M", 0.0), "variances": stack("s2", 1.0), "lt": stack("lt")}
+    if view.kind == "surprise":
+        return {"means": stack("a", 4.0), "variances": stack("a2", 9.0)}
+    return {"classes": stack("Phi", 1.0 / view.width), "strengths": stack("conc") / temper}
+
+
+def _prior(model: DispatchModel, shares: np.ndarray, kappas: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The prior's concentrations ``(J, K+1)`` at J precisions, families ``(K+1,)`` and their own ``(J, F)``."""
+    labels = model.label_shares(shares)
+    if model.tree is None:
+        return kappas[:, None] * labels, *NO_FAMILIES
+    families = np.array(model.tree)
+    sums = np.bincount(families, labels)
+    return kappas[:, None] * (labels / sums[families]), families, kappas[:, None] * sums
+
+
+def _middle_points(low: float, high: float, count: int) -> np.ndarray:
+    return low + (high - low) * (np.arange(count) + 0.5) / count

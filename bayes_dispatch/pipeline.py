@@ -1,0 +1,102 @@
+"""The fit of a dispatcher, stage by stage: projections, globals by SVI, temper and guide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from bayes_dispatch.concatenations import RealPrompts
+from bayes_dispatch.errors import EvidenceError
+from bayes_dispatch.features import FeatureMap, FeatureSettings, fit_feature_map
+from bayes_dispatch.fitted import FittedDispatcher, as_prompts
+from bayes_dispatch.fitting import FitReport, SVISettings, fit_globals
+from bayes_dispatch.generative import OneLabelModel
+from bayes_dispatch.guides import GuideSettings
+from bayes_dispatch.program import Admixture
+from bayes_dispatch.prompts import Prompts
+from bayes_dispatch.sleep import fit_guide
+from bayes_dispatch.training_set import TrainingSet
+from bayes_dispatch.views import KINDS
+
+__all__ = ["fit_parts", "refit_parts"]
+
+LIKE = 2_000  # prompts whose lengths and totals are kept for simulations
+
+
+def fit_parts(
+    experts: Sequence[str],
+    program: Admixture,
+    data: TrainingSet,
+    svi: SVISettings,
+    guide: GuideSettings,
+    features: FeatureSettings,
+    seed: int,
+    progress: bool,
+) -> tuple[FittedDispatcher, FitReport]:
+    """Fit everything anew.
+
+    Raises:
+        EvidenceError: none of the views that the program reads, or a view that next to no prompt has.
+    """
+    train, held_out = data.split(seed)
+    maps: dict[str, FeatureMap] = {}
+    mapped: dict[str, np.ndarray] = {}
+    views = []
+    for name, kind in program.kinds(list(data.evidence.views)).items():
+        values = data.evidence.views[name]
+        if kind in ("vectors", "surprise"):
+            present = train[~data.evidence.is_missing(name)[train]]
+            if len(present) < 2:
+                raise EvidenceError(f"expected at least 2 prompts with a view {name!r}, got {len(present)}")
+            if kind == "vectors":
+                maps[name], own = fit_feature_map(values[present], data.targets[present], features, seed)
+            else:
+                center, spread = values[present].mean(0), values[present].std(0) + 1e-8
+                maps[name], own = FeatureMap(center, np.diag(1 / spread)), (values[present] - center) / spread
+            mapped[name] = maps[name](values)
+            mapped[name][present] = own  # out-of-fold: as noisy as those of new prompts
+        views.append(KINDS[kind](mapped.get(name, values).shape[1], name))
+    model = program.model(experts, tuple(views))
+    every = as_prompts(model, data.evidence, mapped, svi.dtype)
+    posterior, report = fit_globals(model, data.observed(every, train), svi, seed, progress)
+    like = every.select(torch.from_numpy(train[np.linspace(0, len(train) - 1, min(len(train), LIKE)).astype(int)]))
+    parts = FittedDispatcher(model, posterior, maps, None, guide, 1.0, like.to(torch.float32).blank())
+    return _with_guide(parts, data, every, held_out, seed + 1, progress), report
+
+
+def refit_parts(
+    parts: FittedDispatcher, data: TrainingSet, svi: SVISettings, seed: int, progress: bool
+) -> tuple[FittedDispatcher, FitReport]:
+    """Fit globals, temper and guide to other evidence, from the globals as they are; the projections stay."""
+    train, held_out = data.split(seed)
+    every = parts.prompts(data.evidence).to(svi.dtype)
+    start = parts.globals.to(svi.dtype)
+    posterior, report = fit_globals(parts.model, data.observed(every, train), svi, seed, progress, start)
+    return _with_guide(replace(parts, globals=posterior), data, every, held_out, seed + 1, progress), report
+
+
+def _with_guide(
+    parts: FittedDispatcher, data: TrainingSet, every: Prompts, held_out: np.ndarray, seed: int, progress: bool
+) -> FittedDispatcher:
+    """The parts with a guide and a temper of their own; the one-label program needs neither."""
+    if isinstance(parts.model, OneLabelModel):
+        return parts
+    train = np.setdiff1d(np.arange(len(data.evidence)), held_out)
+    prompts = every.to(torch.float32)
+    weights = torch.as_tensor(data.targets, dtype=torch.float32)
+    single = parts.globals.to(torch.float32)
+    rows, other = torch.from_numpy(train), torch.from_numpy(held_out)
+    guide, temper = fit_guide(
+        parts.model,
+        single,
+        parts.like,
+        RealPrompts(prompts.select(rows), weights[rows]),
+        (prompts.select(other), weights[other]),
+        parts.settings,
+        seed,
+        progress,
+    )
+    return replace(parts, guide=guide, temper=temper)
