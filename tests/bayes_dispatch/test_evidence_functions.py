@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as effort
 from hypothesis import strategies as st
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
@@ -17,6 +18,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.svm import LinearSVC
 
 from bayes_dispatch import evidence_functions
+from bayes_dispatch.dispatcher import Dispatcher
 from bayes_dispatch.errors import BayesDispatchError, ConfigError, EvidenceError, PromptError
 from bayes_dispatch.evidence_functions import (
     ClassifierProbabilities,
@@ -129,7 +131,7 @@ def test_every_word_counts_once() -> None:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@effort(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(["def", "Square", "root", "return", "x", "don't", ", ", "\n", "-", "É"]), max_size=12))
 def test_a_row_sums_to_the_number_of_words(parts: list[str]) -> None:
     text = " ".join(parts)
@@ -172,6 +174,19 @@ def test_only_differences_of_log_likelihoods_speak() -> None:
     assert base.tolist() == [[2, 1, -3], [0, 0, 0]]
     shifted = LogLikelihoods(of([[-11.0, -12.0, -16.0], [0.0, 0.0, 0.0]]))(["a", "b"])
     np.testing.assert_allclose(shifted, base, rtol=0, atol=1e-12)
+
+
+def test_a_dispatcher_is_fitted_on_views_of_the_names_that_it_reads(settings: Callable[..., dict[str, Any]]) -> None:
+    examples = {"code": ["def f", "return"], "maths": ["prove", "square root"]}
+    functions = [
+        KeywordCounts(KEYWORDS, "counts"),
+        EmbeddingSimilarity(letters, examples, "hidden"),
+        Embedding(letters),
+    ]
+    texts = ["def f(): return", "prove the square root"] * 15 + ["!?"]
+    dispatcher = Dispatcher(("code", "maths"), **settings())
+    dispatcher.fit(read(functions, texts), [0, 1] * 15 + [-1])
+    assert dispatcher.predict_proba(read(functions, texts)).shape == (31, 3)
 
 
 def test_nothing_counted_or_a_row_of_nan_is_missing() -> None:
