@@ -34,9 +34,6 @@ from bayes_dispatch.reading import (
 )
 
 __all__ = [
-    "COUNTS",
-    "PROBABILITIES",
-    "VECTORS",
     "ClassifierProbabilities",
     "Embedding",
     "EmbeddingSimilarity",
