@@ -13,6 +13,7 @@ from bayes_dispatch.errors import (
     ConfigError,
     EvidenceError,
     ForeignExpertError,
+    LabelError,
     MissingDependencyError,
     NotFittedError,
     PromptError,
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     )
     from bayes_dispatch.dispatcher import Dispatcher
     from bayes_dispatch.distances import Agreement, agreement
+    from bayes_dispatch.estimator import DispatcherClassifier
     from bayes_dispatch.evidence import Evidence
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.documents import Document
@@ -94,6 +96,7 @@ __all__ = [
     "FirstPass",
     "Evidence",
     "Dispatcher",
+    "DispatcherClassifier",
     "DispatchPosterior",
     "simulation_based_calibration",
     "SimulationBasedCalibration",
@@ -159,6 +162,7 @@ __all__ = [
     "ConfigError",
     "EvidenceError",
     "ForeignExpertError",
+    "LabelError",
     "MissingDependencyError",
     "NotFittedError",
     "PromptError",
@@ -174,6 +178,7 @@ _MODULE_OF = {
     "FirstPass": "inference.first_pass",
     "Evidence": "evidence",
     "Dispatcher": "dispatcher",
+    "DispatcherClassifier": "estimator",
     "DispatchPosterior": "posterior",
     "simulation_based_calibration": "calibration",
     "SimulationBasedCalibration": "calibration",

@@ -11,6 +11,7 @@ __all__ = [
     "ConfigError",
     "EvidenceError",
     "ForeignExpertError",
+    "LabelError",
     "MissingDependencyError",
     "NotFittedError",
     "PromptError",
@@ -42,6 +43,10 @@ class UnknownNameError(BayesDispatchError):
 
 class EvidenceError(BayesDispatchError):
     """Evidence with NaN, infinite or negative entries, or whose views do not fit together."""
+
+
+class LabelError(BayesDispatchError, ValueError):
+    """Labels that a classifier cannot be fitted to; a ``ValueError`` too, as scikit-learn's protocol asks."""
 
 
 class NotFittedError(BayesDispatchError):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import beta
 
 from bayes_dispatch.errors import ConfigError, TensorError
-from bayes_dispatch.generative import DispatchModel, HiddenView
+from bayes_dispatch.generative import DispatchModel
 from bayes_dispatch.moment_filter import are_moments, dirichlet_moments, label_probability, update_moments
 from bayes_dispatch.online import (
     PriorState,
@@ -20,6 +20,7 @@ from bayes_dispatch.online import (
     observe,
     prior_state,
 )
+from bayes_dispatch.views import VectorsView
 
 NAMES = ("a", "b", "c", "base")
 INITIAL = np.array([3.0, 3.0, 3.0, 1.5])
@@ -41,7 +42,7 @@ def test_floor_is_that_of_the_program() -> None:
     """Labels and weights have the same expected shares."""
     pi = np.random.default_rng(0).dirichlet(INITIAL)
     sites = {"pi": torch.as_tensor(pi), "kappa": torch.tensor(1.0, dtype=torch.float64)}
-    expected = DispatchModel(3, (HiddenView(1),)).prior_concentration(sites).numpy()
+    expected = DispatchModel(3, (VectorsView(1),)).prior_concentration(sites).numpy()
     np.testing.assert_allclose(label_probability(pi), expected, rtol=1e-12)
 
 

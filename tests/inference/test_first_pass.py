@@ -29,8 +29,9 @@ PROMPTS = [
 
 
 def assert_same(a: Any, b: Any, tolerance: float) -> None:
-    assert list(a.views) == list(b.views) == ["hidden", "counts"]
-    np.testing.assert_allclose(a.views["hidden"], b.views["hidden"], rtol=0, atol=tolerance)
+    assert list(a.views) == list(b.views) == ["hidden", "counts", "surprise"]
+    for name in ("hidden", "surprise"):
+        np.testing.assert_allclose(a.views[name], b.views[name], rtol=0, atol=tolerance)
     np.testing.assert_array_equal(a.views["counts"], b.views["counts"])
     np.testing.assert_array_equal(a.lengths, b.lengths)
 
@@ -43,6 +44,27 @@ def test_hidden_is_the_mean_over_the_bytes(model64: "MambaFormerForCausalLM") ->
         np.testing.assert_allclose(got, np.mean([state.numpy() for state in states[1:]], axis=0), rtol=0, atol=1e-10)
     assert evidence.lengths is not None
     assert evidence.lengths.tolist() == [len(prompt.encode()) for prompt in PROMPTS]
+
+
+def test_surprise_is_the_mean_nll_and_the_spread_of_the_hidden_states(model64: "MambaFormerForCausalLM") -> None:
+    prompts = [*PROMPTS, "ab" * 300]  # the last one has more bytes than are normalised at once
+    surprise = first_pass(model64, TOKENIZER, prompts).evidence.views["surprise"]
+    for prompt, got in zip(prompts, surprise, strict=True):
+        data = prompt.encode()
+        with torch.no_grad():
+            output = model64(torch.tensor([[256, *data]]))
+        log_p = output.logits[0].log_softmax(-1).numpy()
+        nll = -np.mean([log_p[t, byte] for t, byte in enumerate(data)])
+        states = output.hidden[0, 1:].numpy()
+        distances = ((states - states.mean(0)) ** 2).sum(1)
+        floor = 0.01 * (states**2).sum(1).mean()
+        np.testing.assert_allclose(got, [nll, np.log(max(distances.mean(), floor))], rtol=0, atol=1e-10)
+
+
+def test_surprise_of_one_byte_is_finite_and_below_that_of_others(model: "MambaFormerForCausalLM") -> None:
+    surprise = first_pass(model, TOKENIZER, ["a", "q", "ab", "q>"]).evidence.views["surprise"]
+    assert np.isfinite(surprise).all()
+    assert surprise[:2, 1].max() < surprise[2:, 1].min()
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("model64", 1e-10), ("model", 1e-5)])
