@@ -173,7 +173,7 @@ def test_labels_are_conjugate() -> None:
     model = program(2)
     labels = torch.tensor([-1, 0, -1, 1, 0])
     kappa = torch.tensor([0.2, 0.2, 2.0, 2.0, 40.0])
-    prompts = Prompts(torch.zeros(5), torch.zeros(5), {}, labels=labels)
+    prompts = Prompts(torch.zeros(5), {}, {}, labels=labels)
     sites = {"pi": torch.tensor([0.5, 0.3, 0.2]), "kappa": kappa}
     found = conditional_posterior(model, prompts, NAMES[:2], sites, draws=500, chains=4, warmup=300, seed=1)
     prior = model.prior_concentration(sites)
