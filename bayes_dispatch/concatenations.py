@@ -1,8 +1,8 @@
 """Real prompts of known weights as training pairs of the guide: pure ones, known mixtures, and concatenations of pure
 ones.
 
-A concatenation of pieces has their byte-weighted mean of pooled features and the sum of their counts. Exact zeros and
-ones have no density under Dirichlets, so known weights are smoothed by a small random share.
+A concatenation of pieces has their byte-weighted mean of pooled features and the sum of their counts. Exact zeros
+count as weights below the guide's resolution.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bayes_dispatch.prompts import Prompts
 
-__all__ = ["RealPrompts", "smooth"]
+__all__ = ["RealPrompts"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +43,9 @@ class RealPrompts:
         rows = torch.cat([rows[torch.randint(len(rows), (share,))] for rows in sources])
         taken = self.prompts.select(rows).unlabelled(), self.weights[rows]
         if not len(pure):
-            return taken[0], smooth(taken[1])
+            return taken
         joined = self.concatenate(count - len(rows))
-        return Prompts.concatenate([taken[0], joined[0]]), smooth(torch.cat([taken[1], joined[1]]))
+        return Prompts.concatenate([taken[0], joined[0]]), torch.cat([taken[1], joined[1]])
 
     def concatenate(self, count: int) -> tuple[Prompts, Float[Tensor, "prompt weight"]]:
         """``count`` concatenations of two or three pure prompts, where possible no longer than the longest prompt."""
@@ -68,10 +68,3 @@ class RealPrompts:
         }
         totals = {name: (values[pieces] * used).sum(-1) for name, values in prompts.totals.items()}
         return Prompts(lengths, totals, missing, observed), (self.weights[pieces] * shares).sum(1)
-
-
-def smooth(weights: Float[Tensor, "prompt weight"], share: float = 0.02) -> Float[Tensor, "prompt weight"]:
-    """Move a random share (mean ``share``) of each row to weights drawn from a sparse Dirichlet."""
-    amount = torch.distributions.Beta(1.0, 1 / share - 1).sample((len(weights), 1))
-    spread = torch.distributions.Dirichlet(torch.full((weights.shape[1],), 0.3)).sample((len(weights),))
-    return (1 - amount) * weights + amount * spread

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,26 @@ import torch
 from jaxtyping import Float, Int, Shaped
 
 from bayes_dispatch.dirichlet_mixtures import DirichletMixtures
-from bayes_dispatch.errors import BundleError, ConfigError, NotFittedError
+from bayes_dispatch.errors import BundleError, ConfigError, NotFittedError, TensorError
 from bayes_dispatch.evidence import Evidence
 from bayes_dispatch.features import FeatureSettings
 from bayes_dispatch.fitted import FittedDispatcher
 from bayes_dispatch.fitting import FitReport, SVISettings, isolated
 from bayes_dispatch.guides import GuideSettings
 from bayes_dispatch.importance import Weighted, draw_resampled
+from bayes_dispatch.keys import prompt_keys, scramble
 from bayes_dispatch.one_label import LabelProbabilities
-from bayes_dispatch.pipeline import fit_parts
+from bayes_dispatch.online import (
+    PriorState,
+    evidence_likelihood,
+    feedback_likelihood,
+    label_likelihood,
+    observe,
+    prior_state,
+)
+from bayes_dispatch.pipeline import fit_parts, refit_parts
 from bayes_dispatch.posterior import DispatchPosterior
+from bayes_dispatch.prior_file import read_prior, write_prior
 from bayes_dispatch.program import PROGRAMS, Admixture
 from bayes_dispatch.prompts import Prompts
 from bayes_dispatch.sleep import simulate
@@ -63,6 +73,8 @@ class Dispatcher:
     program: Admixture = field(default_factory=Admixture)
     _state: FittedDispatcher | None = field(default=None, init=False, repr=False)
     _report: FitReport | None = field(default=None, init=False, repr=False)
+    _prior: PriorState | None = field(default=None, init=False, repr=False)
+    _prior_file: Path | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.experts = tuple(self.experts)
@@ -113,7 +125,33 @@ class Dispatcher:
         data = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts))
         settings = (self.svi, self.guide, self.features)
         self._state, self._report = fit_parts(self.experts, self.program, data, *settings, self.random_state, progress)
+        self._prior, self._prior_file = self._initial_prior(), None
         return self
+
+    def recalibrate(
+        self,
+        X: Evidence | Shaped[np.ndarray, "prompt feature"],
+        y: Int[np.ndarray, " prompt"] | Sequence[int] | None = None,
+        mixtures: Float[np.ndarray, "prompt weight"] | None = None,
+        progress: bool = False,
+    ) -> Dispatcher:
+        """A new dispatcher for evidence that has drifted: globals, temper and guide fitted to it, from where they are.
+
+        The projections stay, so a few hundred prompts will do, labelled or not; the serving prior stays too. This
+        dispatcher does not change.
+
+        Args:
+            X, y, mixtures, progress: as in :meth:`fit`.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            EvidenceError, TensorError: as in :meth:`fit`.
+        """
+        data = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts))
+        new = replace(self)
+        new._state, new._report = refit_parts(self.state, data, self.svi, self.random_state, progress)
+        new._prior = self.prior
+        return new
 
     @property
     def report(self) -> FitReport:
@@ -156,11 +194,11 @@ class Dispatcher:
         if draws < 1:
             raise ConfigError(f"expected at least 1 draw, got {draws}")
         prompts = self.state.prompts(evidence)
-        return self._posterior(prompts, draws, _keys(seed, len(evidence)), resample)
+        return self._posterior(prompts, draws, prompt_keys(seed, len(evidence)), resample)
 
     def mixtures_of(self, evidence: Evidence) -> DirichletMixtures | LabelProbabilities:
         """The guide's answer itself: a mixture of Dirichlets for each prompt, in float64."""
-        return self.state.answer(self.state.prompts(evidence), self.shares)
+        return self.state.answer(self.state.prompts(evidence), self.prior.mean)
 
     def weigh(self, X: Evidence | Shaped[np.ndarray, "prompt feature"], proposals: int, seed: int = 0) -> Weighted:
         """Weighted proposals of each prompt, as :meth:`posterior` resamples them.
@@ -169,12 +207,125 @@ class Dispatcher:
             ConfigError: fewer than 25 proposals, or a one-label program, whose posterior is exact.
         """
         evidence = _as_evidence(X)
-        return self._weigh(self.state.prompts(evidence), proposals, _keys(seed, len(evidence)))
+        return self._weigh(self.state.prompts(evidence), proposals, prompt_keys(seed, len(evidence)))
+
+    def log_evidence(
+        self, X: Evidence | Shaped[np.ndarray, "prompt feature"], seed: int = 0
+    ) -> Float[np.ndarray, " prompt"]:
+        """``(N,)`` log density of each prompt's evidence under the fitted program, nats: what tells drift.
+
+        >>> monitor = drift_monitor(dispatcher.log_evidence(held_out))              # doctest: +SKIP
+        >>> monitor, report = watch(monitor, dispatcher.log_evidence(arriving))     # doctest: +SKIP
+        """
+        evidence = _as_evidence(X)
+        prompts = self.state.prompts(evidence)
+        answer = self.state.answer(prompts, self.prior.mean)
+        if isinstance(answer, LabelProbabilities):
+            return answer.log_evidence
+        keys = prompt_keys(seed, len(evidence))
+        return self.state.sampler(answer, prompts, self.prior.mean, PROPOSALS, keys).log_evidence
 
     @property
-    def shares(self) -> Float[np.ndarray, " weight"]:
-        """``(K+1,)`` ``pi`` that prompts are served under."""
-        return self.state.shares
+    def prior(self) -> PriorState:
+        """The prior of ``pi`` that prompts are served under: the program's own until :meth:`update` and
+        :meth:`feedback` have changed it. What ``fit`` learns of ``pi`` says how its training set was put together, and
+        nothing of the prompts to come.
+
+        Raises:
+            NotFittedError: before ``fit``.
+        """
+        if self._prior is None:
+            raise NotFittedError("expected a fitted dispatcher, got one before fit() or load()")
+        return self._prior
+
+    @prior.setter
+    def prior(self, prior: PriorState) -> None:
+        names = (*self.experts, "base")
+        if prior.names != names:
+            raise ConfigError(f"expected a prior over {list(names)}, got one over {list(prior.names)}")
+        if self._prior_file is not None:
+            write_prior(self._prior_file, prior, self.state.fingerprint)
+        self._prior = prior
+
+    def update(self, labels: Int[np.ndarray, " event"] | Sequence[int], forgetting: float = 1.0) -> PriorState:
+        """Take in the labels of served prompts; the next prompts are served under the new prior at once.
+
+        Args:
+            labels: ``(E,)`` component of each event in order, K for base.
+            forgetting: what remains of earlier events at each new one; 1 for all.
+
+        Returns:
+            The new prior.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            TensorError, ConfigError: labels outside 0 … K, or a forgetting outside (0, 1].
+        """
+        width = len(self.experts) + 1
+        self.prior = observe(self.prior, label_likelihood(np.asarray(labels), width), forgetting)
+        return self.prior
+
+    def feedback(
+        self,
+        served: str | Sequence[str],
+        reward: float | Sequence[float],
+        X: Evidence | Shaped[np.ndarray, "prompt feature"] | None = None,
+        reliability: float = 0.95,
+        forgetting: float = 1.0,
+    ) -> PriorState:
+        """Take in rewards for the experts that served prompts.
+
+        Args:
+            served: the expert of each event (or of the only one), ``"base"`` too.
+            reward: from 0, surely wrong, to 1, surely right.
+            X: evidence of these prompts. Give it whenever the choice of the expert depended on the prompt: without it
+                the prior drifts towards what is served well.
+            reliability: chance that a reward tells the truth.
+            forgetting: as in :meth:`update`.
+
+        Returns:
+            The new prior.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            ConfigError: an unknown expert, or a number outside its range.
+            TensorError, EvidenceError: rewards or evidence of other prompts than were served.
+        """
+        names = [*self.experts, "base"]
+        experts = [served] if isinstance(served, str) else list(served)
+        if unknown := set(experts) - set(names):
+            raise ConfigError(f"expected experts among {names}, got {sorted(unknown)}")
+        rewards = np.atleast_1d(np.asarray(reward, dtype=np.float64))
+        rows = np.array([names.index(name) for name in experts], dtype=np.int64)
+        likelihoods = feedback_likelihood(rows, rewards, len(names), reliability)
+        if X is not None:
+            mean = self.mixtures_of(_as_evidence(X)).mean
+            if len(mean) != len(rewards):
+                raise TensorError(f"expected evidence of {len(rewards)} prompts, got {len(mean)}")
+            likelihoods = likelihoods * evidence_likelihood(mean, self.prior.mean)
+        self.prior = observe(self.prior, likelihoods, forgetting)
+        return self.prior
+
+    def keep_prior(self, path: str | Path) -> PriorState:
+        """Keep the prior in a file from now on, written whole after every event or batch of events; no crash loses it.
+
+        Args:
+            path: where it is read from, if it exists, and else begun.
+
+        Returns:
+            The prior, as the file has it.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            BundleError: the file is of another dispatcher, truncated, edited, or no such file.
+        """
+        file = Path(path)
+        if file.exists():
+            self._prior = read_prior(file, (*self.experts, "base"), self.state.fingerprint)
+        else:
+            write_prior(file, self.prior, self.state.fingerprint)
+        self._prior_file = file
+        return self.prior
 
     def predict_proba(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` probability that each expert (base last) has the largest weight; deterministic."""
@@ -206,12 +357,12 @@ class Dispatcher:
         """
         state = self.state
         given = None if weights is None else torch.as_tensor(np.asarray(weights), dtype=torch.float32)
-        shares = torch.as_tensor(self.shares, dtype=torch.float32)
+        shares = torch.tensor(self.prior.mean, dtype=torch.float32)
         with isolated(seed):
             drawn = simulate(
                 state.model, state.globals, state.like, count, self.guide, (state.temper,) * 2, 0.0, given, shares
             )
-        posterior = self._posterior(drawn.prompts.to(torch.float64), draws, _keys(seed, count), resample)
+        posterior = self._posterior(drawn.prompts.to(torch.float64), draws, prompt_keys(seed, count), resample)
         return drawn.weights.numpy().astype(np.float64), posterior
 
     def save(self, directory: str | Path) -> None:
@@ -222,8 +373,15 @@ class Dispatcher:
             BundleError: the path is a file.
         """
         document, arrays = self.state.pack()
+        arrays |= {"prior.mean": self.prior.mean, "prior.covariance": self.prior.covariance}
+        arrays |= {"prior.initial": self.prior.initial}
         settings = {name: asdict(getattr(self, name)) for name in ("svi", "guide", "features", "program")}
-        header = {"version": VERSION, "experts": list(self.experts), "random_state": self.random_state}
+        header = {
+            "version": VERSION,
+            "experts": list(self.experts),
+            "random_state": self.random_state,
+            "events": self.prior.events,
+        }
         header |= {"kind": next(name for name, each in PROGRAMS.items() if type(self.program) is each)}
         write_directory(Path(directory), KIND, {**header, **settings, **document}, arrays)
 
@@ -253,22 +411,30 @@ class Dispatcher:
         dispatcher._state = FittedDispatcher.unpack(
             document, arrays, lambda views: program.model(experts, views), dispatcher.guide
         )
+        try:
+            mean, covariance, initial = (arrays[f"prior.{name}"] for name in ("mean", "covariance", "initial"))
+            dispatcher._prior = PriorState(mean, covariance, initial, (*experts, "base"), document["events"])
+        except (KeyError, ConfigError) as error:
+            raise BundleError(f"expected a serving prior in {directory}, got {error}") from None
         return dispatcher
+
+    def _initial_prior(self) -> PriorState:
+        return prior_state(self.state.model.prior_of_shares().double().numpy(), (*self.experts, "base"))
 
     def _posterior(self, prompts: Prompts, draws: int, keys: np.ndarray, resample: bool) -> DispatchPosterior:
         names = (*self.experts, "base")
         if resample and self.state.guide is not None:
             weighted = self._weigh(prompts, max(PROPOSALS, -(-3 * draws // 2)), keys)
-            drawn = draw_resampled(weighted, draws, _scramble(keys))
+            drawn = draw_resampled(weighted, draws, scramble(keys))
             return DispatchPosterior(drawn, names, weighted.k_hat, weighted.log_evidence)
-        return DispatchPosterior(self.state.answer(prompts, self.shares).draw(draws, keys), names)
+        return DispatchPosterior(self.state.answer(prompts, self.prior.mean).draw(draws, keys), names)
 
     def _weigh(self, prompts: Prompts, proposals: int, keys: np.ndarray) -> Weighted:
-        answer = self.state.answer(prompts, self.shares)
+        answer = self.state.answer(prompts, self.prior.mean)
         if isinstance(answer, LabelProbabilities) or proposals < 25:
             got = f"{proposals} of {type(self.program).__name__}"
             raise ConfigError(f"expected at least 25 proposals of an admixture, got {got}")
-        return self.state.sampler(answer, prompts, self.shares, proposals, keys)
+        return self.state.sampler(answer, prompts, self.prior.mean, proposals, keys)
 
 
 def _as_evidence(X: Evidence | np.ndarray) -> Evidence:
@@ -278,23 +444,3 @@ def _as_evidence(X: Evidence | np.ndarray) -> Evidence:
 def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
     """JSON knows no tuples, settings no lists."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-
-
-def _keys(seed: int | Sequence[int], count: int) -> Shaped[np.ndarray, " prompt"]:
-    """``(N,)`` keys of 32 bits, one for each prompt."""
-    given: Any = seed  # NumPy's integers and arrays serve too
-    seeds = np.asarray(given)
-    if seeds.ndim and len(seeds) != count:
-        raise ConfigError(f"expected one seed, or one for each of {count} prompts, got {len(seeds)}")
-    if seeds.size and seeds.min() < 0:
-        raise ConfigError(f"expected seeds ≥ 0, got {seeds.min()}")
-    rows = np.zeros(count, np.uint64) if seeds.ndim else np.arange(1, count + 1, dtype=np.uint64)
-    return _scramble(_scramble(np.atleast_1d(seeds)) + (rows << np.uint64(32)))
-
-
-def _scramble(keys: np.ndarray) -> np.ndarray:
-    """32 well-mixed bits of 64-bit keys (the finaliser of SplitMix64; Steele et al. 2014)."""
-    z = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))) >> np.uint64(32)

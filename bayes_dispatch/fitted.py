@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,9 +52,13 @@ class FittedDispatcher:
     like: Prompts
 
     @cached_property
-    def shares(self) -> Float[np.ndarray, " weight"]:
-        """``(K+1,)`` fitted median of ``pi``."""
-        return self.globals.center()["pi"].double().numpy()
+    def fingerprint(self) -> str:
+        """A digest of everything that is saved: a serving prior belongs to one fit."""
+        document, arrays = self.pack()
+        digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
+        for name, values in sorted(arrays.items()):
+            digest.update(name.encode() + np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
 
     @cached_property
     def draws(self) -> tuple[dict[str, Tensor], ...]:

@@ -32,7 +32,7 @@ __all__ = ["AmortisedDirichlet", "GuideSettings", "LocalDirichlet", "MixtureGuid
 CONCENTRATION_FLOOR = 0.02  # below it draws sit on corners and gradients explode
 LOG_CONCENTRATIONS = (-12.0, 7.0)  # above the floor
 CLAMP = 10.0  # of standardised inputs
-RESOLUTION = 1e-4  # of weights: evidence hardly tells smaller ones apart
+RESOLUTION = 1e-3  # of weights: evidence hardly tells smaller ones apart
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 __all__ = ["counts_density", "draw_weights", "pareto_smooth", "probabilities_density", "resample", "vectors_density"]
 
 FLOOR = 1e-6  # of w inside the likelihoods, as in the program
-RESOLUTION = 1e-4  # of weights, as of the guide
+RESOLUTION = 1e-3  # of weights, as of the guide
 LARGE, SMALL = 1e200, 1e-200  # products are taken to logs outside
 F = TypeVar("F", bound=Callable[..., Any])
 Array = Any  # numba infers what its functions take

@@ -18,7 +18,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bayes_dispatch.concatenations import RealPrompts, smooth
+from bayes_dispatch.concatenations import RealPrompts
 from bayes_dispatch.fitting import GlobalsPosterior, isolated
 from bayes_dispatch.generative import DispatchModel
 from bayes_dispatch.guides import GuideSettings, MixtureGuide, encode, encoded_width
@@ -28,7 +28,7 @@ from bayes_dispatch.views import View
 __all__ = ["Simulations", "choose_temper", "fit_guide", "simulate", "train_guide"]
 
 DROPOUT = 0.06  # of each view in simulations
-WARM_UP = 0.6  # of the steps come before τ is chosen
+WARM_UP = 0.4  # of the steps come before τ is chosen
 
 
 def fit_guide(
@@ -76,7 +76,7 @@ def fit_guide(
             held_out = real.concatenate(300)
         temper = 1.0
         if len(held_out[0]):
-            temper = choose_temper(guide, present, held_out[0], smooth(held_out[1]), settings.tempers)
+            temper = choose_temper(guide, present, *held_out, settings.tempers)
         simulations = simulate(model, posterior, like, settings.simulations, settings, (temper, temper), DROPOUT)
 
         def pairs(count: int) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import pyro
 import pytest
 import torch
 
-from bayes_dispatch.concatenations import RealPrompts, smooth
+from bayes_dispatch.concatenations import RealPrompts
 from bayes_dispatch.dispatcher import Dispatcher
 from bayes_dispatch.errors import ConfigError, EvidenceError, TensorError
 from bayes_dispatch.evidence import Evidence
@@ -240,13 +240,3 @@ def test_real_prompts_are_drawn_from_their_groups() -> None:
     assert torch.isfinite(known).all()
     assert 2.0 not in drawn.observed["hidden"][:20]  # the prompt that nothing is known of
     assert mixed.observed["hidden"].unique().tolist() == [1]
-
-
-def test_smoothing_moves_a_small_share() -> None:
-    """Weights stay on the simplex, off its faces; 2% moves on average (500 rows, within 5 standard errors of .0009)."""
-    with isolated(0):
-        moved = smooth(torch.eye(4)[torch.arange(500) % 4].double())
-    torch.testing.assert_close(moved.sum(-1), torch.ones(500).double())
-    assert (moved < 1).all()
-    kept = moved.max(-1).values
-    assert float(1 - kept.mean()) == pytest.approx(0.02 * 0.75, abs=0.005)

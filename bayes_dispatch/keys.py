@@ -1,0 +1,37 @@
+"""Keys of the prompts' random generators, from seeds as users give them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from bayes_dispatch.errors import ConfigError
+
+__all__ = ["prompt_keys", "scramble"]
+
+
+def prompt_keys(seed: int | Sequence[int], count: int) -> Shaped[np.ndarray, " prompt"]:
+    """``(N,)`` keys of 32 bits, from one seed and the prompts' rows, or from one seed for each prompt.
+
+    Raises:
+        ConfigError: a negative seed, or another number of seeds than prompts.
+    """
+    given: Any = seed  # NumPy's integers and arrays serve too
+    seeds = np.asarray(given)
+    if seeds.ndim and len(seeds) != count:
+        raise ConfigError(f"expected one seed, or one for each of {count} prompts, got {len(seeds)}")
+    if seeds.size and seeds.min() < 0:
+        raise ConfigError(f"expected seeds ≥ 0, got {seeds.min()}")
+    rows = np.zeros(count, np.uint64) if seeds.ndim else np.arange(1, count + 1, dtype=np.uint64)
+    return scramble(scramble(np.atleast_1d(seeds)) + (rows << np.uint64(32)))
+
+
+def scramble(keys: Shaped[np.ndarray, " prompt"]) -> Shaped[np.ndarray, " prompt"]:
+    """32 well-mixed bits of 64-bit keys (the finaliser of SplitMix64; Steele et al. 2014)."""
+    z = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (z ^ (z >> np.uint64(31))) >> np.uint64(32)
