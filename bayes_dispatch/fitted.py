@@ -15,12 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bayes_dispatch.dirichlet_mixtures import DirichletMixtures
+from bayes_dispatch.encoding import Encoder
 from bayes_dispatch.errors import BundleError, ConfigError, EvidenceError, TensorError
 from bayes_dispatch.evidence import Evidence
 from bayes_dispatch.features import FeatureMap
 from bayes_dispatch.fitting import GlobalsPosterior, isolated
 from bayes_dispatch.generative import DispatchModel
-from bayes_dispatch.guides import GuideSettings, MixtureGuide, encode, encoded_width
+from bayes_dispatch.guides import GuideSettings, MixtureGuide
 from bayes_dispatch.importance import ImportanceSampler
 from bayes_dispatch.one_label import LabelProbabilities, label_probabilities
 from bayes_dispatch.prompts import Prompts
@@ -61,6 +62,11 @@ class FittedDispatcher:
         return digest.hexdigest()
 
     @cached_property
+    def encoder(self) -> Encoder:
+        """What makes the network's inputs."""
+        return Encoder(self.model, self.globals.center())
+
+    @cached_property
     def draws(self) -> tuple[dict[str, Tensor], ...]:
         """Draws of the globals that serving goes through, always the same."""
         with isolated(0):
@@ -88,7 +94,7 @@ class FittedDispatcher:
         if self.guide is None:
             return label_probabilities(self.model, self.draws, prompts, shares, self.temper)
         labels = self.model.label_shares(shares)
-        return self._network(encode(self.model.views, prompts, self.temper, labels))
+        return self._network(self.encoder(prompts, self.temper, labels))
 
     @cached_property
     def _network(self) -> Callable[[np.ndarray], DirichletMixtures]:
@@ -127,17 +133,17 @@ class FittedDispatcher:
         try:
             views = tuple(KINDS[view["kind"]](view["width"], view["name"]) for view in document["views"])
             model = build(views)
+            globals_ = GlobalsPosterior(_under(arrays, "globals.loc."), _under(arrays, "globals.scale."))
             guide = None
             if any(name.startswith("guide.") for name in arrays):
-                width = model.n_experts + 1
-                guide = MixtureGuide(encoded_width(views, width), width, settings)
+                inputs = Encoder(model, globals_.center()).width
+                guide = MixtureGuide(inputs, model.n_experts + 1, settings)
                 guide.load_state_dict(_under(arrays, "guide."))
             maps = {
                 name: FeatureMap(arrays[f"features.{name}.center"], arrays[f"features.{name}.projection"])
                 for name in (view.name for view in views)
                 if f"features.{name}.center" in arrays
             }
-            globals_ = GlobalsPosterior(_under(arrays, "globals.loc."), _under(arrays, "globals.scale."))
             like = Prompts(
                 torch.from_numpy(arrays["like.lengths"]),
                 _under(arrays, "like.totals."),
@@ -175,8 +181,8 @@ def as_prompts(
         if values.shape[1] != view.width:
             raise TensorError(f"expected view {view.name!r} of width {view.width}, got {values.shape[1]}")
         absent = evidence.is_missing(view.name)
-        if absent.any():
-            values = np.where(absent[:, None], 0.0, values)
+        if absent.any():  # masked everywhere, but a density must exist
+            values = np.where(absent[:, None], 1.0 / view.width if view.kind == "probabilities" else 0.0, values)
         observed[view.name] = _tensor(values, dtype)
         missing[view.name] = _tensor(absent, torch.bool)
         if view.kind == "counts":

@@ -7,7 +7,6 @@ covers the posterior where an ELBO-trained guide would hug one mode.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -16,18 +15,19 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from bayes_dispatch.dirichlet_mixtures import DirichletMixtures
+from bayes_dispatch.encoding import encode
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.prompts import Prompts
 from bayes_dispatch.views import View
 
-__all__ = ["AmortisedDirichlet", "GuideSettings", "LocalDirichlet", "MixtureGuide", "encode", "encoded_width"]
+__all__ = ["RESOLUTION", "AmortisedDirichlet", "GuideSettings", "LocalDirichlet", "MixtureGuide"]
 
 CONCENTRATION_FLOOR = 0.02  # below it draws sit on corners and gradients explode
 LOG_CONCENTRATIONS = (-12.0, 7.0)  # above the floor
@@ -49,7 +49,7 @@ class GuideSettings:
         learning_rate: at the start, cosine to zero.
         real_share: share of each batch that is real prompts of known weights, and concatenations of them.
         kappa: range of the prior precision that serving assumes, log-uniform.
-        tempers: values of the noise temper τ that held-out documents of known mixture choose from.
+        tempers: smallest and largest noise temper τ, between which held-out documents of known mixture choose.
     """
 
     components: int = 3
@@ -61,7 +61,7 @@ class GuideSettings:
     learning_rate: float = 2e-3
     real_share: float = 0.12
     kappa: tuple[float, float] = (0.2, 4.0)
-    tempers: tuple[float, ...] = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+    tempers: tuple[float, float] = (0.5, 4.0)
 
     def __post_init__(self) -> None:
         sizes = (self.components, self.hidden, self.simulations, self.global_draws, self.steps, self.batch_size)
@@ -69,9 +69,9 @@ class GuideSettings:
             raise ConfigError(f"expected positive sizes and learning rate, got {self}")
         if not 0 <= self.real_share < 1:
             raise ConfigError(f"expected 0 ≤ real_share < 1, got {self.real_share}")
-        if not 0 < self.kappa[0] < self.kappa[1] or not self.tempers or min(self.tempers) <= 0:
+        if not (0 < self.kappa[0] < self.kappa[1] and 0 < self.tempers[0] <= self.tempers[1]):
             raise ConfigError(
-                f"expected 0 < kappa[0] < kappa[1] and positive tempers, got {self.kappa}, {self.tempers}"
+                f"expected 0 < kappa[0] < kappa[1] and 0 < tempers[0] ≤ tempers[1], got {self.kappa}, {self.tempers}"
             )
 
 
@@ -140,41 +140,6 @@ def _one_hot(prompts: Prompts, n_weights: int) -> Float[Tensor, "prompt weight"]
 def _unless_known(local: dist.Dirichlet, prompts: Prompts) -> TorchDistributionMixin:
     """A prompt of known weights has none to infer."""
     return local if prompts.known is None else local.mask(~torch.isfinite(prompts.known[:, 0]))
-
-
-def encoded_width(views: Sequence[View], n_weights: int) -> int:
-    """Inputs of the network for these views and K+1 weights (see :func:`encode`)."""
-    return sum(view.width + 1 for view in views) + n_weights + 3
-
-
-def encode(
-    views: Sequence[View],
-    prompts: Prompts,
-    temper: float | Float[Tensor, " prompt"],
-    shares: Shaped[np.ndarray, "*prompts weight"] | Float[Tensor, "*prompts weight"],
-) -> Float[np.ndarray, "prompt inputs"]:
-    """The network's inputs ``(N, ·)``, in float64: each view and whether it is missing, log length and whether unknown,
-    log τ, and the logs of the prior's label shares ``(K+1,)`` or ``(N, K+1)`` (relative to uniform ones)."""
-    count, width = len(prompts), shares.shape[-1]
-    out = np.empty((count, encoded_width(views, width)))
-    at = 0
-    for view in views:
-        values, absent = prompts.observed[view.name].numpy(), prompts.missing[view.name].numpy()
-        if view.kind == "counts":
-            values = np.sqrt(values / np.maximum(values.sum(-1, keepdims=True), 1.0))
-        elif view.kind == "probabilities":
-            values = np.log(values)
-        end = at + view.width
-        out[:, at:end], out[:, end] = values, absent
-        if absent.any():
-            out[absent, at:end] = 0.0
-        at = end + 1
-    lengths = prompts.lengths.numpy()
-    np.log(np.maximum(lengths, 1.0), out=out[:, at])
-    out[:, at + 1] = lengths == 0
-    out[:, at + 2] = math.log(temper) if isinstance(temper, float) else np.log(temper.numpy())
-    out[:, at + 3 :] = np.log(np.asarray(shares, dtype=np.float64) * width)
-    return out
 
 
 class MixtureGuide(nn.Module):

@@ -21,17 +21,20 @@ from torch import Tensor
 from bayes_dispatch.dirichlet_mixtures import NO_FAMILIES, DirichletMixtures
 from bayes_dispatch.generative import DispatchModel
 from bayes_dispatch.importance_kernels import (
+    counts_at_vertices,
     counts_density,
     draw_weights,
     pareto_smooth,
+    probabilities_at_vertices,
     probabilities_density,
     resample,
+    vectors_at_vertices,
     vectors_density,
 )
 from bayes_dispatch.prompts import Prompts
 from bayes_dispatch.views import View, length_factor, site
 
-__all__ = ["ImportanceSampler", "Weighted"]
+__all__ = ["ImportanceSampler", "VertexDensities", "Weighted", "draw_resampled"]
 
 GRID = 8  # precisions of the prior
 MEMORY = 2**22  # numbers of proposals at a time
@@ -159,6 +162,42 @@ def draw_resampled(
     drawn = np.empty((draws, count, width))
     resample(keys, weighted.proposals, weighted.log_weights, drawn)
     return drawn
+
+
+@dataclass(frozen=True, eq=False)
+class VertexDensities:
+    """How well each expert alone, and base, would explain prompts: what the guide's network sees beside the evidence.
+
+    Args:
+        views: the program's.
+        sites: globals, at one value.
+    """
+
+    views: Sequence[View]
+    sites: Mapping[str, Tensor]
+    _tables: dict[str, dict[str, np.ndarray]] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tables = {view.name: _tabulate(view, [self.sites], 1.0) for view in self.views}
+        object.__setattr__(self, "_tables", tables)
+
+    def __call__(self, prompts: Prompts) -> Float[np.ndarray, "prompt weight"]:
+        """``(N, K+1)`` log density of the evidence at each vertex, nats, up to a constant of the prompt; τ is 1."""
+        count, width = len(prompts), len(self.sites["pi"])
+        out = np.zeros((count, width))
+        lengths = prompts.lengths.double()
+        for view in self.views:
+            table, missing = self._tables[view.name], prompts.missing[view.name].numpy()
+            values = prompts.observed[view.name].double().numpy()
+            if view.kind in ("vectors", "surprise"):
+                factors = np.ones(count)
+                if view.kind == "vectors":
+                    factors = length_factor(lengths, torch.from_numpy(table["lt"])).numpy()
+                vectors_at_vertices(values, missing, factors, table["means"][0], table["variances"][0], out)
+            else:
+                add = counts_at_vertices if view.kind == "counts" else probabilities_at_vertices
+                add(values, missing, float(table["strengths"][0]), table["classes"][0], out)
+        return out
 
 
 def _tabulate(view: View, sites: Sequence[Mapping[str, Tensor]], temper: float) -> dict[str, np.ndarray]:

@@ -18,7 +18,17 @@ from typing import Any, TypeVar, cast
 import numba
 import numpy as np
 
-__all__ = ["counts_density", "draw_weights", "pareto_smooth", "probabilities_density", "resample", "vectors_density"]
+__all__ = [
+    "counts_at_vertices",
+    "counts_density",
+    "draw_weights",
+    "pareto_smooth",
+    "probabilities_at_vertices",
+    "probabilities_density",
+    "resample",
+    "vectors_at_vertices",
+    "vectors_density",
+]
 
 FLOOR = 1e-6  # of w inside the likelihoods, as in the program
 RESOLUTION = 1e-3  # of weights, as of the guide
@@ -242,6 +252,61 @@ def probabilities_density(
                 sum_alpha += alpha[c]
                 value += (alpha[c] - 1.0) * logs[c] - math.lgamma(alpha[c])
             out[n, p] += value + math.lgamma(sum_alpha)
+
+
+@loop
+def vectors_at_vertices(
+    values: Array, missing: Array, factors: Array, means: Array, variances: Array, out: Array
+) -> None:
+    """Add ``Σ_d log StudentT(6, M_k, sqrt(factor · s2_k))`` of ``values (N, D)`` for each k to ``out (N, W)``.
+
+    Args:
+        factors: ``(N,)`` of the variance. means, variances: ``(W, D)``.
+    """
+    size = values.shape[1]
+    for n in range(len(values)):
+        if missing[n]:
+            continue
+        for k in range(len(means)):
+            total, spread, tail = 0.0, 1.0, 1.0
+            for d in range(size):
+                scaled = variances[k, d] * factors[n]
+                spread *= scaled
+                tail *= 1.0 + (values[n, d] - means[k, d]) ** 2 / (6.0 * scaled)
+                if tail > LARGE or spread > LARGE or spread < SMALL:
+                    total -= 0.5 * math.log(spread) + 3.5 * math.log(tail)
+                    spread, tail = 1.0, 1.0
+            out[n, k] += total - 0.5 * math.log(spread) - 3.5 * math.log(tail)
+
+
+@loop
+def counts_at_vertices(counts: Array, missing: Array, strength: float, classes: Array, out: Array) -> None:
+    """Add ``log DirichletMultinomial(strength · Phi_k + 1e-3)`` of ``counts (N, C)``, less what all k share."""
+    size = counts.shape[1]
+    for n in range(len(counts)):
+        if missing[n]:
+            continue
+        for k in range(len(classes)):
+            for c in range(size):
+                if counts[n, c] > 0:
+                    alpha = strength * classes[k, c] + 1e-3
+                    out[n, k] += math.lgamma(alpha + counts[n, c]) - math.lgamma(alpha)
+
+
+@loop
+def probabilities_at_vertices(values: Array, missing: Array, strength: float, classes: Array, out: Array) -> None:
+    """Add ``log Dirichlet(strength · Phi_k + 1e-3)`` of probabilities ``(N, C)``."""
+    size = values.shape[1]
+    for n in range(len(values)):
+        if missing[n]:
+            continue
+        for k in range(len(classes)):
+            total = 0.0
+            for c in range(size):
+                alpha = strength * classes[k, c] + 1e-3
+                total += alpha
+                out[n, k] += (alpha - 1.0) * math.log(values[n, c]) - math.lgamma(alpha)
+            out[n, k] += math.lgamma(total)
 
 
 @loop

@@ -198,7 +198,7 @@ KINDS: dict[str, Callable[[int, str], View]] = {
 NAMED_KINDS = {"hidden": "vectors", "counts": "counts", "surprise": "surprise"}
 
 
-def length_factor(lengths: Float[Tensor, " prompt"], lt: Tensor) -> Float[Tensor, " prompt"]:
+def length_factor(lengths: Float[Tensor, " prompt"], lt: Tensor) -> Float[Tensor, "*draws prompt"]:
     """Noise variance at T tokens relative to 50 tokens, ``(1 + 20 lt/T) / (1 + .4 lt)``; 1 where T is 0, unknown."""
     known = (1 + 20 * lt / lengths.clamp(min=1.0)) / (1 + 0.4 * lt)
     return torch.where(lengths > 0, known, torch.ones_like(known))

@@ -195,7 +195,7 @@ def test_local_guide_starts_at_labels() -> None:
             {"learning_rate": 0.0},
         ),
         *({"real_share": 1.0}, {"real_share": -0.1}, {"kappa": (0.0, 1.0)}, {"kappa": (2.0, 1.0)}),
-        *({"tempers": ()}, {"tempers": (1.0, 0.0)}, {"global_draws": 0}),
+        *({"tempers": (0.0, 1.0)}, {"tempers": (1.0, 0.5)}, {"global_draws": 0}),
     ],
 )
 def test_bad_settings(changes: dict[str, object]) -> None:
