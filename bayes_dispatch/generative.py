@@ -21,11 +21,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from pyro.distributions.torch_distribution import TorchDistributionMixin
+from sklearn.cluster import KMeans
 from torch import Tensor
 
 from bayes_dispatch.dirichlet_tree import DirichletTree, family_sums
@@ -189,7 +191,7 @@ class OneLabelModel(DispatchModel):
 def label_informed_start(model: DispatchModel, prompts: Prompts) -> dict[str, Tensor]:
     """Values of the globals to start SVI from: moments of the prompts of each expert, by label or known weight.
 
-    Experts that no prompt is known of start at distinct prompts, so that they can part.
+    Experts that no prompt is known of start at clusters of the others, found beside the known experts' means.
     """
     count = model.n_experts
     shares = torch.zeros(len(prompts), count + 1)
@@ -199,10 +201,10 @@ def label_informed_start(model: DispatchModel, prompts: Prompts) -> dict[str, Te
     if prompts.known is not None:
         rows = torch.isfinite(prompts.known[:, 0])
         shares[rows] = prompts.known[rows]
+    unknown = shares.sum(-1) == 0
     shares = torch.where(shares > 0.6, shares, torch.zeros(()))[:, :count]  # prompts that are mostly one expert's
-    spread = torch.linspace(0, len(prompts) - 1, count).long()
-    empty = shares.sum(0) == 0
-    shares[spread[empty], empty.nonzero().squeeze(-1)] = 1.0
+    if (shares.sum(0) == 0).any():
+        shares = shares + _clusters(model, prompts, shares, unknown if unknown.any() else ~unknown)
     start = {"pi": torch.full((count + 1,), 1.0 / (count + 1)), "kappa": torch.tensor(0.5)}
     if isinstance(model, OneLabelModel):
         del start["kappa"]
@@ -210,6 +212,38 @@ def label_informed_start(model: DispatchModel, prompts: Prompts) -> dict[str, Te
         present = (~prompts.missing[view.name]).float().unsqueeze(-1)
         start |= view.start(prompts.observed[view.name], shares * present + 1e-6)
     return start
+
+
+def _clusters(model: DispatchModel, prompts: Prompts, shares: Tensor, rows: Tensor) -> Tensor:
+    """Shares ``(N, K)`` of prompts at ``rows`` in clusters for the experts that have none, by k-means.
+
+    Its start is the means of the known experts, and prompts as far as can be from all centres so far.
+    """
+    columns = [
+        (values / values.sum(-1, keepdim=True).clamp(min=1.0)).sqrt() if view.kind == "counts" else values
+        for view in model.views
+        for values in [prompts.observed[view.name]]
+    ]
+    points = torch.cat(columns, -1)
+    points = ((points - points.mean(0)) / points.std(0).clamp(min=1e-6)).double().numpy()
+    empty = (shares.sum(0) == 0).numpy()
+    weights = shares.double().numpy()
+    centers = (weights.T @ points) / np.maximum(weights.sum(0), 1e-9)[:, None]
+    candidates = points[rows.numpy()]
+    far = np.full(len(candidates), np.inf)
+    for center in centers[~empty]:
+        far = np.minimum(far, np.square(candidates - center).sum(1))
+    for expert in np.flatnonzero(empty):
+        centers[expert] = candidates[far.argmax()] if np.isfinite(far).all() else candidates[0]
+        far = np.minimum(far, np.square(candidates - centers[expert]).sum(1))
+    out = torch.zeros_like(shares)
+    if len(np.unique(candidates, axis=0)) < len(centers):  # fewer prompts than experts: each stands for some
+        nearest = np.arange(len(centers)) % len(candidates)
+        out[rows.nonzero().squeeze(-1)[nearest[empty]], torch.from_numpy(np.flatnonzero(empty))] = 1.0
+        return out
+    found = KMeans(len(centers), init=centers, n_init=1, random_state=0).fit_predict(candidates)
+    out[rows.nonzero().squeeze(-1), torch.from_numpy(found).long()] = 1.0
+    return out * torch.from_numpy(empty).to(out)
 
 
 def _floored(weights: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class LocalDirichlet(PyroModule):
 
     def forward(self, prompts: Prompts) -> None:
         with pyro.plate("prompts", len(prompts)):
-            pyro.sample("w", _unless_known(dist.Dirichlet(self.concentration), prompts))
+            pyro.sample("w", _unless_known(_InsideDirichlet(self.concentration), prompts))
 
 
 class AmortisedDirichlet(PyroModule):
@@ -121,11 +121,18 @@ class AmortisedDirichlet(PyroModule):
             out = (hidden @ self.outer[:-1] + self.outer[-1]).clamp(-6.0, 8.0)
             concentration = 0.15 * out.exp() + CONCENTRATION_FLOOR
             concentration = concentration + self.label_bonus * _one_hot(batch, self.n_weights)
-            pyro.sample("w", _unless_known(dist.Dirichlet(concentration), batch))
+            pyro.sample("w", _unless_known(_InsideDirichlet(concentration), batch))
 
     def _encode(self, prompts: Prompts) -> Tensor:
         uniform = np.full(self.n_weights, 1.0 / self.n_weights)
         return torch.from_numpy(encode(self.views, prompts, 1.0, uniform)).to(prompts.lengths)
+
+
+class _InsideDirichlet(dist.Dirichlet):
+    """A Dirichlet whose draws keep off the faces, where gradients of sparse densities overflow in float32."""
+
+    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
+        return super().rsample(torch.Size(sample_shape)).clamp(min=1e-20)
 
 
 def _one_hot(prompts: Prompts, n_weights: int) -> Float[Tensor, "prompt weight"]:

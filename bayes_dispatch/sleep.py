@@ -140,8 +140,8 @@ def simulate(
         tempers: range of τ, log-uniform.
         dropout: chance that a prompt lacks a view, or its length, that its real counterpart has.
         weights: ``(count, K+1)`` to draw evidence at; drawn from the prior by default.
-        shares: ``(K+1,)`` ``pi`` of that prior. By default each prompt has its own, half of them from the program's
-            prior of ``pi`` and half from a flat one, so that a guide learns to serve any.
+        shares: ``(K+1,)`` ``pi`` of that prior. By default half the prompts have the mean of the program's prior,
+            and others draws from it or from a flat one, so that a guide learns to serve any.
 
     Returns:
         The simulated prompts.
@@ -259,11 +259,13 @@ def _weights_of(nodes: Any, model: DispatchModel) -> Float[Tensor, "prompt weigh
 
 
 def _draw_shares(model: DispatchModel, count: int) -> Float[Tensor, "prompt weight"]:
-    """Shares ``pi`` that a dispatcher may come to serve."""
+    """Shares ``pi`` that a dispatcher may come to serve: half of them those that it begins with, the prior's mean."""
     flat = torch.distributions.Dirichlet(torch.ones(model.n_experts + 1))
     prior: Any = model.shares_prior()
-    drawn = torch.stack([prior.sample((count,)), flat.sample((count,))], 1)
-    return drawn[torch.arange(count), torch.randint(2, (count,))]
+    mean = model.prior_of_shares()
+    first = (mean / mean.sum()).expand(count, -1)
+    drawn = torch.stack([first, first, prior.sample((count,)), flat.sample((count,))], 1)
+    return drawn[torch.arange(count), torch.randint(4, (count,))]
 
 
 def _drop(prompts: Prompts, chance: float) -> Prompts:

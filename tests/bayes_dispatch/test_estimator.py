@@ -109,7 +109,7 @@ def test_no_labels(blobs: tuple[np.ndarray, np.ndarray]) -> None:
     X, y = blobs
     fitted = DispatcherClassifier(3, **GOOD, unlabelled=-1).fit(X)
     assert fitted.classes_.tolist() == [0, 1, 2]
-    assert adjusted_rand_score(y, fitted.predict(X)) > 0.4  # 0 by chance
+    assert adjusted_rand_score(y, fitted.predict(X)) > 0.8  # 0 by chance
     marked = clone(fitted).fit(X, np.full(150, -1))
     np.testing.assert_array_equal(marked.predict_proba(X), fitted.predict_proba(X))
 
