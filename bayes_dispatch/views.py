@@ -198,8 +198,11 @@ KINDS: dict[str, Callable[[int, str], View]] = {
 NAMED_KINDS = {"hidden": "vectors", "counts": "counts", "surprise": "surprise"}
 
 
-def length_factor(lengths: Float[Tensor, " prompt"], lt: Tensor) -> Float[Tensor, " prompt"]:
-    """Noise variance at T tokens relative to 50 tokens, ``(1 + 20 lt/T) / (1 + .4 lt)``; 1 where T is 0, unknown."""
+def length_factor(lengths: Float[Tensor, " prompt"], lt: Tensor) -> Float[Tensor, "*draws prompt"]:
+    """Noise variance at T tokens relative to 50 tokens, ``(1 + 20 lt/T) / (1 + .4 lt)``; 1 where T is 0, unknown.
+
+    ``lt`` is a scalar, or ``(G, 1)`` for G draws of it.
+    """
     known = (1 + 20 * lt / lengths.clamp(min=1.0)) / (1 + 0.4 * lt)
     return torch.where(lengths > 0, known, torch.ones_like(known))
 
