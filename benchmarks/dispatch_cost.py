@@ -1,6 +1,6 @@
 """What a dispatcher costs: serving beside a classifier and NUTS, and how a fit grows with prompts and experts.
 
-    python benchmarks/dispatch_cost.py            # five minutes on one core
+    python benchmarks/dispatch_cost.py            # ten minutes on one core, most of them NUTS's
     python benchmarks/dispatch_cost.py --quick    # a minute
 
 Times are of this process on the CPU, one thread; works take turns, and ratios are taken round by round. Fits are
@@ -9,9 +9,10 @@ shorter than a user's (``FIT``), so that the largest ones are affordable; notes 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Annotated
 
 import torch
@@ -59,7 +60,7 @@ FULL = Plan()
 QUICK = Plan(batches=(1, 16), repeats=3, prompts=(200, 400), experts=(8, 16), among=400, nuts=False)
 
 
-def serving(plan: Plan) -> list[Table]:
+def serving(plan: Plan) -> Iterator[Table]:
     """Time of the posterior of some prompts, beside other ways to an answer."""
     sizes = Sizes(pure=50, mixed=100, judged=max(1, max(plan.batches) // 8), mixtures=20)
     problem = simulated(0, sizes)
@@ -77,7 +78,6 @@ def serving(plan: Plan) -> list[Table]:
             scaler.transform(encoded(evidence))
         ),
     }
-    tables = []
     for count in plan.batches:
         evidence = problem.pure[128].evidence.select(slice(count))
         works = {name: Work(partial(_call, answer, evidence)) for name, answer in answers.items()}
@@ -90,9 +90,10 @@ def serving(plan: Plan) -> list[Table]:
             for name, seconds in zip(("NUTS, compiling", "NUTS, compiled"), _nuts(dispatcher, count), strict=True):
                 rows.append([name, _milliseconds(seconds), f"{seconds / times.median(REFERENCE):.0f}"])
         heads = ["", "ms on the CPU", "times the guide alone"]
-        note = f"{DRAWS} draws a prompt. Medians ± half the interquartile range. NUTS: one chain, wall time."
-        tables.append(Table(f"Serving, prompts at a time: {count}", heads, rows, note))
-    return tables
+        note = (
+            f"{DRAWS} draws a prompt. Medians ± half the interquartile range. NUTS: one chain, compiling in wall time."
+        )
+        yield Table(f"Serving, prompts at a time: {count}", heads, rows, note)
 
 
 def _call(answer: Callable[[Evidence], object], evidence: Evidence, prepared: None) -> object:
@@ -100,28 +101,25 @@ def _call(answer: Callable[[Evidence], object], evidence: Evidence, prepared: No
 
 
 def _nuts(dispatcher: Dispatcher, count: int) -> tuple[float, float]:
-    """Wall seconds of a first and a second call, for other prompts each; only the first compiles."""
+    """Wall seconds of a first call, which compiles, and CPU seconds of a second one for other prompts."""
     seconds = []
     problem = simulated(0, Sizes(pure=2, mixed=2, judged=1, mixtures=2 * count))
-    for call in range(2):
+    for call, clock in enumerate((time.perf_counter, time.process_time)):
         evidence = problem.mixed.evidence.select(slice(call * count, (call + 1) * count))
-        start = time.perf_counter()
+        start = clock()
         reference_posterior(dispatcher, evidence, DRAWS, chains=1, warmup=WARM_UP)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return seconds[0], seconds[1]
 
 
-def fits(plan: Plan, svi: SVISettings, guide: GuideSettings) -> list[Table]:
+def fits(plan: Plan, svi: SVISettings, guide: GuideSettings) -> Iterator[Table]:
     """Cost of fits of several sizes, by stage, and the slope of its growth."""
-    by_prompts = [fit_cost(count, plan.experts[0], svi, guide) for count in plan.prompts]
-    measured = {(cost.prompts, cost.experts): cost for cost in by_prompts}
-    by_experts = [
-        measured.get((plan.among, count)) or fit_cost(plan.among, count, svi, guide) for count in plan.experts
-    ]
-    return [
-        _growth(f"Fits at K = {plan.experts[0]}", "N", plan.prompts, by_prompts, svi, guide),
-        _growth(f"Fits at N = {plan.among:,}", "K", plan.experts, by_experts, svi, guide),
-    ]
+    few = plan.experts[0]
+    by_prompts = [fit_cost(count, few, svi, guide) for count in plan.prompts]
+    yield _growth(f"Fits at K = {few}", "N", plan.prompts, by_prompts, svi, guide)
+    known = {(cost.prompts, cost.experts): cost for cost in by_prompts}
+    by_experts = [known.get((plan.among, count)) or fit_cost(plan.among, count, svi, guide) for count in plan.experts]
+    yield _growth(f"Fits at N = {plan.among:,}", "K", plan.experts, by_experts, svi, guide)
 
 
 def _growth(
@@ -168,8 +166,8 @@ def main(
     svi, guide = FIT
     if quick:
         svi, guide = replace(svi, steps=20), replace(guide, simulations=400, steps=20)
-    tables = [] if only == "fits" else serving(plan)
-    for table in tables + ([] if only == "serving" else fits(plan, svi, guide)):
+    parts = {"serving": serving(plan), "fits": fits(plan, svi, guide)}
+    for table in chain.from_iterable(part for name, part in parts.items() if only in (None, name)):
         print(f"{table.to_markdown()}\n", flush=True)
 
 

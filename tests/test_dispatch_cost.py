@@ -19,7 +19,7 @@ TINY = SVISettings(steps=2, rounds=1), GuideSettings(hidden=8, simulations=40, g
 
 def test_serving_is_measured_for_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch_cost, "FIT", TINY)
-    tables = dispatch_cost.serving(replace(dispatch_cost.QUICK, repeats=1))
+    tables = list(dispatch_cost.serving(replace(dispatch_cost.QUICK, repeats=1)))
     assert [len(table.rows) for table in tables] == [3, 3]
     for table in tables:
         assert str(table.rows[0][2]).startswith("1.00")
