@@ -45,8 +45,11 @@ class Encoder:
         temper: float | Float[Tensor, " prompt"],
         shares: Shaped[np.ndarray, "*prompts weight"] | Float[Tensor, "*prompts weight"],
     ) -> Float[np.ndarray, "prompt inputs"]:
-        """The inputs ``(N, I)``, float64: those of :func:`encode`, the log joint density of each vertex and the evidence
-        below the best, and that of the best expert above base's."""
+        """The inputs ``(N, I)``, float64.
+
+        They are those of :func:`encode`, the log joint density of each vertex and the evidence below the best one's,
+        and the best expert's above base's.
+        """
         densities = self._densities(prompts) + np.log(np.asarray(shares, dtype=np.float64))
         best = densities.max(1, keepdims=True)
         over_base = densities[:, :-1].max(1, keepdims=True) - densities[:, -1:]

@@ -227,12 +227,12 @@ def _clusters(model: DispatchModel, prompts: Prompts, shares: Tensor, rows: Tens
     points = torch.cat(columns, -1)
     points = ((points - points.mean(0)) / points.std(0).clamp(min=1e-6)).double().numpy()
     empty = (shares.sum(0) == 0).numpy()
-    weights = shares.double().numpy()
-    centers = (weights.T @ points) / np.maximum(weights.sum(0), 1e-9)[:, None]
+    mass = shares.double().numpy()
+    centers = (mass.T @ points) / np.maximum(mass.sum(0), 1e-9)[:, None]
     candidates = points[rows.numpy()]
     far = np.full(len(candidates), np.inf)
-    for center in centers[~empty]:
-        far = np.minimum(far, np.square(candidates - center).sum(1))
+    for known in centers[~empty]:
+        far = np.minimum(far, np.square(candidates - known).sum(1))
     for expert in np.flatnonzero(empty):
         centers[expert] = candidates[far.argmax()] if np.isfinite(far).all() else candidates[0]
         far = np.minimum(far, np.square(candidates - centers[expert]).sum(1))

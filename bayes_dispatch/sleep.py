@@ -160,8 +160,8 @@ def simulate(
         observed = {view.name: nodes[view.name]["value"] for view in model.views}
         drawn = _weights_of(nodes, model) if known is None else known
         pieces.append((replace(prompts, observed=observed), drawn, tau, model.label_shares(pi)))
-    parts, drawn, taus, priors = zip(*pieces, strict=True)
-    return Simulations(Prompts.concatenate(parts), torch.cat(drawn), torch.cat(taus), torch.cat(priors))
+    parts, weights_of, tempers_of, shares_of = zip(*pieces, strict=True)
+    return Simulations(Prompts.concatenate(parts), torch.cat(weights_of), torch.cat(tempers_of), torch.cat(shares_of))
 
 
 def train_guide(
@@ -234,7 +234,7 @@ def choose_temper(
     """
     answer = guide.compiled()
     repeated = weights.repeat(max(1, 2_000 // len(weights)), 1)
-    grid = np.linspace(*np.log(tempers), 7)
+    grid = np.linspace(math.log(tempers[0]), math.log(tempers[1]), 7)
 
     def coverage(some: Prompts, truth: Tensor, temper: float) -> float:
         draws = answer(present(some, temper).double().numpy()).draw(200, np.arange(len(some), dtype=np.uint64))
@@ -247,7 +247,6 @@ def choose_temper(
         for temper in np.exp(grid).tolist()
     ]
     slope, intercept = np.polyfit(grid, excess, 1)
-    print("EXCESS", np.exp(grid), excess)
     if slope <= 0:  # too few documents to tell
         return float(np.exp(grid[np.argmin(np.abs(excess))]))
     return float(np.exp(np.clip(-intercept / slope, grid[0], grid[-1])))

@@ -1,0 +1,1 @@
+"""What ``benchmarks/dispatch.py`` and ``benchmarks/dispatch_cost.py`` measure."""

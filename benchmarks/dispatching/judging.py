@@ -1,0 +1,88 @@
+"""Scores of a method on the prompts of a problem."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bayes_dispatch.calibration import (
+    coverage_curve,
+    expected_calibration_error,
+    log_score,
+    ood_auroc,
+)
+from bayes_dispatch.dispatcher import Dispatcher
+from dispatching.data import LENGTHS_JUDGED, Problem
+from dispatching.methods import Method
+
+__all__ = ["LEVELS", "SCORES", "Judgement", "attainable", "judge"]
+
+LEVELS = (0.5, 0.9)
+RELIABLE = 0.7  # k-hat below it
+CERTAIN = 1e-12  # no log score is infinite
+
+SCORES = (
+    *(f"accuracy {length}" for length in LENGTHS_JUDGED),
+    *(f"ECE {length}" for length in LENGTHS_JUDGED),
+    "log score",
+    "Brier, mixes",
+    "50% covers",
+    "attainable 50%",
+    "90% covers",
+    "attainable 90%",
+    "AUROC, share",
+    "AUROC, density",
+    "k-hat < .7",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """How a method did on one problem.
+
+    Attributes:
+        scores: by name of :data:`SCORES`, those that the method has.
+        errors: ``(N,)`` squared error of each held-out mixture, summed over components.
+    """
+
+    scores: dict[str, float]
+    errors: np.ndarray
+
+
+def judge(method: Method, problem: Problem) -> Judgement:
+    """Every score that the method has.
+
+    Accuracy, ECE and log score are of P(largest share) on pure prompts, by length and over all lengths; Brier, coverage
+    and k-hat are of mixtures; AUROC tells foreign prompts from pure ones of their length.
+    """
+    scores: dict[str, float] = {}
+    best, labels, inside = [], [], None
+    for length, known in problem.pure.items():
+        inside = method(known.evidence)
+        right = inside.best.argmax(1) == known.labels
+        scores[f"accuracy {length}"] = float(right.mean())
+        scores[f"ECE {length}"] = expected_calibration_error(inside.best, known.labels)
+        best.append(inside.best)
+        labels.append(known.labels)
+    every = np.maximum(np.concatenate(best), CERTAIN)
+    scores["log score"] = log_score(every / every.sum(1, keepdims=True), np.concatenate(labels))
+    mixed, foreign = method(problem.mixed.evidence), method(problem.foreign.evidence)
+    errors = ((mixed.shares - problem.mixed.mixtures) ** 2).sum(1)
+    scores["Brier, mixes"] = float(errors.mean())
+    if mixed.posterior is not None:
+        values = coverage_curve(mixed.posterior, problem.mixed.mixtures, LEVELS).values
+        scores |= {f"{level:.0%} covers": float(value) for level, value in zip(LEVELS, values, strict=True)}
+    assert inside is not None
+    scores["AUROC, share"] = ood_auroc(inside.foreign, foreign.foreign).value
+    if inside.surprise is not None and foreign.surprise is not None:
+        scores["AUROC, density"] = ood_auroc(inside.surprise, foreign.surprise).value
+    if mixed.k_hat is not None:
+        scores["k-hat < .7"] = float((mixed.k_hat < RELIABLE).mean())
+    return Judgement(scores, errors)
+
+
+def attainable(dispatcher: Dispatcher, problem: Problem, resample: bool, draws: int = 256) -> dict[str, float]:
+    """Coverage that the fitted program itself shows on simulations at the same mixtures, by name of a score."""
+    truth = problem.mixed.mixtures
+    drawn, posterior = dispatcher.simulate(len(truth), draws, 0, truth, resample)
+    values = coverage_curve(posterior, drawn, LEVELS).values
+    return {f"attainable {level:.0%}": float(value) for level, value in zip(LEVELS, values, strict=True)}
