@@ -64,14 +64,20 @@ def rank_by_loo(groups: Mapping[str, Mapping[str, xr.Dataset]], view: str) -> An
         view: the variable of ``log_likelihood``.
 
     Returns:
-        A ``pandas.DataFrame``, a row for each name, best first: rank, elpd, p, elpd_diff, weight, se, dse, warning.
+        A ``pandas.DataFrame``, a row for each name, best first: rank, elpd, p (effective parameters), elpd_diff (below
+        the best, ≥ 0), weight (stacking), se, dse, warning (arviz distrusts the importance weights).
     """
-    columns = {"elpd_loo": "elpd", "p_loo": "p"}  # names in 0.x
     models, az = {name: to_inference_data(each) for name, each in groups.items()}, _arviz()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of high k-hats, which the table tells, and of pandas' plans
-        table = az.compare(models, var_name=view)
-    return table.rename(columns=columns)[["rank", "elpd", "p", "elpd_diff", "weight", "se", "dse", "warning"]]
+        if hasattr(az, "from_datatree"):
+            found = az.compare(models, var_name=view)
+            table = found.rename(columns={"elpd_loo": "elpd", "p_loo": "p"})
+        else:
+            found = az.compare(models, var_name=view, round_to="none")
+            table = found.assign(warning=found["diag_elpd"].astype(str).str.len() > 0)
+    table["elpd_diff"] = table["elpd"].max() - table["elpd"]  # 0.x and 1.x disagree about its sign
+    return table[["rank", "elpd", "p", "elpd_diff", "weight", "se", "dse", "warning"]]
 
 
 def _arviz() -> Any:
