@@ -85,6 +85,7 @@ if TYPE_CHECKING:
     from bayes_dispatch.model.seq2seq import MambaFormerForSeq2Seq
     from bayes_dispatch.model.tokenizer import ByteTokenizer
     from bayes_dispatch.posterior import DispatchPosterior
+    from bayes_dispatch.program_comparison import ProgramComparison, compare_programs
     from bayes_dispatch.reference import ReferencePosterior, joint_posterior, reference_posterior
 
 __version__ = "0.1.0"
@@ -125,6 +126,8 @@ __all__ = [
     "AUROC",
     "paired_comparison",
     "PairedComparison",
+    "compare_programs",
+    "ProgramComparison",
     "reference_posterior",
     "joint_posterior",
     "ReferencePosterior",
@@ -207,6 +210,8 @@ _MODULE_OF = {
     "AUROC": "calibration",
     "paired_comparison": "calibration",
     "PairedComparison": "calibration",
+    "compare_programs": "program_comparison",
+    "ProgramComparison": "program_comparison",
     "reference_posterior": "reference",
     "joint_posterior": "reference",
     "ReferencePosterior": "reference",

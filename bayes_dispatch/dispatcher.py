@@ -418,6 +418,31 @@ class Dispatcher:
             raise BundleError(f"expected a serving prior in {directory}, got {error}") from None
         return dispatcher
 
+    def to_arviz(
+        self,
+        X: Evidence | Shaped[np.ndarray, "prompt feature"],
+        draws: int = 64,
+        seed: int = 0,
+        resample: bool = True,
+        prompts: Sequence[str] | None = None,
+    ) -> Any:
+        """Prior, posterior, predictive draws, likelihood and evidence of prompts as arviz data.
+
+        Args:
+            X, draws, seed, resample: as in :meth:`posterior`, whose draws these are.
+            prompts: names of the prompts for plots; numbers by default.
+
+        Returns:
+            The groups of :func:`bayes_dispatch.groups.fitted_groups`, ``arviz.InferenceData`` on arviz 0.x,
+            ``xarray.DataTree`` from 1.0 on.
+        """
+        from bayes_dispatch.groups import fitted_groups
+        from bayes_dispatch.idata import to_inference_data
+
+        evidence = _as_evidence(X)
+        posterior = self.posterior(evidence, draws, seed, resample)
+        return to_inference_data(fitted_groups(self.state, evidence, posterior, self._report, prompts, seed))
+
     def _initial_prior(self) -> PriorState:
         return prior_state(self.state.model.prior_of_shares().double().numpy(), (*self.experts, "base"))
 

@@ -224,8 +224,8 @@ def _clusters(model: DispatchModel, prompts: Prompts, shares: Tensor, rows: Tens
         for view in model.views
         for values in [prompts.observed[view.name]]
     ]
-    points = torch.cat(columns, -1)
-    points = ((points - points.mean(0)) / points.std(0).clamp(min=1e-6)).double().numpy()
+    joined = torch.cat(columns, -1)
+    points = ((joined - joined.mean(0)) / joined.std(0).clamp(min=1e-6)).double().numpy()
     empty = (shares.sum(0) == 0).numpy()
     mass = shares.double().numpy()
     centers = (mass.T @ points) / np.maximum(mass.sum(0), 1e-9)[:, None]

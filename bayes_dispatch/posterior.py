@@ -80,7 +80,10 @@ class DispatchPosterior:
         return DispatchPosterior(self.weights[:, indices], self.experts, k_hat, log_evidence)
 
     def to_arviz(self, prompts: Sequence[str] | None = None) -> Any:
-        """The draws as arviz data, ``posterior["weights"]`` with dims chain, draw, prompt, expert.
+        """The draws as arviz data: ``posterior["weights"]`` with dims chain, draw, prompt, expert.
+
+        Where the posterior has ``k_hat`` and ``log_evidence``, they are in ``sample_stats``. The rest of what a fitted
+        program knows comes from ``Dispatcher.to_arviz``.
 
         Args:
             prompts: names of the prompts for plots; numbers by default.
@@ -88,12 +91,13 @@ class DispatchPosterior:
         Returns:
             ``arviz.InferenceData`` on arviz 0.x, ``xarray.DataTree`` from 1.0 on.
         """
+        from bayes_dispatch.groups import posterior_groups
         from bayes_dispatch.idata import to_inference_data
 
-        return to_inference_data(self, prompts)
+        return to_inference_data(posterior_groups(self, prompts))
 
     def to_netcdf(self, path: str | Path) -> Path:
         """Write :meth:`to_arviz` to a NetCDF file, under a temporary name until it is whole."""
-        from bayes_dispatch.idata import write_netcdf
+        from bayes_dispatch.idata import to_datatree, write_netcdf
 
-        return write_netcdf(self, Path(path))
+        return write_netcdf(to_datatree(self), Path(path))

@@ -11,7 +11,8 @@ from bayes_dispatch.views import KINDS, NAMED_KINDS, View
 
 __all__ = ["PROGRAMS", "Admixture", "OneLabelMixture"]
 
-RESERVED = {"w", "pi", "kappa", "labels", "expert", "experts", "prompts", "base"}  # names of the program itself
+# Names of the program itself, and of the dimensions of its draws.
+RESERVED = {"w", "pi", "kappa", "labels", "expert", "experts", "prompts", "base", "chain", "draw", "prompt"}
 
 
 @dataclass(frozen=True)

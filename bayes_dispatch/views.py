@@ -57,6 +57,9 @@ class View(Protocol):
     def sample_shared(self) -> dict[str, Tensor]:
         """Draw the globals that all experts share: site → scalar."""
 
+    def base(self) -> dict[str, Tensor]:
+        """What base has in place of the globals of each expert: site → ``(·,)``."""
+
     def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
         """Values of the globals to start SVI from, given evidence ``(N, width)`` and the prompts' shares ``(N, K)``."""
 
@@ -87,6 +90,9 @@ class VectorsView:
     def sample_shared(self) -> dict[str, Tensor]:
         return _sample(self, lt=dist.LogNormal(torch.tensor(2.5), 1.0))
 
+    def base(self) -> dict[str, Tensor]:
+        return _named(self, M=torch.zeros(self.width), s2=torch.ones(self.width))
+
     def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
         means, variances = _moments(values, shares)
         return _named(self, M=means, s2=variances.clamp(min=5e-3, max=1.0), lt=torch.tensor(12.0))
@@ -94,8 +100,8 @@ class VectorsView:
     def likelihood(
         self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
     ) -> TorchDistributionMixin:
-        means = _append(sites[site(self, "M")], torch.zeros(self.width))  # (K+1, D)
-        variances = _append(sites[site(self, "s2")], torch.ones(self.width))
+        means = _with_base(self, sites, "M")  # (K+1, D)
+        variances = _with_base(self, sites, "s2")
         factor = temper * length_factor(prompts.lengths, sites[site(self, "lt")])  # (N,)
         noise = (weights @ variances) * factor.unsqueeze(-1)  # (N, D)
         return dist.StudentT(6.0, weights @ means, noise.sqrt()).to_event(1)
@@ -119,6 +125,9 @@ class SurpriseView:
     def sample_shared(self) -> dict[str, Tensor]:
         return {}
 
+    def base(self) -> dict[str, Tensor]:
+        return _named(self, a=torch.full((self.width,), 4.0), a2=torch.full((self.width,), 9.0))
+
     def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
         means, variances = _moments(values, shares)
         return _named(self, a=means, a2=variances.clamp(min=2e-2, max=4.0))
@@ -126,8 +135,8 @@ class SurpriseView:
     def likelihood(
         self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
     ) -> TorchDistributionMixin:
-        means = _append(sites[site(self, "a")], torch.full((self.width,), 4.0))  # (K+1, 2)
-        variances = _append(sites[site(self, "a2")], torch.full((self.width,), 9.0))
+        means = _with_base(self, sites, "a")  # (K+1, 2)
+        variances = _with_base(self, sites, "a2")
         noise = (weights @ variances) * temper.unsqueeze(-1)
         return dist.StudentT(6.0, weights @ means, noise.sqrt()).to_event(1)
 
@@ -148,6 +157,9 @@ class CountsView:
 
     def sample_shared(self) -> dict[str, Tensor]:
         return _sample(self, conc=dist.LogNormal(torch.tensor(3.0), 1.0))
+
+    def base(self) -> dict[str, Tensor]:
+        return _named(self, Phi=torch.full((self.width,), 1.0 / self.width))
 
     def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
         counts = shares.T @ values + 1.0  # (K, C)
@@ -176,6 +188,9 @@ class ProbabilitiesView:
 
     def sample_shared(self) -> dict[str, Tensor]:
         return _sample(self, conc=dist.LogNormal(torch.tensor(3.0), 1.0))
+
+    def base(self) -> dict[str, Tensor]:
+        return _named(self, Phi=torch.full((self.width,), 1.0 / self.width))
 
     def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
         means = shares.T @ values + 1e-2  # (K, C)
@@ -231,13 +246,14 @@ def _moments(values: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mixed_classes(view: View, sites: Mapping[str, Tensor], weights: Tensor, temper: Tensor) -> Tensor:
-    classes = _append(sites[site(view, "Phi")], torch.full((view.width,), 1.0 / view.width))  # (K+1, C)
+    classes = _with_base(view, sites, "Phi")  # (K+1, C)
     strength = (sites[site(view, "conc")] / temper).unsqueeze(-1)
     return strength * (weights @ classes) + 1e-3
 
 
-def _append(experts: Tensor, base: Tensor) -> Tensor:
-    return torch.cat([experts, base.to(experts).unsqueeze(0)])
+def _with_base(view: View, sites: Mapping[str, Tensor], parameter: str) -> Tensor:
+    name = site(view, parameter)
+    return torch.cat([sites[name], view.base()[name].to(sites[name]).unsqueeze(0)])
 
 
 class _FlooredDirichlet(dist.Dirichlet):
