@@ -170,6 +170,7 @@ class Dispatcher:
         draws: int = 64,
         seed: int | Sequence[int] = 0,
         resample: bool = False,
+        proposals: int | None = None,
     ) -> DispatchPosterior:
         """Draw from the posterior of the weights, one network call for all prompts.
 
@@ -180,6 +181,7 @@ class Dispatcher:
                 depend on its evidence and its seed, never on the other prompts.
             resample: correct the guide's draws by Pareto-smoothed importance sampling against the fitted program; the
                 posterior then has each prompt's ``k_hat`` and ``log_evidence``.
+            proposals: of each prompt, to resample from; by default half as many again as draws, at least 96.
 
         Returns:
             The draws ``(draw, prompt, K+1)``.
@@ -188,13 +190,13 @@ class Dispatcher:
             NotFittedError: before ``fit``.
             EvidenceError: bad evidence.
             TensorError: views of other widths than in ``fit``.
-            ConfigError: fewer than one draw, or another number of seeds than prompts.
+            ConfigError: fewer than one draw or 25 proposals, or another number of seeds than prompts.
         """
         evidence = _as_evidence(X)
         if draws < 1:
             raise ConfigError(f"expected at least 1 draw, got {draws}")
         prompts = self.state.prompts(evidence)
-        return self._posterior(prompts, draws, prompt_keys(seed, len(evidence)), resample)
+        return self._posterior(prompts, draws, prompt_keys(seed, len(evidence)), resample, proposals)
 
     def mixtures_of(self, evidence: Evidence) -> DirichletMixtures | LabelProbabilities:
         """The guide's answer itself: a mixture of Dirichlets for each prompt, in float64."""
@@ -342,6 +344,7 @@ class Dispatcher:
         seed: int = 0,
         weights: Float[np.ndarray, "prompt weight"] | None = None,
         resample: bool = False,
+        proposals: int | None = None,
     ) -> tuple[Float[np.ndarray, "prompt weight"], DispatchPosterior]:
         """Draw prompts from the fitted program and infer their weights: what calibration is attainable.
 
@@ -350,7 +353,7 @@ class Dispatcher:
             draws: posterior draws of each.
             seed: of simulation and draws.
             weights: ``(count, K+1)`` to simulate at; drawn from the prior by default.
-            resample: as in :meth:`posterior`.
+            resample, proposals: as in :meth:`posterior`.
 
         Returns:
             The true weights ``(count, K+1)`` and the posterior.
@@ -362,7 +365,9 @@ class Dispatcher:
             drawn = simulate(
                 state.model, state.globals, state.like, count, self.guide, (state.temper,) * 2, 0.0, given, shares
             )
-        posterior = self._posterior(drawn.prompts.to(torch.float64), draws, prompt_keys(seed, count), resample)
+        posterior = self._posterior(
+            drawn.prompts.to(torch.float64), draws, prompt_keys(seed, count), resample, proposals
+        )
         return drawn.weights.numpy().astype(np.float64), posterior
 
     def save(self, directory: str | Path) -> None:
@@ -446,10 +451,12 @@ class Dispatcher:
     def _initial_prior(self) -> PriorState:
         return prior_state(self.state.model.prior_of_shares().double().numpy(), (*self.experts, "base"))
 
-    def _posterior(self, prompts: Prompts, draws: int, keys: np.ndarray, resample: bool) -> DispatchPosterior:
+    def _posterior(
+        self, prompts: Prompts, draws: int, keys: np.ndarray, resample: bool, proposals: int | None
+    ) -> DispatchPosterior:
         names = (*self.experts, "base")
         if resample and self.state.guide is not None:
-            weighted = self._weigh(prompts, max(PROPOSALS, -(-3 * draws // 2)), keys)
+            weighted = self._weigh(prompts, proposals or max(PROPOSALS, -(-3 * draws // 2)), keys)
             drawn = draw_resampled(weighted, draws, scramble(keys))
             return DispatchPosterior(drawn, names, weighted.k_hat, weighted.log_evidence)
         return DispatchPosterior(self.state.answer(prompts, self.prior.mean).draw(draws, keys), names)

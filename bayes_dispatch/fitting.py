@@ -48,7 +48,7 @@ class SVISettings:
 
     steps: int = 600
     learning_rate: float = 0.02
-    batch_size: int = 1024
+    batch_size: int = 4096
     rounds: int = 3
     restarts: int = 1
     precision: Literal["float32", "float64"] = "float32"

@@ -52,11 +52,11 @@ class GuideSettings:
         tempers: smallest and largest noise temper τ, between which held-out documents of known mixture choose.
     """
 
-    components: int = 3
-    hidden: int = 128
-    simulations: int = 32_000
+    components: int = 6
+    hidden: int = 192
+    simulations: int = 100_000
     global_draws: int = 40
-    steps: int = 4_000
+    steps: int = 10_000
     batch_size: int = 256
     learning_rate: float = 2e-3
     real_share: float = 0.12

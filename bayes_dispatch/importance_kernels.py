@@ -63,8 +63,8 @@ def draw_weights(
 
     Gamma variates of shape a < 1 are those of shape a+1 times ``U^(1/a)``, in logs: small shapes never underflow to
     0/0. Both densities count weights below ``RESOLUTION`` by their probability to be there: the likelihood is flat in
-    them, and the ratio of their densities has no bound. The prior is a mixture over J precisions of one Dirichlet tree;
-    without families its ``top`` is empty.
+    them, and the ratio of their densities has no bound. They are then drawn anew from the prior (not with families).
+    The prior is a mixture over J precisions of one Dirichlet tree; without families its ``top`` is empty.
 
     Args:
         keys: ``(N,)`` seeds. shares: ``(N, R)``. concentration: ``(N, R, W)`` of the mixtures.
@@ -80,7 +80,7 @@ def draw_weights(
     state = np.empty(4, np.uint64)
     prior_constants = np.empty(grid)
     log_prior, log_concentration = np.log(prior), np.empty((parts, width))
-    small, log_resolution = np.empty(width), math.log(RESOLUTION)
+    small, log_resolution, terms = np.empty(width), math.log(RESOLUTION), np.empty(grid)
     for j in range(grid):
         prior_constants[j] = _log_constant(prior[j], families, top[j])
     for n in range(rows):
@@ -146,8 +146,11 @@ def draw_weights(
                         if families[k] == f:
                             leaves += prior[j, k]
                     value += (top[j, f] - leaves) * math.log(max(sums[f], 1e-300))
+                terms[j] = value
                 density, highest = _add_log(density, highest, value)
             ratios[n, p] += highest + math.log(density / grid)
+            if many == 0:
+                _redraw_small(state, terms, highest, density, prior, small, weights[n, p])
 
 
 @loop
@@ -443,6 +446,26 @@ def _fit_pareto(tail: Array) -> tuple[float, float]:
     shape = np.log1p(-chosen * tail).mean()
     scale = -shape / chosen
     return (size * shape + 5.0) / (size + 10.0), scale
+
+
+@loop
+def _redraw_small(
+    state: Array, terms: Array, highest: float, density: float, prior: Array, small: Array, weights: Array
+) -> None:
+    """Draw the weights below ``RESOLUTION`` from the prior, at a precision drawn given the others."""
+    u, j = _uniform(state) * density, 0
+    while j < len(terms) - 1 and u >= math.exp(terms[j] - highest):
+        u -= math.exp(terms[j] - highest)
+        j += 1
+    before, after = 0.0, 0.0
+    for k in range(len(weights)):
+        if small[k]:
+            before += weights[k]
+            weights[k] = RESOLUTION * math.exp(math.log(_uniform(state)) / prior[j, k])
+            after += weights[k]
+    for k in range(len(weights)):
+        if not small[k]:
+            weights[k] *= (1.0 - after) / (1.0 - before)
 
 
 @loop

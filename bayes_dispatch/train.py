@@ -44,6 +44,7 @@ from bayes_dispatch.model.files import read_json, write_json
 from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
 from bayes_dispatch.model.pretraining import PretrainingSettings, pretrain
 from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.program import Admixture
 
 __all__ = ["PLANS", "TrainingPlan", "train_bundle"]
 
@@ -79,6 +80,9 @@ class TrainingPlan:
         pretraining, experts = replace(self.pretraining, seed=seed), replace(self.experts, seed=seed)
         return replace(self, seed=seed, pretraining=pretraining, experts=experts)
 
+
+# The view "surprise" was tried: squared error on held-out mixtures .078 with it and .067 without.
+PROGRAM = Admixture(views={"hidden": "vectors", "counts": "counts"})
 
 PLANS = {
     "full": TrainingPlan(pretraining=PretrainingSettings(steps=1900)),
@@ -190,7 +194,7 @@ def _fitted_dispatcher(
 ) -> Dispatcher:
     directory = work / "dispatcher"
     if not directory.exists():
-        dispatcher = Dispatcher(experts.names, plan.seed, svi=plan.svi, guide=plan.guide)
+        dispatcher = Dispatcher(experts.names, plan.seed, svi=plan.svi, guide=plan.guide, program=PROGRAM)
         dispatcher.fit(train.evidence, train.labels, train.mixtures, progress=progress).save(directory)
     return Dispatcher.load(directory)
 
