@@ -12,6 +12,7 @@ from bayes_dispatch.calibration import (
     AUROC,
     Abstention,
     CoverageCurve,
+    RankUniformity,
     ReliabilityCurve,
     RiskCoverage,
     SimulationBasedCalibration,
@@ -27,14 +28,19 @@ from bayes_dispatch.calibration import (
     simulation_based_calibration,
 )
 from bayes_dispatch.calibration_plots import plot_coverage, plot_rank_ecdfs, plot_reliability, plot_risk_coverage
+from bayes_dispatch.dispatcher import Dispatcher
 from bayes_dispatch.errors import ConfigError, UnknownNameError
+from bayes_dispatch.evidence import Evidence
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS, FOREIGN_TEXTS
 from bayes_dispatch.inference.evidence_sets import foreign_evidence, mixed_evidence, pure_evidence
 from bayes_dispatch.model.files import write_files, write_json
+from bayes_dispatch.posterior import DispatchPosterior
 from bayes_dispatch.tables import Cell, Table
 
 __all__ = ["FILES", "Diagnosis", "DiagnosisSettings", "diagnose", "diagnosis_tables", "write_diagnosis"]
 
+PROPOSALS = 1_000  # of each prompt, for importance weights
+CORRECTED_DRAWS = 63  # of them: few, so that next to none repeats
 FILES = ("diagnosis.json", "report.md", "ranks.png", "coverage.png", "reliability.png", "risk_coverage.png")
 
 
@@ -81,6 +87,8 @@ class Diagnosis:
     Attributes:
         settings: what was asked for.
         ranks: simulation-based calibration: the guide against the program that it answers for.
+        corrected: the same with the guide's draws resampled by importance, from ``PROPOSALS`` of each prompt.
+        k_hat: share of prompts whose importance weights can be trusted (k-hat below .7): of mixtures, and by length.
         coverage, attainable: of intervals on held-out mixtures, and on simulations at the same weights.
         pure: accuracy, ECE, Brier and log score of ``predict_proba`` on held-out prompts of one domain, by length.
         reliability: of all of these. risk_coverage: of that half of them that did not choose the threshold.
@@ -90,6 +98,8 @@ class Diagnosis:
 
     settings: DiagnosisSettings
     ranks: SimulationBasedCalibration
+    corrected: SimulationBasedCalibration
+    k_hat: Mapping[str, float]
     coverage: CoverageCurve
     attainable: CoverageCurve
     pure: Mapping[int, Mapping[str, float]]
@@ -108,7 +118,6 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in the report, as JSON values."""
-        ranks = [{"component": c.component, "inside": c.inside, "excess": c.excess} for c in self.ranks.components]
         curves = {
             name: {
                 "levels": c.levels.tolist(),
@@ -119,11 +128,9 @@ class Diagnosis:
         }
         return {
             "settings": asdict(self.settings),
-            "ranks": {
-                "false_alarm_rate": self.ranks.false_alarm_rate,
-                "passed": self.ranks.passed,
-                "components": ranks,
-            },
+            "ranks": _verdicts(self.ranks),
+            "corrected_ranks": _verdicts(self.corrected),
+            "k_hat_below_0.7": dict(self.k_hat),
             "coverage": curves,
             "pure": {str(length): dict(scores) for length, scores in self.pure.items()},
             "risk_coverage": {"aurc": self.risk_coverage.aurc, "excess_aurc": self.risk_coverage.excess_aurc},
@@ -149,17 +156,20 @@ def diagnose(bundle: Bundle, settings: DiagnosisSettings | None = None, progress
     domains = [known[name] for name in bundle.experts.names]
     model, dispatcher, seed = bundle.model, bundle.dispatcher, settings.seed
     ranks = simulation_based_calibration(dispatcher, settings.simulations, settings.draws, seed)
+    corrected = simulation_based_calibration(_Resampled(dispatcher), settings.simulations, CORRECTED_DRAWS, seed)
     mixed = mixed_evidence(model, domains, settings.mixtures, settings.mixture_lengths, "held_out", seed, progress)
     posterior = dispatcher.posterior(mixed.evidence, draws=settings.draws, seed=seed)
     coverage = coverage_curve(posterior, mixed.mixtures)
     attainable = attainable_coverage_curve(
         dispatcher, mixed.mixtures, count=settings.simulations, draws=settings.draws, seed=seed
     )
+    k_hat = {"mixtures": _trusted(dispatcher, mixed.evidence, seed)}
     pure, probabilities, labels = {}, [], []
     for length in settings.lengths:
         found = pure_evidence(model, domains, settings.prompts, (length, length), "held_out", seed + length, progress)
         of_length = dispatcher.predict_proba(found.evidence)
         pure[length] = _scores(of_length, found.labels)
+        k_hat[f"{length} bytes"] = _trusted(dispatcher, found.evidence, seed)
         probabilities.append(of_length)
         labels.append(found.labels)
     joint, truth = np.concatenate(probabilities), np.concatenate(labels)
@@ -175,6 +185,8 @@ def diagnose(bundle: Bundle, settings: DiagnosisSettings | None = None, progress
     return Diagnosis(
         settings,
         ranks,
+        corrected,
+        k_hat,
         coverage,
         attainable,
         pure,
@@ -189,8 +201,8 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
     """What was found, for a terminal or a report."""
     ranks = diagnosis.ranks
     verdicts: list[list[Cell | str]] = [
-        [c.component, Cell("inside", "right") if c.inside else Cell("outside", "wrong"), f"{c.excess:.3f}"]
-        for c in ranks.components
+        [c.component, *_verdict(c), *_verdict(d)]
+        for c, d in zip(ranks.components, diagnosis.corrected.components, strict=True)
     ]
     settings = diagnosis.settings
     note = f"{settings.simulations} simulations; false-alarm rate {ranks.false_alarm_rate:g} for all together."
@@ -210,6 +222,7 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
     foreign, curve, rule = diagnosis.foreign, diagnosis.risk_coverage, diagnosis.abstention
     served = diagnosis.served
     trust = [
+        *([f"k-hat below .7: {name}", f"{share:.3f}"] for name, share in diagnosis.k_hat.items()),
         ["AURC (above the oracle's)", f"{curve.aurc:.5f} ({curve.excess_aurc:.5f})"],
         ["AUROC of the base weight on foreign text", f"{foreign.value:.4f} ± {foreign.standard_error:.4f}"],
         [
@@ -219,7 +232,12 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
         ["served, and wrong, on the other half", "–" if served is None else f"{served[0]:.3f}, {served[1]:.4f}"],
     ]
     return [
-        Table("Ranks of true weights among posterior draws", ["component", "band", "leaves it by"], verdicts, note),
+        Table(
+            "Ranks of true weights among posterior draws",
+            ["component", "guide", "by", "resampled", "by"],
+            verdicts,
+            note,
+        ),
         Table("Coverage of intervals on held-out mixtures", ["level", "found", "attainable"], levels),
         Table("P(best) on held-out prompts of one domain", ["length", *names], scores),
         Table(
@@ -247,6 +265,30 @@ def write_diagnosis(diagnosis: Diagnosis, out: Path) -> list[Path]:
         write_json(new / "diagnosis.json", diagnosis.to_dict())
         (new / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return [out / name for name in FILES]
+
+
+@dataclass(frozen=True)
+class _Resampled:
+    """A dispatcher whose simulations are answered by resampled draws."""
+
+    dispatcher: Dispatcher
+
+    def simulate(self, count: int, draws: int, seed: int) -> tuple[np.ndarray, DispatchPosterior]:
+        return self.dispatcher.simulate(count, draws, seed, resample=True, proposals=PROPOSALS)
+
+
+def _trusted(dispatcher: Dispatcher, evidence: Evidence, seed: int) -> float:
+    """Share of prompts with k-hat below .7."""
+    return float((dispatcher.weigh(evidence, PROPOSALS, seed).k_hat < 0.7).mean())
+
+
+def _verdict(component: RankUniformity) -> tuple[Cell, str]:
+    return Cell("inside", "right") if component.inside else Cell("outside", "wrong"), f"{component.excess:.3f}"
+
+
+def _verdicts(ranks: SimulationBasedCalibration) -> dict[str, Any]:
+    components = [{"component": c.component, "inside": c.inside, "excess": c.excess} for c in ranks.components]
+    return {"false_alarm_rate": ranks.false_alarm_rate, "passed": ranks.passed, "components": components}
 
 
 def _scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:

@@ -270,7 +270,7 @@ class Dispatcher:
     def feedback(
         self,
         served: str | Sequence[str],
-        reward: float | Sequence[float],
+        reward: float | Sequence[float] | Float[np.ndarray, " event"],
         X: Evidence | Shaped[np.ndarray, "prompt feature"] | None = None,
         reliability: float = 0.95,
         forgetting: float = 1.0,

@@ -12,7 +12,8 @@ from bayes_dispatch.evidence import Evidence
 
 __all__ = ["EvidenceFile", "read_evidence"]
 
-ARRAYS = ("hidden", "counts", "lengths", "labels", "mixtures")
+VIEWS = ("hidden", "counts", "surprise")
+ARRAYS = (*VIEWS, "lengths", "labels", "mixtures")
 
 
 class EvidenceFile(NamedTuple):
@@ -24,7 +25,7 @@ class EvidenceFile(NamedTuple):
 
 
 def read_evidence(path: Path) -> EvidenceFile:
-    """Read the arrays ``hidden``, ``counts``, ``lengths``, ``labels`` and ``mixtures``; at least one of the first two.
+    """Read the arrays ``hidden``, ``counts``, ``surprise`` (one at least), ``lengths``, ``labels`` and ``mixtures``.
 
     Raises:
         EvidenceError: no such file, no ``.npz`` file, pickled objects in it, arrays of other names, or bad evidence.
@@ -40,5 +41,5 @@ def read_evidence(path: Path) -> EvidenceFile:
         raise EvidenceError(
             f"expected arrays of the names {', '.join(ARRAYS)} in {path}, got {', '.join(sorted(unknown))}"
         )
-    views = {name: arrays[name] for name in ("hidden", "counts") if name in arrays}
+    views = {name: arrays[name] for name in VIEWS if name in arrays}
     return EvidenceFile(Evidence(views, arrays.get("lengths")), arrays.get("labels"), arrays.get("mixtures"))

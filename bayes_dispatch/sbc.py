@@ -25,7 +25,7 @@ __all__ = [
     "simulation_based_calibration",
 ]
 
-RESOLUTION = 1e-6  # simulated weights are float32
+RESOLUTION = 1e-3  # of the guide, which counts smaller weights by their probability to be that small
 
 
 @runtime_checkable
@@ -166,7 +166,7 @@ def simulation_based_calibration(
     """Draw weights and evidence from a fitted program, infer the weights, and check that their ranks are uniform.
 
     It checks inference against the program (the guide and its tempering), not the program against real prompts. Draws
-    must be independent: resampled ones repeat and fail.
+    must be independent: resampled ones repeat, and fail unless they are few among many proposals.
 
     Args:
         dispatcher: a fitted one, or another :class:`Simulator`.
