@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     )
     from bayes_dispatch.dispatcher import Dispatcher
     from bayes_dispatch.distances import Agreement, agreement
+    from bayes_dispatch.drift import DriftMonitor, drift_monitor, watch
     from bayes_dispatch.estimator import DispatcherClassifier
     from bayes_dispatch.evidence import Evidence
     from bayes_dispatch.experts.bank import ExpertBank
@@ -84,7 +85,9 @@ if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer import MambaFormer, MambaFormerForCausalLM
     from bayes_dispatch.model.seq2seq import MambaFormerForSeq2Seq
     from bayes_dispatch.model.tokenizer import ByteTokenizer
+    from bayes_dispatch.online import PriorState, prior_state
     from bayes_dispatch.posterior import DispatchPosterior
+    from bayes_dispatch.program import Admixture, OneLabelMixture
     from bayes_dispatch.program_comparison import ProgramComparison, compare_programs
     from bayes_dispatch.reference import ReferencePosterior, joint_posterior, reference_posterior
 
@@ -99,6 +102,13 @@ __all__ = [
     "Dispatcher",
     "DispatcherClassifier",
     "DispatchPosterior",
+    "Admixture",
+    "OneLabelMixture",
+    "PriorState",
+    "prior_state",
+    "DriftMonitor",
+    "drift_monitor",
+    "watch",
     "simulation_based_calibration",
     "SimulationBasedCalibration",
     "Simulator",
@@ -243,6 +253,13 @@ _MODULE_OF = {
     "Adaptation": "model.adaptation",
     "Cache": "model.cache",
     "ByteTokenizer": "model.tokenizer",
+    "Admixture": "program",
+    "OneLabelMixture": "program",
+    "PriorState": "online",
+    "prior_state": "online",
+    "DriftMonitor": "drift",
+    "drift_monitor": "drift",
+    "watch": "drift",
 }
 
 if not TYPE_CHECKING:  # a type checker would take any name for a public one

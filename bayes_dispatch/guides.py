@@ -49,14 +49,14 @@ class GuideSettings:
         learning_rate: at the start, cosine to zero.
         real_share: share of each batch that is real prompts of known weights, and concatenations of them.
         kappa: range of the prior precision that serving assumes, log-uniform.
-        tempers: smallest and largest noise temper τ, between which held-out documents of known mixture choose.
+        tempers: smallest and largest noise temper τ, between which documents of known mixture choose.
     """
 
     components: int = 6
-    hidden: int = 192
-    simulations: int = 100_000
+    hidden: int = 128
+    simulations: int = 40_000
     global_draws: int = 40
-    steps: int = 10_000
+    steps: int = 4_000
     batch_size: int = 256
     learning_rate: float = 2e-3
     real_share: float = 0.12

@@ -41,14 +41,13 @@ def fit_parts(
     Raises:
         EvidenceError: none of the views that the program reads, or a view that next to no prompt has.
     """
-    train, held_out = data.split(seed)
     maps: dict[str, FeatureMap] = {}
     mapped: dict[str, np.ndarray] = {}
     views = []
     for name, kind in program.kinds(list(data.evidence.views)).items():
         values = data.evidence.views[name]
         if kind in ("vectors", "surprise"):
-            present = train[~data.evidence.is_missing(name)[train]]
+            present = np.flatnonzero(~data.evidence.is_missing(name))
             if len(present) < 2:
                 raise EvidenceError(f"expected at least 2 prompts with a view {name!r}, got {len(present)}")
             if kind == "vectors":
@@ -61,42 +60,29 @@ def fit_parts(
         views.append(KINDS[kind](mapped.get(name, values).shape[1], name))
     model = program.model(experts, tuple(views))
     every = as_prompts(model, data.evidence, mapped, svi.dtype)
-    posterior, report = fit_globals(model, data.observed(every, train), svi, seed, progress)
-    like = every.select(torch.from_numpy(train[np.linspace(0, len(train) - 1, min(len(train), LIKE)).astype(int)]))
+    posterior, report = fit_globals(model, data.observed(every), svi, seed, progress)
+    like = every.select(torch.linspace(0, len(every) - 1, min(len(every), LIKE)).long())
     parts = FittedDispatcher(model, posterior, maps, None, guide, 1.0, like.to(torch.float32).blank())
-    return _with_guide(parts, data, every, held_out, seed + 1, progress), report
+    return _with_guide(parts, data, every, seed + 1, progress), report
 
 
 def refit_parts(
     parts: FittedDispatcher, data: TrainingSet, svi: SVISettings, seed: int, progress: bool
 ) -> tuple[FittedDispatcher, FitReport]:
     """Fit globals, temper and guide to other evidence, from the globals as they are; the projections stay."""
-    train, held_out = data.split(seed)
     every = parts.prompts(data.evidence).to(svi.dtype)
     start = parts.globals.to(svi.dtype)
-    posterior, report = fit_globals(parts.model, data.observed(every, train), svi, seed, progress, start)
-    return _with_guide(replace(parts, globals=posterior), data, every, held_out, seed + 1, progress), report
+    posterior, report = fit_globals(parts.model, data.observed(every), svi, seed, progress, start)
+    return _with_guide(replace(parts, globals=posterior), data, every, seed + 1, progress), report
 
 
 def _with_guide(
-    parts: FittedDispatcher, data: TrainingSet, every: Prompts, held_out: np.ndarray, seed: int, progress: bool
+    parts: FittedDispatcher, data: TrainingSet, every: Prompts, seed: int, progress: bool
 ) -> FittedDispatcher:
     """The parts with a guide and a temper of their own; the one-label program needs neither."""
     if isinstance(parts.model, OneLabelModel):
         return parts
-    train = np.setdiff1d(np.arange(len(data.evidence)), held_out)
-    prompts = every.to(torch.float32)
-    weights = torch.as_tensor(data.targets, dtype=torch.float32)
+    real = RealPrompts(every.to(torch.float32), torch.as_tensor(data.targets, dtype=torch.float32))
     single = parts.globals.to(torch.float32)
-    rows, other = torch.from_numpy(train), torch.from_numpy(held_out)
-    guide, temper = fit_guide(
-        parts.model,
-        single,
-        parts.like,
-        RealPrompts(prompts.select(rows), weights[rows]),
-        (prompts.select(other), weights[other]),
-        parts.settings,
-        seed,
-        progress,
-    )
+    guide, temper = fit_guide(parts.model, single, parts.like, real, parts.settings, seed, progress)
     return replace(parts, guide=guide, temper=temper)

@@ -1,7 +1,7 @@
 """Training the amortised guide: simulations from the fitted program ("sleep"), with some real prompts of known weights.
 
-First the network learns to invert the program at every noise temper τ (an input of its own); then held-out documents of
-known mixture choose τ by the log score of their true weights; then training goes on at that τ, real prompts among the
+First the network learns to invert the program at every noise temper τ (an input of its own); then documents of known
+mixture choose τ by how often intervals cover their weights; then training goes on at that τ, real prompts among the
 simulated ones.
 """
 
@@ -37,7 +37,6 @@ def fit_guide(
     posterior: GlobalsPosterior,
     like: Prompts,
     real: RealPrompts,
-    held_out: tuple[Prompts, Float[Tensor, "prompt weight"]],
     settings: GuideSettings,
     seed: int,
     progress: bool = False,
@@ -48,9 +47,8 @@ def fit_guide(
         model: the program.
         posterior: its globals.
         like: prompts whose lengths, totals and missing views simulations take.
-        real: prompts of known weights (all of unknown weight: simulations only).
-        held_out: documents of known mixture, with their weights, that the program was not fitted on; when there are
-            none, concatenations of ``real`` pure prompts choose τ, and without those τ is 1.
+        real: prompts of known weights, with features as noisy as those of new prompts. Its mixtures choose τ (from 100
+            on), else concatenations of its pure prompts; without those τ is 1. It may know no weights at all.
         settings: network and training.
         seed: of all randomness.
         progress: show bars.
@@ -75,17 +73,18 @@ def fit_guide(
             return torch.from_numpy(encoder(prompts, temper, shares)).to(prompts.lengths)
 
         train_guide(guide, inputs, simulations.weights, None, settings, warm, rate, bars[0])
-        if not len(held_out[0]) and len(pure):
-            held_out = real.concatenate(300)
 
         def simulate_at(weights: Tensor, temper: float) -> Prompts:
             return simulate(model, posterior, like, len(weights), settings, (temper, temper), 0.0, weights).prompts
 
         temper = settings.tempers[0]
         if settings.tempers[0] < settings.tempers[1]:
-            temper = (
-                choose_temper(guide, present, simulate_at, *held_out, settings.tempers) if len(held_out[0]) else 1.0
-            )
+            judged = (real.prompts.select(mixed), real.weights[mixed])
+            if len(mixed) < 100 and len(pure):
+                judged = real.concatenate(300)
+            temper = 1.0
+            if len(judged[1]):
+                temper = choose_temper(guide, present, simulate_at, *judged, settings.tempers)
         simulations = simulate(model, posterior, like, settings.simulations, settings, (temper, temper), DROPOUT)
 
         def pairs(count: int) -> tuple[Tensor, Tensor]:
@@ -229,7 +228,7 @@ def choose_temper(
         guide: trained at every τ.
         present: encodes prompts at a τ.
         simulate_at: draws prompts from the program at given weights and τ.
-        prompts: prompts of known mixture that the program was not fitted on.
+        prompts: prompts of known mixture, with features as noisy as those of new prompts.
         weights: ``(N, K+1)`` their true weights.
         tempers: smallest and largest τ.
     """

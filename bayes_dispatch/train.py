@@ -85,7 +85,10 @@ class TrainingPlan:
 PROGRAM = Admixture(views={"hidden": "vectors", "counts": "counts"})
 
 PLANS = {
-    "full": TrainingPlan(pretraining=PretrainingSettings(steps=1900)),
+    "full": TrainingPlan(
+        pretraining=PretrainingSettings(steps=1900),
+        guide=GuideSettings(hidden=192, simulations=100_000, steps=10_000),
+    ),
     "smoke": TrainingPlan(
         backbone=MambaFormerConfig.tiny(),
         pretraining=PretrainingSettings(steps=20, batch_size=4, length=64, checkpoint_every=10),

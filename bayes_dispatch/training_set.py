@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,8 +12,6 @@ from bayes_dispatch.evidence import Evidence
 from bayes_dispatch.prompts import Prompts
 
 __all__ = ["TrainingSet"]
-
-HELD_OUT = 0.3  # of the known mixtures choose the temper
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,24 +46,13 @@ class TrainingSet:
         out[labelled] = np.eye(self.known.shape[1])[self.labels[labelled]]
         return out
 
-    def split(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows to fit on, and rows of known mixture that are many enough (from 100 on) to choose the temper by."""
-        mixed = np.flatnonzero(np.isfinite(self.known).all(1) & (np.nan_to_num(self.known).max(1) < 1))
-        order = np.random.default_rng(seed).permutation(mixed)
-        held_out = np.sort(order[: int(HELD_OUT * len(order))] if len(order) >= 100 else order[:0])
-        return np.setdiff1d(np.arange(len(self.evidence)), held_out), held_out
-
-    def observed(self, prompts: Prompts, rows: np.ndarray) -> Prompts:
-        """Prompts at ``rows`` of all N, with their labels and known weights."""
-        chosen, labels = prompts.select(torch.from_numpy(rows)), self.labels[rows]
-        known = torch.as_tensor(self.known[rows], dtype=prompts.lengths.dtype)
-        return Prompts(
-            chosen.lengths,
-            chosen.totals,
-            chosen.missing,
-            chosen.observed,
-            torch.from_numpy(labels) if (labels >= 0).any() else None,
-            known if torch.isfinite(known).any() else None,
+    def observed(self, prompts: Prompts) -> Prompts:
+        """The N prompts with their labels and known weights."""
+        known = torch.as_tensor(self.known, dtype=prompts.lengths.dtype)
+        return replace(
+            prompts,
+            labels=torch.from_numpy(self.labels) if (self.labels >= 0).any() else None,
+            known=known if torch.isfinite(known).any() else None,
         )
 
 

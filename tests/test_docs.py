@@ -1,4 +1,4 @@
-"""docs/model.md says what is so: its code runs, and the tests that it names exist."""
+"""The guides in docs/ say what is so: their code runs, and the tests that one names exist."""
 
 import re
 import shlex
@@ -6,12 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
 
 
-def test_python_blocks_run_in_order(tmp_path: Path) -> None:
-    code = "".join(re.findall(r"^```python\n(.*?)^```$", GUIDE, re.MULTILINE | re.DOTALL))
+@pytest.mark.parametrize("guide", ["model", "dispatcher"])
+def test_python_blocks_run_in_order(guide: str, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / f"{guide}.md").read_text(encoding="utf-8")
+    code = "".join(re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -11,10 +11,11 @@ from scipy import stats
 from scipy.special import logsumexp
 
 from bayes_dispatch.dirichlet_mixtures import DirichletMixtures
+from bayes_dispatch.encoding import Encoder, encode
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.fitting import GlobalsPosterior, isolated
 from bayes_dispatch.generative import DispatchModel
-from bayes_dispatch.guides import RESOLUTION, GuideSettings, LocalDirichlet, MixtureGuide, encode, encoded_width
+from bayes_dispatch.guides import RESOLUTION, GuideSettings, LocalDirichlet, MixtureGuide
 from bayes_dispatch.prompts import Prompts
 from bayes_dispatch.sleep import simulate, train_guide
 from bayes_dispatch.views import CountsView, VectorsView
@@ -94,7 +95,7 @@ def network(weights: int = 4) -> tuple[MixtureGuide, Prompts]:
     """A guide of random weights, and prompts that lack some views and lengths."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        guide = MixtureGuide(encoded_width(VIEWS, weights), weights, GuideSettings(hidden=8)).double()
+        guide = MixtureGuide(2 + 3 + 2 + weights + 3, weights, GuideSettings(hidden=8)).double()
         observed = {"hidden": torch.randn(6, 2).double(), "counts": torch.randint(0, 9, (6, 3)).double()}
     missing = {"hidden": torch.arange(6) % 3 == 1, "counts": torch.arange(6) % 4 == 2}
     lengths = torch.tensor([0.0, 5.0, 9.0, 50.0, 100.0, 7.0]).double()
@@ -105,7 +106,7 @@ def test_encoding() -> None:
     """As wide as promised, finite, and blind to what missing rows hold."""
     _, prompts = network()
     inputs = encoded(prompts, 2.0)
-    assert inputs.shape == (6, encoded_width(VIEWS, 4))
+    assert inputs.shape == (6, 2 + 3 + 2 + 4 + 3)
     assert torch.isfinite(inputs).all()
     changed = {name: values + 100 * prompts.missing[name].unsqueeze(-1) for name, values in prompts.observed.items()}
     assert torch.equal(encoded(replace(prompts, observed=changed), 2.0), inputs)
@@ -238,15 +239,16 @@ def test_the_trained_guide_against_exact_inference(trained: "Dispatcher") -> Non
     )
     settings = GuideSettings(hidden=64, simulations=10_000, global_draws=5)
     with isolated(0):
-        guide = MixtureGuide(encoded_width(state.model.views, 4), 4, settings)
+        encoder = Encoder(state.model, fixed.center())
+        guide = MixtureGuide(encoder.width, 4, settings)
         shares = fixed.center()["pi"]
         simulations = simulate(state.model, fixed, state.like, 10_000, settings, (1.0, 1.0), shares=shares)
-        inputs = simulations.inputs(state.model.views)
+        inputs = simulations.inputs(encoder)
         guide.standardise_by(inputs)
         losses = train_guide(guide, inputs, simulations.weights, None, settings, 1_500, 2e-3)
         new = simulate(state.model, fixed, state.like, 40, settings, (1.0, 1.0), shares=shares)
         exact, errors = exact_means(state.model, fixed.center(), new.prompts, settings.kappa, 20_000)
-        got = guide.compiled()(new.inputs(state.model.views).double().numpy()).mean
+        got = guide.compiled()(new.inputs(encoder).double().numpy()).mean
     assert losses[-100:].mean() < losses[:20].mean()
     sharp = errors.max(1) < 0.02
     assert sharp.mean() > 0.7
