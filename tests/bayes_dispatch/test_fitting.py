@@ -240,3 +240,32 @@ def test_real_prompts_are_drawn_from_their_groups() -> None:
     assert torch.isfinite(known).all()
     assert 2.0 not in drawn.observed["hidden"][:20]  # the prompt that nothing is known of
     assert mixed.observed["hidden"].unique().tolist() == [1]
+
+
+def test_precision_and_restarts(few: "Sample", settings: "Settings") -> None:
+    """Double precision all through the globals, the best of several restarts, and a report of how it went."""
+    given = settings() | {"svi": SVISettings(steps=40, rounds=2, restarts=2, precision="float64")}
+    dispatcher = Dispatcher(NAMES, **given).fit(few.evidence, few.labels)
+    assert {value.dtype for value in dispatcher.state.globals.locations.values()} == {torch.float64}
+    report = dispatcher.report
+    assert len(report.final) == 2
+    assert report.losses[-8:].mean() == pytest.approx(min(report.final), rel=0.2)
+    assert len(report.losses) in (40, 80)
+    assert np.isfinite(report.change)
+    single = Dispatcher(NAMES, **settings(svi=40)).fit(few.evidence, few.labels)
+    assert {value.dtype for value in single.state.globals.locations.values()} == {torch.float32}
+    a, b = (each.state.globals.center()["M"].double() for each in (dispatcher, single))
+    torch.testing.assert_close(a, b, atol=0.3, rtol=0)
+
+
+def test_many_prompts_come_in_mini_batches(make_sample: "Callable[..., Sample]", settings: "Settings") -> None:
+    """Far more prompts than a step takes: the network in place of local parameters finds the same experts."""
+    sample = make_sample(1_500, 9)
+    given = settings(steps=60, simulations=600, hidden=16) | {"svi": SVISettings(steps=150, batch_size=100, rounds=1)}
+    dispatcher = Dispatcher(NAMES, **given).fit(sample.evidence, sample.labels, sample.mixtures)
+    start = Dispatcher(NAMES, **given | {"svi": SVISettings(steps=150, rounds=1)})
+    start.fit(sample.evidence, sample.labels, sample.mixtures)
+    for name in ("M", "Phi"):
+        a, b = (each.state.globals.center()[name] for each in (dispatcher, start))
+        torch.testing.assert_close(a, b, atol=0.15, rtol=0)
+    assert dispatcher.report.losses[-20:].mean() < dispatcher.report.losses[:20].mean()
