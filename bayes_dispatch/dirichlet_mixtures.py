@@ -12,6 +12,7 @@ from bayes_dispatch.importance_kernels import draw_weights
 
 __all__ = ["DirichletMixtures"]
 
+MEMORY = 2**22  # numbers of a quadrature at a time
 NO_FAMILIES = (np.zeros(0, np.int64), np.zeros((0, 0)))
 
 
@@ -60,7 +61,15 @@ class DirichletMixtures:
 
         ``P(k) = ∫ Π_{j≠k} F_j(g) dF_k(g)`` on ``nodes`` points spaced evenly in ``log g``.
         """
-        alpha = self.concentration
+        size = max(1, MEMORY // (nodes * self.concentration[:1].size or 1))
+        pieces = [
+            self._best(self.shares[i : i + size], self.concentration[i : i + size], nodes)
+            for i in range(0, len(self), size)
+        ]
+        return np.concatenate(pieces) if pieces else np.zeros((0, self.concentration.shape[-1]))
+
+    @staticmethod
+    def _best(shares: np.ndarray, alpha: np.ndarray, nodes: int) -> np.ndarray:
         top = alpha.max(-1)  # (N, R)
         low = np.log(top) - np.minimum(8.0 / np.sqrt(top) + 8.0 / top, 60.0)
         high = np.log(top + 8.0 * np.sqrt(top) + 25.0)
@@ -72,4 +81,4 @@ class DirichletMixtures:
         others = np.log(middle).sum(-1, keepdims=True) - np.log(middle)
         best = (steps * np.exp(others)).sum(-2)  # (N, R, K+1)
         best /= best.sum(-1, keepdims=True)
-        return (self.shares[..., None] * best).sum(1)
+        return (shares[..., None] * best).sum(1)

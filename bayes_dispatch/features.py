@@ -89,6 +89,9 @@ def fit_feature_map(
     Returns:
         The map, and ``(N, D)`` features: out-of-fold for prompts with targets, the map's own for the others.
     """
+    if np.ptp(hidden, axis=0).max() == 0:  # nothing to project
+        count = min(settings.dimensions, hidden.shape[1])
+        return FeatureMap(hidden[0], np.zeros((hidden.shape[1], count))), np.zeros((len(hidden), count))
     known = np.isfinite(targets).all(axis=1)
     seen = targets[:, np.nansum(targets, axis=0) > 0] if known.any() else targets[:, :0]
     if seen.shape[1] < 2 or known.sum() < 4 * settings.folds:

@@ -92,3 +92,11 @@ def test_another_width() -> None:
 def test_bad_settings(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"^expected .* got [^\n]+$"):
         FeatureSettings(**changes)  # type: ignore[arg-type]
+
+
+def test_a_constant_view_tells_nothing() -> None:
+    """No direction varies: features are zero, not NaN."""
+    hidden, targets = np.ones((60, 4)), np.eye(4)[np.arange(60) % 3]
+    feature_map, own = fit_feature_map(hidden, targets, FeatureSettings(dimensions=3), 0)
+    assert np.isfinite(feature_map(hidden)).all()
+    np.testing.assert_allclose(own, 0, atol=1e-6)

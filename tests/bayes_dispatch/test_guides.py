@@ -270,3 +270,11 @@ def test_simulation_based_calibration(trained: "Dispatcher") -> None:
     for weight in range(4):
         shares = np.bincount(ranks[:, weight] // 8, minlength=8) / len(ranks)
         assert np.abs(shares - 0.125).max() < 0.07, shares
+
+
+def test_probability_best_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many prompts fit into memory at a time, also none."""
+    whole = mixtures().probability_best()
+    monkeypatch.setattr("bayes_dispatch.dirichlet_mixtures.MEMORY", 3_000)
+    np.testing.assert_array_equal(mixtures().probability_best(), whole)
+    assert mixtures(rows=0).probability_best().shape == (0, 4)
