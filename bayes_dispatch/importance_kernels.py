@@ -141,11 +141,14 @@ def draw_weights(
                 for k in range(width):
                     value += (prior[j, k] - 1.0) * logs[k] - small[k] * log_prior[j, k]
                 for f in range(many):
-                    leaves = 0.0
+                    leaves, members = 0.0, 0.0
                     for k in range(width):
                         if families[k] == f:
                             leaves += prior[j, k]
-                    value += (top[j, f] - leaves) * math.log(max(sums[f], 1e-300))
+                            members += log_prior[j, k] + math.lgamma(prior[j, k])
+                    value += (top[j, f] - leaves) * math.log(max(sums[f], RESOLUTION))
+                    if sums[f] < RESOLUTION:  # all its members are small: as probable as the family is
+                        value += members - math.lgamma(leaves) - math.log(top[j, f])
                 terms[j] = value
                 density, highest = _add_log(density, highest, value)
             ratios[n, p] += highest + math.log(density / grid)

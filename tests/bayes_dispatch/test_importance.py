@@ -202,6 +202,20 @@ def test_small_weights_do_not_spoil_the_ratios() -> None:
     np.testing.assert_allclose(np.exp(ratios).mean(1), 1, atol=0.06)  # both are densities
 
 
+def test_small_families_do_not_either() -> None:
+    """With families, too: ratios stay bounded when a family of one, or of two, next to vanishes; both are densities."""
+    width, proposals = 5, 20_000
+    families, top = np.array([0, 1, 0, 2, 3]), np.array([[0.06, 0.05, 0.08, 0.04]])
+    prior = np.array([[0.1, 0.2, 0.15, 0.2, 0.2]])
+    weights, ratios = np.empty((1, proposals, width)), np.empty((1, proposals))
+    concentration = np.full((1, 1, width), 0.08)
+    arguments = (np.arange(1, dtype=np.uint64), np.ones((1, 1)), concentration, np.ones(1), prior, families, top)
+    draw_weights(*arguments, weights, ratios)
+    assert weights.min() < 1e-20
+    assert np.ptp(ratios) < 6
+    np.testing.assert_allclose(np.exp(ratios).mean(), 1, atol=0.1)
+
+
 def test_a_prompts_proposals_are_its_own() -> None:
     prompts, sites = draw_prompts(FULL, 5, 1), [draw_sites(FULL, 1)]
     sampler, answer = ImportanceSampler(FULL, sites, 1.0, KAPPA), guess(5, K + 1, 1)
