@@ -20,13 +20,15 @@ def prompt_keys(seed: int | Sequence[int], count: int) -> Shaped[np.ndarray, " p
         ConfigError: a negative seed, or another number of seeds than prompts.
     """
     given: Any = seed  # NumPy's integers and arrays serve too
-    seeds = np.asarray(given)
-    if seeds.ndim and len(seeds) != count:
+    several = np.ndim(given) > 0
+    seeds = [int(each) for each in given] if several else [int(given)]
+    if several and len(seeds) != count:
         raise ConfigError(f"expected one seed, or one for each of {count} prompts, got {len(seeds)}")
-    if seeds.size and seeds.min() < 0:
-        raise ConfigError(f"expected seeds ≥ 0, got {seeds.min()}")
-    rows = np.zeros(count, np.uint64) if seeds.ndim else np.arange(1, count + 1, dtype=np.uint64)
-    return scramble(scramble(np.atleast_1d(seeds)) + (rows << np.uint64(32)))
+    if seeds and min(seeds) < 0:
+        raise ConfigError(f"expected seeds ≥ 0, got {min(seeds)}")
+    words = np.array([seed % 2**64 for seed in seeds], dtype=np.uint64)  # a list would become floats beyond 2^63
+    rows = np.zeros(count, np.uint64) if several else np.arange(1, count + 1, dtype=np.uint64)
+    return scramble(scramble(words) + (rows << np.uint64(32)))
 
 
 def scramble(keys: Shaped[np.ndarray, " prompt"]) -> Shaped[np.ndarray, " prompt"]:
