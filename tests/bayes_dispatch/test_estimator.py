@@ -34,6 +34,7 @@ NAMES = np.array(["sort", "base", "add"])
 
 
 @pytest.mark.usefixtures("unchecked")  # it passes settings of wrong types
+@pytest.mark.slow
 @parametrize_with_checks([DispatcherClassifier(**FAST)])
 def test_scikit_learn_accepts_it(estimator: Any, check: Callable[[Any], None]) -> None:
     check(estimator)
