@@ -288,7 +288,7 @@ def test_joint_follows_known_mixtures() -> None:
     mixed = np.arange(16) % 4 == 3
     prompts = Prompts(
         torch.full((16,), 50.0),
-        torch.zeros(16),
+        {},
         {"hidden": torch.zeros(16, dtype=torch.bool)},
         {"hidden": torch.tensor(hidden)},
         torch.tensor(np.where(mixed, -1, np.arange(16) % 2)),
