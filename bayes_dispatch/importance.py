@@ -202,19 +202,21 @@ class VertexDensities:
 
 def _tabulate(view: View, sites: Sequence[Mapping[str, Tensor]], temper: float) -> dict[str, np.ndarray]:
     """The globals of a view with base appended, for G draws: ``(G, K+1, ·)`` and ``(G,)``."""
+    bases = view.base()
 
-    def stack(parameter: str, base: float | None = None) -> np.ndarray:
-        values = np.stack([each[site(view, parameter)].double().numpy() for each in sites])
-        if base is None:
+    def stack(parameter: str) -> np.ndarray:
+        name = site(view, parameter)
+        values = np.stack([each[name].double().numpy() for each in sites])
+        if name not in bases:
             return values
-        last = np.full((len(values), 1, values.shape[-1]), base)
-        return np.ascontiguousarray(np.concatenate([values, last], 1))
+        base = np.broadcast_to(bases[name].double().numpy(), (len(values), 1, values.shape[-1]))
+        return np.ascontiguousarray(np.concatenate([values, base], 1))
 
     if view.kind == "vectors":
-        return {"means": stack("M", 0.0), "variances": stack("s2", 1.0), "lt": stack("lt")}
+        return {"means": stack("M"), "variances": stack("s2"), "lt": stack("lt")}
     if view.kind == "surprise":
-        return {"means": stack("a", 4.0), "variances": stack("a2", 9.0)}
-    return {"classes": stack("Phi", 1.0 / view.width), "strengths": stack("conc") / temper}
+        return {"means": stack("a"), "variances": stack("a2")}
+    return {"classes": stack("Phi"), "strengths": stack("conc") / temper}
 
 
 def _prior(model: DispatchModel, shares: np.ndarray, kappas: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import ClassVar, Protocol, runtime_checkable
 
 import pyro
 import pyro.distributions as dist
@@ -36,16 +36,21 @@ PROBABILITY_FLOOR = 1e-3  # of a classifier's probabilities, which may be exactl
 
 
 @runtime_checkable
-class View(Protocol):
+class Named(Protocol):
+    """What has the name of a view."""
+
+    @property
+    def name(self) -> str:
+        """The key of its evidence and of its Pyro site."""
+
+
+@runtime_checkable
+class View(Named, Protocol):
     """One kind of evidence: its name, its globals, and its distribution given the weights."""
 
     @property
     def kind(self) -> str:
         """Its key in :data:`KINDS`."""
-
-    @property
-    def name(self) -> str:
-        """The key of its evidence and of its Pyro site."""
 
     @property
     def width(self) -> int:
@@ -142,15 +147,12 @@ class SurpriseView:
 
 
 @dataclass(frozen=True)
-class CountsView:
-    """``DirichletMultinomial(conc/τ · (w @ Phi) + 1e-3, T)`` for counts by class ``(N, C)``.
-
-    Per expert ``Phi ~ Dirichlet(.7)[C]``; base is uniform; shared ``conc ~ LogNormal(3, 1)``.
-    """
+class _ClassesView:
+    """The globals of views by class: per expert ``Phi ~ Dirichlet(.7)[C]``; shared ``conc ~ LogNormal(3, 1)``."""
 
     width: int
-    name: str = "counts"
-    kind = "counts"
+    name: str
+    kind: ClassVar[str]
 
     def sample_experts(self) -> dict[str, Tensor]:
         return _sample(self, Phi=dist.Dirichlet(torch.full((self.width,), 0.7)))
@@ -160,6 +162,17 @@ class CountsView:
 
     def base(self) -> dict[str, Tensor]:
         return _named(self, Phi=torch.full((self.width,), 1.0 / self.width))
+
+
+@dataclass(frozen=True)
+class CountsView(_ClassesView):
+    """``DirichletMultinomial(conc/τ · (w @ Phi) + 1e-3, T)`` for counts by class ``(N, C)``.
+
+    Per expert ``Phi ~ Dirichlet(.7)[C]``; base is uniform; shared ``conc ~ LogNormal(3, 1)``.
+    """
+
+    name: str = "counts"
+    kind = "counts"
 
     def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
         counts = shares.T @ values + 1.0  # (K, C)
@@ -172,25 +185,15 @@ class CountsView:
 
 
 @dataclass(frozen=True)
-class ProbabilitiesView:
+class ProbabilitiesView(_ClassesView):
     """``Dirichlet(conc/τ · (w @ Phi) + 1e-3)`` for probabilities ``(N, C)`` that a classifier gives: its confusions.
 
     Per expert ``Phi ~ Dirichlet(.7)[C]``, the classifier's mean answer to its prompts; base is uniform; shared
     ``conc ~ LogNormal(3, 1)`` tells how far the classifier can be trusted. Evidence enters :func:`floored`.
     """
 
-    width: int
     name: str = "classifier"
     kind = "probabilities"
-
-    def sample_experts(self) -> dict[str, Tensor]:
-        return _sample(self, Phi=dist.Dirichlet(torch.full((self.width,), 0.7)))
-
-    def sample_shared(self) -> dict[str, Tensor]:
-        return _sample(self, conc=dist.LogNormal(torch.tensor(3.0), 1.0))
-
-    def base(self) -> dict[str, Tensor]:
-        return _named(self, Phi=torch.full((self.width,), 1.0 / self.width))
 
     def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
         means = shares.T @ values + 1e-2  # (K, C)
@@ -219,7 +222,7 @@ def length_factor(lengths: Float[Tensor, " prompt"], lt: Tensor) -> Float[Tensor
     return torch.where(lengths > 0, known, torch.ones_like(known))
 
 
-def site(view: View, parameter: str) -> str:
+def site(view: Named, parameter: str) -> str:
     """The Pyro site of a view's global: plain for the views of :data:`NAMED_KINDS`, else with the view's name."""
     return parameter if view.name in NAMED_KINDS else f"{view.name}_{parameter}"
 
@@ -230,11 +233,11 @@ def floored(probabilities: Tensor) -> Tensor:
     return (probabilities + PROBABILITY_FLOOR) / (1 + width * PROBABILITY_FLOOR)
 
 
-def _named(view: View, **values: Tensor) -> dict[str, Tensor]:
+def _named(view: Named, **values: Tensor) -> dict[str, Tensor]:
     return {site(view, parameter): value for parameter, value in values.items()}
 
 
-def _sample(view: View, **priors: TorchDistributionMixin) -> dict[str, Tensor]:
+def _sample(view: Named, **priors: TorchDistributionMixin) -> dict[str, Tensor]:
     return {site(view, parameter): pyro.sample(site(view, parameter), prior) for parameter, prior in priors.items()}
 
 
