@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -63,7 +62,7 @@ def _fit(prompts: int, experts: int, svi: SVISettings, guide: GuideSettings) -> 
     before = _kilobytes("VmRSS")
     with _measured(REST, stages, before), ExitStack() as stack:
         for name, title in STAGES.items():
-            stack.enter_context(patch.object(pipeline, name, _wrapped(getattr(pipeline, name), title, stages, before)))
+            stack.enter_context(_watched(name, title, stages, before))
         fit()
     stages[REST].seconds -= sum(stages[title].seconds for title in STAGES.values())
     return FitCost(prompts, experts, stages)
@@ -84,12 +83,20 @@ def _dispatcher(prompts: int, experts: int, svi: SVISettings, guide: GuideSettin
     return lambda: dispatcher.fit(evidence, labels, known)
 
 
-def _wrapped(call: Callable[..., Any], title: str, stages: dict[str, Stage], before: int) -> Callable[..., Any]:
+@contextmanager
+def _watched(name: str, title: str, stages: dict[str, Stage], before: int) -> Iterator[None]:
+    """While this lasts, calls of a stage of the pipeline are measured; they run as ever."""
+    call: Callable[..., Any] = getattr(pipeline, name)
+
     def run(*args: Any) -> Any:
         with _measured(title, stages, before):
             return call(*args)
 
-    return run
+    setattr(pipeline, name, run)
+    try:
+        yield
+    finally:
+        setattr(pipeline, name, call)
 
 
 @contextmanager
