@@ -32,7 +32,7 @@ from bayes_dispatch.importance_kernels import (
     vectors_density,
 )
 from bayes_dispatch.prompts import Prompts
-from bayes_dispatch.views import View, length_factor, site
+from bayes_dispatch.views import View, site
 
 __all__ = ["ImportanceSampler", "VertexDensities", "Weighted", "draw_resampled"]
 
@@ -143,11 +143,9 @@ class ImportanceSampler:
         table, missing = self._tables[view.name], prompts.missing[view.name].numpy()
         values = prompts.observed[view.name].double()
         if view.kind in ("vectors", "surprise"):
-            factors = np.full((len(self.sites), len(prompts)), self.temper)
-            if view.kind == "vectors":
-                lengths = prompts.lengths.double()
-                factors *= length_factor(lengths, torch.from_numpy(table["lt"]).unsqueeze(-1)).numpy()
-            vectors_density(weights, chosen, values.numpy(), missing, factors, table["means"], table["variances"], out)
+            lengths, means, variances = _noise_lengths(view, prompts), table["means"], table["variances"]
+            known = (values.numpy(), missing, lengths, means, variances, table["lt"])
+            vectors_density(weights, chosen, *known, self.temper, out)
         elif view.kind == "counts":
             counts_density(weights, chosen, values.numpy(), missing, table["strengths"], table["classes"], out)
         else:
@@ -183,17 +181,13 @@ class VertexDensities:
 
     def __call__(self, prompts: Prompts) -> Float[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` log density of the evidence at each vertex, nats, up to a constant of the prompt; τ is 1."""
-        count, width = len(prompts), len(self.sites["pi"])
-        out = np.zeros((count, width))
-        lengths = prompts.lengths.double()
+        out = np.zeros((len(prompts), len(self.sites["pi"])))
         for view in self.views:
             table, missing = self._tables[view.name], prompts.missing[view.name].numpy()
             values = prompts.observed[view.name].double().numpy()
             if view.kind in ("vectors", "surprise"):
-                factors = np.ones(count)
-                if view.kind == "vectors":
-                    factors = length_factor(lengths, torch.from_numpy(table["lt"])).numpy()
-                vectors_at_vertices(values, missing, factors, table["means"][0], table["variances"][0], out)
+                lengths, means, variances = _noise_lengths(view, prompts), table["means"][0], table["variances"][0]
+                vectors_at_vertices(values, missing, lengths, means, variances, float(table["lt"][0]), out)
             else:
                 add = counts_at_vertices if view.kind == "counts" else probabilities_at_vertices
                 add(values, missing, float(table["strengths"][0]), table["classes"][0], out)
@@ -215,8 +209,13 @@ def _tabulate(view: View, sites: Sequence[Mapping[str, Tensor]], temper: float) 
     if view.kind == "vectors":
         return {"means": stack("M"), "variances": stack("s2"), "lt": stack("lt")}
     if view.kind == "surprise":
-        return {"means": stack("a"), "variances": stack("a2")}
+        return {"means": stack("a"), "variances": stack("a2"), "lt": np.ones(len(sites))}
     return {"classes": stack("Phi"), "strengths": stack("conc") / temper}
+
+
+def _noise_lengths(view: View, prompts: Prompts) -> Float[np.ndarray, " prompt"]:
+    """The lengths that a view's noise depends on, 0 where on none."""
+    return prompts.lengths.double().numpy() if view.kind == "vectors" else np.zeros(len(prompts))
 
 
 def _prior(model: DispatchModel, shares: np.ndarray, kappas: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ __all__ = [
     "counts_at_vertices",
     "counts_density",
     "draw_weights",
+    "mix_bits",
     "pareto_smooth",
     "probabilities_at_vertices",
     "probabilities_density",
@@ -61,10 +62,10 @@ def draw_weights(
 ) -> None:
     """Draw from each prompt's mixture of Dirichlets, with the log ratio of the prior's density to the mixture's.
 
-    Gamma variates of shape a < 1 are those of shape a+1 times ``U^(1/a)``, in logs: small shapes never underflow to
-    0/0. Both densities count weights below ``RESOLUTION`` by their probability to be there: the likelihood is flat in
-    them, and the ratio of their densities has no bound. They are then drawn anew from the prior (not with families).
-    The prior is a mixture over J precisions of one Dirichlet tree; without families its ``top`` is empty.
+    Gamma variates of small shapes are drawn as logs, which never underflow to 0/0. Both densities count weights below
+    ``RESOLUTION`` by their probability to be there: the likelihood is flat in them, and the ratio of their densities
+    has no bound. They are then drawn anew from the prior (not with families). The prior is a mixture over J precisions
+    of one Dirichlet tree; without families its ``top`` is empty.
 
     Args:
         keys: ``(N,)`` seeds. shares: ``(N, R)``. concentration: ``(N, R, W)`` of the mixtures.
@@ -78,56 +79,60 @@ def draw_weights(
     constants = np.empty(parts)
     sums = np.empty(many)
     state = np.empty(4, np.uint64)
-    prior_constants = np.empty(grid)
-    log_prior, log_concentration = np.log(prior), np.empty((parts, width))
-    small, log_resolution, terms = np.empty(width), math.log(RESOLUTION), np.empty(grid)
+    prior_constants, terms = np.empty(grid), np.empty(grid)
+    prior_small, mixture_small = np.empty((grid, width)), np.empty((parts, width))
+    large, small = np.empty(width, np.int64), np.empty(width, np.bool_)
+    log_resolution = math.log(RESOLUTION)
     for j in range(grid):
         prior_constants[j] = _log_constant(prior[j], families, top[j])
+        for k in range(width):  # what a weight below the resolution adds to a density
+            prior_small[j, k] = (prior[j, k] - 1.0) * log_resolution - math.log(prior[j, k])
+            prior_constants[j] += prior_small[j, k]
     for n in range(rows):
         _seed(state, keys[n])
         for r in range(parts if grid else 0):
             total, constant = 0.0, 0.0
             for k in range(width):
-                total += concentration[n, r, k]
-                constant -= math.lgamma(concentration[n, r, k])
-                log_concentration[r, k] = math.log(concentration[n, r, k])
+                a = concentration[n, r, k]
+                total += a
+                mixture_small[r, k] = (a - 1.0) * log_resolution - math.log(a)
+                constant += mixture_small[r, k] - math.lgamma(a)
             constants[r] = math.log(max(shares[n, r], 1e-300)) + constant + math.lgamma(total)
         for p in range(draws):
             u, r = _uniform(state), 0
             while r < parts - 1 and u >= shares[n, r]:
                 u -= shares[n, r]
                 r += 1
-            total = 0.0
+            total, largest = 0.0, -np.inf
             for k in range(width):
                 a = concentration[n, r, k]
-                if a >= 1.0:
-                    weights[n, p, k] = _gamma(state, a)
-                    logs[k] = 0.0
+                if a >= 0.2:  # a variate of shape < 1 is one of shape + 1 times U^(1/a)
+                    weights[n, p, k] = _gamma(state, a if a >= 1.0 else a + 1.0)
+                    logs[k] = 0.0 if a >= 1.0 else math.log(_uniform(state)) / a
                 else:
-                    weights[n, p, k] = _gamma(state, a + 1.0)
-                    logs[k] = math.log(_uniform(state)) / a
-            if grid:
-                for k in range(width):
-                    logs[k] += math.log(weights[n, p, k])
                     weights[n, p, k] = 1.0
-            largest = logs.max()
+                    logs[k] = _log_small_gamma(state, a)
+                largest = max(largest, logs[k])
             for k in range(width):
                 weights[n, p, k] *= math.exp(logs[k] - largest)
                 total += weights[n, p, k]
-            shift = largest + math.log(total)
             for k in range(width):
                 weights[n, p, k] /= total
-                logs[k] -= shift
             if grid == 0:
                 continue
+            count = 0
             for k in range(width):
                 small[k] = weights[n, p, k] < RESOLUTION
-                logs[k] = max(logs[k], log_resolution)
+                if not small[k]:
+                    logs[k] = math.log(weights[n, p, k])
+                    large[count] = k
+                    count += 1
             highest, proposal = -np.inf, 0.0
             for r in range(parts):
                 value = constants[r]
-                for k in range(width):
-                    value += (concentration[n, r, k] - 1.0) * logs[k] - small[k] * log_concentration[r, k]
+                for i in range(count):
+                    k = large[i]
+                    value += (concentration[n, r, k] - 1.0) * logs[k] - mixture_small[r, k]
                 proposal, highest = _add_log(proposal, highest, value)
             ratios[n, p] = -highest - math.log(proposal)
             if many:
@@ -135,25 +140,30 @@ def draw_weights(
                     sums[f] = 0.0
                 for k in range(width):
                     sums[families[k]] += weights[n, p, k]
-            highest, density = -np.inf, 0.0
+            highest = -np.inf
             for j in range(grid):
                 value = prior_constants[j]
-                for k in range(width):
-                    value += (prior[j, k] - 1.0) * logs[k] - small[k] * log_prior[j, k]
+                for i in range(count):
+                    k = large[i]
+                    value += (prior[j, k] - 1.0) * logs[k] - prior_small[j, k]
                 for f in range(many):
                     leaves, members = 0.0, 0.0
                     for k in range(width):
                         if families[k] == f:
                             leaves += prior[j, k]
-                            members += log_prior[j, k] + math.lgamma(prior[j, k])
+                            members += math.log(prior[j, k]) + math.lgamma(prior[j, k])
                     value += (top[j, f] - leaves) * math.log(max(sums[f], RESOLUTION))
                     if sums[f] < RESOLUTION:  # all its members are small: as probable as the family is
                         value += members - math.lgamma(leaves) - math.log(top[j, f])
                 terms[j] = value
-                density, highest = _add_log(density, highest, value)
+                highest = max(highest, value)
+            density = 0.0
+            for j in range(grid):
+                terms[j] = math.exp(terms[j] - highest)
+                density += terms[j]
             ratios[n, p] += highest + math.log(density / grid)
             if many == 0:
-                _redraw_small(state, terms, highest, density, prior, small, weights[n, p])
+                _redraw_small(state, terms, density, prior, small, weights[n, p])
 
 
 @loop
@@ -162,24 +172,29 @@ def vectors_density(
     chosen: Array,
     values: Array,
     missing: Array,
-    factors: Array,
+    lengths: Array,
     means: Array,
     variances: Array,
+    lts: Array,
+    temper: float,
     out: Array,
 ) -> None:
-    """Add ``Σ_d log StudentT(6, w @ M, sqrt(factor · w @ s2))`` to ``out (N, P)``.
+    """Add ``Σ_d log StudentT(6, w @ M, sqrt(τ · length_factor · w @ s2))`` to ``out (N, P)``.
 
     Args:
         weights: ``(N, P, W)``. chosen: ``(N, P)`` which of G draws of the globals. values: ``(N, D)``.
-        missing: ``(N,)``. factors: ``(G, N)`` of the variance. means, variances: ``(G, W, D)``.
+        missing: ``(N,)``. lengths: ``(N,)``, 0 where unknown or of no effect. means, variances: ``(G, W, D)``.
+        lts: ``(G,)`` how fast noise falls with length. temper: τ.
     """
     rows, draws, width = weights.shape
     size = values.shape[1]
     constant = size * (math.lgamma(3.5) - math.lgamma(3.0) - 0.5 * math.log(6.0 * math.pi))
-    mean, variance = np.empty(size), np.empty(size)
+    mean, variance, factors = np.empty(size), np.empty(size), np.empty(len(lts))
     for n in range(rows):
         if missing[n]:
             continue
+        for g in range(len(lts)):
+            factors[g] = temper * _length_factor(lengths[n], lts[g])
         for p in range(draws):
             g = chosen[n, p]
             mean[:] = 0.0
@@ -191,7 +206,7 @@ def vectors_density(
                     variance[d] += w * variances[g, k, d]
             total, spread, tail = 0.0, 1.0, 1.0
             for d in range(size):
-                scaled = variance[d] * factors[g, n]
+                scaled = variance[d] * factors[g]
                 spread *= scaled
                 tail *= 1.0 + (values[n, d] - mean[d]) ** 2 / (6.0 * scaled)
                 if tail > LARGE or spread > LARGE or spread < SMALL:
@@ -223,18 +238,11 @@ def counts_density(
         for p in range(draws):
             g = chosen[n, p]
             _mix(weights[n, p], classes[g], strengths[g], alpha)
-            sum_alpha, value, product = 0.0, constant, 1.0
+            sum_alpha, value = 0.0, constant
             for c in range(size):
                 sum_alpha += alpha[c]
-                if counts[n, c] > 64 or counts[n, c] != math.floor(counts[n, c]):
-                    value += math.lgamma(alpha[c] + counts[n, c]) - math.lgamma(alpha[c])
-                    continue
-                for i in range(int(counts[n, c])):
-                    product *= alpha[c] + i
-                    if product > LARGE or product < SMALL:
-                        value += math.log(product)
-                        product = 1.0
-            out[n, p] += value + math.log(product) + math.lgamma(sum_alpha) - math.lgamma(sum_alpha + total)
+            value += _log_rising(alpha, counts[n])
+            out[n, p] += value + math.lgamma(sum_alpha) - math.lgamma(sum_alpha + total)
 
 
 @loop
@@ -262,21 +270,23 @@ def probabilities_density(
 
 @loop
 def vectors_at_vertices(
-    values: Array, missing: Array, factors: Array, means: Array, variances: Array, out: Array
+    values: Array, missing: Array, lengths: Array, means: Array, variances: Array, lt: float, out: Array
 ) -> None:
-    """Add ``Σ_d log StudentT(6, M_k, sqrt(factor · s2_k))`` of ``values (N, D)`` for each k to ``out (N, W)``.
+    """Add ``Σ_d log StudentT(6, M_k, sqrt(length_factor · s2_k))`` of ``values (N, D)`` for each k to ``out (N, W)``.
 
     Args:
-        factors: ``(N,)`` of the variance. means, variances: ``(W, D)``.
+        lengths: ``(N,)``, 0 where unknown or of no effect. means, variances: ``(W, D)``. lt: as in
+            :func:`vectors_density`.
     """
     size = values.shape[1]
     for n in range(len(values)):
         if missing[n]:
             continue
+        factor = _length_factor(lengths[n], lt)
         for k in range(len(means)):
             total, spread, tail = 0.0, 1.0, 1.0
             for d in range(size):
-                scaled = variances[k, d] * factors[n]
+                scaled = variances[k, d] * factor
                 spread *= scaled
                 tail *= 1.0 + (values[n, d] - means[k, d]) ** 2 / (6.0 * scaled)
                 if tail > LARGE or spread > LARGE or spread < SMALL:
@@ -288,15 +298,14 @@ def vectors_at_vertices(
 @loop
 def counts_at_vertices(counts: Array, missing: Array, strength: float, classes: Array, out: Array) -> None:
     """Add ``log DirichletMultinomial(strength · Phi_k + 1e-3)`` of ``counts (N, C)``, less what all k share."""
-    size = counts.shape[1]
+    alpha = np.empty(counts.shape[1])
     for n in range(len(counts)):
         if missing[n]:
             continue
         for k in range(len(classes)):
-            for c in range(size):
-                if counts[n, c] > 0:
-                    alpha = strength * classes[k, c] + 1e-3
-                    out[n, k] += math.lgamma(alpha + counts[n, c]) - math.lgamma(alpha)
+            for c in range(len(alpha)):
+                alpha[c] = strength * classes[k, c] + 1e-3
+            out[n, k] += _log_rising(alpha, counts[n])
 
 
 @loop
@@ -377,14 +386,26 @@ def resample(keys: Array, weights: Array, log_weights: Array, drawn: Array) -> N
 
 
 @loop
+def mix_bits(words: Array, keys: Array) -> None:
+    """Fill ``keys (N,)`` with 32 well-mixed bits of 64-bit ``words`` (SplitMix64; Steele et al. 2014)."""
+    for n in range(len(words)):
+        keys[n] = _finalised(words[n] + np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)
+
+
+@loop
+def _finalised(z: Any) -> Any:
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+@loop
 def _seed(state: Array, key: Any) -> None:
     """Fill the four words of a generator from a key (SplitMix64)."""
     z = np.uint64(key)
     for i in range(4):
         z += np.uint64(0x9E3779B97F4A7C15)
-        word = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state[i] = word ^ (word >> np.uint64(31))
+        state[i] = _finalised(z)
 
 
 @loop
@@ -419,6 +440,22 @@ def _gamma(state: Array, shape: float) -> float:
 
 
 @loop
+def _log_small_gamma(state: Array, shape: float) -> float:
+    """The log of a gamma variate of shape ≪ 1 (algorithm GS: Ahrens and Dieter 1974)."""
+    top = 1.0 + shape / math.e
+    while True:
+        u, v = top * _uniform(state), _uniform(state)
+        if u <= 1.0:
+            value = math.log(u) / shape
+            if (v <= 0.95 and value < -3.0) or v <= math.exp(-math.exp(value)):  # e^-3 < .05: most need no exponentials
+                return value
+        else:
+            x = -math.log((top - u) / shape)
+            if v <= x ** (shape - 1.0):
+                return math.log(x)
+
+
+@loop
 def _normal(state: Array) -> float:
     """A standard normal variate, by a ratio of uniforms that next to never takes a logarithm (Leva 1992)."""
     while True:
@@ -438,7 +475,7 @@ def _fit_pareto(tail: Array) -> tuple[float, float]:
     candidates, profile = np.empty(grid), np.empty(grid)
     for i in range(grid):
         candidates[i] = (1.0 - math.sqrt(grid / (i + 0.5))) / (3.0 * quartile) + 1.0 / tail[-1]
-        shape = np.log1p(-candidates[i] * tail).mean()
+        shape = _mean_log(candidates[i], tail)
         profile[i] = size * (math.log(-candidates[i] / shape) - shape - 1.0)
     chosen, total, highest = 0.0, 0.0, profile.max()
     for i in range(grid):
@@ -446,19 +483,29 @@ def _fit_pareto(tail: Array) -> tuple[float, float]:
         chosen += weight * candidates[i]
         total += weight
     chosen /= total
-    shape = np.log1p(-chosen * tail).mean()
+    shape = _mean_log(chosen, tail)
     scale = -shape / chosen
     return (size * shape + 5.0) / (size + 10.0), scale
 
 
 @loop
-def _redraw_small(
-    state: Array, terms: Array, highest: float, density: float, prior: Array, small: Array, weights: Array
-) -> None:
-    """Draw the weights below ``RESOLUTION`` from the prior, at a precision drawn given the others."""
+def _mean_log(rate: float, tail: Array) -> float:
+    """Mean of ``log(1 - rate · x)``: one logarithm for many factors."""
+    total, product = 0.0, 1.0
+    for x in tail:
+        product *= 1.0 - rate * x
+        if product > LARGE or product < SMALL:
+            total += math.log(product)
+            product = 1.0
+    return (total + math.log(product)) / len(tail)
+
+
+@loop
+def _redraw_small(state: Array, terms: Array, density: float, prior: Array, small: Array, weights: Array) -> None:
+    """Draw the weights below ``RESOLUTION`` from the prior, at a precision drawn in proportion to ``terms``."""
     u, j = _uniform(state) * density, 0
-    while j < len(terms) - 1 and u >= math.exp(terms[j] - highest):
-        u -= math.exp(terms[j] - highest)
+    while j < len(terms) - 1 and u >= terms[j]:
+        u -= terms[j]
         j += 1
     before, after = 0.0, 0.0
     for k in range(len(weights)):
@@ -482,6 +529,28 @@ def _mix(weights: Array, classes: Array, strength: float, alpha: Array) -> None:
             alpha[c] += w * classes[k, c]
     for c in range(len(alpha)):
         alpha[c] += 1e-3
+
+
+@loop
+def _log_rising(alpha: Array, counts: Array) -> float:
+    """``Σ_c lgamma(alpha + count) - lgamma(alpha)``: rising products, one logarithm for many factors."""
+    value, product = 0.0, 1.0
+    for c in range(len(alpha)):
+        if counts[c] > 24 or counts[c] != math.floor(counts[c]):
+            value += math.lgamma(alpha[c] + counts[c]) - math.lgamma(alpha[c])
+            continue
+        for i in range(int(counts[c])):
+            product *= alpha[c] + i
+            if product > LARGE or product < SMALL:
+                value += math.log(product)
+                product = 1.0
+    return value + math.log(product)
+
+
+@loop
+def _length_factor(length: float, lt: float) -> float:
+    """Noise variance at a length relative to 50 tokens, 1 where it is 0 (unknown), as in the program."""
+    return (1.0 + 20.0 * lt / max(length, 1.0)) / (1.0 + 0.4 * lt) if length > 0.0 else 1.0
 
 
 @loop

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.importance_kernels import mix_bits
 
 __all__ = ["prompt_keys", "scramble"]
 
@@ -32,8 +33,7 @@ def prompt_keys(seed: int | Sequence[int], count: int) -> Shaped[np.ndarray, " p
 
 
 def scramble(keys: Shaped[np.ndarray, " prompt"]) -> Shaped[np.ndarray, " prompt"]:
-    """32 well-mixed bits of 64-bit keys (the finaliser of SplitMix64; Steele et al. 2014)."""
-    z = keys.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return (z ^ (z >> np.uint64(31))) >> np.uint64(32)
+    """32 well-mixed bits of 64-bit keys."""
+    mixed = np.empty(len(keys), np.uint64)
+    mix_bits(keys.astype(np.uint64), mixed)
+    return mixed

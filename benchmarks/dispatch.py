@@ -38,11 +38,11 @@ RESAMPLED = "ours, resampled"
 
 @dataclass(frozen=True)
 class Budget:
-    """How many prompts, and how long the fits take."""
+    """How many prompts, and how long the fits take; without a guide, its training is the problem's."""
 
     sizes: Sizes = field(default_factory=Sizes)
     svi: SVISettings = field(default_factory=SVISettings)
-    guide: GuideSettings = field(default_factory=GuideSettings)
+    guide: GuideSettings | None = None
     elbo: ELBOSettings = field(default_factory=ELBOSettings)
 
 
@@ -62,7 +62,8 @@ DATA: dict[str, Data] = {"simulated": lambda seed, sizes, work: simulated(seed, 
 def compare(problem: Problem, budget: Budget, seed: int) -> dict[str, Judgement]:
     """Fit and judge every method on one problem."""
     train = problem.train
-    dispatcher = Dispatcher(problem.experts, seed, svi=budget.svi, guide=budget.guide)
+    guide = budget.guide or problem.guide
+    dispatcher = Dispatcher(problem.experts, seed, program=problem.program, svi=budget.svi, guide=guide)
     dispatcher.fit(train.evidence, train.labels, train.mixtures)
     methods: dict[str, Method] = {
         REFERENCE: Ours(dispatcher, resample=False),

@@ -1,7 +1,7 @@
 """Prompts of known weights: drawn from a known program, or documents read by the shipped model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from bayes_dispatch.evidence import LENGTHS, Evidence
 from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, FOREIGN_TEXTS
 from bayes_dispatch.fitting import isolated
 from bayes_dispatch.generative import DispatchModel
+from bayes_dispatch.guides import GuideSettings
 from bayes_dispatch.inference.evidence_sets import (
     KnownEvidence,
     base_evidence,
@@ -21,7 +22,9 @@ from bayes_dispatch.inference.evidence_sets import (
     pure_evidence,
 )
 from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+from bayes_dispatch.program import Admixture
 from bayes_dispatch.prompts import Prompts
+from bayes_dispatch.train import PLANS, PROGRAM
 from bayes_dispatch.views import CountsView, VectorsView
 
 __all__ = ["LENGTHS_JUDGED", "Problem", "Sizes", "World", "shipped", "simulated"]
@@ -55,6 +58,7 @@ class Problem:
     Attributes:
         experts: K names. train: to fit on. pure: held-out prompts of one expert by length.
         mixed: held-out mixtures. foreign: prompts that no expert serves, of the longest length.
+        program: what the dispatcher fits. guide: how its guide is trained.
     """
 
     experts: tuple[str, ...]
@@ -62,6 +66,8 @@ class Problem:
     pure: Mapping[int, KnownEvidence]
     mixed: KnownEvidence
     foreign: KnownEvidence
+    program: Admixture = field(default_factory=Admixture)
+    guide: GuideSettings = field(default_factory=GuideSettings)
 
 
 class World:
@@ -138,7 +144,9 @@ def simulated(seed: int, sizes: Sizes, experts: int = 8) -> Problem:
 
 
 def shipped(seed: int, sizes: Sizes, work: Path) -> Problem:
-    """Documents of the shipped experts' domains, read by the shipped model; evidence is kept under ``work``."""
+    """Documents of the shipped experts' domains, read by the shipped model; evidence is kept under ``work``.
+
+    The dispatcher is fitted as the bundle's is."""
     work.mkdir(parents=True, exist_ok=True)
     model = MambaFormerForCausalLM.from_pretrained(SHIPPED / "model")
     count, other = len(EXPERT_DOMAINS), 1000 * seed
@@ -169,7 +177,8 @@ def shipped(seed: int, sizes: Sizes, work: Path) -> Problem:
 
     names: Sequence[str] = [domain.name for domain in EXPERT_DOMAINS]
     pure = {length: get(str(length)) for length in LENGTHS_JUDGED}
-    return Problem(tuple(names), get("train"), pure, get("mixed"), get("foreign"))
+    plan = PLANS["full"]
+    return Problem(tuple(names), get("train"), pure, get("mixed"), get("foreign"), PROGRAM, plan.guide)
 
 
 def _mixtures(rng: np.random.Generator, count: int, world: World) -> np.ndarray:
