@@ -34,7 +34,7 @@ from bayes_dispatch.importance_kernels import (
 from bayes_dispatch.prompts import Prompts
 from bayes_dispatch.views import View, site
 
-__all__ = ["ImportanceSampler", "VertexDensities", "Weighted", "draw_resampled"]
+__all__ = ["ImportanceSampler", "VertexDensities", "Weighted", "draw_resampled", "pareto_smoothed"]
 
 GRID = 8  # precisions of the prior
 MEMORY = 2**22  # numbers of proposals at a time
@@ -133,9 +133,8 @@ class ImportanceSampler:
             self._add_density(view, prompts, weights, chosen, ratios)
         highest = ratios.max(1)
         log_evidence = highest + np.log(np.exp(ratios - highest[:, None]).mean(1))
-        k_hat = np.empty(count)
-        pareto_smooth(ratios, k_hat)
-        return Weighted(weights, ratios, k_hat, log_evidence)
+        log_weights, k_hat = pareto_smoothed(ratios)
+        return Weighted(weights, log_weights, k_hat, log_evidence)
 
     def _add_density(
         self, view: View, prompts: Prompts, weights: np.ndarray, chosen: np.ndarray, out: np.ndarray
@@ -150,6 +149,15 @@ class ImportanceSampler:
             counts_density(weights, chosen, values.numpy(), missing, table["strengths"], table["classes"], out)
         else:
             probabilities_density(weights, chosen, values.numpy(), missing, table["strengths"], table["classes"], out)
+
+
+def pareto_smoothed(
+    ratios: Float[np.ndarray, "prompt proposal"],
+) -> tuple[Float[np.ndarray, "prompt proposal"], Float[np.ndarray, " prompt"]]:
+    """Pareto-smoothed normalised log weights for log importance ratios, and k-hat of each row."""
+    log_weights, k_hat = ratios.copy(), np.empty(len(ratios))
+    pareto_smooth(log_weights, k_hat)
+    return log_weights, k_hat
 
 
 def draw_resampled(

@@ -13,7 +13,7 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.blends import Blend, Particles
 from bayes_dispatch.inference.filtering import ParticleFilter, UncachedReader, predictive
-from bayes_dispatch.inference.generator import System, dispatch
+from bayes_dispatch.inference.generator import Dispatched, Strategy, System
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
@@ -60,13 +60,19 @@ class Comparison:
 
 @torch.no_grad()
 def compare_blends(
-    bundle: System, documents: Sequence[Document], blends: Sequence[Blend], seed: int = 0, progress: bool = False
+    bundle: System,
+    documents: Sequence[Document],
+    blends: Sequence[Blend],
+    seed: int = 0,
+    progress: bool = False,
+    strategy: Strategy | None = None,
 ) -> Comparison:
     """Score documents under several blends of the same posterior, whose evidence is each document's prompt.
 
     Args:
         bundle: model, tokenizer, experts and dispatcher. documents: with at least one prompt byte and one scored byte.
         blends: of different names. seed: of the posterior draws. progress: show a progress bar.
+        strategy: gives the posterior; the bundle's dispatcher by default.
 
     Raises:
         ConfigError: two blends of one name, or a document without scored bytes. PromptError: a document without prompt.
@@ -77,7 +83,7 @@ def compare_blends(
     for index, document in enumerate(documents):
         if not any(stop > start for start, stop in document.ranges):
             raise ConfigError(f"expected document {index} to have scored bytes, got none")
-    posterior, _ = dispatch(bundle, [document.prompt for document in documents], seed)
+    posterior = (strategy or Dispatched()).posterior(bundle, [document.prompt for document in documents], seed)
     scores: list[Score] = []
     for blend in blends:
         particles = blend.particles(posterior)

@@ -21,7 +21,7 @@ from bayes_dispatch.model.sampling import Sampling, row_generators, row_seeds
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 from bayes_dispatch.posterior import DispatchPosterior
 
-__all__ = ["Generation", "System", "TwoPassGenerator", "dispatch"]
+__all__ = ["Dispatched", "Generation", "Strategy", "System", "TwoPassGenerator", "dispatch"]
 
 POSTERIOR_DRAWS = 64
 ROWS_AT_ONCE = 64  # rows (prompts times particles) of one batch
@@ -79,6 +79,32 @@ def dispatch(system: System, prompts: Sequence[str | bytes], seed: int | None) -
     return system.dispatcher.posterior(passed.evidence, draws=POSTERIOR_DRAWS, seed=seeds), passed.evidence
 
 
+@runtime_checkable
+class Strategy(Protocol):
+    """A way from prompts to a posterior over the weights of K experts and base."""
+
+    @property
+    def name(self) -> str: ...
+
+    def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
+        """Draws for each prompt.
+
+        Raises:
+            PromptError: see ``check_prompts``.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """The system's own dispatcher."""
+
+    name = "dispatcher"
+
+    def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
+        return dispatch(system, prompts, seed)[0]
+
+
 class TwoPassGenerator:
     """Generates for prompts of any lengths, each under its own blend of experts.
 
@@ -108,6 +134,7 @@ class TwoPassGenerator:
         do_sample: bool = False,
         temperature: float = 1.0,
         seed: int | None = None,
+        strategy: Strategy | None = None,
         use_cache: bool = True,
         progress: bool = False,
     ) -> Generation:
@@ -118,6 +145,7 @@ class TwoPassGenerator:
             max_new_tokens: bytes to generate. do_sample, temperature: see ``Sampling``; greedy by default.
             seed: of posterior draws and sampling; ``None`` for a fresh one. A prompt's result does not depend on the
                 prompts beside it, except that copies of a prompt draw differently.
+            strategy: gives the posterior; the system's dispatcher by default.
             use_cache: ``False`` recomputes everything for each token: the slow reference.
             progress: show a progress bar over tokens.
 
@@ -129,7 +157,7 @@ class TwoPassGenerator:
             raise ConfigError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
-        posterior, _ = dispatch(self.bundle, prompts, seed)
+        posterior = (strategy or Dispatched()).posterior(self.bundle, prompts, seed)
         particles = blend.particles(posterior)
         data = [prompt.encode() if isinstance(prompt, str) else prompt for prompt in prompts]
         generators = row_generators(seed + 1, data)

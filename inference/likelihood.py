@@ -1,10 +1,11 @@
 """How probable a language model finds the text that it has read."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["mean_log_likelihood"]
+__all__ = ["log_likelihood_of", "mean_log_likelihood"]
 
 POSITIONS_AT_ONCE = 256  # bounds the memory that normalising the logits takes beside the logits themselves
 
@@ -27,3 +28,15 @@ def mean_log_likelihood(
         own = part.gather(2, ids[:, following, None])[..., 0] - part.logsumexp(-1)  # (B, t)
         total += own.double().masked_fill(mask[:, following] == 0, 0.0).sum(1)
     return total / (mask.sum(1) - 1)
+
+
+def log_likelihood_of(
+    logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"], counted: Float[Tensor, "B T-1"]
+) -> Float[Tensor, " B"]:
+    """Log-probability of the tokens of each row that are ``counted`` (1, else 0), in nats, float64; differentiable.
+
+    Args:
+        logits: of the token after each one. ids: the tokens. counted: for all tokens but the first.
+    """
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    return -(losses.double() * counted).sum(1)
