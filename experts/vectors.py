@@ -4,14 +4,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 
-__all__ = ["BASE", "ExpertVector"]
+__all__ = ["BASE", "ExpertVector", "check_expert_name"]
 
 BASE = "base"  # the component without adaptation, last in every mixture
+DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+RESERVED = {"name", "base"}  # what a file of the expert says beside its metadata
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,10 +25,12 @@ class ExpertVector:
         name: letters, digits, ``_`` and ``-``; not ``base``.
         scales: for each adapted matrix its scales, (rank,).
         base: fingerprint of the model that the expert was trained on.
-        metadata: where it comes from: domain, steps, metrics; text values.
+        metadata: where it comes from, in text: ``domain``, ``objective``, ``steps``; ``metric.…`` for what was measured;
+            ``date``, ``bayes_dispatch`` and ``torch`` as ``provenance`` gives them; and whatever else.
 
     Raises:
-        ConfigError: a name that cannot be a file's. TensorError: scales that are not finite vectors.
+        ConfigError: a name that cannot be a file's; metadata that is no text, or called ``name`` or ``base``.
+        TensorError: scales that are not finite vectors.
     """
 
     name: str
@@ -34,21 +39,35 @@ class ExpertVector:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.name == BASE or not self.name.replace("_", "").replace("-", "").isalnum() or not self.name.isascii():
-            raise ConfigError(
-                f"expected an expert name of letters, digits, '_' and '-' other than 'base', got {self.name!r}"
-            )
+        check_expert_name(self.name)
+        for key, value in self.metadata.items():
+            if not isinstance(key, str) or not isinstance(value, str) or key in RESERVED:
+                raise ConfigError(
+                    f"expected metadata of expert {self.name} in text, under names other than 'name' and 'base', "
+                    f"got {key!r}: {value!r:.80}"
+                )
         if not self.scales:
             raise TensorError(f"expected scales of at least one matrix of expert {self.name}, got none")
         for name, scales in self.scales.items():
-            if scales.ndim != 1 or not scales.is_floating_point() or not bool(scales.isfinite().all()):
-                raise TensorError(
-                    f"expected finite scales of shape (rank,) for {name} of expert {self.name}, "
-                    f"got shape {tuple(scales.shape)} of {scales.dtype}"
-                )
+            expected = f"expected finite scales of shape (rank,) for {name} of expert {self.name}"
+            if scales.ndim != 1 or not len(scales) or scales.dtype not in DTYPES:
+                raise TensorError(f"{expected}, got shape {tuple(scales.shape)} of {scales.dtype}")
+            if not bool(scales.isfinite().all()):
+                raise TensorError(f"{expected}, got NaN or infinite ones")
         object.__setattr__(self, "scales", MappingProxyType(dict(self.scales)))
         object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+
+    @property
+    def matrices(self) -> dict[str, int]:
+        """The adapted matrices, in order, with the number of scales of each."""
+        return {name: len(scales) for name, scales in self.scales.items()}
 
     def adaptation(self) -> Adaptation:
         """This expert alone, as scales shared by all rows."""
         return Adaptation(self.scales)
+
+
+def check_expert_name(name: str) -> None:
+    """Raise ``ConfigError`` unless ``name`` can be that of an expert, and of its file."""
+    if name == BASE or not name.replace("_", "").replace("-", "").isalnum() or not name.isascii():
+        raise ConfigError(f"expected an expert name of letters, digits, '_' and '-' other than 'base', got {name!r}")

@@ -16,7 +16,18 @@ from torch import Tensor
 
 from bayes_dispatch.errors import BundleError
 
-__all__ = ["read_json", "read_tensors", "write_bytes", "write_directory", "write_files", "write_json", "write_tensors"]
+__all__ = [
+    "parse_tensors",
+    "read_bytes",
+    "read_json",
+    "read_tensors",
+    "tensors_as_bytes",
+    "write_bytes",
+    "write_directory",
+    "write_files",
+    "write_json",
+    "write_tensors",
+]
 
 
 @contextmanager
@@ -79,18 +90,35 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """``write_bytes`` for safetensors: the same file for the same content, where its own writer shuffles metadata."""
+def tensors_as_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file: the same bytes for the same content, where its own writer shuffles metadata."""
     data = safetensors.torch.save(dict(tensors), dict(metadata))
     size = int.from_bytes(data[:8], "little")
     header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    write_bytes(path, len(header).to_bytes(8, "little") + header + data[8 + size :])
+    return len(header).to_bytes(8, "little") + header + data[8 + size :]
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """``write_bytes`` for safetensors."""
+    write_bytes(path, tensors_as_bytes(tensors, metadata))
 
 
 def write_json(path: Path, data: Any) -> None:
     """``write_bytes`` for JSON."""
     write_bytes(path, (json.dumps(data, indent=2) + "\n").encode())
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of ``path``.
+
+    Raises:
+        BundleError: the file is missing or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"expected a readable file {path}, got: {error.strerror}") from None
 
 
 def read_json(path: Path) -> Any:
@@ -100,11 +128,26 @@ def read_json(path: Path) -> Any:
         BundleError: the file is missing or is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BundleError(f"expected a readable file {path}, got: {error.strerror}") from None
+        return json.loads(read_bytes(path))
     except (ValueError, RecursionError) as error:
         raise BundleError(f"expected JSON in {path}, got: {error}") from None
+
+
+def parse_tensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, on the CPU, and metadata of a safetensors file.
+
+    Args:
+        data: its bytes. path: where they are from, for the error.
+
+    Raises:
+        BundleError: the file is truncated or no safetensors file.
+    """
+    try:
+        tensors = safetensors.torch.load(data)
+        metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise BundleError(f"expected a whole safetensors file {path}, got: {error}") from None
+    return tensors, metadata
 
 
 def read_tensors(
@@ -119,12 +162,7 @@ def read_tensors(
     Raises:
         BundleError: the file is missing, truncated or no safetensors file, or holds other names, shapes or dtypes.
     """
-    try:
-        tensors = safetensors.torch.load(path.read_bytes())
-    except OSError as error:
-        raise BundleError(f"expected a readable file {path}, got: {error.strerror}") from None
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise BundleError(f"expected a whole safetensors file {path}, got: {error}") from None
+    tensors, _ = parse_tensors(read_bytes(path), path)
     if expected is not None:
         if set(tensors) != set(expected):
             odd = sorted(set(tensors) ^ set(expected))

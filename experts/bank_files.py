@@ -1,0 +1,239 @@
+"""An expert bank as a directory: ``bank.json``, and for each expert a file that is named by its content.
+
+``bank.json`` alone decides what the bank holds: its base model, the adapted matrices, and name, file, digest and metadata
+of each expert. A save writes new files beside the old ones, then replaces ``bank.json``, then deletes what that no
+longer names. Wherever it is stopped, the directory holds the bank from before or the one from after; files that
+``bank.json`` does not name are ignored, and deleted by the next save. One process at a time may save.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from bayes_dispatch.errors import BayesDispatchError, BundleError, ConfigError, ForeignExpertError, TensorError
+from bayes_dispatch.experts.vectors import ExpertVector, check_expert_name
+from bayes_dispatch.model.files import (
+    parse_tensors,
+    read_bytes,
+    read_json,
+    tensors_as_bytes,
+    write_bytes,
+    write_directory,
+    write_json,
+)
+
+__all__ = ["ExpertCheck", "StoredBank", "StoredExpert", "read_bank", "verify_bank", "write_bank"]
+
+INDEX = "bank.json"
+FORMAT = 2
+DIGITS = 12  # of the digest, in a file's name
+EXPERT_FILE = re.compile(r"[A-Za-z0-9_-]+\.[0-9a-f]{12}\.safetensors")
+TEMPORARY_FILE = re.compile(r"\.([A-Za-z0-9_-]+\.[0-9a-f]{12}\.safetensors|bank\.json)-.{8}")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredExpert:
+    """An expert on disk, as ``bank.json`` tells of it; its file is read when ``vector`` is first asked for.
+
+    Attributes:
+        directory: of the bank. name: of the expert. digest: BLAKE2b of its file. metadata: of the expert.
+        base: fingerprint of the base model. matrices: the adapted matrices of the bank, with their ranks.
+    """
+
+    directory: Path
+    name: str
+    digest: str
+    metadata: Mapping[str, str]
+    base: str
+    matrices: Mapping[str, int]
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+        return self.directory / _file_name(self.name, self.digest)
+
+    @cached_property
+    def vector(self) -> ExpertVector:
+        """The expert.
+
+        Raises:
+            BundleError: its file is missing, truncated, edited, another expert's, or holds other matrices or values
+                that are not finite. ForeignExpertError: it was made for another base model.
+        """
+        data = read_bytes(self.path)
+        with torch.inference_mode(False):  # it stays, and blends of it may be differentiated later
+            scales, metadata = parse_tensors(data, self.path)
+        if not {"name", "base"} <= metadata.keys():
+            raise BundleError(f"expected the name and base model of an expert in {self.path}, got {metadata!r:.80}")
+        name, base = metadata.pop("name"), metadata.pop("base")
+        if name != self.name:
+            raise BundleError(f"expected the expert {self.name!r} in {self.path}, got the expert {name!r}")
+        if base != self.base:
+            raise ForeignExpertError(
+                f"expected expert {name} to be made for base model {self.base}, got one for {base}: {self.path}"
+            )
+        if scales.keys() != self.matrices.keys():
+            odd = ", ".join(sorted(scales.keys() ^ self.matrices.keys())[:4])
+            raise BundleError(f"expected {len(self.matrices)} matrices in {self.path}, got others or fewer: {odd}")
+        try:
+            expert = ExpertVector(name, {matrix: scales[matrix] for matrix in self.matrices}, base, metadata)
+        except (ConfigError, TensorError) as error:
+            raise BundleError(f"{self.path}: {error}") from None
+        for matrix, rank in expert.matrices.items():
+            if rank != self.matrices[matrix]:
+                raise BundleError(f"expected {self.matrices[matrix]} scales of {matrix} in {self.path}, got {rank}")
+        if (got := _digest(data)) != self.digest:
+            raise BundleError(f"expected {self.path} with digest {self.digest[:12]}, got {got[:12]}: it was edited")
+        if expert.metadata != self.metadata:
+            raise BundleError(f"expected metadata of {name} as in {self.path}, got others in {INDEX}: it was edited")
+        return expert
+
+
+class StoredBank(NamedTuple):
+    """What ``bank.json`` tells: the base model, its adapted matrices with their ranks, and the experts, in order."""
+
+    base: str
+    matrices: dict[str, int]
+    experts: tuple[StoredExpert, ...]
+
+
+@dataclass(frozen=True)
+class ExpertCheck:
+    """Whether an expert of a bank can be read.
+
+    Attributes:
+        name: of the expert. reason: why it is refused, in one line; ``None`` where it is whole.
+    """
+
+    name: str
+    reason: str | None
+
+    @property
+    def ok(self) -> bool:
+        """Whether it is whole."""
+        return self.reason is None
+
+
+def verify_bank(directory: str | Path) -> tuple[ExpertCheck, ...]:
+    """Read every expert of a bank on disk, and tell of each whether it is whole.
+
+    Raises:
+        BundleError: ``bank.json`` itself is missing, damaged or of another format.
+    """
+    return tuple(ExpertCheck(expert.name, _reason(expert)) for expert in read_bank(Path(directory)).experts)
+
+
+def write_bank(
+    directory: Path, base: str, matrices: Mapping[str, int], experts: Sequence[ExpertVector | StoredExpert]
+) -> None:
+    """Make ``directory`` hold this bank; experts that it holds already are neither read nor written.
+
+    Raises:
+        BundleError: ``directory`` is a file, or an expert of another directory cannot be read.
+    """
+    if directory.exists():
+        if not directory.is_dir():
+            raise BundleError(f"expected a directory at {directory}, got a file")
+        return _write(directory.resolve(), base, matrices, experts)
+    with write_directory(directory) as target:
+        _write(target, base, matrices, experts)
+
+
+def read_bank(directory: Path) -> StoredBank:
+    """Read ``bank.json``, and no expert.
+
+    Raises:
+        BundleError: it is missing, truncated, edited or of another format.
+    """
+    directory = directory.resolve()
+    path, index = directory / INDEX, read_json(directory / INDEX)
+    if isinstance(index, dict) and "format" not in index and "experts" in index:
+        raise BundleError(f"expected a bank of format {FORMAT} in {path}, got the older one: train its experts again")
+    if not isinstance(index, dict) or type(index.get("format")) is not int or index["format"] != FORMAT:
+        raise BundleError(f"expected a bank of format {FORMAT} in {path}, got {index!r:.80}")
+    _expect(path, index.keys() == {"format", "base", "matrices", "experts"}, "base, matrices and experts", list(index))
+    base, matrices, entries = index["base"], index["matrices"], index["experts"]
+    _expect(path, isinstance(base, str) and base != "", "the fingerprint of a base model", base)
+    _expect(path, isinstance(matrices, dict) and matrices != {}, "at least one matrix with its rank", matrices)
+    _expect(path, all(type(rank) is int and rank > 0 for rank in matrices.values()), "ranks above 0", matrices)
+    _expect(path, isinstance(entries, list) and entries != [], "at least one expert", entries)
+    experts = tuple(_stored(directory, entry, base, matrices) for entry in entries)
+    names = [expert.name for expert in experts]
+    _expect(path, len(set(names)) == len(names), "experts of different names", names)
+    return StoredBank(base, matrices, experts)
+
+
+def _stored(directory: Path, entry: Any, base: str, matrices: dict[str, int]) -> StoredExpert:
+    path = directory / INDEX
+    keys = {"name", "file", "digest", "metadata"}
+    whole = isinstance(entry, dict) and entry.keys() == keys and isinstance(entry["metadata"], dict)
+    _expect(path, whole, "name, file, digest and metadata of an expert", entry)
+    name, file, digest, metadata = (entry[key] for key in ("name", "file", "digest", "metadata"))
+    _expect(path, all(isinstance(text, str) for text in (name, file, digest, *metadata.values())), "text", entry)
+    try:
+        check_expert_name(name)
+    except ConfigError as error:
+        raise BundleError(f"{path}: {error}") from None
+    _expect(path, re.fullmatch("[0-9a-f]{32}", digest) is not None, "a digest of 32 hexadecimal digits", digest)
+    _expect(path, file == _file_name(name, digest), _file_name(name, digest), file)
+    return StoredExpert(directory, name, digest, metadata, base, matrices)
+
+
+def _expect(path: Path, holds: bool, what: str, got: object) -> None:
+    if not holds:
+        raise BundleError(f"expected {what} in {path}, got {got!r:.80}")
+
+
+def _reason(expert: StoredExpert) -> str | None:
+    try:
+        expert.vector  # noqa: B018
+    except BayesDispatchError as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _write(
+    directory: Path, base: str, matrices: Mapping[str, int], experts: Sequence[ExpertVector | StoredExpert]
+) -> None:
+    entries = []
+    for expert in experts:
+        digest = _write_expert(directory, expert)
+        file, metadata = _file_name(expert.name, digest), dict(sorted(expert.metadata.items()))
+        entries.append({"name": expert.name, "file": file, "digest": digest, "metadata": metadata})
+    write_json(directory / INDEX, {"format": FORMAT, "base": base, "matrices": dict(matrices), "experts": entries})
+    kept = {entry["file"] for entry in entries}
+    for path in directory.iterdir():
+        name = path.name
+        if (EXPERT_FILE.fullmatch(name) and name not in kept) or TEMPORARY_FILE.fullmatch(name):
+            with suppress(OSError):  # the bank is whole already, and the next save tries again
+                path.unlink()
+
+
+def _write_expert(directory: Path, expert: ExpertVector | StoredExpert) -> str:
+    """Have ``directory`` hold an expert's file, and return its digest."""
+    if isinstance(expert, StoredExpert):
+        if expert.directory == directory and expert.path.is_file():
+            return expert.digest
+        expert = expert.vector
+    tensors = {matrix: scales.detach().cpu().contiguous() for matrix, scales in expert.scales.items()}
+    data = tensors_as_bytes(tensors, {**expert.metadata, "name": expert.name, "base": expert.base})
+    digest = _digest(data)
+    path = directory / _file_name(expert.name, digest)
+    if not path.is_file() or path.read_bytes() != data:
+        write_bytes(path, data)
+    return digest
+
+
+def _file_name(name: str, digest: str) -> str:
+    return f"{name}.{digest[:DIGITS]}.safetensors"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
