@@ -127,10 +127,7 @@ class ExpertBank(Mapping[str, ExpertVector]):
             raise TensorError(f"expected weights of shape {expected}, got {tuple(weights.shape)}")
         parts = self._deviations_under(weights).split(list(self.matrices.values()), dim=-1)
         return Adaptation(
-            {
-                name: 1 + own @ part
-                for name, own, part in zip(self.matrices, weights.unbind(dim=-2), parts, strict=True)
-            }
+            {name: 1 + own @ part for name, own, part in zip(self.matrices, weights.unbind(dim=-2), parts, strict=True)}
         )
 
     def check_base(self, model: Backbone) -> None:

@@ -74,7 +74,7 @@ class AnswerLikelihood:
         """
         expected = {(len(self.components),), (len(self.layers), len(self.components))}
         if tuple(weights.shape[1:]) not in expected:
-            shapes = " or ".join(f"(P, {', '.join(map(str, shape))})" for shape in sorted(expected))
+            shapes = " or ".join(f"(P, {', '.join(map(str, shape))})" for shape in sorted(expected, key=len))
             raise TensorError(f"expected weights of shape {shapes}, got {tuple(weights.shape)}")
         pairs, length = self._ids.shape
         at_once = max(1, TOKENS_AT_ONCE // (pairs * length))

@@ -149,8 +149,8 @@ class FewShotMethod(Protocol):
 
 
 def log_dirichlet(
-    concentration: Float[Tensor, "*B components"], weights: Float[Tensor, "*B components"]
-) -> Float[Tensor, "*B"]:
+    concentration: Float[Tensor, "*#B components"], weights: Float[Tensor, "*#B components"]
+) -> Float[Tensor, "*draws"]:
     """Log density of Dirichlets at weights that may touch the faces of the simplex."""
     constants = concentration.sum(-1).lgamma() - concentration.lgamma().sum(-1)
     return constants + ((concentration - 1) * weights.clamp(min=TINY).log()).sum(-1)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import pyro
@@ -193,7 +194,7 @@ class _DirichletGuide(PyroModule):
         super().__init__()
         self._layered = program.coupling is not None
         start = torch.full((program.rows, len(program.concentration)), 1.0, dtype=torch.float64)
-        self.concentration = PyroParam(start, constraints.greater_than(NARROW))
+        self.concentration = cast(Tensor, PyroParam(start, constraints.greater_than(NARROW)))
 
     def forward(self) -> None:
         pyro.sample("w", dist.Dirichlet(self.concentration[0]))

@@ -1,0 +1,96 @@
+"""The likelihood of answers: against one pair and one particle at a time, and what it refuses."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bayes_dispatch.errors import ForeignExpertError, PromptError, TensorError
+from bayes_dispatch.inference import answers
+from bayes_dispatch.inference.answers import AnswerLikelihood
+
+PAIRS = [("kfpa>", "apfk\n"), ("", "37+58=95"), ("ß>", "é")]
+
+
+def one_by_one(model: Any, bank: Any, weights: torch.Tensor) -> float:
+    """The log-likelihood of all answers, pair by pair without padding."""
+    total = 0.0
+    adaptation = bank.blend(weights) if weights.ndim == 1 else bank.blend_by_matrix(weights)
+    for prompt, answer in PAIRS:
+        row = [256, *prompt.encode(), *answer.encode()]
+        logs = model(torch.tensor([row]), adaptation=adaptation).logits[0].log_softmax(-1)
+        first = 1 + len(prompt.encode())
+        total += sum(float(logs[t - 1, row[t]]) for t in range(first, len(row)))
+    return total
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31), particles=st.integers(1, 5))
+def test_equals_one_by_one(model64: Any, bank: Any, seed: int, particles: int) -> None:
+    likelihood = AnswerLikelihood(model64, bank, PAIRS)
+    weights = torch.from_numpy(np.random.default_rng(seed).dirichlet(np.ones(4), particles))
+    with torch.no_grad():
+        found = likelihood(weights)
+        expected = [one_by_one(model64, bank, each) for each in weights]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9)
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_by_layer_equals_one_by_one(model64: Any, bank: Any, seed: int) -> None:
+    likelihood = AnswerLikelihood(model64, bank, PAIRS)
+    count = len(likelihood.layers)
+    assert count == len(model64.blocks)
+    weights = torch.from_numpy(np.random.default_rng(seed).dirichlet(np.ones(4), (3, count)))
+    matrices = [likelihood.layers.index(".".join(name.split(".")[:2])) for name in bank.matrices]
+    with torch.no_grad():
+        expected = [one_by_one(model64, bank, each[matrices]) for each in weights]
+        np.testing.assert_allclose(likelihood(weights).numpy(), expected, rtol=1e-9)
+        shared = weights[:, :1].expand(-1, count, -1)
+        np.testing.assert_allclose(likelihood(shared).numpy(), likelihood(weights[:, 0]).numpy(), rtol=1e-9)
+
+
+def test_batches_do_not_matter(model64: Any, bank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    likelihood = AnswerLikelihood(model64, bank, PAIRS)
+    weights = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(4), 7))
+    with torch.no_grad():
+        whole = likelihood(weights)
+        monkeypatch.setattr(answers, "TOKENS_AT_ONCE", 80)
+        np.testing.assert_allclose(likelihood(weights).numpy(), whole.numpy(), rtol=1e-12)
+
+
+def test_gradient(model64: Any, bank: Any) -> None:
+    likelihood = AnswerLikelihood(model64, bank, PAIRS[:1])
+    weights = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(likelihood, (weights,))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("pairs", "message"),
+    [
+        ([], "at least one pair"),
+        ([("a", "")], "pair 0 to have an answer"),
+        ([("a", "b"), ("a",)], "pair 1 to be a prompt and an answer"),
+        ([("a", 3)], "pair 0 to be a prompt and an answer"),
+        ([("a" * 4096, "b")], "at most 4096 bytes"),
+        ([("a", b"\xff")], "pair 0: expected UTF-8"),
+    ],
+)
+def test_refuses_bad_pairs(model: Any, bank: Any, pairs: Any, message: str) -> None:
+    with pytest.raises(PromptError, match=message):
+        AnswerLikelihood(model, bank, pairs)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_refuses_other_shapes_and_models(model: Any, bank: Any, make_model: Any) -> None:
+    likelihood = AnswerLikelihood(model, bank, PAIRS)
+    with pytest.raises(TensorError, match=r"expected weights of shape \(P, 4\) or"):
+        likelihood(torch.ones(2, 3))
+    with pytest.raises(TensorError, match="got"):
+        likelihood(torch.ones(2, 9, 4))
+    with pytest.raises(ForeignExpertError):
+        AnswerLikelihood(make_model(seed=7), bank, PAIRS)

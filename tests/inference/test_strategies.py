@@ -1,0 +1,124 @@
+"""Strategies of dispatch: one contract for all, and each against what it is meant to compute."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bayes_dispatch.errors import ConfigError, ForeignExpertError, PromptError, TensorError
+from bayes_dispatch.experts.documents import Document
+from bayes_dispatch.experts.domains import CONVENTIONS
+from bayes_dispatch.experts.vectors import ExpertVector
+from bayes_dispatch.inference import categories
+from bayes_dispatch.inference.blends import PosteriorMean
+from bayes_dispatch.inference.categories import QUESTION, CategoryDomain
+from bayes_dispatch.inference.compare import compare_blends
+from bayes_dispatch.inference.few_shot_methods import CrossEntropy, ImportanceSampling
+from bayes_dispatch.inference.generator import Dispatched, Strategy, TwoPassGenerator
+from bayes_dispatch.inference.strategies import AskedExpert, AskedModel, Classified, FewShot, Given, one_hot_draws
+
+PROMPTS = ["kfpa>apfk\n", "37+58=95\n12+11=", "def mean(xs):"]
+PAIRS = [("kfpa>", "apfk\n")]
+
+
+@pytest.fixture(scope="module")
+def make_strategy(bundle: Any) -> Callable[[str], Strategy]:
+    """A strategy by name, for the tiny system."""
+    scales = {name: torch.full((rank,), 1.2) for name, rank in bundle.model.adaptable().items()}
+    asked = ExpertVector("asked", scales, bundle.experts.base)
+    made: dict[str, Callable[[], Strategy]] = {
+        "dispatched": Dispatched,
+        "asked model": AskedModel,
+        "asked expert": lambda: AskedExpert(asked),
+        "classified": lambda: Classified(lambda evidence: np.tile([0.5, 0.25, 0.25, 0.0], (len(evidence), 1))),
+        "few-shot": lambda: FewShot(PAIRS, ImportanceSampling(64, 32)),
+        "few-shot, own pairs": lambda: FewShot(lambda prompt: [("", str(prompt))], CrossEntropy(8, 2, 2)),
+        "given": lambda: Given(np.full(4, 0.25)),
+    }
+    return lambda name: made[name]()
+
+
+NAMES = ["dispatched", "asked model", "asked expert", "classified", "few-shot", "few-shot, own pairs", "given"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_contract(bundle: Any, make_strategy: Callable[[str], Strategy], name: str) -> None:
+    """Draws for each prompt over the bank's components, the same by seed, and served like the dispatcher's."""
+    strategy = make_strategy(name)
+    assert isinstance(strategy, Strategy)
+    assert strategy.name
+    posterior = strategy.posterior(bundle, PROMPTS, 3)
+    assert posterior.experts == bundle.experts.components
+    assert posterior.mean.shape == (3, 4)
+    np.testing.assert_array_equal(posterior.weights, strategy.posterior(bundle, PROMPTS, 3).weights)
+    made = TwoPassGenerator(bundle).generate(
+        PROMPTS, blend=PosteriorMean(), max_new_tokens=2, seed=3, strategy=strategy
+    )
+    np.testing.assert_allclose(made.weights, posterior.mean, atol=1e-6)
+    documents = [Document(prompt + "ab", len(prompt.encode())) for prompt in PROMPTS]
+    frame = compare_blends(bundle, documents, [PosteriorMean()], seed=3, strategy=strategy).to_frame()
+    assert len(frame) == 3
+    assert np.isfinite(frame["nll"]).all()
+
+
+@pytest.mark.parametrize("name", NAMES[1:4])
+def test_prompts_do_not_meet(bundle: Any, make_strategy: Callable[[str], Strategy], name: str) -> None:
+    strategy = make_strategy(name)
+    together = strategy.posterior(bundle, PROMPTS, 0).mean
+    alone = [strategy.posterior(bundle, [prompt], 0).mean[0] for prompt in PROMPTS]
+    np.testing.assert_allclose(together, alone)
+    with pytest.raises(PromptError):
+        strategy.posterior(bundle, [""], 0)
+
+
+def test_asked_model_is_the_likelihood_of_the_names(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against one sequence at a time; names may be given, and batches do not matter."""
+    called = {"sort": "sorted words", "base": "other"}
+    expected = []
+    for name in ("reverse", "sorted words", "add", "other"):
+        asked = [256, *(PROMPTS[0] + QUESTION).encode()]
+        row = [*asked, *f"{name}\n".encode()]
+        with torch.no_grad():
+            logs = bundle.model(torch.tensor([row])).logits[0].double().log_softmax(-1)
+        expected.append(sum(float(logs[t - 1, row[t]]) for t in range(len(asked), len(row))))
+    p = np.exp(np.array(expected) - max(expected))
+    found = AskedModel(called).posterior(bundle, PROMPTS, 0)
+    np.testing.assert_allclose(found.mean[0], p / p.sum(), atol=1 / 64)
+    monkeypatch.setattr(categories, "TOKENS_AT_ONCE", 1)
+    np.testing.assert_array_equal(found.weights, AskedModel(called).posterior(bundle, PROMPTS, 0).weights)
+
+
+def test_one_hot_draws() -> None:
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.full(4, 0.4), 50)
+    found = one_hot_draws(probabilities, ("a", "b", "c", "base"), draws=100)
+    assert set(np.unique(found.weights)) == {0.0, 1.0}
+    np.testing.assert_allclose(found.mean, probabilities, atol=0.01)
+    with pytest.raises(TensorError, match="expected probabilities"):
+        one_hot_draws(probabilities * 2, ("a", "b", "c", "base"))
+
+
+def test_category_documents_score_the_category_alone() -> None:
+    domain = CategoryDomain(tuple(CONVENTIONS[:2]), {"sort": "sorted"})
+    seen = set()
+    for seed in range(20):
+        document = domain.document(np.random.default_rng(seed), 0, 256, "train")
+        ((start, stop),) = document.ranges
+        assert document.data[:start].endswith(QUESTION.encode())
+        assert stop == len(document.data)
+        seen.add(document.data[start:stop].decode())
+    assert seen == {"reverse\n", "sorted\n"}
+
+
+def test_refuses(bundle: Any) -> None:
+    with pytest.raises(ConfigError, match="expected names for components"):
+        AskedModel({"nobody": "x"}).posterior(bundle, PROMPTS, 0)
+    with pytest.raises(ConfigError, match="different names of categories"):
+        AskedModel({"sort": "add"}).posterior(bundle, PROMPTS, 0)
+    with pytest.raises(TensorError, match="expected weights of shape"):
+        Given(np.ones(3) / 3).posterior(bundle, PROMPTS, 0)
+    foreign = ExpertVector("asked", {"a": torch.ones(2)}, "another")
+    with pytest.raises(ForeignExpertError, match="made for base model"):
+        AskedExpert(foreign).posterior(bundle, PROMPTS, 0)
