@@ -66,6 +66,13 @@ class AnswerLikelihood:
     def __call__(self, weights: Float[Tensor, "P *layers components"]) -> Float[Tensor, " P"]:
         """Log-likelihood of all answers together, in nats, float64; differentiable.
 
+        Args and errors are those of :meth:`by_pair`.
+        """
+        return self.by_pair(weights).sum(1)
+
+    def by_pair(self, weights: Float[Tensor, "P *layers components"]) -> Float[Tensor, "P pairs"]:
+        """Log-likelihood of each answer, in nats, float64; differentiable.
+
         Args:
             weights: (P, K + 1) for the same weights in every layer, or (P, layers, K + 1).
 
@@ -86,7 +93,7 @@ class AnswerLikelihood:
         ids, mask = self._ids.repeat(particles, 1), self._mask.repeat(particles, 1)  # (P pairs, T)
         logits = self.model(ids, attention_mask=mask, adaptation=adaptation).logits
         scores = log_likelihood_of(logits, ids, self._counted.repeat(particles, 1))
-        return scores.unflatten(0, (particles, pairs)).sum(1)
+        return scores.unflatten(0, (particles, pairs))
 
     def _blend(self, weights: Tensor) -> Adaptation:
         if weights.ndim == 2:

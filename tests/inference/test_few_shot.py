@@ -180,7 +180,7 @@ class AsciiLikelihood(AnswerLikelihood):
         adaptation = self._blend(weights.to(self.model.dtype).repeat_interleave(pairs, 0))
         logits = self.model(ids, attention_mask=mask, adaptation=adaptation).logits[..., :128]
         scores = log_likelihood_of(logits, ids.clamp(max=127), self._counted.repeat(particles, 1))
-        return scores.unflatten(0, (particles, pairs)).sum(1)
+        return scores.unflatten(0, (particles, pairs))
 
 
 @pytest.mark.parametrize(
