@@ -196,8 +196,8 @@ def check_adaptation(adaptation: Adaptation, ranks: Mapping[str, int], dtype: to
     for name, scales in adaptation.scales.items():
         if name not in ranks:
             raise TensorError(f"expected scales of an adaptable matrix ({next(iter(ranks))}, …), got {name!r}")
-        if scales.shape[-1] != ranks[name]:
-            raise TensorError(f"expected {ranks[name]} scales for {name}, got {scales.shape[-1]}")
+        if not 1 <= scales.shape[-1] <= ranks[name]:
+            raise TensorError(f"expected 1 to {ranks[name]} scales for {name}, got {scales.shape[-1]}")
         if scales.dtype != dtype:
             raise TensorError(f"expected scales of {dtype} for {name}, got {scales.dtype}")
     if adaptation.rows not in (None, batch):

@@ -8,6 +8,7 @@ import safetensors.torch
 from torch import nn
 
 from bayes_dispatch.errors import BundleError, ConfigError
+from bayes_dispatch.model.factor_files import Fingerprinted, load_factors
 from bayes_dispatch.model.files import read_json, read_tensors, write_directory
 
 __all__ = ["ModelConfig", "Pretrained"]
@@ -40,7 +41,7 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(cls: type[M], directory: str | Path) -> M:
-        """Read what ``save_pretrained`` wrote; nothing is unpickled or executed.
+        """Read what ``save_pretrained`` wrote, and factors that lie beside it; nothing is unpickled or executed.
 
         Raises:
             BundleError: a file is missing or truncated, or a tensor has another shape or dtype than the configuration
@@ -54,4 +55,6 @@ class Pretrained(nn.Module):
         model = cast(Any, cls)(config)
         expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
         model.load_state_dict(read_tensors(directory / "model.safetensors", expected))
+        if isinstance(model, Fingerprinted):
+            load_factors(model, directory)
         return cast(M, model.eval())

@@ -5,6 +5,7 @@ from typing import cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -164,8 +165,10 @@ def _feed_forward(*arguments: object) -> Step:
 
 def _matrix(linear: SVDLinear, z: Tensor | None) -> tuple[Array, Array, Array]:
     """As compiled functions take it: W and two empty arrays, or U, s z (1 or B, rank) and Vᵀ."""
-    if z is None:
-        weight = array(linear.weight)
+    left = 0 if z is None else linear.rank - z.shape[-1]  # singular values that are not scaled
+    if z is None or (left and z.ndim == 1):
+        weight = array(linear.weight if z is None else linear.folded(z))
         return weight, weight[:0], weight[:0]
-    U, s, Vt = linear.factors()
+    z = F.pad(z, (0, left), value=1.0)
+    U, s, Vt, _ = linear.factors()
     return array(U), array((s * z).reshape(-1, linear.rank)), array(Vt)

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayes_dispatch.errors import TensorError
+from bayes_dispatch.model.factors import Factors, decompose
 
 __all__ = ["SVDLinear"]
 
@@ -14,7 +15,8 @@ class SVDLinear(nn.Module):
     """``y = W(z) x`` with ``W(z) = U diag(s * z) Vᵀ``; without scales, ``y = W x`` with the stored ``W`` itself.
 
     The published implementation also multiplies by ``Σ s / Σ (s * z)``; we do not, so that blending scales is the same
-    as blending the adapted matrices.
+    as blending the adapted matrices. Fewer scales than the rank are those of the largest singular values; the others
+    stay as they are.
 
     Attributes:
         weight: W, shape (out_features, in_features).
@@ -26,7 +28,7 @@ class SVDLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.normal_(self.weight, std=in_features**-0.5)
         self.rank = min(in_features, out_features)
-        self._factors: tuple[tuple[object, ...], tuple[Tensor, Tensor, Tensor]] | None = None
+        self._factors: tuple[tuple[object, ...], Factors] | None = None
 
     def forward(
         self, x: Float[Tensor, "B T in_features"], scales: Float[Tensor, "*B r"] | None = None
@@ -34,34 +36,54 @@ class SVDLinear(nn.Module):
         """Apply the map.
 
         Args:
-            x: inputs. scales: ``None``, one set (rank,) for all rows, or one set per row (B, rank).
+            x: inputs. scales: ``None``, one set (r,) for all rows, or one set per row (B, r), with r up to the rank.
 
         Raises:
-            TensorError: scales of another rank, or for another number of rows.
+            TensorError: more scales than the rank, or for another number of rows.
         """
         if scales is None:
             return F.linear(x, self.weight)
-        if scales.shape not in ((self.rank,), (x.shape[0], self.rank)):
-            expected = f"({self.rank},) or ({x.shape[0]}, {self.rank})"
-            raise TensorError(f"expected scales of shape {expected}, got {tuple(scales.shape)}")
-        U, s, Vt = self.factors()
+        kinds = ((self.rank,), (x.shape[0], self.rank))
+        if scales.shape[:-1] not in {kind[:-1] for kind in kinds} or not 1 <= scales.shape[-1] <= self.rank:
+            expected = " or ".join(map(str, kinds))
+            raise TensorError(f"expected scales of shape {expected} or fewer of them, got {tuple(scales.shape)}")
+        U, s, Vt, _ = self.factors(scales.shape[-1])
+        if len(s) < self.rank:
+            change = s * (scales - 1)
+            return F.linear(x, self.weight) + F.linear(F.linear(x, Vt) * _of_rows(change), U)
         if scales.ndim == 1 and self._folding_pays(x.shape[0] * x.shape[1]):
             return F.linear(x, (U * (s * scales)) @ Vt)
-        scaled = s * scales
-        return F.linear(F.linear(x, Vt) * (scaled if scales.ndim == 1 else scaled[:, None]), U)
+        return F.linear(F.linear(x, Vt) * _of_rows(s * scales), U)
 
-    def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """U (out, rank), s (rank,), Vᵀ (rank, in) of the present weight, computed in float64, kept until it changes."""
-        W = self.weight
-        key = (-1 if W.is_inference() else W._version, W.data_ptr(), W.dtype, W.device)
-        if self._factors is None or self._factors[0] != key:
+    def factors(self, rank: int | None = None) -> Factors:
+        """The leading singular triples of the present weight, all by default; kept until it changes."""
+        wanted, key = self.rank if rank is None else rank, self._key()
+        if self._factors is None or self._factors[0] != key or len(self._factors[1].s) < wanted:
             with torch.inference_mode(False):  # they stay, and may be trained through later
-                U, s, Vt = torch.linalg.svd(W.detach().double(), full_matrices=False)
-                self._factors = (key, tuple(factor.to(W.dtype).contiguous() for factor in (U, s, Vt)))
-        return self._factors[1]
+                self.keep_factors(decompose(self.weight.detach().clone(), wanted))
+        assert self._factors is not None
+        return self._factors[1].leading(wanted)
+
+    def keep_factors(self, factors: Factors) -> None:
+        """Take these for the present weight's."""
+        self._factors = (self._key(), factors)
+
+    def folded(self, scales: Float[Tensor, " r"]) -> Float[Tensor, "out_features in_features"]:
+        """W(z) itself, for fewer scales than the rank."""
+        U, s, Vt, _ = self.factors(scales.shape[-1])
+        return self.weight + (U * (s * (scales - 1))) @ Vt
+
+    def _key(self) -> tuple[object, ...]:
+        W = self.weight
+        return (-1 if W.is_inference() else W._version, W.data_ptr(), W.dtype, W.device)
 
     def _folding_pays(self, tokens: int) -> bool:
         """Whether building W(z) once takes fewer multiplications than two factored products for each token."""
         out_features, in_features = self.weight.shape
         folded = (self.rank + tokens) * out_features * in_features
         return folded < tokens * self.rank * (out_features + in_features)
+
+
+def _of_rows(values: Tensor) -> Tensor:
+    """Per-row values (B, r) as (B, 1, r); shared ones as they are."""
+    return values if values.ndim == 1 else values[:, None]

@@ -185,7 +185,7 @@ def test_scales_adapt_each_matrix(matrix: str, per_row: bool) -> None:
         state = mixer.init_state(2, torch.float64)
         for t in range(LENGTH):
             stepped[:, t : t + 1] = mixer(x[:, t : t + 1], Span(), {matrix: z if per_row else z[0]}, state)
-        U, s, Vt = linear.factors()
+        U, s, Vt, _ = linear.factors()
         for row in range(2):
             changed = make_mixer()
             getattr(changed, matrix).weight.copy_((U * (s * z[row if per_row else 0])) @ Vt)

@@ -135,7 +135,7 @@ class TestAdaptation:
             ({"blocks.0.norm": torch.ones(32)}, "blocks.0.norm"),
             ({"embedding": torch.ones(32)}, "embedding"),
             ({"blocks.9.mixer.qkv": torch.ones(32)}, "blocks.9.mixer.qkv"),
-            ({"blocks.1.mixer.qkv": torch.ones(31)}, "expected 32 scales .* got 31"),
+            ({"blocks.1.mixer.qkv": torch.ones(33)}, "expected 1 to 32 scales .* got 33"),
             ({"blocks.1.mixer.qkv": torch.ones(3, 32)}, "expected scales for 2 rows, got 3"),
             ({"blocks.1.mixer.qkv": torch.ones(32).double()}, "expected scales of torch.float32 .* got torch.float64"),
         ],

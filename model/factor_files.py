@@ -1,0 +1,98 @@
+"""Decompositions of a model's matrices on disk, beside the model, so that large ones are computed once."""
+
+import json
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import safetensors
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from bayes_dispatch.errors import BundleError
+from bayes_dispatch.model.factors import Factors
+from bayes_dispatch.model.files import read_tensors, write_tensors
+from bayes_dispatch.model.svd_linear import SVDLinear
+
+__all__ = ["FACTORS_FILE", "Fingerprinted", "load_factors", "save_factors"]
+
+FACTORS_FILE = "factors.safetensors"
+TOLERANCE = 1e-3  # of what the triples miss of W on a probe, beyond their own error
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A model that knows a hash of its weights."""
+
+    def fingerprint(self) -> str: ...
+
+
+def save_factors(model: Fingerprinted, directory: str | Path, rank: int | None = None) -> dict[str, float]:
+    """Decompose every adaptable matrix, and keep the factors in the model and in ``directory``.
+
+    Args:
+        model: whose ``SVDLinear`` matrices are decomposed. directory: of the saved model; ``from_pretrained`` finds the
+            factors there. rank: leading triples of each matrix, where it has as many; all by default.
+
+    Returns:
+        The error of each matrix' triples, as in :class:`bayes_dispatch.model.factors.Factors`.
+    """
+    tensors, errors = {}, {}
+    for name, linear in _matrices(model).items():
+        factors = linear.factors(linear.rank if rank is None else min(rank, linear.rank))
+        errors[name] = factors.error
+        for part in ("U", "s", "Vt"):
+            tensors[f"{name}.{part}"] = getattr(factors, part).contiguous()
+    metadata = {"base": model.fingerprint(), "errors": json.dumps(errors, sort_keys=True)}
+    write_tensors(Path(directory, FACTORS_FILE), tensors, metadata)
+    return errors
+
+
+def load_factors(model: Fingerprinted, directory: str | Path) -> bool:
+    """Take the factors that ``save_factors`` left in ``directory``; false where there are none.
+
+    Raises:
+        BundleError: the file is truncated, edited, or of another model.
+    """
+    path = Path(directory, FACTORS_FILE)
+    if not path.is_file():
+        return False
+    tensors = read_tensors(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        errors = {str(name): float(error) for name, error in json.loads(metadata["errors"]).items()}
+    except (SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
+        raise BundleError(f"expected the errors of decompositions in {path}, got: {error!r:.80}") from None
+    if metadata.get("base") != model.fingerprint():
+        raise BundleError(f"expected factors of base model {model.fingerprint()} in {path}, got {metadata.get('base')}")
+    matrices = _matrices(model)
+    names = {f"{name}.{part}" for name in matrices for part in ("U", "s", "Vt")}
+    if set(tensors) != names or set(errors) != set(matrices):
+        odd = sorted(set(tensors) ^ names)[:3] or sorted(set(errors) ^ set(matrices))[:3]
+        expected = f"expected factors of {len(matrices)} matrices in {path}"
+        raise BundleError(f"{expected}, got others or fewer: {', '.join(odd)}")
+    for name, linear in matrices.items():
+        U, s, Vt = (tensors[f"{name}.{part}"].to(linear.weight) for part in ("U", "s", "Vt"))
+        factors = Factors(U, s, Vt, errors[name])
+        _check(name, linear, factors, path)
+        linear.keep_factors(factors)
+    return True
+
+
+def _matrices(model: Fingerprinted) -> dict[str, SVDLinear]:
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return {name: module for name, module in modules if isinstance(module, SVDLinear)}
+
+
+@torch.no_grad()
+def _check(name: str, linear: SVDLinear, factors: Factors, path: Path) -> None:
+    """Refuse triples that are none of this matrix: ``W v`` must be ``s u`` for all of them, seen through one probe."""
+    W, (U, s, Vt, error) = linear.weight, factors
+    shapes = (tuple(U.shape), tuple(s.shape), tuple(Vt.shape))
+    if shapes != ((W.shape[0], len(s)), (len(s),), (len(s), W.shape[1])) or not 1 <= len(s) <= linear.rank:
+        raise BundleError(f"expected factors of {name} for shape {tuple(W.shape)} in {path}, got shapes {shapes}")
+    signs = 1.0 - 2.0 * (torch.arange(len(s)) % 2).to(W)
+    missed = (W @ (Vt.T @ signs) - U @ (s * signs)).norm() / (s.max() * len(s) ** 0.5)
+    if not float(missed) <= TOLERANCE + 2 * error:  # NaN fails too
+        raise BundleError(f"expected singular triples of {name} in {path}, got ones off by {float(missed):.2g}")
