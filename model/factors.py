@@ -19,8 +19,8 @@ class Factors(NamedTuple):
 
     Attributes:
         U: (out, r). s: (r,), falling. Vt: (r, in).
-        error: the largest ``|W v - s u|`` or ``|Wᵀ u - s v|`` of a triple over the largest singular value; rounding alone
-            where the triples are exact.
+        error: the largest ``|W v - s u|`` or ``|Wᵀ u - s v|`` of a triple over the largest singular value; of exact
+            triples it is rounding alone.
     """
 
     U: Float[Tensor, "out r"]
