@@ -127,10 +127,7 @@ class ExpertBank(Mapping[str, ExpertVector]):
             raise TensorError(f"expected weights of shape {expected}, got {tuple(weights.shape)}")
         parts = self._deviations_under(weights).split(list(self.matrices.values()), dim=-1)
         return Adaptation(
-            {
-                name: 1 + own @ part
-                for name, own, part in zip(self.matrices, weights.unbind(dim=-2), parts, strict=True)
-            }
+            {name: 1 + own @ part for name, own, part in zip(self.matrices, weights.unbind(dim=-2), parts, strict=True)}
         )
 
     def check_base(self, model: Backbone) -> None:
@@ -177,7 +174,7 @@ class ExpertBank(Mapping[str, ExpertVector]):
         """Make ``directory`` hold this bank; what it holds already is not written again.
 
         ``bank.json`` is replaced once all else is written: a save that is stopped leaves the bank that was there.
-        Experts of other names are deleted from it, and a bank that was loaded from there before can no longer read them.
+        Other experts are deleted from it; a bank that was loaded from there before can no longer read them.
 
         Raises:
             BundleError: ``directory`` is a file, or an expert that was never read is not whole.
