@@ -204,7 +204,7 @@ class ExpertBank(Mapping[str, ExpertVector]):
                 scales = self[self.names[k]].scales
                 self._deviations[k] = torch.cat([scales[name].detach() for name in self.matrices]).double() - 1
                 self._waiting.discard(k)
-        return self._deviations.to(weights)
+        return self._deviations.to(weights, copy=bool(self._waiting))  # a graph may keep it, and rows be filled later
 
 
 def _check_fit(expert: ExpertVector, base: str, matrices: Mapping[str, int], like: str) -> None:

@@ -225,6 +225,17 @@ class TestCrashes:
         assert turn > 10
         assert seen == ({bank.names, new.names} if existing else {new.names})
 
+    def test_an_old_file_that_cannot_be_deleted_is_no_failure(
+        self, bank: ExpertBank, saved: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def failing(*_: object, **__: object) -> None:
+            raise OSError("busy")
+
+        monkeypatch.setattr(os, "unlink", failing)
+        bank.without("sort").save(saved)
+        assert_same(ExpertBank.load(saved), bank.without("sort"))
+        assert file_of(saved, "sort").exists()
+
 
 class TestReading:
     def test_a_thousand_experts_open_without_one_being_read(self, tmp_path: Path, opened: list[str]) -> None:
@@ -263,10 +274,19 @@ class TestReading:
         with torch.inference_mode():
             bank = ExpertBank.load(saved)
             bank.blend(torch.ones(4))
-        weights = torch.ones(4, requires_grad=True)
+        weights = torch.ones(4, requires_grad=True, dtype=torch.float64)
         sum(z.square().sum() for z in bank.blend(weights).scales.values()).backward()
         assert weights.grad is not None
         assert not any(z.is_inference() for z in bank["add"].scales.values())
+
+    def test_reading_more_experts_leaves_gradients_of_earlier_blends(self, saved: Path, bank: ExpertBank) -> None:
+        loaded = ExpertBank.load(saved)
+        weights = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+        total = sum(z.sum() for z in loaded.blend(weights).scales.values())
+        loaded.blend(torch.ones(4))
+        total.backward()
+        expected = sum(float((z.double() - 1).sum()) for z in bank["reverse"].scales.values())
+        assert float(weights.grad[0]) == pytest.approx(expected)
 
     def test_the_working_directory_may_change(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(saved.parent)
