@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from bayes_dispatch.estimator import DispatcherClassifier
     from bayes_dispatch.evidence import Evidence
     from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.experts.bank_files import ExpertCheck, verify_bank
     from bayes_dispatch.experts.documents import Document
     from bayes_dispatch.experts.vectors import ExpertVector
     from bayes_dispatch.inference.blends import (
@@ -155,7 +156,9 @@ __all__ = [
     "Comparison",
     "Document",
     "ExpertBank",
+    "ExpertCheck",
     "ExpertVector",
+    "verify_bank",
     "MambaFormerConfig",
     "LanguageModelConfig",
     "ClassifierConfig",
@@ -239,6 +242,8 @@ _MODULE_OF = {
     "Comparison": "inference.compare",
     "Document": "experts.documents",
     "ExpertBank": "experts.bank",
+    "ExpertCheck": "experts.bank_files",
+    "verify_bank": "experts.bank_files",
     "ExpertVector": "experts.vectors",
     "MambaFormerConfig": "model.config",
     "LanguageModelConfig": "model.config",

@@ -85,9 +85,12 @@ def load_bundle(directory: str | Path | None = None) -> Bundle:
             raise BundleError(
                 f"expected {directory / name} with checksum {str(expected)[:12]}, got {got[:12]}: it was changed"
             )
+    experts = ExpertBank.load(directory / "experts")
+    for name in experts:
+        experts[name]  # what is wrong with one is told here, not amid serving
     return Bundle(
         model=MambaFormerForCausalLM.from_pretrained(directory / "model"),
-        experts=ExpertBank.load(directory / "experts"),
+        experts=experts,
         dispatcher=Dispatcher.load(directory / "dispatcher"),
         report=index["report"],
     )

@@ -3,7 +3,6 @@
 Whatever a user does wrong ends in one line on stderr, ``bayes-dispatch: error: expected …, got …``, and exit code 2.
 """
 
-import json
 import os
 import sys
 import tempfile
@@ -14,26 +13,21 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from bayes_dispatch.cli_experts import experts
 from bayes_dispatch.errors import BayesDispatchError, BundleError, ConfigError, PromptError, UnknownNameError
+from bayes_dispatch.terminal import BundleOption, JsonOption, SeedOption, open_console, print_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from bayes_dispatch.inference.generator import Generation
 
 __all__ = ["app", "main"]
-
-WIDTH = 130  # of output that goes to no terminal
 
 app = typer.Typer(
     help="A language model that adapts itself to each prompt, and knows how sure it is about it.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-BundleOption = Annotated[Path | None, typer.Option("--bundle", help="A bundle's directory; default: the shipped one.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Of everything random.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, on stdout.")]
+app.add_typer(experts, name="experts")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -94,7 +88,7 @@ def demo(
     from bayes_dispatch.demo import run_demo
 
     _use_one_thread()
-    begun, console = time.perf_counter(), _console()
+    begun, console = time.perf_counter(), open_console()
     files = run_demo(load_bundle(bundle), out, seed, console)
     console.print(f"Done in {time.perf_counter() - begun:.0f} s:", *files, highlight=False, soft_wrap=True)
 
@@ -169,39 +163,12 @@ def diagnose(
     settings = DiagnosisSettings(simulations=simulations, mixtures=mixtures, prompts=prompts, risk=risk, seed=seed)
     _use_one_thread()
     found = run(load_bundle(bundle), settings, progress=sys.stderr.isatty())
-    files, console = write_diagnosis(found, out), _console()
+    files, console = write_diagnosis(found, out), open_console()
     if as_json:
-        return _print_json(found.to_dict())
+        return print_json(found.to_dict())
     for table in diagnosis_tables(found):
         console.print(table.to_rich())
     console.print(*files, highlight=False, soft_wrap=True)
-
-
-@app.command()
-def experts(
-    names: Annotated[list[str] | None, typer.Argument(help="Only these.", show_default="all")] = None,
-    bundle: BundleOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """The experts of a bundle, and what is known about them."""
-    from bayes_dispatch.bundle import load_bundle
-    from bayes_dispatch.tables import Table
-
-    bank = load_bundle(bundle).experts
-    found = [
-        {
-            "name": name,
-            "matrices": len(bank[name].scales),
-            "scales": sum(len(scales) for scales in bank[name].scales.values()),
-            **dict(sorted(bank[name].metadata.items())),
-        }
-        for name in names or bank.names
-    ]
-    if as_json:
-        return _print_json({"base": bank.base, "experts": found})
-    columns = list(dict.fromkeys(key for expert in found for key in expert))
-    rows = [[str(expert.get(key, "")) for key in columns] for expert in found]
-    _console().print(Table(f"Experts of base model {bank.base}", columns, rows).to_rich())
 
 
 @app.command()
@@ -250,7 +217,7 @@ def generate(
     )
     if as_json:
         settings = {"seed": seed, "max_new_tokens": max_new_tokens, "sample": sample, "temperature": temperature}
-        return _print_json(_as_json(generation) | settings)
+        return print_json(_as_json(generation) | settings)
     _print_generation(generation, show_experts)
 
 
@@ -308,22 +275,12 @@ def _use_one_thread() -> None:
         torch.set_num_threads(1)
 
 
-def _console() -> "Console":
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else WIDTH)
-
-
-def _print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, allow_nan=False))
-
-
 def _print_report(report: Any, as_json: bool) -> None:
     from bayes_dispatch.tables import report_tables
 
-    tables, console = report_tables(report), _console()
+    tables, console = report_tables(report), open_console()
     if as_json:
-        return _print_json(dict(report))
+        return print_json(dict(report))
     for table in tables:
         console.print(table.to_rich())
 
@@ -355,7 +312,7 @@ def _print_generation(generation: "Generation", show_experts: bool) -> None:
 
     from bayes_dispatch.tables import visible, weights_table
 
-    console = _console()
+    console = open_console()
     for n, (prompt, text) in enumerate(zip(generation.prompts, generation.texts, strict=True)):
         lines = [(prompt.decode(), "dim"), (text, "bold")]
         shown = [("\n".join(visible(line.expandtabs(4)) for line in part.split("\n")), style) for part, style in lines]

@@ -1,7 +1,7 @@
 """Training of a whole bundle: base model, experts, dispatcher, evaluation.
 
 Each stage leaves its result in a work directory and is skipped where that is there already, so a run that was stopped
-goes on where it was. Every stage is a function of the plan and its seed.
+goes on where it was. Every stage is a function of the plan and its seed; experts also carry the date of their training.
 """
 
 import json

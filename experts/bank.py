@@ -174,7 +174,7 @@ class ExpertBank(Mapping[str, ExpertVector]):
         """Make ``directory`` hold this bank; what it holds already is not written again.
 
         ``bank.json`` is replaced once all else is written: a save that is stopped leaves the bank that was there.
-        Experts of other names are deleted from it, and a bank that was loaded from there before can no longer read them.
+        Other experts are deleted from it; a bank that was loaded from there before can no longer read them.
 
         Raises:
             BundleError: ``directory`` is a file, or an expert that was never read is not whole.
@@ -204,7 +204,7 @@ class ExpertBank(Mapping[str, ExpertVector]):
                 scales = self[self.names[k]].scales
                 self._deviations[k] = torch.cat([scales[name].detach() for name in self.matrices]).double() - 1
                 self._waiting.discard(k)
-        return self._deviations.to(weights)
+        return self._deviations.to(weights, copy=bool(self._waiting))  # a graph may keep it, and rows be filled later
 
 
 def _check_fit(expert: ExpertVector, base: str, matrices: Mapping[str, int], like: str) -> None:

@@ -1,9 +1,9 @@
 """An expert bank as a directory: ``bank.json``, and for each expert a file that is named by its content.
 
-``bank.json`` alone decides what the bank holds: its base model, the adapted matrices, and name, file, digest and metadata
-of each expert. A save writes new files beside the old ones, then replaces ``bank.json``, then deletes what that no
-longer names. Wherever it is stopped, the directory holds the bank from before or the one from after; files that
-``bank.json`` does not name are ignored, and deleted by the next save. One process at a time may save.
+``bank.json`` alone decides what the bank holds: its base model, the adapted matrices, and name, file, digest and
+metadata of each expert. A save writes new files beside the old ones, then replaces ``bank.json``, then deletes what
+that no longer names. Wherever it is stopped, the directory holds the bank from before or the one from after; files of
+experts that ``bank.json`` does not name are ignored, and deleted by the next save. One process at a time may save.
 """
 
 import hashlib

@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from bayes_dispatch.experts.domains.domain import Domain
+from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
@@ -68,5 +69,10 @@ def train_expert(
         name=domain.name,
         scales={name: z.detach() for name, z in scales.items()},
         base=model.fingerprint(),
-        metadata={"domain": domain.name, "steps": str(settings.steps), "objective": "likelihood"},
+        metadata={
+            "domain": domain.name,
+            "steps": str(settings.steps),
+            "objective": "likelihood",
+            **provenance(),
+        },
     )

@@ -25,8 +25,8 @@ class ExpertVector:
         name: letters, digits, ``_`` and ``-``; not ``base``.
         scales: for each adapted matrix its scales, (rank,).
         base: fingerprint of the model that the expert was trained on.
-        metadata: where it comes from, in text: ``domain``, ``objective``, ``steps``; ``metric.…`` for what was measured;
-            ``date``, ``bayes_dispatch`` and ``torch`` as ``provenance`` gives them; and whatever else.
+        metadata: where it comes from, in text: ``domain``, ``objective``, ``steps``, what was measured; ``date``,
+            ``bayes_dispatch`` and ``torch`` as ``provenance`` gives them; and whatever else.
 
     Raises:
         ConfigError: a name that cannot be a file's; metadata that is no text, or called ``name`` or ``base``.

@@ -128,15 +128,6 @@ def test_prompt_from_file_and_stdin(saved: Path) -> None:
     assert json.loads(done.stdout)["prompts"] == ["grün\n", "kfpa>"]
 
 
-def test_experts(saved: Path, bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
-    _, out, _ = run(capfd, "experts", "--bundle", saved, "--json")
-    listed = json.loads(out)
-    assert listed["base"] == bundle.experts.base
-    assert [expert["name"] for expert in listed["experts"]] == list(bundle.experts.names)
-    _, out, _ = run(capfd, "experts", "--bundle", saved)
-    assert all(name in out for name in bundle.experts.names)
-
-
 def test_fit(bundle: Bundle, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrays of the file reach `fit`, and what it fitted is saved."""
     from bayes_dispatch.dispatcher import Dispatcher
@@ -217,7 +208,6 @@ def test_bad_generate_input_is_one_line(arguments: list[str], saved: Path, capfd
     "arguments",
     [
         ["dance"],
-        ["experts", "--bundle", "nowhere"],
         ["report", "--bundle", "nowhere"],
         ["demo", "--bundle", "nowhere"],
         ["demo", "--out", __file__],
@@ -240,11 +230,6 @@ def test_bad_generate_input_is_one_line(arguments: list[str], saved: Path, capfd
 def test_bad_input_of_other_commands_is_one_line(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert_one_line(*run(capfd, *arguments))
     assert os.listdir() == []
-
-
-def test_unknown_expert_is_one_line(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert_one_line(*run(capfd, "experts", "add", "subtract", "--bundle", saved))
-    assert json.loads(run(capfd, "experts", "add", "--bundle", saved, "--json")[1])["experts"][0]["name"] == "add"
 
 
 def test_report_that_was_not_measured(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -300,12 +285,12 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
         raise KeyboardInterrupt
 
     monkeypatch.setattr("bayes_dispatch.bundle.load_bundle", interrupted)
-    assert run(capfd, "experts") == (130, "", "")
+    assert run(capfd, "report") == (130, "", "")
 
 
 def test_reader_that_leaves(saved: Path) -> None:
     """`bayes-dispatch … | head` ends without a word."""
-    command = [sys.executable, "-m", "bayes_dispatch", "experts", "--bundle", str(saved)]
+    command = [sys.executable, "-m", "bayes_dispatch", "experts", "list", "--bundle", str(saved)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stderr is not None

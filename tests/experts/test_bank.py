@@ -1,20 +1,16 @@
-"""Experts and their bank: blends are convex, vertices are the experts, and the disk gives back what it got."""
+"""Experts and their bank: blends are linear in the weights, vertices are the experts, edits leave a bank as it was."""
 
-import json
-import shutil
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from bayes_dispatch.errors import (
-    BundleError,
     ConfigError,
     ForeignExpertError,
     TensorError,
@@ -22,15 +18,37 @@ from bayes_dispatch.errors import (
 )
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.vectors import ExpertVector
-from bayes_dispatch.model.files import write_tensors
+from bayes_dispatch.model.svd_linear import SVDLinear
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
-MakeBank = Callable[..., ExpertBank]
 
-weights = st.lists(st.floats(0, 1), min_size=4, max_size=4).filter(lambda w: sum(w) > 1e-3)
+
+def random_bank(draw: Callable[..., Any]) -> ExpertBank:
+    """One to six experts of one to four matrices of rank one to seven, far from 1 on both sides."""
+    ranks = draw(st.lists(st.integers(1, 7), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    return ExpertBank(
+        [
+            ExpertVector(
+                f"expert_{k}",
+                {f"m{n}": 1 + 2 * torch.randn(rank, generator=generator) for n, rank in enumerate(ranks)},
+                "0123",
+            )
+            for k in range(draw(st.integers(1, 6)))
+        ]
+    )
+
+
+def simplexes(draw: Callable[..., Any], *shape: int) -> Tensor:
+    """Weights that sum to 1 along the last axis; some are 0."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    w = torch.rand(*shape, generator=generator, dtype=torch.float64)
+    w = torch.where(torch.rand(*shape, generator=generator) < 0.3, 0.0, w)
+    w[..., -1] += 1e-3
+    return w / w.sum(dim=-1, keepdim=True)
 
 
 def simplex(raw: list[float]) -> Tensor:
@@ -38,66 +56,149 @@ def simplex(raw: list[float]) -> Tensor:
     return w / w.sum()
 
 
-def assert_scales(got: Any, expected: Any, tolerance: float = 1e-12) -> None:
+def assert_scales(got: Any, expected: Mapping[str, Tensor], tolerance: float = 1e-12) -> None:
     assert got.scales.keys() == expected.keys()
     for name, z in expected.items():
         torch.testing.assert_close(got.scales[name].double(), z.double(), rtol=0, atol=tolerance)
 
 
-class TestBlend:
-    def test_a_vertex_is_its_expert(self, bank: ExpertBank) -> None:
-        for k, name in enumerate(bank.names):
-            assert_scales(bank.blend(torch.eye(4)[k]), bank[name].scales, 1e-6)
-            assert_scales(bank[name].adaptation(), bank[name].scales, 0)
+laws = settings(max_examples=25, deadline=None)
 
+
+class TestLaws:
+    """What holds of every bank and all weights."""
+
+    @laws
+    @given(st.data())
+    def test_a_vertex_is_its_expert_and_base_is_one(self, data: st.DataObject) -> None:
+        bank = random_bank(data.draw)
+        *vertices, base = torch.eye(len(bank) + 1, dtype=torch.float64)
+        for name, vertex in zip(bank, vertices, strict=True):
+            assert_scales(bank.blend(vertex), bank[name].scales)
+        assert all(bool((z == 1).all()) for z in bank.blend(base).scales.values())
+
+    @laws
+    @given(st.data())
+    def test_a_blend_is_the_convex_combination(self, data: st.DataObject) -> None:
+        bank = random_bank(data.draw)
+        w = simplexes(data.draw, len(bank) + 1)
+        expected = {
+            name: sum((w[k] * expert.scales[name].double() for k, expert in enumerate(bank.values())), w[-1])
+            for name in bank.matrices
+        }
+        assert_scales(bank.blend(w), expected)
+
+    @laws
+    @given(st.data(), st.floats(0, 1))
+    def test_a_blend_of_mixed_weights_is_the_mixture_of_blends(self, data: st.DataObject, t: float) -> None:
+        bank = random_bank(data.draw)
+        v, w = simplexes(data.draw, 2, len(bank) + 1)
+        left, right = bank.blend(v).scales, bank.blend(w).scales
+        expected = {name: (1 - t) * left[name] + t * right[name] for name in left}
+        assert_scales(bank.blend((1 - t) * v + t * w), expected)
+
+    @laws
+    @given(st.data())
+    def test_permuting_the_experts_permutes_the_weights(self, data: st.DataObject) -> None:
+        bank = random_bank(data.draw)
+        order = data.draw(st.permutations(range(len(bank))))
+        permuted = ExpertBank([bank[bank.names[k]] for k in order])
+        assert permuted.names == tuple(bank.names[k] for k in order)
+        w = simplexes(data.draw, len(bank.matrices), len(bank) + 1)
+        assert_scales(permuted.blend(w[0, [*order, -1]]), bank.blend(w[0]).scales)
+        assert_scales(permuted.blend_by_matrix(w[:, [*order, -1]]), bank.blend_by_matrix(w).scales)
+
+    @laws
+    @given(st.data())
+    def test_rows_are_blended_one_by_one(self, data: st.DataObject) -> None:
+        bank, rows = random_bank(data.draw), data.draw(st.integers(1, 4))
+        w = simplexes(data.draw, rows, len(bank.matrices), len(bank) + 1)
+        for blend, weights in ((bank.blend, w[:, 0]), (bank.blend_by_matrix, w)):
+            batch = blend(weights)
+            assert batch.rows == rows
+            for b in range(rows):
+                alone = blend(weights[b])
+                assert alone.rows is None
+                assert_scales(alone, {name: z[b] for name, z in batch.scales.items()})
+
+    @laws
+    @given(st.data())
+    def test_equal_weights_of_all_matrices_are_global_ones(self, data: st.DataObject) -> None:
+        bank = random_bank(data.draw)
+        w = simplexes(data.draw, 3, len(bank) + 1)
+        for weights in (w, w[0]):
+            repeated = weights.unsqueeze(-2).repeat_interleave(len(bank.matrices), dim=-2)
+            assert_scales(bank.blend_by_matrix(repeated), bank.blend(weights).scales)
+
+    @laws
+    @given(st.data())
+    def test_each_matrix_has_its_own_weights(self, data: st.DataObject) -> None:
+        bank = random_bank(data.draw)
+        w = simplexes(data.draw, len(bank.matrices), len(bank) + 1)
+        expected = {name: bank.blend(w[m]).scales[name] for m, name in enumerate(bank.matrices)}
+        assert_scales(bank.blend_by_matrix(w), expected)
+
+    @laws
+    @given(st.data())
+    def test_matrices_blend_as_their_scales_do(self, data: st.DataObject) -> None:
+        """W(z(w)) = Σ_k w_k W(z_k): the adapted map is linear in the weights, folded or factored."""
+        bank = random_bank(data.draw)
+        w = simplexes(data.draw, len(bank) + 1)
+        name, rank = next(iter(bank.matrices.items()))
+        with torch.random.fork_rng():
+            torch.manual_seed(data.draw(st.integers(0, 2**31)))
+            linear = SVDLinear(rank + 2, rank).double()
+            x = torch.randn(1, data.draw(st.sampled_from([1, 40])), rank + 2, dtype=torch.float64)
+        with torch.no_grad():
+            parts = [linear(x, bank.blend(v).scales[name]) for v in torch.eye(len(w), dtype=torch.float64)]
+            mixed = (w[:, None, None, None] * torch.stack(parts)).sum(0)
+            torch.testing.assert_close(linear(x, bank.blend(w).scales[name]), mixed, rtol=0, atol=1e-10)
+
+
+def test_the_published_factor_would_break_the_law() -> None:
+    """With W(z) · Σs / Σ(s∘z), as Transformer² has it, the blend of matrices is another matrix than W of the blend."""
+    linear = SVDLinear(3, 2).double()
+    U, s, Vt = linear.factors()
+
+    def published(z: Tensor) -> Tensor:
+        return (U * (s * z)) @ Vt * s.sum() / (s * z).sum()
+
+    z1, z2 = torch.tensor([2.0, 1.0]).double(), torch.tensor([1.0, 3.0]).double()
+    assert float((published((z1 + z2) / 2) - (published(z1) + published(z2)) / 2).abs().max()) > 1e-3
+
+
+class TestBlend:
     def test_the_last_vertex_is_no_adaptation(self, bank: ExpertBank, model64: "MambaFormerForCausalLM") -> None:
         assert bank.components == ("reverse", "sort", "add", "base")
         base = bank.blend(torch.eye(4, dtype=torch.float64)[3])
-        assert all(bool((z == 1).all()) for z in base.scales.values())
         ids = torch.arange(20).view(2, 10)
         with torch.no_grad():
             torch.testing.assert_close(model64(ids, adaptation=base).logits, model64(ids).logits, rtol=0, atol=1e-10)
 
-    @settings(max_examples=30, deadline=None)
-    @given(weights)
-    def test_it_is_the_convex_combination(self, bank: ExpertBank, raw: list[float]) -> None:
-        w = simplex(raw)
-        expected = {
-            name: sum(w[k] * bank[e].scales[name].double() for k, e in enumerate(bank.names)) + w[3]
-            for name in bank["add"].scales
-        }
-        assert_scales(bank.blend(w), expected)
-
-    @settings(max_examples=30, deadline=None)
-    @given(weights, weights, st.floats(0, 1))
-    def test_it_is_affine(self, bank: ExpertBank, a: list[float], b: list[float], t: float) -> None:
-        left, right = bank.blend(simplex(a)).scales, bank.blend(simplex(b)).scales
-        between = bank.blend((1 - t) * simplex(a) + t * simplex(b))
-        assert_scales(between, {name: (1 - t) * left[name] + t * right[name] for name in left}, 1e-9)
-
-    def test_rows_are_blended_one_by_one(self, bank: ExpertBank) -> None:
-        rows = torch.stack([simplex([1, 2, 3, 4]), simplex([0, 1, 0, 1]), simplex([5, 1, 1, 0])])
-        batch = bank.blend(rows)
-        assert batch.rows == 3
-        for b, row in enumerate(rows):
-            assert_scales(bank.blend(row), {name: z[b] for name, z in batch.scales.items()})
-
-    def test_permuting_the_experts_permutes_the_weights(self, bank: ExpertBank) -> None:
-        order = [2, 0, 1]
-        permuted = ExpertBank([bank[bank.names[k]] for k in order])
-        assert permuted.names == ("add", "reverse", "sort")
-        w = simplex([1, 2, 3, 4])
-        assert_scales(permuted.blend(w[[*order, 3]]), bank.blend(w).scales)
-
-    def test_matrices_blend_as_their_scales_do(self, bank: ExpertBank, model64: "MambaFormerForCausalLM") -> None:
-        """W(z(w)) = Σ_k w_k W(z_k): one adapted linear map is linear in the weights."""
-        linear, name = model64.blocks[1].mixer.qkv, "blocks.1.mixer.qkv"
-        x = torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        w = simplex([1, 2, 3, 4])
+    def test_a_blend_by_matrix_adapts_a_model(self, bank: ExpertBank, model64: "MambaFormerForCausalLM") -> None:
+        """One matrix under an expert, the others under base."""
+        weights = torch.eye(4, dtype=torch.float64)[3].repeat(len(bank.matrices), 1)
+        weights[2] = torch.eye(4, dtype=torch.float64)[1]
+        name = list(bank.matrices)[2]
+        ids = torch.arange(20).view(2, 10)
         with torch.no_grad():
-            parts = [linear(x, bank.blend(vertex).scales[name]) for vertex in torch.eye(4, dtype=torch.float64)]
-            mixed = sum(weight * part for weight, part in zip(w, parts, strict=True))
-            torch.testing.assert_close(linear(x, bank.blend(w).scales[name]), mixed, rtol=0, atol=1e-10)
+            got = model64(ids, adaptation=bank.blend_by_matrix(weights)).logits
+            only = replace(bank["sort"].adaptation(), scales={name: bank["sort"].scales[name].double()})
+            torch.testing.assert_close(got, model64(ids, adaptation=only).logits, rtol=0, atol=1e-10)
+        assert list(bank.matrices) == list(model64.adaptable())
+
+    def test_scales_are_those_of_float32_experts(self, bank: ExpertBank) -> None:
+        for k, name in enumerate(bank.names):
+            blended = bank.blend(torch.eye(4)[k])
+            assert {z.dtype for z in blended.scales.values()} == {torch.float32}
+            assert_scales(blended, bank[name].scales, 1e-6)
+            assert_scales(bank[name].adaptation(), bank[name].scales, 0)
+
+    def test_gradients_reach_the_weights(self, bank: ExpertBank) -> None:
+        weights = simplex([1, 2, 3, 4]).repeat(len(bank.matrices), 1).requires_grad_()
+        sum(z.sum() for z in bank.blend_by_matrix(weights).scales.values()).backward()
+        expected = [[float((bank[e].scales[m].double() - 1).sum()) for e in bank.names] + [0] for m in bank.matrices]
+        torch.testing.assert_close(weights.grad, torch.tensor(expected, dtype=torch.float64))
 
     @pytest.mark.usefixtures("unchecked")
     @pytest.mark.parametrize("shape", [(3,), (5,), (2, 3), (1, 2, 4), ()])
@@ -105,9 +206,19 @@ class TestBlend:
         with pytest.raises(TensorError, match=r"expected weights of shape \(4,\) or \(B, 4\), got"):
             bank.blend(torch.ones(shape))
 
+    @pytest.mark.usefixtures("unchecked")
+    @pytest.mark.parametrize("shape", [(4,), (1, 4), (6, 3), (7, 4), (1, 1, 6, 4), (2, 4, 6)])
+    def test_weights_by_matrix_of_another_shape(self, bank: ExpertBank, shape: tuple[int, ...]) -> None:
+        assert len(bank.matrices) == 6
+        with pytest.raises(TensorError, match=r"expected weights of shape \(6, 4\) or \(B, 6, 4\), got"):
+            bank.blend_by_matrix(torch.ones(shape))
+
     def test_weights_that_are_not_finite(self, bank: ExpertBank) -> None:
+        weights = torch.tensor([1.0, torch.nan, 0.0, 0.0])
         with pytest.raises(TensorError, match="finite"):
-            bank.blend(torch.tensor([1.0, torch.nan, 0.0, 0.0]))
+            bank.blend(weights)
+        with pytest.raises(TensorError, match="finite"):
+            bank.blend_by_matrix(weights.repeat(len(bank.matrices), 1))
 
 
 class TestBank:
@@ -117,6 +228,8 @@ class TestBank:
         assert "sort" in bank
         assert "base" not in bank
         assert [expert.name for expert in bank.values()] == list(bank.names)
+        assert bank.matrices == bank["add"].matrices
+        assert bank.metadata == {name: {"domain": name, "steps": "0"} for name in bank.names}
 
     def test_an_unknown_name(self, bank: ExpertBank) -> None:
         with pytest.raises(UnknownNameError, match="expected an expert of reverse, sort, add, got 'shift'"):
@@ -146,6 +259,67 @@ class TestBank:
             ExpertBank([])
 
 
+class TestEdits:
+    def test_another_expert_stands_at_the_end(self, bank: ExpertBank) -> None:
+        more = bank.with_expert(replace(bank["add"], name="more"))
+        assert more.names == ("reverse", "sort", "add", "more")
+        assert more["more"].scales == bank["add"].scales
+        assert bank.names == ("reverse", "sort", "add")
+        w = simplex([1, 2, 3, 4])
+        assert_scales(more.blend(torch.cat([w[:3], torch.zeros(1), w[3:]])), bank.blend(w).scales)
+
+    def test_an_expert_of_the_same_name_is_replaced(self, bank: ExpertBank) -> None:
+        new = replace(bank["add"], name="sort", metadata={"domain": "other"})
+        changed = bank.with_expert(new)
+        assert changed.names == bank.names
+        assert changed["sort"] is new
+        assert changed.metadata["sort"] == {"domain": "other"}
+        assert bank["sort"] is not new
+
+    def test_a_foreign_expert(self, bank: ExpertBank) -> None:
+        with pytest.raises(ForeignExpertError, match=f"expert add .* base model {bank.base}, got one for 0123"):
+            bank.with_expert(replace(bank["add"], base="0123"))
+
+    def test_an_expert_of_other_matrices(self, bank: ExpertBank) -> None:
+        few = replace(bank["add"], scales=dict(list(bank["add"].scales.items())[:2]))
+        with pytest.raises(TensorError, match="expected expert add to scale what the bank scales"):
+            bank.with_expert(few)
+
+    def test_without(self, bank: ExpertBank) -> None:
+        assert bank.without("sort").names == ("reverse", "add")
+        assert bank.names == ("reverse", "sort", "add")
+        with pytest.raises(UnknownNameError, match="expected an expert of reverse, sort, add, got 'shift'"):
+            bank.without("shift")
+        with pytest.raises(ConfigError, match="expected another expert to stay in the bank, got 'add'"):
+            bank.without("sort").without("reverse").without("add")
+
+    def test_renamed(self, bank: ExpertBank) -> None:
+        renamed = bank.renamed("sort", "order")
+        assert renamed.names == ("reverse", "order", "add")
+        assert renamed["order"].name == "order"
+        assert renamed["order"].scales == bank["sort"].scales
+        assert renamed.metadata["order"] == bank.metadata["sort"]
+        assert "order" not in bank
+        w = simplex([1, 2, 3, 4])
+        assert_scales(renamed.blend(w), bank.blend(w).scales, 0)
+
+    @pytest.mark.parametrize(
+        ("old", "new", "error", "message"),
+        [
+            ("shift", "other", UnknownNameError, "expected an expert of reverse, sort, add, got 'shift'"),
+            ("sort", "add", ConfigError, "expected a name that no expert of the bank has, got 'add'"),
+            ("sort", "sort", ConfigError, "expected a name that no expert of the bank has, got 'sort'"),
+            ("sort", "base", ConfigError, "other than 'base', got 'base'"),
+            ("sort", "../up", ConfigError, "expected an expert name of letters"),
+        ],
+    )
+    def test_names_that_cannot_be(
+        self, bank: ExpertBank, old: str, new: str, error: type[Exception], message: str
+    ) -> None:
+        with pytest.raises(error, match=message):
+            bank.renamed(old, new)
+
+
 class TestVector:
     @pytest.mark.parametrize("name", ["base", "", "a b", "../up", "é", "a.b", "_", "a\n"])
     def test_a_name_that_is_no_file(self, name: str) -> None:
@@ -164,6 +338,8 @@ class TestVector:
             {"m": torch.tensor([1, 2])},
             {"m": torch.tensor([1.0, torch.nan])},
             {"m": torch.ones(2), "n": torch.tensor([torch.inf])},
+            {"m": torch.ones(0)},
+            {"m": torch.ones(2).to(torch.float8_e4m3fn)},
             {},
         ],
     )
@@ -171,112 +347,14 @@ class TestVector:
         with pytest.raises(TensorError, match="of expert x, got"):
             ExpertVector("x", scales, "0")
 
+    @pytest.mark.usefixtures("unchecked")
+    @pytest.mark.parametrize("metadata", [{"name": "x"}, {"base": "0"}, {"steps": 3}, {3: "steps"}])
+    def test_bad_metadata(self, metadata: Any) -> None:
+        with pytest.raises(ConfigError, match="expected metadata of expert x in text, under names other than"):
+            ExpertVector("x", {"m": torch.ones(2)}, "0", metadata)
+
     def test_it_cannot_be_changed(self) -> None:
         vector = ExpertVector("x", {"m": torch.ones(2)}, "0", {"steps": "3"})
         for mapping in (vector.scales, vector.metadata):
             with pytest.raises(TypeError):
                 mapping["new"] = 1  # type: ignore[index]
-
-
-class TestDisk:
-    @pytest.fixture
-    def saved(self, bank: ExpertBank, tmp_path: Path) -> Path:
-        bank.save(tmp_path / "bank")
-        return tmp_path / "bank"
-
-    def refused(self, saved: Path, message: str, error: type[Exception] = BundleError) -> None:
-        with pytest.raises(error, match=message) as raised:
-            ExpertBank.load(saved)
-        assert "\n" not in str(raised.value)
-
-    def test_round_trip(self, bank: ExpertBank, saved: Path) -> None:
-        again = ExpertBank.load(saved)
-        assert (again.names, again.base) == (bank.names, bank.base)
-        for name in bank.names:
-            assert dict(again[name].metadata) == dict(bank[name].metadata)
-            assert_scales(again[name], bank[name].scales, 0)
-        w = simplex([1, 2, 3, 4])
-        assert_scales(again.blend(w), bank.blend(w).scales, 0)
-
-    def test_the_same_bank_is_the_same_files(self, saved: Path) -> None:
-        ExpertBank.load(saved).save(saved.with_name("again"))
-        for file in saved.iterdir():
-            assert (saved.with_name("again") / file.name).read_bytes() == file.read_bytes()
-
-    def test_saving_again_leaves_no_old_expert(self, bank: ExpertBank, saved: Path) -> None:
-        ExpertBank([bank["sort"]]).save(saved)
-        assert {file.name for file in saved.iterdir()} == {"bank.json", "sort.safetensors"}
-        assert ExpertBank.load(saved).names == ("sort",)
-
-    def test_a_failed_save_leaves_the_old_bank(
-        self, bank: ExpertBank, make_bank: MakeBank, model: Any, saved: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        calls = []
-
-        def failing(path: Path, *content: Any) -> None:
-            calls.append(path)
-            if len(calls) == 2:
-                raise OSError("disk full")
-            write_tensors(path, *content)
-
-        monkeypatch.setattr("bayes_dispatch.experts.bank.write_tensors", failing)
-        with pytest.raises(OSError, match="disk full"):
-            make_bank(model, seed=9).save(saved)
-        assert [path.name for path in saved.parent.iterdir()] == ["bank"]
-        assert_scales(ExpertBank.load(saved)["add"], bank["add"].scales, 0)
-
-    def test_nothing_there(self, saved: Path) -> None:
-        shutil.rmtree(saved)
-        self.refused(saved, "readable file .*bank.json")
-
-    @pytest.mark.parametrize("name", ["bank.json", "sort.safetensors"])
-    def test_a_missing_file(self, saved: Path, name: str) -> None:
-        (saved / name).unlink()
-        self.refused(saved, f"expected a readable file .*{name}, got: No such file")
-
-    @pytest.mark.parametrize("name", ["bank.json", "sort.safetensors"])
-    @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.99])
-    def test_a_truncated_file(self, saved: Path, name: str, share: float) -> None:
-        data = (saved / name).read_bytes().rstrip()
-        (saved / name).write_bytes(data[: int(share * len(data))])
-        self.refused(saved, f"expected .*{name}, got")
-
-    @pytest.mark.parametrize(
-        "index",
-        [
-            [],
-            {},
-            {"experts": "add"},
-            {"base": "0", "experts": []},
-            {"base": "0", "experts": ["add", "add"]},
-            {"base": "0", "experts": ["add", 3]},
-            {"base": "0", "experts": ["../bank/add"]},
-        ],
-    )
-    def test_an_edited_list(self, saved: Path, index: Any) -> None:
-        (saved / "bank.json").write_text(json.dumps(index))
-        self.refused(saved, "expected .* got")
-
-    def test_a_list_that_names_another_base(self, saved: Path) -> None:
-        index = json.loads((saved / "bank.json").read_text())
-        (saved / "bank.json").write_text(json.dumps(index | {"base": "0123"}))
-        self.refused(saved, "base model 0123", ForeignExpertError)
-
-    def test_an_expert_under_anothers_name(self, saved: Path) -> None:
-        shutil.copy(saved / "add.safetensors", saved / "sort.safetensors")
-        self.refused(saved, "expected the expert 'sort'")
-
-    def test_a_file_of_another_model(self, saved: Path, bank: ExpertBank) -> None:
-        ExpertBank([ExpertVector("sort", bank["sort"].scales, "0123")]).save(saved.with_name("foreign"))
-        shutil.copy(saved.with_name("foreign") / "sort.safetensors", saved)
-        self.refused(saved, "expert sort .* got one for 0123", ForeignExpertError)
-
-    @pytest.mark.parametrize("content", [torch.ones(2, 2), torch.tensor([1, 2]), torch.tensor([torch.nan])])
-    def test_a_file_of_other_tensors(self, saved: Path, bank: ExpertBank, content: Tensor) -> None:
-        metadata = {"name": "sort", "base": bank.base}
-        safetensors.torch.save_file({"m": content}, saved / "sort.safetensors", metadata=metadata)
-        self.refused(saved, "sort")
-
-    def test_a_file_without_tensors(self, saved: Path, bank: ExpertBank) -> None:
-        safetensors.torch.save_file({}, saved / "sort.safetensors", metadata={"name": "sort", "base": bank.base})
-        self.refused(saved, "sort")

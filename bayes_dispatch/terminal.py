@@ -1,0 +1,31 @@
+"""What the commands share: options that many of them take, and how they print."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["BundleOption", "JsonOption", "SeedOption", "open_console", "print_json"]
+
+WIDTH = 130  # of output that goes to no terminal
+
+BundleOption = Annotated[Path | None, typer.Option("--bundle", help="A bundle's directory; default: the shipped one.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, on stdout.")]
+
+
+def open_console() -> "Console":
+    """Where tables are printed."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else WIDTH)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(document, indent=2, allow_nan=False))
