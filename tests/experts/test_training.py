@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 SORT = next(convention for convention in CONVENTIONS if convention.name == "sort")
-SETTINGS = ExpertSettings(steps=25, batch_size=4, length=48, question_weight=0.5)
+SETTINGS = ExpertSettings(steps=25, batch_size=4, length=48)
 
 
 @pytest.fixture(scope="module")
