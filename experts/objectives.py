@@ -123,15 +123,15 @@ class Reinforce:
         own = reading.log_probabilities(adaptation, tokens)
         with torch.no_grad():
             base = reading.log_probabilities(Adaptation.identity(), tokens)
-        rows = iter(zip(tokens.tolist(), real.tolist(), strict=True))
+        asked = [question for question in questions for _ in range(self.samples)]
         rewards = [
-            [domain.reward(question.text, question.expected, _decode(question, *next(rows))) for _ in range(self.samples)]
-            for question in questions
+            domain.reward(question.text, question.expected, _decode(question, *row))
+            for question, *row in zip(asked, tokens.tolist(), real.tolist(), strict=True)
         ]
         shape = (len(questions), self.samples)
         chosen = (own.gather(-1, tokens[..., None])[..., 0] * real).sum(1).view(shape)
         divergence = sequence_kl(own, base, real).view(shape)
-        reward = torch.tensor(rewards, dtype=own.dtype, device=own.device)
+        reward = torch.tensor(rewards, dtype=own.dtype, device=own.device).view(shape)
         return Judgement(reinforce_loss(chosen, reward, divergence, self.kl), float(reward.mean()))
 
 
@@ -155,7 +155,7 @@ def reinforce_loss(
 def sequence_kl(
     own: Float[Tensor, "R A V"], base: Float[Tensor, "R A V"], real: Bool[Tensor, "R A"]
 ) -> Float[Tensor, " R"]:
-    """Kullback–Leibler divergence of ``own`` from ``base`` in nats, summed over the real tokens; of log-probabilities."""
+    """Divergence of ``own`` from ``base``, both log-probabilities, in nats: of each row, over its real tokens."""
     return ((own.exp() * (own - base)).sum(-1) * real).sum(1)
 
 

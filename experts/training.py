@@ -155,18 +155,25 @@ class _Best:
     def _check(self, step: int, scales: Mapping[str, Tensor]) -> None:
         assert self._stopping is not None
         settings, stopping = self._settings, self._stopping
-        documents = _documents(self._domain, settings, stopping.split, stopping.documents, [settings.seed, 0, 1])
+        documents = _documents(self._domain, settings, stopping.split, stopping.documents, [settings.seed, 0], [1])
         fixed = {name: z.detach().clone() for name, z in scales.items()}
-        judged = settings.objective.judge(self._model, Adaptation(fixed), self._domain, documents, _seed(settings, 0, 3))
-        self._scores[step] = judged.score
+        seed = _seed(settings, 0, 3)
+        score = settings.objective.judge(self._model, Adaptation(fixed), self._domain, documents, seed).score
+        self._scores[step] = score
         if self._best == step:
             self.scales = fixed
 
 
 def _documents(
-    domain: Domain, settings: ExpertSettings, split: Split, count: int, seed: Sequence[int]
+    domain: Domain,
+    settings: ExpertSettings,
+    split: Split,
+    count: int,
+    before: Sequence[int],
+    after: Sequence[int] = (),
 ) -> list[Document]:
-    generators = [np.random.default_rng([*seed, row]) for row in range(count)]
+    """Documents, each of a seed with its row between others; trailing zeros of a seed do not count."""
+    generators = [np.random.default_rng([*before, row, *after]) for row in range(count)]
     return [domain.document(rng, 0, settings.length, split).cut(settings.length) for rng in generators]
 
 
