@@ -138,7 +138,7 @@ def train_expert(
     reward: Annotated[
         str | None,
         typer.Option(
-            help="package:function of (prompt, answer) → number. It is imported: this runs your code, nothing else does."
+            help="package:function of (prompt, answer) to a number. It is imported, which runs it; data never run."
         ),
     ] = None,
     objective: Annotated[

@@ -123,7 +123,8 @@ def train_own_expert(
         date: recorded with the expert. progress: show a progress bar.
 
     Raises:
-        ConfigError: the domain cannot serve the objective, or no expert can have its name. RewardError: see ``Rewarded``.
+        ConfigError: the domain cannot serve the objective, or no expert can have its name.
+        RewardError: the user's function fails.
     """
     ExpertVector(domain.name, bundle.experts[bundle.experts.names[0]].scales, bundle.experts.base)  # refuses bad names
     if isinstance(domain, Rewarded) and not isinstance(settings.objective, Reinforce):
