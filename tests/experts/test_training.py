@@ -15,7 +15,7 @@ from bayes_dispatch.experts.objectives import Judgement, Reinforce
 from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, train_expert
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.pretraining import next_token_loss, pack_rows
+from bayes_dispatch.model.pretraining import next_token_loss, pack_rows, schedule
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
@@ -176,6 +176,23 @@ class TestEarlyStopping:
         read.clear()
         train_expert(base, Watched(), held_out, progress=False)
         assert [split for split, _ in read] == ["held_out"] * 3 + ["train"] * 8 + ["held_out"] * 3
+
+
+def test_the_shipped_recipe_is_this_loop(base: "MambaFormerForCausalLM") -> None:
+    """Bit for bit: Adam on all bytes, questions at half weight, documents by seed, step and row."""
+    expert = train_expert(base, SORT, ExpertSettings(steps=12, batch_size=2, length=32, seed=4), progress=False)
+    scales = {name: torch.ones(rank, requires_grad=True) for name, rank in base.adaptable().items()}
+    optimizer = torch.optim.Adam(scales.values(), lr=2e-2)
+    for step in range(12):
+        optimizer.param_groups[0]["lr"] = 2e-2 * schedule(step, 12, warmup=10, flat=0.1)
+        generators = [np.random.default_rng([4, step, row]) for row in range(2)]
+        documents = [SORT.document(rng, 0, 32, "train").cut(32) for rng in generators]
+        ids, weights = pack_rows([(d.data, d.byte_weights(0.5)) for d in documents], ByteTokenizer())
+        loss = next_token_loss(base(ids, adaptation=Adaptation(scales)).logits, ids, weights) / weights.sum()
+        for z, gradient in zip(scales.values(), torch.autograd.grad(loss, list(scales.values())), strict=True):
+            z.grad = gradient
+        optimizer.step()
+    assert all(torch.equal(z, scales[name]) for name, z in expert.scales.items())
 
 
 def test_metadata_tell_the_objective(base: "MambaFormerForCausalLM") -> None:
