@@ -1,4 +1,4 @@
-"""A bundle: model, experts and dispatcher as one directory of JSON and safetensors.
+"""A bundle: model, experts and dispatcher as one directory of JSON and safetensors, and NumPy arrays of evidence.
 
 ``bundle.json`` holds the format, the domain of each expert, what was measured when the bundle was trained, and a
 checksum of every other file, so that a truncated or edited file is refused before anything is read from it.
@@ -12,6 +12,8 @@ from typing import Any
 
 from bayes_dispatch.dispatcher import Dispatcher
 from bayes_dispatch.errors import BundleError, ConfigError
+from bayes_dispatch.evidence import Evidence
+from bayes_dispatch.evidence_file import read_evidence, write_evidence
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.model.files import read_json, write_directory, write_json
 from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
@@ -30,10 +32,12 @@ class Bundle:
     Attributes:
         model: the base model. experts: its experts. dispatcher: over the same experts, in the same order.
         report: what was measured when the bundle was trained; JSON values.
+        evidence: of the training text of experts made from a user's files, by their names: the dispatcher is fitted
+            again with it when another expert is added, and the text itself need not be kept.
 
     Raises:
         ForeignExpertError: the experts were made for another model.
-        ConfigError: the dispatcher was made for other experts.
+        ConfigError: the dispatcher was made for other experts, or there is evidence of none of them.
     """
 
     model: MambaFormerForCausalLM
@@ -41,6 +45,7 @@ class Bundle:
     dispatcher: Dispatcher
     report: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
+    evidence: Mapping[str, Evidence] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.experts.check_base(self.model)
@@ -48,6 +53,8 @@ class Bundle:
             raise ConfigError(
                 f"expected a dispatcher over {self.experts.names}, got one over {self.dispatcher.experts}"
             )
+        if unknown := self.evidence.keys() - set(self.experts.names):
+            raise ConfigError(f"expected evidence of {self.experts.names}, got some of {', '.join(sorted(unknown))}")
 
     def save(self, directory: str | Path) -> None:
         """Write everything; an existing directory is replaced only when all is written."""
@@ -55,6 +62,8 @@ class Bundle:
             self.model.save_pretrained(target / "model")
             self.experts.save(target / "experts")
             self.dispatcher.save(target / "dispatcher")
+            for name, evidence in self.evidence.items():
+                write_evidence(target / "evidence" / f"{name}.npz", evidence)
             files = {file.relative_to(target).as_posix(): _checksum(file) for file in _files(target)}
             write_json(target / "bundle.json", {"format": FORMAT, "files": files, "report": dict(self.report)})
 
@@ -88,11 +97,13 @@ def load_bundle(directory: str | Path | None = None) -> Bundle:
     experts = ExpertBank.load(directory / "experts")
     for name in experts:
         experts[name]  # what is wrong with one is told here, not amid serving
+    kept = [Path(name) for name in index["files"] if Path(name).parent == Path("evidence")]
     return Bundle(
         model=MambaFormerForCausalLM.from_pretrained(directory / "model"),
         experts=experts,
         dispatcher=Dispatcher.load(directory / "dispatcher"),
         report=index["report"],
+        evidence={file.stem: read_evidence(directory / file).evidence for file in kept},
     )
 
 

@@ -103,11 +103,7 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train base model, experts and dispatcher, judge them, and write a bundle. A stopped run goes on where it was."""
-    _check_output(out)
-    if out.is_dir() and any(out.iterdir()) and not (out / "bundle.json").is_file():
-        raise BundleError(
-            f"expected a new directory or an earlier bundle to replace, got {out}, which holds other files"
-        )
+    _check_new_output(out, "bundle.json")
     if work is not None:
         _check_output(work)
     from bayes_dispatch.train import PLANS, train_bundle
@@ -123,6 +119,64 @@ def train(
     report = train_bundle(PLANS[plan].with_seed(seed), out, work, processes, announce=announce).report
     _print_report(report, as_json)
     print(f"{out}: trained in {(time.perf_counter() - begun) / 60:.1f} minutes", file=sys.stderr)
+
+
+@app.command()
+def train_expert(
+    name: Annotated[str, typer.Option(help="Of the expert: letters, digits, _ and -.")],
+    out: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
+    text: Annotated[Path | None, typer.Option(help="A UTF-8 text; with --reward a prompt on each line.")] = None,
+    jsonl: Annotated[
+        Path | None, typer.Option(help='Lines of {"prompt": …, "answer": …}; with --reward answers may be left out.')
+    ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            help="package:function of (prompt, answer) to a number. It is imported, which runs it; data never run."
+        ),
+    ] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="likelihood or reinforce; default: reinforce with --reward, else likelihood.")
+    ] = None,
+    kl: Annotated[float, typer.Option(help="Penalty on leaving the base model, of reinforce.")] = 0.2,
+    answer_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a sampled answer, of reinforce.")] = 16,
+    steps: Annotated[int | None, typer.Option(min=1, help="At most; default: 160.")] = None,
+    refit: Annotated[
+        bool, typer.Option(help="Fit the dispatcher again and write a bundle; else write the experts alone.")
+    ] = True,
+    bundle: BundleOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train an expert on a file of yours, and write a bundle that has it, its dispatcher fitted again."""
+    _check_new_output(out, "bundle.json" if refit else "bank.json")
+    from bayes_dispatch.own_expert import import_reward, objective_by_name, own_settings, read_domain
+
+    function = None if reward is None else import_reward(reward)
+    named = objective or ("likelihood" if reward is None else "reinforce")
+    settings = own_settings(objective_by_name(named, kl=kl, answer_bytes=answer_bytes), steps, seed)
+    domain = read_domain(name, text, jsonl, function, settings.length - 1)
+    from bayes_dispatch.bundle import load_bundle
+    from bayes_dispatch.own_expert import RefitSettings, add_expert, train_own_expert, with_expert
+
+    def announce(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    _use_one_thread()
+    old, progress, date = load_bundle(bundle), sys.stderr.isatty(), time.strftime("%Y-%m-%d", time.gmtime())
+    expert = train_own_expert(old, domain, settings, date, progress)
+    if refit:
+        new = add_expert(old, expert, domain, RefitSettings(seed=seed), progress, announce)
+        new.save(out)
+        experts = new.experts
+    else:
+        experts = with_expert(old.experts, expert)
+        experts.save(out)
+    if as_json:
+        return print_json({"out": str(out), "name": name, "experts": list(experts.names), **expert.metadata})
+    told = expert.metadata
+    scores = f"score {told['validation']} at step {told['best_step']}, of base {told['base_validation']}"
+    print(f"{out}: experts {', '.join(experts.names)}; {name} by {named}: {scores}")
 
 
 @app.command()
@@ -265,6 +319,15 @@ def _check_output(path: Path) -> None:
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         raise ConfigError(f"expected a writable place for {path}, got {parent}: {error.strerror}") from None
+
+
+def _check_new_output(path: Path, index: str) -> None:
+    """Refuse, too, a directory that is to be replaced and holds anything but what has this index."""
+    _check_output(path)
+    if path.is_dir() and any(path.iterdir()) and not (path / index).is_file():
+        raise BundleError(
+            f"expected a new directory or an earlier output to replace, got {path}, which holds other files"
+        )
 
 
 def _use_one_thread() -> None:

@@ -15,6 +15,7 @@ __all__ = [
     "MissingDependencyError",
     "NotFittedError",
     "PromptError",
+    "RewardError",
     "StaleCacheError",
     "TensorError",
     "UnknownNameError",
@@ -35,6 +36,10 @@ class TensorError(BayesDispatchError):
 
 class PromptError(BayesDispatchError):
     """A prompt is empty, too long, or no UTF-8 text."""
+
+
+class RewardError(BayesDispatchError):
+    """A reward function that cannot be imported, fails, or gives no finite number."""
 
 
 class UnknownNameError(BayesDispatchError):

@@ -1,4 +1,4 @@
-"""Evidence from a NumPy ``.npz`` file, for ``bayes-dispatch fit``."""
+"""Evidence in a NumPy ``.npz`` file of plain arrays: for ``bayes-dispatch fit``, and kept in bundles."""
 
 import zipfile
 import zlib
@@ -10,7 +10,7 @@ import numpy as np
 from bayes_dispatch.errors import EvidenceError
 from bayes_dispatch.evidence import Evidence
 
-__all__ = ["EvidenceFile", "read_evidence"]
+__all__ = ["EvidenceFile", "read_evidence", "write_evidence"]
 
 VIEWS = ("hidden", "counts", "surprise")
 ARRAYS = (*VIEWS, "lengths", "labels", "mixtures")
@@ -43,3 +43,15 @@ def read_evidence(path: Path) -> EvidenceFile:
         )
     views = {name: arrays[name] for name in VIEWS if name in arrays}
     return EvidenceFile(Evidence(views, arrays.get("lengths")), arrays.get("labels"), arrays.get("mixtures"))
+
+
+def write_evidence(path: Path, evidence: Evidence) -> None:
+    """Write views and lengths as ``read_evidence`` reads them; nothing of them may be missing for some prompts.
+
+    Raises:
+        EvidenceError: something is missing.
+    """
+    if any(mask.any() for mask in evidence.missing.values()) or evidence.lengths is None:
+        raise EvidenceError(f"expected evidence with all views of all prompts for {path}, got missing ones")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, allow_pickle=False, lengths=evidence.lengths, **evidence.views)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import bayes_dispatch as bd
 from bayes_dispatch.calibration import expected_calibration_error, paired_comparison
 from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, FOREIGN_TEXTS, Domain
+from bayes_dispatch.experts.objectives import Likelihood
 from bayes_dispatch.experts.training import ExpertSettings, train_expert
 from bayes_dispatch.inference.blends import Blend
 from bayes_dispatch.inference.categories import CategoryDomain
@@ -54,14 +55,14 @@ class Budget:
 FULL = Budget(
     32,
     Sizes(),
-    ExpertSettings(steps=200, batch_size=16, question_weight=0.0),
+    ExpertSettings(steps=200, batch_size=16, objective=Likelihood(question_weight=0.0)),
     CrossEntropy(32, 6, 6),
     ImportanceSampling(128, 64),
 )
 QUICK = Budget(
     2,
     Sizes(pure=15, mixed=30, judged=5, mixtures=30),
-    ExpertSettings(steps=2, batch_size=2, question_weight=0.0),
+    ExpertSettings(steps=2, batch_size=2, objective=Likelihood(question_weight=0.0)),
     CrossEntropy(4, 2, 2),
     ImportanceSampling(25, 20),
 )

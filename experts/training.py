@@ -1,20 +1,48 @@
-"""Training of SVF experts by maximum likelihood: only the singular-value scales move, from z = 1."""
+"""Training of SVF experts: only the singular-value scales move, from z = 1."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from bayes_dispatch.experts.domains.domain import Domain
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.experts.documents import Document
+from bayes_dispatch.experts.domains.domain import Domain, Split
+from bayes_dispatch.experts.objectives import Likelihood, Objective
 from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
-from bayes_dispatch.model.pretraining import next_token_loss, pack_rows, schedule
-from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.model.pretraining import schedule
 
-__all__ = ["ExpertSettings", "train_expert"]
+__all__ = ["EarlyStopping", "ExpertSettings", "train_expert"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopping:
+    """Keep the best scales by a score on documents that are not trained on, and stop when it no longer rises.
+
+    Attributes:
+        every: steps from one check to the next; the first is before any step. patience: checks without a new best
+            after which training stops. documents: in a check, the same each time.
+        split: where they are from. Domains that make documents have enough in ``"train"``, drawn by a seed of their
+            own, and keep the other for judging; texts of a user hold out their end for this.
+
+    Raises:
+        ConfigError: a number below 1.
+    """
+
+    every: int = 10
+    patience: int = 4
+    documents: int = 32
+    split: Split = "train"
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.patience, self.documents) < 1:
+            raise ConfigError(f"expected every, patience and documents of at least 1, got {self}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,57 +50,135 @@ class ExpertSettings:
     """The recipe. Longer or faster training sharpens an expert, but then its blends with others hedge worse.
 
     Attributes:
-        steps: optimiser steps. batch_size: documents in a step. length: bytes of a document.
+        steps: optimiser steps, at most. batch_size: documents in a step. length: bytes of a document.
         learning_rate: of Adam, with a short warm-up and a cosine to 0.
-        question_weight: loss weight of bytes that are not scored; above 0, so that every byte is evidence later.
-        decay: L2 penalty on z − 1. seed: of the documents.
+        decay: L2 penalty on z − 1. seed: of the documents, and of the answers that are sampled.
+        objective: what the expert is trained for. stopping: when to stop early; ``None`` for never.
     """
 
     steps: int = 80
     batch_size: int = 8
     length: int = 256
     learning_rate: float = 2e-2
-    question_weight: float = 0.5
     decay: float = 0.0
     seed: int = 0
+    objective: Objective = field(default_factory=Likelihood)
+    stopping: EarlyStopping | None = None
 
 
 def train_expert(
     model: MambaFormerForCausalLM, domain: Domain, settings: ExpertSettings, progress: bool = True
 ) -> ExpertVector:
-    """An expert for the training split of ``domain``; the model's weights stay as they are."""
+    """An expert for the training split of ``domain``; the model's weights stay as they are.
+
+    Its metadata tell the objective and its settings, the steps taken and, under early stopping, the best score with its
+    step and the score of the base model.
+
+    Raises:
+        ConfigError: the objective rewards answers, and the domain has no checker.
+    """
     device = next(model.parameters()).device
     scales = {name: torch.ones(rank, device=device, requires_grad=True) for name, rank in model.adaptable().items()}
     optimizer = torch.optim.Adam(scales.values(), lr=settings.learning_rate)
+    kept = _Best(model, domain, settings)
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     try:
+        steps = 0
         for step in tqdm(range(settings.steps), f"expert {domain.name}", disable=not progress):
+            if kept.is_over(step, scales):
+                break
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * schedule(step, settings.steps, warmup=10, flat=0.1)
-            rows = []
-            for row in range(settings.batch_size):
-                rng = np.random.default_rng([settings.seed, step, row])
-                document = domain.document(rng, 0, settings.length, "train").cut(settings.length)
-                rows.append((document.data, document.byte_weights(settings.question_weight)))
-            ids, weights = pack_rows(rows, ByteTokenizer())
-            loss = next_token_loss(model(ids, adaptation=Adaptation(scales)).logits, ids, weights) / weights.sum()
+            documents = _documents(domain, settings, "train", settings.batch_size, [settings.seed, step])
+            seed = _seed(settings, step, 2)
+            loss = settings.objective.judge(model, Adaptation(scales), domain, documents, seed).loss
             if settings.decay:
                 loss = loss + settings.decay * sum((z - 1).square().sum() for z in scales.values())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            steps = step + 1
+        kept.finish(steps, scales)
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(frozen[name])
     return ExpertVector(
         name=domain.name,
-        scales={name: z.detach() for name, z in scales.items()},
+        scales={name: z.detach() for name, z in kept.scales.items()},
         base=model.fingerprint(),
         metadata={
             "domain": domain.name,
-            "steps": str(settings.steps),
-            "objective": "likelihood",
             **provenance(),
+            "steps": str(steps),
+            "objective": type(settings.objective).__name__.lower(),
+            **{name: str(value) for name, value in vars(settings.objective).items()},
+            **kept.metadata(),
         },
     )
+
+
+class _Best:
+    """The scales to return: the last ones, or under early stopping those of the best score so far."""
+
+    def __init__(self, model: MambaFormerForCausalLM, domain: Domain, settings: ExpertSettings) -> None:
+        self._model, self._domain, self._settings = model, domain, settings
+        self._stopping = settings.stopping
+        self._scores: dict[int, float] = {}
+        self.scales: Mapping[str, Tensor] = {}
+
+    def is_over(self, step: int, scales: Mapping[str, Tensor]) -> bool:
+        """Check the scales where a check is due; whether the score has not risen for too long."""
+        if self._stopping is None or step % self._stopping.every:
+            return False
+        self._check(step, scales)
+        return list(self._scores).index(self._best) + self._stopping.patience < len(self._scores)
+
+    def finish(self, step: int, scales: Mapping[str, Tensor]) -> None:
+        """Count the last scales, too."""
+        if self._stopping is None:
+            self.scales = scales
+        elif step not in self._scores:
+            self._check(step, scales)
+
+    def metadata(self) -> dict[str, str]:
+        """The best score, its step, and the score before the first step."""
+        if self._stopping is None:
+            return {}
+        best = self._best
+        scores = {"validation": self._scores[best], "base_validation": self._scores[0]}
+        return {"best_step": str(best), **{name: f"{score:.6g}" for name, score in scores.items()}}
+
+    @property
+    def _best(self) -> int:
+        return max(self._scores, key=lambda step: self._scores[step])
+
+    @torch.no_grad()
+    def _check(self, step: int, scales: Mapping[str, Tensor]) -> None:
+        assert self._stopping is not None
+        settings, stopping = self._settings, self._stopping
+        documents = _documents(self._domain, settings, stopping.split, stopping.documents, [settings.seed, 0], [1])
+        fixed = {name: z.detach().clone() for name, z in scales.items()}
+        seed = _seed(settings, 0, 3)
+        score = settings.objective.judge(self._model, Adaptation(fixed), self._domain, documents, seed).score
+        self._scores[step] = score
+        if self._best == step:
+            self.scales = fixed
+
+
+def _documents(
+    domain: Domain,
+    settings: ExpertSettings,
+    split: Split,
+    count: int,
+    before: Sequence[int],
+    after: Sequence[int] = (),
+) -> list[Document]:
+    """Documents, each of a seed with its row between others; trailing zeros of a seed do not count."""
+    generators = [np.random.default_rng([*before, row, *after]) for row in range(count)]
+    return [domain.document(rng, 0, settings.length, split).cut(settings.length) for rng in generators]
+
+
+def _seed(settings: ExpertSettings, step: int, purpose: int) -> int:
+    """A seed for the answers of a step, unlike those of any documents."""
+    return int(np.random.SeedSequence([settings.seed, step, 0, purpose]).generate_state(1, np.uint64)[0])

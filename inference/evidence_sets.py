@@ -36,6 +36,13 @@ class KnownEvidence(NamedTuple):
             np.concatenate([part.mixtures for part in parts]),
         )
 
+    def among(self, places: Sequence[int], experts: int) -> "KnownEvidence":
+        """The same prompts for ``experts`` experts, of which domain d is that at ``places[d]``."""
+        columns = [*places, experts]
+        mixtures = np.where(np.isnan(self.mixtures[:, :1]), np.nan, np.zeros((len(self.labels), experts + 1)))
+        mixtures[:, columns] = self.mixtures
+        return KnownEvidence(self.evidence, np.array([*places, -1])[self.labels], mixtures)
+
 
 def pure_evidence(
     model: Backbone,
@@ -71,7 +78,7 @@ def mixed_evidence(
     rng = np.random.default_rng([seed, 2])
     prompts, mixtures = [], np.zeros((count, len(domains) + 1))
     for row in range(count):
-        chosen = rng.choice(len(domains), size=3 if rng.random() < 1 / 3 else 2, replace=False)
+        chosen = rng.choice(len(domains), size=min(3 if rng.random() < 1 / 3 else 2, len(domains)), replace=False)
         weights = rng.dirichlet(np.ones(len(chosen))).tolist()
         text, shares = mixed_text([domains[i] for i in chosen], weights, rng, _length(rng, lengths), split)
         prompts.append(text)

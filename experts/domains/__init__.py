@@ -1,7 +1,7 @@
 """The domains: conventions on shared surfaces, and texts made from the Python installation."""
 
 from bayes_dispatch.experts.domains.conventions import CONVENTIONS, SURFACES, Convention, Interleaved, Surface
-from bayes_dispatch.experts.domains.domain import Domain, Split, held_out
+from bayes_dispatch.experts.domains.domain import Checked, Domain, Split, held_out
 from bayes_dispatch.experts.domains.mixtures import mixed_text
 from bayes_dispatch.experts.domains.text import BASE_TEXTS, EXPERT_TEXTS, FOREIGN_TEXTS, TextDomain
 
@@ -12,6 +12,7 @@ __all__ = [
     "EXPERT_TEXTS",
     "FOREIGN_TEXTS",
     "SURFACES",
+    "Checked",
     "Convention",
     "Domain",
     "Interleaved",

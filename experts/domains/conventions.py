@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bayes_dispatch.experts.documents import Document
-from bayes_dispatch.experts.domains.domain import Split, held_out
+from bayes_dispatch.experts.domains.domain import Split, exact, held_out
 
 __all__ = ["CONVENTIONS", "SURFACES", "Convention", "Interleaved", "Surface"]
 
@@ -44,6 +44,10 @@ class Convention:
         """Items of this convention alone; answers after the prompt are scored."""
         return Interleaved(self.name, (self,)).document(rng, prompt_bytes, total_bytes, split)
 
+    def reward(self, question: str, expected: str, answer: str) -> float:
+        """1 for the right answer, 0 for any other."""
+        return exact(expected, answer)
+
 
 @dataclass(frozen=True)
 class Interleaved:
@@ -63,6 +67,10 @@ class Interleaved:
     def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
         """Items until ``total_bytes`` are reached; the prompt ends with an item, and later answers are scored."""
         return self.with_shares(rng, prompt_bytes, total_bytes, split)[0]
+
+    def reward(self, question: str, expected: str, answer: str) -> float:
+        """1 for the right answer, 0 for any other."""
+        return exact(expected, answer)
 
     def with_shares(
         self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split

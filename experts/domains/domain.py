@@ -7,7 +7,7 @@ import numpy as np
 
 from bayes_dispatch.experts.documents import Document
 
-__all__ = ["Domain", "Split", "held_out"]
+__all__ = ["Checked", "Domain", "Split", "agreement", "exact", "held_out"]
 
 Split = Literal["train", "held_out"]
 
@@ -22,6 +22,30 @@ class Domain(Protocol):
     def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
         """A document of at least ``total_bytes`` (where the domain has as many), prompt included, of a given split."""
         ...
+
+
+@runtime_checkable
+class Checked(Domain, Protocol):
+    """A domain that can tell how good an answer is."""
+
+    def reward(self, question: str, expected: str, answer: str) -> float:
+        """A finite number, the higher the better; the domains of this package stay in 0 … 1.
+
+        Args:
+            question: what was asked. expected: the document's own answer. answer: what was generated.
+        """
+        ...
+
+
+def exact(expected: str, answer: str) -> float:
+    """1 for the expected answer, 0 for any other."""
+    return float(answer == expected)
+
+
+def agreement(expected: str, answer: str) -> float:
+    """Share of the expected bytes that stand at their places in the answer."""
+    wanted, got = (text.encode("utf-8", errors="surrogatepass") for text in (expected, answer))
+    return sum(a == b for a, b in zip(wanted, got, strict=False)) / max(len(wanted), 1)
 
 
 def held_out(key: str) -> bool:

@@ -18,7 +18,7 @@ from pydoc_data import topics
 import numpy as np
 
 from bayes_dispatch.experts.documents import Document
-from bayes_dispatch.experts.domains.domain import Split, held_out
+from bayes_dispatch.experts.domains.domain import Split, agreement, held_out
 
 __all__ = ["BASE_TEXTS", "EXPERT_TEXTS", "FOREIGN_TEXTS", "TextDomain"]
 
@@ -56,6 +56,10 @@ class TextDomain:
         newline = text.rfind("\n", 0, start) + 1
         passage = text[newline : newline + total_bytes]
         return Document(passage, min(prompt_bytes, len(passage)))
+
+    def reward(self, question: str, expected: str, answer: str) -> float:
+        """Share of the bytes that agree with the true continuation."""
+        return agreement(expected, answer)
 
 
 @cache

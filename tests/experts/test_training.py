@@ -1,6 +1,7 @@
 """Training an expert moves its scales alone, and it gets better at its domain."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,9 +11,11 @@ import torch
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains import CONVENTIONS
-from bayes_dispatch.experts.training import ExpertSettings, train_expert
+from bayes_dispatch.experts.objectives import Judgement, Reinforce
+from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, train_expert
 from bayes_dispatch.experts.vectors import ExpertVector
-from bayes_dispatch.model.pretraining import next_token_loss, pack_rows
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.pretraining import next_token_loss, pack_rows, schedule
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 SORT = next(convention for convention in CONVENTIONS if convention.name == "sort")
-SETTINGS = ExpertSettings(steps=25, batch_size=4, length=48, question_weight=0.5)
+SETTINGS = ExpertSettings(steps=25, batch_size=4, length=48)
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +109,102 @@ def test_decay_keeps_the_scales_near_one(base: "MambaFormerForCausalLM", expert:
     decayed = train_expert(base, SORT, ExpertSettings(**vars(SETTINGS) | {"decay": 1.0}), progress=False)
     distance = [sum(float((z - 1).square().sum()) for z in e.scales.values()) for e in (expert, decayed)]
     assert distance[1] < distance[0] / 4
+
+
+class TestEarlyStopping:
+    """With an objective whose score is told beforehand, and whose gradient moves all scales at each step."""
+
+    class Scripted:
+        def __init__(self, *scores: float) -> None:
+            self.scores = list(scores)
+            self.checks: list[torch.Tensor] = []
+
+        def judge(
+            self, model: object, adaptation: Adaptation, domain: object, documents: object, seed: int
+        ) -> Judgement:
+            total = torch.stack([z.sum() for z in adaptation.scales.values()]).sum()
+            if not total.requires_grad:  # a check
+                self.checks.append(total.clone())
+                return Judgement(total, self.scores[len(self.checks) - 1])
+            return Judgement(total, 0.0)
+
+    def train(self, base: "MambaFormerForCausalLM", *scores: float, steps: int = 20) -> tuple[ExpertVector, "Scripted"]:
+        objective = self.Scripted(*scores)
+        stopping = EarlyStopping(every=2, patience=2, documents=1)
+        settings = ExpertSettings(steps=steps, batch_size=1, length=16, objective=objective, stopping=stopping)
+        return train_expert(base, SORT, settings, progress=False), objective
+
+    def test_it_keeps_the_best(self, base: "MambaFormerForCausalLM") -> None:
+        expert, objective = self.train(base, 0.1, 0.3, 0.9, 0.2, 0.8)
+        assert len(objective.checks) == 5  # two without a new best are enough
+        assert torch.stack([z.sum() for z in expert.scales.values()]).sum() == objective.checks[2]
+        names = ("steps", "best_step", "validation", "base_validation")
+        assert [expert.metadata[name] for name in names] == ["8", "4", "0.9", "0.1"]
+
+    def test_the_base_model_may_be_the_best(self, base: "MambaFormerForCausalLM") -> None:
+        expert, _ = self.train(base, 0.5, 0.4, 0.5)
+        assert all(torch.equal(z, torch.ones_like(z)) for z in expert.scales.values())
+
+    def test_the_last_scales_count(self, base: "MambaFormerForCausalLM") -> None:
+        expert, objective = self.train(base, 0.1, 0.2, 0.3, 0.4, steps=5)
+        assert expert.metadata["steps"] == expert.metadata["best_step"] == "5"
+        assert torch.stack([z.sum() for z in expert.scales.values()]).sum() == objective.checks[3]
+
+    def test_checks_read_documents_of_their_own(self, base: "MambaFormerForCausalLM") -> None:
+        """Of the training split by default, not those of any step; and they change nothing."""
+        read = []
+
+        class Watched:
+            name = "sort"
+
+            def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: str) -> Document:
+                document = SORT.document(rng, prompt_bytes, total_bytes, split)  # type: ignore[arg-type]
+                read.append((split, document.text))
+                return document
+
+        settings = ExpertSettings(steps=4, batch_size=2, length=32, stopping=EarlyStopping(every=2, documents=3))
+        stopped = train_expert(base, Watched(), settings, progress=False)
+        assert {split for split, _ in read} == {"train"}
+        checks = [{text for _, text in read[start : start + 3]} for start in (0, 7, 14)]
+        assert checks[0] == checks[1] == checks[2]
+        assert not checks[0] & {text for _, text in (*read[3:7], *read[10:14])}
+        read.clear()
+        plain = train_expert(base, Watched(), replace(settings, stopping=None), progress=False)
+        assert stopped.metadata["best_step"] == "4"
+        assert all(torch.equal(plain.scales[name], z) for name, z in stopped.scales.items())
+        held_out = replace(settings, stopping=EarlyStopping(documents=3, split="held_out"))
+        read.clear()
+        train_expert(base, Watched(), held_out, progress=False)
+        assert [split for split, _ in read] == ["held_out"] * 3 + ["train"] * 8 + ["held_out"] * 3
+
+
+def test_the_shipped_recipe_is_this_loop(base: "MambaFormerForCausalLM") -> None:
+    """Bit for bit: Adam on all bytes, questions at half weight, documents by seed, step and row."""
+    expert = train_expert(base, SORT, ExpertSettings(steps=12, batch_size=2, length=32, seed=4), progress=False)
+    scales = {name: torch.ones(rank, requires_grad=True) for name, rank in base.adaptable().items()}
+    optimizer = torch.optim.Adam(scales.values(), lr=2e-2)
+    for step in range(12):
+        optimizer.param_groups[0]["lr"] = 2e-2 * schedule(step, 12, warmup=10, flat=0.1)
+        generators = [np.random.default_rng([4, step, row]) for row in range(2)]
+        documents = [SORT.document(rng, 0, 32, "train").cut(32) for rng in generators]
+        ids, weights = pack_rows([(d.data, d.byte_weights(0.5)) for d in documents], ByteTokenizer())
+        loss = next_token_loss(base(ids, adaptation=Adaptation(scales)).logits, ids, weights) / weights.sum()
+        for z, gradient in zip(scales.values(), torch.autograd.grad(loss, list(scales.values())), strict=True):
+            z.grad = gradient
+        optimizer.step()
+    assert all(torch.equal(z, scales[name]) for name, z in expert.scales.items())
+
+
+def test_metadata_tell_the_objective(base: "MambaFormerForCausalLM") -> None:
+    told = train_expert(base, SORT, ExpertSettings(steps=1, batch_size=1, length=16), progress=False).metadata
+    assert dict(told) == {"domain": "sort", "steps": "1", "objective": "likelihood", "question_weight": "0.5"}
+    settings = ExpertSettings(steps=1, batch_size=1, length=32, objective=Reinforce(samples=2))
+    told = train_expert(base, SORT, settings, progress=False).metadata
+    assert dict(told) == {
+        "domain": "sort",
+        "steps": "1",
+        "objective": "reinforce",
+        "samples": "2",
+        "kl": "0.2",
+        "answer_bytes": "16",
+    }

@@ -1,0 +1,262 @@
+"""Domains made from a user's files: a text, pairs of prompt and answer, or prompts whose answers a function rewards.
+
+The last tenth of each file is the split ``"held_out"``. Nothing of a file is executed.
+"""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from bayes_dispatch.errors import ConfigError, PromptError, RewardError
+from bayes_dispatch.experts.documents import Document
+from bayes_dispatch.experts.domains.domain import Checked, Split, agreement, exact
+from bayes_dispatch.model.tokenizer import utf8
+
+__all__ = ["OwnPairs", "OwnPrompts", "OwnText", "Reward", "Rewarded", "read_jsonl", "read_prompts", "read_text"]
+
+Reward = Callable[[str, str], float]
+T = TypeVar("T", str, tuple[str, ...], tuple[tuple[str, str], ...])
+FEWEST_BYTES, FEWEST_ITEMS = 1000, 10
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """Passages of one text.
+
+    Attributes:
+        name: the domain's name. text: at least 1,000 bytes.
+
+    Raises:
+        ConfigError: the text is shorter.
+    """
+
+    name: str
+    text: str
+
+    def __post_init__(self) -> None:
+        if (size := len(self.text.encode())) < FEWEST_BYTES:
+            raise ConfigError(f"expected a text of at least {FEWEST_BYTES} bytes for {self.name}, got {size}")
+
+    def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
+        """A passage, from the start of a line where one is near; all after the prompt is scored."""
+        rest, end = _tenth(self.text)
+        text = end if split == "held_out" else rest
+        start = int(rng.integers(max(len(text) - total_bytes, 0) + 1))
+        line = text.rfind("\n", max(start - total_bytes, 0), start) + 1
+        passage = text[line or start :][:total_bytes]
+        return Document(passage, min(prompt_bytes, len(passage)))
+
+    def reward(self, question: str, expected: str, answer: str) -> float:
+        """Share of the bytes that agree with the true continuation."""
+        return agreement(expected, answer)
+
+
+@dataclass(frozen=True)
+class OwnPairs:
+    """Documents of several pairs, a prompt and its answer on each line; answers are scored.
+
+    Attributes:
+        name: the domain's name. pairs: of prompt and answer, at least 10.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+
+    name: str
+    pairs: tuple[tuple[str, str], ...]
+
+    def __post_init__(self) -> None:
+        _check_count(self.name, "pairs", len(self.pairs))
+
+    def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
+        """Pairs until ``total_bytes`` are reached; the prompt ends with a pair, and later answers are scored."""
+        rest, end = _tenth(self.pairs)
+        pairs = end if split == "held_out" else rest
+        text, size, end_of_prompt, scored = "", 0, 0, []
+        while size < total_bytes:
+            question, answer = pairs[int(rng.integers(len(pairs)))]
+            start = size + len(question.encode())
+            stop = start + len(answer.encode())
+            in_prompt = end_of_prompt == size and size < prompt_bytes
+            text, size = f"{text}{question}{answer}\n", stop + 1
+            if in_prompt:
+                end_of_prompt = size
+            else:
+                scored.append((start, stop))
+        return Document(text, end_of_prompt, tuple(scored))
+
+    def reward(self, question: str, expected: str, answer: str) -> float:
+        """1 for the right answer, 0 for any other."""
+        return exact(expected, answer)
+
+
+@dataclass(frozen=True)
+class OwnPrompts:
+    """Documents of one prompt each, whose answers are not known: for a function that rewards them.
+
+    Attributes:
+        name: the domain's name. prompts: at least 10.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        _check_count(self.name, "prompts", len(self.prompts))
+
+    def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
+        """A prompt and a newline; the scored range, before that newline, is empty."""
+        rest, end = _tenth(self.prompts)
+        prompts = end if split == "held_out" else rest
+        text = prompts[int(rng.integers(len(prompts)))]
+        size = len(text.encode())
+        return Document(text + "\n", min(prompt_bytes, size), ((size, size),))
+
+    def reward(self, question: str, expected: str, answer: str) -> float:
+        """Refused: only a function of the user's knows.
+
+        Raises:
+            RewardError: always.
+        """
+        raise RewardError(f"expected a reward function for {self.name}, whose prompts have no answers, got none")
+
+
+@dataclass(frozen=True)
+class Rewarded:
+    """A domain whose answers a function rewards, instead of the domain's own checker.
+
+    Attributes:
+        domain: where documents are from. function: of a prompt and an answer.
+    """
+
+    domain: Checked
+    function: Reward
+
+    @property
+    def name(self) -> str:
+        return self.domain.name
+
+    def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
+        """A document of the domain."""
+        return self.domain.document(rng, prompt_bytes, total_bytes, split)
+
+    def reward(self, question: str, expected: str, answer: str) -> float:
+        """What the function says.
+
+        Raises:
+            RewardError: it says no finite number, or fails.
+        """
+        try:
+            value = float(self.function(question, answer))
+        except Exception as error:
+            raise RewardError(
+                f"expected a number from the reward function for {question!r:.60}, got {type(error).__name__}: {error}"
+            ) from error
+        if not math.isfinite(value):
+            raise RewardError(f"expected a finite number from the reward function for {question!r:.60}, got {value}")
+        return value
+
+
+def read_text(name: str, path: Path) -> OwnText:
+    """A text file as a domain.
+
+    Raises:
+        ConfigError: it is missing, no UTF-8, or too short.
+    """
+    return OwnText(name, _read(path))
+
+
+def read_prompts(name: str, path: Path, longest: int) -> OwnPrompts:
+    """A text file as prompts of at most ``longest`` bytes, one on each line that is not empty.
+
+    Raises:
+        ConfigError: it is missing, no UTF-8, or has too few, or one too long.
+    """
+    lines = _read(path).split("\n")
+    for number, line in enumerate(lines, 1):
+        _check_length(path, number, line, longest)
+    return OwnPrompts(name, tuple(line for line in lines if line.strip()))
+
+
+def read_jsonl(name: str, path: Path, longest: int) -> OwnPairs | OwnPrompts:
+    """A file of ``{"prompt": …, "answer": …}`` on each line as a domain; prompts alone, where no line has an answer.
+
+    Args:
+        name: of the domain. path: the file. longest: most bytes of a pair.
+
+    Raises:
+        ConfigError: it is missing or no UTF-8; a line is malformed, lacks a key or is too long; there are too few.
+    """
+    prompts: list[str] = []
+    answers: list[str] = []
+    for number, line in enumerate(_read(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        prompt, answer = _pair(path, number, line)
+        if (answer is None) != (len(answers) < len(prompts)) and prompts:
+            wanted = "an answer, as lines before" if answer is None else "no answer, as lines before"
+            raise ConfigError(f"expected {wanted} in line {number} of {path}, got the keys of {line!r:.60}")
+        _check_length(path, number, prompt + (answer or ""), longest)
+        prompts.append(prompt)
+        if answer is not None:
+            answers.append(answer)
+    if answers:
+        return OwnPairs(name, tuple(zip(prompts, answers, strict=True)))
+    return OwnPrompts(name, tuple(prompts))
+
+
+def _pair(path: Path, number: int, line: str) -> tuple[str, str | None]:
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"expected JSON in line {number} of {path}, got: {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("prompt"), str) or not found["prompt"]:
+        raise ConfigError(f'expected an object with a text "prompt" in line {number} of {path}, got {line!r:.60}')
+    answer = found.get("answer")
+    if answer is not None and (not isinstance(answer, str) or not answer or "\n" in answer):
+        raise ConfigError(
+            f'expected an "answer" that is one line of text in line {number} of {path}, got {answer!r:.60}'
+        )
+    for text in (found["prompt"], answer or ""):
+        try:
+            utf8(text)
+        except PromptError as error:
+            raise ConfigError(f"line {number} of {path}: {error}") from None
+    return found["prompt"], answer
+
+
+def _read(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+        text = utf8(data).decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"expected a readable file {path}, got: {error.strerror}") from None
+    except PromptError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not text.strip():
+        raise ConfigError(f"expected text in {path}, got {len(data)} bytes without any")
+    return text
+
+
+def _tenth(items: T) -> tuple[T, T]:
+    """Without the last tenth, and this."""
+    cut = len(items) - max(1, len(items) // 10)
+    return items[:cut], items[cut:]
+
+
+def _check_count(name: str, what: str, count: int) -> None:
+    if count < FEWEST_ITEMS:
+        raise ConfigError(f"expected at least {FEWEST_ITEMS} {what} for {name}, got {count}")
+
+
+def _check_length(path: Path, number: int, text: str, longest: int) -> None:
+    if (size := len(text.encode())) > longest:
+        raise ConfigError(f"expected at most {longest} bytes in line {number} of {path}, got {size}")

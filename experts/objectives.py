@@ -1,0 +1,226 @@
+"""What an expert is trained for: likelihood, or reward by REINFORCE, as Transformer² does (arXiv 2501.06252, eq. 2).
+
+Both read documents like those that judge experts: items (or text) first, then what counts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.experts.documents import Document
+from bayes_dispatch.experts.domains.domain import Checked, Domain
+from bayes_dispatch.experts.questions import Question, ask
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.backbone import Backbone
+from bayes_dispatch.model.cache import Cache
+from bayes_dispatch.model.pretraining import next_token_loss, pack_rows
+from bayes_dispatch.model.tokenizer import ByteTokenizer
+
+__all__ = ["Judgement", "Likelihood", "Objective", "Reinforce", "reinforce_loss", "sequence_kl"]
+
+NEWLINE = 10  # ends an answer that is a line
+
+
+class Judgement(NamedTuple):
+    """What to minimise, a scalar; and a score, the higher the better, by which the best scales are kept."""
+
+    loss: Tensor
+    score: float
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What an expert is trained for; a frozen dataclass, whose fields are recorded with the expert."""
+
+    def judge(
+        self, model: Backbone, adaptation: Adaptation, domain: Domain, documents: Sequence[Document], seed: int
+    ) -> Judgement:
+        """Judge scales by some documents.
+
+        Args:
+            model: the base model, whose weights need no gradient. adaptation: the scales, shared by all rows.
+            domain: where the documents are from. documents: a batch. seed: of what is random in it.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood:
+    """Mean negative log-likelihood of all bytes; its negative is the score.
+
+    Attributes:
+        question_weight: loss weight of bytes that are not scored; above 0, so that every byte is evidence later. With 0
+            only answers are learnt.
+
+    Raises:
+        ConfigError: a weight outside 0 … 1.
+    """
+
+    question_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.question_weight <= 1:
+            raise ConfigError(f"expected question_weight in 0 … 1, got {self.question_weight}")
+
+    def judge(
+        self, model: Backbone, adaptation: Adaptation, domain: Domain, documents: Sequence[Document], seed: int
+    ) -> Judgement:
+        """See ``Objective``; nothing is random."""
+        rows = [(document.data, document.byte_weights(self.question_weight)) for document in documents]
+        ids, weights = (tensor.to(_device(adaptation)) for tensor in pack_rows(rows, ByteTokenizer()))
+        loss = next_token_loss(model(ids, adaptation=adaptation).logits, ids, weights) / weights.sum()
+        return Judgement(loss, -float(loss.detach()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reinforce:
+    """Mean reward of sampled answers less a penalty on their divergence from the base model; the score is the reward.
+
+    One question is asked for each document. Its gradient is estimated without bias: the return of an answer, its reward
+    less ``kl`` times its divergence, is compared with the mean return of the other answers to the same question.
+
+    Attributes:
+        samples: answers to each question, at temperature 1. kl: weight of the divergence from the base model, in
+            rewards per nat and answer. answer_bytes: of a sampled answer, at most, where the true one is not longer.
+
+    Raises:
+        ConfigError: fewer than two samples, or a setting that is negative or not finite.
+    """
+
+    samples: int = 8
+    kl: float = 0.2
+    answer_bytes: int = 16
+
+    def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise ConfigError(f"expected at least 2 samples, each other's baseline, got {self.samples}")
+        if not 0 <= self.kl < float("inf"):
+            raise ConfigError(f"expected a finite kl of at least 0, got {self.kl}")
+        if self.answer_bytes < 1:
+            raise ConfigError(f"expected answer_bytes of at least 1, got {self.answer_bytes}")
+
+    def judge(
+        self, model: Backbone, adaptation: Adaptation, domain: Domain, documents: Sequence[Document], seed: int
+    ) -> Judgement:
+        """See ``Objective``.
+
+        Raises:
+            ConfigError: the domain has no checker.
+        """
+        if not isinstance(domain, Checked):
+            raise ConfigError(f"expected a domain that rewards answers, got {domain.name}, which has no checker")
+        rng = np.random.default_rng(seed)
+        questions = [ask(document, rng, self.answer_bytes) for document in documents]
+        reading = _Reading.of(model, questions, self.samples, _device(adaptation))
+        fixed = Adaptation({name: scales.detach() for name, scales in adaptation.scales.items()})
+        tokens, real = reading.sample(fixed, torch.Generator().manual_seed(int(rng.integers(2**62))))
+        own = reading.log_probabilities(adaptation, tokens)
+        with torch.no_grad():
+            base = reading.log_probabilities(Adaptation.identity(), tokens)
+        asked = [question for question in questions for _ in range(self.samples)]
+        rewards = [
+            domain.reward(question.text, question.expected, _decode(question, *row))
+            for question, *row in zip(asked, tokens.tolist(), real.tolist(), strict=True)
+        ]
+        shape = (len(questions), self.samples)
+        chosen = (own.gather(-1, tokens[..., None])[..., 0] * real).sum(1).view(shape)
+        divergence = sequence_kl(own, base, real).view(shape)
+        reward = torch.tensor(rewards, dtype=own.dtype, device=own.device).view(shape)
+        return Judgement(reinforce_loss(chosen, reward, divergence, self.kl), float(reward.mean()))
+
+
+def reinforce_loss(
+    log_probabilities: Float[Tensor, "Q S"],
+    rewards: Float[Tensor, "Q S"],
+    divergence: Float[Tensor, "Q S"],
+    kl: float,
+) -> Float[Tensor, ""]:
+    """A loss whose gradient is, on average, that of −(expected reward − kl · expected divergence) (Kool et al. 2019).
+
+    Args:
+        log_probabilities: of S sampled answers to each of Q questions. rewards: theirs.
+        divergence: of each answer's tokens, summed: ``sequence_kl``. kl: its weight.
+    """
+    returns = (rewards - kl * divergence).detach()
+    others = (returns.sum(1, keepdim=True) - returns) / (returns.shape[1] - 1)
+    return -((returns - others) * log_probabilities).mean() + kl * divergence.mean()
+
+
+def sequence_kl(
+    own: Float[Tensor, "R A V"], base: Float[Tensor, "R A V"], real: Bool[Tensor, "R A"]
+) -> Float[Tensor, " R"]:
+    """Divergence of ``own`` from ``base``, both log-probabilities, in nats: of each row, over its real tokens."""
+    return ((own.exp() * (own - base)).sum(-1) * real).sum(1)
+
+
+class _Reading(NamedTuple):
+    """Q contexts, each read once for all S answers to it.
+
+    Attributes:
+        model: what reads. ids, mask: the contexts, (Q, T). samples: S.
+        limits: most tokens of each answer, (Q S,). ends: whether a newline ends it, (Q S,).
+    """
+
+    model: Backbone
+    ids: Int[Tensor, "Q T"]
+    mask: Int[Tensor, "Q T"]
+    samples: int
+    limits: Int[Tensor, " R"]
+    ends: Bool[Tensor, " R"]
+
+    @classmethod
+    def of(cls, model: Backbone, questions: Sequence[Question], samples: int, device: torch.device) -> "_Reading":
+        tokenizer = ByteTokenizer()
+        ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *question.context] for question in questions])
+        limits = torch.tensor([question.limit for question in questions]).repeat_interleave(samples)
+        ends = torch.tensor([question.is_line for question in questions]).repeat_interleave(samples)
+        return cls(model, ids.to(device), mask.to(device), samples, limits.to(device), ends.to(device))
+
+    @torch.no_grad()
+    def sample(
+        self, adaptation: Adaptation, generator: torch.Generator
+    ) -> tuple[Int[Tensor, "R A"], Bool[Tensor, "R A"]]:
+        """An answer for each of the Q S rows, and which of its tokens count."""
+        logits, cache = self._prefill(adaptation, int(self.limits.max()))
+        running = torch.ones_like(self.ends)
+        tokens, real = [], []
+        while True:
+            drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+            tokens.append(drawn)
+            real.append(running)
+            running = running & ~(self.ends & (drawn == NEWLINE)) & (len(tokens) < self.limits)
+            if not bool(running.any()):
+                return torch.stack(tokens, 1), torch.stack(real, 1)
+            logits = self.model(drawn[:, None], cache=cache, adaptation=adaptation).logits[:, 0]
+
+    def log_probabilities(self, adaptation: Adaptation, tokens: Int[Tensor, "R A"]) -> Float[Tensor, "R A V"]:
+        """What the model says of each token of the given answers, in one pass over all of them."""
+        first, cache = self._prefill(adaptation, tokens.shape[1])
+        logits = first[:, None]
+        if tokens.shape[1] > 1:
+            rest = self.model(tokens[:, :-1], cache=cache, adaptation=adaptation).logits
+            logits = torch.cat([logits, rest], 1)
+        return logits.log_softmax(-1)
+
+    def _prefill(self, adaptation: Adaptation, room: int) -> tuple[Float[Tensor, "R V"], Cache]:
+        """Logits of the first token of each answer, and a cache of the contexts for all of them."""
+        cache = self.model.init_cache(self.ids.shape[0], self.ids.shape[1] + room)
+        logits = self.model(self.ids, attention_mask=self.mask, cache=cache, adaptation=adaptation).logits
+        rows = torch.arange(len(logits), device=logits.device)
+        last = logits[rows, self.mask.sum(1) - 1].repeat_interleave(self.samples, 0)
+        return last, cache.expand(self.samples)
+
+
+def _decode(question: Question, tokens: list[int], real: list[bool]) -> str:
+    data = bytes(token for token, counts in zip(tokens, real, strict=True) if counts and token < 256)
+    return (data.removesuffix(b"\n") if question.is_line else data).decode("utf-8", errors="replace")
+
+
+def _device(adaptation: Adaptation) -> torch.device:
+    return next(iter(adaptation.scales.values())).device
