@@ -157,20 +157,20 @@ def train_expert(
     settings = own_settings(objective_by_name(named, kl=kl, answer_bytes=answer_bytes), steps, seed)
     domain = read_domain(name, text, jsonl, function, settings.length - 1)
     from bayes_dispatch.bundle import load_bundle
-    from bayes_dispatch.own_expert import RefitSettings, add_expert, train_own_expert, with_expert
+    from bayes_dispatch.own_expert import RefitSettings, add_expert, train_own_expert
 
     def announce(line: str) -> None:
         print(line, file=sys.stderr)
 
     _use_one_thread()
-    old, progress, date = load_bundle(bundle), sys.stderr.isatty(), time.strftime("%Y-%m-%d", time.gmtime())
-    expert = train_own_expert(old, domain, settings, date, progress)
+    old, progress = load_bundle(bundle), sys.stderr.isatty()
+    expert = train_own_expert(old, domain, settings, progress)
     if refit:
         new = add_expert(old, expert, domain, RefitSettings(seed=seed), progress, announce)
         new.save(out)
         experts = new.experts
     else:
-        experts = with_expert(old.experts, expert)
+        experts = old.experts.with_expert(expert)
         experts.save(out)
     if as_json:
         return print_json({"out": str(out), "name": name, "experts": list(experts.names), **expert.metadata})

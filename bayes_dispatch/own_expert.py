@@ -5,7 +5,7 @@ user's earlier texts, which are not kept, the bundle holds the evidence.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from bayes_dispatch.bundle import Bundle
 from bayes_dispatch.dispatcher import Dispatcher
 from bayes_dispatch.errors import ConfigError, RewardError, UnknownNameError
 from bayes_dispatch.evidence import Evidence
-from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, Checked, Domain
 from bayes_dispatch.experts.domains.own import OwnPrompts, Reward, Rewarded, read_jsonl, read_prompts, read_text
 from bayes_dispatch.experts.objectives import Likelihood, Objective, Reinforce
@@ -31,7 +30,6 @@ __all__ = [
     "own_settings",
     "read_domain",
     "train_own_expert",
-    "with_expert",
 ]
 
 
@@ -113,14 +111,12 @@ def import_reward(path: str) -> Reward:
     return found
 
 
-def train_own_expert(
-    bundle: Bundle, domain: Domain, settings: ExpertSettings, date: str | None = None, progress: bool = False
-) -> ExpertVector:
+def train_own_expert(bundle: Bundle, domain: Domain, settings: ExpertSettings, progress: bool = False) -> ExpertVector:
     """An expert for the bundle's base model.
 
     Args:
         bundle: whose model it is for. domain: named as the expert. settings: the recipe.
-        date: recorded with the expert. progress: show a progress bar.
+        progress: show a progress bar.
 
     Raises:
         ConfigError: the domain cannot serve the objective, or no expert can have its name.
@@ -131,8 +127,7 @@ def train_own_expert(
         raise ConfigError(
             f"expected the objective reinforce for a reward, got {type(settings.objective).__name__.lower()}"
         )
-    expert = train_expert(bundle.model, domain, settings, progress)
-    return expert if date is None else replace(expert, metadata={**expert.metadata, "date": date})
+    return train_expert(bundle.model, domain, settings, progress)
 
 
 def add_expert(
@@ -153,7 +148,7 @@ def add_expert(
         ConfigError: there is neither text nor evidence of one of the experts.
     """
     model, lengths, seed = bundle.model, settings.prompt_lengths, settings.seed
-    bank = with_expert(bundle.experts, expert)
+    bank = bundle.experts.with_expert(expert)
     kept = {name: evidence for name, evidence in bundle.evidence.items() if name != expert.name}
     builtin = {known.name: known for known in EXPERT_DOMAINS}
     texts: dict[str, Domain] = {}
@@ -183,11 +178,6 @@ def add_expert(
     dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=progress)
     own = pure.evidence.select(pure.labels == list(texts).index(expert.name))
     return Bundle(model, bank, dispatcher, evidence={**kept, expert.name: own})
-
-
-def with_expert(bank: ExpertBank, expert: ExpertVector) -> ExpertBank:
-    """The bank with one expert more, at the end, or in the place of one of the same name."""
-    return ExpertBank(list({**bank, expert.name: expert}.values()))
 
 
 def _labelled(evidence: Evidence, label: int, experts: int) -> KnownEvidence:

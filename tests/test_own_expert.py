@@ -19,7 +19,7 @@ from bayes_dispatch.experts.objectives import Likelihood
 from bayes_dispatch.experts.training import ExpertSettings
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference.evidence_sets import mixed_evidence, pure_evidence
-from bayes_dispatch.own_expert import RefitSettings, add_expert, import_reward, own_settings, train_own_expert
+from bayes_dispatch.own_expert import RefitSettings, add_expert, import_reward, own_settings
 
 PAIRS = tuple((f"{a}*{b}=", str(a * b)) for a in range(8) for b in range(8))
 SMALL = RefitSettings(pure_prompts=12, mixed_prompts=20, prompt_lengths=(16, 48))
@@ -137,13 +137,6 @@ class TestAdding:
         known = pure_evidence(bundle.model, [OwnPairs("mine", PAIRS)], 2, (16, 20), "train", 0)
         with pytest.raises(ConfigError, match=r"expected evidence of \('reverse', .* got some of mine"):
             Bundle(bundle.model, bundle.experts, bundle.dispatcher, evidence={"mine": known.evidence})
-
-
-def test_shipped_experts_have_no_date(bundle: Bundle) -> None:
-    settings = own_expert.own_settings(Likelihood(), 1, 0)
-    domain = OwnPairs("mine", PAIRS)
-    dates = [train_own_expert(bundle, domain, settings, date).metadata.get("date") for date in (None, "2026")]
-    assert dates == [None, "2026"]
 
 
 class TestCommand:
