@@ -158,7 +158,7 @@ class TestLaws:
 def test_the_published_factor_would_break_the_law() -> None:
     """With W(z) · Σs / Σ(s∘z), as Transformer² has it, the blend of matrices is another matrix than W of the blend."""
     linear = SVDLinear(3, 2).double()
-    U, s, Vt = linear.factors()
+    U, s, Vt, _ = linear.factors()
 
     def published(z: Tensor) -> Tensor:
         return (U * (s * z)) @ Vt * s.sum() / (s * z).sum()

@@ -12,6 +12,7 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains import CONVENTIONS
 from bayes_dispatch.experts.objectives import Judgement, Reinforce
+from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, train_expert
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.adaptation import Adaptation
@@ -197,10 +198,12 @@ def test_the_shipped_recipe_is_this_loop(base: "MambaFormerForCausalLM") -> None
 
 def test_metadata_tell_the_objective(base: "MambaFormerForCausalLM") -> None:
     told = train_expert(base, SORT, ExpertSettings(steps=1, batch_size=1, length=16), progress=False).metadata
-    assert dict(told) == {"domain": "sort", "steps": "1", "objective": "likelihood", "question_weight": "0.5"}
+    expected = {"domain": "sort", "steps": "1", "objective": "likelihood", "question_weight": "0.5"}
+    assert dict(told) == {**provenance(), **expected}
     settings = ExpertSettings(steps=1, batch_size=1, length=32, objective=Reinforce(samples=2))
     told = train_expert(base, SORT, settings, progress=False).metadata
     assert dict(told) == {
+        **provenance(),
         "domain": "sort",
         "steps": "1",
         "objective": "reinforce",
