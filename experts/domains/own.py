@@ -47,8 +47,10 @@ class OwnText:
         rest, end = _tenth(self.text)
         text = end if split == "held_out" else rest
         start = int(rng.integers(max(len(text) - total_bytes, 0) + 1))
-        line = text.rfind("\n", max(start - total_bytes, 0), start) + 1
-        passage = text[line or start :][:total_bytes]
+        newline = text.rfind("\n", max(start - total_bytes, 0), start)
+        if newline >= 0 or start <= total_bytes:
+            start = newline + 1
+        passage = text[start:][:total_bytes]
         return Document(passage, min(prompt_bytes, len(passage)))
 
     def reward(self, question: str, expected: str, answer: str) -> float:
