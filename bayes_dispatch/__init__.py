@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from bayes_dispatch.experts.bank_files import ExpertCheck, verify_bank
     from bayes_dispatch.experts.documents import Document
     from bayes_dispatch.experts.vectors import ExpertVector
+    from bayes_dispatch.inference.answers import AnswerLikelihood
     from bayes_dispatch.inference.blends import (
         BestExpert,
         Blend,
@@ -72,8 +73,24 @@ if TYPE_CHECKING:
         TopK,
     )
     from bayes_dispatch.inference.compare import Comparison, compare_blends
+    from bayes_dispatch.inference.few_shot import FewShotFit, FewShotProgram
+    from bayes_dispatch.inference.few_shot_methods import (
+        CrossEntropy,
+        ImportanceSampling,
+        SequentialMonteCarlo,
+        VariationalInference,
+    )
     from bayes_dispatch.inference.first_pass import FirstPass, first_pass
     from bayes_dispatch.inference.generator import Generation, TwoPassGenerator
+    from bayes_dispatch.inference.strategies import (
+        AskedExpert,
+        AskedModel,
+        Classified,
+        Dispatched,
+        FewShot,
+        Given,
+        Strategy,
+    )
     from bayes_dispatch.model.adaptation import Adaptation
     from bayes_dispatch.model.cache import Cache
     from bayes_dispatch.model.config import (
@@ -155,6 +172,20 @@ __all__ = [
     "PosteriorPredictive",
     "compare_blends",
     "Comparison",
+    "FewShotProgram",
+    "FewShotFit",
+    "AnswerLikelihood",
+    "SequentialMonteCarlo",
+    "ImportanceSampling",
+    "VariationalInference",
+    "CrossEntropy",
+    "Strategy",
+    "Dispatched",
+    "AskedModel",
+    "AskedExpert",
+    "Classified",
+    "FewShot",
+    "Given",
     "Document",
     "ExpertBank",
     "ExpertCheck",
@@ -242,6 +273,20 @@ _MODULE_OF = {
     "PosteriorPredictive": "inference.blends",
     "compare_blends": "inference.compare",
     "Comparison": "inference.compare",
+    "FewShotProgram": "inference.few_shot",
+    "FewShotFit": "inference.few_shot",
+    "AnswerLikelihood": "inference.answers",
+    "SequentialMonteCarlo": "inference.few_shot_methods",
+    "ImportanceSampling": "inference.few_shot_methods",
+    "VariationalInference": "inference.few_shot_methods",
+    "CrossEntropy": "inference.few_shot_methods",
+    "Strategy": "inference.strategies",
+    "Dispatched": "inference.strategies",
+    "AskedModel": "inference.strategies",
+    "AskedExpert": "inference.strategies",
+    "Classified": "inference.strategies",
+    "FewShot": "inference.strategies",
+    "Given": "inference.strategies",
     "Document": "experts.documents",
     "ExpertBank": "experts.bank",
     "ExpertCheck": "experts.bank_files",

@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parent.parent
 GUIDE = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("guide", ["model", pytest.param("dispatcher", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "guide", ["model", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dispatcher", "experts"))]
+)
 def test_python_blocks_run_in_order(guide: str, tmp_path: Path) -> None:
     text = (ROOT / "docs" / f"{guide}.md").read_text(encoding="utf-8")
     code = "".join(re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
