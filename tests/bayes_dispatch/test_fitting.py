@@ -258,6 +258,7 @@ def test_precision_and_restarts(few: "Sample", settings: "Settings") -> None:
     torch.testing.assert_close(a, b, atol=0.3, rtol=0)
 
 
+@pytest.mark.slow
 def test_many_prompts_come_in_mini_batches(make_sample: "Callable[..., Sample]", settings: "Settings") -> None:
     """Far more prompts than a step takes: the network in place of local parameters finds the same experts."""
     sample = make_sample(1_500, 9)

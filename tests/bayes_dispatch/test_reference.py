@@ -164,6 +164,7 @@ def test_log_density_wants_every_site() -> None:
         log_density(model, prompts.blank(), {**sites, "w": weights})
 
 
+@pytest.mark.slow
 def test_labels_are_conjugate() -> None:
     """Without views NUTS draws from Dirichlet(prior + one-hot label), from corners (κ = .2) to the centre (κ = 40).
 

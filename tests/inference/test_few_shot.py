@@ -94,6 +94,7 @@ def test_without_information_the_posterior_is_the_prior(model: Any, make_bank: A
         assert kstest(draws[:, k], beta(a, 5.0 - a).cdf).pvalue > 0.0025
 
 
+@pytest.mark.slow
 def test_weights_by_layer(model: Any, bank: Any) -> None:
     """A tight coupling is one set of weights; both methods agree on the shared weights of a loose one."""
     likelihood = AnswerLikelihood(model, bank, PAIRS)
