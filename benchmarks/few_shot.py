@@ -1,6 +1,6 @@
 """Few-shot adaptation: posterior and point estimates of the blend weights, given 1 to 16 questions with answers.
 
-    python benchmarks/few_shot.py            # three seeds, half an hour on one core
+    python benchmarks/few_shot.py            # three seeds, an hour on one core
     python benchmarks/few_shot.py --quick    # a smoke test; the numbers mean nothing
 
 Pairs are of one convention, or of two in turn. Every method sees the same pairs and is judged on the same other ones.
@@ -41,15 +41,15 @@ class Budget:
     """How many pairs are given and judged, and how long the methods take."""
 
     given: tuple[int, ...] = (1, 2, 4, 8, 16)
-    judged: int = 48
-    draws: int = 64  # of the posterior predictive
+    judged: int = 32
+    draws: int = 32  # of the posterior predictive
     methods: tuple[FewShotMethod, ...] = (
-        SequentialMonteCarlo(128),
+        SequentialMonteCarlo(64),
         ImportanceSampling(512, 256),
-        VariationalInference(steps=60, particles=8, draws=128),
+        VariationalInference(steps=40, particles=8, draws=128),
         CrossEntropy(64, 10, 12),
     )
-    simulations: int = 60
+    simulations: int = 40
 
 
 FULL = Budget()

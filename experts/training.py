@@ -54,6 +54,12 @@ class ExpertSettings:
         learning_rate: of Adam, with a short warm-up and a cosine to 0.
         decay: L2 penalty on z − 1. seed: of the documents, and of the answers that are sampled.
         objective: what the expert is trained for. stopping: when to stop early; ``None`` for never.
+        matrices: which kinds of matrices are adapted, by the end of their names, such as ``("in_proj", "qkv")``;
+            ``None`` for all that can be. adapt_from: first block that is. rank: scales of each matrix, at most, those of its
+            largest singular values; ``None`` for all.
+
+    Raises:
+        ConfigError: an ``adapt_from`` below 0, or a rank below 1.
     """
 
     steps: int = 80
@@ -64,6 +70,36 @@ class ExpertSettings:
     seed: int = 0
     objective: Objective = field(default_factory=Likelihood)
     stopping: EarlyStopping | None = None
+    matrices: tuple[str, ...] | None = None
+    adapt_from: int = 0
+    rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.adapt_from < 0 or (self.rank is not None and self.rank < 1):
+            raise ConfigError(
+                f"expected adapt_from of at least 0 and a rank of at least 1, got {self.adapt_from} and {self.rank}"
+            )
+
+    def adapted(self, adaptable: Mapping[str, int]) -> dict[str, int]:
+        """The matrices that experts scale, and how many scales each has.
+
+        Args:
+            adaptable: name and rank of each that can be; the first number in a name is its block's.
+
+        Raises:
+            ConfigError: a kind that there is none of, or no matrix is left.
+        """
+        kinds = {name.rpartition(".")[2] for name in adaptable}
+        if unknown := set(self.matrices or ()) - kinds:
+            raise ConfigError(f"expected kinds of matrices among {sorted(kinds)}, got {sorted(unknown)[0]!r}")
+        chosen = {
+            name: rank if self.rank is None else min(rank, self.rank)
+            for name, rank in adaptable.items()
+            if (self.matrices is None or name.rpartition(".")[2] in self.matrices) and _block(name) >= self.adapt_from
+        }
+        if not chosen:
+            raise ConfigError(f"expected a matrix from block {self.adapt_from} on to adapt, got none")
+        return chosen
 
 
 def train_expert(
@@ -75,10 +111,11 @@ def train_expert(
     step and the score of the base model.
 
     Raises:
-        ConfigError: the objective rewards answers, and the domain has no checker.
+        ConfigError: the objective rewards answers, and the domain has no checker; or no matrix is to be adapted.
     """
     device = next(model.parameters()).device
-    scales = {name: torch.ones(rank, device=device, requires_grad=True) for name, rank in model.adaptable().items()}
+    adapted = settings.adapted(model.adaptable())
+    scales = {name: torch.ones(rank, device=device, requires_grad=True) for name, rank in adapted.items()}
     optimizer = torch.optim.Adam(scales.values(), lr=settings.learning_rate)
     kept = _Best(model, domain, settings)
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -116,6 +153,12 @@ def train_expert(
             **kept.metadata(),
         },
     )
+
+
+def _block(name: str) -> int:
+    """The number of a matrix' block: the first in its name, 0 where there is none."""
+    numbers = [int(part) for part in name.split(".") if part.isdigit()]
+    return numbers[0] if numbers else 0
 
 
 class _Best:

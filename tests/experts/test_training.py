@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains import CONVENTIONS
@@ -211,3 +212,43 @@ def test_metadata_tell_the_objective(base: "MambaFormerForCausalLM") -> None:
         "kl": "0.2",
         "answer_bytes": "16",
     }
+
+
+ADAPTABLE = {"blocks.0.mixer.in_proj": 32, "blocks.1.mixer.qkv": 32, "blocks.1.mixer.out_proj": 8, "head": 5}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (ExpertSettings(), ADAPTABLE),
+        (ExpertSettings(matrices=("qkv", "in_proj")), {"blocks.0.mixer.in_proj": 32, "blocks.1.mixer.qkv": 32}),
+        (ExpertSettings(adapt_from=1, rank=10), {"blocks.1.mixer.qkv": 10, "blocks.1.mixer.out_proj": 8}),
+    ],
+)
+def test_which_matrices_are_adapted(settings: ExpertSettings, expected: dict[str, int]) -> None:
+    assert settings.adapted(ADAPTABLE) == expected
+
+
+def test_matrices_that_are_not_there() -> None:
+    with pytest.raises(ConfigError, match=r"expected kinds of matrices among .*, got 'q_proj'"):
+        ExpertSettings(matrices=("q_proj",)).adapted(ADAPTABLE)
+    with pytest.raises(ConfigError, match="expected a matrix from block 2 on"):
+        ExpertSettings(adapt_from=2).adapted(ADAPTABLE)
+    for wrong in ({"adapt_from": -1}, {"rank": 0}):
+        with pytest.raises(ConfigError, match="expected adapt_from of at least 0"):
+            ExpertSettings(**wrong)
+
+
+def test_a_part_is_trained_and_the_rest_stays(base: "MambaFormerForCausalLM") -> None:
+    settings = ExpertSettings(steps=2, batch_size=2, length=24, adapt_from=1, rank=3)
+    expert = train_expert(base, SORT, settings, progress=False)
+    assert {len(z) for z in expert.scales.values()} == {3}
+    assert all(int(name.split(".")[1]) >= 1 for name in expert.scales)
+    assert all((z != 1).any() for z in expert.scales.values())
+    bank = ExpertBank([expert])
+    ids = torch.tensor([[256, 97, 98]])
+    with torch.no_grad():
+        one, half, none = (base(ids, adaptation=bank.blend(torch.tensor([w, 1 - w]))).logits for w in (1.0, 0.5, 0.0))
+        torch.testing.assert_close(none, base(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(one, none)
+    assert not torch.allclose(half, one)
