@@ -54,9 +54,9 @@ class ExpertSettings:
         learning_rate: of Adam, with a short warm-up and a cosine to 0.
         decay: L2 penalty on z − 1. seed: of the documents, and of the answers that are sampled.
         objective: what the expert is trained for. stopping: when to stop early; ``None`` for never.
-        matrices: kinds of matrices that are adapted, by the end of their names, such as ``("in_proj", "qkv")``; ``None``
-            for all that can be. adapt_from: first block that is adapted. rank: scales of each matrix, at most, those of
-            its largest singular values; ``None`` for all.
+        matrices: kinds of matrices that are adapted, by the end of their names, such as ``("in_proj", "qkv")``;
+            ``None`` for all that can be. adapt_from: first block that is adapted.
+        rank: scales of each matrix, at most, those of its largest singular values; ``None`` for all.
 
     Raises:
         ConfigError: an ``adapt_from`` below 0, or a rank below 1.
