@@ -94,6 +94,8 @@ def load_bundle(directory: str | Path | None = None) -> Bundle:
             raise BundleError(
                 f"expected {directory / name} with checksum {str(expected)[:12]}, got {got[:12]}: it was changed"
             )
+    if unlisted := sorted(name for name in found - set(index["files"]) if name.startswith("model/")):
+        raise BundleError(f"expected no other files of the model in {directory}, got {unlisted[0]}")
     experts = ExpertBank.load(directory / "experts")
     for name in experts:
         experts[name]  # what is wrong with one is told here, not amid serving

@@ -104,7 +104,7 @@ def import_reward(path: str) -> Reward:
         raise RewardError(f"expected a reward as package:function, got {path!r}")
     try:
         found = getattr(import_module(module), name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RewardError(f"expected an importable reward {path}, got {type(error).__name__}: {error}") from error
     if not callable(found):
         raise RewardError(f"expected a function {path}, got a {type(found).__name__}")
@@ -119,7 +119,8 @@ def train_own_expert(bundle: Bundle, domain: Domain, settings: ExpertSettings, p
         progress: show a progress bar.
 
     Raises:
-        ConfigError: the domain cannot serve the objective, or no expert can have its name.
+        ConfigError: the domain cannot serve the objective, no expert can have its name, or there is neither text nor
+            evidence of another expert to fit the dispatcher.
         RewardError: the user's function fails.
     """
     ExpertVector(domain.name, bundle.experts[bundle.experts.names[0]].scales, bundle.experts.base)  # refuses bad names
@@ -127,7 +128,8 @@ def train_own_expert(bundle: Bundle, domain: Domain, settings: ExpertSettings, p
         raise ConfigError(
             f"expected the objective reinforce for a reward, got {type(settings.objective).__name__.lower()}"
         )
-    return train_expert(bundle.model, domain, settings, progress)
+    _check_texts(bundle, domain.name)
+    return train_expert(bundle.model, domain, settings, progress, bundle.experts.matrices)
 
 
 def add_expert(
@@ -151,15 +153,12 @@ def add_expert(
     bank = bundle.experts.with_expert(expert)
     kept = {name: evidence for name, evidence in bundle.evidence.items() if name != expert.name}
     builtin = {known.name: known for known in EXPERT_DOMAINS}
-    texts: dict[str, Domain] = {}
-    for name in bank.names:
-        made_for = bank[name].metadata.get("domain", "")
-        if name == expert.name:
-            texts[name] = domain
-        elif name not in kept and made_for in builtin:
-            texts[name] = builtin[made_for]
-        elif name not in kept:
-            raise ConfigError(f"expected text or evidence of every expert to fit the dispatcher, got none of {name}")
+    _check_texts(bundle, expert.name)
+    texts: dict[str, Domain] = {
+        name: domain if name == expert.name else builtin[bank.metadata[name]["domain"]]
+        for name in bank.names
+        if name not in kept
+    }
     if kept:
         announce(
             f"without mixed prompts of {', '.join(kept)}: the bundle has evidence of single prompts, not their text"
@@ -178,6 +177,14 @@ def add_expert(
     dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=progress)
     own = pure.evidence.select(pure.labels == list(texts).index(expert.name))
     return Bundle(model, bank, dispatcher, evidence={**kept, expert.name: own})
+
+
+def _check_texts(bundle: Bundle, new: str) -> None:
+    """Refuse experts, other than the new one, of which there is neither text nor evidence."""
+    builtin = {known.name for known in EXPERT_DOMAINS}
+    for name, told in bundle.experts.metadata.items():
+        if name != new and name not in bundle.evidence and told.get("domain") not in builtin:
+            raise ConfigError(f"expected text or evidence of every expert to fit the dispatcher, got none of {name}")
 
 
 def _labelled(evidence: Evidence, label: int, experts: int) -> KnownEvidence:

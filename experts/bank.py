@@ -61,9 +61,7 @@ class ExpertBank(Mapping[str, ExpertVector]):
         )
         self.names = tuple(self._experts)
         self.components = (*self.names, BASE)
-        with torch.inference_mode(False):  # it stays, and blends may be differentiated later
-            shape = (len(self.components), sum(matrices.values()))
-            self._deviations = torch.zeros(shape, dtype=torch.float64)  # z − 1; base deviates nowhere
+        self._deviations: Tensor | None = None
         self._waiting = set(range(len(experts)))  # rows of it that no blend needed so far
 
     @classmethod
@@ -197,10 +195,17 @@ class ExpertBank(Mapping[str, ExpertVector]):
         return name
 
     def _deviations_under(self, weights: Tensor) -> Tensor:
-        """z − 1 of all components, (K + 1, scales), like ``weights``; still 0 for experts that have no weight there."""
+        """z − 1 of all components, (K + 1, scales), like ``weights``; still 0 for experts that have no weight there.
+
+        Where gradients are wanted all are read: those of no weight have a gradient, too.
+        """
+        if self._deviations is None:
+            with torch.inference_mode(False):  # it stays, and blends may be differentiated later
+                shape = (len(self.components), sum(self.matrices.values()))
+                self._deviations = torch.zeros(shape, dtype=torch.float64)  # base deviates nowhere
         if self._waiting:
             weighty = weights.detach().reshape(-1, len(self.components)).ne(0).any(dim=0).tolist()
-            for k in [k for k in self._waiting if weighty[k]]:
+            for k in [k for k in self._waiting if weighty[k] or weights.requires_grad]:
                 scales = self[self.names[k]].scales
                 self._deviations[k] = torch.cat([scales[name].detach() for name in self.matrices]).double() - 1
                 self._waiting.discard(k)

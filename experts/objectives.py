@@ -25,6 +25,7 @@ from bayes_dispatch.model.tokenizer import ByteTokenizer
 __all__ = ["Judgement", "Likelihood", "Objective", "Reinforce", "reinforce_loss", "sequence_kl"]
 
 NEWLINE = 10  # ends an answer that is a line
+LONGEST_ANSWER = 4096  # bytes
 
 
 class Judgement(NamedTuple):
@@ -102,8 +103,8 @@ class Reinforce:
             raise ConfigError(f"expected at least 2 samples, each other's baseline, got {self.samples}")
         if not 0 <= self.kl < float("inf"):
             raise ConfigError(f"expected a finite kl of at least 0, got {self.kl}")
-        if self.answer_bytes < 1:
-            raise ConfigError(f"expected answer_bytes of at least 1, got {self.answer_bytes}")
+        if not 1 <= self.answer_bytes <= LONGEST_ANSWER:
+            raise ConfigError(f"expected answer_bytes of 1 to {LONGEST_ANSWER}, got {self.answer_bytes}")
 
     def judge(
         self, model: Backbone, adaptation: Adaptation, domain: Domain, documents: Sequence[Document], seed: int

@@ -15,6 +15,7 @@ from bayes_dispatch.experts.objectives import Likelihood, Objective
 from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.frozen import frozen
 from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
 from bayes_dispatch.model.pretraining import schedule
 
@@ -103,24 +104,31 @@ class ExpertSettings:
 
 
 def train_expert(
-    model: MambaFormerForCausalLM, domain: Domain, settings: ExpertSettings, progress: bool = True
+    model: MambaFormerForCausalLM,
+    domain: Domain,
+    settings: ExpertSettings,
+    progress: bool = True,
+    matrices: Mapping[str, int] | None = None,
 ) -> ExpertVector:
     """An expert for the training split of ``domain``; the model's weights stay as they are.
 
     Its metadata tell the objective and its settings, the steps taken and, under early stopping, the best score with its
     step and the score of the base model.
 
+    Args:
+        model: the base model. domain: what documents are like. settings: the recipe. progress: show a progress bar.
+        matrices: name and number of scales of each adapted matrix, such as those of a bank that the expert shall join;
+            by default as the settings say.
+
     Raises:
         ConfigError: the objective rewards answers, and the domain has no checker; or no matrix is to be adapted.
     """
     device = next(model.parameters()).device
-    adapted = settings.adapted(model.adaptable())
+    adapted = settings.adapted(model.adaptable()) if matrices is None else matrices
     scales = {name: torch.ones(rank, device=device, requires_grad=True) for name, rank in adapted.items()}
     optimizer = torch.optim.Adam(scales.values(), lr=settings.learning_rate)
     kept = _Best(model, domain, settings)
-    frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    model.requires_grad_(False)
-    try:
+    with frozen(model):
         steps = 0
         for step in tqdm(range(settings.steps), f"expert {domain.name}", disable=not progress):
             if kept.is_over(step, scales):
@@ -137,9 +145,6 @@ def train_expert(
             optimizer.step()
             steps = step + 1
         kept.finish(steps, scales)
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(frozen[name])
     return ExpertVector(
         name=domain.name,
         scales={name: z.detach() for name, z in kept.scales.items()},

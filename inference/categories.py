@@ -51,6 +51,7 @@ def category_text(name: str) -> str:
     return f"{name}\n"
 
 
+@torch.no_grad()
 def name_probabilities(
     model: Backbone,
     tokenizer: ByteTokenizer,

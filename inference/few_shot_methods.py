@@ -19,10 +19,11 @@ from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.fitting import isolated
 from bayes_dispatch.importance import pareto_smoothed
 from bayes_dispatch.inference.few_shot import FewShotFit, FewShotProgram, log_dirichlet
+from bayes_dispatch.model.frozen import frozen
 
 __all__ = ["CrossEntropy", "ImportanceSampling", "SequentialMonteCarlo", "VariationalInference"]
 
-BROAD = 0.1  # of the mixture that proposals are: the prior, so that ratios are bounded
+BROAD = 0.1  # share of far proposals that are uniform on the simplex, where no particle may be yet
 NARROW = 0.02  # concentration of a local proposal where the weight is 0
 
 
@@ -134,7 +135,7 @@ class VariationalInference:
 
     def infer(self, program: FewShotProgram, seed: int, progress: bool = False) -> FewShotFit:
         """The guide's draws, with their ``k_hat`` against the program, and its estimate of the evidence."""
-        with isolated(seed):
+        with isolated(seed), frozen(program.likelihood.model):
             guide = _DirichletGuide(program)
             decay = 0.1 ** (1 / self.steps)
             optimizer = ClippedAdam({"lr": self.learning_rate, "lrd": decay, "clip_norm": 10.0})
@@ -213,7 +214,7 @@ def _move(
 ) -> tuple[Tensor, Tensor, float, int]:
     """One Metropolis–Hastings move of a row of every particle: new states and likelihoods, share accepted, evaluations.
 
-    With a precision it is near where the row is, without it to a Dirichlet fitted to the rows of all, or to the prior.
+    With a precision it is near where the row is; without it to a Dirichlet fitted to the rows of all, or anywhere.
     """
     now = state[:, row]
     if precision is None:
@@ -256,9 +257,10 @@ def _smoothed(ratios: Tensor) -> tuple[Tensor, float]:
 
 
 def _systematic(weights: Tensor, count: int) -> Tensor:
-    """Indices of ``count`` systematically resampled particles."""
+    """Indices of ``count`` systematically resampled particles, in random order: some uses take the first few."""
     points = (torch.arange(count).double() + torch.rand(()).double()) / count
-    return torch.searchsorted(weights.double().cumsum(0), points).clamp(max=len(weights) - 1)
+    chosen = torch.searchsorted(weights.double().cumsum(0), points).clamp(max=len(weights) - 1)
+    return chosen[torch.randperm(count)]
 
 
 def _log_mean(ratios: Tensor) -> float:

@@ -16,6 +16,7 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.blends import Blend, Particles
 from bayes_dispatch.inference.filtering import CachedReader, ParticleFilter, Reader, UncachedReader, predictive
 from bayes_dispatch.inference.first_pass import first_pass
+from bayes_dispatch.inference.prompts import check_prompts
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.model.sampling import Sampling, row_generators, row_seeds
 from bayes_dispatch.model.tokenizer import ByteTokenizer
@@ -157,6 +158,7 @@ class TwoPassGenerator:
             raise ConfigError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
+        check_prompts(prompts)
         posterior = (strategy or Dispatched()).posterior(self.bundle, prompts, seed)
         particles = blend.particles(posterior)
         data = [prompt.encode() if isinstance(prompt, str) else prompt for prompt in prompts]

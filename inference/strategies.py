@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from bayes_dispatch.errors import ConfigError, ForeignExpertError, TensorError
@@ -21,7 +20,9 @@ from bayes_dispatch.inference.few_shot import FewShotMethod, FewShotProgram
 from bayes_dispatch.inference.few_shot_methods import SequentialMonteCarlo
 from bayes_dispatch.inference.first_pass import first_pass
 from bayes_dispatch.inference.generator import POSTERIOR_DRAWS, Dispatched, Strategy, System
+from bayes_dispatch.inference.prompts import check_prompts
 from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.sampling import row_seeds
 from bayes_dispatch.posterior import DispatchPosterior
 
 __all__ = [
@@ -48,7 +49,7 @@ class AskedModel:
     name = "asked model"
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
-        return _asked(system, prompts, self.names, None)
+        return _asked(system, prompts, seed, self.names, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ class AskedExpert:
         if self.expert.base != system.experts.base:
             expected = f"expected an expert made for base model {system.experts.base}"
             raise ForeignExpertError(f"{expected}, got one for {self.expert.base}")
-        return _asked(system, prompts, self.names, self.expert.adaptation())
+        return _asked(system, prompts, seed, self.names, self.expert.adaptation())
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class Classified:
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
         evidence = first_pass(system.model, system.tokenizer, prompts).evidence
-        return one_hot_draws(np.asarray(self.classify(evidence)), system.experts.components)
+        shares = np.asarray(self.classify(evidence))
+        return one_hot_draws(shares, system.experts.components, row_seeds(seed, check_prompts(prompts)))
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,18 @@ class FewShot:
         return f"few-shot, {self.method.name}"
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
-        start = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        checked = check_prompts(prompts)
 
         def infer(pairs: Sequence[tuple[str | bytes, str | bytes]], seed: int) -> np.ndarray:
             likelihood = AnswerLikelihood(system.model, system.experts, pairs, system.tokenizer)
             return self.method.infer(FewShotProgram(likelihood, self.prior), seed).posterior.weights
 
         if callable(self.pairs):
-            draws = np.concatenate([infer(self.pairs(p), start + row) for row, p in enumerate(prompts)], 1)
+            seeds = [seed % 2**63 for seed in row_seeds(seed, checked)]
+            draws = np.concatenate([infer(self.pairs(p), s) for p, s in zip(prompts, seeds, strict=True)], 1)
         else:
-            draws = np.repeat(infer(self.pairs, start), len(prompts), 1)
+            shared = int(np.random.SeedSequence(seed).generate_state(1)[0])
+            draws = np.repeat(infer(self.pairs, shared), len(prompts), 1)
         return DispatchPosterior(draws, system.experts.components)
 
 
@@ -129,16 +133,23 @@ class Given:
     name: str = "given"
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
-        shape = (len(prompts), len(system.experts.components))
-        if self.weights.shape not in (shape, shape[1:]):
-            raise TensorError(f"expected weights of shape {shape[1:]} or {shape}, got {self.weights.shape}")
-        return DispatchPosterior(np.broadcast_to(self.weights, shape)[None], system.experts.components)
+        shape = (len(check_prompts(prompts)), len(system.experts.components))
+        weights = np.asarray(self.weights, dtype=np.float64)
+        if weights.shape not in (shape, shape[1:]):
+            raise TensorError(f"expected weights of shape {shape[1:]} or {shape}, got {weights.shape}")
+        return DispatchPosterior(np.broadcast_to(weights, shape)[None], system.experts.components)
 
 
 def one_hot_draws(
-    probabilities: Float[np.ndarray, "prompt component"], components: Sequence[str], draws: int = POSTERIOR_DRAWS
+    probabilities: Float[np.ndarray, "prompt component"],
+    components: Sequence[str],
+    seeds: Sequence[int],
+    draws: int = POSTERIOR_DRAWS,
 ) -> DispatchPosterior:
     """Draws of single components, as many of each as its probability says (systematic sampling), in random order.
+
+    Args:
+        probabilities: (N, K + 1). components: their names. seeds: of each prompt's order. draws: S.
 
     Raises:
         TensorError: no probabilities of these components.
@@ -149,12 +160,16 @@ def one_hot_draws(
     points = (np.arange(draws) + 0.5) / draws
     edges = (probabilities / sums).cumsum(1)[:, :-1]  # (N, K)
     chosen = (points[:, None, None] > edges).sum(-1)  # (S, N)
-    order = np.random.default_rng(0).permutation(draws)
-    return DispatchPosterior(np.eye(len(components))[chosen[order]], tuple(components))
+    orders = np.stack([np.random.default_rng(seed).permutation(draws) for seed in seeds], 1)
+    return DispatchPosterior(np.eye(len(components))[np.take_along_axis(chosen, orders, 0)], tuple(components))
 
 
 def _asked(
-    system: System, prompts: Sequence[str | bytes], names: Mapping[str, str] | None, adaptation: Adaptation | None
+    system: System,
+    prompts: Sequence[str | bytes],
+    seed: int | None,
+    names: Mapping[str, str] | None,
+    adaptation: Adaptation | None,
 ) -> DispatchPosterior:
     components = system.experts.components
     if unknown := set(names or {}) - set(components):
@@ -162,7 +177,5 @@ def _asked(
     called = [category_text((names or {}).get(component, component)) for component in components]
     if len(set(called)) < len(called):
         raise ConfigError(f"expected different names of categories, got {called}")
-    with torch.no_grad():
-        return one_hot_draws(
-            name_probabilities(system.model, system.tokenizer, prompts, called, adaptation), components
-        )
+    probabilities = name_probabilities(system.model, system.tokenizer, prompts, called, adaptation)
+    return one_hot_draws(probabilities, components, row_seeds(seed, check_prompts(prompts)))

@@ -17,6 +17,7 @@ from bayes_dispatch.model.svd_linear import SVDLinear
 __all__ = ["FACTORS_FILE", "Fingerprinted", "load_factors", "save_factors"]
 
 FACTORS_FILE = "factors.safetensors"
+LARGEST_ERROR = 0.5  # that a randomised decomposition may state
 TOLERANCE = 1e-3  # of what the triples miss of W on a probe, beyond their own error
 
 
@@ -87,12 +88,13 @@ def _matrices(model: Fingerprinted) -> dict[str, SVDLinear]:
 
 @torch.no_grad()
 def _check(name: str, linear: SVDLinear, factors: Factors, path: Path) -> None:
-    """Refuse triples that are none of this matrix: ``W v`` must be ``s u`` for all of them, seen through one probe."""
+    """Refuse triples that are none of this matrix: ``W v`` must be ``s u``, ``Wᵀ u`` be ``s v``, through a probe."""
     W, (U, s, Vt, error) = linear.weight, factors
-    shapes = (tuple(U.shape), tuple(s.shape), tuple(Vt.shape))
-    if shapes != ((W.shape[0], len(s)), (len(s),), (len(s), W.shape[1])) or not 1 <= len(s) <= linear.rank:
+    shapes, rank = (tuple(U.shape), tuple(s.shape), tuple(Vt.shape)), s.numel()
+    if shapes != ((W.shape[0], rank), (rank,), (rank, W.shape[1])) or not 1 <= rank <= linear.rank:
         raise BundleError(f"expected factors of {name} for shape {tuple(W.shape)} in {path}, got shapes {shapes}")
     signs = 1.0 - 2.0 * (torch.arange(len(s)) % 2).to(W)
-    missed = (W @ (Vt.T @ signs) - U @ (s * signs)).norm() / (s.max() * len(s) ** 0.5)
-    if not float(missed) <= TOLERANCE + 2 * error:  # NaN fails too
+    missed = (W @ (Vt.T @ signs) - U @ (s * signs)).norm() + (W.T @ (U @ signs) - Vt.T @ (s * signs)).norm()
+    missed = missed / (s.max() * rank**0.5).clamp(min=1e-30)
+    if not 0 <= error <= LARGEST_ERROR or not float(missed) <= TOLERANCE + 2 * error:  # NaN fails too
         raise BundleError(f"expected singular triples of {name} in {path}, got ones off by {float(missed):.2g}")

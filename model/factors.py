@@ -52,7 +52,8 @@ def decompose(weight: Float[Tensor, "out in"], rank: int | None = None) -> Facto
     if full > LARGE and 4 * rank <= full:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            U, s, V = torch.svd_lowrank(weight.detach(), rank + OVERSAMPLING, POWER_ITERATIONS)
+            full_precision = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+            U, s, V = torch.svd_lowrank(full_precision, rank + OVERSAMPLING, POWER_ITERATIONS)
         Vt = V.T
     else:
         U, s, Vt = torch.linalg.svd(weight.detach().double(), full_matrices=False)

@@ -5,7 +5,6 @@ from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -92,6 +91,8 @@ class Steppers:
 def _step(block: Block, scales: Scales) -> Step | None:
     """The step of a block, where it is compiled."""
     mixer = block.mixer
+    if any(z.ndim == 2 and z.shape[1] < getattr(mixer, name).rank for name, z in scales.items()):
+        return None  # other scales in each row of the largest singular values alone: no whole decomposition for them
     norm = _arguments(block.norm)
 
     def matrices(*names: str) -> list[tuple[Array, Array, Array]]:
@@ -165,10 +166,8 @@ def _feed_forward(*arguments: object) -> Step:
 
 def _matrix(linear: SVDLinear, z: Tensor | None) -> tuple[Array, Array, Array]:
     """As compiled functions take it: W and two empty arrays, or U, s z (1 or B, rank) and Vᵀ."""
-    left = 0 if z is None else linear.rank - z.shape[-1]  # singular values that are not scaled
-    if z is None or (left and z.ndim == 1):
+    if z is None or z.shape[-1] < linear.rank:
         weight = array(linear.weight if z is None else linear.folded(z))
         return weight, weight[:0], weight[:0]
-    z = F.pad(z, (0, left), value=1.0)
     U, s, Vt, _ = linear.factors()
     return array(U), array((s * z).reshape(-1, linear.rank)), array(Vt)

@@ -16,6 +16,7 @@ from bayes_dispatch.dispatcher import Dispatcher
 from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError, NotFittedError
 from bayes_dispatch.inference.blends import PosteriorPredictive
 from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.model.factor_files import save_factors
 
 if TYPE_CHECKING:
     from bayes_dispatch.experts.bank import ExpertBank
@@ -158,6 +159,11 @@ class TestDamage:
     def test_an_edited_list(self, saved: Path, change: Callable[[dict[str, Any]], object]) -> None:
         edit(saved, change)
         refused(saved, "expected .* got")
+
+    def test_factors_that_are_not_listed(self, saved: Path) -> None:
+        save_factors(load_bundle(saved).model, saved / "model")
+        with pytest.raises(BundleError, match=r"expected no other files of the model in .*factors"):
+            load_bundle(saved)
 
     @pytest.mark.parametrize("content", ["[]", "null", '"text"', "{}", "{'a': 1}"])
     def test_a_list_that_is_none(self, saved: Path, content: str) -> None:

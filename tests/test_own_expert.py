@@ -176,6 +176,14 @@ class TestCommand:
         assert code == 0
         assert ExpertBank.load("bank").names == ("reverse", "sort", "add", "times")
 
+    def test_the_bank_of_a_bundle_is_not_replaced(self, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        code, _, err = run(
+            capfd, "--name", "a", "--jsonl", "pairs.jsonl", "--no-refit", "--bundle", saved, "--out", saved / "experts"
+        )
+        assert code == 2
+        assert "expected a directory for experts alone, got that of a bundle" in err
+        load_bundle(saved)
+
     @pytest.mark.parametrize("file", [["--text", "prompts.txt"], ["--jsonl", "pairs.jsonl"]], ids=" ".join)
     def test_a_reward(
         self, file: list[str], saved: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -182,7 +182,7 @@ def read_prompts(name: str, path: Path, longest: int) -> OwnPrompts:
     Raises:
         ConfigError: it is missing, no UTF-8, or has too few, or one too long.
     """
-    lines = _read(path).split("\n")
+    lines = _read(path).replace("\r\n", "\n").split("\n")
     for number, line in enumerate(lines, 1):
         _check_length(path, number, line, longest)
     return OwnPrompts(name, tuple(line for line in lines if line.strip()))

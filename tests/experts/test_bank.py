@@ -155,6 +155,19 @@ class TestLaws:
             torch.testing.assert_close(linear(x, bank.blend(w).scales[name]), mixed, rtol=0, atol=1e-10)
 
 
+def test_gradients_reach_experts_without_weight(make_bank: Any, model: Any) -> None:
+    """At a vertex, whatever was blended before."""
+    bank, again = make_bank(model), make_bank(model)
+    again.blend(torch.full((4,), 0.25))
+    found = []
+    for each in (bank, again):
+        weights = torch.tensor([0.0, 0.0, 0.0, 1.0], requires_grad=True)
+        scales = each.blend(weights).scales
+        found.append(torch.autograd.grad(sum(z.sum() for z in scales.values()), weights)[0])
+    assert (found[0][:3] != 0).all()
+    torch.testing.assert_close(*found)
+
+
 def test_the_published_factor_would_break_the_law() -> None:
     """With W(z) · Σs / Σ(s∘z), as Transformer² has it, the blend of matrices is another matrix than W of the blend."""
     linear = SVDLinear(3, 2).double()

@@ -249,7 +249,7 @@ def test_a_true_answer_is_rewarded(base: "MambaFormerForCausalLM", monkeypatch: 
         (lambda: Reinforce(samples=1), "expected at least 2 samples, .* got 1"),
         (lambda: Reinforce(kl=-0.1), "expected a finite kl of at least 0, got -0.1"),
         (lambda: Reinforce(kl=float("nan")), "expected a finite kl of at least 0, got nan"),
-        (lambda: Reinforce(answer_bytes=0), "expected answer_bytes of at least 1, got 0"),
+        (lambda: Reinforce(answer_bytes=0), "expected answer_bytes of 1 to 4096, got 0"),
         (lambda: EarlyStopping(every=0), "expected every, patience and documents of at least 1, got"),
     ],
 )

@@ -18,6 +18,7 @@ from bayes_dispatch.inference.few_shot_methods import (
     ImportanceSampling,
     SequentialMonteCarlo,
     VariationalInference,
+    _systematic,
 )
 
 PAIRS = [("kfpa>", "apfk\n"), ("dcba>", "abcd\n")]
@@ -182,6 +183,14 @@ class AsciiLikelihood(AnswerLikelihood):
         logits = self.model(ids, attention_mask=mask, adaptation=adaptation).logits[..., :128]
         scores = log_likelihood_of(logits, ids.clamp(max=127), self._counted.repeat(particles, 1))
         return scores.unflatten(0, (particles, pairs))
+
+
+def test_resampled_particles_come_in_random_order() -> None:
+    torch.manual_seed(0)
+    weights = torch.tensor([0.5, 0.3, 0.2]).double()
+    chosen = _systematic(weights, 100)
+    assert chosen.bincount().tolist() == pytest.approx([50, 30, 20], abs=1)
+    assert not torch.equal(chosen, chosen.sort().values)
 
 
 @pytest.mark.parametrize(

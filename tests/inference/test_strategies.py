@@ -15,7 +15,7 @@ from bayes_dispatch.inference import categories
 from bayes_dispatch.inference.blends import PosteriorMean
 from bayes_dispatch.inference.categories import QUESTION, CategoryDomain
 from bayes_dispatch.inference.compare import compare_blends
-from bayes_dispatch.inference.few_shot_methods import CrossEntropy, ImportanceSampling
+from bayes_dispatch.inference.few_shot_methods import CrossEntropy, ImportanceSampling, VariationalInference
 from bayes_dispatch.inference.generator import Dispatched, Strategy, TwoPassGenerator
 from bayes_dispatch.inference.strategies import AskedExpert, AskedModel, Classified, FewShot, Given, one_hot_draws
 
@@ -63,7 +63,7 @@ def test_contract(bundle: Any, make_strategy: Callable[[str], Strategy], name: s
     assert np.isfinite(frame["nll"]).all()
 
 
-@pytest.mark.parametrize("name", NAMES[1:4])
+@pytest.mark.parametrize("name", [*NAMES[1:4], NAMES[5]])
 def test_prompts_do_not_meet(bundle: Any, make_strategy: Callable[[str], Strategy], name: str) -> None:
     strategy = make_strategy(name)
     together = strategy.posterior(bundle, PROMPTS, 0).mean
@@ -90,14 +90,29 @@ def test_asked_model_is_the_likelihood_of_the_names(bundle: Any, monkeypatch: py
     np.testing.assert_array_equal(found.weights, AskedModel(called).posterior(bundle, PROMPTS, 0).weights)
 
 
+def test_few_shot_is_the_same_inside_generation(bundle: Any) -> None:
+    """Where gradients are off: SVI still learns, and leaves none behind."""
+    strategy = FewShot(PAIRS, VariationalInference(5, 2, draws=32))
+    made = TwoPassGenerator(bundle).generate(
+        PROMPTS[:1], blend=PosteriorMean(), max_new_tokens=1, seed=3, strategy=strategy
+    )
+    direct = strategy.posterior(bundle, PROMPTS[:1], 3)
+    np.testing.assert_array_equal(made.posterior.weights, direct.weights)
+    longer = FewShot(PAIRS, VariationalInference(6, 2, draws=32)).posterior(bundle, PROMPTS[:1], 3)
+    assert (longer.weights != direct.weights).any()
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in bundle.model.parameters())
+
+
 def test_one_hot_draws() -> None:
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet(np.full(4, 0.4), 50)
-    found = one_hot_draws(probabilities, ("a", "b", "c", "base"), draws=100)
+    found = one_hot_draws(probabilities, ("a", "b", "c", "base"), list(range(50)), draws=100)
+    even = one_hot_draws(np.tile([0.5, 0.5], (40, 1)), ("a", "base"), list(range(40)))
+    assert set(np.unique(even.weights[0].argmax(1))) == {0, 1}  # the first draws, which Thompson sampling takes
     assert set(np.unique(found.weights)) == {0.0, 1.0}
     np.testing.assert_allclose(found.mean, probabilities, atol=0.01)
     with pytest.raises(TensorError, match="expected probabilities"):
-        one_hot_draws(probabilities * 2, ("a", "b", "c", "base"))
+        one_hot_draws(probabilities * 2, ("a", "b", "c", "base"), list(range(50)))
 
 
 def test_category_documents_score_the_category_alone() -> None:

@@ -90,6 +90,33 @@ def test_cached_steps_under_fewer_scales(model64: Any, shared: bool) -> None:
     torch.testing.assert_close(torch.cat(steps, 1), full, rtol=1e-9, atol=1e-9)
 
 
+def test_steps_of_rows_need_no_whole_decomposition(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bayes_dispatch.model.adaptation import Adaptation
+
+    ranks = []
+    monkeypatch.setattr(
+        "bayes_dispatch.model.svd_linear.decompose", lambda W, rank: (ranks.append(rank), decompose(W, rank))[1]
+    )
+    model = make_model()
+    adaptation = Adaptation({name: torch.full((2, 4), 1.5) for name in model.adaptable()})
+    with torch.no_grad():
+        cache = model.init_cache(2, 4)
+        for _ in range(3):
+            model(torch.zeros(2, 1, dtype=torch.long), cache=cache, adaptation=adaptation)
+    assert set(ranks) == {4}
+
+
+def test_half_precision_and_zeros(make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE", 60)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert decompose(falling(90, 120, 0.8).to(dtype), 10).U.dtype == dtype
+    model = make_model()
+    with torch.no_grad():
+        model.blocks[0].mixer.in_proj.weight.zero_()
+    save_factors(model, tmp_path)
+    assert load_factors(model, tmp_path)
+
+
 @pytest.mark.parametrize("rank", [None, 3])
 def test_kept_beside_the_model(
     make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None
