@@ -99,8 +99,10 @@ def judge(
 
 
 def _covered(found: FewShotFit, truth: np.ndarray) -> tuple[bool, ...]:
-    """For the components with a share: whether the 90% interval holds it; nothing of a point estimate, or of a share of 1,
-    which no interval inside the simplex holds."""
+    """For the components with a share: whether the 90% interval holds it; nothing of a point estimate.
+
+    A share of 1 does not count: no interval inside the simplex holds it.
+    """
     if len(found.state) == 1:
         return ()
     low, high = found.posterior.interval(LEVEL)[:, 0]
