@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from bayes_dispatch.cli_experts import experts
+from bayes_dispatch.cli_experts import experts, is_of_a_bundle
 from bayes_dispatch.errors import BayesDispatchError, BundleError, ConfigError, PromptError, UnknownNameError
 from bayes_dispatch.terminal import BundleOption, JsonOption, SeedOption, open_console, print_json
 
@@ -150,8 +150,8 @@ def train_expert(
 ) -> None:
     """Train an expert on a file of yours, and write a bundle that has it, its dispatcher fitted again."""
     _check_new_output(out, "bundle.json" if refit else "bank.json")
-    if not refit:
-        _check_bank_alone(out)
+    if not refit and is_of_a_bundle(out):
+        raise ConfigError(f"expected a directory for experts alone, got that of a bundle's: {out}")
     from bayes_dispatch.own_expert import import_reward, objective_by_name, own_settings, read_domain
 
     function = None if reward is None else import_reward(reward)
@@ -330,12 +330,6 @@ def _check_new_output(path: Path, index: str) -> None:
         raise BundleError(
             f"expected a new directory or an earlier output to replace, got {path}, which holds other files"
         )
-
-
-def _check_bank_alone(path: Path) -> None:
-    """Refuse the bank of a bundle, whose dispatcher is fitted for the experts there."""
-    if (path.resolve().parent / "bundle.json").exists():
-        raise ConfigError(f"expected a directory for experts alone, got that of a bundle's: {path}")
 
 
 def _use_one_thread() -> None:

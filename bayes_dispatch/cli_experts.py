@@ -8,7 +8,7 @@ import typer
 from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.terminal import BundleOption, JsonOption, open_console, print_json
 
-__all__ = ["experts"]
+__all__ = ["experts", "is_of_a_bundle"]
 
 experts = typer.Typer(help="The experts of a bundle, or of a bank on its own: list, show, check and edit them.")
 
@@ -128,9 +128,14 @@ def _directory(bundle: Path | None, bank: Path | None) -> Path:
     return bundle / "experts"
 
 
+def is_of_a_bundle(bank: Path) -> bool:
+    """Whether a directory of experts is a bundle's, whose dispatcher is fitted for them."""
+    return (bank.resolve().parent / "bundle.json").exists()
+
+
 def _editable(bundle: Path | None, bank: Path | None) -> Path:
     """Of the bank to edit; that of a bundle is none."""
-    if bank is None or bundle is not None or (bank.resolve().parent / "bundle.json").exists():
+    if bank is None or bundle is not None or is_of_a_bundle(bank):
         raise ConfigError(
             "expected --bank with a bank on its own, got that of a bundle, whose dispatcher has the old names: "
             "change a copy, refit a dispatcher to it, and save both as a new bundle"
