@@ -102,7 +102,8 @@ def _number(values: Sequence[tuple[float, float]]) -> str:
 
 
 def main(
-    seeds: Annotated[int, typer.Option(min=1, help="seeds, from 0")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="how many seeds")] = 3,
+    first_seed: Annotated[int, typer.Option(min=0, help="the first of them")] = 0,
     domain: Annotated[list[str] | None, typer.Option(help="only this convention; may be repeated")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="training steps; 80 by default")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a smoke test: one step, two documents")] = False,
@@ -118,7 +119,7 @@ def main(
     found: dict[str, dict[str, list[Outcome]]] = {}
     for name in domain or named:
         found[name] = {objective: [] for objective in OBJECTIVES}
-        for seed in tqdm(range(seeds), name, disable=None):
+        for seed in tqdm(range(first_seed, first_seed + seeds), name, disable=None):
             for title, objective in OBJECTIVES.items():
                 found[name][title].append(run(model, named[name], objective, seed, budget))
         for table in tables(found):
