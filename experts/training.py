@@ -15,6 +15,7 @@ from bayes_dispatch.experts.objectives import Likelihood, Objective
 from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.backbone import block_of
 from bayes_dispatch.model.frozen import frozen
 from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
 from bayes_dispatch.model.pretraining import schedule
@@ -96,7 +97,7 @@ class ExpertSettings:
         chosen = {
             name: rank if self.rank is None else min(rank, self.rank)
             for name, rank in adaptable.items()
-            if (self.matrices is None or name.rpartition(".")[2] in self.matrices) and _block(name) >= self.adapt_from
+            if (self.matrices is None or name.rpartition(".")[2] in self.matrices) and block_of(name) >= self.adapt_from
         }
         if not chosen:
             raise ConfigError(f"expected a matrix from block {self.adapt_from} on to adapt, got none")
@@ -158,12 +159,6 @@ def train_expert(
             **kept.metadata(),
         },
     )
-
-
-def _block(name: str) -> int:
-    """The number of a matrix' block: the first in its name, 0 where there is none."""
-    numbers = [int(part) for part in name.split(".") if part.isdigit()]
-    return numbers[0] if numbers else 0
 
 
 class _Best:

@@ -9,7 +9,7 @@ from torch import Tensor
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.cache import Cache
 
-__all__ = ["Backbone", "CausalLMOutput"]
+__all__ = ["Backbone", "CausalLMOutput", "Cuttable", "block_of"]
 
 
 class CausalLMOutput(NamedTuple):
@@ -51,3 +51,45 @@ class Backbone(Protocol):
     def fingerprint(self) -> str:
         """A hash of the weights: equal for equal weights only."""
         ...
+
+
+@runtime_checkable
+class Cuttable(Protocol):
+    """A causal language model whose blocks can also run in two parts."""
+
+    def below(
+        self,
+        block: int,
+        input_ids: Int[Tensor, "B T"],
+        *,
+        attention_mask: Int[Tensor, "B T"] | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """The hidden states that come into ``block``; ``cache`` is of the blocks before it."""
+        ...
+
+    def above(
+        self,
+        block: int,
+        x: Float[Tensor, "B T D"],
+        *,
+        attention_mask: Int[Tensor, "B T"] | None = None,
+        cache: Cache | None = None,
+        adaptation: Adaptation | None = None,
+        last: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B t V"]:
+        """Logits: run ``block`` and all after it on what ``below`` gave; ``cache`` is of these blocks.
+
+        With ``last`` (B,) those of one place of each row alone, (B, 1, V).
+        """
+        ...
+
+    def init_cache(self, batch_size: int, max_length: int, *, blocks: range) -> Cache:
+        """An empty cache of some blocks."""
+        ...
+
+
+def block_of(matrix: str) -> int:
+    """The block that an adaptable matrix belongs to: the first number in its name, 0 where there is none."""
+    numbers = [int(part) for part in matrix.split(".") if part.isdigit()]
+    return numbers[0] if numbers else 0

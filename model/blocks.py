@@ -1,6 +1,7 @@
 """Residual blocks in sequence: the part that all models share."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import cast
 
 import torch
@@ -17,10 +18,23 @@ from bayes_dispatch.model.fingerprint import Fingerprint
 from bayes_dispatch.model.mixers import Memory, Span
 from bayes_dispatch.model.normalisation import RMSNorm
 from bayes_dispatch.model.padding import Padding, check_padding
-from bayes_dispatch.model.stepping import Steppers, can_step
+from bayes_dispatch.model.stepping import Stepper, Steppers, can_step
 from bayes_dispatch.model.svd_linear import SVDLinear
 
-__all__ = ["BlockStack", "MambaFormer", "check_adaptation"]
+__all__ = ["BlockStack", "MambaFormer", "Stretch", "check_adaptation"]
+
+
+class Stretch:
+    """Blocks that run one after the other, with or without the normalisation at the end, and their latest stepper.
+
+    Attributes:
+        blocks: their indices. normalised: whether the normalisation follows them.
+    """
+
+    def __init__(self, blocks: range, normalised: bool) -> None:
+        self.blocks = blocks
+        self.normalised = normalised
+        self.steppers = Steppers()
 
 
 class BlockStack(nn.Module):
@@ -51,7 +65,7 @@ class BlockStack(nn.Module):
             ):  # residual branches start small, so that depth does not blow up the stream
                 parameter.data.mul_(backbone.n_blocks**-0.5)
         self._fingerprint = Fingerprint()
-        self._steppers = Steppers()
+        self._stretches: dict[range, Stretch] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,7 +89,7 @@ class BlockStack(nn.Module):
         scales = self._scales(adaptation)
         saving = self.gradient_checkpointing and self.training and cache is None
         for index in range(start, stop):
-            state = None if cache is None else cache.states[index]
+            state = None if cache is None else cache.states[index - cache.first]
             if saving:
                 x = cast(
                     Tensor, checkpoint(self.blocks[index], x, span, scales[index], None, memory, use_reentrant=False)
@@ -93,26 +107,42 @@ class BlockStack(nn.Module):
         memory: Memory | None = None,
         *,
         same_weights: bool = False,
+        stretch: Stretch | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """All blocks and the normalisation over right-padded hidden states, with nothing checked but the scales.
+        """Blocks and the normalisation over right-padded hidden states, with nothing checked but the scales.
 
         Args:
             tokens: real ones of each row (B,), by which ``cache`` is advanced; ``None`` where all T are.
             same_weights: no weight has changed since the fingerprint was last asked for.
+            stretch: the blocks to run, those of ``cache``; ``None`` for all, and the normalisation.
         """
+        stretch = stretch or self._stretch(range(len(self.blocks)))
         span = Span(tokens) if cache is None else Span(tokens, cache.read, cache.dropped)
         if cache is not None and can_step(x):
             if not same_weights:
                 self.fingerprint()
-            stepper = self._steppers.of(self._fingerprint.key, adaptation, self.blocks, self.norm, self._scales)
-            self._check_blocks(range(len(self.blocks)), cache, adaptation)
+            build = partial(self._stepper, stretch, adaptation)
+            stepper = stretch.steppers.of(self._fingerprint.key, adaptation, build)
+            self._check_blocks(stretch.blocks, cache, adaptation)
             x = stepper(x, span, cache, memory)
         else:
-            blocks = 0, len(self.blocks)
-            x = self.norm(self.run_blocks(x, span, *blocks, cache=cache, adaptation=adaptation, memory=memory))
+            blocks = stretch.blocks.start, stretch.blocks.stop
+            x = self.run_blocks(x, span, *blocks, cache=cache, adaptation=adaptation, memory=memory)
+            x = self.norm(x) if stretch.normalised else x
         if cache is not None:
             cache.advance(x.shape[1] if tokens is None else tokens)
         return x
+
+    def _stretch(self, blocks: range) -> Stretch:
+        """These blocks, and the normalisation if the last is among them."""
+        if not blocks or blocks.stop > len(self.blocks):
+            raise ConfigError(f"expected blocks of 0 … {len(self.blocks) - 1}, got {blocks.start} … {blocks.stop - 1}")
+        return self._stretches.setdefault(blocks, Stretch(blocks, blocks.stop == len(self.blocks)))
+
+    def _stepper(self, stretch: Stretch, adaptation: Adaptation) -> Stepper:
+        scales = self._scales(adaptation)
+        blocks = [cast(Block, self.blocks[index]) for index in stretch.blocks]
+        return Stepper(blocks, self.norm if stretch.normalised else None, [scales[index] for index in stretch.blocks])
 
     def _check_blocks(self, blocks: range, cache: Cache, adaptation: Adaptation) -> None:
         """Before any block changes its state: raise if one was filled under other scales."""
@@ -135,6 +165,7 @@ class BlockStack(nn.Module):
         dtype: torch.dtype | None = None,
         kv_dtype: torch.dtype | None = None,
         grow: bool = False,
+        blocks: range | None = None,
     ) -> Cache:
         """An empty cache.
 
@@ -144,13 +175,16 @@ class BlockStack(nn.Module):
             dtype: of the states; ``None`` for the model's own. kv_dtype: of keys and values, ``torch.int8`` among
                 others; ``None`` for ``dtype``.
             grow: make room when ``max_length`` is reached, instead of raising ``CacheFullError``.
+            blocks: those that it is for, one after the other; all by default.
 
         Raises:
             ConfigError: a size below 1, no bound for attention without a window, or a dtype that cannot hold states.
         """
         if batch_size < 1 or (max_length is not None and max_length < 1):
             raise ConfigError(f"expected a batch and a length of at least 1, got {batch_size} and {max_length}")
-        if max_length is None and self.backbone.attention_window is None and "attention" in self.backbone.block_kinds:
+        blocks = range(len(self.blocks)) if blocks is None else blocks
+        kinds = [self.backbone.block_kinds[index] for index in blocks]
+        if max_length is None and self.backbone.attention_window is None and "attention" in kinds:
             raise ConfigError("expected max_length for attention without a window, got None")
         dtype = dtype or self.dtype
         kv_dtype = kv_dtype or dtype
@@ -158,8 +192,9 @@ class BlockStack(nn.Module):
             raise ConfigError(
                 f"expected a float dtype, and a float one or int8 for kv_dtype, got {dtype} and {kv_dtype}"
             )
-        states = [cast(Block, block).init_state(batch_size, max_length, dtype, kv_dtype) for block in self.blocks]
-        return Cache(states, batch_size, max_length, self._maker(), grow)
+        own = (cast(Block, self.blocks[index]) for index in blocks)
+        states = [block.init_state(batch_size, max_length, dtype, kv_dtype) for block in own]
+        return Cache(states, batch_size, max_length, self._maker(), grow, blocks.start)
 
     def adaptable(self) -> dict[str, int]:
         """Name and rank of each matrix that can be adapted, in order."""
@@ -176,15 +211,21 @@ class BlockStack(nn.Module):
         cache: Cache | None,
         adaptation: Adaptation,
         memory: Memory | None = None,
+        stretch: Stretch | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """All blocks and the normalisation, over right-padded hidden states; ``cache`` is checked and advanced."""
+        """``advance``, but ``cache`` is checked."""
         if cache is not None:
             cache.check_model(self._maker())
             cache.check_room(x.shape[0], x.shape[1] if padding.tokens is None else padding.tokens)
-        return self.advance(x, padding.tokens, cache, adaptation, memory, same_weights=True)
+        return self.advance(x, padding.tokens, cache, adaptation, memory, same_weights=True, stretch=stretch)
 
     def _check_adaptation(self, adaptation: Adaptation, batch: int) -> None:
         check_adaptation(adaptation, self.adaptable() if adaptation.scales else {}, self.dtype, batch)
+
+    def _check_states(self, x: Tensor) -> None:
+        width = self.backbone.d_model
+        if x.ndim != 3 or x.shape[0] < 1 or x.shape[1] < 1 or x.shape[2] != width:
+            raise TensorError(f"expected hidden states of shape (B, T, {width}) with B, T >= 1, got {tuple(x.shape)}")
 
     def _maker(self) -> str:
         """What a cache remembers of the model that made it."""
@@ -225,9 +266,7 @@ class MambaFormer(BlockStack):
         Raises:
             TensorError: ``x`` is empty or of another width.
         """
-        width = self.backbone.d_model
-        if x.ndim != 3 or x.shape[0] < 1 or x.shape[1] < 1 or x.shape[2] != width:
-            raise TensorError(f"expected hidden states of shape (B, T, {width}) with B, T >= 1, got {tuple(x.shape)}")
+        self._check_states(x)
         adaptation = adaptation or Adaptation.identity()
         self._check_adaptation(adaptation, x.shape[0])
         padding = check_padding(attention_mask, (x.shape[0], x.shape[1]), at_least=1 if cache is None else 0)

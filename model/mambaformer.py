@@ -1,11 +1,13 @@
 """The MambaFormer (arXiv 2402.04248): a Mamba block, then pairs of attention and Mamba blocks, as a language model."""
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import CausalLMOutput
+from bayes_dispatch.model.backbone import CausalLMOutput, block_of
 from bayes_dispatch.model.block import Block
 from bayes_dispatch.model.blocks import MambaFormer
 from bayes_dispatch.model.cache import Cache
@@ -57,6 +59,36 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         """
         hidden, _ = self.read(input_ids, attention_mask, cache, adaptation)
         return CausalLMOutput(self.logits(hidden), hidden, cache)
+
+    def above(
+        self,
+        block: int,
+        x: Float[Tensor, "B T D"],
+        *,
+        attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"] | None = None,
+        cache: Cache | None = None,
+        adaptation: Adaptation | None = None,
+        last: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B t V"]:
+        """The logits (B, T, V) that ``forward`` gives, from the hidden states that come into ``block``.
+
+        Args:
+            x: what ``below`` gave. cache: one of ``init_cache(…, blocks=range(block, …))``, up to the last block.
+            last: (B,) the one place of each row whose logits are wanted: (B, 1, V).
+
+        Raises:
+            TensorError: hidden states, a mask or scales of the wrong shape, or scales of a block below.
+            CacheFullError, StaleCacheError: see ``forward``.
+        """
+        adaptation = adaptation or Adaptation.identity()
+        self._check_states(x)
+        self._check_adaptation(adaptation, x.shape[0])
+        if reached := [name for name in adaptation.scales if block_of(name) < block]:
+            raise TensorError(f"expected scales of block {block} and above alone, got some for {reached[0]}")
+        padding = check_padding(attention_mask, (x.shape[0], x.shape[1]), at_least=1 if cache is None else 0)
+        stretch = self._stretch(range(block, len(self.blocks)))
+        hidden = padding.restore(self._run(padding.to_right(x), padding, cache, adaptation, stretch=stretch))
+        return self.logits(hidden if last is None else hidden[torch.arange(len(hidden)), last][:, None])
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """The next-token head."""

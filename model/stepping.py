@@ -6,7 +6,7 @@ from typing import cast
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.block import Block
@@ -41,14 +41,14 @@ def can_step(x: Float[Tensor, "B T D"]) -> bool:
 class Stepper:
     """Steps of blocks with their present weights and these scales; modules are not called, nor are their hooks."""
 
-    def __init__(self, blocks: Iterable[Block], norm: RMSNorm, scales: Sequence[Scales]) -> None:
+    def __init__(self, blocks: Iterable[Block], norm: RMSNorm | None, scales: Sequence[Scales]) -> None:
         self._blocks = [(block, z, _step(block, z)) for block, z in zip(blocks, scales, strict=True)]
-        self._norm = _arguments(norm)
+        self._norm = None if norm is None else _arguments(norm)
 
     def __call__(
         self, x: Float[Tensor, "B 1 D"], span: Span, cache: Cache, memory: Memory | None
     ) -> Float[Tensor, "B 1 D"]:
-        """The hidden states after the normalisation; states change, but the cache is not advanced."""
+        """The hidden states, normalised where that was asked for; states change, but the cache is not advanced."""
         rows = x[:, 0].numpy().copy()
         places = span.places(len(rows))
         for (block, z, step), state in zip(self._blocks, cache.states, strict=True):
@@ -56,12 +56,13 @@ class Stepper:
                 rows, places, state
             ):  # a first step of cross-attention, states of other precision
                 rows[:] = block(torch.from_numpy(rows)[:, None], span, z, state, memory)[:, 0].numpy()
-        kernels().normalise(rows, *self._norm, rows)
+        if self._norm is not None:
+            kernels().normalise(rows, *self._norm, rows)
         return torch.from_numpy(rows)[:, None]
 
 
 class Steppers:
-    """The latest stepper of a model."""
+    """The latest stepper of some blocks."""
 
     def __init__(self) -> None:
         self._kept: tuple[object, Adaptation | None, Stepper] | None = None  # replaced at once: threads may share it
@@ -72,19 +73,15 @@ class Steppers:
     def __reduce__(self) -> tuple[type["Steppers"], tuple[()]]:
         return Steppers, ()
 
-    def of(
-        self,
-        weights: object,
-        adaptation: Adaptation,
-        blocks: nn.ModuleList,
-        norm: RMSNorm,
-        scales: Callable[[Adaptation], Sequence[Scales]],
-    ) -> Stepper:
-        """The stepper of these blocks; ``weights`` is the same object for as long as theirs do not change."""
+    def of(self, weights: object, adaptation: Adaptation, build: Callable[[], Stepper]) -> Stepper:
+        """The stepper under these scales, built anew where it is not the latest.
+
+        Args:
+            weights: the same object for as long as the blocks' weights do not change.
+        """
         kept, adapted = self._kept, adaptation if adaptation.scales else None
         if kept is None or kept[0] is not weights or kept[1] is not adapted:
-            stepper = Stepper(cast("Iterable[Block]", blocks), norm, scales(adaptation))
-            self._kept = kept = weights, adapted, stepper
+            self._kept = kept = weights, adapted, build()
         return kept[2]
 
 

@@ -36,12 +36,37 @@ class TokenModel(BlockStack):
             TensorError, CacheFullError, StaleCacheError: see ``MambaFormerForCausalLM``.
         """
         adaptation = adaptation or Adaptation.identity()
-        check_ids(input_ids, self.vocab_size)
         self._check_adaptation(adaptation, input_ids.shape[0])
+        x, padding = self._embed(input_ids, attention_mask, cache)
+        return padding.restore(self._run(x, padding, cache, adaptation, memory)), padding
+
+    def below(
+        self,
+        block: int,
+        input_ids: Int[Tensor, "B T"],
+        *,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """The hidden states that come into ``block``; ``cache`` is of ``init_cache(…, blocks=range(block))``.
+
+        Raises:
+            TensorError, CacheFullError, StaleCacheError: see ``MambaFormerForCausalLM``.
+        """
+        x, padding = self._embed(input_ids, attention_mask, cache)
+        if block == 0:
+            return padding.restore(x)
+        stretch = self._stretch(range(block))
+        return padding.restore(self._run(x, padding, cache, Adaptation.identity(), stretch=stretch))
+
+    def _embed(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None
+    ) -> tuple[Float[Tensor, "B T D"], Padding]:
+        """Embeddings of checked tokens, right-padded."""
+        check_ids(input_ids, self.vocab_size)
         shape = (input_ids.shape[0], input_ids.shape[1])
         padding = check_padding(attention_mask, shape, at_least=1 if cache is None else 0)
-        x = self.embedding(padding.to_right(input_ids))
-        return padding.restore(self._run(x, padding, cache, adaptation, memory)), padding
+        return self.embedding(padding.to_right(input_ids)), padding
 
     def step(self, tokens: Int[Tensor, " B"], cache: Cache, adaptation: Adaptation) -> Float[Tensor, "B D"]:
         """What ``read`` gives for one more token of each row, with nothing checked: for loops that have done so.

@@ -50,7 +50,7 @@ class Cache:
     and row by row, the scales that made it; continuing under others raises ``StaleCacheError``.
 
     Attributes:
-        states: one ``State`` per block.
+        states: one ``State`` per block. first: index of the first of these blocks in the model.
         capacity: most tokens that attention keeps in order; ``None`` where every state is of bounded size.
         grow: make room when the capacity is reached, instead of raising ``CacheFullError``.
     """
@@ -62,8 +62,10 @@ class Cache:
         capacity: int | None,
         model: str,
         grow: bool = False,
+        first: int = 0,
     ) -> None:
         self.states = list(states)
+        self.first = first
         self.capacity = capacity
         self.grow = grow
         self._batch_size = batch_size
@@ -147,9 +149,14 @@ class Cache:
             raise ConfigError(f"expected at least one copy of each row, got {copies}")
         return self.reorder(torch.arange(self.batch_size).repeat_interleave(copies))
 
+    def select(self, indices: Sequence[int] | Int[Tensor, " R"]) -> "Cache":
+        """An independent copy of some rows, in that order: see ``reorder``."""
+        return self.clone().reorder(indices)
+
     def clone(self) -> "Cache":
         """An independent copy."""
-        copy = Cache([state.copy() for state in self.states], self.batch_size, self.capacity, self._model, self.grow)
+        states = [state.copy() for state in self.states]
+        copy = Cache(states, self.batch_size, self.capacity, self._model, self.grow, self.first)
         copy._read, copy._dropped, copy._made_by = self._read, self._dropped, list(self._made_by)
         return copy
 
@@ -178,7 +185,7 @@ class Cache:
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, whole or not at all."""
         lengths = {"read": self.lengths, "dropped": self._per_row(self._dropped)}
-        about = {name: getattr(self, name) for name in ("batch_size", "capacity", "grow")}
+        about = {name: getattr(self, name) for name in ("batch_size", "capacity", "grow", "first")}
         write_states(Path(path), self.states, lengths, about | {"model": self._model, "made_by": self._made_by})
 
     @classmethod
@@ -191,7 +198,7 @@ class Cache:
         path = Path(path)
         states, lengths, about = read_states(path, ("read", "dropped"))
         try:
-            cache = cls(states, about["batch_size"], about["capacity"], about["model"], about["grow"])
+            cache = cls(states, about["batch_size"], about["capacity"], about["model"], about["grow"], about["first"])
             cache._made_by = [tuple(d) if isinstance(d, list) else d for d in about["made_by"]]
         except (KeyError, TypeError) as error:
             raise BundleError(f"expected a cache in {path}, got one without {error}") from None
@@ -222,9 +229,9 @@ class Cache:
 
     def check_block(self, block: int, digest: Digest) -> None:
         """Raise ``StaleCacheError`` if block ``block`` was filled under other scales; else remember these."""
-        made_by = self._made_by[block]
+        made_by = self._made_by[block - self.first]
         if made_by is None:
-            self._made_by[block] = digest
+            self._made_by[block - self.first] = digest
         elif made_by is not digest and self._rows(made_by) != self._rows(digest):
             row = next(b for b in range(self.batch_size) if self._rows(made_by)[b] != self._rows(digest)[b])
             expected, got = self._rows(made_by)[row] or "none", self._rows(digest)[row] or "none"
