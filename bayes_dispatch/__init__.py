@@ -69,10 +69,12 @@ if TYPE_CHECKING:
         Blend,
         PosteriorMean,
         PosteriorPredictive,
+        RefinedMean,
         ThompsonSample,
         TopK,
     )
     from bayes_dispatch.inference.compare import Comparison, compare_blends
+    from bayes_dispatch.inference.cost import Cost
     from bayes_dispatch.inference.few_shot import FewShotFit, FewShotProgram
     from bayes_dispatch.inference.few_shot_methods import (
         CrossEntropy,
@@ -81,7 +83,7 @@ if TYPE_CHECKING:
         VariationalInference,
     )
     from bayes_dispatch.inference.first_pass import FirstPass, first_pass
-    from bayes_dispatch.inference.generator import Generation, TwoPassGenerator
+    from bayes_dispatch.inference.generator import Generation, Streamed, TwoPassGenerator
     from bayes_dispatch.inference.strategies import (
         AskedExpert,
         AskedModel,
@@ -164,12 +166,15 @@ __all__ = [
     "Agreement",
     "TwoPassGenerator",
     "Generation",
+    "Streamed",
+    "Cost",
     "Blend",
     "PosteriorMean",
     "TopK",
     "BestExpert",
     "ThompsonSample",
     "PosteriorPredictive",
+    "RefinedMean",
     "compare_blends",
     "Comparison",
     "FewShotProgram",
@@ -265,12 +270,15 @@ _MODULE_OF = {
     "Agreement": "distances",
     "TwoPassGenerator": "inference.generator",
     "Generation": "inference.generator",
+    "Streamed": "inference.generator",
+    "Cost": "inference.cost",
     "Blend": "inference.blends",
     "PosteriorMean": "inference.blends",
     "TopK": "inference.blends",
     "BestExpert": "inference.blends",
     "ThompsonSample": "inference.blends",
     "PosteriorPredictive": "inference.blends",
+    "RefinedMean": "inference.blends",
     "compare_blends": "inference.compare",
     "Comparison": "inference.compare",
     "FewShotProgram": "inference.few_shot",

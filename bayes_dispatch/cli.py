@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -235,11 +236,12 @@ def generate(
     ] = None,
     escapes: Annotated[bool, typer.Option("--escapes", help=r"Read \n in --prompt as a newline, and \\ as \.")] = False,
     blending_mode: Annotated[
-        str, typer.Option(help="weighted_average, top_k, max, thompson or predictive.")
+        str, typer.Option(help="weighted_average, top_k, max, thompson, predictive or refined_mean.")
     ] = "weighted_average",
     top_k: Annotated[int, typer.Option(min=1, help="Components that top_k keeps.")] = 2,
-    draws: Annotated[int, typer.Option(min=1, help="Particles of predictive.")] = 16,
+    draws: Annotated[int, typer.Option(min=1, help="Particles of predictive and refined_mean.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Bytes to generate.")] = 32,
+    stop: Annotated[str | None, typer.Option(help="A text ends with it; --escapes holds for it, too.")] = None,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw from the predictive distribution; default: greedy.")
     ] = False,
@@ -269,6 +271,7 @@ def generate(
         do_sample=sample,
         temperature=temperature,
         seed=seed,
+        stop=None if stop is None else _typed(stop, escapes),
         progress=sys.stderr.isatty(),
     )
     if as_json:
@@ -352,7 +355,11 @@ def _print_report(report: Any, as_json: bool) -> None:
 
 def _as_json(generation: "Generation") -> dict[str, Any]:
     """The fields of a ``Generation`` under their names; lists have an entry for each prompt."""
-    posterior = generation.posterior
+    posterior, cost = generation.posterior, generation.cost
+
+    def trimmed(values: Any) -> list[list[float]]:
+        return [row[:length].tolist() for row, length in zip(values, generation.lengths, strict=True)]
+
     return {
         "prompts": [prompt.decode() for prompt in generation.prompts],
         "texts": list(generation.texts),
@@ -365,14 +372,16 @@ def _as_json(generation: "Generation") -> dict[str, Any]:
             "probability_best": posterior.probability_best.tolist(),
             "entropy": posterior.entropy.tolist(),
         },
-        "token_ids": generation.token_ids.tolist(),
-        "log_probabilities": generation.log_probabilities.tolist(),
-        "predictive_entropy": generation.predictive_entropy.tolist(),
-        "mutual_information": generation.mutual_information.tolist(),
+        "token_ids": trimmed(generation.token_ids),
+        "log_probabilities": trimmed(generation.log_probabilities),
+        "predictive_entropy": trimmed(generation.predictive_entropy),
+        "mutual_information": trimmed(generation.mutual_information),
+        "cost": {**asdict(cost), "total": cost.total, "prompt_passes": cost.prompt_passes},
     }
 
 
 def _print_generation(generation: "Generation", show_experts: bool) -> None:
+    import numpy as np
     from rich.text import Text
 
     from bayes_dispatch.tables import visible, weights_table
@@ -388,7 +397,7 @@ def _print_generation(generation: "Generation", show_experts: bool) -> None:
                 generation.predictive_entropy[n],
                 generation.mutual_information[n],
             )
-            nll, entropy, information = (value.mean() for value in values)
+            nll, entropy, information = (np.nanmean(value) for value in values)
             note = (
                 f"Blend weight: under {generation.blend}, once the prompt was read. New bytes, in nats: NLL {nll:.3f}, "
                 f"entropy {entropy:.3f}, mutual information {information:.4f}."

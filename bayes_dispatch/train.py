@@ -132,7 +132,7 @@ def train_bundle(
     announce("experts")
     experts = _experts(plan, model, work, processes, progress)
     announce("dispatcher")
-    train = _dispatcher_evidence(plan, model, progress)
+    train = _dispatcher_evidence(plan, model, experts.adapt_from, progress)
     dispatcher = _fitted_dispatcher(plan, experts, train, work, progress)
     unjudged = Bundle(model, experts, dispatcher)
     unjudged.save(work / "unjudged")
@@ -181,13 +181,15 @@ def _train_one_expert(base: Path, index: int, settings: ExpertSettings, out: Pat
     ExpertBank([train_expert(model, EXPERT_DOMAINS[index], settings, progress=False)]).save(out)
 
 
-def _dispatcher_evidence(plan: TrainingPlan, model: MambaFormerForCausalLM, progress: bool) -> KnownEvidence:
+def _dispatcher_evidence(
+    plan: TrainingPlan, model: MambaFormerForCausalLM, block: int, progress: bool
+) -> KnownEvidence:
     lengths, seed = plan.prompt_lengths, plan.seed
     return KnownEvidence.concatenate(
         [
-            pure_evidence(model, EXPERT_DOMAINS, plan.pure_prompts, lengths, "train", seed, progress),
-            mixed_evidence(model, EXPERT_DOMAINS, plan.mixed_prompts, lengths, "train", seed, progress),
-            base_evidence(model, BASE_TEXTS, len(EXPERT_DOMAINS), plan.pure_prompts, lengths, "train", seed),
+            pure_evidence(model, EXPERT_DOMAINS, plan.pure_prompts, lengths, "train", seed, progress, block),
+            mixed_evidence(model, EXPERT_DOMAINS, plan.mixed_prompts, lengths, "train", seed, progress, block),
+            base_evidence(model, BASE_TEXTS, len(EXPERT_DOMAINS), plan.pure_prompts, lengths, "train", seed, block),
         ]
     )
 
@@ -214,14 +216,15 @@ def _evaluate(
     report: dict[str, Any] = {"plan": json.loads(json.dumps(asdict(plan)))}
     for _, kind, name, _, directory in jobs:
         report.setdefault(kind, {})[name] = read_json(_result(directory, kind, name))
-    model, seed = bundle.model, plan.seed + 1
+    model, seed, block = bundle.model, plan.seed + 1, bundle.experts.adapt_from
+    judged, among = plan.judged_prompts, len(EXPERT_DOMAINS)
     pure = {
-        length: pure_evidence(model, EXPERT_DOMAINS, plan.judged_prompts, (length, length), "held_out", seed + length)
+        length: pure_evidence(model, EXPERT_DOMAINS, judged, (length, length), "held_out", seed + length, block=block)
         for length in (32, 64, 128)
     }
     low, high = plan.prompt_lengths
-    mixed = mixed_evidence(model, EXPERT_DOMAINS, plan.judged_mixtures, (low, high), "held_out", seed, progress)
-    foreign = foreign_evidence(model, FOREIGN_TEXTS, len(EXPERT_DOMAINS), plan.judged_prompts, (128, 128), seed)
+    mixed = mixed_evidence(model, EXPERT_DOMAINS, plan.judged_mixtures, (low, high), "held_out", seed, progress, block)
+    foreign = foreign_evidence(model, FOREIGN_TEXTS, among, judged, (128, 128), seed, block)
     report["dispatch"] = dispatch_report(bundle.dispatcher, train, pure, mixed, foreign, seed)
     return report
 

@@ -13,7 +13,7 @@ from bayes_dispatch.errors import ConfigError, ForeignExpertError, TensorError, 
 from bayes_dispatch.experts.bank_files import StoredExpert, read_bank, write_bank
 from bayes_dispatch.experts.vectors import BASE, ExpertVector
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import Backbone
+from bayes_dispatch.model.backbone import Backbone, block_of
 
 __all__ = ["ExpertBank"]
 
@@ -35,6 +35,7 @@ class ExpertBank(Mapping[str, ExpertVector]):
         names: names of the K experts, in order. components: the same with ``base`` at the end.
         base: fingerprint of the model that all of them were trained on.
         matrices: the adapted matrices, in order, with the number of scales of each.
+        adapt_from: the first block that has one of them: what is below is the same under every blend.
         metadata: of each expert, by name; no expert is read for it.
 
     Raises:
@@ -61,6 +62,7 @@ class ExpertBank(Mapping[str, ExpertVector]):
         )
         self.names = tuple(self._experts)
         self.components = (*self.names, BASE)
+        self.adapt_from = min(map(block_of, self.matrices))
         self._deviations: Tensor | None = None
         self._waiting = set(range(len(experts)))  # rows of it that no blend needed so far
 

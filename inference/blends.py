@@ -21,6 +21,7 @@ __all__ = [
     "Particles",
     "PosteriorMean",
     "PosteriorPredictive",
+    "RefinedMean",
     "ThompsonSample",
     "TopK",
     "blend_by_name",
@@ -37,12 +38,17 @@ class Particles:
         switching: possible values of the probability, at each token, that the document changes its domain; equally
             probable at first, and filtered along with the particles. 0 alone: it never changes.
         flat: share of equal masses in the prior that a changed document draws its domain from.
+        merge: particles are run as one, once the prompt is read, whose predictives differ by no more than this many
+            nats a token (``merging``); 0 for none.
+        refined: once the prompt is read, the particles are replaced by one: their filtered mean.
     """
 
     weights: np.ndarray
     mass: np.ndarray
     switching: tuple[float, ...] = (0.0,)
     flat: float = 0.0
+    merge: float = 0.0
+    refined: bool = False
 
     def select(self, prompts: slice) -> "Particles":
         """The particles of some prompts."""
@@ -152,13 +158,14 @@ class PosteriorPredictive:
     Attributes:
         draws: particles in all.
         switching: see ``Particles``. flat: see ``Particles``.
-        vertex_mass: prior mass of the vertices together.
+        vertex_mass: prior mass of the vertices together. merge: see ``Particles``.
     """
 
     draws: int = 16
     switching: tuple[float, ...] = (0.001, 0.01, 0.1)
     flat: float = 0.1
     vertex_mass: float = 0.5
+    merge: float = 0.001
     name = "predictive"
 
     def __post_init__(self) -> None:
@@ -169,6 +176,8 @@ class PosteriorPredictive:
         for field in ("flat", "vertex_mass"):
             if not 0 <= getattr(self, field) < 1:
                 raise ConfigError(f"expected {field} in [0, 1), got {getattr(self, field)}")
+        if not 0 <= self.merge < float("inf"):
+            raise ConfigError(f"expected a merge of at least 0 nats, got {self.merge}")
 
     def particles(self, posterior: DispatchPosterior) -> Particles:
         available, prompts, components = posterior.weights.shape
@@ -177,7 +186,8 @@ class PosteriorPredictive:
             raise ConfigError(f"expected a posterior of at least {self.draws - fixed} draws, got {available}")
         drawn = posterior.weights[: self.draws - fixed].swapaxes(0, 1)  # (prompt, draw, K + 1)
         if not fixed:
-            return Particles(drawn, np.full((prompts, self.draws), 1 / self.draws), self.switching, self.flat)
+            mass = np.full((prompts, self.draws), 1 / self.draws)
+            return Particles(drawn, mass, self.switching, self.flat, self.merge)
         vertices = np.tile(np.eye(components), (prompts, 1, 1))
         inside = np.full((prompts, self.draws - components), (1 - self.vertex_mass) / (self.draws - components))
         return Particles(
@@ -185,7 +195,35 @@ class PosteriorPredictive:
             np.concatenate([self.vertex_mass * posterior.mean, inside], axis=1),
             self.switching,
             self.flat,
+            self.merge,
         )
+
+
+@dataclass(frozen=True)
+class RefinedMean:
+    """One particle: the mean of the particles of ``PosteriorPredictive``, filtered by the prompt.
+
+    It costs the predictive's rows to read the prompt, and one row to read it again and to generate. It helps while a
+    document stays itself, not when it changes.
+
+    Attributes:
+        draws, switching, flat, vertex_mass: see ``PosteriorPredictive``.
+    """
+
+    draws: int = 16
+    switching: tuple[float, ...] = (0.001, 0.01, 0.1)
+    flat: float = 0.1
+    vertex_mass: float = 0.5
+    name = "refined_mean"
+
+    def __post_init__(self) -> None:
+        self._predictive()
+
+    def particles(self, posterior: DispatchPosterior) -> Particles:
+        return replace(self._predictive().particles(posterior), refined=True)
+
+    def _predictive(self) -> PosteriorPredictive:
+        return PosteriorPredictive(self.draws, self.switching, self.flat, self.vertex_mass, merge=0.0)
 
 
 def _single(weights: np.ndarray) -> Particles:
@@ -193,7 +231,7 @@ def _single(weights: np.ndarray) -> Particles:
 
 
 BLENDS: dict[str, type] = {
-    blend.name: blend for blend in (PosteriorMean, TopK, BestExpert, ThompsonSample, PosteriorPredictive)
+    blend.name: blend for blend in (PosteriorMean, TopK, BestExpert, ThompsonSample, PosteriorPredictive, RefinedMean)
 }
 
 
@@ -208,7 +246,7 @@ def blend_by_name(name: str, *, top_k: int = 2, draws: int = 16) -> Blend:
     match BLENDS[name]:
         case type() as blend if blend is TopK:
             return TopK(top_k)
-        case type() as blend if blend is PosteriorPredictive:
-            return PosteriorPredictive(draws)
+        case type() as blend if blend in (PosteriorPredictive, RefinedMean):
+            return blend(draws)
         case blend:
             return blend()

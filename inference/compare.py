@@ -12,8 +12,9 @@ from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.blends import Blend, Particles
-from bayes_dispatch.inference.filtering import ParticleFilter, UncachedReader, predictive
+from bayes_dispatch.inference.filtering import ParticleFilter, predictive
 from bayes_dispatch.inference.generator import Dispatched, Strategy, System
+from bayes_dispatch.inference.readers import UncachedReader
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
@@ -117,7 +118,7 @@ def _score(
     tokenizer = ByteTokenizer()
     ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *document.data] for document in documents])
     lengths = mask.sum(1)
-    after = UncachedReader(model, experts, particles).read(ids, lengths)  # (N, S, 1 + T, V)
+    after = UncachedReader(model, experts, particles, ids, lengths).read_prompts(0, ids.shape[1])  # (N, S, 1 + T, V)
     weights = ParticleFilter(particles)
     columns = []
     for t in range(1, ids.shape[1]):

@@ -52,8 +52,12 @@ def pure_evidence(
     split: Split,
     seed: int,
     progress: bool = False,
+    block: int = 0,
 ) -> KnownEvidence:
-    """Prompts of one domain each; their lengths in bytes are log-uniform in ``lengths``, both included."""
+    """Prompts of one domain each; their lengths in bytes are log-uniform in ``lengths``, both included.
+
+    ``block``, here and below, is that of ``first_pass``.
+    """
     rng = np.random.default_rng([seed, 1])
     prompts, labels = [], []
     for label, domain in enumerate(domains):
@@ -61,7 +65,7 @@ def pure_evidence(
             length = _length(rng, lengths)
             prompts.append(domain.document(rng, 0, length, split).text[:length])
             labels.append(label)
-    evidence = first_pass(model, ByteTokenizer(), prompts, progress=progress).evidence
+    evidence = first_pass(model, ByteTokenizer(), prompts, progress=progress, block=block).evidence
     return KnownEvidence(evidence, np.array(labels), np.full((len(labels), len(domains) + 1), np.nan))
 
 
@@ -73,6 +77,7 @@ def mixed_evidence(
     split: Split,
     seed: int,
     progress: bool = False,
+    block: int = 0,
 ) -> KnownEvidence:
     """Prompts whose lines come from two domains, in a third of them from three, with shares uniform on the simplex."""
     rng = np.random.default_rng([seed, 2])
@@ -83,7 +88,7 @@ def mixed_evidence(
         text, shares = mixed_text([domains[i] for i in chosen], weights, rng, _length(rng, lengths), split)
         prompts.append(text)
         mixtures[row, chosen] = shares
-    evidence = first_pass(model, ByteTokenizer(), prompts, progress=progress).evidence
+    evidence = first_pass(model, ByteTokenizer(), prompts, progress=progress, block=block).evidence
     return KnownEvidence(evidence, np.full(count, -1), mixtures)
 
 
@@ -95,18 +100,25 @@ def base_evidence(
     lengths: tuple[int, int],
     split: Split,
     seed: int,
+    block: int = 0,
 ) -> KnownEvidence:
     """Prompts of domains that base itself serves best: all their weight is on it, beside ``experts`` experts."""
-    found = pure_evidence(model, domains, per_domain, lengths, split, seed)
+    found = pure_evidence(model, domains, per_domain, lengths, split, seed, block=block)
     count = len(found.labels)
     return KnownEvidence(found.evidence, np.full(count, -1), np.tile(np.eye(experts + 1)[-1], (count, 1)))
 
 
 def foreign_evidence(
-    model: Backbone, domains: Sequence[Domain], experts: int, per_domain: int, lengths: tuple[int, int], seed: int
+    model: Backbone,
+    domains: Sequence[Domain],
+    experts: int,
+    per_domain: int,
+    lengths: tuple[int, int],
+    seed: int,
+    block: int = 0,
 ) -> KnownEvidence:
     """Prompts of domains without an expert, held out: nothing is known of their weights over ``experts`` experts."""
-    found = pure_evidence(model, domains, per_domain, lengths, "held_out", seed)
+    found = pure_evidence(model, domains, per_domain, lengths, "held_out", seed, block=block)
     count = len(found.labels)
     return KnownEvidence(found.evidence, np.full(count, -1), np.full((count, experts + 1), np.nan))
 

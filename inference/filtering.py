@@ -1,26 +1,28 @@
-"""Running the particles of a blend, and filtering their weights by the tokens read (DESIGN §8).
+"""Filtering the weights of particles by the tokens read (DESIGN §8).
 
 Particle s has weight ``v_s``; a token multiplies it by that particle's probability of the token, and then a fixed share
 goes back to the prior (Herbster and Warmuth 1998), so that a document may change its domain. Particles stay where they
 are, so their caches stay valid; only weights move.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.blends import Particles
-from bayes_dispatch.model.backbone import Backbone
 
-__all__ = ["CachedReader", "ParticleFilter", "Predictive", "Reader", "UncachedReader", "predictive"]
+__all__ = ["ParticleFilter", "Predictive", "predictive"]
 
 
 class ParticleFilter:
-    """Joint posterior of particle and switching rate for each of N prompts, given the tokens read."""
+    """Joint posterior of particle and switching rate for each of N prompts, given the tokens read.
+
+    Particles may be merged: then what is left of them stands for all that went into them.
+    """
 
     def __init__(self, particles: Particles) -> None:
         mass = torch.from_numpy(particles.mass).double()
@@ -29,6 +31,7 @@ class ParticleFilter:
         self._log_target = target.log()[:, None]  # (N, 1, S)
         self._log_stay, self._log_switch = (-rates).log1p()[:, None], rates.log()[:, None]  # (E, 1)
         self._joint = (self._log_target - np.log(len(rates))).repeat(1, len(rates), 1)  # (N, E, S)
+        self._blends = np.array(particles.weights)  # (N, S, K + 1)
 
     @property
     def log_weights(self) -> Float[Tensor, "N S"]:
@@ -52,9 +55,42 @@ class ParticleFilter:
         joint = torch.logaddexp(joint + self._log_stay, of_rate + self._log_switch + self._log_target)
         self._joint = joint if read is None else torch.where(read[:, None, None], joint, self._joint)
 
-    def mean(self, particles: Particles) -> np.ndarray:
+    def mean(self) -> Float[np.ndarray, "N components"]:
         """(N, K + 1), the filtered mean of the blend weights."""
-        return np.einsum("ns,nsk->nk", self.log_weights.exp().numpy(), particles.weights)
+        return np.einsum("ns,nsk->nk", self.log_weights.exp().numpy(), self._blends)
+
+    def select(self, prompts: Sequence[int]) -> None:
+        """Keep some prompts, in that order."""
+        index = torch.tensor(prompts)
+        self._joint, self._log_target = self._joint[index], self._log_target[index]
+        self._blends = self._blends[index.numpy()]
+
+    def merge(self, representative: Int[np.ndarray, "N S"]) -> list[list[int]]:
+        """Give each particle's probability, now and after a switch, to its representative.
+
+        Args:
+            representative: (N, S), a representative being its own. Weights that the filtered mean reports are the
+                weighted means of what was merged.
+
+        Returns:
+            The particles that are left of each prompt, by their old indices. Prompts with fewer than another have
+            particles of no probability at their end.
+        """
+        left = [np.unique(row).tolist() for row in representative]
+        width = max(map(len, left))
+        count = self._joint.shape[2]
+        into = torch.zeros(len(left), count, width, dtype=torch.double)  # one where s goes into r
+        for n, (row, kept) in enumerate(zip(representative, left, strict=True)):
+            into[n, torch.arange(count), torch.from_numpy(np.searchsorted(kept, row))] = 1.0
+        own = self.log_weights.exp()[:, :, None] * into  # (N, S, R)
+        even = into / into.sum(1, keepdim=True).clamp(min=1.0)
+        total = own.sum(1, keepdim=True)
+        share = torch.where(total > 0, own / total.clamp(min=1e-300), even)
+        self._blends = np.einsum("nsr,nsk->nrk", share.numpy(), self._blends)
+        gaps = into.log()
+        self._joint = (self._joint[..., None] + gaps[:, None]).logsumexp(2)
+        self._log_target = (self._log_target[..., None] + gaps[:, None]).logsumexp(2)
+        return left
 
 
 class Predictive(NamedTuple):
@@ -81,70 +117,3 @@ def predictive(log_weights: Float[Tensor, "N S"], log_probabilities: Float[Tenso
 
 def _entropy(log_probabilities: Tensor) -> Tensor:
     return -(log_probabilities.exp() * log_probabilities).sum(-1)
-
-
-@runtime_checkable
-class Reader(Protocol):
-    """Reads tokens under all particles."""
-
-    def read(self, ids: Int[Tensor, "N T"], tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S T V"]:
-        """Log-probabilities after each of the next tokens of right-padded rows; ``tokens`` are real in each row."""
-        ...
-
-
-class CachedReader:
-    """Reads on from the cached states of all N · S rows."""
-
-    def __init__(self, model: Backbone, bank: ExpertBank, particles: Particles, capacity: int) -> None:
-        self._model = model
-        self._shape = particles.mass.shape
-        self._adaptation = bank.blend(_rows(particles, model))
-        self._cache = model.init_cache(particles.mass.size, capacity)
-
-    def read(self, ids: Int[Tensor, "N T"], tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S T V"]:
-        copies = self._shape[1]
-        mask = (torch.arange(ids.shape[1]) < tokens[:, None]).long()
-        out = self._model(
-            ids.repeat_interleave(copies, 0),
-            attention_mask=mask.repeat_interleave(copies, 0),
-            cache=self._cache,
-            adaptation=self._adaptation,
-        )
-        return out.logits.log_softmax(-1).unflatten(0, self._shape)
-
-
-class UncachedReader:
-    """The slow reference: keeps the tokens and reads everything again each time."""
-
-    def __init__(self, model: Backbone, bank: ExpertBank, particles: Particles) -> None:
-        self._model = model
-        self._shape = particles.mass.shape
-        self._adaptation = bank.blend(_rows(particles, model))
-        self._seen: list[list[int]] = [[] for _ in range(self._shape[0])]
-
-    def read(self, ids: Int[Tensor, "N T"], tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S T V"]:
-        before = [len(row) for row in self._seen]
-        for row, new, count in zip(self._seen, ids.tolist(), tokens.tolist(), strict=True):
-            row.extend(new[:count])
-        width = max(len(row) for row in self._seen)
-        padded = torch.zeros(len(self._seen), width, dtype=torch.long)
-        mask = torch.zeros_like(padded)
-        for i, row in enumerate(self._seen):
-            padded[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        copies = self._shape[1]
-        logits = self._model(
-            padded.repeat_interleave(copies, 0),
-            attention_mask=mask.repeat_interleave(copies, 0),
-            adaptation=self._adaptation,
-        ).logits
-        everything = logits.log_softmax(-1).unflatten(0, self._shape)  # (N, S, width, V)
-        place = torch.tensor(before)[:, None] + torch.arange(ids.shape[1])
-        index = place.clamp(max=width - 1)[:, None, :, None].expand(-1, copies, -1, everything.shape[-1])
-        return everything.gather(2, index)
-
-
-def _rows(particles: Particles, model: Backbone) -> Tensor:
-    return (
-        torch.tensor(particles.weights).flatten(0, 1).to(model.dtype)
-    )  # a copy: a posterior's own draws are read-only

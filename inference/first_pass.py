@@ -1,21 +1,22 @@
 """The first pass: the unadapted model reads the prompts and yields evidence about which experts would serve them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
 from bayes_dispatch.evidence import Evidence
 from bayes_dispatch.inference.likelihood import mean_log_likelihood
 from bayes_dispatch.inference.prompts import check_prompts
-from bayes_dispatch.model.backbone import Backbone
+from bayes_dispatch.model.backbone import Backbone, CausalLMOutput
+from bayes_dispatch.model.parts import CutModel
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
-__all__ = ["TOKEN_CLASSES", "FirstPass", "first_pass", "token_counts"]
+__all__ = ["TOKEN_CLASSES", "FirstPass", "evidence_of", "first_pass", "pool", "token_counts"]
 
 # Classes of bytes whose counts are evidence; a byte belongs to the first class that holds it, others to "other".
 TOKEN_CLASSES: dict[str, bytes] = {
@@ -48,7 +49,8 @@ class FirstPass:
         evidence: the views ``hidden`` (prompt, D), the mean of the last hidden states over the prompt's bytes;
             ``counts`` (prompt, C), how many of its bytes fall into each token class; and ``surprise`` (prompt, 2), the
             mean negative log-likelihood per byte in nats, and the log of the mean squared distance between the hidden
-            states of the bytes and their mean.
+            states of the bytes and their mean. Where only some blocks ran, ``hidden`` is of what comes out of them, and
+            there is no ``surprise``, which needs them all.
     """
 
     prompts: tuple[bytes, ...]
@@ -62,38 +64,57 @@ def first_pass(
     prompts: Sequence[str | bytes],
     batch_size: int = 32,
     progress: bool = False,
+    block: int = 0,
 ) -> FirstPass:
     """Read prompts of any lengths with the unadapted model.
 
     Args:
         model, tokenizer: of a bundle. prompts: 1 to 4,096 bytes of UTF-8 each.
         batch_size: prompts that run at once; it does not change the result. progress: show a progress bar.
+        block: the first adapted one: only the blocks before it run, as the second pass goes on from there. With 0 all
+            do.
 
     Raises:
-        PromptError: see ``check_prompts``.
+        PromptError: see ``check_prompts``. ConfigError: the model has no such block, or cannot be cut there.
     """
     checked = check_prompts(prompts)
+    cut = CutModel(model, block)
     order = sorted(range(len(checked)), key=lambda i: len(checked[i]))  # similar lengths run together
-    pooled: dict[int, Tensor] = {}
-    surprise: dict[int, Tensor] = {}
+    rows: dict[int, dict[str, np.ndarray]] = {}
     for start in tqdm(range(0, len(order), batch_size), "first pass", disable=not progress):
         batch = order[start : start + batch_size]
         ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *checked[i]] for i in batch])
-        output = model(ids, attention_mask=mask)
-        hidden = output.hidden[:, 1:]  # (B, T, D) of the bytes
-        real = mask[:, 1:, None].to(hidden)
-        means = (hidden * real).sum(1) / real.sum(1)
-        pooled.update(zip(batch, means, strict=True))
-        nll = -mean_log_likelihood(output.logits, ids, mask)
-        pairs = torch.stack([nll, _log_residual(hidden, means, real).double()], -1)
-        surprise.update(zip(batch, pairs, strict=True))
-    views = {
-        "hidden": torch.stack([pooled[i] for i in range(len(checked))]).double().cpu().numpy(),
-        "counts": np.stack([token_counts(data) for data in checked]),
-        "surprise": torch.stack([surprise[i] for i in range(len(checked))]).cpu().numpy(),
-    }
-    lengths = np.array([len(data) for data in checked], dtype=float)
-    return FirstPass(tuple(checked), Evidence(views, lengths))
+        if block:
+            pooled = {"hidden": pool(cut.below(ids, mask, None), mask.sum(1))}
+        else:
+            pooled = _pool_output(model(ids, attention_mask=mask), ids, mask)
+        for row, i in enumerate(batch):
+            rows[i] = {name: values[row] for name, values in pooled.items()}
+    views = {name: np.stack([rows[i][name] for i in range(len(checked))]) for name in rows[0]}
+    return FirstPass(tuple(checked), evidence_of(checked, views))
+
+
+def evidence_of(prompts: Sequence[bytes], views: Mapping[str, np.ndarray]) -> Evidence:
+    """Evidence of what was pooled over prompts, their bytes and their lengths."""
+    counts = np.stack([token_counts(data) for data in prompts])
+    lengths = np.array([len(data) for data in prompts], dtype=float)
+    return Evidence({"hidden": views["hidden"], "counts": counts} | dict(views), lengths)
+
+
+def pool(hidden: Float[Tensor, "B T D"], tokens: Int[Tensor, " B"]) -> Float[np.ndarray, "B D"]:
+    """Means of right-padded hidden states over the bytes of each row: all real tokens (B,) but the first."""
+    real = (torch.arange(1, hidden.shape[1]) < tokens[:, None])[..., None].to(hidden)
+    return ((hidden[:, 1:] * real).sum(1) / real.sum(1)).double().cpu().numpy()
+
+
+def _pool_output(output: CausalLMOutput, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]) -> dict[str, np.ndarray]:
+    """The views ``hidden`` and ``surprise``."""
+    hidden = output.hidden[:, 1:]  # (B, T, D) of the bytes
+    real = mask[:, 1:, None].to(hidden)
+    means = (hidden * real).sum(1) / real.sum(1)
+    nll = -mean_log_likelihood(output.logits, ids, mask)
+    pairs = torch.stack([nll, _log_residual(hidden, means, real).double()], -1)
+    return {"hidden": means.double().cpu().numpy(), "surprise": pairs.cpu().numpy()}
 
 
 def token_counts(data: bytes) -> np.ndarray:

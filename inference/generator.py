@@ -1,32 +1,39 @@
 """Two-pass generation: read the prompt, dispatch, and generate under the blended experts."""
 
-from collections.abc import Callable, Sequence
+import codecs
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from bayes_dispatch.dispatcher import Dispatcher
-from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.evidence import Evidence
 from bayes_dispatch.experts.bank import ExpertBank
-from bayes_dispatch.inference.blends import Blend, Particles
-from bayes_dispatch.inference.filtering import CachedReader, ParticleFilter, Reader, UncachedReader, predictive
+from bayes_dispatch.inference.blends import Blend
+from bayes_dispatch.inference.cost import Cost
 from bayes_dispatch.inference.first_pass import first_pass
 from bayes_dispatch.inference.prompts import check_prompts
-from bayes_dispatch.model.backbone import Backbone
-from bayes_dispatch.model.sampling import Sampling, row_generators, row_seeds
-from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.inference.second_pass import POSTERIOR_DRAWS, Request, SecondPass
+from bayes_dispatch.model.backbone import Backbone, Cuttable
+from bayes_dispatch.model.parts import CutModel
+from bayes_dispatch.model.sampling import Sampling, row_seeds
+from bayes_dispatch.model.tokenizer import ByteTokenizer, utf8
 from bayes_dispatch.posterior import DispatchPosterior
 
-__all__ = ["Dispatched", "Generation", "Strategy", "System", "TwoPassGenerator", "dispatch"]
-
-POSTERIOR_DRAWS = 64
-ROWS_AT_ONCE = 64  # rows (prompts times particles) of one batch
-PREFILL_CHUNK = 256  # tokens that are read at once, which bounds the memory of their logits
+__all__ = [
+    "POSTERIOR_DRAWS",
+    "Dispatched",
+    "Generation",
+    "Strategy",
+    "Streamed",
+    "System",
+    "TwoPassGenerator",
+    "cut_of",
+    "dispatch",
+]
 
 
 @runtime_checkable
@@ -47,6 +54,8 @@ class System(Protocol):
 class Generation:
     """What was generated for N prompts, and how sure it is.
 
+    Where a text has ended before ``max_new_tokens``, tokens are the padding token and numbers NaN.
+
     Attributes:
         prompts, texts: prompts as bytes, and their continuations.
         token_ids: (N, max_new_tokens). log_probabilities: (N, max_new_tokens), of each token under the predictive at
@@ -56,6 +65,10 @@ class Generation:
             is.
         predictive_entropy, mutual_information: (N, max_new_tokens) in nats, of the next token, and between it and the
             particle: the epistemic part.
+        lengths: (N,), tokens that were generated.
+        paths: for each prompt (bytes + lengths, K + 1), the mean blend weights before each byte of the prompt and each
+            generated one.
+        cost: in evaluations of blocks on tokens.
     """
 
     prompts: tuple[bytes, ...]
@@ -67,6 +80,40 @@ class Generation:
     weights: np.ndarray
     predictive_entropy: np.ndarray
     mutual_information: np.ndarray
+    lengths: np.ndarray
+    paths: tuple[np.ndarray, ...]
+    cost: Cost
+
+    @property
+    def aleatoric_entropy(self) -> np.ndarray:
+        """(N, max_new_tokens) in nats: what would be left of the predictive entropy if the particle were known."""
+        return self.predictive_entropy - self.mutual_information
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """One more token of one prompt.
+
+    Attributes:
+        prompt: its index. text: characters that the token completes; empty within one of several bytes.
+        token_id, log_probability, predictive_entropy, mutual_information, weights: as in ``Generation``, of this token.
+        posterior: the dispatcher's, of this prompt. last: nothing comes after it.
+    """
+
+    prompt: int
+    text: str
+    token_id: int
+    log_probability: float
+    predictive_entropy: float
+    mutual_information: float
+    weights: np.ndarray
+    posterior: DispatchPosterior
+    last: bool
+
+
+def cut_of(system: System) -> CutModel:
+    """The system's model, cut before the first adapted block where it can be."""
+    return CutModel(system.model, system.experts.adapt_from if isinstance(system.model, Cuttable) else 0)
 
 
 def dispatch(system: System, prompts: Sequence[str | bytes], seed: int | None) -> tuple[DispatchPosterior, Evidence]:
@@ -75,7 +122,7 @@ def dispatch(system: System, prompts: Sequence[str | bytes], seed: int | None) -
     Raises:
         PromptError: see ``first_pass``.
     """
-    passed = first_pass(system.model, system.tokenizer, prompts)
+    passed = first_pass(system.model, system.tokenizer, prompts, block=cut_of(system).block)
     seeds = row_seeds(seed, passed.prompts)
     return system.dispatcher.posterior(passed.evidence, draws=POSTERIOR_DRAWS, seed=seeds), passed.evidence
 
@@ -125,7 +172,6 @@ class TwoPassGenerator:
             )
         self.bundle = bundle
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[str | bytes],
@@ -135,6 +181,8 @@ class TwoPassGenerator:
         do_sample: bool = False,
         temperature: float = 1.0,
         seed: int | None = None,
+        stop: str | bytes | None = None,
+        own_evidence: bool = True,
         strategy: Strategy | None = None,
         use_cache: bool = True,
         progress: bool = False,
@@ -146,93 +194,119 @@ class TwoPassGenerator:
             max_new_tokens: bytes to generate. do_sample, temperature: see ``Sampling``; greedy by default.
             seed: of posterior draws and sampling; ``None`` for a fresh one. A prompt's result does not depend on the
                 prompts beside it, except that copies of a prompt draw differently.
-            strategy: gives the posterior; the system's dispatcher by default.
+            stop: bytes with which a text ends.
+            own_evidence: whether generated tokens filter the particles, as those of the prompt do: the joint predictive
+                of all tokens, where they are drawn from it. If not, the weights stay as the prompt left them.
+            strategy: gives the posterior; the system's dispatcher by default. What it costs is not counted.
             use_cache: ``False`` recomputes everything for each token: the slow reference.
             progress: show a progress bar over tokens.
 
         Raises:
             PromptError: see ``check_prompts``. ConfigError: a setting out of range.
         """
+        run = self._run(
+            prompts, blend, max_new_tokens, do_sample, temperature, seed, stop, own_evidence, strategy, use_cache
+        )
+        count = len(run.prompts)
+        ids = np.full((count, max_new_tokens), self.bundle.tokenizer.pad_token_id)
+        numbers = np.full((3, count, max_new_tokens), np.nan)
+        lengths = np.zeros(count, dtype=int)
+        paths: list[list[np.ndarray]] = [[] for _ in range(count)]
+        with tqdm(total=count * max_new_tokens, desc=blend.name, disable=not progress) as bar:
+            for token, chosen, _ in run.tokens():
+                place = chosen, lengths[chosen]
+                ids[place] = token.ids
+                numbers[:, *place] = token.log_probabilities, token.entropy, token.mutual_information
+                lengths[chosen] += 1
+                for n, own in zip(chosen, token.weights, strict=True):
+                    paths[n].append(own)
+                bar.update(len(chosen))
+        own = (row[:length] for row, length in zip(ids.tolist(), lengths, strict=True))
+        return Generation(
+            prompts=run.prompts,
+            texts=tuple(self.bundle.tokenizer.decode(row) for row in own),
+            token_ids=ids,
+            log_probabilities=numbers[0],
+            posterior=run.posterior(range(count)),
+            blend=blend.name,
+            weights=np.stack([run.weights[n] for n in range(count)]),
+            predictive_entropy=numbers[1],
+            mutual_information=numbers[2],
+            lengths=lengths,
+            paths=tuple(np.concatenate([run.paths[n], np.stack(paths[n])]) for n in range(count)),
+            cost=run.cost,
+        )
+
+    def stream(
+        self,
+        prompts: Sequence[str | bytes],
+        *,
+        blend: Blend,
+        max_new_tokens: int,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        seed: int | None = None,
+        stop: str | bytes | None = None,
+        own_evidence: bool = True,
+        strategy: Strategy | None = None,
+    ) -> Iterator[Streamed]:
+        """What ``generate`` gives with the same arguments, token by token as they come.
+
+        Prompts of similar length go on together; others wait for them. Settings are checked at once, not at the first
+        token.
+
+        Raises:
+            PromptError, ConfigError: see ``generate``.
+        """
+        run = self._run(
+            prompts, blend, max_new_tokens, do_sample, temperature, seed, stop, own_evidence, strategy, True
+        )
+        return self._stream(run)
+
+    def _stream(self, run: SecondPass) -> Iterator[Streamed]:
+        decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in run.prompts]
+        posteriors: dict[int, DispatchPosterior] = {}
+        for token, chosen, ended in run.tokens():
+            for i, n in enumerate(chosen):
+                last = bool(ended[i])
+                if n not in posteriors:
+                    posteriors[n] = run.posterior([n])
+                yield Streamed(
+                    prompt=int(n),
+                    text=decoders[n].decode(bytes([token.ids[i]]), final=last),
+                    token_id=int(token.ids[i]),
+                    log_probability=float(token.log_probabilities[i]),
+                    predictive_entropy=float(token.entropy[i]),
+                    mutual_information=float(token.mutual_information[i]),
+                    weights=token.weights[i],
+                    posterior=posteriors[n],
+                    last=last,
+                )
+
+    def _run(
+        self,
+        prompts: Sequence[str | bytes],
+        blend: Blend,
+        max_new_tokens: int,
+        do_sample: bool,
+        temperature: float,
+        seed: int | None,
+        stop: str | bytes | None,
+        own_evidence: bool,
+        strategy: Strategy | None,
+        use_cache: bool,
+    ) -> SecondPass:
+        """Check everything, and give what will run."""
         sampling = Sampling(do_sample=do_sample, temperature=temperature)
         if max_new_tokens < 1:
             raise ConfigError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
+        if stop is not None and not stop:
+            raise ConfigError("expected stop to have at least one byte, got none")
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
-        check_prompts(prompts)
-        posterior = (strategy or Dispatched()).posterior(self.bundle, prompts, seed)
-        particles = blend.particles(posterior)
-        data = [prompt.encode() if isinstance(prompt, str) else prompt for prompt in prompts]
-        generators = row_generators(seed + 1, data)
-        at_once = max(1, ROWS_AT_ONCE // particles.mass.shape[1])
-        parts = []
-        with tqdm(total=-(-len(data) // at_once) * max_new_tokens, desc=blend.name, disable=not progress) as bar:
-            for start in range(0, len(data), at_once):
-                chosen = slice(start, start + at_once)
-                part = particles.select(chosen)
-                parts.append(
-                    self._decode(
-                        data[chosen], part, sampling, generators[chosen], max_new_tokens, use_cache, bar.update
-                    )
-                )
-        ids, log_probabilities, entropy, information, weights = (np.concatenate(v) for v in zip(*parts, strict=True))
-        texts = tuple(self.bundle.tokenizer.decode(row) for row in ids.tolist())
-        return Generation(
-            tuple(data), texts, ids, log_probabilities, posterior, blend.name, weights, entropy, information
+        data = check_prompts(prompts)
+        request = Request(
+            blend, max_new_tokens, sampling, None if stop is None else utf8(stop), own_evidence, use_cache, seed
         )
-
-    def _decode(
-        self,
-        prompts: list[bytes],
-        particles: Particles,
-        sampling: Sampling,
-        generators: list[np.random.Generator],
-        max_new_tokens: int,
-        use_cache: bool,
-        advanced: Callable[[], object],
-    ) -> tuple[np.ndarray, ...]:
-        model, tokenizer, bank = self.bundle.model, self.bundle.tokenizer, self.bundle.experts
-        ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *prompt] for prompt in prompts])
-        lengths = mask.sum(1)
-        reader: Reader
-        if use_cache:
-            reader = CachedReader(model, bank, particles, capacity=ids.shape[1] + max_new_tokens)
-        else:
-            reader = UncachedReader(model, bank, particles)
-        weights = ParticleFilter(particles)
-        following = read_prompt(reader, weights, ids, lengths)
-        blended = weights.mean(particles)
-        one = torch.ones(len(prompts), dtype=torch.long)
-        rows: list[tuple[Tensor, ...]] = []
-        for step in range(max_new_tokens):
-            mixed = predictive(weights.log_weights, following)
-            # only bytes continue a text; the special tokens never occur after its beginning
-            token = sampling.choose(mixed.log_probabilities[:, :256], generators)
-            chosen = mixed.log_probabilities.gather(1, token[:, None])[:, 0]
-            rows.append((token, chosen, mixed.entropy, mixed.mutual_information))
-            # own tokens count as in the joint predictive: later ones continue what the likely particles began
-            weights.update(following.gather(2, token[:, None, None].expand(-1, following.shape[1], 1))[..., 0])
-            if step + 1 < max_new_tokens:
-                following = reader.read(token[:, None], one)[:, :, 0]
-            advanced()
-        columns = [torch.stack(column, 1).cpu().numpy() for column in zip(*rows, strict=True)]
-        if not np.isfinite(columns[1]).all():
-            raise TensorError("expected finite log-probabilities from the model, got NaN or infinite ones")
-        return (*columns, blended)
-
-
-def read_prompt(reader: Reader, weights: ParticleFilter, ids: Tensor, lengths: Tensor) -> Tensor:
-    """Read right-padded prompts (N, T), filter the particles by every byte, and return log p(next) (N, S, V)."""
-    following: Tensor | None = None
-    for start in range(0, ids.shape[1], PREFILL_CHUNK):
-        part = ids[:, start : start + PREFILL_CHUNK]
-        tokens = (lengths - start).clamp(0, part.shape[1])
-        after = reader.read(part, tokens)  # (N, S, T, V)
-        for t in range(part.shape[1]):
-            read = t < tokens
-            if following is None:  # the beginning token is no evidence
-                following = after[:, :, 0]
-                continue
-            weights.update(following.gather(2, part[:, t, None, None].expand(-1, after.shape[1], 1))[..., 0], read)
-            following = torch.where(read[:, None, None], after[:, :, t], following)
-    assert following is not None
-    return following
+        given = None if strategy is None else strategy.posterior(self.bundle, prompts, seed)
+        return SecondPass(self.bundle, cut_of(self.bundle), data, request, given)

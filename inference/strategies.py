@@ -19,7 +19,7 @@ from bayes_dispatch.inference.categories import category_text, name_probabilitie
 from bayes_dispatch.inference.few_shot import FewShotMethod, FewShotProgram
 from bayes_dispatch.inference.few_shot_methods import SequentialMonteCarlo
 from bayes_dispatch.inference.first_pass import first_pass
-from bayes_dispatch.inference.generator import POSTERIOR_DRAWS, Dispatched, Strategy, System
+from bayes_dispatch.inference.generator import POSTERIOR_DRAWS, Dispatched, Strategy, System, cut_of
 from bayes_dispatch.inference.prompts import check_prompts
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.sampling import row_seeds
@@ -83,7 +83,7 @@ class Classified:
     name: str = "classifier"
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
-        evidence = first_pass(system.model, system.tokenizer, prompts).evidence
+        evidence = first_pass(system.model, system.tokenizer, prompts, block=cut_of(system).block).evidence
         shares = np.asarray(self.classify(evidence))
         return one_hot_draws(shares, system.experts.components, row_seeds(seed, check_prompts(prompts)))
 

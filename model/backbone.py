@@ -84,8 +84,8 @@ class Cuttable(Protocol):
         """
         ...
 
-    def init_cache(self, batch_size: int, max_length: int, *, blocks: range) -> Cache:
-        """An empty cache of some blocks."""
+    def init_cache(self, batch_size: int, max_length: int, *, blocks: range | None = None) -> Cache:
+        """An empty cache of some blocks, all by default."""
         ...
 
 

@@ -72,7 +72,6 @@ class CutModel:
             last: (B,) the one place of each row whose logits are wanted: (B, 1, V).
         """
         if self._parts is not None:
-            given = {"attention_mask": mask, "cache": cache, "adaptation": adaptation}
-            return self._parts.above(self.block, x, last=last, **given)
+            return self._parts.above(self.block, x, attention_mask=mask, cache=cache, adaptation=adaptation, last=last)
         logits = self.model(x, attention_mask=mask, cache=cache, adaptation=adaptation).logits
         return logits if last is None else logits[torch.arange(len(logits)), last][:, None]

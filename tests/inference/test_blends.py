@@ -15,6 +15,7 @@ from bayes_dispatch.inference.blends import (
     FixedWeights,
     PosteriorMean,
     PosteriorPredictive,
+    RefinedMean,
     ThompsonSample,
     TopK,
     blend_by_name,
@@ -164,12 +165,13 @@ def test_settings_out_of_range(make: Any, message: str) -> None:
 
 
 def test_names_of_the_command_line() -> None:
-    assert set(BLENDS) == {"weighted_average", "top_k", "max", "thompson", "predictive"}
+    assert set(BLENDS) == {"weighted_average", "top_k", "max", "thompson", "predictive", "refined_mean"}
     assert blend_by_name("weighted_average") == PosteriorMean()
     assert blend_by_name("top_k", top_k=3) == TopK(3)
     assert blend_by_name("max", top_k=3, draws=7) == BestExpert()
     assert blend_by_name("thompson") == ThompsonSample()
     assert blend_by_name("predictive", draws=7) == PosteriorPredictive(7)
+    assert blend_by_name("refined_mean", draws=7) == RefinedMean(7)
     assert all(blend_by_name(name).name == name for name in BLENDS)
     with pytest.raises(UnknownNameError, match=r"expected a blending mode of weighted_average, .*, got 'average'"):
         blend_by_name("average")

@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from bayes_dispatch.errors import ConfigError, ForeignExpertError, NotFittedError, PromptError
-from bayes_dispatch.inference import generator as generator_module
+from bayes_dispatch.inference import decoding as decoding_module
+from bayes_dispatch.inference import second_pass as second_pass_module
 from bayes_dispatch.inference.blends import (
     BestExpert,
     Blend,
     FixedWeights,
     PosteriorMean,
     PosteriorPredictive,
+    RefinedMean,
     ThompsonSample,
     TopK,
 )
@@ -32,9 +34,10 @@ EVERY: list[Blend] = [
     BestExpert(),
     ThompsonSample(),
     FixedWeights((0.2, 0.0, 0.5, 0.3)),
-    PosteriorPredictive(3),
-    PosteriorPredictive(6),
-    PosteriorPredictive(6, switching=(0.0,), flat=0.0),
+    PosteriorPredictive(3, merge=0.0),
+    PosteriorPredictive(6, merge=0.0),
+    PosteriorPredictive(6, switching=(0.0,), flat=0.0, merge=0.0),
+    RefinedMean(6),
 ]
 every_blend = pytest.mark.parametrize("blend", EVERY, ids=repr)
 fast = pytest.mark.usefixtures("unchecked")  # the other tests here, and test_bundle, check the shapes
@@ -43,7 +46,7 @@ fast = pytest.mark.usefixtures("unchecked")  # the other tests here, and test_bu
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are read in several parts, of which short ones lack the last."""
-    monkeypatch.setattr(generator_module, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(decoding_module, "PREFILL_CHUNK", 8)
 
 
 def assert_same(a: Generation, b: Generation, rows: slice = slice(None)) -> None:
@@ -68,7 +71,7 @@ def test_cached_is_uncached_is_one_by_one(bundle64: "Bundle", blend: Blend) -> N
 
 
 @fast
-@pytest.mark.parametrize("blend", [PosteriorMean(), PosteriorPredictive(6)], ids=repr)
+@pytest.mark.parametrize("blend", [PosteriorMean(), PosteriorPredictive(6, merge=0.0)], ids=repr)
 def test_sampling_too(bundle64: "Bundle", blend: Blend) -> None:
     generator = TwoPassGenerator(bundle64)
     given: dict[str, Any] = {"blend": blend, "max_new_tokens": 8, "do_sample": True, "temperature": 1.5}
@@ -82,10 +85,10 @@ def test_sampling_too(bundle64: "Bundle", blend: Blend) -> None:
     )
 
 
-@pytest.mark.parametrize("blend", [PosteriorMean(), PosteriorPredictive(5)], ids=repr)
+@pytest.mark.parametrize("blend", [PosteriorMean(), PosteriorPredictive(5, merge=0.0)], ids=repr)
 def test_prompts_longer_than_a_chunk(bundle64: "Bundle", blend: Blend) -> None:
     prompts = ["37+58=95\n" * 32, "bcde>", "abcd>dcba\n" * 26]
-    assert [len(prompt) // generator_module.PREFILL_CHUNK for prompt in prompts] == [1, 0, 1]
+    assert [len(prompt) // decoding_module.PREFILL_CHUNK for prompt in prompts] == [1, 0, 1]
     generator = TwoPassGenerator(bundle64)
     cached = generator.generate(prompts, blend=blend, max_new_tokens=2, seed=0)
     assert_same(generator.generate(prompts, blend=blend, max_new_tokens=2, seed=0, use_cache=False), cached)
@@ -121,7 +124,7 @@ def test_the_number_of_rows_at_once_does_not_matter(
     generator = TwoPassGenerator(bundle64)
     given: dict[str, Any] = {"blend": PosteriorPredictive(6), "max_new_tokens": 4, "do_sample": True, "seed": 1}
     together = generator.generate(PROMPTS, **given)
-    monkeypatch.setattr(generator_module, "ROWS_AT_ONCE", rows)
+    monkeypatch.setattr(second_pass_module, "ROWS_AT_ONCE", rows)
     assert_same(generator.generate(PROMPTS, **given), together)
 
 
@@ -141,7 +144,7 @@ def test_only_bytes_are_generated(
     assert (result.log_probabilities < -10).all()  # the special tokens keep their share of the probability
 
 
-@every_blend
+@pytest.mark.parametrize("blend", [blend for blend in EVERY if not isinstance(blend, RefinedMean)], ids=repr)
 def test_every_number_is_that_of_the_filter_written_out(
     bundle64: "Bundle", blend: Blend, explicit_filter: Callable[..., SimpleNamespace]
 ) -> None:

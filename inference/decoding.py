@@ -1,0 +1,146 @@
+"""A batch of prompts under the particles of a blend: reading them, and going on token by token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bayes_dispatch.errors import TensorError
+from bayes_dispatch.inference.blends import Particles
+from bayes_dispatch.inference.filtering import ParticleFilter, predictive
+from bayes_dispatch.inference.merging import divergences, representatives
+from bayes_dispatch.inference.readers import Reader
+from bayes_dispatch.model.sampling import Sampling
+
+__all__ = ["Decoding", "Token"]
+
+PREFILL_CHUNK = 256  # tokens that are read at once, which bounds the memory of their logits
+MEASURED = 32  # tokens at the end of a prompt on which divergences of particles are measured
+BYTES = 256  # only they continue a text; the special tokens never occur after its beginning
+
+
+@dataclass(frozen=True, eq=False)
+class Token:
+    """The next token of N prompts, and how sure it was.
+
+    Attributes:
+        ids: (N,). log_probabilities: (N,), under the predictive at temperature 1, in nats.
+        entropy, mutual_information: (N,), of the predictive, and between it and the particle, in nats.
+        weights: (N, K + 1), the filtered mean of the blend weights before the token. rows: of the model, for all N.
+    """
+
+    ids: np.ndarray
+    log_probabilities: np.ndarray
+    entropy: np.ndarray
+    mutual_information: np.ndarray
+    weights: np.ndarray
+    rows: int
+
+
+class Decoding:
+    """Filtered particles of N prompts.
+
+    Args:
+        reader: of the prompts under these particles. particles: of the prompts.
+        ids: (N, T) tokens of the prompts, right-padded. lengths: (N,), how many are real.
+
+    Attributes:
+        path: (T, N, K + 1), the filtered mean of the blend weights after each token of the prompts.
+    """
+
+    def __init__(
+        self, reader: Reader, particles: Particles, ids: Int[Tensor, "N T"], lengths: Int[Tensor, " N"]
+    ) -> None:
+        self._reader = reader
+        self._filter = ParticleFilter(particles)
+        self._ids, self._lengths = ids, lengths
+        self._alone = particles.mass.shape[1] == 1
+        self._kl = np.zeros((len(ids), particles.mass.shape[1], particles.mass.shape[1]))
+        self._following: Float[Tensor, "N S V"]
+        self.path = np.empty((ids.shape[1], len(ids), particles.weights.shape[2]))
+
+    @property
+    def weights(self) -> Float[np.ndarray, "N components"]:
+        """The filtered mean of the blend weights."""
+        return self._filter.mean()
+
+    def read_prompts(self, measured: bool = False) -> None:
+        """Read the prompts, and filter the particles by each of their bytes; where ``measured``, for ``merge``."""
+        self.path[:] = self.weights
+        if self._alone:  # nothing to filter
+            self._following = self._reader.read_ends()
+            return
+        following: Tensor | None = None
+        for start in range(0, self._ids.shape[1], PREFILL_CHUNK):
+            after = self._reader.read_prompts(start, start + PREFILL_CHUNK)  # (N, S, t, V)
+            place = torch.arange(start, start + after.shape[2])
+            if measured and bool((self._lengths.min() - MEASURED < place[-1] + 1).any()):
+                counted = (place < self._lengths[:, None]) & (place >= self._lengths[:, None] - MEASURED)
+                self._kl += divergences(after, counted)
+            for t, token in enumerate(self._ids[:, start : start + PREFILL_CHUNK].unbind(1)):
+                read = start + t < self._lengths
+                if following is None:  # the beginning token is no evidence
+                    following = after[:, :, 0]
+                    continue
+                self._filter.update(_of(following, token), read)
+                following = torch.where(read[:, None, None], after[:, :, t], following)
+                self.path[start + t] = self.weights
+        assert following is not None
+        self._following = following
+
+    def merge(self, tolerance: float) -> None:
+        """Run particles as one whose predictives differ by no more than ``tolerance`` nats a token (``merging``)."""
+        if self._alone:
+            return
+        counts = np.minimum(self._lengths.numpy(), MEASURED)[:, None, None]
+        v = self._filter.log_weights.exp().numpy()
+        chosen = [representatives(own, kl, tolerance) for own, kl in zip(v, self._kl / counts, strict=True)]
+        left = self._filter.merge(np.stack(chosen))
+        self._reader.keep(range(len(left)), left)
+        width = max(map(len, left))
+        index = torch.tensor([[*kept, *[kept[0]] * (width - len(kept))] for kept in left])
+        self._following = self._following[torch.arange(len(left))[:, None], index]
+
+    def choose(self, sampling: Sampling, generators: Sequence[np.random.Generator]) -> Token:
+        """The next token of each prompt.
+
+        Raises:
+            TensorError: the model predicts NaN.
+        """
+        mixed = predictive(self._filter.log_weights, self._following)
+        ids = sampling.choose(mixed.log_probabilities[:, :BYTES], generators)
+        chosen = mixed.log_probabilities.gather(1, ids[:, None])[:, 0]
+        if not bool(chosen.isfinite().all()):
+            raise TensorError("expected finite log-probabilities from the model, got NaN or infinite ones")
+        values = ids, chosen, mixed.entropy, mixed.mutual_information
+        tokens, log_p, entropy, information = (each.cpu().numpy() for each in values)
+        return Token(tokens, log_p, entropy, information, self.weights, self._reader.rows)
+
+    def append(self, ids: Int[np.ndarray, " N"], evidence: bool = True, last: bool = False) -> None:
+        """Go on with these tokens.
+
+        Args:
+            ids: (N,). evidence: whether they filter the particles. In the joint predictive of several tokens the
+                model's own count, too: later ones continue what the likely particles began.
+            last: nothing will be asked about what follows them.
+        """
+        token = torch.from_numpy(ids)
+        if evidence and not self._alone:
+            self._filter.update(_of(self._following, token))
+        if not last:
+            self._following = self._reader.read(token)
+
+    def keep(self, prompts: Sequence[int]) -> None:
+        """Drop all other prompts."""
+        count = self._following.shape[1]
+        self._reader.keep(prompts, [range(count)] * len(prompts))
+        self._filter.select(prompts)
+        self._following = self._following[torch.tensor(prompts)]
+        self._lengths = self._lengths[torch.tensor(prompts)]
+
+
+def _of(log_probabilities: Float[Tensor, "N S V"], tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S"]:
+    return log_probabilities.gather(2, tokens[:, None, None].expand(-1, log_probabilities.shape[1], 1))[..., 0]

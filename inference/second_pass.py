@@ -1,0 +1,184 @@
+"""The second pass over many prompts: in groups of similar length, each read once, dispatched, and generated for."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from bayes_dispatch.inference.blends import Blend, Particles
+from bayes_dispatch.inference.cost import Cost
+from bayes_dispatch.inference.decoding import Decoding, Token
+from bayes_dispatch.inference.first_pass import evidence_of, first_pass, pool
+from bayes_dispatch.inference.prefix import Prefix, read_prefix
+from bayes_dispatch.inference.readers import CachedReader, Reader, UncachedReader
+from bayes_dispatch.model.parts import CutModel
+from bayes_dispatch.model.sampling import Sampling, row_generators, row_seeds
+from bayes_dispatch.posterior import DispatchPosterior
+
+if TYPE_CHECKING:
+    from bayes_dispatch.inference.generator import System
+
+__all__ = ["POSTERIOR_DRAWS", "Request", "SecondPass"]
+
+POSTERIOR_DRAWS = 64
+ROWS_AT_ONCE = 64  # rows (prompts times particles) of one batch; prompts whose first pass runs together
+TOKENS_AT_ONCE = 65536  # of prompts whose first pass runs together: it bounds what is kept of them
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of all prompts: see ``TwoPassGenerator.generate``."""
+
+    blend: Blend
+    max_new_tokens: int
+    sampling: Sampling
+    stop: bytes | None
+    own_evidence: bool
+    use_cache: bool
+    seed: int
+
+
+class SecondPass:
+    """One call of ``generate``: a lazy stream of tokens, and what is known of the prompts so far.
+
+    Args:
+        system: model, tokenizer, experts and dispatcher. cut: its model. prompts: checked.
+        request: the settings. given: the posterior of all prompts, where the dispatcher shall not be asked.
+
+    Attributes:
+        weights: by prompt (K + 1,), filtered means when it had been read. paths: by prompt (bytes, K + 1), before each
+            of its bytes. cost: so far.
+    """
+
+    def __init__(
+        self,
+        system: "System",
+        cut: CutModel,
+        prompts: Sequence[bytes],
+        request: Request,
+        given: DispatchPosterior | None,
+    ) -> None:
+        self.prompts = tuple(prompts)
+        self.weights: dict[int, np.ndarray] = {}
+        self.paths: dict[int, np.ndarray] = {}
+        self.cost = Cost(cut.depth, sum(len(prompt) + 1 for prompt in prompts))
+        self._system, self._cut, self._request, self._given = system, cut, request, given
+        self._draws: dict[int, DispatchPosterior] = {}
+        self._seeds = row_seeds(request.seed, prompts)
+        self._generators = row_generators(request.seed + 1, prompts)
+
+    def posterior(self, prompts: Sequence[int]) -> DispatchPosterior:
+        """The posterior of some prompts that have been dispatched."""
+        parts = [self._draws[n] for n in prompts]
+
+        def joined(values: list[np.ndarray | None]) -> np.ndarray | None:
+            given = [each for each in values if each is not None]
+            return np.concatenate(given) if len(given) == len(values) else None
+
+        weights = np.concatenate([part.weights for part in parts], axis=1)
+        k_hat, evidence = [part.k_hat for part in parts], [part.log_evidence for part in parts]
+        return DispatchPosterior(weights, parts[0].experts, joined(k_hat), joined(evidence))
+
+    def tokens(self) -> Iterator[tuple[Token, np.ndarray, np.ndarray]]:
+        """Each next token of some prompts, the indices (n,) of these, and whether each has ended with it (n,)."""
+        for group in self._groups():
+            yield from self._generate(group)
+
+    def _groups(self) -> Iterator[list[int]]:
+        """Prompts whose first pass runs together; copies of one are neighbours."""
+        order = sorted(range(len(self.prompts)), key=lambda n: (len(self.prompts[n]), self.prompts[n]))
+        group: list[int] = []
+        for n in order:
+            if len(group) == ROWS_AT_ONCE or (len(group) + 1) * (len(self.prompts[n]) + 1) > TOKENS_AT_ONCE:
+                yield group
+                group = []
+            group.append(n)
+        yield group
+
+    def _generate(self, group: list[int]) -> Iterator[tuple[Token, np.ndarray, np.ndarray]]:
+        distinct = list(dict.fromkeys(self.prompts[n] for n in group))
+        row = {prompt: place for place, prompt in enumerate(distinct)}
+        rows = [row[self.prompts[n]] for n in group]
+        capacity = max(map(len, distinct)) + 1 + self._request.max_new_tokens
+        with torch.no_grad():
+            prefix = read_prefix(self._cut, self._system.tokenizer, distinct, capacity)
+            self._count(prefill=int(prefix.tokens.sum()) * self._cut.block)
+            posterior = self._dispatch(group, distinct, rows, prefix)
+        for place, n in enumerate(group):
+            self._draws[n] = posterior.select([place])
+        particles = self._request.blend.particles(posterior)
+        at_once = max(1, ROWS_AT_ONCE // particles.mass.shape[1])
+        for start in range(0, len(group), at_once):
+            chosen = slice(start, start + at_once)
+            yield from self._decode(group[chosen], prefix, rows[chosen], particles.select(chosen))
+
+    def _dispatch(self, group: list[int], distinct: list[bytes], rows: list[int], prefix: Prefix) -> DispatchPosterior:
+        if self._given is not None:
+            return self._given.select(group)
+        if self._cut.block:
+            evidence = evidence_of(distinct, {"hidden": pool(prefix.x, prefix.tokens)})
+        else:
+            evidence = first_pass(self._system.model, self._system.tokenizer, distinct).evidence
+            self._count(first_pass=int(prefix.tokens.sum()) * self._cut.depth)
+        seeds = [self._seeds[n] for n in group]
+        return self._system.dispatcher.posterior(evidence.select(np.array(rows)), draws=POSTERIOR_DRAWS, seed=seeds)
+
+    def _decode(
+        self, group: list[int], prefix: Prefix, rows: list[int], particles: Particles
+    ) -> Iterator[tuple[Token, np.ndarray, np.ndarray]]:
+        request, tokenizer = self._request, self._system.tokenizer
+        ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *self.prompts[n]] for n in group])
+        own = sorted(set(rows))
+        prefix, rows = prefix.select(own), [own.index(row) for row in rows]
+        with torch.no_grad():
+            decoding, reader = self._begin(prefix, rows, particles, ids, mask.sum(1))
+            decoding.read_prompts(measured=particles.merge > 0)
+            self._count(prefill=reader.evaluated)
+            for place, n in enumerate(group):
+                self.weights[n] = decoding.weights[place]
+                self.paths[n] = decoding.path[: len(self.prompts[n]), place]
+            if particles.refined:
+                mean = Particles(decoding.weights[:, None], np.ones((len(group), 1)))
+                decoding, reader = self._begin(prefix, rows, mean, ids, mask.sum(1))
+                decoding.read_prompts()
+                self._count(prefill=reader.evaluated)
+            elif particles.merge > 0:
+                decoding.merge(particles.merge)
+        live = np.array(group)
+        written = {n: bytearray() for n in group}
+        for step in range(request.max_new_tokens):
+            final = step + 1 == request.max_new_tokens
+            with torch.no_grad():
+                token = decoding.choose(request.sampling, [self._generators[n] for n in live])
+            for n, each in zip(live, token.ids, strict=True):
+                written[n].append(int(each))
+            ended = np.array([final or (request.stop is not None and written[n].endswith(request.stop)) for n in live])
+            going = np.flatnonzero(~ended)
+            if len(going):
+                with torch.no_grad():
+                    before = reader.evaluated
+                    if len(going) < len(live):
+                        decoding.keep(going.tolist())
+                    decoding.append(token.ids[going], request.own_evidence)
+                    self._count(decode=reader.evaluated - before, new_tokens=len(going))
+            yield token, live, ended
+            live = live[going]
+            if not len(live):
+                return
+
+    def _begin(
+        self, prefix: Prefix, rows: list[int], particles: Particles, ids: torch.Tensor, lengths: torch.Tensor
+    ) -> tuple[Decoding, Reader]:
+        system = self._system
+        reader: Reader
+        if self._request.use_cache:
+            capacity = ids.shape[1] + self._request.max_new_tokens
+            reader = CachedReader(self._cut, system.experts, particles, prefix, rows, capacity)
+        else:
+            reader = UncachedReader(system.model, system.experts, particles, ids, lengths)
+        return Decoding(reader, particles, ids, lengths), reader
+
+    def _count(self, **evaluations: int) -> None:
+        self.cost = self.cost + Cost(self._cut.depth, **evaluations)

@@ -1,0 +1,210 @@
+"""One prefill for both passes, streams, stops, merged particles, and what all of it costs."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.vectors import ExpertVector
+from bayes_dispatch.inference import second_pass as second_pass_module
+from bayes_dispatch.inference.blends import (
+    BestExpert,
+    Blend,
+    FixedWeights,
+    PosteriorMean,
+    PosteriorPredictive,
+    RefinedMean,
+)
+from bayes_dispatch.inference.cost import Cost
+from bayes_dispatch.inference.first_pass import first_pass
+from bayes_dispatch.inference.generator import Generation, TwoPassGenerator, cut_of, dispatch
+
+if TYPE_CHECKING:
+    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+
+PROMPTS = ["kfpa>apfk\nbcde>", "9", "37+58=95\n12+11=23\n44+44=", "9"]
+UNMERGED = PosteriorPredictive(6, merge=0.0)
+BLENDS: list[Blend] = [PosteriorMean(), UNMERGED, RefinedMean(6)]
+
+
+@pytest.fixture(scope="module")
+def cut64(bundle64: "Bundle", model64: "MambaFormerForCausalLM") -> "Bundle":
+    """A system whose experts adapt from block 1 on, its dispatcher fitted to what comes out of block 0."""
+    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.dispatcher import Dispatcher
+    from bayes_dispatch.features import FeatureSettings
+    from bayes_dispatch.fitting import SVISettings
+    from bayes_dispatch.guides import GuideSettings
+    from bayes_dispatch.model.tokenizer import ByteTokenizer
+
+    draw = torch.Generator().manual_seed(3)
+    ranks = {name: rank for name, rank in model64.adaptable().items() if not name.startswith("blocks.0.")}
+    names, base = bundle64.experts.names, model64.fingerprint()
+    bank = ExpertBank(
+        [ExpertVector(n, {m: 1 + 0.5 * torch.randn(r, generator=draw) for m, r in ranks.items()}, base) for n in names]
+    )
+    labels = np.arange(30) % 3
+    texts = [("ab>ba\n", "ba>ab\n", "1+2=3\n")[label] * (1 + i % 4) for i, label in enumerate(labels)]
+    evidence = first_pass(model64, ByteTokenizer(), texts, block=1).evidence
+    guide = GuideSettings(hidden=16, simulations=500, global_draws=5, steps=60, batch_size=64)
+    features = FeatureSettings(dimensions=4, folds=2)
+    dispatcher = Dispatcher(names, svi=SVISettings(steps=40), guide=guide, features=features).fit(evidence, labels)
+    return Bundle(model64, bank, dispatcher)
+
+
+def assert_same(a: Generation, b: Generation, atol: float = 1e-8) -> None:
+    np.testing.assert_array_equal(a.token_ids, b.token_ids)
+    for name in ("log_probabilities", "predictive_entropy", "mutual_information", "weights", "lengths"):
+        np.testing.assert_allclose(getattr(a, name), getattr(b, name), rtol=0, atol=atol, err_msg=name)
+    for one, other in zip(a.paths, b.paths, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=atol)
+    np.testing.assert_allclose(a.posterior.weights, b.posterior.weights, rtol=0, atol=atol)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("blend", BLENDS, ids=repr)
+def test_one_prefill_is_two(cut64: "Bundle", blend: Blend) -> None:
+    """Going on from the first pass's states gives what reading everything again with the whole model gives."""
+    generator = TwoPassGenerator(cut64)
+    given: dict[str, Any] = {"blend": blend, "max_new_tokens": 5, "do_sample": True, "seed": 1}
+    once = generator.generate(PROMPTS, **given)
+    assert_same(once, generator.generate(PROMPTS, **given, use_cache=False))
+    posterior, evidence = dispatch(cut64, PROMPTS, 1)
+    np.testing.assert_allclose(posterior.weights, once.posterior.weights, rtol=0, atol=1e-10)
+    assert set(evidence.views) == {"hidden", "counts"}
+    assert cut_of(cut64).block == 1
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("blend", [*BLENDS, PosteriorPredictive(6, merge=0.05)], ids=repr)
+def test_a_stream_is_what_generate_gives(cut64: "Bundle", blend: Blend, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = TwoPassGenerator(cut64)
+    given: dict[str, Any] = {"blend": blend, "max_new_tokens": 6, "do_sample": True, "temperature": 2.0, "seed": 4}
+    monkeypatch.setattr(second_pass_module, "ROWS_AT_ONCE", 8)
+    whole = generator.generate(PROMPTS, **given)
+    texts, count, last = [""] * 4, [0] * 4, [False] * 4
+    for each in generator.stream(PROMPTS, **given):
+        n, t = each.prompt, count[each.prompt]
+        assert not last[n]
+        assert each.token_id == whole.token_ids[n, t]
+        assert each.log_probability == pytest.approx(whole.log_probabilities[n, t])
+        assert each.mutual_information == pytest.approx(whole.mutual_information[n, t])
+        np.testing.assert_allclose(each.weights, whole.paths[n][len(PROMPTS[n]) + t])
+        np.testing.assert_array_equal(each.posterior.weights[:, 0], whole.posterior.weights[:, n])
+        texts[n], count[n], last[n] = texts[n] + each.text, t + 1, each.last
+    assert tuple(texts) == whole.texts
+    assert all(last)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_texts_end_with_stop(cut64: "Bundle", use_cache: bool) -> None:
+    """Those that have ended leave the batch; the others go on as they would have."""
+    generator = TwoPassGenerator(cut64)
+    given: dict[str, Any] = {"blend": UNMERGED, "max_new_tokens": 8, "do_sample": True, "temperature": 3.0, "seed": 2}
+    free = generator.generate(PROMPTS, **given)
+    stop = bytes(free.token_ids[2, 2:4].tolist())
+    found = generator.generate(PROMPTS, **given, stop=stop, use_cache=use_cache)
+    for n in range(4):
+        data = bytes(free.token_ids[n].tolist())
+        length = data.index(stop) + 2 if stop in data else 8
+        assert found.lengths[n] == length
+        assert bytes(found.token_ids[n, :length].tolist()) == data[:length]
+        assert (found.token_ids[n, length:] == 257).all()
+        np.testing.assert_allclose(found.log_probabilities[n, :length], free.log_probabilities[n, :length], atol=1e-8)
+        assert np.isnan(found.log_probabilities[n, length:]).all()
+        assert found.paths[n].shape == (len(PROMPTS[n]) + length, 4)
+    assert found.lengths[2] == 4
+    assert found.cost.decode < free.cost.decode or not use_cache
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_merged_particles_cost_fewer_rows_and_little_likelihood(bundle64: "Bundle") -> None:
+    generator = TwoPassGenerator(bundle64)
+    given: dict[str, Any] = {"max_new_tokens": 6, "seed": 3}
+    whole = generator.generate(PROMPTS, blend=UNMERGED, **given)
+    for tolerance in (1e-9, 0.01, 10.0):
+        merged = generator.generate(PROMPTS, blend=PosteriorPredictive(6, merge=tolerance), **given)
+        np.testing.assert_allclose(merged.weights, whole.weights, atol=1e-9)  # before anything is merged
+        if tolerance < 1e-6:
+            assert_same(merged, whole, atol=1e-4)
+        if tolerance == 10.0:
+            assert merged.cost.rows == 1.0
+            np.testing.assert_allclose(merged.mutual_information, 0, atol=1e-12)
+        assert merged.cost.decode <= whole.cost.decode
+        assert merged.cost.prefill == whole.cost.prefill
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_it_costs(cut64: "Bundle", bundle64: "Bundle") -> None:
+    """One row of experts above a cut reads the prompt once in all; six read it once below and six times above."""
+    tokens = sum(len(prompt) + 1 for prompt in PROMPTS[:3])
+    generator = TwoPassGenerator(cut64)
+
+    def cost(blend: Blend, bundle: "Bundle" = cut64) -> Cost:
+        return TwoPassGenerator(bundle).generate(PROMPTS[:3], blend=blend, max_new_tokens=4, seed=0).cost
+
+    one = cost(PosteriorMean())
+    assert one == Cost(3, tokens, 9, first_pass=0, prefill=3 * tokens, decode=3 * 9)
+    assert (one.prompt_passes, one.rows) == (1.0, 1.0)
+    six = cost(UNMERGED)
+    assert six == Cost(3, tokens, 9, first_pass=0, prefill=(1 + 6 * 2) * tokens, decode=(1 + 6 * 2) * 9)
+    refined = cost(RefinedMean(6))
+    assert refined == Cost(3, tokens, 9, first_pass=0, prefill=(1 + 7 * 2) * tokens, decode=3 * 9)
+    twice = cost(PosteriorMean(), bundle64)  # experts adapt all blocks: the first pass is no prefill
+    assert twice == Cost(3, tokens, 9, first_pass=3 * tokens, prefill=3 * tokens, decode=3 * 9)
+    assert twice.prompt_passes == 2.0
+    assert twice.total == 6 * tokens + 27
+    copies = generator.generate([PROMPTS[2]] * 3, blend=FixedWeights((0.0, 1.0, 0.0, 0.0)), max_new_tokens=1, seed=0)
+    assert copies.cost.prefill == 3 * (len(PROMPTS[2]) + 1)
+    assert np.isnan(copies.cost.rows)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_own_tokens_as_evidence(bundle64: "Bundle") -> None:
+    """They move the weights, or not; the tokens of the prompt always do."""
+    generator = TwoPassGenerator(bundle64)
+    given: dict[str, Any] = {"blend": UNMERGED, "max_new_tokens": 5, "seed": 3}
+    counted = generator.generate(PROMPTS, **given)
+    apart = generator.generate(PROMPTS, **given, own_evidence=False)
+    assert_same(apart, generator.generate(PROMPTS, **given, own_evidence=False, use_cache=False))
+    for n, prompt in enumerate(PROMPTS):
+        count = len(prompt)
+        np.testing.assert_allclose(apart.paths[n][: count + 1], counted.paths[n][: count + 1], atol=1e-12)
+        np.testing.assert_allclose(apart.paths[n][count:], np.tile(apart.weights[n], (5, 1)), atol=1e-12)
+        assert not np.allclose(counted.paths[n][-1], counted.weights[n], atol=1e-9)
+        assert count == 1 or not np.allclose(counted.paths[n][0], counted.paths[n][count], atol=1e-9)
+
+
+def test_a_refined_mean_is_a_blend_at_the_filtered_weights(bundle64: "Bundle") -> None:
+    generator = TwoPassGenerator(bundle64)
+    refined = generator.generate(PROMPTS[:1], blend=RefinedMean(6), max_new_tokens=4, seed=1)
+    mixed = generator.generate(PROMPTS[:1], blend=UNMERGED, max_new_tokens=4, seed=1)
+    np.testing.assert_allclose(refined.weights, mixed.weights, atol=1e-12)
+    fixed = generator.generate(
+        PROMPTS[:1], blend=FixedWeights(tuple(refined.weights[0].tolist())), max_new_tokens=4, seed=1
+    )
+    np.testing.assert_array_equal(refined.token_ids, fixed.token_ids)
+    np.testing.assert_allclose(refined.log_probabilities, fixed.log_probabilities, atol=1e-8)
+    np.testing.assert_allclose(refined.aleatoric_entropy, refined.predictive_entropy, atol=1e-10)
+
+
+def test_groups_hold_what_memory_allows(cut64: "Bundle", monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = TwoPassGenerator(cut64)
+    together = generator.generate(PROMPTS, blend=BestExpert(), max_new_tokens=2, seed=1)
+    monkeypatch.setattr(second_pass_module, "TOKENS_AT_ONCE", 30)
+    assert_same(generator.generate(PROMPTS, blend=BestExpert(), max_new_tokens=2, seed=1), together)
+
+
+def test_settings_are_checked_before_the_first_token(bundle: "Bundle") -> None:
+    generator = TwoPassGenerator(bundle)
+    with pytest.raises(ConfigError, match="expected stop to have at least one byte"):
+        generator.stream(["a"], blend=PosteriorMean(), max_new_tokens=1, stop="")
+    with pytest.raises(ConfigError, match="expected a merge of at least 0 nats, got -1"):
+        PosteriorPredictive(merge=-1.0)
+    with pytest.raises(ConfigError, match="expected flat"):
+        RefinedMean(flat=1.0)
