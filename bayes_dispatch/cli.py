@@ -357,7 +357,7 @@ def _as_json(generation: "Generation") -> dict[str, Any]:
     """The fields of a ``Generation`` under their names; lists have an entry for each prompt."""
     posterior, cost = generation.posterior, generation.cost
 
-    def trimmed(values: Any) -> list[list[float]]:
+    def trimmed(values: Any) -> list[Any]:
         return [row[:length].tolist() for row, length in zip(values, generation.lengths, strict=True)]
 
     return {
