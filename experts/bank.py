@@ -12,8 +12,8 @@ from torch import Tensor
 from bayes_dispatch.errors import ConfigError, ForeignExpertError, TensorError, UnknownNameError
 from bayes_dispatch.experts.bank_files import StoredExpert, read_bank, write_bank
 from bayes_dispatch.experts.vectors import BASE, ExpertVector
-from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import Backbone, block_of
+from bayes_dispatch.model.adaptation import Adaptation, block_of
+from bayes_dispatch.model.backbone import Backbone
 
 __all__ = ["ExpertBank"]
 

@@ -14,8 +14,7 @@ from bayes_dispatch.experts.domains.domain import Domain, Split
 from bayes_dispatch.experts.objectives import Likelihood, Objective
 from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.vectors import ExpertVector
-from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import block_of
+from bayes_dispatch.model.adaptation import Adaptation, block_of
 from bayes_dispatch.model.frozen import frozen
 from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
 from bayes_dispatch.model.pretraining import schedule

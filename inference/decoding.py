@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
@@ -60,12 +60,15 @@ class Decoding:
         self._alone = particles.mass.shape[1] == 1
         self._kl = np.zeros((len(ids), particles.mass.shape[1], particles.mass.shape[1]))
         self._following: Float[Tensor, "N S V"]
+        self._mean: np.ndarray | None = None  # of the present weights, where it has been asked for
         self.path = np.empty((ids.shape[1], len(ids), particles.weights.shape[2]))
 
     @property
     def weights(self) -> Float[np.ndarray, "N components"]:
         """The filtered mean of the blend weights."""
-        return self._filter.mean()
+        if self._mean is None:
+            self._mean = self._filter.mean()
+        return self._mean
 
     def read_prompts(self, measured: bool = False) -> None:
         """Read the prompts, and filter the particles by each of their bytes; where ``measured``, for ``merge``."""
@@ -85,7 +88,7 @@ class Decoding:
                 if following is None:  # the beginning token is no evidence
                     following = after[:, :, 0]
                     continue
-                self._filter.update(_of(following, token), read)
+                self._update(_of(following, token), read)
                 following = torch.where(read[:, None, None], after[:, :, t], following)
                 self.path[start + t] = self.weights
         assert following is not None
@@ -99,6 +102,7 @@ class Decoding:
         v = self._filter.log_weights.exp().numpy()
         chosen = [representatives(own, kl, tolerance) for own, kl in zip(v, self._kl / counts, strict=True)]
         left = self._filter.merge(np.stack(chosen))
+        self._mean = None
         self._reader.keep(range(len(left)), left)
         width = max(map(len, left))
         index = torch.tensor([[*kept, *[kept[0]] * (width - len(kept))] for kept in left])
@@ -129,15 +133,20 @@ class Decoding:
         """
         token = torch.from_numpy(ids)
         if evidence and not self._alone:
-            self._filter.update(_of(self._following, token))
+            self._update(_of(self._following, token))
         if not last:
             self._following = self._reader.read(token)
+
+    def _update(self, log_likelihood: Float[Tensor, "N S"], read: Bool[Tensor, " N"] | None = None) -> None:
+        self._filter.update(log_likelihood, read)
+        self._mean = None
 
     def keep(self, prompts: Sequence[int]) -> None:
         """Drop all other prompts."""
         count = self._following.shape[1]
         self._reader.keep(prompts, [range(count)] * len(prompts))
         self._filter.select(prompts)
+        self._mean = None
         self._following = self._following[torch.tensor(prompts)]
         self._lengths = self._lengths[torch.tensor(prompts)]
 

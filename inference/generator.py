@@ -171,6 +171,7 @@ class TwoPassGenerator:
                 f"expected a dispatcher over {bundle.experts.names}, got one over {bundle.dispatcher.experts}"
             )
         self.bundle = bundle
+        self._cut = cut_of(bundle)
 
     def generate(
         self,
@@ -309,4 +310,4 @@ class TwoPassGenerator:
             blend, max_new_tokens, sampling, None if stop is None else utf8(stop), own_evidence, use_cache, seed
         )
         given = None if strategy is None else strategy.posterior(self.bundle, prompts, seed)
-        return SecondPass(self.bundle, cut_of(self.bundle), data, request, given)
+        return SecondPass(self.bundle, self._cut, data, request, given)

@@ -19,21 +19,25 @@ class Prefix:
     """U prompts below the cut of a model.
 
     Attributes:
-        x: (U, T, D), or (U, T) tokens, right-padded: what the blocks above the cut read.
-        tokens: (U,), real ones of each row: the beginning token and the prompt's bytes.
+        ids: (U, T) tokens, right-padded: the beginning token and the prompt's bytes. tokens: (U,), real ones.
+        x: (U, T, D), or the tokens themselves: what the blocks above the cut read.
         cache: of the blocks below, which have read them; ``None`` where there are none.
     """
 
-    x: Int[Tensor, "U T"] | Float[Tensor, "U T D"]
+    ids: Int[Tensor, "U T"]
     tokens: Int[Tensor, " U"]
+    x: Int[Tensor, "U T"] | Float[Tensor, "U T D"]
     cache: Cache | None
 
     def select(self, rows: Sequence[int]) -> "Prefix":
-        """Some rows, in that order, with states of their own."""
+        """Some rows, in that order."""
+        if list(rows) == list(range(len(self.tokens))):
+            return self
         index = torch.tensor(rows)
         tokens = self.tokens[index]
+        width = int(tokens.max())
         cache = None if self.cache is None else self.cache.select(index)
-        return Prefix(self.x[index, : int(tokens.max())], tokens, cache)
+        return Prefix(self.ids[index, :width], tokens, self.x[index, :width], cache)
 
 
 def read_prefix(cut: CutModel, tokenizer: ByteTokenizer, prompts: Sequence[bytes], capacity: int) -> Prefix:
@@ -44,4 +48,4 @@ def read_prefix(cut: CutModel, tokenizer: ByteTokenizer, prompts: Sequence[bytes
     """
     ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *prompt] for prompt in prompts])
     cache = cut.cache_below(len(prompts), capacity)
-    return Prefix(cut.below(ids, mask, cache), mask.sum(1), cache)
+    return Prefix(ids, mask.sum(1), cut.below(ids, mask, cache), cache)

@@ -83,12 +83,13 @@ class CachedReader:
         self._cut = cut
         self._prefix = prefix
         self._row = list(row)
-        shape = particles.weights.shape
-        source = np.broadcast_to(np.asarray(row)[:, None, None], (*shape[:2], 1))
-        keyed = np.concatenate([source, particles.weights], axis=2).reshape(-1, 1 + shape[2])
-        distinct, self._index = _distinct(keyed, shape[:2])
-        self._owner = torch.tensor(keyed[distinct, 0].astype(int))  # row of the prefix, and later prompt, of each row
-        weights = torch.tensor(keyed[distinct, 1:]).to(cut.model.dtype)
+        # rows of the model: distinct particles of distinct prompts
+        place: dict[tuple[int, bytes], int] = {}
+        keys = [[(own, each.tobytes()) for each in blends] for own, blends in zip(row, particles.weights, strict=True)]
+        self._index = torch.tensor([[place.setdefault(key, len(place)) for key in of_prompt] for of_prompt in keys])
+        self._owner = torch.tensor([own for own, _ in place])  # row of the prefix, and later prompt, of each row
+        blends = np.stack([np.frombuffer(each) for _, each in place])
+        weights = torch.tensor(blends).to(cut.model.dtype)
         # one row is as good as scales that all rows share, which may be folded into a matrix
         self._adaptation = experts.blend(weights if len(weights) > 1 else weights[0])
         self._below = prefix.cache
@@ -229,12 +230,3 @@ class UncachedReader:
         self.evaluated += int(real.sum()) * CutModel(self._model, 0).depth
         logits = self._model(ids, attention_mask=real, adaptation=adaptation).logits
         return logits.log_softmax(-1).unflatten(0, tuple(shape))
-
-
-def _distinct(keyed: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarray, Int[Tensor, "N S"]]:
-    """The first row of each kind, in order; and for each row, which of these it equals."""
-    _, first, inverse = np.unique(keyed, axis=0, return_index=True, return_inverse=True)
-    order = np.argsort(first)
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order))
-    return first[order], torch.from_numpy(rank[inverse.ravel()].reshape(shape))

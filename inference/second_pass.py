@@ -1,8 +1,9 @@
 """The second pass over many prompts: in groups of similar length, each read once, dispatched, and generated for."""
 
+import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch
 from bayes_dispatch.inference.blends import Blend, Particles
 from bayes_dispatch.inference.cost import Cost
 from bayes_dispatch.inference.decoding import Decoding, Token
+from bayes_dispatch.inference.events import tell
 from bayes_dispatch.inference.first_pass import evidence_of, first_pass, pool
 from bayes_dispatch.inference.prefix import Prefix, read_prefix
 from bayes_dispatch.inference.readers import CachedReader, Reader, UncachedReader
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from bayes_dispatch.inference.generator import System
 
 __all__ = ["POSTERIOR_DRAWS", "Request", "SecondPass"]
+
+logger = logging.getLogger(__name__)
 
 POSTERIOR_DRAWS = 64
 ROWS_AT_ONCE = 64  # rows (prompts times particles) of one batch; prompts whose first pass runs together
@@ -85,6 +89,13 @@ class SecondPass:
         """Each next token of some prompts, the indices (n,) of these, and whether each has ended with it (n,)."""
         for group in self._groups():
             yield from self._generate(group)
+        blend = self._request.blend.name
+        tell(
+            logger,
+            logging.INFO,
+            "generated",
+            lambda: {"prompts": len(self.prompts), "blend": blend, **asdict(self.cost)},
+        )
 
     def _groups(self) -> Iterator[list[int]]:
         """Prompts whose first pass runs together; copies of one are neighbours."""
@@ -108,6 +119,8 @@ class SecondPass:
             posterior = self._dispatch(group, distinct, rows, prefix)
         for place, n in enumerate(group):
             self._draws[n] = posterior.select([place])
+        tell(logger, logging.DEBUG, "prefix read", lambda: _of_prefix(prefix, len(group), self._cut.block))
+        tell(logger, logging.DEBUG, "dispatched", lambda: _of_posterior(group, posterior))
         particles = self._request.blend.particles(posterior)
         at_once = max(1, ROWS_AT_ONCE // particles.mass.shape[1])
         for start in range(0, len(group), at_once):
@@ -128,24 +141,30 @@ class SecondPass:
     def _decode(
         self, group: list[int], prefix: Prefix, rows: list[int], particles: Particles
     ) -> Iterator[tuple[Token, np.ndarray, np.ndarray]]:
-        request, tokenizer = self._request, self._system.tokenizer
-        ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *self.prompts[n]] for n in group])
+        request = self._request
         own = sorted(set(rows))
         prefix, rows = prefix.select(own), [own.index(row) for row in rows]
         with torch.no_grad():
-            decoding, reader = self._begin(prefix, rows, particles, ids, mask.sum(1))
+            decoding, reader = self._begin(prefix, rows, particles)
             decoding.read_prompts(measured=particles.merge > 0)
             self._count(prefill=reader.evaluated)
+            weights = decoding.weights
             for place, n in enumerate(group):
-                self.weights[n] = decoding.weights[place]
+                self.weights[n] = weights[place]
                 self.paths[n] = decoding.path[: len(self.prompts[n]), place]
             if particles.refined:
-                mean = Particles(decoding.weights[:, None], np.ones((len(group), 1)))
-                decoding, reader = self._begin(prefix, rows, mean, ids, mask.sum(1))
+                mean = Particles(weights[:, None], np.ones((len(group), 1)))
+                decoding, reader = self._begin(prefix, rows, mean)
                 decoding.read_prompts()
                 self._count(prefill=reader.evaluated)
             elif particles.merge > 0:
                 decoding.merge(particles.merge)
+        tell(
+            logger,
+            logging.DEBUG,
+            "prompts read",
+            lambda: {"prompts": group, "rows": reader.rows, "of": particles.mass.size},
+        )
         live = np.array(group)
         written = {n: bytearray() for n in group}
         for step in range(request.max_new_tokens):
@@ -161,6 +180,8 @@ class SecondPass:
                     before = reader.evaluated
                     if len(going) < len(live):
                         decoding.keep(going.tolist())
+                        left = {"prompts": live[ended].tolist(), "rows": reader.rows}
+                        tell(logger, logging.DEBUG, "ended", left.copy)
                     decoding.append(token.ids[going], request.own_evidence)
                     self._count(decode=reader.evaluated - before, new_tokens=len(going))
             yield token, live, ended
@@ -168,10 +189,13 @@ class SecondPass:
             if not len(live):
                 return
 
-    def _begin(
-        self, prefix: Prefix, rows: list[int], particles: Particles, ids: torch.Tensor, lengths: torch.Tensor
-    ) -> tuple[Decoding, Reader]:
+    def _begin(self, prefix: Prefix, rows: list[int], particles: Particles) -> tuple[Decoding, Reader]:
         system = self._system
+        ids, lengths = (
+            (prefix.ids, prefix.tokens)
+            if rows == list(range(len(prefix.ids)))
+            else (prefix.ids[rows], prefix.tokens[rows])
+        )
         reader: Reader
         if self._request.use_cache:
             capacity = ids.shape[1] + self._request.max_new_tokens
@@ -182,3 +206,13 @@ class SecondPass:
 
     def _count(self, **evaluations: int) -> None:
         self.cost = self.cost + Cost(self._cut.depth, **evaluations)
+
+
+def _of_prefix(prefix: Prefix, prompts: int, block: int) -> dict[str, Any]:
+    held = 0 if prefix.cache is None else prefix.cache.nbytes
+    return {"prompts": prompts, "distinct": len(prefix.tokens), "below_block": block, "cache_bytes": held}
+
+
+def _of_posterior(prompts: list[int], posterior: DispatchPosterior) -> dict[str, Any]:
+    means = [dict(zip(posterior.experts, np.round(row, 4).tolist(), strict=True)) for row in posterior.mean]
+    return {"prompts": prompts, "mean": means, "entropy": np.round(posterior.entropy, 4).tolist()}

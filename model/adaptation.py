@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from types import MappingProxyType
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
 
-__all__ = ["Adaptation"]
+__all__ = ["Adaptation", "block_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +51,11 @@ class Adaptation:
         """No adaptation: every matrix keeps its stored weights."""
         return cls({})
 
+    @cached_property
+    def lowest_block(self) -> float:
+        """The first block that has a scaled matrix; infinity without any."""
+        return float(min(map(block_of, self.scales), default=float("inf")))
+
     def select(self, rows: Sequence[int] | Tensor) -> "Adaptation":
         """The scales of some rows, in that order; shared scales stay shared."""
         if self.rows is None:
@@ -80,6 +86,12 @@ class Adaptation:
         if self.rows is None:
             return _hash(named)
         return tuple(_hash({name: scales[row] for name, scales in named.items()}) for row in range(self.rows))
+
+
+def block_of(matrix: str) -> int:
+    """The block that an adaptable matrix belongs to: the first number in its name, 0 where there is none."""
+    numbers = [int(part) for part in matrix.split(".") if part.isdigit()]
+    return numbers[0] if numbers else 0
 
 
 def _hash(named: Mapping[str, Tensor]) -> str:

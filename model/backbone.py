@@ -9,7 +9,7 @@ from torch import Tensor
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.cache import Cache
 
-__all__ = ["Backbone", "CausalLMOutput", "Cuttable", "block_of"]
+__all__ = ["Backbone", "CausalLMOutput", "Cuttable"]
 
 
 class CausalLMOutput(NamedTuple):
@@ -87,9 +87,3 @@ class Cuttable(Protocol):
     def init_cache(self, batch_size: int, max_length: int, *, blocks: range | None = None) -> Cache:
         """An empty cache of some blocks, all by default."""
         ...
-
-
-def block_of(matrix: str) -> int:
-    """The block that an adaptable matrix belongs to: the first number in its name, 0 where there is none."""
-    numbers = [int(part) for part in matrix.split(".") if part.isdigit()]
-    return numbers[0] if numbers else 0

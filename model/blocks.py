@@ -66,6 +66,7 @@ class BlockStack(nn.Module):
                 parameter.data.mul_(backbone.n_blocks**-0.5)
         self._fingerprint = Fingerprint()
         self._stretches: dict[range, Stretch] = {}
+        self._checked: tuple[Adaptation, int, torch.dtype] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -220,7 +221,12 @@ class BlockStack(nn.Module):
         return self.advance(x, padding.tokens, cache, adaptation, memory, same_weights=True, stretch=stretch)
 
     def _check_adaptation(self, adaptation: Adaptation, batch: int) -> None:
-        check_adaptation(adaptation, self.adaptable() if adaptation.scales else {}, self.dtype, batch)
+        if not adaptation.scales:
+            return
+        asked = adaptation, batch, self.dtype
+        if self._checked is None or any(a is not b for a, b in zip(asked, self._checked, strict=True)):
+            check_adaptation(adaptation, self.adaptable(), self.dtype, batch)
+            self._checked = asked  # it cannot change, and every cached step asks
 
     def _check_states(self, x: Tensor) -> None:
         width = self.backbone.d_model

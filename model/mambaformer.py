@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import CausalLMOutput, block_of
+from bayes_dispatch.model.backbone import CausalLMOutput
 from bayes_dispatch.model.block import Block
 from bayes_dispatch.model.blocks import MambaFormer
 from bayes_dispatch.model.cache import Cache
@@ -83,8 +83,10 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         adaptation = adaptation or Adaptation.identity()
         self._check_states(x)
         self._check_adaptation(adaptation, x.shape[0])
-        if reached := [name for name in adaptation.scales if block_of(name) < block]:
-            raise TensorError(f"expected scales of block {block} and above alone, got some for {reached[0]}")
+        if adaptation.lowest_block < block:
+            raise TensorError(
+                f"expected scales of block {block} and above alone, got some of {adaptation.lowest_block}"
+            )
         padding = check_padding(attention_mask, (x.shape[0], x.shape[1]), at_least=1 if cache is None else 0)
         stretch = self._stretch(range(block, len(self.blocks)))
         hidden = padding.restore(self._run(padding.to_right(x), padding, cache, adaptation, stretch=stretch))

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import Backbone, Cuttable, block_of
+from bayes_dispatch.model.adaptation import Adaptation, block_of
+from bayes_dispatch.model.backbone import Backbone, Cuttable
 from bayes_dispatch.model.cache import Cache
 
 __all__ = ["CutModel"]

@@ -1,0 +1,28 @@
+"""What generation tells whoever listens: records of the standard library's ``logging``, with their facts as a mapping.
+
+A record has ``event``, the kind of what happened, and ``facts``, a mapping of JSON values. Nothing is computed for it
+unless somebody listens, and nothing is printed.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+__all__ = ["JsonLines", "tell"]
+
+
+def tell(logger: logging.Logger, level: int, event: str, facts: Callable[[], Mapping[str, Any]]) -> None:
+    """Log an event; ``facts`` is called where the level is listened to."""
+    if logger.isEnabledFor(level):
+        found = dict(facts())
+        logger.log(level, "%s %s", event, json.dumps(found), extra={"event": event, "facts": found})
+
+
+class JsonLines(logging.Formatter):
+    """Each record as one line of JSON: time in seconds since 1970, level, logger, event, and the facts."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": round(record.created, 6), "level": record.levelname.lower(), "logger": record.name}
+        facts = getattr(record, "facts", {"message": record.getMessage()})
+        return json.dumps(line | {"event": getattr(record, "event", "message")} | dict(facts))

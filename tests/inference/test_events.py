@@ -1,0 +1,44 @@
+"""Who listens hears what happened, as facts; who does not pays nothing and sees nothing."""
+
+import json
+import logging
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from bayes_dispatch.inference.blends import PosteriorPredictive
+from bayes_dispatch.inference.events import JsonLines, tell
+from bayes_dispatch.inference.generator import TwoPassGenerator
+
+if TYPE_CHECKING:
+    from bayes_dispatch.bundle import Bundle
+
+LOGGER = "bayes_dispatch.inference.second_pass"
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_events_of_a_generation(bundle: "Bundle", caplog: pytest.LogCaptureFixture, capfd: Any) -> None:
+    given: dict[str, Any] = {"blend": PosteriorPredictive(6), "max_new_tokens": 3, "seed": 0}
+    with caplog.at_level(logging.DEBUG, LOGGER):
+        result = TwoPassGenerator(bundle).generate(["ab>ba\n", "1+1=", "ab>ba\n"], **given)
+    events = {record.event: record.facts for record in caplog.records}  # type: ignore[attr-defined]
+    assert list(events) == ["prefix read", "dispatched", "prompts read", "generated"]
+    assert events["prefix read"] == {"prompts": 3, "distinct": 2, "below_block": 0, "cache_bytes": 0}
+    assert events["dispatched"]["mean"][0]["reverse"] == pytest.approx(result.posterior.mean[1, 0], abs=1e-4)
+    assert events["prompts read"]["rows"] <= events["prompts read"]["of"] == 18
+    assert events["generated"]["decode"] == result.cost.decode
+    lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
+    assert lines[-1]["level"] == "info"
+    assert lines[-1]["prompt_tokens"] == 19
+    assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_is_computed_where_nobody_listens() -> None:
+    logger = logging.getLogger("bayes_dispatch.tests")
+    logger.setLevel(logging.INFO)
+    tell(logger, logging.DEBUG, "never", lambda: pytest.fail("computed"))
+
+
+def test_other_records_are_lines_too() -> None:
+    record = logging.LogRecord("x", logging.WARNING, "", 0, "so %s", ("what",), None)
+    assert json.loads(JsonLines().format(record))["message"] == "so what"
