@@ -72,7 +72,7 @@ if TYPE_CHECKING:
         ThompsonSample,
         TopK,
     )
-    from bayes_dispatch.inference.compare import Comparison, compare_blends
+    from bayes_dispatch.inference.compare import compare_blends, compare_systems
     from bayes_dispatch.inference.few_shot import FewShotFit, FewShotProgram
     from bayes_dispatch.inference.few_shot_methods import (
         CrossEntropy,
@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     )
     from bayes_dispatch.inference.first_pass import FirstPass, first_pass
     from bayes_dispatch.inference.generator import Generation, TwoPassGenerator
+    from bayes_dispatch.inference.scores import Comparison, SystemComparison
     from bayes_dispatch.inference.strategies import (
         AskedExpert,
         AskedModel,
@@ -172,6 +173,8 @@ __all__ = [
     "PosteriorPredictive",
     "compare_blends",
     "Comparison",
+    "compare_systems",
+    "SystemComparison",
     "FewShotProgram",
     "FewShotFit",
     "AnswerLikelihood",
@@ -272,7 +275,9 @@ _MODULE_OF = {
     "ThompsonSample": "inference.blends",
     "PosteriorPredictive": "inference.blends",
     "compare_blends": "inference.compare",
-    "Comparison": "inference.compare",
+    "Comparison": "inference.scores",
+    "compare_systems": "inference.compare",
+    "SystemComparison": "inference.scores",
     "FewShotProgram": "inference.few_shot",
     "FewShotFit": "inference.few_shot",
     "AnswerLikelihood": "inference.answers",
