@@ -170,6 +170,10 @@ def test_reliability_of_choices_is_that_of_the_top_class() -> None:
         np.testing.assert_array_equal(getattr(kept, field), getattr(whole, field))
     with pytest.raises(TensorError, match=r"expected confidences in 0 … 1, got 0.5 to 1.5"):
         confidence_curve(np.array([0.5, 1.5]), np.array([True, False]))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_each_confidence_is_of_a_choice() -> None:
     with pytest.raises(TensorError, match=r"expected 2 booleans as what is correct"):
         confidence_curve(np.array([0.5, 0.5]), np.array([True]))
 
