@@ -171,13 +171,7 @@ def _filter(
     """Each document under its own particles; ``place``: (N, S), which of the particles read each of them is."""
     index = torch.from_numpy(place)
     own = reading.own.gather(1, index[..., None].expand(-1, -1, reading.own.shape[2]))  # (N, S, T)
-    first = torch.zeros(len(own)) if filtered_from is None else torch.tensor(list(filtered_from))
-    masses = ParticleFilter(particles)
-    before: list[Float[Tensor, "N S"]] = []  # masses that each byte is predicted with
-    for t in range(own.shape[2]):
-        before.append(masses.log_weights)
-        masses.update(own[:, :, t], (t >= first) & (t < reading.lengths))
-    log_masses = torch.stack(before, 1)  # (N, T, S)
+    log_masses = _log_masses(own, reading.lengths, particles, filtered_from)
     found = []
     for n, (places, following) in enumerate(zip(reading.scored, reading.following, strict=True)):
         mixed = predictive(log_masses[n, places], following[:, index[n]])
@@ -193,6 +187,21 @@ def _filter(
             )
         )
     return found
+
+
+def _log_masses(
+    own: Tensor, lengths: Tensor, particles: Particles, filtered_from: Sequence[int] | None
+) -> Float[Tensor, "N T S"]:
+    """The log masses that each byte is predicted with; ``own``: (N, S, T)."""
+    if own.shape[1] == 1:
+        return own.new_zeros(own.transpose(1, 2).shape).double()
+    first = torch.zeros(len(own)) if filtered_from is None else torch.tensor(list(filtered_from))
+    masses = ParticleFilter(particles)
+    before = []
+    for t in range(own.shape[2]):
+        before.append(masses.log_weights)
+        masses.update(own[:, :, t], (t >= first) & (t < lengths))
+    return torch.stack(before, 1)
 
 
 def _distinct(weights: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
