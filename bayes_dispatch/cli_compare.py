@@ -5,7 +5,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import pandas
 
     from bayes_dispatch.inference.blends import Blend
+    from bayes_dispatch.inference.scores import Comparison, SystemComparison
     from bayes_dispatch.tables import Table
 
 __all__ = ["compare"]
@@ -58,11 +59,11 @@ def compare(
     if jsonl is not None and (sets or documents is not None):
         raise ConfigError(f"expected --jsonl, or --set and --documents, got both: {jsonl} beside held-out documents")
     names = list(blends or DEFAULT_BLENDS)
-    chosen = reference or ("predictive" if "predictive" in names else names[0])
-    if chosen not in names:
-        raise UnknownNameError(f"expected a --reference of {', '.join(names)}, got {chosen!r}")
+    if reference is not None and reference not in names:
+        raise UnknownNameError(f"expected a --reference of {', '.join(names)}, got {reference!r}")
     if other is not None and reference is not None:
         raise ConfigError(f"expected --reference or --other, got both: {reference} and {other}")
+    base = OURS if other is not None else reference or ("predictive" if "predictive" in names else names[0])
     if csv is not None:
         _check_file(csv)
     from bayes_dispatch.bundle import load_bundle
@@ -79,25 +80,25 @@ def compare(
     else:
         given = {jsonl.name: own}
     use_one_thread()
-    progress, console, frames = sys.stderr.isatty(), open_console(), {}
-    printed: dict[str, dict[str, object]] = {}
+    progress, console = sys.stderr.isatty(), open_console()
+    frames: dict[str, pandas.DataFrame] = {}
+    printed: dict[str, Any] = {}
     for name, texts in given.items():
+        found: Comparison | SystemComparison
         if theirs is None:
             found = compare_blends(ours, texts, compared, seed, progress)
-            summary, differences = found.summary(), found.differences(chosen)
         else:
-            both = compare_systems({OURS: ours, THEIRS: theirs}, texts, compared, seed, progress)
-            summary, differences = both.summary(), both.differences(OURS)
-        frames[name] = (found if theirs is None else both).to_frame()
+            found = compare_systems({OURS: ours, THEIRS: theirs}, texts, compared, seed, progress)
+        frames[name], summary, differences = found.to_frame(), found.summary(), found.differences(base)
         printed[name] = {"summary": summary.to_dict("records"), "differences": differences.to_dict("records")}
         if not as_json:
             console.print(_summary_table(name, summary).to_rich())
             if len(differences):
-                console.print(_difference_table(name, differences, chosen if theirs is None else OURS).to_rich())
+                console.print(_difference_table(name, differences, base).to_rich())
     if csv is not None:
         _write(csv, frames)
     if as_json:
-        print_json({"seed": seed, "reference": chosen if theirs is None else OURS, "sets": printed})
+        print_json({"seed": seed, "reference": base, "sets": printed})
 
 
 def _blend(name: str, components: Sequence[str], top_k: int, draws: int) -> "Blend":
