@@ -63,7 +63,7 @@ def compare(
         raise UnknownNameError(f"expected a --reference of {', '.join(names)}, got {reference!r}")
     if other is not None and reference is not None:
         raise ConfigError(f"expected --reference or --other, got both: {reference} and {other}")
-    base = OURS if other is not None else reference or ("predictive" if "predictive" in names else names[0])
+    against = OURS if other is not None else reference or ("predictive" if "predictive" in names else names[0])
     if csv is not None:
         _check_file(csv)
     from bayes_dispatch.bundle import load_bundle
@@ -89,16 +89,16 @@ def compare(
             found = compare_blends(ours, texts, compared, seed, progress)
         else:
             found = compare_systems({OURS: ours, THEIRS: theirs}, texts, compared, seed, progress)
-        frames[name], summary, differences = found.to_frame(), found.summary(), found.differences(base)
+        frames[name], summary, differences = found.to_frame(), found.summary(), found.differences(against)
         printed[name] = {"summary": summary.to_dict("records"), "differences": differences.to_dict("records")}
         if not as_json:
             console.print(_summary_table(name, summary).to_rich())
             if len(differences):
-                console.print(_difference_table(name, differences, base).to_rich())
+                console.print(_difference_table(name, differences, against).to_rich())
     if csv is not None:
         _write(csv, frames)
     if as_json:
-        print_json({"seed": seed, "reference": base, "sets": printed})
+        print_json({"seed": seed, "reference": against, "sets": printed})
 
 
 def _blend(name: str, components: Sequence[str], top_k: int, draws: int) -> "Blend":
