@@ -73,7 +73,7 @@ if TYPE_CHECKING:
         ThompsonSample,
         TopK,
     )
-    from bayes_dispatch.inference.compare import Comparison, compare_blends
+    from bayes_dispatch.inference.compare import compare_blends, compare_systems
     from bayes_dispatch.inference.cost import Cost
     from bayes_dispatch.inference.few_shot import FewShotFit, FewShotProgram
     from bayes_dispatch.inference.few_shot_methods import (
@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     )
     from bayes_dispatch.inference.first_pass import FirstPass, first_pass
     from bayes_dispatch.inference.generator import Generation, Streamed, TwoPassGenerator
+    from bayes_dispatch.inference.scores import Comparison, SystemComparison
     from bayes_dispatch.inference.strategies import (
         AskedExpert,
         AskedModel,
@@ -177,6 +178,8 @@ __all__ = [
     "RefinedMean",
     "compare_blends",
     "Comparison",
+    "compare_systems",
+    "SystemComparison",
     "FewShotProgram",
     "FewShotFit",
     "AnswerLikelihood",
@@ -280,7 +283,9 @@ _MODULE_OF = {
     "PosteriorPredictive": "inference.blends",
     "RefinedMean": "inference.blends",
     "compare_blends": "inference.compare",
-    "Comparison": "inference.compare",
+    "Comparison": "inference.scores",
+    "compare_systems": "inference.compare",
+    "SystemComparison": "inference.scores",
     "FewShotProgram": "inference.few_shot",
     "FewShotFit": "inference.few_shot",
     "AnswerLikelihood": "inference.answers",

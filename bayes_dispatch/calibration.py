@@ -2,7 +2,7 @@
 
 - Weight posteriors: :func:`simulation_based_calibration`, :func:`interval_coverage`, :func:`coverage_curve`.
 - Class probabilities: :func:`brier_score`, :func:`log_score`, :func:`expected_calibration_error`,
-  :func:`reliability_curve`.
+  :func:`reliability_curve`, :func:`confidence_curve`.
 - What to do with them: :func:`risk_coverage`, :func:`abstention_threshold`, :func:`ood_auroc`.
 - Two systems on the same prompts: :func:`paired_comparison`.
 """
@@ -21,6 +21,7 @@ from bayes_dispatch.rank_bands import RankBand, rank_band
 from bayes_dispatch.reliability import (
     ReliabilityCurve,
     brier_score,
+    confidence_curve,
     expected_calibration_error,
     log_score,
     reliability_curve,
@@ -54,6 +55,7 @@ __all__ = [
     "log_score",
     "expected_calibration_error",
     "reliability_curve",
+    "confidence_curve",
     "ReliabilityCurve",
     "risk_coverage",
     "RiskCoverage",

@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from bayes_dispatch.cli_compare import compare
 from bayes_dispatch.cli_experts import experts, is_of_a_bundle
 from bayes_dispatch.errors import BayesDispatchError, BundleError, ConfigError, PromptError, UnknownNameError
-from bayes_dispatch.terminal import BundleOption, JsonOption, SeedOption, open_console, print_json
+from bayes_dispatch.terminal import (
+    BundleOption,
+    JsonOption,
+    SeedOption,
+    open_console,
+    print_json,
+    use_one_thread,
+)
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.generator import Generation
@@ -29,6 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(experts, name="experts")
+app.command()(compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -88,7 +97,7 @@ def demo(
     from bayes_dispatch.bundle import load_bundle
     from bayes_dispatch.demo import run_demo
 
-    _use_one_thread()
+    use_one_thread()
     begun, console = time.perf_counter(), open_console()
     files = run_demo(load_bundle(bundle), out, seed, console)
     console.print(f"Done in {time.perf_counter() - begun:.0f} s:", *files, highlight=False, soft_wrap=True)
@@ -115,7 +124,7 @@ def train(
     def announce(stage: str) -> None:
         print(f"{stage} …", file=sys.stderr)
 
-    _use_one_thread()
+    use_one_thread()
     begun = time.perf_counter()
     report = train_bundle(PLANS[plan].with_seed(seed), out, work, processes, announce=announce).report
     _print_report(report, as_json)
@@ -165,7 +174,7 @@ def train_expert(
     def announce(line: str) -> None:
         print(line, file=sys.stderr)
 
-    _use_one_thread()
+    use_one_thread()
     old, progress = load_bundle(bundle), sys.stderr.isatty()
     expert = train_own_expert(old, domain, settings, progress)
     if refit:
@@ -218,7 +227,7 @@ def diagnose(
     from bayes_dispatch.diagnosis import diagnose as run
 
     settings = DiagnosisSettings(simulations=simulations, mixtures=mixtures, prompts=prompts, risk=risk, seed=seed)
-    _use_one_thread()
+    use_one_thread()
     found = run(load_bundle(bundle), settings, progress=sys.stderr.isatty())
     files, console = write_diagnosis(found, out), open_console()
     if as_json:
@@ -263,7 +272,7 @@ def generate(
     from bayes_dispatch.bundle import load_bundle
     from bayes_dispatch.inference.generator import TwoPassGenerator
 
-    _use_one_thread()
+    use_one_thread()
     generation = TwoPassGenerator(load_bundle(bundle)).generate(
         checked,
         blend=blend,
@@ -294,7 +303,7 @@ def fit(
     from bayes_dispatch.dispatcher import Dispatcher
     from bayes_dispatch.evidence_file import read_evidence
 
-    _use_one_thread()
+    use_one_thread()
     known = read_evidence(evidence)
     dispatcher = Dispatcher([name.strip() for name in expert_names.split(",")], seed)
     dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=sys.stderr.isatty()).save(out)
@@ -333,14 +342,6 @@ def _check_new_output(path: Path, index: str) -> None:
         raise BundleError(
             f"expected a new directory or an earlier output to replace, got {path}, which holds other files"
         )
-
-
-def _use_one_thread() -> None:
-    """More gain nothing with so small a model, cost much where cores are busy, and make rounding depend on them."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        import torch
-
-        torch.set_num_threads(1)
 
 
 def _print_report(report: Any, as_json: bool) -> None:

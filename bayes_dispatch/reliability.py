@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from bayes_dispatch.arrays import as_labels, as_points
+from bayes_dispatch.arrays import TOLERANCE, as_flags, as_labels, as_points, as_values
 from bayes_dispatch.errors import ConfigError, TensorError
 
-__all__ = ["ReliabilityCurve", "brier_score", "expected_calibration_error", "log_score", "reliability_curve"]
+__all__ = [
+    "ReliabilityCurve",
+    "brier_score",
+    "confidence_curve",
+    "expected_calibration_error",
+    "log_score",
+    "reliability_curve",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,10 +102,33 @@ def reliability_curve(
         ConfigError: fewer than one bin.
     """
     given = as_points(probabilities, "probabilities")
+    correct = given.argmax(axis=1) == as_labels(labels, *given.shape)
+    return confidence_curve(given.max(axis=1), correct, bins)
+
+
+def confidence_curve(
+    confidence: Float[np.ndarray, " choice"], correct: Bool[np.ndarray, " choice"], bins: int = 15
+) -> ReliabilityCurve:
+    """Reliability of choices of which only the confidence is kept, such as the most probable byte of each place.
+
+    Args:
+        confidence: ``(N,)`` probability that was given to each choice.
+        correct: ``(N,)`` whether it was right.
+        bins: as in :func:`reliability_curve`.
+
+    Returns:
+        The curve.
+
+    Raises:
+        TensorError: arrays of other lengths, or confidences outside 0 to 1.
+        ConfigError: fewer than one bin.
+    """
+    confidence = as_values(confidence, "confidences")
+    correct = as_flags(correct, "what is correct", len(confidence))
+    if confidence.min() < 0 or confidence.max() > 1 + TOLERANCE:
+        raise TensorError(f"expected confidences in 0 … 1, got {confidence.min():.4g} to {confidence.max():.4g}")
     if bins < 1:
         raise ConfigError(f"expected at least 1 bin, got {bins}")
-    correct = given.argmax(axis=1) == as_labels(labels, *given.shape)
-    confidence = given.max(axis=1)
     order = np.argsort(confidence, kind="stable")
     confidence, correct = confidence[order], correct[order]
     even = [part[0] for part in np.array_split(np.arange(len(order)), bins) if len(part)]

@@ -14,6 +14,7 @@ from bayes_dispatch.calibration import (
     attainable_coverage,
     attainable_coverage_curve,
     brier_score,
+    confidence_curve,
     coverage_curve,
     expected_calibration_error,
     interval_coverage,
@@ -158,6 +159,23 @@ def test_reliability_by_hand() -> None:
     expected = np.sqrt([0.25 + 0.24, 0.21 + 0.16, 0.09]) / 2
     np.testing.assert_allclose(curve.standard_errors, expected)
     assert curve.expected_calibration_error == pytest.approx((0.05 + 0.25 + 0.05) / 3)
+
+
+def test_reliability_of_choices_is_that_of_the_top_class() -> None:
+    rng = np.random.default_rng(0)
+    probabilities, labels = rng.dirichlet(np.ones(4), 50), rng.integers(0, 4, 50)
+    whole = reliability_curve(probabilities, labels, bins=7)
+    kept = confidence_curve(probabilities.max(1), probabilities.argmax(1) == labels, bins=7)
+    for field in ("counts", "confidence", "accuracy", "standard_errors"):
+        np.testing.assert_array_equal(getattr(kept, field), getattr(whole, field))
+    with pytest.raises(TensorError, match=r"expected confidences in 0 … 1, got 0.5 to 1.5"):
+        confidence_curve(np.array([0.5, 1.5]), np.array([True, False]))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_each_confidence_is_of_a_choice() -> None:
+    with pytest.raises(TensorError, match=r"expected 2 booleans as what is correct"):
+        confidence_curve(np.array([0.5, 0.5]), np.array([True]))
 
 
 def test_reliability_of_a_calibrated_system() -> None:

@@ -1,6 +1,7 @@
 """Scores of blends are what the model itself says of the bytes, under the same posterior for all."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bayes_dispatch.errors import ConfigError, PromptError
+from bayes_dispatch.errors import ConfigError, PromptError, UnknownNameError
+from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference import compare as compare_module
 from bayes_dispatch.inference.blends import (
@@ -17,10 +19,11 @@ from bayes_dispatch.inference.blends import (
     FixedWeights,
     PosteriorMean,
     PosteriorPredictive,
+    RefinedMean,
     ThompsonSample,
     TopK,
 )
-from bayes_dispatch.inference.compare import compare_blends
+from bayes_dispatch.inference.compare import compare_blends, compare_systems, score_together
 from bayes_dispatch.inference.generator import dispatch
 
 if TYPE_CHECKING:
@@ -120,7 +123,17 @@ def test_rows_at_once_and_order_do_not_matter(bundle64: "Bundle", monkeypatch: p
 
 def test_the_table(bundle64: "Bundle") -> None:
     frame = compare_blends(bundle64, DOCUMENTS[:2], BLENDS[:2], seed=0).to_frame()
-    assert list(frame.columns) == ["document", "blend", "nll", "exact_match", "entropy", "mutual_information"]
+    assert list(frame.columns) == [
+        "document",
+        "blend",
+        "nll",
+        "exact_match",
+        "entropy",
+        "mutual_information",
+        "aleatoric",
+        "ece",
+        "rows",
+    ]
     assert sorted(zip(frame.document, frame.blend, strict=True)) == [
         (0, "top_k"),
         (0, "weighted_average"),
@@ -132,8 +145,112 @@ def test_the_table(bundle64: "Bundle") -> None:
 def test_what_cannot_be_compared(bundle64: "Bundle") -> None:
     with pytest.raises(ConfigError, match=r"blends of different names, got .'top_k', 'top_k'."):
         compare_blends(bundle64, DOCUMENTS, [TopK(1), TopK(2)])
+    with pytest.raises(ConfigError, match="blends of different names, got none"):
+        compare_blends(bundle64, DOCUMENTS, [])
+    with pytest.raises(ConfigError, match="expected at least one document, got none"):
+        compare_blends(bundle64, [], BLENDS)
     for document in (Document("abc", 3), Document("abc", 1, ((2, 2),)), Document("abc", 1, ())):
         with pytest.raises(ConfigError, match="expected document 1 to have scored bytes, got none"):
             compare_blends(bundle64, [DOCUMENTS[0], document], BLENDS[:1])
     with pytest.raises(PromptError, match="expected prompt 1 to have 1 to 4096 bytes, got 0"):
         compare_blends(bundle64, [DOCUMENTS[0], Document("abc", 0)], BLENDS[:1])
+
+
+def test_blends_do_not_change_each_other(bundle64: "Bundle") -> None:
+    """Particles that blends share are run once; what each blend makes of them is its own."""
+    together = compare_blends(bundle64, DOCUMENTS, BLENDS, seed=1)
+    for blend in BLENDS:
+        alone = compare_blends(bundle64, DOCUMENTS, [blend], seed=1)
+        for one, other in zip(together.of(blend.name), alone.of(blend.name), strict=True):
+            np.testing.assert_allclose(one.nll, other.nll, atol=1e-10)
+            assert one.rows == other.rows == (6 if blend.name == "predictive" else 1)
+
+
+def test_masses_move_from_the_byte_that_is_said(
+    bundle64: "Bundle", explicit_filter: Callable[..., SimpleNamespace]
+) -> None:
+    """From the document's end: never. From the prompt's end: as a filter that only then begins."""
+    posterior, _ = dispatch(bundle64, [document.prompt for document in DOCUMENTS], 2)
+    particles = BLENDS[5].particles(posterior)
+    never = [len(document.data) for document in DOCUMENTS]
+    late = [document.prompt_bytes for document in DOCUMENTS]
+    found = score_together(
+        bundle64.model,
+        bundle64.experts,
+        DOCUMENTS,
+        {"never": particles, "late": particles, "always": particles},
+        filtered_from={"never": never, "late": late},
+    )
+    for n, document in enumerate(DOCUMENTS):
+        mass = 0.8 * particles.mass[n] + 0.2 / 6
+        ids = torch.tensor([[256, *document.data]])
+        each = [
+            bundle64.model(ids, adaptation=bundle64.experts.blend(torch.tensor(w))).logits[0].softmax(-1).detach()
+            for w in particles.weights[n]
+        ]
+        own = np.array([[float(p[i, byte]) for i, byte in enumerate(document.data)] for p in each])  # (S, T)
+        places = scored(document)
+        fixed = np.log(mass @ own)
+        np.testing.assert_allclose(found["never"][n].nll, -fixed[places].mean(), atol=1e-9)
+        joint, log_p = np.tile(mass / 2, (2, 1)), []
+        for t in range(own.shape[1]):
+            log_p.append(np.log(joint.sum(0) @ own[:, t]))
+            if t >= document.prompt_bytes:
+                joint = joint * own[:, t] / np.exp(log_p[-1])
+                rates = np.array([[0.05], [0.001]])
+                joint = (1 - rates) * joint + rates * joint.sum(1, keepdims=True) * mass
+        np.testing.assert_allclose(found["late"][n].nll, -np.array(log_p)[places].mean(), atol=1e-9)
+        exact = explicit_filter(
+            bundle64.model, bundle64.experts, document.data, particles.weights[n], particles.mass[n], (0.05, 0.001), 0.2
+        )
+        np.testing.assert_allclose(
+            found["always"][n].nll, -np.mean([exact.log_p[i, document.data[i]] for i in places]), atol=1e-9
+        )
+
+
+def test_two_systems_on_the_same_documents(bundle64: "Bundle") -> None:
+    """Against itself a system has no difference; with other experts it is what each gives alone."""
+    swapped = {"reverse": "sort", "sort": "reverse", "add": "add"}
+    experts = [replace(bundle64.experts[other], name=name) for name, other in swapped.items()]
+    other = replace(bundle64, experts=ExpertBank(experts))
+    blends = [BestExpert(), PosteriorMean()]
+    found = compare_systems({"a": bundle64, "same": bundle64, "b": other}, DOCUMENTS, blends, seed=3)
+    alone = compare_blends(other, DOCUMENTS, blends, seed=3).to_frame()
+    frame = found.to_frame()
+    assert list(frame.columns) == ["system", *alone.columns]
+    np.testing.assert_allclose(frame[frame.system == "b"].nll, alone.nll, atol=1e-12)
+    table = found.differences("a").set_index(["system", "blend", "metric"])
+    assert (table.loc["same"][["difference", "standard_error"]] == 0).all(axis=None)
+    first = frame[(frame.system == "a") & (frame.blend == "max")].nll.to_numpy()
+    second = frame[(frame.system == "b") & (frame.blend == "max")].nll.to_numpy()
+    assert table.loc[("b", "max", "nll")].difference == pytest.approx((second - first).mean())
+    assert not np.allclose(first, second)
+    assert list(found.summary().system.unique()) == ["a", "same", "b"]
+    with pytest.raises(UnknownNameError, match="expected a system of a, same, b, got 'c'"):
+        found.differences("c")
+    with pytest.raises(ConfigError, match="expected at least 2 systems, got 1"):
+        compare_systems({"a": bundle64}, DOCUMENTS, blends)
+
+
+def test_a_refined_mean_is_the_blend_that_the_prompt_left(
+    bundle64: "Bundle", explicit_filter: Callable[..., SimpleNamespace]
+) -> None:
+    refined = RefinedMean(6, switching=(0.05, 0.001), flat=0.2)
+    found = compare_blends(bundle64, DOCUMENTS, [refined, PosteriorMean()], seed=2)
+    posterior, _ = dispatch(bundle64, [document.prompt for document in DOCUMENTS], 2)
+    particles = refined.particles(posterior)
+    for n, document in enumerate(DOCUMENTS):
+        exact = explicit_filter(
+            bundle64.model,
+            bundle64.experts,
+            document.data,
+            particles.weights[n],
+            particles.mass[n],
+            particles.switching,
+            particles.flat,
+        )
+        mean = exact.masses[document.prompt_bytes] @ particles.weights[n]
+        alone = compare_blends(bundle64, [document], [FixedWeights(tuple(mean.tolist()))], seed=2).scores[0]
+        own = [score for score in found.scores if score.blend == "refined_mean"][n]
+        assert own.nll == pytest.approx(alone.nll, abs=1e-9)
+        assert own.rows == 7

@@ -1,0 +1,254 @@
+"""Every blend on held-out documents of one domain, mixed, switching and foreign, with ablations of the predictive.
+
+    python benchmarks/blends.py --work /tmp/blends                            # three seeds, hours on one core
+    python benchmarks/blends.py --work /tmp/blends --set "reverse then sort"  # one set, some minutes a seed
+    python benchmarks/blends.py --quick                                       # a smoke test; the numbers mean nothing
+
+Scores of each set and seed are kept under ``--work`` and not computed again: runs of single sets, one after the other
+or at once, add up to the whole. Remove them when blends or bundle change. Seeds are those of documents and posterior
+draws; the bundle is always the same.
+
+*Best fixed* is the blend of constant weights that does best on a document, known only afterwards: of all vertices
+(each expert, base), all even pairs of them, and the posterior mean.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from tqdm import tqdm
+
+import bayes_dispatch as bd
+from bayes_dispatch.calibration import confidence_curve, paired_comparison
+from bayes_dispatch.errors import UnknownNameError
+from bayes_dispatch.inference.blends import Particles
+from bayes_dispatch.inference.compare import score_together
+from bayes_dispatch.inference.evaluation import held_out_documents
+from bayes_dispatch.inference.generator import Dispatched
+from bayes_dispatch.inference.held_out import KINDS, domains_of
+from bayes_dispatch.tables import Cell, Table
+
+__all__ = ["ABLATIONS", "Scores", "judge", "main", "tables"]
+
+OURS, BEST_FIXED = "predictive", "best fixed"
+BLENDS = ("base", "max", "top_k", "weighted_average", "thompson", OURS)
+FIXED, AFTER_PROMPT = "fixed weights", "evidence once: features, then bytes after the prompt"
+ABLATIONS = (
+    "never switches (ε = 0)",
+    FIXED,
+    "equal masses",
+    AFTER_PROMPT,
+    "evidence once: bytes alone",
+    "4 particles",
+    "64 particles",
+)
+QUICK_SETS = ("add", "add & reverse", "add then reversed_add", "rot13")
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """B blends on N documents with P scored bytes in all.
+
+    Attributes:
+        names: (B,). rows: (B,) particles.
+        nll, exact_match, ece: (B, N). confidence, right: (B, P) of the most probable byte.
+    """
+
+    names: np.ndarray
+    rows: np.ndarray
+    nll: np.ndarray
+    exact_match: np.ndarray
+    ece: np.ndarray
+    confidence: np.ndarray
+    right: np.ndarray
+
+    def of(self, name: str, metric: str) -> np.ndarray:
+        """One metric of one blend."""
+        return getattr(self, metric)[list(self.names).index(name)]
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Scores"]) -> "Scores":
+        """All documents of several sets or seeds, for the blends that all have."""
+        kept = [name for name in parts[0].names if all(name in part.names for part in parts)]
+        together = {}
+        for field in ("nll", "exact_match", "ece", "confidence", "right"):
+            together[field] = np.concatenate([[part.of(name, field) for name in kept] for part in parts], axis=1)
+        return cls(np.array(kept), np.array([parts[0].of(name, "rows") for name in kept]), **together)
+
+
+def particles_of(
+    posterior: bd.DispatchPosterior, documents: Sequence[bd.Document], seed: int
+) -> tuple[dict[str, Particles], dict[str, list[int]]]:
+    """Blends and ablations by name, and the byte from which masses move where that is not the first.
+
+    Of bytes alone: the vertices share half of the mass, uniform draws from the simplex the rest; no features.
+    """
+    ours = bd.PosteriorPredictive(16).particles(posterior)
+    prompts, count, components = ours.weights.shape
+    vertices = np.tile(np.eye(components), (prompts, 1, 1))
+    anywhere = np.random.default_rng(seed).dirichlet(np.ones(components), (prompts, count - components))
+    halves = np.repeat([0.5 / components, 0.5 / (count - components)], [components, count - components])
+    blind = Particles(np.concatenate([vertices, anywhere], 1), np.tile(halves, (prompts, 1)), ours.switching, ours.flat)
+    modes = (bd.BestExpert(), bd.TopK(2), bd.PosteriorMean(), bd.ThompsonSample())
+    particles = {"base": _single(vertices[:, -1]), OURS: ours}
+    particles |= {blend.name: blend.particles(posterior) for blend in modes}
+    ablated = (
+        bd.PosteriorPredictive(16, switching=(0.0,)).particles(posterior),
+        ours,
+        replace(ours, mass=np.full((prompts, count), 1 / count)),
+        ours,
+        blind,
+        bd.PosteriorPredictive(4).particles(posterior),
+        bd.PosteriorPredictive(64).particles(posterior),
+    )
+    filtered_from = {
+        FIXED: [len(document.data) for document in documents],
+        AFTER_PROMPT: [document.prompt_bytes for document in documents],
+    }
+    return particles | dict(zip(ABLATIONS, ablated, strict=True)), filtered_from
+
+
+def judge(bundle: bd.Bundle, documents: Sequence[bd.Document], seed: int, progress: bool = False) -> Scores:
+    """All blends, ablations, single experts and the best fixed blend of each document."""
+    posterior = Dispatched().posterior(bundle, [document.prompt for document in documents], seed)
+    particles, filtered_from = particles_of(posterior, documents, seed)
+    components = posterior.experts
+    fixed = dict(zip(components, np.eye(len(components)), strict=True))
+    pairs = {f"{one} + {other}": (fixed[one] + fixed[other]) / 2 for one, other in combinations(components, 2)}
+    constant = {name: _single(np.tile(weights, (len(documents), 1))) for name, weights in (fixed | pairs).items()}
+    found = score_together(
+        bundle.model, bundle.experts, documents, constant | particles, progress, filtered_from=filtered_from
+    )
+    candidates = [*constant, bd.PosteriorMean.name]
+    best = np.argmin([[score.nll for score in found[name]] for name in candidates], axis=0)
+    found[BEST_FIXED] = [found[candidates[which]][n] for n, which in enumerate(best)]
+    names = [*particles, BEST_FIXED, *(name for name in components if name not in particles)]
+    metrics = {
+        metric: np.array([[getattr(score, metric) for score in found[name]] for name in names])
+        for metric in ("nll", "exact_match", "ece")
+    }
+    confidence, right = (
+        np.array([np.concatenate([getattr(score.scored, field) for score in found[name]]) for name in names])
+        for field in ("confidence", "right")
+    )
+    return Scores(
+        np.array(names),
+        np.array([found[name][0].rows for name in names]),
+        **metrics,
+        confidence=confidence,
+        right=right,
+    )
+
+
+def _single(weights: np.ndarray) -> Particles:
+    return Particles(weights[:, None], np.ones((len(weights), 1)))
+
+
+def kept(path: Path, bundle: bd.Bundle, name: str, documents: int, seed: int) -> Scores:
+    """The scores of a set and seed, from their file where there is one."""
+    if not path.exists():
+        (domain,) = domains_of(name)
+        found = judge(bundle, held_out_documents(domain, documents, seed), seed)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+        np.savez_compressed(temporary, **vars(found))
+        os.replace(temporary, path)
+    with np.load(path, allow_pickle=False) as arrays:
+        return Scores(**arrays)
+
+
+def tables(found: dict[str, Scores]) -> list[Table]:
+    """A table for each kind of document, one of the ablations, and what the predictive gains and loses on each set.
+
+    Args:
+        found: name of a set → its scores, all seeds together.
+    """
+    kinds = {
+        kind: [(domain.name, found[domain.name]) for domain in domains if domain.name in found]
+        for kind, domains in KINDS.items()
+    }
+    kinds = {kind: parts for kind, parts in kinds.items() if parts}
+    pooled = {kind: Scores.concatenate([scores for _, scores in parts]) for kind, parts in kinds.items()}
+    made = [_blends(kind, scores, [name for name, _ in kinds[kind]]) for kind, scores in pooled.items()]
+    rows: list[list[Cell | str]] = []
+    for name in ABLATIONS:
+        rows.append([name, *(_paired(scores, name, OURS) for scores in pooled.values())])
+    note = "Paired by document, with 95% intervals; above 0: the ablation is worse."
+    made.append(Table(f"Ablations: NLL minus that of {OURS}", ["", *pooled], rows, note))
+    return [*made, _claims(kinds)]
+
+
+def _blends(kind: str, scores: Scores, sets: Sequence[str]) -> Table:
+    rows: list[list[Cell | str]] = []
+    for name in (*BLENDS, *ABLATIONS, BEST_FIXED):
+        curve = confidence_curve(scores.of(name, "confidence"), scores.of(name, "right"))
+        rows.append(
+            [
+                name,
+                f"{scores.of(name, 'nll').mean():.3f}",
+                "" if name == OURS else _paired(scores, name, OURS),
+                f"{scores.of(name, 'exact_match').mean():.3f}",
+                f"{curve.expected_calibration_error:.3f}",
+                str(scores.of(name, "rows")),
+            ]
+        )
+    heads = ["blend", "NLL", f"minus {OURS}", "exact match", "ECE", "rows"]
+    note = f"{scores.nll.shape[1]} documents of {', '.join(sets)}. Paired by document, with 95% intervals."
+    return Table(f"Blends, {kind} documents", heads, rows, note)
+
+
+def _claims(kinds: dict[str, list[tuple[str, Scores]]]) -> Table:
+    rows: list[list[Cell | str]] = []
+    for kind, parts in kinds.items():
+        for name, scores in parts:
+            rivals = [blend for blend in BLENDS if blend != OURS]
+            rival = min(rivals, key=lambda blend: scores.of(blend, "nll").mean())
+            right = _paired(scores, OURS, name) if kind == "pure" else ""
+            best, base = f"{_paired(scores, OURS, rival)} ({rival})", _paired(scores, OURS, "base")
+            rows.append([name, right, best, _paired(scores, OURS, BEST_FIXED), base])
+    heads = ["documents", "right expert", "best other blend", BEST_FIXED, "base"]
+    note = "NLL, paired by document, with 95% intervals; below 0: the predictive is better."
+    return Table(f"{OURS} minus …", heads, rows, note)
+
+
+def _paired(scores: Scores, one: str, other: str) -> str:
+    found = paired_comparison(scores.of(one, "nll"), scores.of(other, "nll"))
+    low, high = found.interval(0.95)
+    return f"{found.difference:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def main(
+    sets: Annotated[list[str] | None, typer.Option("--set", help="a domain or a kind of documents; all")] = None,
+    documents: Annotated[int, typer.Option(min=2, help="of each set and seed")] = 128,
+    first_seed: Annotated[int, typer.Option(min=0, help="of documents and draws")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="how many, from the first")] = 3,
+    work: Annotated[Path | None, typer.Option(help="where scores are kept")] = None,
+    quick: Annotated[bool, typer.Option(help="a smoke test: few sets, two documents, one seed")] = False,
+) -> None:
+    """Print Markdown tables."""
+    torch.set_num_threads(1)
+    if quick:
+        documents, seeds, sets = 2, 1, sets or list(QUICK_SETS)
+    try:
+        names = list(dict.fromkeys(domain.name for name in sets or KINDS for domain in domains_of(name)))
+    except UnknownNameError as error:
+        raise typer.BadParameter(str(error)) from None
+    work, bundle = work or Path(gettempdir()) / "bayes-dispatch-blends", bd.load_bundle()
+    found: dict[str, list[Scores]] = {}
+    runs = [(name, seed) for name in names for seed in range(first_seed, first_seed + seeds)]
+    for name, seed in tqdm(runs, disable=None):
+        file = f"{name.replace(' ', '-').replace('&', 'and')}-{documents}-{seed}.npz"
+        found.setdefault(name, []).append(kept(work / file, bundle, name, documents, seed))
+    for table in tables({name: Scores.concatenate(parts) for name, parts in found.items()}):
+        print(f"{table.to_markdown()}\n", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
