@@ -12,6 +12,7 @@ import request_stress
 import two_pass
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_requests_in_threads_are_requests_alone() -> None:
     found = request_stress.Found()
