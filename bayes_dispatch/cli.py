@@ -5,7 +5,6 @@ Whatever a user does wrong ends in one line on stderr, ``bayes-dispatch: error: 
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,19 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from bayes_dispatch.cli_experts import experts, is_of_a_bundle
-from bayes_dispatch.errors import BayesDispatchError, BundleError, ConfigError, PromptError, UnknownNameError
-from bayes_dispatch.terminal import BundleOption, JsonOption, SeedOption, open_console, print_json
+from bayes_dispatch.cli_experts import experts
+from bayes_dispatch.cli_own_expert import train_expert
+from bayes_dispatch.errors import BayesDispatchError, PromptError, UnknownNameError
+from bayes_dispatch.terminal import (
+    BundleOption,
+    JsonOption,
+    SeedOption,
+    check_new_output,
+    check_output,
+    open_console,
+    print_json,
+    use_one_thread,
+)
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.generator import Generation
@@ -83,11 +92,11 @@ def demo(
     seed: SeedOption = 0,
 ) -> None:
     """First pass, dispatch and generation under every blend, for sixteen fixed prompts."""
-    _check_output(out)
+    check_output(out)
     from bayes_dispatch.bundle import load_bundle
     from bayes_dispatch.demo import run_demo
 
-    _use_one_thread()
+    use_one_thread()
     begun, console = time.perf_counter(), open_console()
     files = run_demo(load_bundle(bundle), out, seed, console)
     console.print(f"Done in {time.perf_counter() - begun:.0f} s:", *files, highlight=False, soft_wrap=True)
@@ -103,9 +112,9 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train base model, experts and dispatcher, judge them, and write a bundle. A stopped run goes on where it was."""
-    _check_new_output(out, "bundle.json")
+    check_new_output(out, "bundle.json")
     if work is not None:
-        _check_output(work)
+        check_output(work)
     from bayes_dispatch.train import PLANS, train_bundle
 
     if plan not in PLANS:
@@ -114,71 +123,14 @@ def train(
     def announce(stage: str) -> None:
         print(f"{stage} …", file=sys.stderr)
 
-    _use_one_thread()
+    use_one_thread()
     begun = time.perf_counter()
     report = train_bundle(PLANS[plan].with_seed(seed), out, work, processes, announce=announce).report
     _print_report(report, as_json)
     print(f"{out}: trained in {(time.perf_counter() - begun) / 60:.1f} minutes", file=sys.stderr)
 
 
-@app.command()
-def train_expert(
-    name: Annotated[str, typer.Option(help="Of the expert: letters, digits, _ and -.")],
-    out: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
-    text: Annotated[Path | None, typer.Option(help="A UTF-8 text; with --reward a prompt on each line.")] = None,
-    jsonl: Annotated[
-        Path | None, typer.Option(help='Lines of {"prompt": …, "answer": …}; with --reward answers may be left out.')
-    ] = None,
-    reward: Annotated[
-        str | None,
-        typer.Option(
-            help="package:function of (prompt, answer) to a number. It is imported, which runs it; data never run."
-        ),
-    ] = None,
-    objective: Annotated[
-        str | None, typer.Option(help="likelihood or reinforce; default: reinforce with --reward, else likelihood.")
-    ] = None,
-    kl: Annotated[float, typer.Option(help="Penalty on leaving the base model, of reinforce.")] = 0.2,
-    answer_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a sampled answer, of reinforce.")] = 16,
-    steps: Annotated[int | None, typer.Option(min=1, help="At most; default: 160.")] = None,
-    refit: Annotated[
-        bool, typer.Option(help="Fit the dispatcher again and write a bundle; else write the experts alone.")
-    ] = True,
-    bundle: BundleOption = None,
-    seed: SeedOption = 0,
-    as_json: JsonOption = False,
-) -> None:
-    """Train an expert on a file of yours, and write a bundle that has it, its dispatcher fitted again."""
-    _check_new_output(out, "bundle.json" if refit else "bank.json")
-    if not refit and is_of_a_bundle(out):
-        raise ConfigError(f"expected a directory for experts alone, got that of a bundle's: {out}")
-    from bayes_dispatch.own_expert import import_reward, objective_by_name, own_settings, read_domain
-
-    function = None if reward is None else import_reward(reward)
-    named = objective or ("likelihood" if reward is None else "reinforce")
-    settings = own_settings(objective_by_name(named, kl=kl, answer_bytes=answer_bytes), steps, seed)
-    domain = read_domain(name, text, jsonl, function, settings.length - 1)
-    from bayes_dispatch.bundle import load_bundle
-    from bayes_dispatch.own_expert import RefitSettings, add_expert, train_own_expert
-
-    def announce(line: str) -> None:
-        print(line, file=sys.stderr)
-
-    _use_one_thread()
-    old, progress = load_bundle(bundle), sys.stderr.isatty()
-    expert = train_own_expert(old, domain, settings, progress)
-    if refit:
-        new = add_expert(old, expert, domain, RefitSettings(seed=seed), progress, announce)
-        new.save(out)
-        experts = new.experts
-    else:
-        experts = old.experts.with_expert(expert)
-        experts.save(out)
-    if as_json:
-        return print_json({"out": str(out), "name": name, "experts": list(experts.names), **expert.metadata})
-    told = expert.metadata
-    scores = f"score {told['validation']} at step {told['best_step']}, of base {told['base_validation']}"
-    print(f"{out}: experts {', '.join(experts.names)}; {name} by {named}: {scores}")
+app.command()(train_expert)
 
 
 @app.command()
@@ -211,13 +163,13 @@ def diagnose(
     as_json: JsonOption = False,
 ) -> None:
     """Check a dispatcher's calibration: simulated ranks, coverage, reliability, foreign text, when to abstain."""
-    _check_output(out)
+    check_output(out)
     from bayes_dispatch.bundle import load_bundle
     from bayes_dispatch.diagnosis import DiagnosisSettings, diagnosis_tables, write_diagnosis
     from bayes_dispatch.diagnosis import diagnose as run
 
     settings = DiagnosisSettings(simulations=simulations, mixtures=mixtures, prompts=prompts, risk=risk, seed=seed)
-    _use_one_thread()
+    use_one_thread()
     found = run(load_bundle(bundle), settings, progress=sys.stderr.isatty())
     files, console = write_diagnosis(found, out), open_console()
     if as_json:
@@ -261,7 +213,7 @@ def generate(
     from bayes_dispatch.bundle import load_bundle
     from bayes_dispatch.inference.generator import TwoPassGenerator
 
-    _use_one_thread()
+    use_one_thread()
     generation = TwoPassGenerator(load_bundle(bundle)).generate(
         checked,
         blend=blend,
@@ -287,11 +239,11 @@ def fit(
     seed: SeedOption = 0,
 ) -> None:
     """Fit a dispatcher to evidence of your own."""
-    _check_output(out)
+    check_output(out)
     from bayes_dispatch.dispatcher import Dispatcher
     from bayes_dispatch.evidence_file import read_evidence
 
-    _use_one_thread()
+    use_one_thread()
     known = read_evidence(evidence)
     dispatcher = Dispatcher([name.strip() for name in expert_names.split(",")], seed)
     dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=sys.stderr.isatty()).save(out)
@@ -310,34 +262,6 @@ def _read(path: Path) -> bytes:
         return sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
     except OSError as error:
         raise PromptError(f"expected a readable prompt file {path}, got: {error.strerror or error}") from None
-
-
-def _check_output(path: Path) -> None:
-    """Refuse, before any work, a directory that could not be written later."""
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"expected a directory for the output, got the file {path}")
-    parent = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    try:
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise ConfigError(f"expected a writable place for {path}, got {parent}: {error.strerror}") from None
-
-
-def _check_new_output(path: Path, index: str) -> None:
-    """Refuse, too, a directory that is to be replaced and holds anything but what has this index."""
-    _check_output(path)
-    if path.is_dir() and any(path.iterdir()) and not (path / index).is_file():
-        raise BundleError(
-            f"expected a new directory or an earlier output to replace, got {path}, which holds other files"
-        )
-
-
-def _use_one_thread() -> None:
-    """More gain nothing with so small a model, cost much where cores are busy, and make rounding depend on them."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        import torch
-
-        torch.set_num_threads(1)
 
 
 def _print_report(report: Any, as_json: bool) -> None:
