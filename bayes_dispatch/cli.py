@@ -18,6 +18,8 @@ from bayes_dispatch.errors import BayesDispatchError, PromptError, UnknownNameEr
 from bayes_dispatch.terminal import (
     BundleOption,
     JsonOption,
+    OwnJsonlOption,
+    OwnTextOption,
     SeedOption,
     check_new_output,
     check_output,
@@ -131,6 +133,37 @@ def train(
 
 
 app.command()(train_expert)
+
+
+@app.command()
+def calibrate_gate(
+    out: Annotated[Path, typer.Option(help="Directory of the new bundle; it may be that of the old one.")],
+    bundle: BundleOption = None,
+    text: OwnTextOption = None,
+    jsonl: OwnJsonlOption = None,
+    prompts: Annotated[int, typer.Option(min=20, help="Held-out prompts of each expert's domain.")] = 120,
+    mixed: Annotated[int, typer.Option(min=20, help="Held-out prompts of several domains.")] = 3200,
+    longest: Annotated[int, typer.Option(min=16, max=4096, help="Bytes of the longest; the shortest have 16.")] = 1024,
+    seed: SeedOption = 2,
+    as_json: JsonOption = False,
+) -> None:
+    """Calibrate the gate that tells foreign prompts, and write the bundle with it; all else stays."""
+    check_new_output(out, "bundle.json")
+    from bayes_dispatch.held_out import read_own
+
+    own = read_own(text or (), jsonl or ())
+    from bayes_dispatch.bundle import load_bundle
+    from bayes_dispatch.held_out import with_gate
+
+    use_one_thread()
+    new = with_gate(load_bundle(bundle), own, prompts, mixed, (16, longest), seed, progress=sys.stderr.isatty())
+    new.save(out)
+    gate = new.gate
+    assert gate is not None
+    if as_json:
+        told = {"out": str(out), "ranks": len(gate.scores), "bins": len(gate.edges) + 1, "least_rate": gate.least_rate}
+        return print_json(told)
+    print(f"{out}: a gate of {len(gate.scores)} ranks, for false-alarm rates of {gate.least_rate:.2g} and above")
 
 
 @app.command()

@@ -3,8 +3,8 @@
 **Score.** Two numbers of a prompt say "foreign": the log predictive density of its evidence under the fitted program is
 low, or E[w_base], the guide's own mean, is high. Either misses what the other finds: text unlike anything in training
 may spread its weight over experts, and prompts that mix domains have densities nearly as low as foreign ones. Both
-drift with length, so each becomes a residual of a regression on the log length, divided by that of its absolute
-residual; the score is the sum of both.
+drift with length, so each becomes a residual of a regression on the log length and its square, divided by that of its
+absolute residual; the score is the sum of both.
 
 **Guarantee.** The regressions are of one part of the held-out prompts, the ranks of the other. A prompt's p-value is
 its rank among the calibration prompts of a group that fall into its bin of length, (1 + how many score at least as
@@ -87,7 +87,7 @@ class Gate:
         weights: ``(2,)`` of the score's parts, density and base.
         shares: ``(K+1,)`` prior mean of the experts' shares that prompts are scored under: that of calibration, so that
             later feedback moves no score.
-        locations, spreads: ``(2, 2)`` intercept, at 64 tokens, and slope in the log length of each part.
+        locations, spreads: ``(2, 3)`` intercept, at 64 tokens, slope and curvature in the log length of each part.
         edges: ``(B−1,)`` lengths that part the B bins, in tokens, increasing.
         scores, bins, groups: ``(M,)`` of the calibration prompts; bin 0 is of unknown lengths, then 1 … B.
     """
@@ -246,7 +246,7 @@ class Gate:
         self, parts: Float[np.ndarray, "prompt 2"], lengths: Float[np.ndarray, " prompt"]
     ) -> Float[np.ndarray, " prompt"]:
         design = _design(lengths)
-        least = 0.1 * np.abs(self.spreads[:, 0]) + 1e-9  # far from all calibrated lengths a line may fall below 0
+        least = 0.1 * np.abs(self.spreads[:, 0]) + 1e-9  # far from calibrated lengths a curve may fall below 0
         return (parts - design @ self.locations.T) / np.maximum(design @ self.spreads.T, least) @ self.weights
 
     def _bins(self, lengths: Float[np.ndarray, " prompt"]) -> Int[np.ndarray, " prompt"]:
@@ -260,7 +260,7 @@ class Gate:
             return "scores, bins and groups of different prompts"
         if self.weights.shape != (2,) or self.shares.ndim != 1:
             return f"weights and shares of shapes {self.weights.shape} and {self.shares.shape}"
-        if self.locations.shape != (2, 2) or self.spreads.shape != (2, 2) or self.edges.ndim != 1:
+        if self.locations.shape != (2, 3) or self.spreads.shape != (2, 3) or self.edges.ndim != 1:
             return f"regressions of shapes {self.locations.shape} and {self.spreads.shape}"
         if not all(np.isfinite(getattr(self, name)).all() for name in ARRAYS) or not (np.diff(self.edges) > 0).all():
             return "numbers that are not finite, or edges that do not increase"
@@ -296,14 +296,14 @@ def foreign_parts(
 
 
 def _regressions(parts: Float[np.ndarray, "prompt 2"], lengths: Float[np.ndarray, " prompt"]) -> tuple[np.ndarray, ...]:
-    """Least squares in the log length, of each part and then of its absolute residual."""
+    """Least squares, of each part and then of its absolute residual."""
     design = _design(lengths)
     locations = np.linalg.lstsq(design, parts)[0].T
     residuals = np.abs(parts - design @ locations.T)
     return locations, np.linalg.lstsq(design, residuals)[0].T
 
 
-def _design(lengths: Float[np.ndarray, " prompt"]) -> Float[np.ndarray, "prompt 2"]:
-    known = lengths > 0
-    logs = np.where(known, np.log(np.where(known, lengths, LENGTH) / LENGTH), 0.0)
-    return np.stack([np.ones(len(lengths)), logs], axis=1)
+def _design(lengths: Float[np.ndarray, " prompt"]) -> Float[np.ndarray, "prompt 3"]:
+    """Powers of the log length; unknown ones count as the reference length."""
+    logs = np.log(np.where(lengths > 0, lengths, LENGTH) / LENGTH)
+    return np.stack([np.ones(len(lengths)), logs, logs**2], axis=1)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 __all__ = [
     "BundleOption",
     "JsonOption",
+    "OwnJsonlOption",
+    "OwnTextOption",
     "SeedOption",
     "check_new_output",
     "check_output",
@@ -30,6 +32,14 @@ WIDTH = 130  # of output that goes to no terminal
 BundleOption = Annotated[Path | None, typer.Option("--bundle", help="A bundle's directory; default: the shipped one.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, on stdout.")]
+OwnTextOption = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="name=path: the text of an expert of yours; its last tenth is held out. Repeatable."),
+]
+OwnJsonlOption = Annotated[
+    list[str] | None,
+    typer.Option("--jsonl", help='name=path, likewise, of lines {"prompt": …, "answer": …}, or of prompts alone.'),
+]
 
 
 def open_console() -> "Console":

@@ -18,6 +18,7 @@ JOINING = {
     "cli_own_expert",
     "demo",
     "diagnosis",
+    "held_out",
     "own_expert",
     "train",
 }

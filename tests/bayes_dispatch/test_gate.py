@@ -247,7 +247,7 @@ class TestFiles:
             {"bins": np.full(900, 1.0)},
             {"groups": np.full(900, -1)},
             {"edges": np.array([64.0, 64.0])},
-            {"locations": np.zeros((2, 3))},
+            {"locations": np.zeros((2, 2))},
             {"weights": np.zeros(3)},
             {"more": np.zeros(3)},
         ],
