@@ -185,6 +185,8 @@ def report(
 @app.command()
 def diagnose(
     bundle: BundleOption = None,
+    text: OwnTextOption = None,
+    jsonl: OwnJsonlOption = None,
     out: Annotated[Path, typer.Option(help="Directory for the report, the pictures and the numbers.")] = Path(
         "diagnosis"
     ),
@@ -195,15 +197,20 @@ def diagnose(
     seed: SeedOption = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a dispatcher's calibration: simulated ranks, coverage, reliability, foreign text, when to abstain."""
+    """Check a dispatcher's calibration: simulated ranks, coverage, reliability, foreign text, when to abstain.
+
+    Experts of your own are judged on files that you name by --text or --jsonl; else none of the prompts is theirs.
+    """
     check_output(out)
     from bayes_dispatch.bundle import load_bundle
     from bayes_dispatch.diagnosis import DiagnosisSettings, diagnosis_tables, write_diagnosis
     from bayes_dispatch.diagnosis import diagnose as run
+    from bayes_dispatch.held_out import read_own
 
+    own = read_own(text or (), jsonl or ())
     settings = DiagnosisSettings(simulations=simulations, mixtures=mixtures, prompts=prompts, risk=risk, seed=seed)
     use_one_thread()
-    found = run(load_bundle(bundle), settings, progress=sys.stderr.isatty())
+    found = run(load_bundle(bundle), settings, progress=sys.stderr.isatty(), own=own)
     files, console = write_diagnosis(found, out), open_console()
     if as_json:
         return print_json(found.to_dict())
