@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from bayes_dispatch.experts.bank_files import ExpertCheck, verify_bank
     from bayes_dispatch.experts.documents import Document
     from bayes_dispatch.experts.vectors import ExpertVector
+    from bayes_dispatch.gate import Gate, GateDecision
     from bayes_dispatch.inference.answers import AnswerLikelihood
     from bayes_dispatch.inference.blends import (
         BestExpert,
@@ -131,6 +132,8 @@ __all__ = [
     "DriftMonitor",
     "drift_monitor",
     "watch",
+    "Gate",
+    "GateDecision",
     "simulation_based_calibration",
     "SimulationBasedCalibration",
     "Simulator",
@@ -325,6 +328,8 @@ _MODULE_OF = {
     "DriftMonitor": "drift",
     "drift_monitor": "drift",
     "watch": "drift",
+    "Gate": "gate",
+    "GateDecision": "gate",
 }
 
 if not TYPE_CHECKING:  # a type checker would take any name for a public one

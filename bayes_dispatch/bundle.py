@@ -1,4 +1,4 @@
-"""A bundle: model, experts and dispatcher as one directory of JSON and safetensors, and NumPy arrays of evidence.
+"""A bundle: model, experts, dispatcher and gate as one directory of JSON and safetensors, and NumPy arrays of evidence.
 
 ``bundle.json`` holds the format, the domain of each expert, what was measured when the bundle was trained, and a
 checksum of every other file, so that a truncated or edited file is refused before anything is read from it.
@@ -15,6 +15,7 @@ from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.evidence import Evidence
 from bayes_dispatch.evidence_file import read_evidence, write_evidence
 from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.gate import Gate
 from bayes_dispatch.model.files import read_json, write_directory, write_json
 from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
 from bayes_dispatch.model.tokenizer import ByteTokenizer
@@ -34,10 +35,12 @@ class Bundle:
         report: what was measured when the bundle was trained; JSON values.
         evidence: of the training text of experts made from a user's files, by their names: the dispatcher is fitted
             again with it when another expert is added, and the text itself need not be kept.
+        gate: tells prompts that are foreign to all experts; ``None`` where none was calibrated for this dispatcher.
 
     Raises:
         ForeignExpertError: the experts were made for another model.
-        ConfigError: the dispatcher was made for other experts, or there is evidence of none of them.
+        ConfigError: the dispatcher was made for other experts, the gate for another dispatcher, or there is evidence of
+            none of the experts.
     """
 
     model: MambaFormerForCausalLM
@@ -46,6 +49,7 @@ class Bundle:
     report: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         self.experts.check_base(self.model)
@@ -55,6 +59,8 @@ class Bundle:
             )
         if unknown := self.evidence.keys() - set(self.experts.names):
             raise ConfigError(f"expected evidence of {self.experts.names}, got some of {', '.join(sorted(unknown))}")
+        if self.gate is not None:
+            self.gate.check_dispatcher(self.dispatcher)
 
     def save(self, directory: str | Path) -> None:
         """Write everything; an existing directory is replaced only when all is written."""
@@ -62,6 +68,8 @@ class Bundle:
             self.model.save_pretrained(target / "model")
             self.experts.save(target / "experts")
             self.dispatcher.save(target / "dispatcher")
+            if self.gate is not None:
+                self.gate.save(target / "gate")
             for name, evidence in self.evidence.items():
                 write_evidence(target / "evidence" / f"{name}.npz", evidence)
             files = {file.relative_to(target).as_posix(): _checksum(file) for file in _files(target)}
@@ -77,6 +85,7 @@ def load_bundle(directory: str | Path | None = None) -> Bundle:
     Raises:
         BundleError: it is missing, a file is missing, truncated or edited, or its format is another.
         ForeignExpertError: its experts were made for another model.
+        ConfigError: its dispatcher was made for other experts, or its gate for another dispatcher.
     """
     directory = SHIPPED if directory is None else Path(directory)
     if not directory.is_dir():
@@ -106,6 +115,7 @@ def load_bundle(directory: str | Path | None = None) -> Bundle:
         dispatcher=Dispatcher.load(directory / "dispatcher"),
         report=index["report"],
         evidence={file.stem: read_evidence(directory / file).evidence for file in kept},
+        gate=Gate.load(directory / "gate") if any(name.startswith("gate/") for name in index["files"]) else None,
     )
 
 

@@ -5,7 +5,6 @@ Whatever a user does wrong ends in one line on stderr, ``bayes-dispatch: error: 
 
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,12 +14,17 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from bayes_dispatch.cli_compare import compare
-from bayes_dispatch.cli_experts import experts, is_of_a_bundle
-from bayes_dispatch.errors import BayesDispatchError, BundleError, ConfigError, PromptError, UnknownNameError
+from bayes_dispatch.cli_experts import experts
+from bayes_dispatch.cli_own_expert import train_expert
+from bayes_dispatch.errors import BayesDispatchError, PromptError, UnknownNameError
 from bayes_dispatch.terminal import (
     BundleOption,
     JsonOption,
+    OwnJsonlOption,
+    OwnTextOption,
     SeedOption,
+    check_new_output,
+    check_output,
     open_console,
     print_json,
     use_one_thread,
@@ -93,7 +97,7 @@ def demo(
     seed: SeedOption = 0,
 ) -> None:
     """First pass, dispatch and generation under every blend, for sixteen fixed prompts."""
-    _check_output(out)
+    check_output(out)
     from bayes_dispatch.bundle import load_bundle
     from bayes_dispatch.demo import run_demo
 
@@ -113,9 +117,9 @@ def train(
     as_json: JsonOption = False,
 ) -> None:
     """Train base model, experts and dispatcher, judge them, and write a bundle. A stopped run goes on where it was."""
-    _check_new_output(out, "bundle.json")
+    check_new_output(out, "bundle.json")
     if work is not None:
-        _check_output(work)
+        check_output(work)
     from bayes_dispatch.train import PLANS, train_bundle
 
     if plan not in PLANS:
@@ -131,64 +135,38 @@ def train(
     print(f"{out}: trained in {(time.perf_counter() - begun) / 60:.1f} minutes", file=sys.stderr)
 
 
+app.command()(train_expert)
+
+
 @app.command()
-def train_expert(
-    name: Annotated[str, typer.Option(help="Of the expert: letters, digits, _ and -.")],
-    out: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
-    text: Annotated[Path | None, typer.Option(help="A UTF-8 text; with --reward a prompt on each line.")] = None,
-    jsonl: Annotated[
-        Path | None, typer.Option(help='Lines of {"prompt": …, "answer": …}; with --reward answers may be left out.')
-    ] = None,
-    reward: Annotated[
-        str | None,
-        typer.Option(
-            help="package:function of (prompt, answer) to a number. It is imported, which runs it; data never run."
-        ),
-    ] = None,
-    objective: Annotated[
-        str | None, typer.Option(help="likelihood or reinforce; default: reinforce with --reward, else likelihood.")
-    ] = None,
-    kl: Annotated[float, typer.Option(help="Penalty on leaving the base model, of reinforce.")] = 0.2,
-    answer_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a sampled answer, of reinforce.")] = 16,
-    steps: Annotated[int | None, typer.Option(min=1, help="At most; default: 160.")] = None,
-    refit: Annotated[
-        bool, typer.Option(help="Fit the dispatcher again and write a bundle; else write the experts alone.")
-    ] = True,
+def calibrate_gate(
+    out: Annotated[Path, typer.Option(help="Directory of the new bundle; it may be that of the old one.")],
     bundle: BundleOption = None,
-    seed: SeedOption = 0,
+    text: OwnTextOption = None,
+    jsonl: OwnJsonlOption = None,
+    prompts: Annotated[int, typer.Option(min=20, help="Held-out prompts of each expert's domain.")] = 120,
+    mixed: Annotated[int, typer.Option(min=20, help="Held-out prompts of several domains.")] = 3200,
+    longest: Annotated[int, typer.Option(min=16, max=4096, help="Bytes of the longest; the shortest have 16.")] = 1024,
+    seed: SeedOption = 2,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an expert on a file of yours, and write a bundle that has it, its dispatcher fitted again."""
-    _check_new_output(out, "bundle.json" if refit else "bank.json")
-    if not refit and is_of_a_bundle(out):
-        raise ConfigError(f"expected a directory for experts alone, got that of a bundle's: {out}")
-    from bayes_dispatch.own_expert import import_reward, objective_by_name, own_settings, read_domain
+    """Calibrate the gate that tells foreign prompts, and write the bundle with it; all else stays."""
+    check_new_output(out, "bundle.json")
+    from bayes_dispatch.held_out import read_own
 
-    function = None if reward is None else import_reward(reward)
-    named = objective or ("likelihood" if reward is None else "reinforce")
-    settings = own_settings(objective_by_name(named, kl=kl, answer_bytes=answer_bytes), steps, seed)
-    domain = read_domain(name, text, jsonl, function, settings.length - 1)
+    own = read_own(text or (), jsonl or ())
     from bayes_dispatch.bundle import load_bundle
-    from bayes_dispatch.own_expert import RefitSettings, add_expert, train_own_expert
-
-    def announce(line: str) -> None:
-        print(line, file=sys.stderr)
+    from bayes_dispatch.held_out import with_gate
 
     use_one_thread()
-    old, progress = load_bundle(bundle), sys.stderr.isatty()
-    expert = train_own_expert(old, domain, settings, progress)
-    if refit:
-        new = add_expert(old, expert, domain, RefitSettings(seed=seed), progress, announce)
-        new.save(out)
-        experts = new.experts
-    else:
-        experts = old.experts.with_expert(expert)
-        experts.save(out)
+    new = with_gate(load_bundle(bundle), own, prompts, mixed, (16, longest), seed, progress=sys.stderr.isatty())
+    new.save(out)
+    gate = new.gate
+    assert gate is not None
     if as_json:
-        return print_json({"out": str(out), "name": name, "experts": list(experts.names), **expert.metadata})
-    told = expert.metadata
-    scores = f"score {told['validation']} at step {told['best_step']}, of base {told['base_validation']}"
-    print(f"{out}: experts {', '.join(experts.names)}; {name} by {named}: {scores}")
+        told = {"out": str(out), "ranks": len(gate.scores), "bins": len(gate.edges) + 1, "least_rate": gate.least_rate}
+        return print_json(told)
+    print(f"{out}: a gate of {len(gate.scores)} ranks, for false-alarm rates of {gate.least_rate:.2g} and above")
 
 
 @app.command()
@@ -210,6 +188,8 @@ def report(
 @app.command()
 def diagnose(
     bundle: BundleOption = None,
+    text: OwnTextOption = None,
+    jsonl: OwnJsonlOption = None,
     out: Annotated[Path, typer.Option(help="Directory for the report, the pictures and the numbers.")] = Path(
         "diagnosis"
     ),
@@ -220,15 +200,20 @@ def diagnose(
     seed: SeedOption = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a dispatcher's calibration: simulated ranks, coverage, reliability, foreign text, when to abstain."""
-    _check_output(out)
+    """Check a dispatcher's calibration: simulated ranks, coverage, reliability, foreign text, when to abstain.
+
+    Experts of your own are judged on files that you name by --text or --jsonl; else none of the prompts is theirs.
+    """
+    check_output(out)
     from bayes_dispatch.bundle import load_bundle
     from bayes_dispatch.diagnosis import DiagnosisSettings, diagnosis_tables, write_diagnosis
     from bayes_dispatch.diagnosis import diagnose as run
+    from bayes_dispatch.held_out import read_own
 
+    own = read_own(text or (), jsonl or ())
     settings = DiagnosisSettings(simulations=simulations, mixtures=mixtures, prompts=prompts, risk=risk, seed=seed)
     use_one_thread()
-    found = run(load_bundle(bundle), settings, progress=sys.stderr.isatty())
+    found = run(load_bundle(bundle), settings, progress=sys.stderr.isatty(), own=own)
     files, console = write_diagnosis(found, out), open_console()
     if as_json:
         return print_json(found.to_dict())
@@ -255,6 +240,11 @@ def generate(
         bool, typer.Option("--sample", help="Draw from the predictive distribution; default: greedy.")
     ] = False,
     temperature: Annotated[float, typer.Option(help="Of --sample.")] = 1.0,
+    false_alarm_rate: Annotated[
+        float | None,
+        typer.Option(help="Send prompts that the gate finds foreign to base, this share of others at most."),
+    ] = None,
+    abstain: Annotated[bool, typer.Option("--abstain", help="Generate nothing for them instead.")] = False,
     seed: SeedOption = 0,
     show_experts: Annotated[bool, typer.Option("--show-experts", help="Show the weight of every expert.")] = False,
     as_json: JsonOption = False,
@@ -281,6 +271,8 @@ def generate(
         temperature=temperature,
         seed=seed,
         stop=None if stop is None else _typed(stop, escapes),
+        false_alarm_rate=false_alarm_rate,
+        abstain=abstain,
         progress=sys.stderr.isatty(),
     )
     if as_json:
@@ -299,7 +291,7 @@ def fit(
     seed: SeedOption = 0,
 ) -> None:
     """Fit a dispatcher to evidence of your own."""
-    _check_output(out)
+    check_output(out)
     from bayes_dispatch.dispatcher import Dispatcher
     from bayes_dispatch.evidence_file import read_evidence
 
@@ -324,26 +316,6 @@ def _read(path: Path) -> bytes:
         raise PromptError(f"expected a readable prompt file {path}, got: {error.strerror or error}") from None
 
 
-def _check_output(path: Path) -> None:
-    """Refuse, before any work, a directory that could not be written later."""
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"expected a directory for the output, got the file {path}")
-    parent = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    try:
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise ConfigError(f"expected a writable place for {path}, got {parent}: {error.strerror}") from None
-
-
-def _check_new_output(path: Path, index: str) -> None:
-    """Refuse, too, a directory that is to be replaced and holds anything but what has this index."""
-    _check_output(path)
-    if path.is_dir() and any(path.iterdir()) and not (path / index).is_file():
-        raise BundleError(
-            f"expected a new directory or an earlier output to replace, got {path}, which holds other files"
-        )
-
-
 def _print_report(report: Any, as_json: bool) -> None:
     from bayes_dispatch.tables import report_tables
 
@@ -356,6 +328,8 @@ def _print_report(report: Any, as_json: bool) -> None:
 
 def _as_json(generation: "Generation") -> dict[str, Any]:
     """The fields of a ``Generation`` under their names; lists have an entry for each prompt."""
+    import numpy as np
+
     posterior, cost = generation.posterior, generation.cost
 
     def trimmed(values: Any) -> list[Any]:
@@ -377,6 +351,8 @@ def _as_json(generation: "Generation") -> dict[str, Any]:
         "log_probabilities": trimmed(generation.log_probabilities),
         "predictive_entropy": trimmed(generation.predictive_entropy),
         "mutual_information": trimmed(generation.mutual_information),
+        "fallback": generation.fallback.tolist(),
+        "p_values": [None if np.isnan(p) else p for p in generation.p_values.tolist()],
         "cost": {**asdict(cost), "total": cost.total, "prompt_passes": cost.prompt_passes},
     }
 
@@ -392,7 +368,10 @@ def _print_generation(generation: "Generation", show_experts: bool) -> None:
         lines = [(prompt.decode(), "dim"), (text, "bold")]
         shown = [("\n".join(visible(line.expandtabs(4)) for line in part.split("\n")), style) for part, style in lines]
         console.print(Text.assemble(*shown), soft_wrap=True)
-        if show_experts:
+        if generation.fallback[n]:
+            done = "base alone" if generation.lengths[n] else "nothing was generated"
+            print(f"prompt {n} is foreign to all experts (p = {generation.p_values[n]:.2g}): {done}", file=sys.stderr)
+        if show_experts and generation.lengths[n]:
             values = (
                 -generation.log_probabilities[n],
                 generation.predictive_entropy[n],

@@ -29,9 +29,10 @@ from bayes_dispatch.calibration import (
 )
 from bayes_dispatch.calibration_plots import plot_coverage, plot_rank_ecdfs, plot_reliability, plot_risk_coverage
 from bayes_dispatch.dispatcher import Dispatcher
-from bayes_dispatch.errors import ConfigError, UnknownNameError
+from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.evidence import Evidence
-from bayes_dispatch.experts.domains import EXPERT_DOMAINS, FOREIGN_TEXTS
+from bayes_dispatch.experts.domains import FOREIGN_TEXTS, Domain
+from bayes_dispatch.held_out import held_out_domains
 from bayes_dispatch.inference.evidence_sets import foreign_evidence, mixed_evidence, pure_evidence
 from bayes_dispatch.model.files import write_files, write_json
 from bayes_dispatch.posterior import DispatchPosterior
@@ -86,6 +87,8 @@ class Diagnosis:
 
     Attributes:
         settings: what was asked for.
+        unjudged: experts of which there is no held-out text: they compete for the prompts of the others, and the
+            simulations are of them too, but no prompt is theirs.
         ranks: simulation-based calibration: the guide against the program that it answers for.
         corrected: the same with the guide's draws resampled by importance, from ``PROPOSALS`` of each prompt.
         k_hat: share of prompts whose importance weights can be trusted (k-hat below .7): of mixtures, and by length.
@@ -97,6 +100,7 @@ class Diagnosis:
     """
 
     settings: DiagnosisSettings
+    unjudged: tuple[str, ...]
     ranks: SimulationBasedCalibration
     corrected: SimulationBasedCalibration
     k_hat: Mapping[str, float]
@@ -128,6 +132,7 @@ class Diagnosis:
         }
         return {
             "settings": asdict(self.settings),
+            "unjudged": list(self.unjudged),
             "ranks": _verdicts(self.ranks),
             "corrected_ranks": _verdicts(self.corrected),
             "k_hat_below_0.7": dict(self.k_hat),
@@ -139,25 +144,33 @@ class Diagnosis:
         }
 
 
-def diagnose(bundle: Bundle, settings: DiagnosisSettings | None = None, progress: bool = False) -> Diagnosis:
-    """Measure the calibration of a bundle's dispatcher on simulations and on held-out prompts of its domains.
+def diagnose(
+    bundle: Bundle,
+    settings: DiagnosisSettings | None = None,
+    progress: bool = False,
+    own: Mapping[str, Domain] | None = None,
+) -> Diagnosis:
+    """Measure the calibration of a bundle's dispatcher on simulations and on held-out prompts of its experts' domains.
 
     Args:
-        bundle: its experts are those of the project's own domains.
-        settings: how much to measure. progress: show progress bars.
+        bundle: whose dispatcher it is. settings: how much to measure. progress: show progress bars.
+        own: text of experts from a user's files, by their names; of others the project has its own. Experts without
+            any are not judged.
 
     Raises:
-        UnknownNameError: an expert of another domain, for which there are no held-out prompts.
+        UnknownNameError: text of an expert that the bundle does not have.
+        ConfigError: held-out text of fewer than two experts.
     """
     settings = settings or DiagnosisSettings()
-    known = {domain.name: domain for domain in EXPERT_DOMAINS}
-    if unknown := [name for name in bundle.experts.names if name not in known]:
-        raise UnknownNameError(f"expected experts of {', '.join(known)}, got {', '.join(unknown)}")
-    domains = [known[name] for name in bundle.experts.names]
+    known, names = held_out_domains(bundle, own or {}), bundle.experts.names
+    if len(known) < 2:
+        raise ConfigError(f"expected held-out text of at least two experts of {', '.join(names)}, got {len(known)}")
+    domains, places, count = list(known.values()), [names.index(name) for name in known], len(names)
     model, dispatcher, seed = bundle.model, bundle.dispatcher, settings.seed
     ranks = simulation_based_calibration(dispatcher, settings.simulations, settings.draws, seed)
     corrected = simulation_based_calibration(_Resampled(dispatcher), settings.simulations, CORRECTED_DRAWS, seed)
     mixed = mixed_evidence(model, domains, settings.mixtures, settings.mixture_lengths, "held_out", seed, progress)
+    mixed = mixed.among(places, count)
     posterior = dispatcher.posterior(mixed.evidence, draws=settings.draws, seed=seed)
     coverage = coverage_curve(posterior, mixed.mixtures)
     attainable = attainable_coverage_curve(
@@ -167,6 +180,7 @@ def diagnose(bundle: Bundle, settings: DiagnosisSettings | None = None, progress
     pure, probabilities, labels = {}, [], []
     for length in settings.lengths:
         found = pure_evidence(model, domains, settings.prompts, (length, length), "held_out", seed + length, progress)
+        found = found.among(places, count)
         of_length = dispatcher.predict_proba(found.evidence)
         pure[length] = _scores(of_length, found.labels)
         k_hat[f"{length} bytes"] = _trusted(dispatcher, found.evidence, seed)
@@ -176,7 +190,7 @@ def diagnose(bundle: Bundle, settings: DiagnosisSettings | None = None, progress
     confidence, wrong = joint.max(1), joint.argmax(1) != truth
     first = np.random.default_rng([seed, 4]).permutation(len(truth)) < len(truth) // 2
     foreign = foreign_evidence(
-        model, FOREIGN_TEXTS, len(domains), settings.prompts, (settings.lengths[-1], settings.lengths[-1]), seed
+        model, FOREIGN_TEXTS, count, settings.prompts, (settings.lengths[-1], settings.lengths[-1]), seed
     )
     base_weight = [
         dispatcher.posterior(evidence, draws=settings.draws, seed=seed).mean[:, -1]
@@ -184,6 +198,7 @@ def diagnose(bundle: Bundle, settings: DiagnosisSettings | None = None, progress
     ]
     return Diagnosis(
         settings,
+        tuple(name for name in names if name not in known),
         ranks,
         corrected,
         k_hat,
@@ -220,7 +235,8 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
     names = list(next(iter(diagnosis.pure.values())))
     scores = [[f"{length} bytes", *(f"{row[name]:.4f}" for name in names)] for length, row in diagnosis.pure.items()]
     foreign, curve, rule = diagnosis.foreign, diagnosis.risk_coverage, diagnosis.abstention
-    served = diagnosis.served
+    served, unjudged = diagnosis.served, ", ".join(diagnosis.unjudged)
+    judged = f"Without prompts of {unjudged}, of which no held-out text was given." if unjudged else ""
     trust = [
         *([f"k-hat below .7: {name}", f"{share:.3f}"] for name, share in diagnosis.k_hat.items()),
         ["AURC (above the oracle's)", f"{curve.aurc:.5f} ({curve.excess_aurc:.5f})"],
@@ -238,8 +254,8 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
             verdicts,
             note,
         ),
-        Table("Coverage of intervals on held-out mixtures", ["level", "found", "attainable"], levels),
-        Table("P(best) on held-out prompts of one domain", ["length", *names], scores),
+        Table("Coverage of intervals on held-out mixtures", ["level", "found", "attainable"], levels, judged),
+        Table("P(best) on held-out prompts of one domain", ["length", *names], scores, judged),
         Table(
             "When to trust it",
             ["", "found"],

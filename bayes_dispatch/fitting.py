@@ -219,7 +219,8 @@ class _Guide(PyroModule):
 
     def __init__(self, model: DispatchModel, prompts: Prompts, start: Mapping[str, Tensor]) -> None:
         super().__init__()
-        self.globals = AutoNormal(model.sample_globals, init_loc_fn=init_to_value(values=dict(start)), init_scale=0.05)
+        values = {name: value.clone() for name, value in start.items()}  # they are trained in place
+        self.globals = AutoNormal(model.sample_globals, init_loc_fn=init_to_value(values=values), init_scale=0.05)
         if isinstance(model, OneLabelModel):
             self.local: PyroModule | None = None
         elif model.batch_size is None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from bayes_dispatch.errors import BayesDispatchError, BundleError
 from bayes_dispatch.online import PriorState
+from bayes_dispatch.storage import sync
 
 __all__ = ["read_prior", "write_prior"]
 
@@ -70,11 +71,7 @@ def write_prior(path: str | Path, state: PriorState, fingerprint: str) -> None:
         raise
     finally:
         os.close(handle)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync(path.parent)
 
 
 def read_prior(path: str | Path, names: Sequence[str], fingerprint: str) -> PriorState:

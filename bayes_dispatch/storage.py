@@ -1,6 +1,7 @@
 """A directory of one JSON document and one safetensors file that refuses to load when either was touched.
 
-Both are written under temporary names and renamed when whole; a digest over both binds them. Nothing is pickled.
+Both are written under temporary names and renamed when they are whole and on the disk; a digest over both binds them.
+Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from safetensors.numpy import load, save
 
 from bayes_dispatch.errors import BundleError
 
-__all__ = ["read_directory", "write_directory"]
+__all__ = ["read_directory", "sync", "write_directory"]
 
 
 def write_directory(path: Path, kind: str, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -43,8 +44,10 @@ def write_directory(path: Path, kind: str, document: Mapping[str, Any], arrays: 
     try:
         for name, content in contents.items():
             temporary[name].write_bytes(content)
+            sync(temporary[name])
         for name, file in temporary.items():
             os.replace(file, path / name)
+        sync(path)
     finally:
         for file in temporary.values():
             file.unlink(missing_ok=True)
@@ -76,6 +79,15 @@ def read_directory(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.
             f"expected digest {str(expected)[:12]}… of the files in {path}, got {got[:12]}… (edited or truncated)"
         )
     return body, load(tensors)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's list of names, has reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _digest(body: Mapping[str, Any], tensors: bytes) -> str:

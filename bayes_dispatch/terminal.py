@@ -1,23 +1,45 @@
-"""What the commands share: options that many of them take, and how they print."""
+"""What the commands share: options that many of them take, checks of where they write, and how they print."""
 
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bayes_dispatch.errors import BundleError, ConfigError
+
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["BundleOption", "JsonOption", "SeedOption", "open_console", "print_json", "use_one_thread"]
+__all__ = [
+    "BundleOption",
+    "JsonOption",
+    "OwnJsonlOption",
+    "OwnTextOption",
+    "SeedOption",
+    "check_new_output",
+    "check_output",
+    "open_console",
+    "print_json",
+    "use_one_thread",
+]
 
 WIDTH = 130  # of output that goes to no terminal
 
 BundleOption = Annotated[Path | None, typer.Option("--bundle", help="A bundle's directory; default: the shipped one.")]
 SeedOption = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, on stdout.")]
+OwnTextOption = Annotated[
+    list[str] | None,
+    typer.Option("--text", help="name=path: the text of an expert of yours; its last tenth is held out. Repeatable."),
+]
+OwnJsonlOption = Annotated[
+    list[str] | None,
+    typer.Option("--jsonl", help='name=path, likewise, of lines {"prompt": …, "answer": …}, or of prompts alone.'),
+]
 
 
 def open_console() -> "Console":
@@ -30,6 +52,34 @@ def open_console() -> "Console":
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
     print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def check_output(path: Path) -> None:
+    """Refuse, before any work, a directory that could not be written later.
+
+    Raises:
+        ConfigError: it is a file, or its place is not writable.
+    """
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"expected a directory for the output, got the file {path}")
+    parent = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise ConfigError(f"expected a writable place for {path}, got {parent}: {error.strerror}") from None
+
+
+def check_new_output(path: Path, index: str) -> None:
+    """Refuse, too, a directory that is to be replaced and holds anything but what has this index.
+
+    Raises:
+        ConfigError: as :func:`check_output`. BundleError: it holds other files.
+    """
+    check_output(path)
+    if path.is_dir() and any(path.iterdir()) and not (path / index).is_file():
+        raise BundleError(
+            f"expected a new directory or an earlier output to replace, got {path}, which holds other files"
+        )
 
 
 def use_one_thread() -> None:

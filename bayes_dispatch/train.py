@@ -1,4 +1,4 @@
-"""Training of a whole bundle: base model, experts, dispatcher, evaluation.
+"""Training of a whole bundle: base model, experts, dispatcher, gate, evaluation.
 
 Each stage leaves its result in a work directory and is skipped where that is there already, so a run that was stopped
 goes on where it was. Every stage is a function of the plan and its seed; experts also carry the date of their training.
@@ -23,6 +23,7 @@ from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, FOREIGN_T
 from bayes_dispatch.experts.domains.base import BaseCorpus
 from bayes_dispatch.experts.training import ExpertSettings, train_expert
 from bayes_dispatch.fitting import SVISettings
+from bayes_dispatch.gate import Gate
 from bayes_dispatch.guides import GuideSettings
 from bayes_dispatch.inference.evaluation import (
     MIXED_SETS,
@@ -36,6 +37,7 @@ from bayes_dispatch.inference.evidence_sets import (
     KnownEvidence,
     base_evidence,
     foreign_evidence,
+    gate_evidence,
     mixed_evidence,
     pure_evidence,
 )
@@ -57,7 +59,8 @@ class TrainingPlan:
         seed: of everything random.
         backbone: the model. pretraining, experts: recipes. svi, guide: settings of the dispatcher's fit.
         pure_prompts: labelled prompts per domain for the dispatcher. mixed_prompts: prompts of known mixture for it.
-        prompt_lengths: shortest and longest of these, in bytes.
+        gate_pure_prompts: held-out prompts per domain that calibrate the gate. gate_mixed_prompts: of several domains.
+        prompt_lengths, gate_lengths: shortest and longest of the dispatcher's and of the gate's, in bytes.
         judged_prompts: held-out prompts per domain and length that judge it. judged_mixtures: of known mixture.
         judged_documents: documents per set that judge experts and blends.
     """
@@ -70,6 +73,9 @@ class TrainingPlan:
     guide: GuideSettings = field(default_factory=GuideSettings)
     pure_prompts: int = 150
     mixed_prompts: int = 500
+    gate_pure_prompts: int = 120
+    gate_mixed_prompts: int = 3200
+    gate_lengths: tuple[int, int] = (16, 1024)
     prompt_lengths: tuple[int, int] = (16, 256)
     judged_prompts: int = 100
     judged_mixtures: int = 2000
@@ -97,6 +103,9 @@ PLANS = {
         guide=GuideSettings(simulations=512, steps=50),
         pure_prompts=12,
         mixed_prompts=40,
+        gate_pure_prompts=20,
+        gate_mixed_prompts=160,
+        gate_lengths=(16, 48),
         prompt_lengths=(16, 48),
         judged_prompts=4,
         judged_mixtures=40,
@@ -134,11 +143,13 @@ def train_bundle(
     announce("dispatcher")
     train = _dispatcher_evidence(plan, model, experts.adapt_from, progress)
     dispatcher = _fitted_dispatcher(plan, experts, train, work, progress)
-    unjudged = Bundle(model, experts, dispatcher)
+    announce("gate")
+    gate = _calibrated_gate(plan, model, dispatcher, work, progress)
+    unjudged = Bundle(model, experts, dispatcher, gate=gate)
     unjudged.save(work / "unjudged")
     announce("evaluation")
     report = _evaluate(plan, unjudged, train, work, processes, progress)
-    bundle = Bundle(model, experts, dispatcher, report)
+    bundle = Bundle(model, experts, dispatcher, report, gate=gate)
     bundle.save(out)
     return bundle
 
@@ -202,6 +213,17 @@ def _fitted_dispatcher(
         dispatcher = Dispatcher(experts.names, plan.seed, svi=plan.svi, guide=plan.guide, program=PROGRAM)
         dispatcher.fit(train.evidence, train.labels, train.mixtures, progress=progress).save(directory)
     return Dispatcher.load(directory)
+
+
+def _calibrated_gate(
+    plan: TrainingPlan, model: MambaFormerForCausalLM, dispatcher: Dispatcher, work: Path, progress: bool
+) -> Gate:
+    directory, seed = work / "gate", plan.seed + 2  # the judged prompts are those of seed + 1
+    if not directory.exists():
+        counts = plan.gate_pure_prompts, plan.gate_mixed_prompts
+        evidence, groups = gate_evidence(model, EXPERT_DOMAINS, *counts, plan.gate_lengths, seed, progress)
+        Gate.calibrate(dispatcher, evidence, groups, seed=seed).save(directory)
+    return Gate.load(directory)
 
 
 def _evaluate(

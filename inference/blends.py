@@ -50,7 +50,7 @@ class Particles:
     merge: float = 0.0
     refined: bool = False
 
-    def select(self, prompts: slice) -> "Particles":
+    def select(self, prompts: slice | np.ndarray) -> "Particles":
         """The particles of some prompts."""
         return replace(self, weights=self.weights[prompts], mass=self.mass[prompts])
 

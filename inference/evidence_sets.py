@@ -1,4 +1,4 @@
-"""Evidence of known origin, from documents of the domains: to fit a dispatcher, and to judge it."""
+"""Evidence of known origin, from documents of the domains: to fit a dispatcher, to judge it, to calibrate a gate."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,7 +11,14 @@ from bayes_dispatch.inference.first_pass import first_pass
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
-__all__ = ["KnownEvidence", "base_evidence", "foreign_evidence", "mixed_evidence", "pure_evidence"]
+__all__ = [
+    "KnownEvidence",
+    "base_evidence",
+    "foreign_evidence",
+    "gate_evidence",
+    "mixed_evidence",
+    "pure_evidence",
+]
 
 
 class KnownEvidence(NamedTuple):
@@ -121,6 +128,30 @@ def foreign_evidence(
     found = pure_evidence(model, domains, per_domain, lengths, "held_out", seed, block=block)
     count = len(found.labels)
     return KnownEvidence(found.evidence, np.full(count, -1), np.full((count, experts + 1), np.nan))
+
+
+def gate_evidence(
+    model: Backbone,
+    domains: Sequence[Domain],
+    pure: int,
+    mixed: int,
+    lengths: tuple[int, int],
+    seed: int,
+    progress: bool = False,
+) -> tuple[Evidence, np.ndarray]:
+    """Held-out prompts of one domain and of several, for ``Gate.calibrate``.
+
+    Args:
+        model: the base model. domains: of the experts. pure: prompts of each. mixed: prompts of several.
+        lengths: shortest and longest, in bytes. seed: of the prompts. progress: show progress bars.
+
+    Returns:
+        The evidence, and its groups: 0 for prompts of one domain, 1 for those of several.
+    """
+    known = pure_evidence(model, domains, pure, lengths, "held_out", seed, progress)
+    several = mixed_evidence(model, domains, mixed, lengths, "held_out", seed, progress)
+    both = KnownEvidence.concatenate([known, several])
+    return both.evidence, (both.labels < 0).astype(int)
 
 
 def _length(rng: np.random.Generator, lengths: tuple[int, int]) -> int:

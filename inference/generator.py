@@ -16,7 +16,7 @@ from bayes_dispatch.inference.blends import Blend
 from bayes_dispatch.inference.cost import Cost
 from bayes_dispatch.inference.first_pass import first_pass
 from bayes_dispatch.inference.prompts import check_prompts
-from bayes_dispatch.inference.second_pass import POSTERIOR_DRAWS, Request, SecondPass
+from bayes_dispatch.inference.second_pass import POSTERIOR_DRAWS, Request, SecondPass, gate_of
 from bayes_dispatch.model.backbone import Backbone, Cuttable
 from bayes_dispatch.model.parts import CutModel
 from bayes_dispatch.model.sampling import Sampling, row_seeds
@@ -69,6 +69,9 @@ class Generation:
         paths: for each prompt (bytes + lengths, K + 1), the mean blend weights before each byte of the prompt and each
             generated one.
         cost: in evaluations of blocks on tokens.
+        fallback: (N,), whether the gate sent the prompt to base, for a false-alarm rate that was asked for.
+        p_values: (N,) of the gate: how foreign the prompt is among held-out ones of the experts' domains; NaN where it
+            was not asked.
     """
 
     prompts: tuple[bytes, ...]
@@ -83,6 +86,8 @@ class Generation:
     lengths: np.ndarray
     paths: tuple[np.ndarray, ...]
     cost: Cost
+    fallback: np.ndarray
+    p_values: np.ndarray
 
     @property
     def aleatoric_entropy(self) -> np.ndarray:
@@ -185,6 +190,8 @@ class TwoPassGenerator:
         stop: str | bytes | None = None,
         own_evidence: bool = True,
         strategy: Strategy | None = None,
+        false_alarm_rate: float | None = None,
+        abstain: bool = False,
         use_cache: bool = True,
         progress: bool = False,
     ) -> Generation:
@@ -199,6 +206,9 @@ class TwoPassGenerator:
             own_evidence: whether generated tokens filter the particles, as those of the prompt do: the joint predictive
                 of all tokens, where they are drawn from it. If not, the weights stay as the prompt left them.
             strategy: gives the posterior; the system's dispatcher by default. What it costs is not counted.
+            false_alarm_rate: ask the system's gate (``Gate``), and run base alone for prompts that it finds foreign to
+                all experts; at most this share of prompts of their domains is. ``None`` asks nobody.
+            abstain: generate nothing for them instead.
             use_cache: ``False`` recomputes everything for each token: the slow reference.
             progress: show a progress bar over tokens.
 
@@ -206,7 +216,18 @@ class TwoPassGenerator:
             PromptError: see ``check_prompts``. ConfigError: a setting out of range.
         """
         run = self._run(
-            prompts, blend, max_new_tokens, do_sample, temperature, seed, stop, own_evidence, strategy, use_cache
+            prompts,
+            blend,
+            max_new_tokens,
+            do_sample,
+            temperature,
+            seed,
+            stop,
+            own_evidence,
+            strategy,
+            use_cache,
+            false_alarm_rate,
+            abstain,
         )
         count = len(run.prompts)
         ids = np.full((count, max_new_tokens), self.bundle.tokenizer.pad_token_id)
@@ -234,8 +255,10 @@ class TwoPassGenerator:
             predictive_entropy=numbers[1],
             mutual_information=numbers[2],
             lengths=lengths,
-            paths=tuple(np.concatenate([run.paths[n], np.stack(paths[n])]) for n in range(count)),
+            paths=tuple(np.concatenate([run.paths[n], *(each[None] for each in paths[n])]) for n in range(count)),
             cost=run.cost,
+            fallback=np.array([n in run.foreign for n in range(count)]),
+            p_values=np.array([run.p_values.get(n, np.nan) for n in range(count)]),
         )
 
     def stream(
@@ -250,6 +273,8 @@ class TwoPassGenerator:
         stop: str | bytes | None = None,
         own_evidence: bool = True,
         strategy: Strategy | None = None,
+        false_alarm_rate: float | None = None,
+        abstain: bool = False,
     ) -> Iterator[Streamed]:
         """What ``generate`` gives with the same arguments, token by token as they come.
 
@@ -260,7 +285,18 @@ class TwoPassGenerator:
             PromptError, ConfigError: see ``generate``.
         """
         run = self._run(
-            prompts, blend, max_new_tokens, do_sample, temperature, seed, stop, own_evidence, strategy, True
+            prompts,
+            blend,
+            max_new_tokens,
+            do_sample,
+            temperature,
+            seed,
+            stop,
+            own_evidence,
+            strategy,
+            True,
+            false_alarm_rate,
+            abstain,
         )
         return self._stream(run)
 
@@ -296,6 +332,8 @@ class TwoPassGenerator:
         own_evidence: bool,
         strategy: Strategy | None,
         use_cache: bool,
+        false_alarm_rate: float | None,
+        abstain: bool,
     ) -> SecondPass:
         """Check everything, and give what will run."""
         sampling = Sampling(do_sample=do_sample, temperature=temperature)
@@ -307,7 +345,21 @@ class TwoPassGenerator:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
         data = check_prompts(prompts)
         request = Request(
-            blend, max_new_tokens, sampling, None if stop is None else utf8(stop), own_evidence, use_cache, seed
+            blend,
+            max_new_tokens,
+            sampling,
+            None if stop is None else utf8(stop),
+            own_evidence,
+            use_cache,
+            seed,
+            false_alarm_rate,
+            abstain,
         )
+        if false_alarm_rate is not None:
+            gate = gate_of(self.bundle)
+            gate.check_rate(false_alarm_rate)
+            gate.check_dispatcher(self.bundle.dispatcher)
+        elif abstain:
+            raise ConfigError("expected a false_alarm_rate to abstain at, got None")
         given = None if strategy is None else strategy.posterior(self.bundle, prompts, seed)
         return SecondPass(self.bundle, self._cut, data, request, given)

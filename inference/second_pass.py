@@ -2,12 +2,15 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.gate import Gate
 from bayes_dispatch.inference.blends import Blend, Particles
 from bayes_dispatch.inference.cost import Cost
 from bayes_dispatch.inference.decoding import Decoding, Token
@@ -22,7 +25,7 @@ from bayes_dispatch.posterior import DispatchPosterior
 if TYPE_CHECKING:
     from bayes_dispatch.inference.generator import System
 
-__all__ = ["POSTERIOR_DRAWS", "Request", "SecondPass"]
+__all__ = ["POSTERIOR_DRAWS", "Request", "SecondPass", "gate_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,8 @@ class Request:
     own_evidence: bool
     use_cache: bool
     seed: int
+    false_alarm_rate: float | None = None
+    abstain: bool = False
 
 
 class SecondPass:
@@ -54,6 +59,7 @@ class SecondPass:
     Attributes:
         weights: by prompt (K + 1,), filtered means when it had been read. paths: by prompt (bytes, K + 1), before each
             of its bytes. cost: so far.
+        foreign: the prompts that the gate sent to base. p_values: by prompt, of the gate, where it was asked.
     """
 
     def __init__(
@@ -67,6 +73,8 @@ class SecondPass:
         self.prompts = tuple(prompts)
         self.weights: dict[int, np.ndarray] = {}
         self.paths: dict[int, np.ndarray] = {}
+        self.foreign: set[int] = set()
+        self.p_values: dict[int, float] = {}
         self.cost = Cost(cut.depth, sum(len(prompt) + 1 for prompt in prompts))
         self._system, self._cut, self._request, self._given = system, cut, request, given
         self._draws: dict[int, DispatchPosterior] = {}
@@ -120,23 +128,38 @@ class SecondPass:
         for place, n in enumerate(group):
             self._draws[n] = posterior.select([place])
         tell(logger, logging.DEBUG, "prefix read", lambda: _of_prefix(prefix, len(group), self._cut.block))
-        tell(logger, logging.DEBUG, "dispatched", lambda: _of_posterior(group, posterior))
-        particles = self._request.blend.particles(posterior)
+        tell(logger, logging.DEBUG, "dispatched", lambda: _of_posterior(group, posterior, self.foreign))
+        foreign = np.array([n in self.foreign for n in group])
+        particles = _on_base(self._request.blend.particles(posterior), foreign)
+        if self._request.abstain and foreign.any():
+            for n in np.array(group)[foreign]:
+                self.weights[n] = np.eye(particles.weights.shape[2])[-1]
+                self.paths[n] = np.tile(self.weights[n], (len(self.prompts[n]), 1))
+            left = np.flatnonzero(~foreign)
+            group, rows, particles = [group[i] for i in left], [rows[i] for i in left], particles.select(left)
         at_once = max(1, ROWS_AT_ONCE // particles.mass.shape[1])
         for start in range(0, len(group), at_once):
             chosen = slice(start, start + at_once)
             yield from self._decode(group[chosen], prefix, rows[chosen], particles.select(chosen))
 
     def _dispatch(self, group: list[int], distinct: list[bytes], rows: list[int], prefix: Prefix) -> DispatchPosterior:
-        if self._given is not None:
+        rate = self._request.false_alarm_rate
+        if self._given is not None and rate is None:
             return self._given.select(group)
         if self._cut.block:
-            evidence = evidence_of(distinct, {"hidden": pool(prefix.x, prefix.tokens)})
+            found = evidence_of(distinct, {"hidden": pool(prefix.x, prefix.tokens)})
         else:
-            evidence = first_pass(self._system.model, self._system.tokenizer, distinct).evidence
+            found = first_pass(self._system.model, self._system.tokenizer, distinct).evidence
             self._count(first_pass=int(prefix.tokens.sum()) * self._cut.depth)
+        evidence = found.select(np.array(rows))
+        if rate is not None:
+            decision = gate_of(self._system).decide(self._system.dispatcher, evidence, rate)
+            self.p_values.update(zip(group, decision.p_values.tolist(), strict=True))
+            self.foreign.update(np.array(group)[decision.foreign].tolist())
+        if self._given is not None:
+            return self._given.select(group)
         seeds = [self._seeds[n] for n in group]
-        return self._system.dispatcher.posterior(evidence.select(np.array(rows)), draws=POSTERIOR_DRAWS, seed=seeds)
+        return self._system.dispatcher.posterior(evidence, draws=POSTERIOR_DRAWS, seed=seeds)
 
     def _decode(
         self, group: list[int], prefix: Prefix, rows: list[int], particles: Particles
@@ -208,11 +231,32 @@ class SecondPass:
         self.cost = self.cost + Cost(self._cut.depth, **evaluations)
 
 
+def gate_of(system: "System") -> Gate:
+    """The system's gate.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    gate: Gate | None = getattr(system, "gate", None)  # not every system knows of gates
+    if gate is None:
+        raise ConfigError("expected a bundle with a gate for a false-alarm rate, got one without: see calibrate-gate")
+    return gate
+
+
+def _on_base(particles: Particles, foreign: Bool[np.ndarray, " N"]) -> Particles:
+    """All particles of foreign prompts at base."""
+    if not foreign.any():
+        return particles
+    base = np.eye(particles.weights.shape[2])[-1]
+    return replace(particles, weights=np.where(foreign[:, None, None], base, particles.weights))
+
+
 def _of_prefix(prefix: Prefix, prompts: int, block: int) -> dict[str, Any]:
     held = 0 if prefix.cache is None else prefix.cache.nbytes
     return {"prompts": prompts, "distinct": len(prefix.tokens), "below_block": block, "cache_bytes": held}
 
 
-def _of_posterior(prompts: list[int], posterior: DispatchPosterior) -> dict[str, Any]:
+def _of_posterior(prompts: list[int], posterior: DispatchPosterior, foreign: set[int]) -> dict[str, Any]:
     means = [dict(zip(posterior.experts, np.round(row, 4).tolist(), strict=True)) for row in posterior.mean]
-    return {"prompts": prompts, "mean": means, "entropy": np.round(posterior.entropy, 4).tolist()}
+    entropy = np.round(posterior.entropy, 4).tolist()
+    return {"prompts": prompts, "mean": means, "entropy": entropy, "foreign": [n for n in prompts if n in foreign]}

@@ -1,4 +1,7 @@
-"""Reading and writing what we keep on disk: JSON and safetensors, written whole or not at all, and never executed."""
+"""Reading and writing what we keep on disk: JSON and safetensors, written whole or not at all, and never executed.
+
+What is written has reached the disk, contents and names, before it takes the place of what was there, and after that.
+"""
 
 import json
 import os
@@ -34,6 +37,9 @@ __all__ = [
 def write_directory(path: Path) -> Iterator[Path]:
     """A new directory to fill, which takes the place of ``path`` once the block ends without an error.
 
+    A crash leaves the old one or the new one, but for the instant between two renames: then the old one is beside it,
+    under a name that ends in ``-old``.
+
     Raises:
         BundleError: ``path`` is a file.
     """
@@ -45,6 +51,8 @@ def write_directory(path: Path) -> Iterator[Path]:
     temporary.chmod(0o755)
     try:
         yield temporary
+        for each in (*temporary.rglob("*"), temporary):
+            sync(each)
         if path.is_dir():
             old = temporary.with_name(temporary.name + "-old")
             path.rename(old)
@@ -53,9 +61,11 @@ def write_directory(path: Path) -> Iterator[Path]:
             except BaseException:
                 old.rename(path)
                 raise
+            sync(path.parent)
             shutil.rmtree(old)
         else:
             temporary.rename(path)
+            sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -71,11 +81,13 @@ def write_files(directory: Path, names: Sequence[str]) -> Iterator[Path]:
         yield Path(temporary)
         directory.mkdir(exist_ok=True)
         for name in names:
+            sync(Path(temporary, name))
             os.replace(Path(temporary, name), directory / name)
+        sync(directory)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` under a temporary name, then rename it to ``path``."""
+    """Write ``data`` under a temporary name, then rename it to ``path``; afterwards it survives a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:
@@ -88,6 +100,16 @@ def write_bytes(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(name)
         raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's list of names, has reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def tensors_as_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

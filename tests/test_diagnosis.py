@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bayes_dispatch import cli
 from bayes_dispatch.bundle import Bundle
 from bayes_dispatch.calibration import Abstention, expected_calibration_error, risk_coverage
 from bayes_dispatch.diagnosis import FILES, Diagnosis, DiagnosisSettings, diagnose, diagnosis_tables, write_diagnosis
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS
+from bayes_dispatch.experts.domains.own import OwnText
 from bayes_dispatch.inference.evidence_sets import pure_evidence
 
+MINE = OwnText("sort", "".join(f"Of {number} things, none is like another.\n" for number in range(60)))
 SETTINGS = DiagnosisSettings(
     simulations=40, mixtures=20, mixture_lengths=(16, 32), prompts=20, lengths=(16, 24), draws=39, seed=3
 )
@@ -89,8 +92,62 @@ def test_bad_settings(bad: dict[str, object]) -> None:
         replace(SETTINGS, **bad)  # type: ignore[arg-type]
 
 
-def test_experts_of_other_domains(bundle: Bundle) -> None:
+@pytest.fixture(scope="module")
+def own(bundle: Bundle) -> Bundle:
+    """With `sort` from a user's file."""
+    evidence = pure_evidence(bundle.model, [MINE], 4, (16, 20), "train", 0).evidence
+    return replace(bundle, evidence={"sort": evidence})
+
+
+class TestExpertsOfAUser:
+    def test_without_their_text_they_are_not_judged_but_compete(self, own: Bundle, tmp_path: Path) -> None:
+        found = diagnose(own, SETTINGS)
+        assert found.unjudged == ("sort",)
+        assert len(found.risk_coverage.risk) == 20 * 2
+        named = {domain.name: domain for domain in EXPERT_DOMAINS}
+        known = pure_evidence(own.model, [named["reverse"], named["add"]], 20, (24, 24), "held_out", 3 + 24)
+        best = own.dispatcher.predict_proba(known.evidence).argmax(1)
+        assert found.pure[24]["accuracy"] == (best == np.array([0, 2])[known.labels]).mean()  # of reverse, sort, add
+        assert [c.component for c in found.ranks.components] == ["reverse", "sort", "add", "base"]
+        assert "Without prompts of sort" in diagnosis_tables(found)[1].to_markdown()
+        assert json.loads(json.dumps(found.to_dict()))["unjudged"] == ["sort"]
+        write_diagnosis(found, tmp_path)
+
+    def test_with_their_text_they_are(self, own: Bundle, found: Diagnosis) -> None:
+        mine = diagnose(own, SETTINGS, own={"sort": MINE})
+        assert mine.unjudged == ()
+        assert len(mine.risk_coverage.risk) == 20 * 3
+        assert mine.pure != found.pure  # those are of the convention
+
+    def test_bad_text(self, own: Bundle) -> None:
+        with pytest.raises(UnknownNameError, match="expected text of the experts reverse, sort, add, got some of mine"):
+            diagnose(own, SETTINGS, own={"mine": MINE})
+        every = dict.fromkeys(("sort", "add"), own.evidence["sort"])
+        with pytest.raises(ConfigError, match=r"expected held-out text of at least two experts .* got 1"):
+            diagnose(replace(own, evidence=every), SETTINGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [True, False], ids=["given", "not given"])
+def test_the_command(own: Bundle, given: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    own.save(tmp_path / "saved")
+    (tmp_path / "mine.txt").write_text(MINE.text)
+    arguments = ["--bundle", tmp_path / "saved", "--out", tmp_path / "out", "--json"]
+    arguments += [part for option in ("--simulations", "--mixtures", "--prompts") for part in (option, 20)]
+    arguments += ["--text", f"sort={tmp_path / 'mine.txt'}"] if given else []
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["diagnose", *map(str, arguments)])
+    assert exit_.value.code == 0
+    assert json.loads(capfd.readouterr().out)["unjudged"] == ([] if given else ["sort"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
+
+
+def test_an_expert_under_another_name_is_judged_on_what_it_was_trained_on(bundle: Bundle, found: Diagnosis) -> None:
     renamed = [replace(bundle.experts[name], name=f"my-{name}") for name in bundle.experts.names]
-    dispatcher = replace(bundle.dispatcher, experts=[expert.name for expert in renamed])
-    with pytest.raises(UnknownNameError, match="my-reverse"):
-        diagnose(replace(bundle, experts=ExpertBank(renamed), dispatcher=dispatcher), SETTINGS)
+    names = tuple(expert.name for expert in renamed)
+    dispatcher = replace(bundle.dispatcher, experts=names)
+    dispatcher._state = bundle.dispatcher.state
+    dispatcher._prior = replace(bundle.dispatcher.prior, names=(*names, "base"))
+    again = diagnose(replace(bundle, experts=ExpertBank(renamed), dispatcher=dispatcher), SETTINGS)
+    assert again.unjudged == ()
+    assert again.pure == found.pure

@@ -16,8 +16,10 @@ JOINING = {
     "cli",
     "cli_compare",
     "cli_experts",
+    "cli_own_expert",
     "demo",
     "diagnosis",
+    "held_out",
     "own_expert",
     "train",
 }

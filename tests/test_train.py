@@ -50,6 +50,8 @@ def test_bundle_and_report(trained: tuple[Path, str]) -> None:
     bundle = load_bundle(out)
     assert bundle.experts.names == tuple(domain.name for domain in EXPERT_DOMAINS)
     assert bundle.report == json.loads(printed)
+    assert bundle.gate is not None
+    assert len(bundle.gate.scores) == (8 * 20 + 160) * 3 // 4
     titles = " ".join(table.title for table in report_tables(bundle.report))
     assert all(part in titles for part in ("Experts", "Dispatch", "Calibration", "one domain", "alternate", "switch"))
 
@@ -66,7 +68,7 @@ def test_stopped_run_goes_on_to_the_same_bundle(trained: tuple[Path, str], tmp_p
     """From pre-training's last checkpoint and some experts, in one process instead of two, with a stop between."""
     out, work = tmp_path / "bundle", tmp_path / "work"
     shutil.copytree(trained[0].with_name("bundle.work"), work)
-    for done in ("base", "experts/sort", "experts/json", "dispatcher", "unjudged", "judged"):
+    for done in ("base", "experts/sort", "experts/json", "dispatcher", "gate", "unjudged", "judged"):
         shutil.rmtree(work / done)
 
     class Stopped(Exception):

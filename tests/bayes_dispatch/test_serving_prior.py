@@ -101,7 +101,9 @@ def test_drift_shows_and_is_mended(own: Dispatcher, make_sample: "Callable[..., 
     _, report = watch(monitor, own.log_evidence(shifted))
     assert report.first_alarm is not None
     own.svi = settings(svi=150)["svi"]
+    before = own.state.pack()[1]["globals.loc.M"].copy()
     new = own.recalibrate(shifted, later.labels, later.mixtures)
+    np.testing.assert_array_equal(own.state.pack()[1]["globals.loc.M"], before)
     assert new.log_evidence(shifted).mean() > own.log_evidence(shifted).mean() + 1
     assert new.prior is own.prior
     pure = later.labels >= 0

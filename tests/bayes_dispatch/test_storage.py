@@ -80,7 +80,8 @@ def test_saving_over_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "attribute", "calls"), [(Path, "write_bytes", 1), (Path, "write_bytes", 2), (os, "replace", 1)]
+    ("owner", "attribute", "calls"),
+    [(Path, "write_bytes", 1), (Path, "write_bytes", 2), (os, "fsync", 1), (os, "fsync", 2), (os, "replace", 1)],
 )
 def test_a_failed_save_leaves_the_old_files(
     saved: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, attribute: str, calls: int
@@ -100,6 +101,26 @@ def test_a_failed_save_leaves_the_old_files(
             write_directory(saved, "thing", {"note": "new"}, {"a": np.zeros(9)})
     assert read_directory(saved, "thing")[0]["note"] == "naïve"
     assert len(list(saved.iterdir())) == 2
+
+
+def test_what_is_saved_has_reached_the_disk(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both files before either takes its place, then their directory."""
+    events: list[int] = []
+    fsync, replace = os.fsync, os.replace
+
+    def noted_fsync(handle: int) -> None:
+        events.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def noted_replace(*arguments: Any) -> None:
+        events.append(-1)
+        replace(*arguments)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    write_directory(saved, "thing", {"note": "new"}, {"a": np.zeros(9)})
+    files = [(saved / f"thing.{kind}").stat().st_ino for kind in ("safetensors", "json")]
+    assert events == [*files, -1, -1, saved.stat().st_ino]
 
 
 def test_a_save_killed_between_its_renames_is_refused(saved: Path, tmp_path: Path) -> None:

@@ -208,3 +208,53 @@ def test_settings_are_checked_before_the_first_token(bundle: "Bundle") -> None:
         PosteriorPredictive(merge=-1.0)
     with pytest.raises(ConfigError, match="expected flat"):
         RefinedMean(flat=1.0)
+
+
+@pytest.fixture(scope="module")
+def gated64(cut64: "Bundle") -> "Bundle":
+    """The same system with a gate that knows short lines of three kinds."""
+    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.gate import Gate
+
+    rng = np.random.default_rng(0)
+    texts = [("ab>ba\n", "ba>ab\n", "1+2=3\n")[i % 3] * int(rng.integers(1, 6)) for i in range(120)]
+    evidence = first_pass(cut64.model, cut64.tokenizer, texts, block=1).evidence
+    gate = Gate.calibrate(cut64.dispatcher, evidence, bins=1)
+    return Bundle(cut64.model, cut64.experts, cut64.dispatcher, gate=gate)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("blend", [PosteriorMean(), PosteriorPredictive(6), RefinedMean(6)], ids=repr)
+def test_foreign_prompts_are_left_to_base(gated64: "Bundle", blend: Blend) -> None:
+    prompts = ["ab>ba\nab>ba\n", "ZZZZ{}{}ZZZZ{}{}" * 4, "1+2=3\n1+2=3\n"]
+    generator = TwoPassGenerator(gated64)
+    given: dict[str, Any] = {"blend": blend, "max_new_tokens": 4, "seed": 1}
+    found = generator.generate(prompts, **given, false_alarm_rate=0.05)
+    assert found.fallback.tolist() == [False, True, False]
+    assert (found.p_values > 0.05).tolist() == [True, False, True]
+    free = generator.generate(prompts, **given)
+    assert not free.fallback.any()
+    assert np.isnan(free.p_values).all()
+    base = generator.generate(prompts, **given | {"blend": FixedWeights((0.0, 0.0, 0.0, 1.0))})
+    np.testing.assert_allclose(found.log_probabilities[1], base.log_probabilities[1], atol=1e-8)
+    np.testing.assert_allclose(found.weights[1], [0, 0, 0, 1], atol=1e-12)
+    np.testing.assert_allclose(found.log_probabilities[[0, 2]], free.log_probabilities[[0, 2]], atol=1e-8)
+    np.testing.assert_allclose(found.posterior.weights, free.posterior.weights)  # what was inferred stays
+    silent = generator.generate(prompts, **given, false_alarm_rate=0.05, abstain=True)
+    assert silent.texts[1] == ""
+    assert silent.lengths.tolist() == [4, 0, 4]
+    assert silent.texts[::2] == found.texts[::2]
+    assert silent.paths[1].shape == (len(prompts[1]), 4)
+    alone = generator.generate(prompts[1:2], **given, false_alarm_rate=0.05, abstain=True)
+    assert alone.texts == ("",)
+    assert {each.prompt for each in generator.stream(prompts, **given, false_alarm_rate=0.05, abstain=True)} == {0, 2}
+
+
+def test_a_gate_that_is_not_there(bundle: "Bundle", gated64: "Bundle") -> None:
+    given: dict[str, Any] = {"blend": PosteriorMean(), "max_new_tokens": 1}
+    with pytest.raises(ConfigError, match="expected a bundle with a gate for a false-alarm rate"):
+        TwoPassGenerator(bundle).generate(["a"], **given, false_alarm_rate=0.05)
+    with pytest.raises(ConfigError, match="expected a false_alarm_rate to abstain at"):
+        TwoPassGenerator(gated64).generate(["a"], **given, abstain=True)
+    with pytest.raises(ConfigError, match="expected a false-alarm rate of at least"):
+        TwoPassGenerator(gated64).generate(["a"], **given, false_alarm_rate=0.001)

@@ -1,6 +1,7 @@
 """What is written is whole or not there at all; what is read is refused in one line when it is not what was written."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from bayes_dispatch.model.files import (
     read_tensors,
     write_bytes,
     write_directory,
+    write_files,
     write_json,
     write_tensors,
 )
@@ -95,6 +97,78 @@ class TestDirectory:
         assert link.is_symlink()
         assert listing(path) == {"part/a": "new", "b": "new"}
         assert {p.name for p in path.parent.iterdir()} == {"kept", "link"}
+
+
+class Killed(BaseException):
+    """The process ends here, and so does every later operation on files."""
+
+
+class TestDisk:
+    """All that is written has reached the disk when it takes its place: bytes, names, and those of its folders."""
+
+    @pytest.fixture
+    def synced(self, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+        """Inodes whose content reached the disk, and −1 for each rename, in order."""
+        events: list[int] = []
+        fsync, replace, rename = os.fsync, os.replace, os.rename
+
+        def noted_fsync(handle: int) -> None:
+            events.append(os.fstat(handle).st_ino)
+            fsync(handle)
+
+        def noted(really: Callable[..., None]) -> Callable[..., None]:
+            def move(*arguments: object) -> None:
+                events.append(-1)
+                really(*arguments)
+
+            return move
+
+        monkeypatch.setattr(os, "fsync", noted_fsync)
+        monkeypatch.setattr(os, "replace", noted(replace))
+        monkeypatch.setattr(os, "rename", noted(rename))
+        return events
+
+    @pytest.mark.parametrize("existing", [True, False])
+    def test_a_directory(self, tmp_path: Path, synced: list[int], existing: bool) -> None:
+        path = tmp_path / "kept"
+        if existing:
+            fill(path, "old")
+            del synced[:]
+        fill(path, "new")
+        parts = {each.stat().st_ino for each in (path, *path.rglob("*"))}
+        first, last = synced.index(-1), len(synced) - 1 - synced[::-1].index(-1)
+        assert parts <= set(synced[:first])
+        assert path.parent.stat().st_ino in synced[last:]
+
+    def test_a_file(self, tmp_path: Path, synced: list[int]) -> None:
+        write_bytes(tmp_path / "file", b"new")
+        assert synced == [(tmp_path / "file").stat().st_ino, -1, tmp_path.stat().st_ino]
+
+    def test_files_in_a_directory(self, tmp_path: Path, synced: list[int]) -> None:
+        with write_files(tmp_path / "out", ["a"]) as target:
+            (target / "a").write_text("new")
+        assert synced == [(tmp_path / "out" / "a").stat().st_ino, -1, (tmp_path / "out").stat().st_ino]
+
+    def test_killed_at_any_of_them(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Before the first rename the old directory is there, after the second one the new, each whole."""
+        really, seen = os.fsync, []
+        for turn in range(5):  # two files, two folders, and the one around them
+            fill(tmp_path / str(turn) / "kept", "old")
+            calls = []
+
+            def killed(handle: int, calls: list[int] = calls, turn: int = turn) -> None:
+                calls.append(handle)
+                if len(calls) == turn + 1:
+                    raise Killed
+                really(handle)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", killed)
+                with pytest.raises(Killed):
+                    fill(tmp_path / str(turn) / "kept", "new")
+            seen.append(listing(tmp_path / str(turn) / "kept"))
+        old, new = ({"part/a": content, "b": content} for content in ("old", "new"))
+        assert seen == [old] * 4 + [new]
 
 
 def test_a_failed_file_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
