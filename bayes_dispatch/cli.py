@@ -14,9 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from bayes_dispatch.cli_chat import chat
 from bayes_dispatch.cli_experts import experts, is_of_a_bundle
 from bayes_dispatch.errors import BayesDispatchError, BundleError, ConfigError, PromptError, UnknownNameError
-from bayes_dispatch.terminal import BundleOption, JsonOption, SeedOption, open_console, print_json
+from bayes_dispatch.terminal import (
+    BundleOption,
+    JsonOption,
+    SeedOption,
+    open_console,
+    print_json,
+    typed,
+    use_one_thread,
+)
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.generator import Generation
@@ -29,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(experts, name="experts")
+app.command()(chat)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -88,7 +98,7 @@ def demo(
     from bayes_dispatch.bundle import load_bundle
     from bayes_dispatch.demo import run_demo
 
-    _use_one_thread()
+    use_one_thread()
     begun, console = time.perf_counter(), open_console()
     files = run_demo(load_bundle(bundle), out, seed, console)
     console.print(f"Done in {time.perf_counter() - begun:.0f} s:", *files, highlight=False, soft_wrap=True)
@@ -115,7 +125,7 @@ def train(
     def announce(stage: str) -> None:
         print(f"{stage} …", file=sys.stderr)
 
-    _use_one_thread()
+    use_one_thread()
     begun = time.perf_counter()
     report = train_bundle(PLANS[plan].with_seed(seed), out, work, processes, announce=announce).report
     _print_report(report, as_json)
@@ -165,7 +175,7 @@ def train_expert(
     def announce(line: str) -> None:
         print(line, file=sys.stderr)
 
-    _use_one_thread()
+    use_one_thread()
     old, progress = load_bundle(bundle), sys.stderr.isatty()
     expert = train_own_expert(old, domain, settings, progress)
     if refit:
@@ -218,7 +228,7 @@ def diagnose(
     from bayes_dispatch.diagnosis import diagnose as run
 
     settings = DiagnosisSettings(simulations=simulations, mixtures=mixtures, prompts=prompts, risk=risk, seed=seed)
-    _use_one_thread()
+    use_one_thread()
     found = run(load_bundle(bundle), settings, progress=sys.stderr.isatty())
     files, console = write_diagnosis(found, out), open_console()
     if as_json:
@@ -252,7 +262,7 @@ def generate(
     bundle: BundleOption = None,
 ) -> None:
     """Continue prompts under Bayesian blends of the experts."""
-    prompts = [*(_typed(text, escapes) for text in prompt or ()), *(_read(path) for path in prompt_file or ())]
+    prompts = [*(typed(text, escapes) for text in prompt or ()), *(_read(path) for path in prompt_file or ())]
     if not prompts:
         raise PromptError("expected at least one --prompt or --prompt-file, got none")
     from bayes_dispatch.inference.blends import blend_by_name
@@ -263,7 +273,7 @@ def generate(
     from bayes_dispatch.bundle import load_bundle
     from bayes_dispatch.inference.generator import TwoPassGenerator
 
-    _use_one_thread()
+    use_one_thread()
     generation = TwoPassGenerator(load_bundle(bundle)).generate(
         checked,
         blend=blend,
@@ -271,7 +281,7 @@ def generate(
         do_sample=sample,
         temperature=temperature,
         seed=seed,
-        stop=None if stop is None else _typed(stop, escapes),
+        stop=None if stop is None else typed(stop, escapes),
         progress=sys.stderr.isatty(),
     )
     if as_json:
@@ -294,18 +304,11 @@ def fit(
     from bayes_dispatch.dispatcher import Dispatcher
     from bayes_dispatch.evidence_file import read_evidence
 
-    _use_one_thread()
+    use_one_thread()
     known = read_evidence(evidence)
     dispatcher = Dispatcher([name.strip() for name in expert_names.split(",")], seed)
     dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=sys.stderr.isatty()).save(out)
     print(f"{out}: a dispatcher over {', '.join(dispatcher.experts)}, fitted on {len(known.evidence)} prompts")
-
-
-def _typed(text: str, escapes: bool) -> bytes:
-    """The bytes that were typed, UTF-8 or not."""
-    if escapes:
-        text = "\\".join(part.replace("\\n", "\n") for part in text.split("\\\\"))
-    return os.fsencode(text)
 
 
 def _read(path: Path) -> bytes:
@@ -333,14 +336,6 @@ def _check_new_output(path: Path, index: str) -> None:
         raise BundleError(
             f"expected a new directory or an earlier output to replace, got {path}, which holds other files"
         )
-
-
-def _use_one_thread() -> None:
-    """More gain nothing with so small a model, cost much where cores are busy, and make rounding depend on them."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        import torch
-
-        torch.set_num_threads(1)
 
 
 def _print_report(report: Any, as_json: bool) -> None:

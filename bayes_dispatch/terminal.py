@@ -1,6 +1,7 @@
 """What the commands share: options that many of them take, and how they print."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["BundleOption", "JsonOption", "SeedOption", "open_console", "print_json"]
+__all__ = ["BundleOption", "JsonOption", "SeedOption", "open_console", "print_json", "typed", "use_one_thread"]
 
 WIDTH = 130  # of output that goes to no terminal
 
@@ -29,3 +30,18 @@ def open_console() -> "Console":
 def print_json(document: Any) -> None:
     """One JSON document on stdout."""
     print(json.dumps(document, indent=2, allow_nan=False))
+
+
+def typed(text: str, escapes: bool) -> bytes:
+    """The bytes that were typed, UTF-8 or not."""
+    if escapes:
+        text = "\\".join(part.replace("\\n", "\n") for part in text.split("\\\\"))
+    return os.fsencode(text)
+
+
+def use_one_thread() -> None:
+    """More gain nothing with so small a model, cost much where cores are busy, and make rounding depend on them."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(1)

@@ -9,7 +9,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "bayes_dispatch"
 
 # Files of bayes_dispatch/ that join the parts. All the others there work on arrays alone.
-JOINING = {"__init__", "__main__", "bundle", "cli", "cli_experts", "demo", "diagnosis", "own_expert", "train"}
+JOINING = {
+    "__init__",
+    "__main__",
+    "bundle",
+    "cli",
+    "cli_chat",
+    "cli_experts",
+    "demo",
+    "diagnosis",
+    "own_expert",
+    "train",
+}
 
 # What each layer may import of the project, besides `errors` (anybody) and itself.
 ALLOWED = {
