@@ -18,14 +18,14 @@ for the evidence too, and what is left is read again: by new particles, or by th
 memory is bounded for every model.
 """
 
-import codecs
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jaxtyping import Float
 
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.chat_caches import ChatCaches
@@ -34,40 +34,18 @@ from bayes_dispatch.inference.chat_state import ChatSettings, ChatState, Turn
 from bayes_dispatch.inference.cost import Cost
 from bayes_dispatch.inference.decoding import Token
 from bayes_dispatch.inference.divergence import expected_divergence
-from bayes_dispatch.inference.filtering import FilterState
+from bayes_dispatch.inference.filtering import ParticleFilter
 from bayes_dispatch.inference.generator import Streamed, cut_of
 from bayes_dispatch.inference.prompts import check_ending, check_turn
+from bayes_dispatch.inference.reply import Reply, Request
 from bayes_dispatch.inference.second_pass import POSTERIOR_DRAWS
 from bayes_dispatch.inference.transcript import Transcript
 from bayes_dispatch.model.sampling import Sampling, row_generators, row_seeds
-from bayes_dispatch.posterior import DispatchPosterior
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.generator import System
 
 __all__ = ["Chat"]
-
-
-@dataclass(frozen=True)
-class _Request:
-    max_new_tokens: int
-    sampling: Sampling
-    stop: bytes | None
-
-
-@dataclass
-class _Reply:
-    """A reply that is being written, to a turn that has been read."""
-
-    transcript: Transcript
-    posterior: DispatchPosterior
-    weights: np.ndarray
-    filtered: FilterState  # by the user's bytes
-    divergence: float
-    adapted: bool
-    forgotten: int
-    cost: Cost
-    tokens: list[Token] = field(default_factory=list)
 
 
 class Chat:
@@ -103,6 +81,11 @@ class Chat:
     def turns(self) -> int:
         """How many there were, those before a resumption among them."""
         return self._state.turns
+
+    @property
+    def weights(self) -> Float[np.ndarray, " components"]:
+        """(K + 1,), the mean blend weights that the next turn begins with; before the first turn 0."""
+        return ParticleFilter.at(self._state.filtered).mean()[0]
 
     @property
     def nbytes(self) -> int:
@@ -151,8 +134,8 @@ class Chat:
         Raises:
             PromptError, ConfigError: see ``say``.
         """
-        request = _Request(max_new_tokens, Sampling(do_sample=do_sample, temperature=temperature), None)
-        request = replace(request, stop=check_ending(max_new_tokens, stop))
+        sampling = Sampling(do_sample=do_sample, temperature=temperature)
+        request = Request(max_new_tokens, sampling, check_ending(max_new_tokens, stop))
         data = check_turn(text, self.settings.max_context - max_new_tokens)
         return self._answer(data, request)
 
@@ -164,7 +147,7 @@ class Chat:
         """
         write_chat(Path(path), self._system, self.settings, self._state)
 
-    def _answer(self, data: bytes, request: _Request) -> Iterator[Streamed]:
+    def _answer(self, data: bytes, request: Request) -> Iterator[Streamed]:
         if self._answering:
             raise ConfigError("expected one reply at a time, got a turn before the stream of the last one has ended")
         self._answering, ended = True, False
@@ -173,7 +156,6 @@ class Chat:
                 reply, caches = self._hear(data, request.max_new_tokens)
             seed = self.settings.seed + 2 * self.turns + 1
             generators = row_generators(seed, [reply.transcript.data])
-            decoder = codecs.getincrementaldecoder("utf-8")("replace")
             while not ended:
                 with torch.no_grad():
                     token = caches.decoding.choose(request.sampling, generators)
@@ -181,7 +163,7 @@ class Chat:
                 if last:
                     ended = True
                     self._end(reply, caches)
-                yield _streamed(token, decoder.decode(bytes(token.ids.tolist()), final=last), reply.posterior, last)
+                yield reply.streamed(last)
         except GeneratorExit:
             if not ended:
                 self._end(reply, caches)
@@ -192,7 +174,7 @@ class Chat:
         finally:
             self._answering = False
 
-    def _hear(self, data: bytes, room: int) -> tuple[_Reply, ChatCaches]:
+    def _hear(self, data: bytes, room: int) -> tuple[Reply, ChatCaches]:
         """Read the user's turn, under new particles if it must be."""
         settings, state, system = self.settings, self._state, self._system
         most, before = settings.max_context - len(data) - room, len(state.transcript)
@@ -218,29 +200,26 @@ class Chat:
             caches.adapt(candidate, transcript)
         else:
             caches.go_on(state, len(data))
-        reply = _Reply(
-            transcript,
-            posterior,
-            caches.decoding.weights[0],
-            caches.decoding.filtered,
-            divergence,
-            adapted,
-            before - len(state.transcript),
-            Cost(
+        return Reply(
+            transcript=transcript,
+            posterior=posterior,
+            weights=caches.decoding.weights[0],
+            filtered=caches.decoding.filtered,
+            divergence=divergence,
+            adapted=adapted,
+            forgotten=before - len(state.transcript),
+            cost=Cost(
                 self._cut.depth,
                 prompt_tokens=len(data) + (state.turns == 0),
                 first_pass=caches.conversation.first_pass - first_pass + compared,
                 prefill=caches.evaluated - evaluated,
             ),
-        )
-        return reply, caches
+        ), caches
 
-    def _write(self, reply: _Reply, caches: ChatCaches, token: Token, request: _Request) -> bool:
+    def _write(self, reply: Reply, caches: ChatCaches, token: Token, request: Request) -> bool:
         """Go on with a token of the reply; whether it is the last one, which is read along with the next turn."""
-        reply.tokens.append(token)
-        reply.transcript = reply.transcript.followed_by(bytes(token.ids.tolist()), own=True)
-        written = reply.transcript.data[len(reply.transcript) - len(reply.tokens) :]
-        if len(written) == request.max_new_tokens or (request.stop is not None and written.endswith(request.stop)):
+        reply.add(token)
+        if request.ends(reply.data):
             caches.decoding.append(token.ids, last=True)
             return True
         evaluated = caches.evaluated
@@ -248,40 +227,11 @@ class Chat:
         reply.cost += Cost(self._cut.depth, new_tokens=1, decode=caches.evaluated - evaluated)
         return False
 
-    def _end(self, reply: _Reply, caches: ChatCaches) -> None:
+    def _end(self, reply: Reply, caches: ChatCaches) -> None:
         """Take a reply into the conversation."""
         if not self.settings.own_evidence:
             caches.decoding.filtered = reply.filtered
         self._state = ChatState(reply.transcript, self.turns + 1, caches.rows, caches.decoding.filtered)
-        numbers = [(t.log_probabilities[0], t.entropy[0], t.mutual_information[0]) for t in reply.tokens]
-        log_p, entropy, information = np.array(numbers).T
-        ids = np.array([token.ids[0] for token in reply.tokens])
-        self.turn = Turn(
-            text=self._system.tokenizer.decode(ids.tolist()),
-            token_ids=ids,
-            log_probabilities=log_p,
-            predictive_entropy=entropy,
-            mutual_information=information,
-            posterior=reply.posterior,
-            weights=reply.weights,
-            divergence=reply.divergence,
-            adapted=reply.adapted,
-            forgotten=reply.forgotten,
-            cost=reply.cost,
-        )
+        self.turn = reply.turn()
         if self._file is not None:
             self.save(self._file)
-
-
-def _streamed(token: Token, text: str, posterior: DispatchPosterior, last: bool) -> Streamed:
-    return Streamed(
-        prompt=0,
-        text=text,
-        token_id=int(token.ids[0]),
-        log_probability=float(token.log_probabilities[0]),
-        predictive_entropy=float(token.entropy[0]),
-        mutual_information=float(token.mutual_information[0]),
-        weights=token.weights[0],
-        posterior=posterior,
-        last=last,
-    )
