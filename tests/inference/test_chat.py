@@ -212,6 +212,7 @@ def test_a_chat_is_what_recomputing_gives(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
 def test_two_hundred_turns(cut64: "Bundle") -> None:
     """Equal to recomputing at every turn, re-adaptations among them; the memory is that of the first turns."""
     given: dict[str, Any] = {"blend": UNMERGED, "threshold": 0.004, "max_context": 80, "seed": 1}
