@@ -74,6 +74,8 @@ if TYPE_CHECKING:
         ThompsonSample,
         TopK,
     )
+    from bayes_dispatch.inference.chat import Chat
+    from bayes_dispatch.inference.chat_state import Turn
     from bayes_dispatch.inference.compare import compare_blends, compare_systems
     from bayes_dispatch.inference.cost import Cost
     from bayes_dispatch.inference.few_shot import FewShotFit, FewShotProgram
@@ -171,6 +173,8 @@ __all__ = [
     "TwoPassGenerator",
     "Generation",
     "Streamed",
+    "Chat",
+    "Turn",
     "Cost",
     "Blend",
     "PosteriorMean",
@@ -277,6 +281,8 @@ _MODULE_OF = {
     "TwoPassGenerator": "inference.generator",
     "Generation": "inference.generator",
     "Streamed": "inference.generator",
+    "Chat": "inference.chat",
+    "Turn": "inference.chat_state",
     "Cost": "inference.cost",
     "Blend": "inference.blends",
     "PosteriorMean": "inference.blends",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from bayes_dispatch.cli_chat import chat
 from bayes_dispatch.cli_compare import compare
 from bayes_dispatch.cli_experts import experts
 from bayes_dispatch.cli_own_expert import train_expert
@@ -27,6 +28,7 @@ from bayes_dispatch.terminal import (
     check_output,
     open_console,
     print_json,
+    typed,
     use_one_thread,
 )
 
@@ -42,6 +44,7 @@ app = typer.Typer(
 )
 app.add_typer(experts, name="experts")
 app.command()(compare)
+app.command()(chat)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -251,7 +254,7 @@ def generate(
     bundle: BundleOption = None,
 ) -> None:
     """Continue prompts under Bayesian blends of the experts."""
-    prompts = [*(_typed(text, escapes) for text in prompt or ()), *(_read(path) for path in prompt_file or ())]
+    prompts = [*(typed(text, escapes) for text in prompt or ()), *(_read(path) for path in prompt_file or ())]
     if not prompts:
         raise PromptError("expected at least one --prompt or --prompt-file, got none")
     from bayes_dispatch.inference.blends import blend_by_name
@@ -270,7 +273,7 @@ def generate(
         do_sample=sample,
         temperature=temperature,
         seed=seed,
-        stop=None if stop is None else _typed(stop, escapes),
+        stop=None if stop is None else typed(stop, escapes),
         false_alarm_rate=false_alarm_rate,
         abstain=abstain,
         progress=sys.stderr.isatty(),
@@ -300,13 +303,6 @@ def fit(
     dispatcher = Dispatcher([name.strip() for name in expert_names.split(",")], seed)
     dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=sys.stderr.isatty()).save(out)
     print(f"{out}: a dispatcher over {', '.join(dispatcher.experts)}, fitted on {len(known.evidence)} prompts")
-
-
-def _typed(text: str, escapes: bool) -> bytes:
-    """The bytes that were typed, UTF-8 or not."""
-    if escapes:
-        text = "\\".join(part.replace("\\n", "\n") for part in text.split("\\\\"))
-    return os.fsencode(text)
 
 
 def _read(path: Path) -> bytes:

@@ -24,6 +24,7 @@ __all__ = [
     "check_output",
     "open_console",
     "print_json",
+    "typed",
     "use_one_thread",
 ]
 
@@ -80,6 +81,13 @@ def check_new_output(path: Path, index: str) -> None:
         raise BundleError(
             f"expected a new directory or an earlier output to replace, got {path}, which holds other files"
         )
+
+
+def typed(text: str, escapes: bool) -> bytes:
+    """The bytes that were typed, UTF-8 or not."""
+    if escapes:
+        text = "\\".join(part.replace("\\n", "\n") for part in text.split("\\\\"))
+    return os.fsencode(text)
 
 
 def use_one_thread() -> None:

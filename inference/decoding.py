@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.inference.blends import Particles
-from bayes_dispatch.inference.filtering import ParticleFilter, predictive
+from bayes_dispatch.inference.filtering import FilterState, ParticleFilter, predictive
 from bayes_dispatch.inference.merging import divergences, representatives
 from bayes_dispatch.inference.readers import Reader
 from bayes_dispatch.model.sampling import Sampling
@@ -46,17 +46,23 @@ class Decoding:
     Args:
         reader: of the prompts under these particles. particles: of the prompts.
         ids: (N, T) tokens of the prompts, right-padded. lengths: (N,), how many are real.
+        evidence: (N, T), which of them filter the particles; all but the beginning token by default.
 
     Attributes:
         path: (T, N, K + 1), the filtered mean of the blend weights after each token of the prompts.
     """
 
     def __init__(
-        self, reader: Reader, particles: Particles, ids: Int[Tensor, "N T"], lengths: Int[Tensor, " N"]
+        self,
+        reader: Reader,
+        particles: Particles,
+        ids: Int[Tensor, "N T"],
+        lengths: Int[Tensor, " N"],
+        evidence: Bool[Tensor, "N T"] | None = None,
     ) -> None:
         self._reader = reader
         self._filter = ParticleFilter(particles)
-        self._ids, self._lengths = ids, lengths
+        self._ids, self._lengths, self._evidence = ids, lengths, evidence
         self._alone = particles.mass.shape[1] == 1
         self._kl = np.zeros((len(ids), particles.mass.shape[1], particles.mass.shape[1]))
         self._following: Float[Tensor, "N S V"]
@@ -69,6 +75,16 @@ class Decoding:
         if self._mean is None:
             self._mean = self._filter.mean()
         return self._mean
+
+    @property
+    def filtered(self) -> FilterState:
+        """The filter's state: to come back to, when what is read from here on shall not have been evidence."""
+        return self._filter.state
+
+    @filtered.setter
+    def filtered(self, state: FilterState) -> None:
+        self._filter.state = state
+        self._mean = None
 
     def read_prompts(self, measured: bool = False) -> None:
         """Read the prompts, and filter the particles by each of their bytes; where ``measured``, for ``merge``."""
@@ -88,16 +104,35 @@ class Decoding:
                 if following is None:  # the beginning token is no evidence
                     following = after[:, :, 0]
                     continue
-                self._update(_of(following, token), read)
+                counts = read if self._evidence is None else read & self._evidence[:, start + t]
+                self._update(_of(following, token), counts)
                 following = torch.where(read[:, None, None], after[:, :, t], following)
                 self.path[start + t] = self.weights
         assert following is not None
         self._following = following
 
-    def merge(self, tolerance: float) -> None:
-        """Run particles as one whose predictives differ by no more than ``tolerance`` nats a token (``merging``)."""
+    def read_on(self, start: int, ids: Int[Tensor, "N t"], evidence: Bool[Tensor, "N t"]) -> None:
+        """Read more of prompts that the reader has been given longer, all of them to one length.
+
+        Args:
+            start: tokens read so far. ids: those from there on. evidence: which of them filter the particles.
+        """
+        for begin in range(0, ids.shape[1], PREFILL_CHUNK):
+            part = slice(begin, begin + PREFILL_CHUNK)
+            after = self._reader.read_prompts(start + begin, min(start + begin + PREFILL_CHUNK, start + ids.shape[1]))
+            for t, (token, counts) in enumerate(zip(ids[:, part].unbind(1), evidence[:, part].unbind(1), strict=True)):
+                if not self._alone and bool(counts.any()):
+                    self._update(_of(self._following, token), counts)
+                self._following = after[:, :, t]
+
+    def merge(self, tolerance: float) -> list[list[int]]:
+        """Run particles as one whose predictives differ by no more than ``tolerance`` nats a token (``merging``).
+
+        Returns:
+            The particles that are left of each prompt, by their old indices.
+        """
         if self._alone:
-            return
+            return [[0]] * len(self._ids)
         counts = np.minimum(self._lengths.numpy(), MEASURED)[:, None, None]
         v = self._filter.log_weights.exp().numpy()
         chosen = [representatives(own, kl, tolerance) for own, kl in zip(v, self._kl / counts, strict=True)]
@@ -107,6 +142,7 @@ class Decoding:
         width = max(map(len, left))
         index = torch.tensor([[*kept, *[kept[0]] * (width - len(kept))] for kept in left])
         self._following = self._following[torch.arange(len(left))[:, None], index]
+        return left
 
     def choose(self, sampling: Sampling, generators: Sequence[np.random.Generator]) -> Token:
         """The next token of each prompt.

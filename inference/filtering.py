@@ -15,7 +15,34 @@ from torch import Tensor
 
 from bayes_dispatch.inference.blends import Particles
 
-__all__ = ["ParticleFilter", "Predictive", "predictive"]
+__all__ = ["FilterState", "ParticleFilter", "Predictive", "predictive"]
+
+
+class FilterState(NamedTuple):
+    """All that a filter of N prompts knows, E switching rates being possible.
+
+    Attributes:
+        joint: (N, E, S), log-probabilities of rate and particle. target: (N, S), those of the particles after a switch.
+        rates: (E,). blends: (N, S, K + 1), the blend weights that particles stand for.
+    """
+
+    joint: Float[Tensor, "N E S"]
+    target: Float[Tensor, "N S"]
+    rates: Float[Tensor, " E"]
+    blends: Float[np.ndarray, "N S components"]
+
+    @classmethod
+    def prior(cls, particles: Particles) -> "FilterState":
+        """Before any token."""
+        mass = torch.from_numpy(particles.mass).double()
+        target = ((1 - particles.flat) * mass + particles.flat / mass.shape[1]).log()
+        rates = torch.tensor(particles.switching, dtype=torch.double)
+        return cls(target[:, None], target, rates, np.array(particles.weights)).forgotten()
+
+    def forgotten(self) -> "FilterState":
+        """The same particles before any token."""
+        count = len(self.rates)
+        return self._replace(joint=(self.target[:, None] - np.log(count)).repeat(1, count, 1))
 
 
 class ParticleFilter:
@@ -25,13 +52,25 @@ class ParticleFilter:
     """
 
     def __init__(self, particles: Particles) -> None:
-        mass = torch.from_numpy(particles.mass).double()
-        target = (1 - particles.flat) * mass + particles.flat / mass.shape[1]
-        rates = torch.tensor(particles.switching, dtype=torch.double)
-        self._log_target = target.log()[:, None]  # (N, 1, S)
-        self._log_stay, self._log_switch = (-rates).log1p()[:, None], rates.log()[:, None]  # (E, 1)
-        self._joint = (self._log_target - np.log(len(rates))).repeat(1, len(rates), 1)  # (N, E, S)
-        self._blends = np.array(particles.weights)  # (N, S, K + 1)
+        self.state = FilterState.prior(particles)
+
+    @classmethod
+    def at(cls, state: FilterState) -> "ParticleFilter":
+        """A filter that goes on from ``state``."""
+        filter_ = cls.__new__(cls)
+        filter_.state = state
+        return filter_
+
+    @property
+    def state(self) -> FilterState:
+        """What is known now; what follows does not change it."""
+        return FilterState(self._joint, self._log_target[:, 0], self._rates, self._blends)
+
+    @state.setter
+    def state(self, state: FilterState) -> None:
+        self._joint, self._log_target, self._rates = state.joint, state.target[:, None], state.rates  # (N, 1, S)
+        self._log_stay, self._log_switch = (-state.rates).log1p()[:, None], state.rates.log()[:, None]  # (E, 1)
+        self._blends = state.blends  # (N, S, K + 1)
 
     @property
     def log_weights(self) -> Float[Tensor, "N S"]:

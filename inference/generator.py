@@ -3,7 +3,8 @@
 import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 from tqdm import tqdm
@@ -15,13 +16,16 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.blends import Blend
 from bayes_dispatch.inference.cost import Cost
 from bayes_dispatch.inference.first_pass import first_pass
-from bayes_dispatch.inference.prompts import check_prompts
+from bayes_dispatch.inference.prompts import check_ending, check_prompts
 from bayes_dispatch.inference.second_pass import POSTERIOR_DRAWS, Request, SecondPass, gate_of
 from bayes_dispatch.model.backbone import Backbone, Cuttable
 from bayes_dispatch.model.parts import CutModel
 from bayes_dispatch.model.sampling import Sampling, row_seeds
-from bayes_dispatch.model.tokenizer import ByteTokenizer, utf8
+from bayes_dispatch.model.tokenizer import ByteTokenizer
 from bayes_dispatch.posterior import DispatchPosterior
+
+if TYPE_CHECKING:
+    from bayes_dispatch.inference.chat import Chat
 
 __all__ = [
     "POSTERIOR_DRAWS",
@@ -300,6 +304,54 @@ class TwoPassGenerator:
         )
         return self._stream(run)
 
+    def chat(
+        self,
+        *,
+        blend: Blend,
+        seed: int = 0,
+        threshold: float = 0.01,
+        max_context: int = 4096,
+        own_evidence: bool = False,
+        file: str | Path | None = None,
+    ) -> "Chat":
+        """A conversation: caches stay over the turns, the weights follow what the user says (``inference.chat``).
+
+        Args:
+            blend: how the posterior becomes particles. seed: of posterior draws and sampling.
+            threshold: the chat re-adapts when its new posterior predicts otherwise by more nats a token.
+            max_context: bytes of the transcript; where more are said, the oldest half is forgotten.
+            own_evidence: whether the model's bytes go on filtering the particles when its reply has ended.
+            file: a new one; what ``resume_chat`` goes on from is written to it now and after every turn.
+
+        Raises:
+            ConfigError: a setting out of range, a file that exists, or a blend that cannot be kept in one.
+            OSError: the file cannot be written.
+        """
+        from bayes_dispatch.inference.chat import Chat
+        from bayes_dispatch.inference.chat_state import ChatSettings
+
+        settings = ChatSettings(blend, seed, threshold, max_context, own_evidence)
+        chat = Chat(self.bundle, settings, None if file is None else Path(file))
+        if file is not None:
+            if Path(file).exists():
+                raise ConfigError(
+                    f"expected a new file for a chat, got {file}, which exists: resume_chat goes on from it"
+                )
+            chat.save(file)
+        return chat
+
+    def resume_chat(self, file: str | Path) -> "Chat":
+        """Go on with a chat from its file, as it would have gone on; the file is written after every turn.
+
+        Raises:
+            BundleError: the file is missing, damaged, or of a chat with another system; nothing is unpickled.
+        """
+        from bayes_dispatch.inference.chat import Chat
+        from bayes_dispatch.inference.chat_file import read_chat
+
+        settings, state = read_chat(Path(file), self.bundle)
+        return Chat(self.bundle, settings, Path(file), state)
+
     def _stream(self, run: SecondPass) -> Iterator[Streamed]:
         decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in run.prompts]
         posteriors: dict[int, DispatchPosterior] = {}
@@ -337,10 +389,7 @@ class TwoPassGenerator:
     ) -> SecondPass:
         """Check everything, and give what will run."""
         sampling = Sampling(do_sample=do_sample, temperature=temperature)
-        if max_new_tokens < 1:
-            raise ConfigError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
-        if stop is not None and not stop:
-            raise ConfigError("expected stop to have at least one byte, got none")
+        ending = check_ending(max_new_tokens, stop)
         if seed is None:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
         data = check_prompts(prompts)
@@ -348,7 +397,7 @@ class TwoPassGenerator:
             blend,
             max_new_tokens,
             sampling,
-            None if stop is None else utf8(stop),
+            ending,
             own_evidence,
             use_cache,
             seed,

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from bayes_dispatch.errors import PromptError
+from bayes_dispatch.errors import ConfigError, PromptError
 from bayes_dispatch.model.tokenizer import utf8
 
-__all__ = ["MAX_PROMPT_BYTES", "check_prompts"]
+__all__ = ["MAX_PROMPT_BYTES", "check_ending", "check_prompts", "check_turn"]
 
 MAX_PROMPT_BYTES = 4096
 
@@ -32,3 +32,30 @@ def check_prompts(prompts: Sequence[str | bytes]) -> list[bytes]:
             raise PromptError(f"expected prompt {index} to have 1 to {MAX_PROMPT_BYTES} bytes, got {len(data)}")
         checked.append(data)
     return checked
+
+
+def check_turn(text: str | bytes, most: int) -> bytes:
+    """The bytes of a user's turn.
+
+    Raises:
+        PromptError: it is empty, longer than ``most``, or no UTF-8.
+    """
+    if not isinstance(text, str | bytes):
+        raise PromptError(f"expected a turn to be text, got {type(text).__name__}")
+    data = utf8(text)
+    if not 1 <= len(data) <= most:
+        raise PromptError(f"expected a turn of 1 to {most} bytes, which leaves room for the reply, got {len(data)}")
+    return data
+
+
+def check_ending(max_new_tokens: int, stop: str | bytes | None) -> bytes | None:
+    """The bytes that end a text.
+
+    Raises:
+        ConfigError: no room for a token, or a stop without bytes.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
+    if stop is not None and not stop:
+        raise ConfigError("expected stop to have at least one byte, got none")
+    return None if stop is None else utf8(stop)

@@ -67,7 +67,7 @@ class CachedReader:
     Args:
         cut: the model. experts: to blend. particles: of N prompts. prefix: the prompts below the cut; their states are
             not touched. row: (N,) which row of ``prefix`` each prompt is; the same one for equal prompts.
-        capacity: tokens that a prompt and what follows it may have.
+        capacity: tokens that a prompt and what follows it may have. grow: make room when they have more.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class CachedReader:
         prefix: Prefix,
         row: Sequence[int],
         capacity: int,
+        grow: bool = False,
     ) -> None:
         self.evaluated = 0
         self._cut = cut
@@ -85,7 +86,8 @@ class CachedReader:
         self._row = list(row)
         # rows of the model: distinct particles of distinct prompts
         place: dict[tuple[int, bytes], int] = {}
-        keys = [[(own, each.tobytes()) for each in blends] for own, blends in zip(row, particles.weights, strict=True)]
+        doubles = np.asarray(particles.weights, dtype=np.float64)
+        keys = [[(own, each.tobytes()) for each in blends] for own, blends in zip(row, doubles, strict=True)]
         self._index = torch.tensor([[place.setdefault(key, len(place)) for key in of_prompt] for of_prompt in keys])
         self._owner = torch.tensor([own for own, _ in place])  # row of the prefix, and later prompt, of each row
         blends = np.stack([np.frombuffer(each) for _, each in place])
@@ -94,11 +96,21 @@ class CachedReader:
         self._adaptation = experts.blend(weights if len(weights) > 1 else weights[0])
         self._below = prefix.cache
         self._above = cut.cache_above(len(weights), capacity)
+        self._above.grow = grow
         self._separate = False  # whether each prompt has rows of its own
 
     @property
     def rows(self) -> int:
         return len(self._owner)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the caches above the cut."""
+        return self._above.nbytes
+
+    def lengthen(self, prefix: Prefix) -> None:
+        """Go on with longer prompts, of which those so far are the beginnings: ``read_prompts`` reads what is new."""
+        self._prefix = prefix
 
     def read_prompts(self, start: int, stop: int) -> Float[Tensor, "N S t V"]:
         x = self._prefix.x[self._owner, start:stop]

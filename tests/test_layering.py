@@ -14,6 +14,7 @@ JOINING = {
     "__main__",
     "bundle",
     "cli",
+    "cli_chat",
     "cli_compare",
     "cli_experts",
     "cli_own_expert",

@@ -1,4 +1,4 @@
-"""The slow way: one particle at a time through the whole model, and the filter written out."""
+"""The slow way, one particle at a time through the whole model and the filter written out; and a system with a cut."""
 
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from bayes_dispatch.bundle import Bundle
     from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
 
 
 @pytest.fixture(scope="session")
@@ -59,3 +61,31 @@ def explicit_filter() -> Callable[..., SimpleNamespace]:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def cut64(bundle64: "Bundle", model64: "MambaFormerForCausalLM") -> "Bundle":
+    """A system whose experts adapt from block 1 on, its dispatcher fitted to what comes out of block 0."""
+    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.dispatcher import Dispatcher
+    from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.experts.vectors import ExpertVector
+    from bayes_dispatch.features import FeatureSettings
+    from bayes_dispatch.fitting import SVISettings
+    from bayes_dispatch.guides import GuideSettings
+    from bayes_dispatch.inference.first_pass import first_pass
+    from bayes_dispatch.model.tokenizer import ByteTokenizer
+
+    draw = torch.Generator().manual_seed(3)
+    ranks = {name: rank for name, rank in model64.adaptable().items() if not name.startswith("blocks.0.")}
+    names, base = bundle64.experts.names, model64.fingerprint()
+    bank = ExpertBank(
+        [ExpertVector(n, {m: 1 + 0.5 * torch.randn(r, generator=draw) for m, r in ranks.items()}, base) for n in names]
+    )
+    labels = np.arange(30) % 3
+    texts = [("ab>ba\n", "ba>ab\n", "1+2=3\n")[label] * (1 + i % 4) for i, label in enumerate(labels)]
+    evidence = first_pass(model64, ByteTokenizer(), texts, block=1).evidence
+    guide = GuideSettings(hidden=16, simulations=500, global_draws=5, steps=60, batch_size=64)
+    features = FeatureSettings(dimensions=4, folds=2)
+    dispatcher = Dispatcher(names, svi=SVISettings(steps=40), guide=guide, features=features).fit(evidence, labels)
+    return Bundle(model64, bank, dispatcher)

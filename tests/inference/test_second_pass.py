@@ -4,11 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
 
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.experts.bank import ExpertBank
-from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference import second_pass as second_pass_module
 from bayes_dispatch.inference.blends import (
     BestExpert,
@@ -19,41 +16,14 @@ from bayes_dispatch.inference.blends import (
     RefinedMean,
 )
 from bayes_dispatch.inference.cost import Cost
-from bayes_dispatch.inference.first_pass import first_pass
 from bayes_dispatch.inference.generator import Generation, TwoPassGenerator, cut_of, dispatch
 
 if TYPE_CHECKING:
     from bayes_dispatch.bundle import Bundle
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
 
 PROMPTS = ["kfpa>apfk\nbcde>", "9", "37+58=95\n12+11=23\n44+44=", "9"]
 UNMERGED = PosteriorPredictive(6, merge=0.0)
 BLENDS: list[Blend] = [PosteriorMean(), UNMERGED, RefinedMean(6)]
-
-
-@pytest.fixture(scope="module")
-def cut64(bundle64: "Bundle", model64: "MambaFormerForCausalLM") -> "Bundle":
-    """A system whose experts adapt from block 1 on, its dispatcher fitted to what comes out of block 0."""
-    from bayes_dispatch.bundle import Bundle
-    from bayes_dispatch.dispatcher import Dispatcher
-    from bayes_dispatch.features import FeatureSettings
-    from bayes_dispatch.fitting import SVISettings
-    from bayes_dispatch.guides import GuideSettings
-    from bayes_dispatch.model.tokenizer import ByteTokenizer
-
-    draw = torch.Generator().manual_seed(3)
-    ranks = {name: rank for name, rank in model64.adaptable().items() if not name.startswith("blocks.0.")}
-    names, base = bundle64.experts.names, model64.fingerprint()
-    bank = ExpertBank(
-        [ExpertVector(n, {m: 1 + 0.5 * torch.randn(r, generator=draw) for m, r in ranks.items()}, base) for n in names]
-    )
-    labels = np.arange(30) % 3
-    texts = [("ab>ba\n", "ba>ab\n", "1+2=3\n")[label] * (1 + i % 4) for i, label in enumerate(labels)]
-    evidence = first_pass(model64, ByteTokenizer(), texts, block=1).evidence
-    guide = GuideSettings(hidden=16, simulations=500, global_draws=5, steps=60, batch_size=64)
-    features = FeatureSettings(dimensions=4, folds=2)
-    dispatcher = Dispatcher(names, svi=SVISettings(steps=40), guide=guide, features=features).fit(evidence, labels)
-    return Bundle(model64, bank, dispatcher)
 
 
 def assert_same(a: Generation, b: Generation, atol: float = 1e-8) -> None:

@@ -1,0 +1,412 @@
+"""A chat is what recomputing everything from scratch at every turn gives; its memory is bounded."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from bayes_dispatch.errors import BayesDispatchError, ConfigError, EvidenceError, PromptError, TensorError
+from bayes_dispatch.evidence import Evidence
+from bayes_dispatch.inference.blends import Blend, FixedWeights, PosteriorMean, PosteriorPredictive, RefinedMean
+from bayes_dispatch.inference.first_pass import first_pass, token_counts
+from bayes_dispatch.inference.generator import TwoPassGenerator, cut_of
+from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+from bayes_dispatch.model.sampling import row_generators, row_seeds
+
+if TYPE_CHECKING:
+    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.inference.chat_state import Turn
+    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+
+UNMERGED = PosteriorPredictive(6, merge=0.0)
+SAID = ["kfpa>apfk\nbcde>", "1", "37+58=95\n12+11=", "café>\n", "ab>ba\nbc>"]
+
+
+@dataclass
+class SlowChat:
+    """The same conversation without caches or running sums: every number from the whole transcript."""
+
+    system: "Bundle"
+    blend: Blend
+    seed: int = 0
+    threshold: float = 0.01
+    max_context: int = 4096
+    own_evidence: bool = False
+    data: bytes = b""
+    own: list[bool] = field(default_factory=list)
+    turns: int = 0
+
+    def say(self, text: str, most: int, stop: bytes | None, temperature: float | None) -> dict[str, Any]:
+        new = text.encode()
+        room = self.max_context - len(new) - most
+        forgotten = 0
+        if len(self.data) > room:
+            forgotten = self.forgotten(min(self.max_context // 2, room))
+            self.data, self.own = self.data[forgotten:], self.own[forgotten:]
+        self.data, self.own = self.data + new, self.own + [False] * len(new)
+        seeds = row_seeds(self.seed + 2 * self.turns, [self.data])
+        posterior = self.system.dispatcher.posterior(self.evidence(), draws=64, seed=seeds)
+        given = self.blend.particles(posterior)
+        divergence = self.divergence(given) if self.turns else float("nan")
+        adapted = not self.turns or divergence > self.threshold
+        if adapted:
+            self.begin(given)
+        else:
+            start = len(self.data) - len(new)
+            after = self.after(self.weights, self.data)
+            for t in range(start, len(self.data)):
+                self.joint = self.updated(self.joint, after[:, t, self.data[t]])
+        heard, weights = self.joint, self.joint.sum(0) @ self.weights
+        rng = row_generators(self.seed + 2 * self.turns + 1, [self.data])[0]
+        found: dict[str, Any] = {"text": b"", "log_p": [], "entropy": [], "information": []}
+        for _ in range(most):
+            after = self.after(self.weights, self.data)[:, -1]
+            v = self.joint.sum(0)
+            mixture = v @ after
+            token = self.chosen(mixture[:256], temperature, rng)
+            found["log_p"].append(np.log(mixture[token]))
+            found["entropy"].append(-(mixture * np.log(mixture)).sum())
+            found["information"].append((v[:, None] * after * np.log(after / mixture)).sum())
+            self.joint = self.updated(self.joint, after[:, token])
+            self.data, self.own = self.data + bytes([token]), [*self.own, True]
+            found["text"] += bytes([token])
+            if stop is not None and found["text"].endswith(stop):
+                break
+        if not self.own_evidence:
+            self.joint = heard
+        self.turns += 1
+        return found | {
+            "posterior": posterior.weights,
+            "weights": weights,
+            "divergence": divergence,
+            "adapted": adapted,
+            "forgotten": forgotten,
+        }
+
+    def forgotten(self, most: int) -> int:
+        start = len(self.data) - most
+        for place in range(start, start + most // 2 + 1):
+            if self.data[place - 1 : place] == b"\n":
+                return place
+        while start < len(self.data) and 0x80 <= self.data[start] < 0xC0:
+            start += 1
+        return start
+
+    def evidence(self) -> Evidence:
+        model, block = self.system.model, cut_of(self.system).block
+        ids, user = torch.tensor([[256, *self.data]]), np.flatnonzero(~np.array(self.own))
+        counts = token_counts(bytes(self.data[t] for t in user))[None]
+        lengths = np.array([float(len(user))])
+        with torch.no_grad():
+            if block:
+                hidden = model.below(block, ids)[0, 1:][user].numpy()
+                return Evidence({"hidden": hidden.mean(0)[None], "counts": counts}, lengths)
+            output = model(ids)
+        hidden, log_p = output.hidden[0, 1:][user].numpy(), output.logits[0].log_softmax(-1).numpy()
+        nll = -np.mean([log_p[t, self.data[t]] for t in user])
+        spread = np.square(hidden - hidden.mean(0)).sum(1).mean()
+        residual = np.log(max(spread, 0.01 * np.square(hidden).sum(1).mean()))
+        views = {"hidden": hidden.mean(0)[None], "counts": counts, "surprise": np.array([[nll, residual]])}
+        return Evidence(views, lengths)
+
+    def after(self, weights: np.ndarray, data: bytes) -> np.ndarray:
+        """(S, 1 + T, V) probabilities under each particle."""
+        ids = torch.tensor([[256, *data]]).repeat(len(weights), 1)
+        adaptation = self.system.experts.blend(torch.tensor(weights))
+        with torch.no_grad():
+            return self.system.model(ids, adaptation=adaptation).logits.softmax(-1).numpy()
+
+    def prior(self, given: Any) -> None:
+        self.weights, mass = given.weights[0], given.mass[0]
+        self.target = (1 - given.flat) * mass + given.flat / len(mass)
+        self.rates = np.array(given.switching)[:, None]
+        self.joint = np.tile(self.target, (len(self.rates), 1)) / len(self.rates)
+
+    def updated(self, joint: np.ndarray, likelihood: np.ndarray) -> np.ndarray:
+        joint = joint * likelihood
+        joint = joint / joint.sum()
+        return (1 - self.rates) * joint + self.rates * joint.sum(1, keepdims=True) * self.target
+
+    def begin(self, given: Any) -> None:
+        """New particles, filtered by the user's bytes."""
+        self.prior(given)
+        after = self.after(self.weights, self.data)
+        for t in np.flatnonzero(~np.array(self.own)):
+            self.joint = self.updated(self.joint, after[:, t, self.data[t]])
+        if given.refined:
+            self.weights = (self.joint.sum(0) @ self.weights)[None]
+            self.target, self.rates, self.joint = np.ones(1), np.zeros((1, 1)), np.ones((1, 1))
+
+    def divergence(self, given: Any) -> float:
+        """Of the candidates from what runs, on the last 64 bytes, both from their priors."""
+        window = SlowChat(self.system, self.blend, data=self.data[-64:], own=self.own[-64:])
+        window.weights, window.target, window.rates = self.weights, self.target, self.rates
+        window.joint = np.tile(self.target, (len(self.rates), 1)) / len(self.rates)
+        after = self.after(self.weights, window.data)
+        for t in np.flatnonzero(~np.array(window.own)):
+            window.joint = window.updated(window.joint, after[:, t, window.data[t]])
+        q = np.einsum("s,stv->tv", window.joint.sum(0), after)
+        window.begin(given)
+        p = np.einsum("s,stv->tv", window.joint.sum(0), self.after(window.weights, window.data))
+        return float((p * np.log(p / q)).sum(1)[1:].mean())
+
+    @staticmethod
+    def chosen(p: np.ndarray, temperature: float | None, rng: np.random.Generator) -> int:
+        if temperature is None:
+            return int(p.argmax())
+        tempered = p ** (1 / temperature)
+        order = np.argsort(-tempered, kind="stable")
+        cumulative = tempered[order].cumsum()
+        return int(order[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
+
+
+def assert_turn(turn: "Turn", slow: dict[str, Any]) -> None:
+    assert bytes(turn.token_ids.tolist()) == slow["text"]
+    assert turn.text == slow["text"].decode(errors="replace")
+    assert (turn.adapted, turn.forgotten) == (slow["adapted"], slow["forgotten"])
+    pairs = [
+        (turn.log_probabilities, slow["log_p"]),
+        (turn.predictive_entropy, slow["entropy"]),
+        (turn.mutual_information, slow["information"]),
+        (turn.weights, slow["weights"]),
+        (turn.posterior.weights, slow["posterior"]),
+        (turn.divergence, slow["divergence"]),
+    ]
+    for one, other in pairs:
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-8)
+
+
+CASES: list[tuple[bool, dict[str, Any]]] = [
+    (False, {"blend": UNMERGED, "threshold": 0.0}),
+    (True, {"blend": UNMERGED, "threshold": 0.0}),
+    (False, {"blend": UNMERGED, "threshold": float("inf")}),
+    (True, {"blend": UNMERGED, "threshold": float("inf"), "own_evidence": True}),
+    (True, {"blend": PosteriorMean(), "threshold": 0.002}),
+    (True, {"blend": RefinedMean(6), "threshold": 0.2}),
+    (False, {"blend": UNMERGED, "threshold": float("inf"), "max_context": 32}),
+    (True, {"blend": UNMERGED, "threshold": 0.01, "max_context": 32}),
+]
+
+
+@pytest.mark.parametrize(("is_cut", "given"), CASES, ids=repr)
+def test_a_chat_is_what_recomputing_gives(
+    cut64: "Bundle", bundle64: "Bundle", is_cut: bool, given: dict[str, Any]
+) -> None:
+    system = cut64 if is_cut else bundle64
+    chat, slow = TwoPassGenerator(system).chat(**given, seed=3), SlowChat(system, **given, seed=3)
+    found = []
+    for n, text in enumerate(SAID):
+        temperature = None if n == 1 else 2.0
+        drawn = {} if temperature is None else {"do_sample": True, "temperature": temperature}
+        turn = chat.say(text, 7, stop="e", **drawn)
+        assert_turn(turn, slow.say(text, 7, b"e", temperature))
+        assert (chat.transcript.data, chat.transcript.own.tolist()) == (slow.data, slow.own)
+        found.append(turn)
+    adapted = [turn.adapted for turn in found]
+    assert all(adapted) if given["threshold"] == 0 else not all(adapted)
+    assert any(turn.forgotten for turn in found) == ("max_context" in given)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_two_hundred_turns(cut64: "Bundle") -> None:
+    """Equal to recomputing at every turn, re-adaptations among them; the memory is that of the first turns."""
+    given: dict[str, Any] = {"blend": UNMERGED, "threshold": 0.004, "max_context": 80, "seed": 1}
+    chat, slow = TwoPassGenerator(cut64).chat(**given), SlowChat(cut64, **given)
+    rng, adapted, nbytes = np.random.default_rng(0), 0, []
+    for n in range(200):
+        domain = [b"ab>ba\n", b"ba>ab\n", b"1+2=3\n"][n // 20 % 3]
+        text = (domain * 2)[: rng.integers(3, 12)].decode()
+        turn = chat.say(text, 4, stop=None, do_sample=True)
+        assert_turn(turn, slow.say(text, 4, None, 1.0))
+        adapted += turn.adapted
+        nbytes.append(chat.nbytes)
+        assert len(chat.transcript) <= 80
+    assert 10 < adapted < 190
+    assert max(nbytes[20:]) <= max(nbytes[:20])
+
+
+def test_memory_stays_with_a_window(make_model: Callable[..., MambaFormerForCausalLM], bundle: "Bundle") -> None:
+    """State-space blocks and windows: once these are full the caches are of one size however much is said."""
+    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.experts.vectors import ExpertVector
+    from bayes_dispatch.model.config import MambaFormerConfig
+
+    model = make_model(replace(MambaFormerConfig.tiny(), attention_window=16))
+    experts = [ExpertVector(e.name, dict(e.scales), model.fingerprint()) for e in bundle.experts.values()]
+    system = Bundle(model, ExpertBank(experts), bundle.dispatcher)
+    chat = TwoPassGenerator(system).chat(blend=FixedWeights((1.0, 0.0, 0.0, 0.0)), max_context=60)
+    sizes = []
+    for n in range(12):
+        chat.say(f"{n}+{n}=", 6, stop=None)
+        sizes.append(chat.nbytes)
+        assert len(chat.transcript) <= 60
+    assert len(set(sizes[2:])) == 1
+
+
+@pytest.mark.parametrize("blend", [PosteriorPredictive(6, merge=0.05), RefinedMean(6), PosteriorMean()], ids=repr)
+def test_the_first_turn_is_generate(cut64: "Bundle", blend: Blend) -> None:
+    generator = TwoPassGenerator(cut64)
+    given: dict[str, Any] = {"do_sample": True, "temperature": 2.0, "stop": "e"}
+    turn = generator.chat(blend=blend, seed=5).say(SAID[0], 6, **given)
+    alone = generator.generate([SAID[0]], blend=blend, max_new_tokens=6, seed=5, **given)
+    assert (turn.text,) == alone.texts
+    np.testing.assert_allclose(turn.log_probabilities, alone.log_probabilities[0, : len(turn.token_ids)], atol=1e-10)
+    np.testing.assert_allclose(turn.weights, alone.weights[0], atol=1e-10)
+    assert turn.cost == alone.cost
+
+
+def test_a_stream_is_what_say_gives(cut64: "Bundle") -> None:
+    generator = TwoPassGenerator(cut64)
+    said, streamed = (generator.chat(blend=PosteriorPredictive(6), seed=2) for _ in range(2))
+    for text in SAID[:3]:
+        turn = said.say(text, 6, do_sample=True, stop=None)
+        events = list(streamed.stream(text, 6, do_sample=True, stop=None))
+        assert "".join(event.text for event in events) == turn.text
+        assert [event.token_id for event in events] == turn.token_ids.tolist()
+        assert [event.last for event in events] == [False] * 5 + [True]
+        assert streamed.turn is not None
+        np.testing.assert_array_equal(streamed.turn.log_probabilities, turn.log_probabilities)
+
+
+def test_a_closed_stream_ends_the_reply(cut64: "Bundle") -> None:
+    """What follows is what a reply of that length would have been followed by."""
+    generator = TwoPassGenerator(cut64)
+    closed, short = (generator.chat(blend=UNMERGED, seed=2) for _ in range(2))
+    stream = closed.stream(SAID[0], 9, stop=None)
+    for _ in range(3):
+        next(stream)
+    with pytest.raises(ConfigError, match="expected one reply at a time"):
+        closed.say("a", 2)
+    stream.close()
+    short.say(SAID[0], 3, stop=None)
+    assert closed.transcript.data == short.transcript.data
+    one, other = (chat.say(SAID[2], 5, stop=None) for chat in (closed, short))
+    np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-10)
+    unread = closed.stream("a", 2)
+    del unread
+    assert closed.turns == 2
+
+
+def test_own_bytes_are_no_evidence(cut64: "Bundle") -> None:
+    """Whatever it drew, the weights before the next turn's first byte are those that the user's bytes left."""
+    generator = TwoPassGenerator(cut64)
+
+    def weights(own_evidence: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        chat = generator.chat(blend=UNMERGED, seed=7, own_evidence=own_evidence)
+        heard = chat.say(SAID[0], 8, do_sample=True, temperature=1.0 + seed, stop=None).weights
+        return heard, chat.weights
+
+    for seed in (0, 1):
+        heard, kept = weights(False, seed)
+        np.testing.assert_allclose(kept, heard, atol=1e-12)
+        heard, kept = weights(True, seed)
+        assert np.abs(kept - heard).max() > 1e-3
+
+
+def test_only_what_is_stale_is_read_again(cut64: "Bundle", bundle64: "Bundle") -> None:
+    """Below the cut every byte is read once; going on reads the turn, re-adaptation all of it above the cut."""
+    for system, block in ((cut64, 1), (bundle64, 0)):
+        for threshold in (0.0, float("inf")):
+            chat = TwoPassGenerator(system).chat(blend=UNMERGED, threshold=threshold)
+            chat.say(SAID[0], 4, stop=None)
+            before = len(chat.transcript)
+            turn = chat.say(SAID[2], 4, stop=None)
+            new = len(SAID[2]) + 1  # and the last byte of the reply before
+            total = before + 1 + len(SAID[2])
+            assert turn.cost.prefill == new * block + 6 * (3 - block) * (total if threshold == 0 else new)
+            assert turn.cost.decode == 3 * (block + 6 * (3 - block))
+            assert turn.cost.prompt_tokens == len(SAID[2])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_turns_change_nothing(cut64: "Bundle", monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = TwoPassGenerator(cut64)
+    chat, untouched = (generator.chat(blend=UNMERGED, max_context=64) for _ in range(2))
+    chat.say(SAID[0], 4)
+    untouched.say(SAID[0], 4)
+    cases: list[tuple[Any, dict[str, Any], type[BayesDispatchError], str]] = [
+        ("", {}, PromptError, "expected a turn of 1 to 60 bytes.*got 0"),
+        ("a" * 61, {}, PromptError, "got 61"),
+        (b"a\xff", {}, PromptError, "expected UTF-8 text, got byte 0xff at position 1"),
+        ("\ud800", {}, PromptError, "lone surrogate"),
+        (3, {}, PromptError, "expected a turn to be text, got int"),
+        ("a", {"stop": ""}, ConfigError, "expected stop to have at least one byte"),
+        ("a", {"temperature": 0.0}, ConfigError, "temperature"),
+    ]
+    for text, given, error, message in cases:
+        with pytest.raises(error, match=message):
+            chat.say(text, 4, **given)
+    with pytest.raises(ConfigError, match="expected max_new_tokens of at least 1"):
+        chat.say("a", 0)
+    nans: list[tuple[str, type[BayesDispatchError], str]] = [
+        ("below", EvidenceError, "expected finite numbers in 'hidden', got nan"),
+        ("above", TensorError, "expected finite log-probabilities from the model, got NaN"),
+    ]
+    for part, error, message in nans:
+        run = getattr(MambaFormerForCausalLM, part)
+        with monkeypatch.context() as patch:
+            patch.setattr(MambaFormerForCausalLM, part, lambda *a, _run=run, **b: _run(*a, **b) * float("nan"))
+            with pytest.raises(error, match=message):
+                chat.say("a", 4)
+    one, other = (each.say(SAID[2], 4) for each in (chat, untouched))
+    assert one.text == other.text
+    np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-10)
+    assert (chat.turns, chat.transcript.data) == (2, untouched.transcript.data)
+
+
+def test_settings_are_checked(bundle: "Bundle") -> None:
+    generator = TwoPassGenerator(bundle)
+    for name, value in (("threshold", -1.0), ("threshold", float("nan")), ("max_context", 1), ("seed", -1)):
+        with pytest.raises(ConfigError, match=f"expected a {name}"):
+            generator.chat(**{"blend": PosteriorMean(), name: value})
+
+
+def test_evidence_of_one_turn_is_the_first_pass(bundle64: "Bundle", cut64: "Bundle") -> None:
+    from bayes_dispatch.inference.conversation import Conversation
+    from bayes_dispatch.inference.transcript import Transcript
+
+    text = Transcript.empty().followed_by((SAID[0] * 30).encode(), own=False)
+    for system, block in ((cut64, 1), (bundle64, 0)):
+        conversation = Conversation(system, cut_of(system), 500)
+        expected = first_pass(system.model, system.tokenizer, [text.data], block=block).evidence
+        with torch.no_grad():
+            conversation.read(text)
+            found = conversation.evidence(text)
+        assert set(found.views) == set(expected.views)
+        for name, view in expected.views.items():
+            np.testing.assert_allclose(found.views[name], view, rtol=0, atol=1e-10)
+
+
+class Plain:
+    """A backbone that cannot be cut, as other libraries' are."""
+
+    def __init__(self, model: MambaFormerForCausalLM) -> None:
+        self._model, self.dtype = model, model.dtype
+
+    def __call__(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        return self._model(input_ids, **given)
+
+    def init_cache(self, batch_size: int, max_length: int) -> Any:
+        return self._model.init_cache(batch_size, max_length)
+
+    def adaptable(self) -> dict[str, int]:
+        return self._model.adaptable()
+
+    def fingerprint(self) -> str:
+        return self._model.fingerprint()
+
+
+def test_a_model_that_cannot_be_cut(bundle64: "Bundle") -> None:
+    parts = {name: getattr(bundle64, name) for name in ("tokenizer", "experts", "dispatcher")}
+    system: Any = SimpleNamespace(model=Plain(bundle64.model), **parts)
+    chats = [TwoPassGenerator(each).chat(blend=UNMERGED, max_context=40) for each in (system, bundle64)]
+    for text in SAID:
+        one, other = (chat.say(text, 5, stop=None) for chat in chats)
+        assert (one.text, one.adapted, one.cost) == (other.text, other.adapted, other.cost)
+        np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-9)

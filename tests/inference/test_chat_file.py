@@ -1,0 +1,195 @@
+"""A chat outlives its process: in one file, written whole, refused when it is damaged or belongs elsewhere."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from bayes_dispatch.errors import BundleError, ConfigError
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.vectors import ExpertVector
+from bayes_dispatch.inference.blends import BestExpert, Blend, FixedWeights, PosteriorPredictive, RefinedMean, TopK
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.model.files import parse_tensors, tensors_as_bytes
+
+if TYPE_CHECKING:
+    from bayes_dispatch.bundle import Bundle
+
+SAID = ["kfpa>apfk\nbcde>", "é+1=", "ab>ba\nbc>", "12+11=", "kk>"]
+BLENDS: list[Blend] = [
+    PosteriorPredictive(6, merge=0.05),
+    RefinedMean(6),
+    TopK(3),
+    BestExpert(),
+    FixedWeights((0.5, 0.5, 0.0, 0.0)),
+]
+
+# Says the turns, one a line of its argument, in the bundle and the file that it is given; then waits to be killed.
+TALK = """
+import sys
+import bayes_dispatch as bd
+bundle, file, *turns = sys.argv[1:]
+chat = bd.TwoPassGenerator(bd.load_bundle(bundle)).chat(blend=bd.PosteriorPredictive(6), seed=4, file=file)
+for turn in turns:
+    chat.say(turn, 5, do_sample=True, stop=None)
+    print(flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("blend", BLENDS, ids=repr)
+def test_a_resumed_chat_goes_on_as_it_would_have(cut64: "Bundle", blend: Blend, tmp_path: Path) -> None:
+    """Resumed before every turn, with merged and forgotten parts."""
+    generator, file = TwoPassGenerator(cut64), tmp_path / "new" / "chat"
+    given: dict[str, Any] = {"do_sample": True, "temperature": 2.0, "stop": None}
+    settings: dict[str, Any] = {"seed": 3, "threshold": 0.02, "max_context": 50, "own_evidence": True}
+    whole = generator.chat(blend=blend, **settings)
+    generator.chat(blend=blend, **settings).save(file)
+    for n, text in enumerate(SAID):
+        resumed = generator.resume_chat(file)
+        assert (resumed.settings, resumed.turns) == (whole.settings, n)
+        turns = whole.say(text, 5, **given), resumed.say(text, 5, **given)
+        assert turns[0].text == turns[1].text
+        assert turns[0].adapted == turns[1].adapted
+        np.testing.assert_allclose(turns[0].log_probabilities, turns[1].log_probabilities, atol=1e-9)
+        np.testing.assert_allclose(turns[0].weights, turns[1].weights, atol=1e-9)
+        assert resumed.transcript.data == whole.transcript.data
+        np.testing.assert_array_equal(resumed.transcript.own, whole.transcript.own)
+    assert sum(generator.resume_chat(file).transcript.own) > 0
+
+
+def test_a_killed_chat_resumes(bundle: "Bundle", tmp_path: Path) -> None:
+    bundle.save(tmp_path / "bundle")
+    file = tmp_path / "chat"
+    command = [sys.executable, "-c", TALK, str(tmp_path / "bundle"), str(file), *SAID[:2]]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == [b"\n"] * 2
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    generator = TwoPassGenerator(bundle)
+    whole, resumed = generator.chat(blend=PosteriorPredictive(6), seed=4), generator.resume_chat(file)
+    for text in SAID[:2]:
+        whole.say(text, 5, do_sample=True, stop=None)
+    assert resumed.transcript.data == whole.transcript.data
+    one, other = (chat.say(SAID[2], 5, do_sample=True, stop=None) for chat in (whole, resumed))
+    assert one.text == other.text
+    np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-4)
+
+
+@pytest.fixture
+def saved(cut64: "Bundle", tmp_path: Path) -> Path:
+    chat = TwoPassGenerator(cut64).chat(blend=PosteriorPredictive(6), file=tmp_path / "chat")
+    chat.say(SAID[0], 3)
+    return tmp_path / "chat"
+
+
+def test_damaged_files_are_refused(cut64: "Bundle", saved: Path, tmp_path: Path) -> None:
+    generator, data = TwoPassGenerator(cut64), saved.read_bytes()
+    tensors, header = parse_tensors(data, saved)
+    place = data.index(b"kfpa>apfk")
+    cases = [
+        (data[: len(data) // 2], "expected a whole safetensors file"),
+        (data[:-1], "expected a whole safetensors file"),
+        (b"", "expected a whole safetensors file"),
+        (b"{}", "expected a whole safetensors file"),
+        (data[:place] + b"K" + data[place + 1 :], "expected digest"),
+        (tensors_as_bytes(tensors, header | {"turns": "9"}), "expected digest"),
+        (tensors_as_bytes(tensors, {"format": "other"}), "expected a file of format"),
+        (tensors_as_bytes(tensors, {}), "expected a file of format"),
+    ]
+    for content, message in cases:
+        saved.write_bytes(content)
+        with pytest.raises(BundleError, match=message) as caught:
+            generator.resume_chat(saved)
+        assert "\n" not in str(caught.value)
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(BundleError, match="expected a readable file"):
+            generator.resume_chat(path)
+    saved.write_bytes(data)
+    assert generator.resume_chat(saved).turns == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["chat"]
+
+
+def test_arrays_that_do_not_fit_are_refused(cut64: "Bundle", saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those whose digest is right, as somebody may have made it so."""
+    from bayes_dispatch.inference import chat_file
+
+    tensors, header = parse_tensors(saved.read_bytes(), saved)
+    cases: list[tuple[dict[str, Any], dict[str, str]]] = [
+        ({"own": tensors["own"][1:]}, {}),
+        ({"rows": 2 * tensors["rows"]}, {}),
+        ({"rows": tensors["rows"][:, 1:]}, {}),
+        ({"joint": tensors["joint"] * float("nan")}, {}),
+        ({"target": tensors["target"][1:]}, {}),
+        ({"rates": tensors["rates"][1:]}, {}),
+        ({}, {"turns": "-1"}),
+        ({}, {"turns": "many"}),
+        ({}, {"settings": "{}"}),
+        ({}, {"settings": header["settings"].replace("PosteriorPredictive", "Popen")}),
+        ({}, {"settings": header["settings"].replace('"threshold": 0.01', '"threshold": -1')}),
+    ]
+    for arrays, texts in cases:
+        changed, about = tensors | arrays, {k: v for k, v in (header | texts).items() if k != "digest"}
+        digest = chat_file._digest(about, changed)
+        saved.write_bytes(tensors_as_bytes({k: v.contiguous() for k, v in changed.items()}, about | {"digest": digest}))
+        with pytest.raises(BundleError, match="expected a chat in"):
+            TwoPassGenerator(cut64).resume_chat(saved)
+    missing = {name: tensor for name, tensor in tensors.items() if name != "rows"}
+    digest = chat_file._digest({k: v for k, v in header.items() if k != "digest"}, missing)
+    saved.write_bytes(tensors_as_bytes(missing, header | {"digest": digest}))
+    with pytest.raises(BundleError, match="KeyError: 'rows'"):
+        TwoPassGenerator(cut64).resume_chat(saved)
+
+
+def test_foreign_files_are_refused(cut64: "Bundle", bundle: "Bundle", saved: Path, make_model: Any) -> None:
+    from bayes_dispatch.bundle import Bundle
+
+    def other(bank: ExpertBank, model: Any = cut64.model, dispatcher: Any = cut64.dispatcher) -> TwoPassGenerator:
+        return TwoPassGenerator(Bundle(model, bank, dispatcher))
+
+    experts = [cut64.experts[name] for name in cut64.experts]
+    model = make_model(seed=5, dtype=torch.float64)
+    moved = [ExpertVector(e.name, dict(e.scales), model.fingerprint()) for e in experts]
+    scaled = [ExpertVector(e.name, {m: 2 * z for m, z in e.scales.items()}, e.base) for e in experts]
+    for generator, what in (
+        (other(ExpertBank(moved), model), "model"),
+        (other(ExpertBank(scaled)), "scales"),
+        (other(cut64.experts, dispatcher=bundle.dispatcher), "dispatcher"),
+    ):
+        with pytest.raises(BundleError, match=f"expected a chat with {what} "):
+            generator.resume_chat(saved)
+
+
+class OwnBlend(FixedWeights):
+    """A blend that no table knows."""
+
+
+def test_what_cannot_be_written(cut64: "Bundle", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = TwoPassGenerator(cut64)
+    with pytest.raises(ConfigError, match=r"expected a blend of .* in a chat with a file, got OwnBlend"):
+        generator.chat(blend=OwnBlend((1.0, 0.0, 0.0, 0.0)), file=tmp_path / "chat")
+    for path in (tmp_path, Path(__file__)):
+        with pytest.raises(ConfigError, match=r"expected a new file for a chat, got .*, which exists"):
+            generator.chat(blend=TopK(), file=path)
+    with pytest.raises(BundleError, match="got a directory"):
+        generator.chat(blend=TopK()).save(tmp_path)
+    chat = generator.chat(blend=TopK(), file=tmp_path / "chat")
+    chat.say(SAID[0], 3)
+    before = (tmp_path / "chat").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            chat.say(SAID[1], 3)
+    assert [file.name for file in tmp_path.iterdir()] == ["chat"]
+    assert (tmp_path / "chat").read_bytes() == before
+    (tmp_path / "link").symlink_to("chat")
+    chat.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert generator.resume_chat(tmp_path / "chat").turns == 2
