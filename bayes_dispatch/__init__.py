@@ -86,7 +86,8 @@ if TYPE_CHECKING:
         VariationalInference,
     )
     from bayes_dispatch.inference.first_pass import FirstPass, first_pass
-    from bayes_dispatch.inference.generator import Generation, Streamed, TwoPassGenerator
+    from bayes_dispatch.inference.generation import Generation, Streamed
+    from bayes_dispatch.inference.generator import TwoPassGenerator
     from bayes_dispatch.inference.scores import Comparison, SystemComparison
     from bayes_dispatch.inference.strategies import (
         AskedExpert,
@@ -279,8 +280,8 @@ _MODULE_OF = {
     "agreement": "distances",
     "Agreement": "distances",
     "TwoPassGenerator": "inference.generator",
-    "Generation": "inference.generator",
-    "Streamed": "inference.generator",
+    "Generation": "inference.generation",
+    "Streamed": "inference.generation",
     "Chat": "inference.chat",
     "Turn": "inference.chat_state",
     "Cost": "inference.cost",

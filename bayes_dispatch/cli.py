@@ -33,7 +33,7 @@ from bayes_dispatch.terminal import (
 )
 
 if TYPE_CHECKING:
-    from bayes_dispatch.inference.generator import Generation
+    from bayes_dispatch.inference.generation import Generation
 
 __all__ = ["app", "main"]
 

@@ -11,7 +11,9 @@ from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import CONVENTIONS, Convention, Interleaved
 from bayes_dispatch.idata import to_datatree
 from bayes_dispatch.inference.blends import BestExpert, Blend, PosteriorMean, PosteriorPredictive, ThompsonSample, TopK
-from bayes_dispatch.inference.generator import Generation, System, TwoPassGenerator
+from bayes_dispatch.inference.generation import Generation
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.system import System
 from bayes_dispatch.model.files import write_files
 from bayes_dispatch.plots import plot_blend_bars, plot_forest
 from bayes_dispatch.posterior import DispatchPosterior

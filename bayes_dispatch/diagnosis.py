@@ -166,10 +166,12 @@ def diagnose(
     if len(known) < 2:
         raise ConfigError(f"expected held-out text of at least two experts of {', '.join(names)}, got {len(known)}")
     domains, places, count = list(known.values()), [names.index(name) for name in known], len(names)
-    model, dispatcher, seed = bundle.model, bundle.dispatcher, settings.seed
+    model, dispatcher, seed, block = bundle.model, bundle.dispatcher, settings.seed, bundle.experts.adapt_from
     ranks = simulation_based_calibration(dispatcher, settings.simulations, settings.draws, seed)
     corrected = simulation_based_calibration(_Resampled(dispatcher), settings.simulations, CORRECTED_DRAWS, seed)
-    mixed = mixed_evidence(model, domains, settings.mixtures, settings.mixture_lengths, "held_out", seed, progress)
+    mixed = mixed_evidence(
+        model, domains, settings.mixtures, settings.mixture_lengths, "held_out", seed, progress, block
+    )
     mixed = mixed.among(places, count)
     posterior = dispatcher.posterior(mixed.evidence, draws=settings.draws, seed=seed)
     coverage = coverage_curve(posterior, mixed.mixtures)
@@ -179,7 +181,9 @@ def diagnose(
     k_hat = {"mixtures": _trusted(dispatcher, mixed.evidence, seed)}
     pure, probabilities, labels = {}, [], []
     for length in settings.lengths:
-        found = pure_evidence(model, domains, settings.prompts, (length, length), "held_out", seed + length, progress)
+        found = pure_evidence(
+            model, domains, settings.prompts, (length, length), "held_out", seed + length, progress, block
+        )
         found = found.among(places, count)
         of_length = dispatcher.predict_proba(found.evidence)
         pure[length] = _scores(of_length, found.labels)
@@ -190,7 +194,7 @@ def diagnose(
     confidence, wrong = joint.max(1), joint.argmax(1) != truth
     first = np.random.default_rng([seed, 4]).permutation(len(truth)) < len(truth) // 2
     foreign = foreign_evidence(
-        model, FOREIGN_TEXTS, count, settings.prompts, (settings.lengths[-1], settings.lengths[-1]), seed
+        model, FOREIGN_TEXTS, count, settings.prompts, (settings.lengths[-1], settings.lengths[-1]), seed, block
     )
     base_weight = [
         dispatcher.posterior(evidence, draws=settings.draws, seed=seed).mean[:, -1]

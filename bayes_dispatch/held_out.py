@@ -82,5 +82,6 @@ def with_gate(
     domains = held_out_domains(bundle, own)
     if missing := [name for name in bundle.experts.names if name not in domains]:
         raise ConfigError(f"expected held-out text of every expert, got none of {', '.join(missing)}")
-    evidence, groups = gate_evidence(bundle.model, list(domains.values()), pure, mixed, lengths, seed, progress)
+    block, texts = bundle.experts.adapt_from, list(domains.values())
+    evidence, groups = gate_evidence(bundle.model, texts, pure, mixed, lengths, seed, progress, block)
     return replace(bundle, gate=Gate.calibrate(bundle.dispatcher, evidence, groups, seed=seed))

@@ -163,13 +163,14 @@ def add_expert(
         announce(
             f"without mixed prompts of {', '.join(kept)}: the bundle has evidence of single prompts, not their text"
         )
+    block = bank.adapt_from
     count, domains, places = len(bank.names), list(texts.values()), [bank.names.index(name) for name in texts]
-    pure = pure_evidence(model, domains, settings.pure_prompts, lengths, "train", seed, progress)
+    pure = pure_evidence(model, domains, settings.pure_prompts, lengths, "train", seed, progress, block)
     parts = [pure.among(places, count)]
     if len(domains) > 1:
-        mixed = mixed_evidence(model, domains, settings.mixed_prompts, lengths, "train", seed, progress)
+        mixed = mixed_evidence(model, domains, settings.mixed_prompts, lengths, "train", seed, progress, block)
         parts.append(mixed.among(places, count))
-    parts.append(base_evidence(model, BASE_TEXTS, count, settings.pure_prompts, lengths, "train", seed))
+    parts.append(base_evidence(model, BASE_TEXTS, count, settings.pure_prompts, lengths, "train", seed, block))
     parts += [_labelled(evidence, bank.names.index(name), count) for name, evidence in kept.items()]
     known = KnownEvidence.concatenate(parts)
     old = bundle.dispatcher

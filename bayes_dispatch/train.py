@@ -144,7 +144,7 @@ def train_bundle(
     train = _dispatcher_evidence(plan, model, experts.adapt_from, progress)
     dispatcher = _fitted_dispatcher(plan, experts, train, work, progress)
     announce("gate")
-    gate = _calibrated_gate(plan, model, dispatcher, work, progress)
+    gate = _calibrated_gate(plan, model, experts.adapt_from, dispatcher, work, progress)
     unjudged = Bundle(model, experts, dispatcher, gate=gate)
     unjudged.save(work / "unjudged")
     announce("evaluation")
@@ -216,12 +216,12 @@ def _fitted_dispatcher(
 
 
 def _calibrated_gate(
-    plan: TrainingPlan, model: MambaFormerForCausalLM, dispatcher: Dispatcher, work: Path, progress: bool
+    plan: TrainingPlan, model: MambaFormerForCausalLM, block: int, dispatcher: Dispatcher, work: Path, progress: bool
 ) -> Gate:
     directory, seed = work / "gate", plan.seed + 2  # the judged prompts are those of seed + 1
     if not directory.exists():
         counts = plan.gate_pure_prompts, plan.gate_mixed_prompts
-        evidence, groups = gate_evidence(model, EXPERT_DOMAINS, *counts, plan.gate_lengths, seed, progress)
+        evidence, groups = gate_evidence(model, EXPERT_DOMAINS, *counts, plan.gate_lengths, seed, progress, block)
         Gate.calibrate(dispatcher, evidence, groups, seed=seed).save(directory)
     return Gate.load(directory)
 

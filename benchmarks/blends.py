@@ -31,8 +31,8 @@ from bayes_dispatch.errors import UnknownNameError
 from bayes_dispatch.inference.blends import Particles
 from bayes_dispatch.inference.compare import score_together
 from bayes_dispatch.inference.evaluation import held_out_documents
-from bayes_dispatch.inference.generator import Dispatched
 from bayes_dispatch.inference.held_out import KINDS, domains_of
+from bayes_dispatch.inference.system import Dispatched
 from bayes_dispatch.tables import Cell, Table
 
 __all__ = ["ABLATIONS", "Scores", "judge", "main", "tables"]

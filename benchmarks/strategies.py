@@ -29,8 +29,8 @@ from bayes_dispatch.inference.categories import CategoryDomain
 from bayes_dispatch.inference.compare import score_particles
 from bayes_dispatch.inference.evaluation import MIXED_SETS, held_out_documents
 from bayes_dispatch.inference.few_shot_methods import CrossEntropy, ImportanceSampling
-from bayes_dispatch.inference.generator import Dispatched, Strategy
 from bayes_dispatch.inference.strategies import AskedExpert, AskedModel, Classified, FewShot, Given
+from bayes_dispatch.inference.system import Dispatched, Strategy
 from bayes_dispatch.tables import Table
 from dispatching.classifiers import FITS, fit_classifier
 from dispatching.data import Sizes, shipped

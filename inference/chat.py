@@ -35,15 +35,15 @@ from bayes_dispatch.inference.cost import Cost
 from bayes_dispatch.inference.decoding import Token
 from bayes_dispatch.inference.divergence import expected_divergence
 from bayes_dispatch.inference.filtering import ParticleFilter
-from bayes_dispatch.inference.generator import Streamed, cut_of
+from bayes_dispatch.inference.generation import Streamed
 from bayes_dispatch.inference.prompts import check_ending, check_turn
 from bayes_dispatch.inference.reply import Reply, Request
-from bayes_dispatch.inference.second_pass import POSTERIOR_DRAWS
+from bayes_dispatch.inference.system import POSTERIOR_DRAWS, cut_of
 from bayes_dispatch.inference.transcript import Transcript
 from bayes_dispatch.model.sampling import Sampling, row_generators, row_seeds
 
 if TYPE_CHECKING:
-    from bayes_dispatch.inference.generator import System
+    from bayes_dispatch.inference.system import System
 
 __all__ = ["Chat"]
 

@@ -22,7 +22,7 @@ from bayes_dispatch.inference.transcript import Transcript
 from bayes_dispatch.model.files import parse_tensors, read_bytes, tensors_as_bytes, write_bytes
 
 if TYPE_CHECKING:
-    from bayes_dispatch.inference.generator import System
+    from bayes_dispatch.inference.system import System
 
 __all__ = ["read_chat", "write_chat"]
 

@@ -18,9 +18,9 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.blends import Blend, Particles
 from bayes_dispatch.inference.filtering import ParticleFilter, predictive
-from bayes_dispatch.inference.generator import Dispatched, Strategy, System
 from bayes_dispatch.inference.readers import UncachedReader
 from bayes_dispatch.inference.scores import Comparison, Score, ScoredBytes, SystemComparison
+from bayes_dispatch.inference.system import Dispatched, Strategy, System
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 

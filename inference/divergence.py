@@ -15,7 +15,7 @@ from bayes_dispatch.inference.transcript import Transcript
 from bayes_dispatch.model.parts import CutModel
 
 if TYPE_CHECKING:
-    from bayes_dispatch.inference.generator import System
+    from bayes_dispatch.inference.system import System
 
 __all__ = ["WINDOW", "expected_divergence"]
 

@@ -26,8 +26,8 @@ from bayes_dispatch.inference.blends import (
 )
 from bayes_dispatch.inference.compare import compare_blends, score_particles
 from bayes_dispatch.inference.evidence_sets import KnownEvidence
-from bayes_dispatch.inference.generator import System
 from bayes_dispatch.inference.scores import Score
+from bayes_dispatch.inference.system import System
 from bayes_dispatch.model.backbone import Backbone
 
 __all__ = [

@@ -138,18 +138,20 @@ def gate_evidence(
     lengths: tuple[int, int],
     seed: int,
     progress: bool = False,
+    block: int = 0,
 ) -> tuple[Evidence, np.ndarray]:
     """Held-out prompts of one domain and of several, for ``Gate.calibrate``.
 
     Args:
         model: the base model. domains: of the experts. pure: prompts of each. mixed: prompts of several.
         lengths: shortest and longest, in bytes. seed: of the prompts. progress: show progress bars.
+        block: that of ``first_pass``.
 
     Returns:
         The evidence, and its groups: 0 for prompts of one domain, 1 for those of several.
     """
-    known = pure_evidence(model, domains, pure, lengths, "held_out", seed, progress)
-    several = mixed_evidence(model, domains, mixed, lengths, "held_out", seed, progress)
+    known = pure_evidence(model, domains, pure, lengths, "held_out", seed, progress, block)
+    several = mixed_evidence(model, domains, mixed, lengths, "held_out", seed, progress, block)
     both = KnownEvidence.concatenate([known, several])
     return both.evidence, (both.labels < 0).astype(int)
 

@@ -2,164 +2,25 @@
 
 import codecs
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
 
-from bayes_dispatch.dispatcher import Dispatcher
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.evidence import Evidence
-from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.blends import Blend
-from bayes_dispatch.inference.cost import Cost
-from bayes_dispatch.inference.first_pass import first_pass
+from bayes_dispatch.inference.generation import Generation, Streamed
 from bayes_dispatch.inference.prompts import check_ending, check_prompts
-from bayes_dispatch.inference.second_pass import POSTERIOR_DRAWS, Request, SecondPass, gate_of
-from bayes_dispatch.model.backbone import Backbone, Cuttable
-from bayes_dispatch.model.parts import CutModel
-from bayes_dispatch.model.sampling import Sampling, row_seeds
-from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.inference.second_pass import Request, SecondPass
+from bayes_dispatch.inference.system import Strategy, System, cut_of, gate_of
+from bayes_dispatch.model.sampling import Sampling
 from bayes_dispatch.posterior import DispatchPosterior
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.chat import Chat
 
-__all__ = [
-    "POSTERIOR_DRAWS",
-    "Dispatched",
-    "Generation",
-    "Strategy",
-    "Streamed",
-    "System",
-    "TwoPassGenerator",
-    "cut_of",
-    "dispatch",
-]
-
-
-@runtime_checkable
-class System(Protocol):
-    """The parts that work together; a ``Bundle`` has them."""
-
-    @property
-    def model(self) -> Backbone: ...
-    @property
-    def tokenizer(self) -> ByteTokenizer: ...
-    @property
-    def experts(self) -> ExpertBank: ...
-    @property
-    def dispatcher(self) -> Dispatcher: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Generation:
-    """What was generated for N prompts, and how sure it is.
-
-    Where a text has ended before ``max_new_tokens``, tokens are the padding token and numbers NaN.
-
-    Attributes:
-        prompts, texts: prompts as bytes, and their continuations.
-        token_ids: (N, max_new_tokens). log_probabilities: (N, max_new_tokens), of each token under the predictive at
-            temperature 1, in nats.
-        posterior: the dispatcher's posterior. blend: the blend's name.
-        weights: (N, K + 1), mean blend weights when the prompt had been read: filtered by its tokens where the blend
-            is.
-        predictive_entropy, mutual_information: (N, max_new_tokens) in nats, of the next token, and between it and the
-            particle: the epistemic part.
-        lengths: (N,), tokens that were generated.
-        paths: for each prompt (bytes + lengths, K + 1), the mean blend weights before each byte of the prompt and each
-            generated one.
-        cost: in evaluations of blocks on tokens.
-        fallback: (N,), whether the gate sent the prompt to base, for a false-alarm rate that was asked for.
-        p_values: (N,) of the gate: how foreign the prompt is among held-out ones of the experts' domains; NaN where it
-            was not asked.
-    """
-
-    prompts: tuple[bytes, ...]
-    texts: tuple[str, ...]
-    token_ids: np.ndarray
-    log_probabilities: np.ndarray
-    posterior: DispatchPosterior
-    blend: str
-    weights: np.ndarray
-    predictive_entropy: np.ndarray
-    mutual_information: np.ndarray
-    lengths: np.ndarray
-    paths: tuple[np.ndarray, ...]
-    cost: Cost
-    fallback: np.ndarray
-    p_values: np.ndarray
-
-    @property
-    def aleatoric_entropy(self) -> np.ndarray:
-        """(N, max_new_tokens) in nats: what would be left of the predictive entropy if the particle were known."""
-        return self.predictive_entropy - self.mutual_information
-
-
-@dataclass(frozen=True, eq=False)
-class Streamed:
-    """One more token of one prompt.
-
-    Attributes:
-        prompt: its index. text: characters that the token completes; empty within one of several bytes.
-        token_id, log_probability, predictive_entropy, mutual_information, weights: as in ``Generation``, of this token.
-        posterior: the dispatcher's, of this prompt. last: nothing comes after it.
-    """
-
-    prompt: int
-    text: str
-    token_id: int
-    log_probability: float
-    predictive_entropy: float
-    mutual_information: float
-    weights: np.ndarray
-    posterior: DispatchPosterior
-    last: bool
-
-
-def cut_of(system: System) -> CutModel:
-    """The system's model, cut before the first adapted block where it can be."""
-    return CutModel(system.model, system.experts.adapt_from if isinstance(system.model, Cuttable) else 0)
-
-
-def dispatch(system: System, prompts: Sequence[str | bytes], seed: int | None) -> tuple[DispatchPosterior, Evidence]:
-    """First pass and posterior; a prompt's draws depend on the seed and the prompt alone.
-
-    Raises:
-        PromptError: see ``first_pass``.
-    """
-    passed = first_pass(system.model, system.tokenizer, prompts, block=cut_of(system).block)
-    seeds = row_seeds(seed, passed.prompts)
-    return system.dispatcher.posterior(passed.evidence, draws=POSTERIOR_DRAWS, seed=seeds), passed.evidence
-
-
-@runtime_checkable
-class Strategy(Protocol):
-    """A way from prompts to a posterior over the weights of K experts and base."""
-
-    @property
-    def name(self) -> str: ...
-
-    def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
-        """Draws for each prompt.
-
-        Raises:
-            PromptError: see ``check_prompts``.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """The system's own dispatcher."""
-
-    name = "dispatcher"
-
-    def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
-        return dispatch(system, prompts, seed)[0]
+__all__ = ["TwoPassGenerator"]
 
 
 class TwoPassGenerator:

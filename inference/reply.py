@@ -9,7 +9,7 @@ from bayes_dispatch.inference.chat_state import Turn
 from bayes_dispatch.inference.cost import Cost
 from bayes_dispatch.inference.decoding import Token
 from bayes_dispatch.inference.filtering import FilterState
-from bayes_dispatch.inference.generator import Streamed
+from bayes_dispatch.inference.generation import Streamed
 from bayes_dispatch.inference.transcript import Transcript
 from bayes_dispatch.model.sampling import Sampling
 from bayes_dispatch.model.tokenizer import ByteTokenizer

@@ -3,14 +3,12 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool
 
-from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.gate import Gate
 from bayes_dispatch.inference.blends import Blend, Particles
 from bayes_dispatch.inference.cost import Cost
 from bayes_dispatch.inference.decoding import Decoding, Token
@@ -18,18 +16,15 @@ from bayes_dispatch.inference.events import tell
 from bayes_dispatch.inference.first_pass import evidence_of, first_pass, pool
 from bayes_dispatch.inference.prefix import Prefix, read_prefix
 from bayes_dispatch.inference.readers import CachedReader, Reader, UncachedReader
+from bayes_dispatch.inference.system import POSTERIOR_DRAWS, System, gate_of
 from bayes_dispatch.model.parts import CutModel
 from bayes_dispatch.model.sampling import Sampling, row_generators, row_seeds
 from bayes_dispatch.posterior import DispatchPosterior
 
-if TYPE_CHECKING:
-    from bayes_dispatch.inference.generator import System
-
-__all__ = ["POSTERIOR_DRAWS", "Request", "SecondPass", "gate_of"]
+__all__ = ["Request", "SecondPass"]
 
 logger = logging.getLogger(__name__)
 
-POSTERIOR_DRAWS = 64
 ROWS_AT_ONCE = 64  # rows (prompts times particles) of one batch; prompts whose first pass runs together
 TOKENS_AT_ONCE = 65536  # of prompts whose first pass runs together: it bounds what is kept of them
 
@@ -64,7 +59,7 @@ class SecondPass:
 
     def __init__(
         self,
-        system: "System",
+        system: System,
         cut: CutModel,
         prompts: Sequence[bytes],
         request: Request,
@@ -229,18 +224,6 @@ class SecondPass:
 
     def _count(self, **evaluations: int) -> None:
         self.cost = self.cost + Cost(self._cut.depth, **evaluations)
-
-
-def gate_of(system: "System") -> Gate:
-    """The system's gate.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    gate: Gate | None = getattr(system, "gate", None)  # not every system knows of gates
-    if gate is None:
-        raise ConfigError("expected a bundle with a gate for a false-alarm rate, got one without: see calibrate-gate")
-    return gate
 
 
 def _on_base(particles: Particles, foreign: Bool[np.ndarray, " N"]) -> Particles:

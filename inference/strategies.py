@@ -19,8 +19,8 @@ from bayes_dispatch.inference.categories import category_text, name_probabilitie
 from bayes_dispatch.inference.few_shot import FewShotMethod, FewShotProgram
 from bayes_dispatch.inference.few_shot_methods import SequentialMonteCarlo
 from bayes_dispatch.inference.first_pass import first_pass
-from bayes_dispatch.inference.generator import POSTERIOR_DRAWS, Dispatched, Strategy, System, cut_of
 from bayes_dispatch.inference.prompts import check_prompts
+from bayes_dispatch.inference.system import POSTERIOR_DRAWS, Dispatched, Strategy, System, cut_of
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.sampling import row_seeds
 from bayes_dispatch.posterior import DispatchPosterior

@@ -13,7 +13,8 @@ from bayes_dispatch.errors import BayesDispatchError, ConfigError, EvidenceError
 from bayes_dispatch.evidence import Evidence
 from bayes_dispatch.inference.blends import Blend, FixedWeights, PosteriorMean, PosteriorPredictive, RefinedMean
 from bayes_dispatch.inference.first_pass import first_pass, token_counts
-from bayes_dispatch.inference.generator import TwoPassGenerator, cut_of
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.system import cut_of
 from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
 from bayes_dispatch.model.sampling import row_generators, row_seeds
 

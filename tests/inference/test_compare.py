@@ -24,7 +24,7 @@ from bayes_dispatch.inference.blends import (
     TopK,
 )
 from bayes_dispatch.inference.compare import compare_blends, compare_systems, score_together
-from bayes_dispatch.inference.generator import dispatch
+from bayes_dispatch.inference.system import dispatch
 
 if TYPE_CHECKING:
     from bayes_dispatch.bundle import Bundle

@@ -21,7 +21,8 @@ from bayes_dispatch.inference.blends import (
     ThompsonSample,
     TopK,
 )
-from bayes_dispatch.inference.generator import Generation, TwoPassGenerator
+from bayes_dispatch.inference.generation import Generation
+from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.posterior import DispatchPosterior
 
 if TYPE_CHECKING:

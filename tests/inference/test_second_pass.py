@@ -16,7 +16,9 @@ from bayes_dispatch.inference.blends import (
     RefinedMean,
 )
 from bayes_dispatch.inference.cost import Cost
-from bayes_dispatch.inference.generator import Generation, TwoPassGenerator, cut_of, dispatch
+from bayes_dispatch.inference.generation import Generation
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.system import cut_of, dispatch
 
 if TYPE_CHECKING:
     from bayes_dispatch.bundle import Bundle
