@@ -11,10 +11,10 @@ is not. "Naive" is how Transformer² runs (arXiv 2501.06252): a whole first pass
 
 import copy
 import multiprocessing
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
@@ -217,10 +217,17 @@ def _peak(name: str, length: int, tokens: int) -> float:
         else:
             generator.generate([prompt], blend=blend, max_new_tokens=tokens, seed=0)
 
-    run(8)  # compiles, loads and keeps factors
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(length)  # compiles, loads and keeps factors
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on: proc(5), of Linux alone
+    before = _status("VmRSS")
     run(length)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> float:
+    """MiB of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def _per_token(makers: dict[str, Callable[[int], Work]], plan: Plan, rounds: Rounds, title: str) -> Times:

@@ -46,6 +46,9 @@ class Adaptation:
         (kind,) = kinds or {()}
         object.__setattr__(self, "rows", kind[0] if kind else None)
 
+    def __reduce__(self) -> tuple[type["Adaptation"], tuple[dict[str, Tensor]]]:
+        return Adaptation, (dict(self.scales),)  # a model that has been asked for one can be copied
+
     @classmethod
     def identity(cls) -> "Adaptation":
         """No adaptation: every matrix keeps its stored weights."""

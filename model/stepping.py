@@ -26,7 +26,7 @@ from bayes_dispatch.model.svd_linear import SVDLinear
 
 __all__ = ["Stepper", "Steppers", "can_step"]
 
-MOST_ROWS = 12  # with more, a library's products are faster
+MOST_ROWS = 24  # with more, a library's products are faster
 
 Scales = Mapping[str, Tensor]
 Places = tuple[Array, Array, Array]  # what ``Span.places`` gives

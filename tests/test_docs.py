@@ -13,7 +13,7 @@ GUIDE = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    "guide", ["model", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dispatcher", "experts"))]
+    "guide", ["model", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dispatcher", "experts", "inference"))]
 )
 def test_python_blocks_run_in_order(guide: str, tmp_path: Path) -> None:
     text = (ROOT / "docs" / f"{guide}.md").read_text(encoding="utf-8")

@@ -1,5 +1,7 @@
 """A model cut between two blocks is the whole model, with caches and without, however the text is cut and padded."""
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +67,9 @@ def test_cut_models_are_whole_ones(
         last = parts.above(x.repeat_interleave(copies, 0), None, above, adaptation)[:, 0]
     for row in range(rows):
         text = torch.cat([prompt[row, : counts[row]], ids[row, prompt.shape[1] :]])[None]
-        for copy in range(row * copies, (row + 1) * copies):
-            whole = model(text, adaptation=adaptation.select([copy])).logits[0, -1]
-            torch.testing.assert_close(last[copy], whole, rtol=0, atol=1e-10)
+        for each in range(row * copies, (row + 1) * copies):
+            whole = model(text, adaptation=adaptation.select([each])).logits[0, -1]
+            torch.testing.assert_close(last[each], whole, rtol=0, atol=1e-10)
 
 
 def test_uncached_parts(make_model: MakeModel) -> None:
@@ -111,6 +113,20 @@ def test_caches_of_some_blocks(make_model: MakeModel, tmp_path: Any) -> None:
     x = parts.below(tokens(4, 2, 1), None, below)
     one, other = (parts.above(x, None, cache, scales(model, 1, 2)) for cache in (above.clone(), loaded))
     torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_model_that_has_been_adapted_can_be_copied(make_model: MakeModel) -> None:
+    """What it keeps of its last calls comes along, or not, but stands in no copy's way."""
+    model = make_model(dtype=torch.float64)
+    adaptation, ids = scales(model, 1, 1), tokens(5, 1, 4)
+    cache = model.init_cache(1, 8)
+    model(ids, adaptation=adaptation, cache=cache)
+    expected = model(ids[:, :1], adaptation=adaptation, cache=cache).logits
+    for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        again = made.init_cache(1, 8)
+        made(ids, adaptation=copy.deepcopy(adaptation), cache=again)
+        found = made(ids[:, :1], adaptation=copy.deepcopy(adaptation), cache=again).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_what_cannot_be_cut_is_refused(make_model: MakeModel) -> None:
