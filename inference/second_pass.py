@@ -105,7 +105,8 @@ class SecondPass:
         order = sorted(range(len(self.prompts)), key=lambda n: (len(self.prompts[n]), self.prompts[n]))
         group: list[int] = []
         for n in order:
-            if len(group) == ROWS_AT_ONCE or (len(group) + 1) * (len(self.prompts[n]) + 1) > TOKENS_AT_ONCE:
+            full = len(group) == ROWS_AT_ONCE or (len(group) + 1) * (len(self.prompts[n]) + 1) > TOKENS_AT_ONCE
+            if group and full:
                 yield group
                 group = []
             group.append(n)
