@@ -16,6 +16,7 @@ from bayes_dispatch.inference.blends import (
     RefinedMean,
 )
 from bayes_dispatch.inference.cost import Cost
+from bayes_dispatch.inference.first_pass import first_pass
 from bayes_dispatch.inference.generation import Generation
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.system import cut_of, dispatch
