@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.terminal import BundleOption, SeedOption, typed, use_one_thread
 
 if TYPE_CHECKING:
@@ -54,8 +53,6 @@ def chat(
     blend = blend_by_name(blending_mode, top_k=top_k, draws=draws)
     ending = check_ending(max_new_tokens, typed(stop, escapes))
     Sampling(do_sample=sample, temperature=temperature)
-    if max_new_tokens >= max_context:
-        raise ConfigError(f"expected --max-new-tokens of less than --max-context {max_context}, got {max_new_tokens}")
     from bayes_dispatch.bundle import load_bundle
     from bayes_dispatch.inference.generator import TwoPassGenerator
 

@@ -37,7 +37,10 @@ def compare(
     ] = None,
     blends: Annotated[
         list[str] | None,
-        typer.Option("--blend", help="weighted_average, top_k, max, thompson, predictive, base or an expert's name."),
+        typer.Option(
+            "--blend",
+            help="A blend (weighted_average, top_k, max, thompson, predictive, refined_mean), base, or an expert.",
+        ),
     ] = None,
     reference: Annotated[
         str | None, typer.Option(help="The blend that others are compared with; default: predictive, or the first.")
@@ -49,7 +52,7 @@ def compare(
         int | None, typer.Option(min=2, help=f"Of each held-out domain; default: {DEFAULT_DOCUMENTS}.")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Components that top_k keeps.")] = 2,
-    draws: Annotated[int, typer.Option(min=1, help="Particles of predictive.")] = 16,
+    draws: Annotated[int, typer.Option(min=1, help="Particles of predictive and refined_mean.")] = 16,
     csv: Annotated[Path | None, typer.Option(help="File for a row per document and blend.")] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -167,7 +170,7 @@ def _write(path: Path, frames: "dict[str, pandas.DataFrame]") -> None:
     columns = ["set", *[column for column in table.columns if column != "set"]]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        table[columns].to_csv(temporary, index=False)
+        table[columns].to_csv(temporary, index=False, compression=None)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

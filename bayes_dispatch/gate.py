@@ -149,7 +149,10 @@ class Gate:
         shape = np.array(weights, dtype=np.float64), shares, locations, spreads, edges
         empty = cls(dispatcher.state.fingerprint, *shape, np.zeros(0), kinds[:0], kinds[:0])
         scores, places = empty._score(parts[~fitted], lengths[~fitted]), empty._bins(lengths[~fitted])
-        return replace(empty, scores=scores, bins=places, groups=kinds[~fitted])
+        gate = replace(empty, scores=scores, bins=places, groups=kinds[~fitted])
+        if wanted > 1 and not gate.least_rate < 1:  # a group has no prompts of some lengths
+            return cls.calibrate(dispatcher, evidence, groups, wanted - 1, weights, seed)
+        return gate
 
     @property
     def least_rate(self) -> float:

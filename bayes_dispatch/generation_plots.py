@@ -53,8 +53,8 @@ def plot_uncertain_bytes(
         lines[-1].append(cell)
         if cell[0] == 10:
             lines.append([])
-    lines = [line for line in lines if line]
-    widest = max(map(len, lines))
+    lines = [line for line in lines if line] or [[]]
+    widest = max(1, *map(len, lines))
     figure = plain_figure(max(3.0, widest * WIDTH + 1.0), max(1.0, len(lines) * LINE + 0.3))
     axis = figure.subplots()
     for y, line in enumerate(lines):

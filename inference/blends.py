@@ -38,8 +38,8 @@ class Particles:
         switching: possible values of the probability, at each token, that the document changes its domain; equally
             probable at first, and filtered along with the particles. 0 alone: it never changes.
         flat: share of equal masses in the prior that a changed document draws its domain from.
-        merge: particles are run as one, once the prompt is read, whose predictives differ by no more than this many
-            nats a token (``merging``); 0 for none.
+        merge: once the prompt is read, particles are run as one as long as the mixture is expected to change by no
+            more than this many nats a token (``merging``); 0 for none.
         refined: once the prompt is read, the particles are replaced by one: their filtered mean.
     """
 

@@ -136,6 +136,9 @@ class Chat:
         """
         sampling = Sampling(do_sample=do_sample, temperature=temperature)
         request = Request(max_new_tokens, sampling, check_ending(max_new_tokens, stop))
+        if max_new_tokens >= self.settings.max_context:
+            most = f"expected max_new_tokens of less than max_context, {self.settings.max_context} bytes"
+            raise ConfigError(f"{most}, got {max_new_tokens}")
         data = check_turn(text, self.settings.max_context - max_new_tokens)
         return self._answer(data, request)
 
@@ -231,7 +234,11 @@ class Chat:
         """Take a reply into the conversation."""
         if not self.settings.own_evidence:
             caches.decoding.filtered = reply.filtered
-        self._state = ChatState(reply.transcript, self.turns + 1, caches.rows, caches.decoding.filtered)
-        self.turn = reply.turn()
+        state = ChatState(reply.transcript, self.turns + 1, caches.rows, caches.decoding.filtered)
         if self._file is not None:
-            self.save(self._file)
+            try:
+                write_chat(self._file, self._system, self.settings, state)
+            except BaseException:
+                self._caches = None  # they have read what the conversation has not
+                raise
+        self._state, self.turn = state, reply.turn()

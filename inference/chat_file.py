@@ -56,7 +56,7 @@ def write_chat(path: Path, system: "System", settings: ChatSettings, state: Chat
     header = {
         "format": FORMAT,
         "system": json.dumps(_system(system)),
-        "settings": json.dumps(chosen),
+        "settings": json.dumps(chosen, default=lambda number: number.item()),  # of NumPy
         "turns": json.dumps(state.turns),
     }
     header["digest"] = _digest(header, tensors)
@@ -130,5 +130,6 @@ def _system(system: "System") -> dict[str, Any]:
 def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
-        digest.update(f"\0{name}{tensor.dtype}{tuple(tensor.shape)}".encode() + tensor.numpy().tobytes())
+        digest.update(f"\0{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

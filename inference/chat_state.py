@@ -15,6 +15,9 @@ from bayes_dispatch.posterior import DispatchPosterior
 __all__ = ["ChatSettings", "ChatState", "Turn"]
 
 
+MAX_CONTEXT = 1_048_576  # memory is set aside for it
+
+
 @dataclass(frozen=True)
 class ChatSettings:
     """What holds for a whole conversation.
@@ -41,8 +44,8 @@ class ChatSettings:
             raise ConfigError(f"expected a seed of at least 0, got {self.seed}")
         if not self.threshold >= 0:
             raise ConfigError(f"expected a threshold of at least 0 nats, got {self.threshold}")
-        if self.max_context < 2:
-            raise ConfigError(f"expected a max_context of at least 2 bytes, got {self.max_context}")
+        if not 2 <= self.max_context <= MAX_CONTEXT:
+            raise ConfigError(f"expected a max_context of 2 to {MAX_CONTEXT} bytes, got {self.max_context}")
 
 
 @dataclass(frozen=True, eq=False)

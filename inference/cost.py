@@ -13,7 +13,8 @@ class Cost:
     ``prompt_passes`` and ``rows``.
 
     Attributes:
-        depth: blocks of the model. prompt_tokens, new_tokens: read and generated, of all prompts.
+        depth: blocks of the model. prompt_tokens: of all prompts, their beginning tokens included.
+        new_tokens: generated ones that the model has read: all but the last of each text.
         first_pass: evaluations for the evidence that the second pass cannot use again.
         prefill: on the prompts, for the second pass. decode: on the new tokens.
     """
@@ -32,8 +33,9 @@ class Cost:
 
     @property
     def prompt_passes(self) -> float:
-        """How often the whole model would have read the prompts for as many evaluations."""
-        return (self.first_pass + self.prefill) / (self.depth * self.prompt_tokens)
+        """How often the whole model would have read the prompts for as many evaluations; NaN without any."""
+        tokens = self.depth * self.prompt_tokens
+        return (self.first_pass + self.prefill) / tokens if tokens else float("nan")
 
     @property
     def rows(self) -> float:

@@ -126,7 +126,7 @@ class Decoding:
                 self._following = after[:, :, t]
 
     def merge(self, tolerance: float) -> list[list[int]]:
-        """Run particles as one whose predictives differ by no more than ``tolerance`` nats a token (``merging``).
+        """Run particles as one; the mixture changes by at most ``tolerance`` nats a token (``merging``).
 
         Returns:
             The particles that are left of each prompt, by their old indices.
@@ -151,6 +151,8 @@ class Decoding:
             TensorError: the model predicts NaN.
         """
         mixed = predictive(self._filter.log_weights, self._following)
+        if bool(mixed.log_probabilities.isnan().any()):
+            raise TensorError("expected finite log-probabilities from the model, got NaN or infinite ones")
         ids = sampling.choose(mixed.log_probabilities[:, :BYTES], generators)
         chosen = mixed.log_probabilities.gather(1, ids[:, None])[:, 0]
         if not bool(chosen.isfinite().all()):
@@ -178,13 +180,12 @@ class Decoding:
         self._mean = None
 
     def keep(self, prompts: Sequence[int]) -> None:
-        """Drop all other prompts."""
+        """Drop all other prompts; nothing is merged after that."""
         count = self._following.shape[1]
         self._reader.keep(prompts, [range(count)] * len(prompts))
         self._filter.select(prompts)
         self._mean = None
         self._following = self._following[torch.tensor(prompts)]
-        self._lengths = self._lengths[torch.tensor(prompts)]
 
 
 def _of(log_probabilities: Float[Tensor, "N S V"], tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S"]:

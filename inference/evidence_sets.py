@@ -70,7 +70,7 @@ def pure_evidence(
     for label, domain in enumerate(domains):
         for _ in range(per_domain):
             length = _length(rng, lengths)
-            prompts.append(domain.document(rng, 0, length, split).text[:length])
+            prompts.append(domain.document(rng, 0, length, split).data[:length].decode(errors="ignore"))
             labels.append(label)
     evidence = first_pass(model, ByteTokenizer(), prompts, progress=progress, block=block).evidence
     return KnownEvidence(evidence, np.array(labels), np.full((len(labels), len(domains) + 1), np.nan))

@@ -63,6 +63,7 @@ class Streamed:
         prompt: its index. text: characters that the token completes; empty within one of several bytes.
         token_id, log_probability, predictive_entropy, mutual_information, weights: as in ``Generation``, of this token.
         posterior: the dispatcher's, of this prompt. last: nothing comes after it.
+        fallback, p_value: as in ``Generation``, of this prompt.
     """
 
     prompt: int
@@ -74,3 +75,5 @@ class Streamed:
     weights: np.ndarray
     posterior: DispatchPosterior
     last: bool
+    fallback: bool = False
+    p_value: float = float("nan")

@@ -144,7 +144,7 @@ class TwoPassGenerator:
         """What ``generate`` gives with the same arguments, token by token as they come.
 
         Prompts of similar length go on together; others wait for them. Settings are checked at once, not at the first
-        token.
+        token; whether the blend fits the posterior is known then. A prompt that the gate made abstain gives none.
 
         Raises:
             PromptError, ConfigError: see ``generate``.
@@ -231,6 +231,8 @@ class TwoPassGenerator:
                     weights=token.weights[i],
                     posterior=posteriors[n],
                     last=last,
+                    fallback=int(n) in run.foreign,
+                    p_value=run.p_values.get(int(n), float("nan")),
                 )
 
     def _run(

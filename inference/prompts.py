@@ -8,6 +8,7 @@ from bayes_dispatch.model.tokenizer import utf8
 __all__ = ["MAX_PROMPT_BYTES", "check_ending", "check_prompts", "check_turn"]
 
 MAX_PROMPT_BYTES = 4096
+MAX_NEW_TOKENS = 65_536  # memory is set aside for them
 
 
 def check_prompts(prompts: Sequence[str | bytes]) -> list[bytes]:
@@ -52,10 +53,10 @@ def check_ending(max_new_tokens: int, stop: str | bytes | None) -> bytes | None:
     """The bytes that end a text.
 
     Raises:
-        ConfigError: no room for a token, or a stop without bytes.
+        ConfigError: no room for a token, or too much, or a stop without bytes.
     """
-    if max_new_tokens < 1:
-        raise ConfigError(f"expected max_new_tokens of at least 1, got {max_new_tokens}")
+    if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
+        raise ConfigError(f"expected max_new_tokens of at least 1 and at most {MAX_NEW_TOKENS}, got {max_new_tokens}")
     if stop is not None and not stop:
         raise ConfigError("expected stop to have at least one byte, got none")
     return None if stop is None else utf8(stop)

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,15 +91,13 @@ class SecondPass:
 
     def tokens(self) -> Iterator[tuple[Token, np.ndarray, np.ndarray]]:
         """Each next token of some prompts, the indices (n,) of these, and whether each has ended with it (n,)."""
-        for group in self._groups():
-            yield from self._generate(group)
         blend = self._request.blend.name
-        tell(
-            logger,
-            logging.INFO,
-            "generated",
-            lambda: {"prompts": len(self.prompts), "blend": blend, **asdict(self.cost)},
-        )
+        try:
+            for group in self._groups():
+                yield from self._generate(group)
+        finally:  # a stream may be closed before its end
+            facts = {"prompts": len(self.prompts), "blend": blend}
+            tell(logger, logging.INFO, "generated", lambda: facts | asdict(self.cost))
 
     def _groups(self) -> Iterator[list[int]]:
         """Prompts whose first pass runs together; copies of one are neighbours."""
@@ -199,10 +198,10 @@ class SecondPass:
                     before = reader.evaluated
                     if len(going) < len(live):
                         decoding.keep(going.tolist())
-                        left = {"prompts": live[ended].tolist(), "rows": reader.rows}
-                        tell(logger, logging.DEBUG, "ended", left.copy)
                     decoding.append(token.ids[going], request.own_evidence)
                     self._count(decode=reader.evaluated - before, new_tokens=len(going))
+            if ended.any():
+                tell(logger, logging.DEBUG, "ended", partial(_of_ended, live[ended], going))
             yield token, live, ended
             live = live[going]
             if not len(live):
@@ -238,6 +237,10 @@ def _on_base(particles: Particles, foreign: Bool[np.ndarray, " N"]) -> Particles
 def _of_prefix(prefix: Prefix, prompts: int, block: int) -> dict[str, Any]:
     held = 0 if prefix.cache is None else prefix.cache.nbytes
     return {"prompts": prompts, "distinct": len(prefix.tokens), "below_block": block, "cache_bytes": held}
+
+
+def _of_ended(prompts: np.ndarray, going: np.ndarray) -> dict[str, Any]:
+    return {"prompts": prompts.tolist(), "going": len(going)}
 
 
 def _of_posterior(prompts: list[int], posterior: DispatchPosterior, foreign: set[int]) -> dict[str, Any]:

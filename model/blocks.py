@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.errors import ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.block import Block, build_mixer
 from bayes_dispatch.model.cache import Cache
@@ -136,9 +136,12 @@ class BlockStack(nn.Module):
 
     def _stretch(self, blocks: range) -> Stretch:
         """These blocks, and the normalisation if the last is among them."""
-        if not blocks or blocks.stop > len(self.blocks):
-            raise ConfigError(f"expected blocks of 0 … {len(self.blocks) - 1}, got {blocks.start} … {blocks.stop - 1}")
+        self._check_range(blocks)
         return self._stretches.setdefault(blocks, Stretch(blocks, blocks.stop == len(self.blocks)))
+
+    def _check_range(self, blocks: range) -> None:
+        if not blocks or blocks.start < 0 or blocks.stop > len(self.blocks) or blocks.step != 1:
+            raise ConfigError(f"expected blocks of 0 … {len(self.blocks) - 1}, got {_named(blocks)}")
 
     def _stepper(self, stretch: Stretch, adaptation: Adaptation) -> Stepper:
         scales = self._scales(adaptation)
@@ -179,11 +182,13 @@ class BlockStack(nn.Module):
             blocks: those that it is for, one after the other; all by default.
 
         Raises:
-            ConfigError: a size below 1, no bound for attention without a window, or a dtype that cannot hold states.
+            ConfigError: a size below 1, blocks that there are not, no bound for attention without a window, or a dtype
+                that cannot hold states.
         """
         if batch_size < 1 or (max_length is not None and max_length < 1):
             raise ConfigError(f"expected a batch and a length of at least 1, got {batch_size} and {max_length}")
         blocks = range(len(self.blocks)) if blocks is None else blocks
+        self._check_range(blocks)
         kinds = [self.backbone.block_kinds[index] for index in blocks]
         if max_length is None and self.backbone.attention_window is None and "attention" in kinds:
             raise ConfigError("expected max_length for attention without a window, got None")
@@ -215,8 +220,13 @@ class BlockStack(nn.Module):
         stretch: Stretch | None = None,
     ) -> Float[Tensor, "B T D"]:
         """``advance``, but ``cache`` is checked."""
+        stretch = stretch or self._stretch(range(len(self.blocks)))
         if cache is not None:
             cache.check_model(self._maker())
+            if cache.blocks != stretch.blocks:
+                raise StaleCacheError(
+                    f"expected a cache of {_named(stretch.blocks)}, got one of {_named(cache.blocks)}"
+                )
             cache.check_room(x.shape[0], x.shape[1] if padding.tokens is None else padding.tokens)
         return self.advance(x, padding.tokens, cache, adaptation, memory, same_weights=True, stretch=stretch)
 
@@ -236,6 +246,10 @@ class BlockStack(nn.Module):
     def _maker(self) -> str:
         """What a cache remembers of the model that made it."""
         return f"{self.fingerprint()} in {self.dtype}"
+
+
+def _named(blocks: range) -> str:
+    return f"blocks {blocks.start} … {blocks.stop - 1}" if blocks else "no blocks"
 
 
 def check_adaptation(adaptation: Adaptation, ranks: Mapping[str, int], dtype: torch.dtype, batch: int) -> None:

@@ -23,13 +23,13 @@ def mixed_text(
     """
     lines = [domain.document(rng, 0, 2 * total_bytes, split).text.splitlines(keepends=True) for domain in domains]
     counts = np.zeros(len(domains))
-    text = ""
-    while len(text) < total_bytes:
-        lacking = np.maximum(np.asarray(weights) * (len(text) + 40) - counts, 0) + 1e-9
+    data = b""
+    while len(data) < total_bytes:
+        lacking = np.maximum(np.asarray(weights) * (len(data) + 40) - counts, 0) + 1e-9
         which = int(rng.choice(len(domains), p=lacking / lacking.sum()))
         if not lines[which]:
             lines[which] = domains[which].document(rng, 0, 2 * total_bytes, split).text.splitlines(keepends=True)
-        line = lines[which].pop(0)[: total_bytes - len(text)]
-        text += line
+        line = lines[which].pop(0).encode()[: total_bytes - len(data)]
+        data += line
         counts[which] += len(line)
-    return text, counts / counts.sum()
+    return data.decode(errors="ignore"), counts / counts.sum()  # the end may cut a character

@@ -75,6 +75,11 @@ class Cache:
         self._made_by: list[Digest | None] = [None] * len(self.states)
 
     @property
+    def blocks(self) -> range:
+        """Those of the model that have a state here."""
+        return range(self.first, self.first + len(self.states))
+
+    @property
     def batch_size(self) -> int:
         return self._batch_size
 

@@ -75,6 +75,7 @@ def test_far_from_everything_is_still_a_distribution(labelled: DispatcherClassif
         np.testing.assert_allclose(found(np.full((2, 5), 1e9)).sum(1), 1, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_names_of_classes_do_not_matter(labelled: DispatcherClassifier, blobs: tuple[np.ndarray, np.ndarray]) -> None:
     X, y = blobs
     named = clone(labelled).fit(X, np.sort(NAMES)[y])  # in the order of the integers
@@ -115,6 +116,7 @@ def test_no_labels(blobs: tuple[np.ndarray, np.ndarray]) -> None:
     np.testing.assert_array_equal(marked.predict_proba(X), fitted.predict_proba(X))
 
 
+@pytest.mark.slow
 def test_randomness(blobs: tuple[np.ndarray, np.ndarray]) -> None:
     X, y = blobs
 

@@ -55,6 +55,7 @@ def fits(settings: "Callable[..., dict[str, Any]]") -> "Callable[[bool], tuple[E
     return fit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixed", [True, False])
 def test_the_program_of_the_data_wins(fits: Any, mixed: bool) -> None:
     """By more than 2 standard errors over prompts, and far more than the Monte Carlo error."""

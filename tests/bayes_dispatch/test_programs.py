@@ -63,6 +63,7 @@ def check(dispatcher: Dispatcher, evidence: Evidence, tmp_path: "Path") -> None:
     assert truth.shape == found.weights.shape[1:]
 
 
+@pytest.mark.slow
 def test_every_view_at_once(many_views: "tuple[Sample, Evidence]", settings: "Settings", tmp_path: "Path") -> None:
     sample, evidence = many_views
     dispatcher = Dispatcher(NAMES, **settings(svi=20, steps=40, simulations=300), program=Admixture(views=ALL))

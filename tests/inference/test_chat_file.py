@@ -14,6 +14,7 @@ import torch
 from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.vectors import ExpertVector
+from bayes_dispatch.inference import chat as chat_module
 from bayes_dispatch.inference.blends import BestExpert, Blend, FixedWeights, PosteriorPredictive, RefinedMean, TopK
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.model.files import parse_tensors, tensors_as_bytes
@@ -192,4 +193,36 @@ def test_what_cannot_be_written(cut64: "Bundle", tmp_path: Path, monkeypatch: py
     (tmp_path / "link").symlink_to("chat")
     chat.save(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
-    assert generator.resume_chat(tmp_path / "chat").turns == 2
+    assert generator.resume_chat(tmp_path / "chat").turns == 1  # the turn that could not be kept was taken back
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_save_that_fails_takes_the_turn_back(
+    cut64: "Bundle", tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The chat is as it was before the turn, in memory and on disk, and goes on as it would have."""
+    generator = TwoPassGenerator(cut64)
+    free = generator.chat(blend=PosteriorPredictive(6), seed=np.int64(3))
+    chat = generator.chat(blend=PosteriorPredictive(np.int64(6)), seed=np.int64(3), file=tmp_path / "talk")
+    for each in (free, chat):
+        each.say(SAID[0], 5)
+    first = chat.turn
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(chat_module, "write_chat", full)
+        with pytest.raises(OSError, match="No space left"):
+            chat.say(SAID[2], 5)
+    assert chat.turns == 1
+    assert chat.turn is first
+    assert generator.resume_chat(tmp_path / "talk").turns == 1
+    assert chat.say(SAID[2], 5).text == free.say(SAID[2], 5).text
+
+
+def test_tensors_of_other_types_are_refused(cut64: "Bundle", tmp_path: Path) -> None:
+    tensors = {"rows": torch.zeros(2, dtype=torch.bfloat16)}
+    (tmp_path / "talk").write_bytes(tensors_as_bytes(tensors, {"format": "bayes-dispatch chat 1", "digest": "0"}))
+    with pytest.raises(BundleError, match="expected digest 0"):
+        TwoPassGenerator(cut64).resume_chat(tmp_path / "talk")

@@ -22,7 +22,8 @@ def test_events_of_a_generation(bundle: "Bundle", caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.DEBUG, LOGGER):
         result = TwoPassGenerator(bundle).generate(["ab>ba\n", "1+1=", "ab>ba\n"], **given)
     events = {record.event: record.facts for record in caplog.records}  # type: ignore[attr-defined]
-    assert list(events) == ["prefix read", "dispatched", "prompts read", "generated"]
+    assert list(events) == ["prefix read", "dispatched", "prompts read", "ended", "generated"]
+    assert events["ended"] == {"prompts": [1, 0, 2], "going": 0}
     assert events["prefix read"] == {"prompts": 3, "distinct": 2, "below_block": 0, "cache_bytes": 0}
     assert events["dispatched"]["mean"][0]["reverse"] == pytest.approx(result.posterior.mean[1, 0], abs=1e-4)
     assert events["prompts read"]["rows"] <= events["prompts read"]["of"] == 18

@@ -254,7 +254,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("bad", "message"),
         [
-            ({"max_new_tokens": 0}, "max_new_tokens of at least 1, got 0"),
+            ({"max_new_tokens": 0}, "max_new_tokens of at least 1 and at most 65536, got 0"),
             ({"temperature": 0.0}, "temperature above 0"),
             ({"blend": PosteriorPredictive(100)}, "posterior of at least 95 draws, got 64"),
             ({"blend": TopK(9)}, "k of at most 4"),

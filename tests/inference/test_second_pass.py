@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.inference import second_pass as second_pass_module
 from bayes_dispatch.inference.blends import (
     BestExpert,
@@ -19,6 +20,7 @@ from bayes_dispatch.inference.cost import Cost
 from bayes_dispatch.inference.first_pass import first_pass
 from bayes_dispatch.inference.generation import Generation
 from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.strategies import Given
 from bayes_dispatch.inference.system import cut_of, dispatch
 
 if TYPE_CHECKING:
@@ -231,3 +233,25 @@ def test_a_gate_that_is_not_there(bundle: "Bundle", gated64: "Bundle") -> None:
         TwoPassGenerator(gated64).generate(["a"], **given, abstain=True)
     with pytest.raises(ConfigError, match="expected a false-alarm rate of at least"):
         TwoPassGenerator(gated64).generate(["a"], **given, false_alarm_rate=0.001)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_nan_is_one_clear_error(bundle: "Bundle", make_model: Any, do_sample: bool) -> None:
+    """However tokens are chosen."""
+    from types import SimpleNamespace
+
+    model = make_model()
+    system = SimpleNamespace(
+        model=model, tokenizer=bundle.tokenizer, experts=bundle.experts, dispatcher=bundle.dispatcher
+    )
+    generator, known = TwoPassGenerator(system), Given(np.array([0.0, 0.0, 0.0, 1.0]))
+    model.logits = lambda hidden: torch.full((*hidden.shape[:2], 258), float("nan"))
+    for blend in (FixedWeights((0.0, 0.0, 0.0, 1.0)), PosteriorPredictive(5, merge=0.0)):
+        with pytest.raises(TensorError, match="expected finite log-probabilities"):
+            generator.generate(["ab"], blend=blend, max_new_tokens=2, do_sample=do_sample, seed=0, strategy=known)
+
+
+def test_too_many_tokens_are_refused(bundle: "Bundle") -> None:
+    with pytest.raises(ConfigError, match="expected max_new_tokens of at least 1 and at most 65536, got 65537"):
+        TwoPassGenerator(bundle).generate(["a"], blend=PosteriorMean(), max_new_tokens=65_537)

@@ -115,6 +115,23 @@ def test_caches_of_some_blocks(make_model: MakeModel, tmp_path: Any) -> None:
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+def test_caches_of_other_blocks_are_refused(make_model: MakeModel) -> None:
+    """Whatever runs, its cache is one of the blocks that run."""
+    model, ids = make_model(dtype=torch.float64), tokens(6, 1, 4)
+    x = model.below(1, ids)
+    for blocks in (range(1), range(1, 3), range(2, 3)):
+        with pytest.raises(StaleCacheError, match=r"expected a cache of blocks 0 … 2, got one of blocks"):
+            model(ids, cache=model.init_cache(1, 8, blocks=blocks))
+    for blocks in (range(3), range(2, 3), range(1)):
+        with pytest.raises(StaleCacheError, match=r"expected a cache of blocks 1 … 2, got one of blocks"):
+            model.above(1, x, cache=model.init_cache(1, 8, blocks=blocks))
+    for blocks in (range(-1, 2), range(4), range(0)):
+        with pytest.raises(ConfigError, match="expected blocks of 0 … 2, got"):
+            model.init_cache(1, 8, blocks=blocks)
+    with pytest.raises(ConfigError, match="expected blocks of 0 … 2, got blocks -1 … 2"):
+        model.above(-1, x)
+
+
 def test_a_model_that_has_been_adapted_can_be_copied(make_model: MakeModel) -> None:
     """What it keeps of its last calls comes along, or not, but stands in no copy's way."""
     model = make_model(dtype=torch.float64)
