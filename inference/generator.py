@@ -82,17 +82,17 @@ class TwoPassGenerator:
         """
         run = self._run(
             prompts,
-            blend,
-            max_new_tokens,
-            do_sample,
-            temperature,
-            seed,
-            stop,
-            own_evidence,
-            strategy,
-            use_cache,
-            false_alarm_rate,
-            abstain,
+            blend=blend,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            seed=seed,
+            stop=stop,
+            own_evidence=own_evidence,
+            strategy=strategy,
+            use_cache=use_cache,
+            false_alarm_rate=false_alarm_rate,
+            abstain=abstain,
         )
         count = len(run.prompts)
         ids = np.full((count, max_new_tokens), self.bundle.tokenizer.pad_token_id)
@@ -151,17 +151,17 @@ class TwoPassGenerator:
         """
         run = self._run(
             prompts,
-            blend,
-            max_new_tokens,
-            do_sample,
-            temperature,
-            seed,
-            stop,
-            own_evidence,
-            strategy,
-            True,
-            false_alarm_rate,
-            abstain,
+            blend=blend,
+            max_new_tokens=max_new_tokens,
+            do_sample=do_sample,
+            temperature=temperature,
+            seed=seed,
+            stop=stop,
+            own_evidence=own_evidence,
+            strategy=strategy,
+            use_cache=True,
+            false_alarm_rate=false_alarm_rate,
+            abstain=abstain,
         )
         return self._stream(run)
 
@@ -238,6 +238,7 @@ class TwoPassGenerator:
     def _run(
         self,
         prompts: Sequence[str | bytes],
+        *,
         blend: Blend,
         max_new_tokens: int,
         do_sample: bool,
@@ -257,15 +258,15 @@ class TwoPassGenerator:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
         data = check_prompts(prompts)
         request = Request(
-            blend,
-            max_new_tokens,
-            sampling,
-            ending,
-            own_evidence,
-            use_cache,
-            seed,
-            false_alarm_rate,
-            abstain,
+            blend=blend,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=ending,
+            own_evidence=own_evidence,
+            use_cache=use_cache,
+            seed=seed,
+            false_alarm_rate=false_alarm_rate,
+            abstain=abstain,
         )
         if false_alarm_rate is not None:
             gate = gate_of(self.bundle)
