@@ -220,7 +220,8 @@ class Gate:
         """
         if (got := dispatcher.state.fingerprint) != self.dispatcher:
             raise ConfigError(
-                f"expected the dispatcher {self.dispatcher[:12]}… that the gate was calibrated for, got {got[:12]}…"
+                f"expected the dispatcher {self.dispatcher[:12]}… that the gate was calibrated for, got {got[:12]}…: "
+                "calibrate another for it, or leave the gate out"
             )
 
     def save(self, directory: str | Path) -> None:

@@ -68,7 +68,8 @@ def compare_systems(
 ) -> SystemComparison:
     """The same documents under the same blends of several systems (A/B).
 
-    Two dispatchers, or two banks, for one model are two bundles: ``dataclasses.replace(bundle, dispatcher=other)``.
+    Two dispatchers, or two banks, for one model are two bundles: ``dataclasses.replace(bundle, dispatcher=other,
+    gate=None)``; a gate belongs to the dispatcher that it was calibrated for.
 
     Args:
         systems: name → model, tokenizer, experts and dispatcher; their experts may differ.
