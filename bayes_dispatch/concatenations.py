@@ -8,6 +8,7 @@ count as weights below the guide's resolution.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -30,14 +31,19 @@ class RealPrompts:
     prompts: Prompts
     weights: Tensor
 
+    @cached_property
     def groups(self) -> tuple[Int[Tensor, " pure"], Int[Tensor, " mixed"]]:
         """Rows of pure and of mixed prompts."""
         top = self.weights.nan_to_num().max(-1).values
         return (top == 1).nonzero().squeeze(-1), ((top > 0) & (top < 1)).nonzero().squeeze(-1)
 
+    @cached_property
+    def _longest(self) -> float:
+        return max(float(self.prompts.lengths.max()), 1.0)
+
     def __call__(self, count: int) -> tuple[Prompts, Float[Tensor, "prompt weight"]]:
         """Draw ``count`` prompts with torch's generator, equally pure, mixed and concatenated where there are any."""
-        pure, mixed = self.groups()
+        pure, mixed = self.groups
         sources = [rows for rows in (pure, mixed) if len(rows)]
         share = count // (len(sources) + bool(len(pure)))
         rows = torch.cat([rows[torch.randint(len(rows), (share,))] for rows in sources])
@@ -49,11 +55,11 @@ class RealPrompts:
 
     def concatenate(self, count: int) -> tuple[Prompts, Float[Tensor, "prompt weight"]]:
         """``count`` concatenations of two or three pure prompts, where possible no longer than the longest prompt."""
-        pure, _ = self.groups()
+        pure, _ = self.groups
         pieces = pure[torch.randint(len(pure), (8 * count, 3))]  # (8n, 3)
         sizes = self.prompts.lengths[pieces].clamp(min=1.0)
         sizes[torch.rand(len(pieces)) < 0.7, 2] = 0.0
-        fits = sizes.sum(-1) <= max(float(self.prompts.lengths.max()), 1.0)
+        fits = sizes.sum(-1) <= self._longest
         chosen = torch.argsort(fits.int(), descending=True, stable=True)[:count]
         pieces, sizes = pieces[chosen], sizes[chosen]
         shares = (sizes / sizes.sum(-1, keepdim=True)).unsqueeze(-1)  # (n, 3, 1)

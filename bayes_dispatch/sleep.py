@@ -30,6 +30,7 @@ __all__ = ["Simulations", "choose_temper", "fit_guide", "simulate", "train_guide
 
 DROPOUT = 0.06  # of each view in simulations
 WARM_UP = 0.4  # of the steps come before τ is chosen
+JUDGED = 2_000  # known mixtures, at most, that choose it
 
 
 def fit_guide(
@@ -48,7 +49,8 @@ def fit_guide(
         posterior: its globals.
         like: prompts whose lengths, totals and missing views simulations take.
         real: prompts of known weights, with features as noisy as those of new prompts. Its mixtures choose τ (from 100
-            on), else concatenations of its pure prompts; without those τ is 1. It may know no weights at all.
+            on, 2,000 drawn of more), else concatenations of its pure prompts; without those τ is 1. It may know no
+            weights at all.
         settings: network and training.
         seed: of all randomness.
         progress: show bars.
@@ -56,7 +58,7 @@ def fit_guide(
     Returns:
         The guide and τ.
     """
-    pure, mixed = real.groups()
+    pure, mixed = real.groups
     warm = int(WARM_UP * settings.steps)
     bars = ("guide, every temper", "guide, chosen temper") if progress else (None, None)
     rate = settings.learning_rate
@@ -79,7 +81,8 @@ def fit_guide(
 
         temper = settings.tempers[0]
         if settings.tempers[0] < settings.tempers[1]:
-            judged = (real.prompts.select(mixed), real.weights[mixed])
+            chosen = mixed if len(mixed) <= JUDGED else mixed[torch.randperm(len(mixed))[:JUDGED]]
+            judged = (real.prompts.select(chosen), real.weights[chosen])
             if len(mixed) < 100 and len(pure):
                 judged = real.concatenate(300)
             temper = 1.0
@@ -233,7 +236,7 @@ def choose_temper(
         tempers: smallest and largest τ.
     """
     answer = guide.compiled()
-    repeated = weights.repeat(max(1, 2_000 // len(weights)), 1)
+    repeated = weights.repeat(max(1, JUDGED // len(weights)), 1)
     grid = np.linspace(math.log(tempers[0]), math.log(tempers[1]), 7)
 
     def coverage(some: Prompts, truth: Tensor, temper: float) -> float:

@@ -231,7 +231,7 @@ def test_real_prompts_are_drawn_from_their_groups() -> None:
         {"hidden": torch.arange(4.0).unsqueeze(-1)},
     )  # fmt: skip
     source = RealPrompts(prompts, weights)
-    assert [rows.tolist() for rows in source.groups()] == [[0, 3], [1]]
+    assert [rows.tolist() for rows in source.groups] == [[0, 3], [1]]
     with isolated(0):
         drawn, known = source(31)
         mixed, _ = RealPrompts(prompts.select(torch.tensor([1, 2])), weights[1:3])(8)
