@@ -35,7 +35,8 @@ class ExpertBank(Mapping[str, ExpertVector]):
         names: names of the K experts, in order. components: the same with ``base`` at the end.
         base: fingerprint of the model that all of them were trained on.
         matrices: the adapted matrices, in order, with the number of scales of each.
-        adapt_from: the first block that has one of them: what is below is the same under every blend.
+        adapt_from: the first block that has one of them: what is below is the same under every blend. With an adapted
+            embedding it is 0.
         metadata: of each expert, by name; no expert is read for it.
 
     Raises:
