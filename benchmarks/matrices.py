@@ -2,6 +2,7 @@
 
     python benchmarks/matrices.py                                    # every domain, two seeds: an hour on one core
     python benchmarks/matrices.py --domain reverse --domain json     # a quarter of it
+    python benchmarks/matrices.py --cost                             # what decoding costs alone: a minute
     python benchmarks/matrices.py --quick                            # a smoke test; the numbers mean nothing
 
 The shipped base model, the bundle's own recipe, the same documents in the same order; judged by held-out documents of
@@ -11,6 +12,7 @@ The shipped base model, the bundle's own recipe, the same documents in the same 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import numpy as np
@@ -25,11 +27,13 @@ from bayes_dispatch.experts.training import ExpertSettings, train_expert
 from bayes_dispatch.inference.blends import Particles
 from bayes_dispatch.inference.compare import score_together
 from bayes_dispatch.inference.evaluation import held_out_documents
+from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
 from bayes_dispatch.paired import paired_comparison
 from bayes_dispatch.tables import Table
+from peers.timing import Rounds, Work, interleaved
 
-__all__ = ["CHOICES", "Budget", "Outcome", "main", "run", "tables"]
+__all__ = ["CHOICES", "Budget", "Outcome", "main", "run", "serving", "tables"]
 
 DOMAINS: dict[str, Domain] = {domain.name: domain for domain in (*CONVENTIONS, *EXPERT_TEXTS)}
 BLOCKS = ("in_proj", "out_proj", "qkv")
@@ -122,6 +126,40 @@ def tables(found: Mapping[str, Mapping[str, Sequence[Outcome]]]) -> list[Table]:
     ]
 
 
+def serving(model: MambaFormerForCausalLM, quick: bool) -> Table:
+    """CPU time of reading 128 bytes and of decoding 64 more, each row with random scales of its own."""
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(256, (16, 128), generator=draw)
+    ranks = ExpertSettings(matrices=CHOICES["blocks, embedding"]).adapted(
+        model.adaptable(), model.adaptable_on_request()
+    )
+    scales = {name: 1 + 0.05 * torch.randn(16, rank, generator=draw) for name, rank in ranks.items()}
+    adapted = {
+        "base": Adaptation.identity(),
+        "blocks": Adaptation({name: z for name, z in scales.items() if name != "embedding"}),
+        "blocks, embedding": Adaptation(scales),
+        "embedding": Adaptation({"embedding": scales["embedding"]}),
+    }
+    new = {"reading": 1, "decoding": 2 if quick else 65}
+    rows = []
+    for rows_at_once in (1, 16):
+        given = {name: each.select(range(rows_at_once)) for name, each in adapted.items()}
+        for title, tokens in new.items():
+            works = {
+                name: Work(
+                    partial(model.generate, max_new_tokens=tokens, adaptation=each),
+                    partial(ids.narrow, 0, 0, rows_at_once),
+                )
+                for name, each in given.items()
+            }
+            times = interleaved(works, title, Rounds(3 if quick else 15, clock=time.process_time))
+            ratios = [f"{times.ratio(name, 'blocks')[0]:.2f} ± {times.ratio(name, 'blocks')[1]:.2f}" for name in works]
+            rows.append([f"{title}, {rows_at_once} row(s)", f"{1e3 * times.median('blocks'):.1f}", *ratios])
+    return Table(
+        "CPU time, times that of blocks", ["", "blocks, ms", *adapted], rows, "Medians ± half quartile ranges."
+    )
+
+
 def _joined(outcomes: Sequence[Outcome]) -> np.ndarray:
     return np.concatenate([outcome.nll for outcome in outcomes])
 
@@ -129,6 +167,7 @@ def _joined(outcomes: Sequence[Outcome]) -> np.ndarray:
 def main(
     seeds: Annotated[int, typer.Option(min=1, help="how many seeds")] = 2,
     domain: Annotated[list[str] | None, typer.Option(help="only this domain; may be repeated")] = None,
+    cost: Annotated[bool, typer.Option("--cost", help="train nothing; time the model")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="a smoke test: one step, two documents")] = False,
 ) -> None:
     """Train, judge and print Markdown tables, after each domain those of all so far."""
@@ -136,6 +175,9 @@ def main(
     if unknown := [name for name in domain or () if name not in DOMAINS]:
         raise typer.BadParameter(f"expected domains of {', '.join(DOMAINS)}, got {unknown[0]!r}")
     model, budget = load_bundle().model, QUICK if quick else FULL
+    if cost:
+        print(serving(model, quick).to_markdown())
+        return
     found: dict[str, dict[str, list[Outcome]]] = {}
     for name in domain or DOMAINS:
         found[name] = {choice: [] for choice in CHOICES}

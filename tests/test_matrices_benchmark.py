@@ -22,6 +22,14 @@ def test_the_smoke_test_prints_all_choices(capsys: pytest.CaptureFixture[str]) -
     assert "nan" not in printed
 
 
+@pytest.mark.slow
+def test_costs_are_ratios(capsys: pytest.CaptureFixture[str]) -> None:
+    matrices.main(cost=True, quick=True)
+    printed = capsys.readouterr().out
+    assert printed.count("| reading, ") == printed.count("| decoding, ") == 2
+    assert "1.00 ± 0.00" in printed
+
+
 def test_differences_are_paired() -> None:
     """By document, over all seeds, from the default choice."""
 
