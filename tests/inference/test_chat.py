@@ -191,7 +191,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("bundle64", {"blend": UNMERGED, "threshold": float("inf"), "max_context": 32}),
     ("cut64", {"blend": UNMERGED, "threshold": 0.01, "max_context": 32}),
     ("embedded64", {"blend": UNMERGED, "threshold": 0.0}),
-    ("embedded64", {"blend": RefinedMean(6), "threshold": 0.2}),
+    ("embedded64", {"blend": RefinedMean(6), "threshold": float("inf")}),
     ("embedded64", {"blend": UNMERGED, "threshold": float("inf"), "max_context": 32}),
 ]
 
