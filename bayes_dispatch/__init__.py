@@ -88,6 +88,7 @@ if TYPE_CHECKING:
     from bayes_dispatch.inference.first_pass import FirstPass, first_pass
     from bayes_dispatch.inference.generation import Generation, Streamed
     from bayes_dispatch.inference.generator import TwoPassGenerator
+    from bayes_dispatch.inference.layered import LayeredMean, LayeredPredictive
     from bayes_dispatch.inference.scores import Comparison, SystemComparison
     from bayes_dispatch.inference.strategies import (
         AskedExpert,
@@ -190,6 +191,8 @@ __all__ = [
     "SystemComparison",
     "FewShotProgram",
     "FewShotFit",
+    "LayeredMean",
+    "LayeredPredictive",
     "AnswerLikelihood",
     "SequentialMonteCarlo",
     "ImportanceSampling",
@@ -298,6 +301,8 @@ _MODULE_OF = {
     "SystemComparison": "inference.scores",
     "FewShotProgram": "inference.few_shot",
     "FewShotFit": "inference.few_shot",
+    "LayeredMean": "inference.layered",
+    "LayeredPredictive": "inference.layered",
     "AnswerLikelihood": "inference.answers",
     "SequentialMonteCarlo": "inference.few_shot_methods",
     "ImportanceSampling": "inference.few_shot_methods",

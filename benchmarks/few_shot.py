@@ -1,7 +1,8 @@
 """Few-shot adaptation: posterior and point estimates of the blend weights, given 1 to 16 questions with answers.
 
-    python benchmarks/few_shot.py            # three seeds, an hour on one core
-    python benchmarks/few_shot.py --quick    # a smoke test; the numbers mean nothing
+    python benchmarks/few_shot.py                                      # three seeds, an hour on one core
+    python benchmarks/few_shot.py --seeds 1 --given 4 --coupling 20    # weights by layer, about shared ones
+    python benchmarks/few_shot.py --quick                              # a smoke test; the numbers mean nothing
 
 Pairs are of one convention, or of two in turn. Every method sees the same pairs and is judged on the same other ones.
 "Best single" takes the expert, or base, that makes the given answers most probable.
@@ -9,7 +10,7 @@ Pairs are of one convention, or of two in turn. Every method sees the same pairs
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
@@ -50,6 +51,7 @@ class Budget:
         CrossEntropy(64, 10, 12),
     )
     simulations: int = 40
+    coupling: float | None = None  # of the program: weights by layer are judged, where it is given
 
 
 FULL = Budget()
@@ -85,16 +87,23 @@ def pairs_of(
 
 
 def judge(
-    method: FewShotMethod, given: AnswerLikelihood, judged: AnswerLikelihood, truth: np.ndarray, draws: int, seed: int
+    method: FewShotMethod,
+    given: AnswerLikelihood,
+    judged: AnswerLikelihood,
+    truth: np.ndarray,
+    budget: Budget,
+    seed: int,
 ) -> Result:
     """Infer the weights from the given pairs, and judge them on the others."""
     start = time.process_time()
-    found = method.infer(FewShotProgram(given), seed)
+    found = method.infer(FewShotProgram(given, coupling=budget.coupling), seed)
     seconds = time.process_time() - start
     state = torch.from_numpy(found.state)
-    nll = {f"{method.name}, mean": _nll(judged, state.mean(0)[:1])}
+    state = state[:, 0] if budget.coupling is None else state[:, 1:]  # (S, K + 1) or (S, layers, K + 1)
+    nll = {f"{method.name}, mean": _nll(judged, state.mean(0)[None])}
     if len(state) > 1:
-        nll[f"{method.name}, predictive"] = _nll(judged, state[np.linspace(0, len(state) - 1, draws).astype(int), 0])
+        chosen = np.linspace(0, len(state) - 1, budget.draws).astype(int)
+        nll[f"{method.name}, predictive"] = _nll(judged, state[chosen])
     return Result(seconds, nll, _covered(found, truth))
 
 
@@ -111,7 +120,7 @@ def _covered(found: FewShotFit, truth: np.ndarray) -> tuple[bool, ...]:
 
 @torch.no_grad()
 def _nll(judged: AnswerLikelihood, weights: torch.Tensor) -> float:
-    """Nats per byte of each answer's probability, averaged over the weights (S, K + 1)."""
+    """Nats per byte of each answer's probability, averaged over the weights (S, K + 1) or (S, layers, K + 1)."""
     logs = judged.by_pair(weights).logsumexp(0) - np.log(len(weights))
     return float(-logs.sum()) / judged.answer_bytes
 
@@ -126,7 +135,7 @@ def task(bundle: bd.Bundle, names: tuple[str, ...], count: int, budget: Budget, 
     )
     components = bundle.experts.components
     truth = np.array([names.count(name) / len(names) for name in components])
-    results = [judge(method, given, judged, truth, budget.draws, seed) for method in budget.methods]
+    results = [judge(method, given, judged, truth, budget, seed) for method in budget.methods]
     vertices = torch.eye(len(components)).double()
     with torch.no_grad():
         best = vertices[given(vertices).argmax()]
@@ -198,11 +207,14 @@ def table(title: str, budget: Budget, found: dict[int, list[list[Result]]]) -> l
 def main(
     seeds: Annotated[int, typer.Option(min=1, help="how many seeds")] = 3,
     first_seed: Annotated[int, typer.Option(min=0, help="the first of them")] = 0,
+    given: Annotated[list[int] | None, typer.Option(min=1, help="only this many pairs; may be repeated")] = None,
+    coupling: Annotated[float | None, typer.Option(help="infer weights by layer, of this precision")] = None,
     quick: Annotated[bool, typer.Option(help="a smoke test")] = False,
 ) -> None:
     """Print Markdown tables."""
     torch.set_num_threads(1)
     budget, bundle = QUICK if quick else FULL, bd.load_bundle()
+    budget = replace(budget, given=tuple(given or budget.given), coupling=coupling)
     chosen = range(first_seed, first_seed + seeds)
     kinds: dict[str, tuple[tuple[str, ...], ...]] = {"one convention": PURE, "two conventions in turn": MIXED}
     if quick:
@@ -214,6 +226,8 @@ def main(
         }
         for each in table(title, budget, found):
             print(f"{each.to_markdown()}\n", flush=True)
+    if coupling is not None:
+        return
     counts = [simulated_coverage(bundle, budget, seed) for seed in chosen]
     held, all_ = (sum(column) for column in zip(*counts, strict=True))
     spread = (held / all_ * (1 - held / all_) / all_) ** 0.5

@@ -1,5 +1,6 @@
 """The experts of one base model: blended by weights, kept as a directory of safetensors files."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +36,10 @@ class ExpertBank(Mapping[str, ExpertVector]):
         names: names of the K experts, in order. components: the same with ``base`` at the end.
         base: fingerprint of the model that all of them were trained on.
         matrices: the adapted matrices, in order, with the number of scales of each.
-        adapt_from: the first block that has one of them: what is below is the same under every blend.
+        layers: the layers that have one of them, in order: the parts of their names up to the first number, or all of
+            a name without one.
+        adapt_from: the first block that has one of them: what is below is the same under every blend. With an adapted
+            embedding it is 0.
         metadata: of each expert, by name; no expert is read for it.
 
     Raises:
@@ -62,6 +66,9 @@ class ExpertBank(Mapping[str, ExpertVector]):
         )
         self.names = tuple(self._experts)
         self.components = (*self.names, BASE)
+        layers = [_layer(matrix) for matrix in self.matrices]
+        self.layers = tuple(dict.fromkeys(layers))
+        self._layer_of = [self.layers.index(layer) for layer in layers]
         self.adapt_from = min(map(block_of, self.matrices))
         self._deviations: Tensor | None = None
         self._waiting = set(range(len(experts)))  # rows of it that no blend needed so far
@@ -129,6 +136,23 @@ class ExpertBank(Mapping[str, ExpertVector]):
         return Adaptation(
             {name: 1 + own @ part for name, own, part in zip(self.matrices, weights.unbind(dim=-2), parts, strict=True)}
         )
+
+    def blend_by_layer(self, weights: Float[Tensor, "*B layers components"]) -> Adaptation:
+        """``blend`` with weights of its own for each layer.
+
+        Args:
+            weights: (L, K + 1) for scales that all rows share, or (B, L, K + 1) for scales of each row; layers in the
+                order of ``self.layers``, in the dtype that the scales shall have.
+
+        Raises:
+            TensorError: another number of layers or components, or weights that are not finite.
+            BundleError, ForeignExpertError: an expert cannot be read.
+        """
+        shape = (len(self.layers), len(self.components))
+        if weights.ndim not in (2, 3) or tuple(weights.shape[-2:]) != shape:
+            expected = f"({shape[0]}, {shape[1]}) or (B, {shape[0]}, {shape[1]})"
+            raise TensorError(f"expected weights of shape {expected}, got {tuple(weights.shape)}")
+        return self.blend_by_matrix(weights[..., self._layer_of, :])
 
     def check_base(self, model: Backbone) -> None:
         """Raise ``ForeignExpertError`` unless the experts were made for ``model``."""
@@ -212,6 +236,11 @@ class ExpertBank(Mapping[str, ExpertVector]):
                 self._deviations[k] = torch.cat([scales[name].detach() for name in self.matrices]).double() - 1
                 self._waiting.discard(k)
         return self._deviations.to(weights, copy=bool(self._waiting))  # a graph may keep it, and rows be filled later
+
+
+def _layer(matrix: str) -> str:
+    found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", matrix)
+    return found.group() if found else matrix
 
 
 def _check_fit(expert: ExpertVector, base: str, matrices: Mapping[str, int], like: str) -> None:

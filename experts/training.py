@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -56,7 +57,9 @@ class ExpertSettings:
         decay: L2 penalty on z − 1. seed: of the documents, and of the answers that are sampled.
         objective: what the expert is trained for. stopping: when to stop early; ``None`` for never.
         matrices: kinds of matrices that are adapted, by the end of their names, such as ``("in_proj", "qkv")``;
-            ``None`` for all that can be. adapt_from: first block that is adapted.
+            ``None`` for all of the blocks. The embedding, which a tied head shares, is adapted where ``"embedding"``
+            is among them; then nothing of a prompt is the same for all experts (``ExpertBank.adapt_from`` is 0).
+        adapt_from: first block that is adapted.
         rank: scales of each matrix, at most, those of its largest singular values; ``None`` for all.
 
     Raises:
@@ -81,23 +84,31 @@ class ExpertSettings:
                 f"expected adapt_from of at least 0 and a rank of at least 1, got {self.adapt_from} and {self.rank}"
             )
 
-    def adapted(self, adaptable: Mapping[str, int]) -> dict[str, int]:
+    def adapted(
+        self, adaptable: Mapping[str, int], on_request: Mapping[str, int] = MappingProxyType({})
+    ) -> dict[str, int]:
         """The matrices that experts scale, and how many scales each has.
 
         Args:
             adaptable: name and rank of each that can be; the first number in a name is its block's.
+            on_request: of those that are adapted only where ``matrices`` has them.
 
         Raises:
-            ConfigError: a kind that there is none of, or no matrix is left.
+            ConfigError: a kind that there is none of, no matrix is left, or one on request is below ``adapt_from``.
         """
-        kinds = {name.rpartition(".")[2] for name in adaptable}
-        if unknown := set(self.matrices or ()) - kinds:
+        every = {**adaptable, **on_request}
+        kinds = {name.rpartition(".")[2] for name in every}
+        wanted = {name.rpartition(".")[2] for name in adaptable} if self.matrices is None else set(self.matrices)
+        if unknown := wanted - kinds:
             raise ConfigError(f"expected kinds of matrices among {sorted(kinds)}, got {sorted(unknown)[0]!r}")
         chosen = {
             name: rank if self.rank is None else min(rank, self.rank)
-            for name, rank in adaptable.items()
-            if (self.matrices is None or name.rpartition(".")[2] in self.matrices) and block_of(name) >= self.adapt_from
+            for name, rank in every.items()
+            if name.rpartition(".")[2] in wanted and block_of(name) >= self.adapt_from
         }
+        for name in on_request:
+            if name in wanted and name not in chosen:
+                raise ConfigError(f"expected adapt_from of 0 to adapt the {name}, got {self.adapt_from}")
         if not chosen:
             raise ConfigError(f"expected a matrix from block {self.adapt_from} on to adapt, got none")
         return chosen
@@ -124,8 +135,9 @@ def train_expert(
         ConfigError: the objective rewards answers, and the domain has no checker; or no matrix is to be adapted.
     """
     device = next(model.parameters()).device
-    adapted = settings.adapted(model.adaptable()) if matrices is None else matrices
-    scales = {name: torch.ones(rank, device=device, requires_grad=True) for name, rank in adapted.items()}
+    if matrices is None:
+        matrices = settings.adapted(model.adaptable(), model.adaptable_on_request())
+    scales = {name: torch.ones(rank, device=device, requires_grad=True) for name, rank in matrices.items()}
     optimizer = torch.optim.Adam(scales.values(), lr=settings.learning_rate)
     kept = _Best(model, domain, settings)
     with frozen(model):

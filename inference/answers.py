@@ -1,6 +1,5 @@
 """How probable given answers are under blends of the experts: the likelihood of few-shot adaptation."""
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -31,7 +30,7 @@ class AnswerLikelihood:
 
     Attributes:
         components: names of the K + 1 components, base last.
-        layers: the layers that the experts adapt, in order: the parts of the matrices' names up to the first number.
+        layers: those of the experts (``ExpertBank.layers``).
 
     Raises:
         ForeignExpertError: the experts were made for another model.
@@ -54,9 +53,7 @@ class AnswerLikelihood:
         self._counted = torch.zeros(self._ids.shape[0], self._ids.shape[1] - 1)
         for row, (prompt, answer) in enumerate(self.pairs):
             self._counted[row, len(prompt) : len(prompt) + len(answer)] = 1.0
-        layers = [_layer(name) for name in experts.matrices]
-        self.layers = tuple(dict.fromkeys(layers))
-        self._layer_of = torch.tensor([self.layers.index(layer) for layer in layers])
+        self.layers = experts.layers
 
     @property
     def answer_bytes(self) -> int:
@@ -98,7 +95,7 @@ class AnswerLikelihood:
     def _blend(self, weights: Tensor) -> Adaptation:
         if weights.ndim == 2:
             return self.experts.blend(weights)
-        return self.experts.blend_by_matrix(weights[:, self._layer_of])
+        return self.experts.blend_by_layer(weights)
 
 
 def check_pairs(pairs: Sequence[tuple[str | bytes, str | bytes]]) -> list[tuple[bytes, bytes]]:
@@ -124,8 +121,3 @@ def check_pairs(pairs: Sequence[tuple[str | bytes, str | bytes]]) -> list[tuple[
             raise PromptError(f"expected pair {index} to have an answer, and {most}, got {got}")
         checked.append((prompt, answer))
     return checked
-
-
-def _layer(matrix: str) -> str:
-    found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", matrix)
-    return found.group() if found else matrix

@@ -41,6 +41,12 @@ class Particles:
         merge: once the prompt is read, particles are run as one as long as the mixture is expected to change by no
             more than this many nats a token (``merging``); 0 for none.
         refined: once the prompt is read, the particles are replaced by one: their filtered mean.
+        layers: (prompt, particle, L, K + 1), the weights that each of the L layers of the experts is run with
+            (``ExpertBank.layers``), where these differ; then ``weights`` are what is told of a particle. ``None`` where
+            all layers have ``weights``.
+
+    Raises:
+        ConfigError: weights by layer that are to be refined.
     """
 
     weights: np.ndarray
@@ -49,10 +55,21 @@ class Particles:
     flat: float = 0.0
     merge: float = 0.0
     refined: bool = False
+    layers: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.refined and self.layers is not None:
+            raise ConfigError("expected particles of the same weights in every layer to refine, got weights by layer")
+
+    @property
+    def run(self) -> np.ndarray:
+        """The weights that rows of the model are run with: (prompt, particle, K + 1), or ``layers``."""
+        return self.weights if self.layers is None else self.layers
 
     def select(self, prompts: slice | np.ndarray) -> "Particles":
         """The particles of some prompts."""
-        return replace(self, weights=self.weights[prompts], mass=self.mass[prompts])
+        layers = None if self.layers is None else self.layers[prompts]
+        return replace(self, weights=self.weights[prompts], mass=self.mass[prompts], layers=layers)
 
 
 @runtime_checkable

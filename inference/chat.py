@@ -193,6 +193,8 @@ class Chat:
         seeds = row_seeds(settings.seed + 2 * state.turns, [transcript.data])
         posterior = system.dispatcher.posterior(evidence, draws=POSTERIOR_DRAWS, seed=seeds)
         candidate = settings.blend.particles(posterior)
+        if candidate.layers is not None:
+            raise ConfigError(f"expected a blend of one set of weights for a chat, got {settings.blend.name} by layer")
         divergence, compared = float("nan"), 0
         if state.turns:
             divergence, compared = expected_divergence(

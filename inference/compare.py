@@ -122,7 +122,7 @@ def score_together(
         ConfigError: no document, or one without scored bytes.
     """
     _check(documents)
-    weights, places = _distinct([each.weights for each in particles.values()])
+    weights, places = _distinct(_alike([each.run for each in particles.values()]))
     at_once = max(1, ROWS_AT_ONCE // weights.shape[1])
     scores: dict[str, list[Score]] = {name: [] for name in particles}
     with tqdm(total=len(documents), desc="documents", disable=not progress) as bar:
@@ -134,7 +134,7 @@ def score_together(
                 own = each.select(part)
                 if each.refined:
                     mean = _refined(reading, documents[part], own, place[part])
-                    again = _read(model, experts, documents[part], mean.weights)
+                    again = _read(model, experts, documents[part], mean.run)
                     found, rows = (
                         _filter(again, mean, np.zeros(mean.mass.shape, dtype=int), None),
                         1 + each.mass.shape[1],
@@ -170,7 +170,9 @@ class _Reading(NamedTuple):
 def _read(model: Backbone, experts: ExpertBank, documents: Sequence[Document], weights: np.ndarray) -> _Reading:
     tokenizer = ByteTokenizer()
     ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *document.data] for document in documents])
-    equal = Particles(weights, np.full(weights.shape[:2], 1 / weights.shape[1]))
+    layers = None if weights.ndim == 3 else weights
+    told = weights if layers is None else weights.mean(2)
+    equal = Particles(told, np.full(weights.shape[:2], 1 / weights.shape[1]), layers=layers)
     after = UncachedReader(model, experts, equal, ids, mask.sum(1)).read_prompts(0, ids.shape[1])  # (N, W, 1 + T, V)
     ids = ids[:, 1:]
     own = after[:, :, :-1].gather(3, ids[:, None, :, None].expand(-1, weights.shape[1], -1, 1))[..., 0]
@@ -228,8 +230,16 @@ def _log_masses(
     return torch.stack(before, 1)
 
 
+def _alike(weights: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """(N, S_i, K + 1) weights as they are; where others are by layer, (N, S_i, L, K + 1), repeated for each layer."""
+    layers = {each.shape[2] for each in weights if each.ndim == 4}
+    if not layers:
+        return list(weights)
+    return [each if each.ndim == 4 else each[:, :, None].repeat(max(layers), 2) for each in weights]
+
+
 def _distinct(weights: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Distinct rows of (N, S_i, K + 1) weights: (N, W, K + 1), the shorter ones padded, and where each is, (N, S_i)."""
+    """Distinct rows of (N, S_i, …) weights: (N, W, …), the shorter ones padded, and where each is, (N, S_i)."""
     together = np.concatenate(weights, axis=1)
     rows, where = zip(*(np.unique(each, axis=0, return_inverse=True) for each in together), strict=True)
     width = max(map(len, rows))

@@ -86,14 +86,15 @@ class CachedReader:
         self._row = list(row)
         # rows of the model: distinct particles of distinct prompts
         place: dict[tuple[int, bytes], int] = {}
-        doubles = np.asarray(particles.weights, dtype=np.float64)
+        doubles = np.asarray(particles.run, dtype=np.float64)
         keys = [[(own, each.tobytes()) for each in blends] for own, blends in zip(row, doubles, strict=True)]
         self._index = torch.tensor([[place.setdefault(key, len(place)) for key in of_prompt] for of_prompt in keys])
         self._owner = torch.tensor([own for own, _ in place])  # row of the prefix, and later prompt, of each row
-        blends = np.stack([np.frombuffer(each) for _, each in place])
+        blends = np.stack([np.frombuffer(each).reshape(doubles.shape[2:]) for _, each in place])
         weights = torch.tensor(blends).to(cut.model.dtype)
         # one row is as good as scales that all rows share, which may be folded into a matrix
-        self._adaptation = experts.blend(weights if len(weights) > 1 else weights[0])
+        blend = experts.blend if particles.layers is None else experts.blend_by_layer
+        self._adaptation = blend(weights if len(weights) > 1 else weights[0])
         self._below = prefix.cache
         self._above = cut.cache_above(len(weights), capacity)
         self._above.grow = grow
@@ -203,8 +204,9 @@ class UncachedReader:
         tokens: Int[Tensor, " N"],
     ) -> None:
         self.evaluated = 0
-        self._model, self._experts = model, experts
-        self._weights = torch.tensor(particles.weights)  # a copy: a posterior's own draws are read-only
+        self._model = model
+        self._blend = experts.blend if particles.layers is None else experts.blend_by_layer
+        self._weights = torch.tensor(particles.run)  # a copy: a posterior's own draws are read-only
         self._seen = [row[:count] for row, count in zip(ids.tolist(), tokens.tolist(), strict=True)]
 
     @property
@@ -237,7 +239,7 @@ class UncachedReader:
         for i, row in enumerate(self._seen):
             padded[i, : len(row)] = torch.tensor(row)
             mask[i, : len(row)] = 1
-        adaptation = self._experts.blend(self._weights.flatten(0, 1).to(self._model.dtype))
+        adaptation = self._blend(self._weights.flatten(0, 1).to(self._model.dtype))
         ids, real = (each.repeat_interleave(shape[1], 0) for each in (padded, mask))
         self.evaluated += int(real.sum()) * CutModel(self._model, 0).depth
         logits = self._model(ids, attention_mask=real, adaptation=adaptation).logits

@@ -231,7 +231,8 @@ def _on_base(particles: Particles, foreign: Bool[np.ndarray, " N"]) -> Particles
     if not foreign.any():
         return particles
     base = np.eye(particles.weights.shape[2])[-1]
-    return replace(particles, weights=np.where(foreign[:, None, None], base, particles.weights))
+    layers = None if particles.layers is None else np.where(foreign[:, None, None, None], base, particles.layers)
+    return replace(particles, weights=np.where(foreign[:, None, None], base, particles.weights), layers=layers)
 
 
 def _of_prefix(prefix: Prefix, prompts: int, block: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Adaptation:
 
     scales: Mapping[str, Tensor]
     rows: int | None = field(init=False)
-    _digests: dict[str, str | tuple[str, ...]] = field(init=False, repr=False, default_factory=dict)
+    _digests: dict[tuple[str, ...], str | tuple[str, ...]] = field(init=False, repr=False, default_factory=dict)
     _parts: dict[str, "Adaptation"] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -73,17 +73,17 @@ class Adaptation:
             self._parts[prefix] = Adaptation({name.removeprefix(prefix): scales for name, scales in named.items()})
         return self._parts[prefix]
 
-    def digest(self, prefix: str) -> str | tuple[str, ...]:
-        """A hash of the scales whose matrix names begin with ``prefix``; empty where there are none.
+    def digest(self, *prefixes: str) -> str | tuple[str, ...]:
+        """A hash of the scales whose matrix names begin with one of ``prefixes``; empty where there are none.
 
         One for all rows, or one for each row; a row has the hash that its scales would have if they were shared.
         """
-        if prefix not in self._digests:  # once: every cached step asks
-            self._digests[prefix] = self._compute_digest(prefix)
-        return self._digests[prefix]
+        if prefixes not in self._digests:  # once: every cached step asks
+            self._digests[prefixes] = self._compute_digest(prefixes)
+        return self._digests[prefixes]
 
-    def _compute_digest(self, prefix: str) -> str | tuple[str, ...]:
-        named = {name: self.scales[name].detach().cpu() for name in sorted(self.scales) if name.startswith(prefix)}
+    def _compute_digest(self, prefixes: tuple[str, ...]) -> str | tuple[str, ...]:
+        named = {name: self.scales[name].detach().cpu() for name in sorted(self.scales) if name.startswith(prefixes)}
         if not named:
             return ""
         if self.rows is None:

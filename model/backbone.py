@@ -45,7 +45,7 @@ class Backbone(Protocol):
         ...
 
     def adaptable(self) -> dict[str, int]:
-        """The name and rank of each matrix that can be adapted, in order."""
+        """The name and rank of each matrix that experts adapt unless told otherwise, in order."""
         ...
 
     def fingerprint(self) -> str:
@@ -71,7 +71,7 @@ class Cuttable(Protocol):
     def above(
         self,
         block: int,
-        x: Float[Tensor, "B T D"],
+        x: Int[Tensor, "B T"] | Float[Tensor, "B T D"],
         *,
         attention_mask: Int[Tensor, "B T"] | None = None,
         cache: Cache | None = None,
@@ -80,6 +80,7 @@ class Cuttable(Protocol):
     ) -> Float[Tensor, "B t V"]:
         """Logits: run ``block`` and all after it on what ``below`` gave; ``cache`` is of these blocks.
 
+        Block 0 runs on tokens, too: the embedding of each row may be adapted.
         With ``last`` (B,) those of one place of each row alone, (B, 1, V).
         """
         ...

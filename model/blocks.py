@@ -19,6 +19,7 @@ from bayes_dispatch.model.mixers import Memory, Span
 from bayes_dispatch.model.normalisation import RMSNorm
 from bayes_dispatch.model.padding import Padding, check_padding
 from bayes_dispatch.model.stepping import Stepper, Steppers, can_step
+from bayes_dispatch.model.svd_embedding import EMBEDDING, SVDEmbedding
 from bayes_dispatch.model.svd_linear import SVDLinear
 
 __all__ = ["BlockStack", "MambaFormer", "Stretch", "check_adaptation"]
@@ -55,8 +56,7 @@ class BlockStack(nn.Module):
         self.backbone = backbone
         self.gradient_checkpointing = False
         if vocab_size is not None:  # before the blocks: the order of the weights is that of their fingerprint
-            self.embedding = nn.Embedding(vocab_size, backbone.d_model)
-            nn.init.normal_(self.embedding.weight, std=0.02)
+            self.embedding = SVDEmbedding(vocab_size, backbone.d_model)
         self.blocks = nn.ModuleList(Block(build(kind, backbone), backbone.d_model) for kind in backbone.block_kinds)
         self.norm = RMSNorm(backbone.d_model)
         for name, parameter in self.blocks.named_parameters():
@@ -151,14 +151,16 @@ class BlockStack(nn.Module):
     def _check_blocks(self, blocks: range, cache: Cache, adaptation: Adaptation) -> None:
         """Before any block changes its state: raise if one was filled under other scales."""
         for index in blocks:
-            cache.check_block(index, adaptation.digest(f"blocks.{index}."))
+            read = (EMBEDDING,) if index == 0 else ()  # another embedding is another input of the first block
+            cache.check_block(index, adaptation.digest(f"blocks.{index}.", *read))
 
     def _scales(self, adaptation: Adaptation) -> list[dict[str, Tensor]]:
         """The scales of each block, by the names that its mixer knows."""
         scales: list[dict[str, Tensor]] = [{} for _ in self.blocks]
         for name, z in adaptation.scales.items():
-            _, block, _, matrix = name.split(".", 3)
-            scales[int(block)][matrix] = z
+            if name != EMBEDDING:
+                _, block, _, matrix = name.split(".", 3)
+                scales[int(block)][matrix] = z
         return scales
 
     def init_cache(
@@ -203,8 +205,12 @@ class BlockStack(nn.Module):
         return Cache(states, batch_size, max_length, self._maker(), grow, blocks.start)
 
     def adaptable(self) -> dict[str, int]:
-        """Name and rank of each matrix that can be adapted, in order."""
+        """Name and rank of each matrix that experts adapt unless told otherwise: those of the blocks, in order."""
         return {name: module.rank for name, module in self.named_modules() if isinstance(module, SVDLinear)}
+
+    def adaptable_on_request(self) -> dict[str, int]:
+        """Name and rank of what can be adapted, too, where it is named: the embedding, and with it a tied head."""
+        return {name: module.rank for name, module in self.named_children() if isinstance(module, SVDEmbedding)}
 
     def fingerprint(self) -> str:
         """A hash of the weights in float32, which is the same for a float64 copy of the model."""
@@ -235,7 +241,7 @@ class BlockStack(nn.Module):
             return
         asked = adaptation, batch, self.dtype
         if self._checked is None or any(a is not b for a, b in zip(asked, self._checked, strict=True)):
-            check_adaptation(adaptation, self.adaptable(), self.dtype, batch)
+            check_adaptation(adaptation, self.adaptable() | self.adaptable_on_request(), self.dtype, batch)
             self._checked = asked  # it cannot change, and every cached step asks
 
     def _check_states(self, x: Tensor) -> None:

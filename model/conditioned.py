@@ -45,7 +45,8 @@ class ConditionedDecoder:
         """Hidden states (B, D) of one more token for each row; the cache holds what they attend to."""
         return self._decode(tokens[:, None], Padding(), cache, None, adaptation)[:, 0]
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, adaptation: Adaptation) -> Tensor:
+        """Logits (B, T, V); the head is never adapted."""
         return self._logits(hidden)
 
     def init_cache(self, batch_size: int, max_length: int) -> Cache:

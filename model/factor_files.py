@@ -1,6 +1,7 @@
 """Decompositions of a model's matrices on disk, beside the model, so that large ones are computed once."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -9,10 +10,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from bayes_dispatch.errors import BundleError
+from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.model.factors import Factors
 from bayes_dispatch.model.files import read_tensors, write_tensors
-from bayes_dispatch.model.svd_linear import SVDLinear
+from bayes_dispatch.model.svd_embedding import SVDEmbedding
+from bayes_dispatch.model.svd_linear import SVDLinear, SVDMatrix
 
 __all__ = ["FACTORS_FILE", "Fingerprinted", "load_factors", "save_factors"]
 
@@ -28,18 +30,26 @@ class Fingerprinted(Protocol):
     def fingerprint(self) -> str: ...
 
 
-def save_factors(model: Fingerprinted, directory: str | Path, rank: int | None = None) -> dict[str, float]:
-    """Decompose every adaptable matrix, and keep the factors in the model and in ``directory``.
+def save_factors(
+    model: Fingerprinted, directory: str | Path, rank: int | None = None, also: Sequence[str] = ()
+) -> dict[str, float]:
+    """Decompose every matrix that is adaptable by default, and keep the factors in the model and in ``directory``.
 
     Args:
         model: whose ``SVDLinear`` matrices are decomposed. directory: of the saved model; ``from_pretrained`` finds the
             factors there. rank: leading triples of each matrix, where it has as many; all by default.
+        also: further matrices to decompose: ``("embedding",)``.
 
     Returns:
         The error of each matrix' triples, as in :class:`bayes_dispatch.model.factors.Factors`.
+
+    Raises:
+        ConfigError: a further matrix that the model does not have.
     """
-    tensors, errors = {}, {}
-    for name, linear in _matrices(model).items():
+    tensors, errors, more = {}, {}, _embeddings(model)
+    if unknown := [name for name in also if name not in more]:
+        raise ConfigError(f"expected further matrices among {sorted(more)}, got {unknown[0]!r}")
+    for name, linear in (_matrices(model) | {name: more[name] for name in also}).items():
         factors = linear.factors(linear.rank if rank is None else min(rank, linear.rank))
         errors[name] = factors.error
         for part in ("U", "s", "Vt"):
@@ -67,7 +77,8 @@ def load_factors(model: Fingerprinted, directory: str | Path) -> bool:
         raise BundleError(f"expected the errors of decompositions in {path}, got: {error!r:.80}") from None
     if metadata.get("base") != model.fingerprint():
         raise BundleError(f"expected factors of base model {model.fingerprint()} in {path}, got {metadata.get('base')}")
-    matrices = _matrices(model)
+    more = {name: matrix for name, matrix in _embeddings(model).items() if name in errors}
+    matrices = _matrices(model) | more
     names = {f"{name}.{part}" for name in matrices for part in ("U", "s", "Vt")}
     if set(tensors) != names or set(errors) != set(matrices):
         odd = sorted(set(tensors) ^ names)[:3] or sorted(set(errors) ^ set(matrices))[:3]
@@ -81,13 +92,20 @@ def load_factors(model: Fingerprinted, directory: str | Path) -> bool:
     return True
 
 
-def _matrices(model: Fingerprinted) -> dict[str, SVDLinear]:
+def _matrices(model: Fingerprinted) -> dict[str, SVDMatrix]:
+    """Those that every file has."""
     modules = model.named_modules() if isinstance(model, nn.Module) else ()
     return {name: module for name, module in modules if isinstance(module, SVDLinear)}
 
 
+def _embeddings(model: Fingerprinted) -> dict[str, SVDMatrix]:
+    """Those that a file may have."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    return {name: module for name, module in modules if isinstance(module, SVDEmbedding)}
+
+
 @torch.no_grad()
-def _check(name: str, linear: SVDLinear, factors: Factors, path: Path) -> None:
+def _check(name: str, linear: SVDMatrix, factors: Factors, path: Path) -> None:
     """Refuse triples that are none of this matrix: ``W v`` must be ``s u``, ``Wᵀ u`` be ``s v``, through a probe."""
     W, (U, s, Vt, error) = linear.weight, factors
     shapes, rank = (tuple(U.shape), tuple(s.shape), tuple(Vt.shape)), s.numel()

@@ -1,7 +1,6 @@
 """The MambaFormer (arXiv 2402.04248): a Mamba block, then pairs of attention and Mamba blocks, as a language model."""
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from bayes_dispatch.model.config import LanguageModelConfig
 from bayes_dispatch.model.generation import CachedContinuation, GenerationMixin, Prompts, UncachedContinuation
 from bayes_dispatch.model.padding import check_padding
 from bayes_dispatch.model.pretrained import Pretrained
+from bayes_dispatch.model.svd_embedding import EMBEDDING
 from bayes_dispatch.model.token_model import TokenModel, check_ids
 
 __all__ = ["Block", "MambaFormer", "MambaFormerForCausalLM"]
@@ -58,12 +58,12 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
             CacheFullError: the cache has no room. StaleCacheError: the cache is another model's or adaptation's.
         """
         hidden, _ = self.read(input_ids, attention_mask, cache, adaptation)
-        return CausalLMOutput(self.logits(hidden), hidden, cache)
+        return CausalLMOutput(self.logits(hidden, adaptation), hidden, cache)
 
     def above(
         self,
         block: int,
-        x: Float[Tensor, "B T D"],
+        x: Int[Tensor, "B T"] | Float[Tensor, "B T D"],
         *,
         attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"] | None = None,
         cache: Cache | None = None,
@@ -73,28 +73,42 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         """The logits (B, T, V) that ``forward`` gives, from the hidden states that come into ``block``.
 
         Args:
-            x: what ``below`` gave. cache: one of ``init_cache(…, blocks=range(block, …))``, up to the last block.
+            x: what ``below`` gave; for block 0 tokens will do, too, and where the embedding is adapted only they will.
+            cache: one of ``init_cache(…, blocks=range(block, …))``, up to the last block.
             last: (B,) the one place of each row whose logits are wanted: (B, 1, V).
 
         Raises:
-            TensorError: hidden states, a mask or scales of the wrong shape, or scales of a block below.
+            TensorError: hidden states, ids, a mask or scales of the wrong shape, or scales of what is below.
             CacheFullError, StaleCacheError: see ``forward``.
         """
         adaptation = adaptation or Adaptation.identity()
-        self._check_states(x)
+        stretch = self._stretch(range(block, len(self.blocks)))
+        from_tokens = block == 0 and not x.is_floating_point()
+        if not from_tokens:
+            self._check_states(x)
         self._check_adaptation(adaptation, x.shape[0])
         if adaptation.lowest_block < block:
             raise TensorError(
                 f"expected scales of block {block} and above alone, got some of {adaptation.lowest_block}"
             )
-        padding = check_padding(attention_mask, (x.shape[0], x.shape[1]), at_least=1 if cache is None else 0)
-        stretch = self._stretch(range(block, len(self.blocks)))
-        hidden = padding.restore(self._run(padding.to_right(x), padding, cache, adaptation, stretch=stretch))
-        return self.logits(hidden if last is None else hidden[torch.arange(len(hidden)), last][:, None])
+        if from_tokens:
+            x, padding = self._embed(x, attention_mask, cache, adaptation)
+        else:
+            if EMBEDDING in adaptation.scales:
+                raise TensorError(f"expected tokens, whose embedding is adapted, got {x.dtype} of {tuple(x.shape)}")
+            padding = check_padding(attention_mask, (x.shape[0], x.shape[1]), at_least=1 if cache is None else 0)
+            x = padding.to_right(x)
+        hidden = padding.restore(self._run(x, padding, cache, adaptation, stretch=stretch))
+        return self.logits(hidden if last is None else hidden[torch.arange(len(hidden)), last][:, None], adaptation)
 
-    def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
-        """The next-token head."""
-        return F.linear(hidden, self.embedding.weight) if self.head is None else self.head(hidden)
+    def logits(self, hidden: Float[Tensor, "B T D"], adaptation: Adaptation | None = None) -> Float[Tensor, "B T V"]:
+        """The next-token head, with nothing checked; scales of the embedding are those of a tied head.
+
+        A head of its own is not adapted: then scales of the embedding change what is read alone.
+        """
+        if self.head is not None:
+            return self.head(hidden)
+        return self.embedding.product(hidden, None if adaptation is None else adaptation.scales.get(EMBEDDING))
 
     def begin(
         self,

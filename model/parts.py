@@ -19,7 +19,8 @@ __all__ = ["CutModel"]
 class CutModel:
     """The blocks below a cut, which are never adapted, and those above it.
 
-    A model that cannot be cut is all above: what is below gives its tokens.
+    A model that cannot be cut, or is cut before its first block, is all above: what is below gives its tokens, as the
+    embedding may be adapted.
 
     Attributes:
         model: the whole. block: the first block above the cut. depth: blocks in all.
@@ -54,7 +55,7 @@ class CutModel:
         self, input_ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"] | None, cache: Cache | None
     ) -> Int[Tensor, "B T"] | Float[Tensor, "B T D"]:
         """What the blocks above read."""
-        if self._parts is None:
+        if self._parts is None or self.block == 0:
             return input_ids
         return self._parts.below(self.block, input_ids, attention_mask=mask, cache=cache)
 

@@ -1,4 +1,4 @@
-"""A linear map whose singular values can be scaled from call to call (Singular Value Fine-tuning, arXiv 2501.06252)."""
+"""Matrices whose singular values can be scaled from call to call (Singular Value Fine-tuning, arXiv 2501.06252)."""
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.factors import Factors, decompose
 
-__all__ = ["SVDLinear"]
+__all__ = ["SVDLinear", "SVDMatrix", "of_rows"]
 
 
-class SVDLinear(nn.Module):
-    """``y = W(z) x`` with ``W(z) = U diag(s * z) Vᵀ``; without scales, ``y = W x`` with the stored ``W`` itself.
+class SVDMatrix(nn.Module):
+    """``W(z) = U diag(s * z) Vᵀ``, applied without being built where that is cheaper.
 
     The published implementation also multiplies by ``Σ s / Σ (s * z)``; we do not, so that blending scales is the same
     as blending the adapted matrices. Fewer scales than the rank are those of the largest singular values; the others
@@ -30,10 +30,10 @@ class SVDLinear(nn.Module):
         self.rank = min(in_features, out_features)
         self._factors: tuple[tuple[object, ...], Factors] | None = None
 
-    def forward(
+    def product(
         self, x: Float[Tensor, "B T in_features"], scales: Float[Tensor, "*B r"] | None = None
     ) -> Float[Tensor, "B T out_features"]:
-        """Apply the map.
+        """``W(z) x``; without scales ``W x``, with the stored ``W`` itself.
 
         Args:
             x: inputs. scales: ``None``, one set (r,) for all rows, or one set per row (B, r), with r up to the rank.
@@ -43,17 +43,21 @@ class SVDLinear(nn.Module):
         """
         if scales is None:
             return F.linear(x, self.weight)
-        kinds = ((self.rank,), (x.shape[0], self.rank))
-        if scales.shape[:-1] not in {kind[:-1] for kind in kinds} or not 1 <= scales.shape[-1] <= self.rank:
-            expected = " or ".join(map(str, kinds))
-            raise TensorError(f"expected scales of shape {expected} or fewer of them, got {tuple(scales.shape)}")
+        self.check_scales(scales, x.shape[0])
         U, s, Vt, _ = self.factors(scales.shape[-1])
         if len(s) < self.rank:
             change = s * (scales - 1)
-            return F.linear(x, self.weight) + F.linear(F.linear(x, Vt) * _of_rows(change), U)
+            return F.linear(x, self.weight) + F.linear(F.linear(x, Vt) * of_rows(change), U)
         if scales.ndim == 1 and self._folding_pays(x.shape[0] * x.shape[1]):
             return F.linear(x, (U * (s * scales)) @ Vt)
-        return F.linear(F.linear(x, Vt) * _of_rows(s * scales), U)
+        return F.linear(F.linear(x, Vt) * of_rows(s * scales), U)
+
+    def check_scales(self, scales: Tensor, rows: int) -> None:
+        """Raise ``TensorError`` unless these are scales for all rows, or for each of them."""
+        kinds = ((self.rank,), (rows, self.rank))
+        if scales.shape[:-1] not in {kind[:-1] for kind in kinds} or not 1 <= scales.shape[-1] <= self.rank:
+            expected = " or ".join(map(str, kinds))
+            raise TensorError(f"expected scales of shape {expected} or fewer of them, got {tuple(scales.shape)}")
 
     def factors(self, rank: int | None = None) -> Factors:
         """The leading singular triples of the present weight, all by default; kept until it changes."""
@@ -84,6 +88,16 @@ class SVDLinear(nn.Module):
         return folded < tokens * self.rank * (out_features + in_features)
 
 
-def _of_rows(values: Tensor) -> Tensor:
+class SVDLinear(SVDMatrix):
+    """A linear map: ``y = W(z) x``."""
+
+    def forward(
+        self, x: Float[Tensor, "B T in_features"], scales: Float[Tensor, "*B r"] | None = None
+    ) -> Float[Tensor, "B T out_features"]:
+        """``product``: arguments and errors are its own."""
+        return self.product(x, scales)
+
+
+def of_rows(values: Tensor) -> Tensor:
     """Per-row values (B, r) as (B, 1, r); shared ones as they are."""
     return values if values.ndim == 1 else values[:, None]

@@ -11,6 +11,7 @@ from bayes_dispatch.model.cache import Cache
 from bayes_dispatch.model.config import MambaFormerConfig
 from bayes_dispatch.model.mixers import Memory
 from bayes_dispatch.model.padding import Padding, check_padding
+from bayes_dispatch.model.svd_embedding import EMBEDDING
 
 __all__ = ["TokenModel", "check_ids"]
 
@@ -37,7 +38,7 @@ class TokenModel(BlockStack):
         """
         adaptation = adaptation or Adaptation.identity()
         self._check_adaptation(adaptation, input_ids.shape[0])
-        x, padding = self._embed(input_ids, attention_mask, cache)
+        x, padding = self._embed(input_ids, attention_mask, cache, adaptation)
         return padding.restore(self._run(x, padding, cache, adaptation, memory)), padding
 
     def below(
@@ -53,27 +54,27 @@ class TokenModel(BlockStack):
         Raises:
             TensorError, CacheFullError, StaleCacheError: see ``MambaFormerForCausalLM``.
         """
-        x, padding = self._embed(input_ids, attention_mask, cache)
+        identity = Adaptation.identity()
+        x, padding = self._embed(input_ids, attention_mask, cache, identity)
         if block == 0:
             return padding.restore(x)
-        stretch = self._stretch(range(block))
-        return padding.restore(self._run(x, padding, cache, Adaptation.identity(), stretch=stretch))
+        return padding.restore(self._run(x, padding, cache, identity, stretch=self._stretch(range(block))))
 
     def _embed(
-        self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None, adaptation: Adaptation
     ) -> tuple[Float[Tensor, "B T D"], Padding]:
-        """Embeddings of checked tokens, right-padded."""
+        """Embeddings of checked tokens, right-padded; the scales are checked."""
         check_ids(input_ids, self.vocab_size)
         shape = (input_ids.shape[0], input_ids.shape[1])
         padding = check_padding(attention_mask, shape, at_least=1 if cache is None else 0)
-        return self.embedding(padding.to_right(input_ids)), padding
+        return self.embedding(padding.to_right(input_ids), adaptation.scales.get(EMBEDDING)), padding
 
     def step(self, tokens: Int[Tensor, " B"], cache: Cache, adaptation: Adaptation) -> Float[Tensor, "B D"]:
         """What ``read`` gives for one more token of each row, with nothing checked: for loops that have done so.
 
         ``cache`` is of this model as it is and has room, ``adaptation`` is the one that filled it.
         """
-        x = self.embedding(tokens[:, None])
+        x = self.embedding(tokens[:, None], adaptation.scales.get(EMBEDDING))
         return self.advance(x, None, cache, adaptation, same_weights=True)[:, 0]
 
 

@@ -25,6 +25,14 @@ def test_few_shot(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+def test_few_shot_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    few_shot.main(seeds=1, given=[2], coupling=20.0, quick=True)
+    printed = capsys.readouterr().out
+    assert all(f"| {method.name}, mean | 0." in printed for method in QUICK.methods)
+    assert "1 pairs" not in printed
+
+
+@pytest.mark.slow
 def test_strategies(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     strategies.main(quick=True, work=tmp_path)
     printed = capsys.readouterr().out

@@ -67,7 +67,7 @@ class LanguageModel(Protocol):
         """Hidden states (B, D) of one more token for each row (B,)."""
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, adaptation: Adaptation) -> Tensor:
         """The next-token head: (B, T, D) to (B, T, V)."""
         ...
 
@@ -98,10 +98,11 @@ class CachedContinuation:
         ids, tokens = self._prompt
         self._cache = self._model.init_cache(ids.shape[0], self._capacity)
         hidden, _ = self._model.read(ids, _mask(tokens, ids.shape[1]), self._cache, self._adaptation)
-        return self._model.logits(_last(hidden, tokens))[:, 0]
+        return self._model.logits(_last(hidden, tokens), self._adaptation)[:, 0]
 
     def step(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
-        return self._model.logits(self._model.step(tokens, self._cache, self._adaptation)[:, None])[:, 0]
+        hidden = self._model.step(tokens, self._cache, self._adaptation)
+        return self._model.logits(hidden[:, None], self._adaptation)[:, 0]
 
     def reorder(self, rows: Sequence[int]) -> None:
         self._cache.reorder(rows)
@@ -129,7 +130,7 @@ class UncachedContinuation:
         width = int(self._tokens.max())
         mask = _mask(self._tokens, width)
         hidden, _ = self._model.read(self._sequence[:, :width], mask, None, self._adaptation)
-        return self._model.logits(_last(hidden, self._tokens))[:, 0]
+        return self._model.logits(_last(hidden, self._tokens), self._adaptation)[:, 0]
 
     def step(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
         self._sequence = self._sequence.scatter(1, self._tokens[:, None], tokens[:, None])

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bayes_dispatch.bundle import SHIPPED
-from bayes_dispatch.errors import BundleError, ForeignExpertError
+from bayes_dispatch.errors import BundleError, ForeignExpertError, TensorError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.bank_files import verify_bank
 from bayes_dispatch.experts.provenance import provenance
@@ -521,3 +521,33 @@ def test_provenance(monkeypatch: pytest.MonkeyPatch) -> None:
     assert provenance() == {"date": "1970-01-02", "bayes_dispatch": "0.1.0", "torch": torch.__version__}
     monkeypatch.delenv("SOURCE_DATE_EPOCH")
     assert provenance()["date"] > "2026"
+
+
+def test_experts_of_the_embedding(model: "MambaFormerForCausalLM", tmp_path: Path) -> None:
+    """They are kept, verified and refused as those of other matrices are, and nothing is below them."""
+    draw = torch.Generator().manual_seed(0)
+    ranks = {**model.adaptable(), **model.adaptable_on_request()}
+    ranks = {name: rank for name, rank in ranks.items() if not name.startswith("blocks.0.")}
+
+    def expert(name: str, ranks: dict[str, int]) -> ExpertVector:
+        scales = {matrix: 1 + 0.3 * torch.randn(rank, generator=draw) for matrix, rank in ranks.items()}
+        return ExpertVector(name, scales, model.fingerprint())
+
+    bank = ExpertBank([expert(name, ranks) for name in "xyz"])
+    bank.save(tmp_path / "bank")
+    again = ExpertBank.load(tmp_path / "bank")
+    assert_same(again, bank)
+    again.check_base(model)
+    assert (bank.adapt_from, again.adapt_from) == (0, 0)
+    assert all(check.ok for check in verify_bank(tmp_path / "bank"))
+    ids = torch.tensor([[256, 97, 98]])
+    with torch.no_grad():
+        one, other = (model(ids, adaptation=each.blend(WEIGHTS.float())).logits for each in (bank, again))
+    assert torch.equal(one, other)
+    blocks = {name: rank for name, rank in ranks.items() if name != "embedding"}
+    assert ExpertBank([expert("x", blocks)]).adapt_from == 1
+    for wrong in (blocks, {**ranks, "embedding": 31}):
+        with pytest.raises(TensorError, match="expected expert w to scale what the bank scales"):
+            bank.with_expert(expert("w", wrong))
+    file_of(tmp_path / "bank", "y").write_bytes(file_of(tmp_path / "bank", "x").read_bytes())
+    assert [check.ok for check in verify_bank(tmp_path / "bank")] == [True, False, True]

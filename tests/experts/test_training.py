@@ -17,6 +17,7 @@ from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, train_expert
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.config import MambaFormerConfig
 from bayes_dispatch.model.pretraining import next_token_loss, pack_rows, schedule
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
@@ -229,6 +230,18 @@ def test_which_matrices_are_adapted(settings: ExpertSettings, expected: dict[str
     assert settings.adapted(ADAPTABLE) == expected
 
 
+def test_what_is_adapted_on_request_alone() -> None:
+    """No setting but its name brings the embedding in; it belongs to what comes before the first block."""
+    embedding = {"embedding": 20}
+    assert ExpertSettings().adapted(ADAPTABLE, embedding) == ADAPTABLE
+    found = ExpertSettings(matrices=("qkv", "embedding"), rank=10).adapted(ADAPTABLE, embedding)
+    assert found == {"blocks.1.mixer.qkv": 10, "embedding": 10}
+    with pytest.raises(ConfigError, match="expected adapt_from of 0 to adapt the embedding, got 1"):
+        ExpertSettings(matrices=("qkv", "embedding"), adapt_from=1).adapted(ADAPTABLE, embedding)
+    with pytest.raises(ConfigError, match=r"expected kinds of matrices among .*'embedding'.*, got 'q_proj'"):
+        ExpertSettings(matrices=("q_proj",)).adapted(ADAPTABLE, embedding)
+
+
 def test_matrices_that_are_not_there() -> None:
     with pytest.raises(ConfigError, match=r"expected kinds of matrices among .*, got 'q_proj'"):
         ExpertSettings(matrices=("q_proj",)).adapted(ADAPTABLE)
@@ -252,3 +265,42 @@ def test_a_part_is_trained_and_the_rest_stays(base: "MambaFormerForCausalLM") ->
         torch.testing.assert_close(none, base(ids).logits, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(one, none)
     assert not torch.allclose(half, one)
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+def test_the_embedding_is_trained(base: "MambaFormerForCausalLM", rank: int | None) -> None:
+    """Alone it helps, its weight stays, and what it learnt is a bank's, on disk too."""
+    settings = replace(SETTINGS, matrices=("embedding",), rank=rank)
+    before = base.fingerprint()
+    expert = train_expert(base, SORT, settings, progress=False)
+    assert expert.matrices == {"embedding": rank or 32}
+    assert base.fingerprint() == before
+    assert held_out_loss(base, expert) < held_out_loss(base, None) - 0.2
+
+
+def test_it_lowers_the_training_loss_together_with_the_blocks(
+    base: "MambaFormerForCausalLM", expert: ExpertVector
+) -> None:
+    kinds = ("in_proj", "out_proj", "qkv")
+    documents = [SORT.document(np.random.default_rng([0, 0, row]), 0, 48, "train").cut(48) for row in range(20)]
+    ids, weights = pack_rows([(d.data, d.byte_weights(0.5)) for d in documents], ByteTokenizer())
+    both = train_expert(base, SORT, replace(SETTINGS, matrices=(*kinds, "embedding")), progress=False)
+    same = train_expert(base, SORT, replace(SETTINGS, matrices=kinds), progress=False)
+    assert all(torch.equal(z, expert.scales[name]) for name, z in same.scales.items())
+    assert list(both.matrices) == [*expert.matrices, "embedding"]
+    with torch.no_grad():
+        losses = [
+            float(next_token_loss(base(ids, adaptation=each.adaptation()).logits, ids, weights))
+            for each in (both, same)
+        ]
+    assert losses[0] < losses[1]
+
+
+@pytest.mark.parametrize("kind", ["x_proj", "dt_proj"])
+def test_projections_of_mamba1_are_a_choice(make_model: MakeModel, kind: str) -> None:
+    model = make_model(MambaFormerConfig(d_model=32, n_pairs=1, n_heads=2, mixer="mamba1", chunk_size=8), seed=2)
+    expert = train_expert(model, SORT, replace(SETTINGS, steps=12, matrices=(kind,)), progress=False)
+    ranks = {name: rank for name, rank in model.adaptable().items() if name.endswith(kind)}
+    assert expert.matrices == ranks
+    assert list(ranks) == [f"blocks.0.mixer.{kind}", f"blocks.2.mixer.{kind}"]
+    assert held_out_loss(model, expert) < held_out_loss(model, None)

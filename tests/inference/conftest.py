@@ -89,3 +89,19 @@ def cut64(bundle64: "Bundle", model64: "MambaFormerForCausalLM") -> "Bundle":
     features = FeatureSettings(dimensions=4, folds=2)
     dispatcher = Dispatcher(names, svi=SVISettings(steps=40), guide=guide, features=features).fit(evidence, labels)
     return Bundle(model64, bank, dispatcher)
+
+
+@pytest.fixture(scope="session")
+def embedded64(bundle64: "Bundle", model64: "MambaFormerForCausalLM") -> "Bundle":
+    """A system whose experts adapt the embedding, too: nothing of a prompt is the same for all of them."""
+    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.experts.vectors import ExpertVector
+
+    draw = torch.Generator().manual_seed(6)
+    ranks = model64.adaptable() | model64.adaptable_on_request()
+    names, base = bundle64.experts.names, model64.fingerprint()
+    bank = ExpertBank(
+        [ExpertVector(n, {m: 1 + 0.5 * torch.randn(r, generator=draw) for m, r in ranks.items()}, base) for n in names]
+    )
+    return Bundle(model64, bank, bundle64.dispatcher)

@@ -181,23 +181,24 @@ def assert_turn(turn: "Turn", slow: dict[str, Any]) -> None:
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-8)
 
 
-CASES: list[tuple[bool, dict[str, Any]]] = [
-    (False, {"blend": UNMERGED, "threshold": 0.0}),
-    (True, {"blend": UNMERGED, "threshold": 0.0}),
-    (False, {"blend": UNMERGED, "threshold": float("inf")}),
-    (True, {"blend": UNMERGED, "threshold": float("inf"), "own_evidence": True}),
-    (True, {"blend": PosteriorMean(), "threshold": 0.002}),
-    (True, {"blend": RefinedMean(6), "threshold": 0.2}),
-    (False, {"blend": UNMERGED, "threshold": float("inf"), "max_context": 32}),
-    (True, {"blend": UNMERGED, "threshold": 0.01, "max_context": 32}),
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("bundle64", {"blend": UNMERGED, "threshold": 0.0}),
+    ("cut64", {"blend": UNMERGED, "threshold": 0.0}),
+    ("bundle64", {"blend": UNMERGED, "threshold": float("inf")}),
+    ("cut64", {"blend": UNMERGED, "threshold": float("inf"), "own_evidence": True}),
+    ("cut64", {"blend": PosteriorMean(), "threshold": 0.002}),
+    ("cut64", {"blend": RefinedMean(6), "threshold": 0.2}),
+    ("bundle64", {"blend": UNMERGED, "threshold": float("inf"), "max_context": 32}),
+    ("cut64", {"blend": UNMERGED, "threshold": 0.01, "max_context": 32}),
+    ("embedded64", {"blend": UNMERGED, "threshold": 0.0}),
+    ("embedded64", {"blend": RefinedMean(6), "threshold": float("inf")}),
+    ("embedded64", {"blend": UNMERGED, "threshold": float("inf"), "max_context": 32}),
 ]
 
 
-@pytest.mark.parametrize(("is_cut", "given"), CASES, ids=repr)
-def test_a_chat_is_what_recomputing_gives(
-    cut64: "Bundle", bundle64: "Bundle", is_cut: bool, given: dict[str, Any]
-) -> None:
-    system = cut64 if is_cut else bundle64
+@pytest.mark.parametrize(("name", "given"), CASES, ids=repr)
+def test_a_chat_is_what_recomputing_gives(request: pytest.FixtureRequest, name: str, given: dict[str, Any]) -> None:
+    system = request.getfixturevalue(name)
     chat, slow = TwoPassGenerator(system).chat(**given, seed=3), SlowChat(system, **given, seed=3)
     found = []
     for n, text in enumerate(SAID):

@@ -246,7 +246,7 @@ def test_nan_is_one_clear_error(bundle: "Bundle", make_model: Any, do_sample: bo
         model=model, tokenizer=bundle.tokenizer, experts=bundle.experts, dispatcher=bundle.dispatcher
     )
     generator, known = TwoPassGenerator(system), Given(np.array([0.0, 0.0, 0.0, 1.0]))
-    model.logits = lambda hidden: torch.full((*hidden.shape[:2], 258), float("nan"))
+    model.logits = lambda hidden, adaptation: torch.full((*hidden.shape[:2], 258), float("nan"))
     for blend in (FixedWeights((0.0, 0.0, 0.0, 1.0)), PosteriorPredictive(5, merge=0.0)):
         with pytest.raises(TensorError, match="expected finite log-probabilities"):
             generator.generate(["ab"], blend=blend, max_new_tokens=2, do_sample=do_sample, seed=0, strategy=known)

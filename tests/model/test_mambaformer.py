@@ -133,7 +133,8 @@ class TestAdaptation:
         ("given", "message"),
         [
             ({"blocks.0.norm": torch.ones(32)}, "blocks.0.norm"),
-            ({"embedding": torch.ones(32)}, "embedding"),
+            ({"head": torch.ones(32)}, "head"),
+            ({"embedding": torch.ones(33)}, "expected 1 to 32 scales for embedding, got 33"),
             ({"blocks.9.mixer.qkv": torch.ones(32)}, "blocks.9.mixer.qkv"),
             ({"blocks.1.mixer.qkv": torch.ones(33)}, "expected 1 to 32 scales .* got 33"),
             ({"blocks.1.mixer.qkv": torch.ones(3, 32)}, "expected scales for 2 rows, got 3"),
