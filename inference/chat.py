@@ -18,10 +18,11 @@ for the evidence too, and what is left is read again: by new particles, or by th
 memory is bounded for every model.
 """
 
+import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +35,7 @@ from bayes_dispatch.inference.chat_state import ChatSettings, ChatState, Turn
 from bayes_dispatch.inference.cost import Cost
 from bayes_dispatch.inference.decoding import Token
 from bayes_dispatch.inference.divergence import expected_divergence
+from bayes_dispatch.inference.events import tell
 from bayes_dispatch.inference.filtering import ParticleFilter
 from bayes_dispatch.inference.generation import Streamed
 from bayes_dispatch.inference.prompts import check_ending, check_turn
@@ -41,11 +43,14 @@ from bayes_dispatch.inference.reply import Reply, Request
 from bayes_dispatch.inference.system import POSTERIOR_DRAWS, cut_of
 from bayes_dispatch.inference.transcript import Transcript
 from bayes_dispatch.model.sampling import Sampling, row_generators, row_seeds
+from bayes_dispatch.posterior import DispatchPosterior
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.system import System
 
 __all__ = ["Chat"]
+
+logger = logging.getLogger(__name__)
 
 
 class Chat:
@@ -205,6 +210,8 @@ class Chat:
             caches.adapt(candidate, transcript)
         else:
             caches.go_on(state, len(data))
+        tell(logger, logging.DEBUG, "turn dispatched", lambda: self._dispatched(posterior, divergence))
+        tell(logger, logging.DEBUG, "turn read", lambda: self._read(caches, adapted, before - len(state.transcript)))
         return Reply(
             transcript=transcript,
             posterior=posterior,
@@ -244,3 +251,14 @@ class Chat:
                 self._caches = None  # they have read what the conversation has not
                 raise
         self._state, self.turn = state, reply.turn()
+        facts = {"turn": state.turns, "bytes": len(reply.data), "saved": self._file is not None}
+        tell(logger, logging.INFO, "replied", lambda: facts | asdict(reply.cost))
+
+    def _dispatched(self, posterior: DispatchPosterior, divergence: float) -> dict[str, Any]:
+        mean = dict(zip(posterior.experts, np.round(posterior.mean[0], 4).tolist(), strict=True))
+        moved = None if np.isnan(divergence) else round(divergence, 6)
+        return {"turn": self.turns + 1, "mean": mean, "divergence": moved, "threshold": self.settings.threshold}
+
+    def _read(self, caches: ChatCaches, adapted: bool, forgotten: int) -> dict[str, Any]:
+        sizes = {"rows": len(caches.rows), "cache_bytes": caches.nbytes, "forgotten": forgotten}
+        return {"turn": self.turns + 1, "adapted": adapted, **sizes}

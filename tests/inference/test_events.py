@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -31,6 +32,25 @@ def test_events_of_a_generation(bundle: "Bundle", caplog: pytest.LogCaptureFixtu
     lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
     assert lines[-1]["level"] == "info"
     assert lines[-1]["prompt_tokens"] == 19
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_events_of_a_chat(bundle: "Bundle", caplog: pytest.LogCaptureFixture, capfd: Any, tmp_path: Path) -> None:
+    chat = TwoPassGenerator(bundle).chat(blend=PosteriorPredictive(6), file=tmp_path / "chat.json")
+    with caplog.at_level(logging.DEBUG, "bayes_dispatch.inference.chat"):
+        turns = [chat.say(text, 3, stop=None) for text in ("ab>ba\n", "1+1=2\n")]
+    events = [(record.event, record.facts) for record in caplog.records]  # type: ignore[attr-defined]
+    assert [event for event, _ in events] == 2 * ["turn dispatched", "turn read", "replied"]
+    assert [facts["turn"] for _, facts in events] == [1, 1, 1, 2, 2, 2]
+    assert [facts["adapted"] for event, facts in events if event == "turn read"] == [turn.adapted for turn in turns]
+    first, second = (facts for event, facts in events if event == "turn dispatched")
+    assert first["divergence"] is None
+    assert second["divergence"] == pytest.approx(turns[1].divergence, abs=1e-6)
+    assert sum(second["mean"].values()) == pytest.approx(1, abs=1e-3)
+    assert events[-1][1]["decode"] == turns[1].cost.decode
+    assert events[-1][1]["saved"] is True
+    assert [json.loads(JsonLines().format(record))["event"] for record in caplog.records][-1] == "replied"
     assert capfd.readouterr() == ("", "")
 
 
