@@ -108,6 +108,8 @@ class FittedDispatcher:
         document = {"views": views, "temper": self.temper}
         arrays = {f"globals.loc.{name}": value.numpy() for name, value in self.globals.locations.items()}
         arrays |= {f"globals.scale.{name}": value.numpy() for name, value in self.globals.scales.items()}
+        if self.globals.factor is not None:
+            arrays["globals.factor"] = self.globals.factor.numpy()
         if self.guide is not None:
             arrays |= {f"guide.{name}": value.float().numpy() for name, value in self.guide.state_dict().items()}
         for name, each in self.feature_maps.items():
@@ -133,7 +135,8 @@ class FittedDispatcher:
         try:
             views = tuple(KINDS[view["kind"]](view["width"], view["name"]) for view in document["views"])
             model = build(views)
-            globals_ = GlobalsPosterior(_under(arrays, "globals.loc."), _under(arrays, "globals.scale."))
+            factor = torch.from_numpy(arrays["globals.factor"]) if "globals.factor" in arrays else None
+            globals_ = GlobalsPosterior(_under(arrays, "globals.loc."), _under(arrays, "globals.scale."), factor)
             guide = None
             if any(name.startswith("guide.") for name in arrays):
                 inputs = Encoder(model, globals_.center()).width

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import pyro
 import torch
+from jaxtyping import Float
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_value
 from pyro.nn import PyroModule
@@ -43,6 +44,9 @@ class SVISettings:
         batch_size: prompts in each step; all prompts when there are no more.
         rounds: at most so many rounds, each at half the learning rate of the one before, until the loss has converged.
         restarts: seeds to fit from; the fit of the lowest final loss is kept.
+        collapsed: steps of a second stage in which the weights are integrated out and the globals' posterior is a
+            normal of full covariance (:mod:`bayes_dispatch.collapsed`); 0 for none. It is for the posterior of ``pi``
+            and ``kappa``, which SVI alone makes too narrow, and for few prompts; the guide is trained twice.
         precision: of the whole fit, ``"float32"`` or ``"float64"``.
     """
 
@@ -51,12 +55,15 @@ class SVISettings:
     batch_size: int = 4096
     rounds: int = 3
     restarts: int = 1
+    collapsed: int = 0
     precision: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self) -> None:
         sizes = (self.steps, self.batch_size, self.rounds, self.restarts)
         if min(sizes) < 1 or self.learning_rate <= 0:
             raise ConfigError(f"expected positive steps, learning rate, batch size, rounds and restarts, got {self}")
+        if self.collapsed < 0:
+            raise ConfigError(f"expected collapsed steps ≥ 0, got {self.collapsed}")
         if self.precision not in ("float32", "float64"):
             raise ConfigError(f'expected precision "float32" or "float64", got {self.precision!r}')
 
@@ -68,27 +75,48 @@ class SVISettings:
 
 @dataclass(frozen=True, eq=False)
 class GlobalsPosterior:
-    """Fitted globals: by site mean and sd of a diagonal normal in unconstrained coordinates.
+    """Fitted globals: a normal in unconstrained coordinates.
 
     Args:
         locations: site → mean.
         scales: site → sd, of the same shape.
+        factor: ``(P, P)`` lower triangle whose product with its transpose is the covariance of all P coordinates, sites
+            in the order of their names; ``None`` where they are independent.
     """
 
     locations: Mapping[str, Tensor]
     scales: Mapping[str, Tensor]
+    factor: Tensor | None = None
+
+    @classmethod
+    def correlated(
+        cls, shapes: Mapping[str, torch.Size], mean: Float[Tensor, " number"], factor: Float[Tensor, "number number"]
+    ) -> GlobalsPosterior:
+        """From the mean and the covariance's factor of all sites' coordinates, in the order of ``shapes``."""
+        sizes = [shape.numel() for shape in shapes.values()]
+        rows = dict(zip(shapes, torch.arange(len(mean)).split(sizes), strict=True))
+        covariance = factor @ factor.T
+        order = torch.cat([rows[name] for name in sorted(rows)])
+        return cls(
+            {name: mean[rows[name]].reshape(shape) for name, shape in shapes.items()},
+            {name: covariance.diagonal()[rows[name]].sqrt().reshape(shape) for name, shape in shapes.items()},
+            torch.linalg.cholesky(covariance[order][:, order]),
+        )
 
     def to(self, dtype: torch.dtype) -> GlobalsPosterior:
         """The same in another floating-point type."""
         locations = {name: value.to(dtype) for name, value in self.locations.items()}
-        return GlobalsPosterior(locations, {name: value.to(dtype) for name, value in self.scales.items()})
+        scales = {name: value.to(dtype) for name, value in self.scales.items()}
+        return GlobalsPosterior(locations, scales, None if self.factor is None else self.factor.to(dtype))
 
     def draw(self) -> dict[str, Tensor]:
         """One draw of every site, constrained, from torch's generator; by name, as a file knows no other order."""
-        return {
-            name: _constrain(name, loc + self.scales[name] * torch.randn_like(loc))
-            for name, loc in sorted(self.locations.items())
-        }
+        sites = sorted(self.locations.items())
+        if self.factor is None:
+            return {name: _constrain(name, loc + self.scales[name] * torch.randn_like(loc)) for name, loc in sites}
+        moved = self.factor @ torch.randn(len(self.factor), dtype=self.factor.dtype)
+        parts = moved.split([loc.numel() for _, loc in sites])
+        return {name: _constrain(name, loc + part.view_as(loc)) for (name, loc), part in zip(sites, parts, strict=True)}
 
     def center(self) -> dict[str, Tensor]:
         """Every site at its variational median."""
@@ -105,12 +133,15 @@ class FitReport:
             between the last two tenths of the last round.
         change: nats a prompt that it fell between them.
         final: final loss of every restart, nats a prompt.
+        collapsed: ``(steps,)`` negative ELBO per prompt of the collapsed steps, nats; it is another bound than that of
+            ``losses``, and not to be compared with it.
     """
 
     losses: np.ndarray
     converged: bool
     change: float
     final: tuple[float, ...]
+    collapsed: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 SUPPORTS = {"pi": constraints.simplex, "Phi": constraints.simplex, "M": constraints.real, "a": constraints.real}

@@ -1,4 +1,4 @@
-"""The fit of a dispatcher, stage by stage: projections, globals by SVI, temper and guide."""
+"""The fit of a dispatcher, stage by stage: projections, globals by SVI (and collapsed), temper and guide."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from bayes_dispatch.collapsed import check_collapsed, fit_collapsed
 from bayes_dispatch.concatenations import RealPrompts
+from bayes_dispatch.dirichlet_mixtures import DirichletMixtures
 from bayes_dispatch.errors import EvidenceError
 from bayes_dispatch.features import FeatureMap, FeatureSettings, fit_feature_map
 from bayes_dispatch.fitted import FittedDispatcher, as_prompts
@@ -63,7 +65,7 @@ def fit_parts(
     posterior, report = fit_globals(model, data.observed(every), svi, seed, progress)
     like = every.select(torch.linspace(0, len(every) - 1, min(len(every), LIKE)).long())
     parts = FittedDispatcher(model, posterior, maps, None, guide, 1.0, like.to(torch.float32).blank())
-    return _with_guide(parts, data, every, seed + 1, progress), report
+    return _finished(parts, report, data, every, svi, seed, progress)
 
 
 def refit_parts(
@@ -73,7 +75,29 @@ def refit_parts(
     every = parts.prompts(data.evidence).to(svi.dtype)
     start = parts.globals.to(svi.dtype)
     posterior, report = fit_globals(parts.model, data.observed(every), svi, seed, progress, start)
-    return _with_guide(replace(parts, globals=posterior), data, every, seed + 1, progress), report
+    return _finished(replace(parts, globals=posterior), report, data, every, svi, seed, progress)
+
+
+def _finished(
+    parts: FittedDispatcher,
+    report: FitReport,
+    data: TrainingSet,
+    every: Prompts,
+    svi: SVISettings,
+    seed: int,
+    progress: bool,
+) -> tuple[FittedDispatcher, FitReport]:
+    """The parts with a guide, and where that is asked for with collapsed globals and a guide for these."""
+    if not svi.collapsed:
+        return _with_guide(parts, data, every, seed + 1, progress), report
+    check_collapsed(parts.model, parts.globals)
+    parts = _with_guide(parts, data, every, seed + 1, progress)
+    shares = parts.model.prior_of_shares().double()
+    answer = parts.answer(every.to(torch.float64), (shares / shares.sum()).numpy())
+    assert isinstance(answer, DirichletMixtures)
+    posterior, losses = fit_collapsed(parts.model, parts.globals, data.observed(every), answer, svi, seed + 2, progress)
+    parts = replace(parts, globals=posterior.to(svi.dtype))
+    return _with_guide(parts, data, every, seed + 1, progress), replace(report, collapsed=losses)
 
 
 def _with_guide(

@@ -5,17 +5,18 @@
     python benchmarks/agreement.py --quick                      # a smoke test; the numbers mean nothing
 
 ``fixed``: the shipped dispatcher on documents, or one fitted to prompts of a known program, with its globals at their
-medians. ``joint``: a dispatcher that is fitted to tens of prompts of three experts, those of a single expert labelled,
-beside NUTS for the globals and the weights of all of them. Serving assumes less than was fitted of the prior (its
-shares, and a range of its precision); the last row assumes what was fitted, as NUTS does.
-
+medians. ``joint``: a dispatcher that is recalibrated to tens of prompts of three experts, those of a single expert
+labelled, beside NUTS for the globals and the weights of all of them. Serving assumes less of the prior than was fitted
+labelled, beside NUTS for the globals and the weights of all of them. Serving assumes less of the prior than was fitted
+(its shares, and a range of its precision); the last rows assume all that was fitted, as NUTS does, with globals of SVI,
+of collapsed steps after it, and of NUTS itself.
 Kolmogorov–Smirnov distances are means over prompts and components. The floor is that of two runs of NUTS of the same
 length. The guide was trained for the globals' whole posterior and on real prompts too, so its distance is not all its
 own error; resampling is done under the fixed globals. Below a thousandth weights are not told apart by the guide: the
 last column counts them as ties.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated
@@ -26,8 +27,11 @@ import typer
 from scipy.stats import ks_2samp
 
 import bayes_dispatch as bd
+from bayes_dispatch.collapsed import fit_collapsed
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS
 from bayes_dispatch.features import FeatureSettings
+from bayes_dispatch.fitted import FittedDispatcher
+from bayes_dispatch.fitting import SVISettings, isolated
 from bayes_dispatch.guides import GuideSettings
 from bayes_dispatch.importance import ImportanceSampler, draw_resampled
 from bayes_dispatch.inference.evidence_sets import KnownEvidence, mixed_evidence, pure_evidence
@@ -45,6 +49,9 @@ LENGTH = 64  # bytes of held-out prompts of one expert
 JOINT = 3  # experts; NUTS over all globals of four, with twelve dimensions, had not converged (r-hat 3) after 500 draws
 DIMENSIONS = 4  # of the hidden view then
 LABELLED = 8  # prompts of each of these
+PROJECTED = 60  # others of each, that the projections are of
+PROPOSALS = 400  # under each draw of the globals
+COLLAPSED = 1_000  # steps
 CHAINS = 4
 
 
@@ -81,22 +88,38 @@ def to_serve(data: Data, bundle: bd.Bundle, prompts: int, seed: int, quick: bool
     return dispatcher, of_mixtures_and_experts(problem.mixed, problem.pure[LENGTH], prompts)
 
 
-def to_fit(data: Data, bundle: bd.Bundle, prompts: int, seed: int) -> tuple[tuple[str, ...], bd.Evidence, np.ndarray]:
-    """Experts, evidence of mixtures and then of labelled prompts, and labels, −1 for mixtures."""
+def to_fit(
+    data: Data, bundle: bd.Bundle, prompts: int, seed: int, quick: bool
+) -> tuple[bd.Dispatcher, bd.Evidence, np.ndarray]:
+    """A dispatcher whose projections are of other prompts, evidence of mixtures and then of labelled prompts, and
+    labels, −1 for mixtures.
+
+    A projection looks sharper on the prompts that it was fitted on, where SVI takes out-of-fold features instead; here
+    SVI and NUTS are to see the same numbers.
+    """
     if data is Data.SHIPPED:
         domains = EXPERT_DOMAINS[:JOINT]
         names: tuple[str, ...] = tuple(domain.name for domain in domains)
-        mixed = mixed_evidence(bundle.model, domains, prompts, LENGTHS, "held_out", seed)
-        pure = pure_evidence(bundle.model, domains, LABELLED, LENGTHS, "train", seed)
-        evidence, labels = pure.evidence, pure.labels
+        mixed = mixed_evidence(bundle.model, domains, prompts, LENGTHS, "held_out", seed).evidence
+        few = pure_evidence(bundle.model, domains, LABELLED, LENGTHS, "train", seed)
+        many = pure_evidence(bundle.model, domains, PROJECTED, LENGTHS, "train", seed + 100)
+        evidence, labels = few.evidence, few.labels
+        others, of_others = many.evidence, many.labels
     else:
-        problem = simulated(seed, Sizes(LABELLED, 1, 1, prompts), JOINT)
-        names, mixed = problem.experts, problem.mixed
+        problem = simulated(seed, Sizes(LABELLED + PROJECTED, 1, 1, prompts), JOINT)
+        names, mixed = problem.experts, problem.mixed.evidence
         labelled = np.flatnonzero(problem.train.labels >= 0)
-        evidence, labels = problem.train.evidence.select(labelled), problem.train.labels[labelled]
+        turn = np.arange(len(labelled)) % (LABELLED + PROJECTED)  # among the prompts of an expert
+        first, rest = labelled[turn < LABELLED], labelled[turn >= LABELLED]
+        evidence, labels = problem.train.evidence.select(first), problem.train.labels[first]
+        others, of_others = problem.train.evidence.select(rest), problem.train.labels[rest]
+    guide = replace(_guide(quick), tempers=(1.0, 1.0), real_share=0.0)
+    features = FeatureSettings(dimensions=DIMENSIONS)
+    dispatcher = bd.Dispatcher(names, seed, program=bundle.dispatcher.program, guide=guide, features=features)
+    dispatcher.fit(others, of_others)
     return (
-        names,
-        bd.Evidence.concatenate([mixed.evidence, evidence]),
+        dispatcher,
+        bd.Evidence.concatenate([mixed, evidence]),
         np.concatenate([np.full(prompts, -1), labels]),
     )
 
@@ -127,38 +150,69 @@ def fixed(data: Data, bundle: bd.Bundle, prompts: int, draws: int, seed: int, qu
 
 def joint(data: Data, bundle: bd.Bundle, prompts: int, draws: int, seed: int, quick: bool) -> Table:
     """Distances to NUTS over globals and weights, of mixtures beside labelled prompts."""
-    names, evidence, labels = to_fit(data, bundle, prompts, seed)
-    features = FeatureSettings(dimensions=DIMENSIONS)
-    guide = replace(_guide(quick), tempers=(1.0, 1.0), real_share=0.0)
-    dispatcher = bd.Dispatcher(names, seed, program=bundle.dispatcher.program, guide=guide, features=features)
-    state = dispatcher.fit(evidence, labels).state
+    before, evidence, labels = to_fit(data, bundle, prompts, seed, quick)
+    dispatcher = before.recalibrate(evidence, labels)
+    state = dispatcher.state
     seen = replace(state.prompts(evidence), labels=torch.from_numpy(labels))
     nuts, again = (
-        joint_posterior(state.model, seen, names, draws, CHAINS, draws, seed + run, state.temper) for run in range(2)
+        joint_posterior(state.model, seen, dispatcher.experts, draws, CHAINS, draws, seed + run, state.temper)
+        for run in range(2)
     )
     judged = evidence.select(np.arange(prompts))
-    count, keys = CHAINS * draws, prompt_keys(seed, prompts)
-    found: dict[str, DispatchPosterior] = {
-        "guide alone": dispatcher.posterior(judged, count, seed),
-        "resampled": dispatcher.posterior(judged, count, seed, resample=True, proposals=8 * count),
-    }
-    precisions = np.quantile([float(each["kappa"]) for each in state.draws], [0.05, 0.95])
-    sampler = ImportanceSampler(state.model, state.draws, state.temper, (float(precisions[0]), float(precisions[1])))
-    shares, of_judged = state.globals.center()["pi"].double().numpy(), state.prompts(judged)
-    weighted = sampler(state.answer(of_judged, shares), of_judged, shares, 8 * count, keys)
-    drawn = draw_resampled(weighted, count, prompt_keys(seed + 1, prompts))
-    found["resampled, prior as fitted"] = DispatchPosterior(drawn, nuts.experts)
+    count = CHAINS * draws
+    shares = dispatcher.prior.mean
+    steps = SVISettings(collapsed=20 if quick else COLLAPSED)
+    collapsed, _ = fit_collapsed(state.model, state.globals, seen, state.answer(seen, shares), steps, seed)
+    with isolated(seed, torch.float64):
+        alone, together = ([each.draw() for _ in range(count)] for each in (state.globals.to(torch.float64), collapsed))
+    theirs = [{name: torch.from_numpy(nuts.globals[name][row]) for name in alone[0]} for row in range(count)]
     near, rest = (DispatchPosterior(run.weights[:, :prompts], run.experts) for run in (nuts, again))
+    found: dict[str, DispatchPosterior] = {
+        "NUTS again": rest,
+        "guide alone, as served": dispatcher.posterior(judged, count, seed),
+        "resampled, as served": dispatcher.posterior(judged, count, seed, resample=True, proposals=8 * count),
+    }
+    for name, drawn in (("SVI", alone), ("SVI and collapsed steps", together), ("NUTS", theirs)):
+        found[f"resampled, all globals by {name}"] = given_globals(state, judged, near.experts, drawn, seed)
     note = (
         f"{prompts} mixtures, beside {len(evidence) - prompts} labelled prompts; NUTS: r-hat at most "
-        f"{np.nanmax(nuts.r_hat[:prompts]):.3f}, {nuts.divergences[0]} divergences."
+        f"{np.nanmax(nuts.r_hat[:prompts]):.3f}, {nuts.divergences[0]} divergences. Globals against NUTS (sds between "
+        f"means, ratio of sds), by SVI: {_apart(alone, nuts.globals)}; with collapsed steps: "
+        f"{_apart(together, nuts.globals)}."
     )
-    return _table(
-        f"Distance to NUTS, joint with the globals, {data} evidence, seed {seed}",
-        {"NUTS again": rest, **found},
-        near,
-        note,
-    )
+    return _table(f"Distance to NUTS, joint with the globals, {data} evidence, seed {seed}", found, near, note)
+
+
+def given_globals(
+    state: FittedDispatcher,
+    evidence: bd.Evidence,
+    experts: tuple[str, ...],
+    drawn: Sequence[Mapping[str, torch.Tensor]],
+    seed: int,
+) -> DispatchPosterior:
+    """One draw of the weights of each prompt under each draw of the globals, its own shares and precision included."""
+    prompts, count = state.prompts(evidence), len(evidence)
+    weights = []
+    for row, sites in enumerate(drawn):
+        kappa, shares = float(sites["kappa"]), sites["pi"].double().numpy()
+        sampler = ImportanceSampler(state.model, [sites], state.temper, (kappa, kappa))
+        keys = prompt_keys(seed + 2 * row, count)
+        weighted = sampler(state.answer(prompts, shares), prompts, shares, PROPOSALS, keys)
+        weights.append(draw_resampled(weighted, 1, prompt_keys(seed + 2 * row + 1, count)))
+    return DispatchPosterior(np.concatenate(weights), experts)
+
+
+def _apart(drawn: Sequence[Mapping[str, torch.Tensor]], nuts: Mapping[str, np.ndarray]) -> str:
+    """By site the mean distance from NUTS's means, in its sds, and mean ratio of sds; logs of what is positive."""
+    parts = []
+    for name in drawn[0]:
+        ours, theirs = np.stack([each[name].double().numpy() for each in drawn]), nuts[name]
+        if not name.endswith("M"):
+            ours, theirs = np.log(ours + 1e-9), np.log(theirs + 1e-9)
+        spread = theirs.std(0)
+        off, width = np.abs(ours.mean(0) - theirs.mean(0)) / spread, ours.std(0) / spread
+        parts.append(f"{name} {off.mean():.2f}, {width.mean():.2f}")
+    return "; ".join(parts)
 
 
 def _table(title: str, found: Mapping[str, DispatchPosterior], nuts: DispatchPosterior, note: str) -> Table:
