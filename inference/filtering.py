@@ -145,12 +145,19 @@ class Predictive(NamedTuple):
     mutual_information: Float[Tensor, " N"]
 
 
-def predictive(log_weights: Float[Tensor, "N S"], log_probabilities: Float[Tensor, "N S V"]) -> Predictive:
-    """Mix the particles' distributions by their weights."""
+def predictive(
+    log_weights: Float[Tensor, "N S"],
+    log_probabilities: Float[Tensor, "N S V"],
+    entropies: Float[Tensor, "N S"] | None = None,
+) -> Predictive:
+    """Mix the particles' distributions by their weights; ``entropies``: theirs, where they are known."""
     log_probabilities = log_probabilities.double()
+    own = _entropy(log_probabilities) if entropies is None else entropies.double()
+    if log_weights.shape[1] == 1:
+        return Predictive(log_probabilities[:, 0], own[:, 0], torch.zeros_like(own[:, 0]))
     mixed = torch.logsumexp(log_weights[..., None] + log_probabilities, dim=1)
     entropy = _entropy(mixed)
-    within = (log_weights.exp() * _entropy(log_probabilities)).sum(1)
+    within = (log_weights.exp() * own).sum(1)
     return Predictive(mixed, entropy, (entropy - within).clamp(min=0))
 
 
