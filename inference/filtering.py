@@ -35,7 +35,9 @@ class FilterState(NamedTuple):
     def prior(cls, particles: Particles) -> "FilterState":
         """Before any token."""
         mass = torch.from_numpy(particles.mass).double()
-        target = ((1 - particles.flat) * mass + particles.flat / mass.shape[1]).log()
+        pure = torch.from_numpy(particles.weights.max(-1) == 1).double()
+        pure = torch.where(pure.any(1, keepdim=True), pure, 1.0)  # without vertices, all particles
+        target = ((1 - particles.flat) * mass + particles.flat * pure / pure.sum(1, keepdim=True)).log()
         rates = torch.tensor(particles.switching, dtype=torch.double)
         return cls(target[:, None], target, rates, np.array(particles.weights)).forgotten()
 

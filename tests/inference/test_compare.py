@@ -184,7 +184,7 @@ def test_masses_move_from_the_byte_that_is_said(
         filtered_from={"never": never, "late": late},
     )
     for n, document in enumerate(DOCUMENTS):
-        mass = 0.8 * particles.mass[n] + 0.2 / 6
+        mass = 0.8 * particles.mass[n] + 0.2 * np.array([1, 1, 1, 1, 0, 0]) / 4  # vertices first
         ids = torch.tensor([[256, *document.data]])
         each = [
             bundle64.model(ids, adaptation=bundle64.experts.blend(torch.tensor(w))).logits[0].softmax(-1).detach()
