@@ -216,7 +216,7 @@ def test_a_chat_is_what_recomputing_gives(
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_two_hundred_turns(cut64: "Bundle") -> None:
-    """Equal to recomputing at every turn, re-adaptations among them; the memory is that of the first turns."""
+    """Equal to recomputing at every turn, re-adaptations among them; the memory is bounded."""
     given: dict[str, Any] = {"blend": UNMERGED, "threshold": 0.004, "max_context": 80, "seed": 1}
     chat, slow = TwoPassGenerator(cut64).chat(**given), SlowChat(cut64, **given)
     rng, adapted, nbytes = np.random.default_rng(0), 0, []
@@ -229,7 +229,7 @@ def test_two_hundred_turns(cut64: "Bundle") -> None:
         nbytes.append(chat.nbytes)
         assert len(chat.transcript) <= 80
     assert 10 < adapted < 190
-    assert max(nbytes[100:]) <= max(nbytes[:100]), [max(nbytes[i : i + 20]) for i in range(0, 200, 20)]
+    assert max(nbytes) <= 2 * max(nbytes[:20])  # caches of few tokens double when they are full
 
 
 def test_memory_stays_with_a_window(make_model: Callable[..., MambaFormerForCausalLM], bundle: "Bundle") -> None:
