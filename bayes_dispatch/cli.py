@@ -16,6 +16,7 @@ import typer
 from bayes_dispatch.cli_chat import chat
 from bayes_dispatch.cli_compare import compare
 from bayes_dispatch.cli_experts import experts
+from bayes_dispatch.cli_measure import measure
 from bayes_dispatch.cli_own_expert import train_expert
 from bayes_dispatch.errors import BayesDispatchError, PromptError, UnknownNameError
 from bayes_dispatch.terminal import (
@@ -45,6 +46,7 @@ app = typer.Typer(
 app.add_typer(experts, name="experts")
 app.command()(compare)
 app.command()(chat)
+app.command()(measure)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

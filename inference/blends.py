@@ -37,7 +37,8 @@ class Particles:
         mass: (prompt, particle), prior probabilities, summing to 1 over the particles.
         switching: possible values of the probability, at each token, that the document changes its domain; equally
             probable at first, and filtered along with the particles. 0 alone: it never changes.
-        flat: share of equal masses in the prior that a changed document draws its domain from.
+        flat: share of equal masses of the vertices (of all particles, where none is one) in the prior that a changed
+            document draws its domain from. It does not depend on how many particles there are besides.
         merge: once the prompt is read, particles are run as one as long as the mixture is expected to change by no
             more than this many nats a token (``merging``); 0 for none.
         refined: once the prompt is read, the particles are replaced by one: their filtered mean.
@@ -180,7 +181,7 @@ class PosteriorPredictive:
 
     draws: int = 16
     switching: tuple[float, ...] = (0.001, 0.01, 0.1)
-    flat: float = 0.1
+    flat: float = 0.06
     vertex_mass: float = 0.5
     merge: float = 0.001
     name = "predictive"
@@ -229,7 +230,7 @@ class RefinedMean:
 
     draws: int = 16
     switching: tuple[float, ...] = (0.001, 0.01, 0.1)
-    flat: float = 0.1
+    flat: float = 0.06
     vertex_mass: float = 0.5
     name = "refined_mean"
 

@@ -4,8 +4,7 @@ Blends share particles (a posterior mean, say, is also one of the particles of t
 run once for a document, and every blend filters and mixes its own part of what was read.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,15 +17,16 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.blends import Blend, Particles
 from bayes_dispatch.inference.filtering import ParticleFilter, predictive
-from bayes_dispatch.inference.readers import UncachedReader
+from bayes_dispatch.inference.reading import Reading, read_documents, scored_places
 from bayes_dispatch.inference.scores import Comparison, Score, ScoredBytes, SystemComparison
 from bayes_dispatch.inference.system import Dispatched, Strategy, System
-from bayes_dispatch.model.backbone import Backbone
+from bayes_dispatch.model.backbone import Backbone, Cuttable
+from bayes_dispatch.model.parts import CutModel
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 __all__ = ["compare_blends", "compare_systems", "score_particles", "score_together"]
 
-ROWS_AT_ONCE = 64
+KEPT_AT_ONCE = 2**25  # log-probabilities of the documents that are scored together
 
 
 @torch.no_grad()
@@ -122,112 +122,51 @@ def score_together(
         ConfigError: no document, or one without scored bytes.
     """
     _check(documents)
+    cut = CutModel(model, experts.adapt_from if isinstance(model, Cuttable) else 0)
     weights, places = _distinct(_alike([each.run for each in particles.values()]))
-    at_once = max(1, ROWS_AT_ONCE // weights.shape[1])
     scores: dict[str, list[Score]] = {name: [] for name in particles}
     with tqdm(total=len(documents), desc="documents", disable=not progress) as bar:
-        for start in range(0, len(documents), at_once):
-            part = slice(start, start + at_once)
-            reading = _read(model, experts, documents[part], weights[part])
+        for part in _groups(documents, [len(own) for own in weights]):
+            group = documents[part]
+            readings = read_documents(cut, experts, group, weights[part])
             for (name, each), place in zip(particles.items(), places, strict=True):
                 first = None if filtered_from is None else filtered_from.get(name)
-                own = each.select(part)
+                own, which, rows = each.select(part), place[part], each.mass.shape[1]
+                found, masses = readings, _log_masses(readings, which, own, None if first is None else first[part])
                 if each.refined:
-                    mean = _refined(reading, documents[part], own, place[part])
-                    again = _read(model, experts, documents[part], mean.run)
-                    found, rows = (
-                        _filter(again, mean, np.zeros(mean.mass.shape, dtype=int), None),
-                        1 + each.mass.shape[1],
-                    )
-                else:
-                    found, rows = (
-                        _filter(reading, own, place[part], None if first is None else first[part]),
-                        each.mass.shape[1],
-                    )
-                for offset, (document, scored) in enumerate(zip(documents[part], found, strict=True)):
+                    mean = _refined(masses, group, own)
+                    found, which, rows = read_documents(cut, experts, group, list(mean)), which[:, :1] * 0, rows + 1
+                    masses = torch.zeros_like(masses[:, :, :1])
+                for n, document in enumerate(group):
                     sizes = [stop - begin for begin, stop in document.ranges if stop > begin]
-                    scores[name].append(Score.of(start + offset, name, scored, sizes, rows))
-            bar.update(len(documents[part]))
+                    scored = _scored(found[n], which[n], masses[n], document)
+                    scores[name].append(Score.of(part.start + n, name, scored, sizes, rows))
+            bar.update(len(group))
     return scores
 
 
-class _Reading(NamedTuple):
-    """What W particles say of N documents of up to T bytes.
-
-    Attributes:
-        ids: (N, T) the bytes. lengths: (N,) how many are real. own: (N, W, T) log-probability of each.
-        scored: for each document the places of its P scored bytes, (P,). following: for each document all
-            log-probabilities there, (P, W, V).
-    """
-
-    ids: Tensor
-    lengths: Tensor
-    own: Tensor
-    scored: list[Tensor]
-    following: list[Tensor]
-
-
-def _read(model: Backbone, experts: ExpertBank, documents: Sequence[Document], weights: np.ndarray) -> _Reading:
-    tokenizer = ByteTokenizer()
-    ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *document.data] for document in documents])
-    layers = None if weights.ndim == 3 else weights
-    told = weights if layers is None else weights.mean(2)
-    equal = Particles(told, np.full(weights.shape[:2], 1 / weights.shape[1]), layers=layers)
-    after = UncachedReader(model, experts, equal, ids, mask.sum(1)).read_prompts(0, ids.shape[1])  # (N, W, 1 + T, V)
-    ids = ids[:, 1:]
-    own = after[:, :, :-1].gather(3, ids[:, None, :, None].expand(-1, weights.shape[1], -1, 1))[..., 0]
-    scored = [torch.cat([torch.arange(start, stop) for start, stop in document.ranges]) for document in documents]
-    following = [after[n, :, places].transpose(0, 1) for n, places in enumerate(scored)]
-    return _Reading(ids, mask.sum(1) - 1, own, scored, following)
-
-
-def _filter(
-    reading: _Reading, particles: Particles, place: np.ndarray, filtered_from: Sequence[int] | None
-) -> list[ScoredBytes]:
-    """Each document under its own particles; ``place``: (N, S), which of the particles read each of them is."""
-    index = torch.from_numpy(place)
-    own = reading.own.gather(1, index[..., None].expand(-1, -1, reading.own.shape[2]))  # (N, S, T)
-    log_masses = _log_masses(own, reading.lengths, particles, filtered_from)
-    found = []
-    for n, (places, following) in enumerate(zip(reading.scored, reading.following, strict=True)):
-        mixed = predictive(log_masses[n, places], following[:, index[n]])
-        top = mixed.log_probabilities.max(1)
-        true = reading.ids[n, places]
-        found.append(
-            ScoredBytes(
-                mixed.log_probabilities.gather(1, true[:, None])[:, 0].numpy(),
-                top.values.exp().clamp(max=1).numpy(),
-                (top.indices == true).numpy(),
-                mixed.entropy.numpy(),
-                mixed.mutual_information.numpy(),
-            )
-        )
-    return found
-
-
-def _refined(reading: _Reading, documents: Sequence[Document], particles: Particles, place: np.ndarray) -> Particles:
-    """One particle for each document: the mean of its own, filtered by its prompt."""
-    own = reading.own.gather(1, torch.from_numpy(place)[..., None].expand(-1, -1, reading.own.shape[2]))
-    log_masses = _log_masses(own, reading.lengths, particles, None)
-    last = torch.tensor([min(document.prompt_bytes, log_masses.shape[1] - 1) for document in documents])
-    masses = log_masses[torch.arange(len(last)), last].exp().numpy()
-    mean = np.einsum("ns,nsk->nk", masses, particles.weights)
-    return Particles(mean[:, None], np.ones((len(mean), 1)))
-
-
 def _log_masses(
-    own: Tensor, lengths: Tensor, particles: Particles, filtered_from: Sequence[int] | None
-) -> Float[Tensor, "N T S"]:
-    """The log masses that each byte is predicted with; ``own``: (N, S, T)."""
-    if own.shape[1] == 1:
-        return own.new_zeros(own.transpose(1, 2).shape).double()
+    readings: Sequence[Reading], place: np.ndarray, particles: Particles, filtered_from: Sequence[int] | None
+) -> Float[Tensor, "N after S"]:
+    """The log masses that each byte is predicted with, and those after the last.
+
+    Args:
+        place: (N, S), which row of its reading each particle is.
+    """
+    lengths = torch.tensor([reading.own.shape[1] for reading in readings])
+    shape = len(readings), int(lengths.max()), place.shape[1]
+    if shape[2] == 1:
+        return torch.zeros(shape[0], shape[1] + 1, 1, dtype=torch.double)
+    own = torch.zeros(shape, dtype=torch.double)
+    for n, reading in enumerate(readings):
+        own[n, : lengths[n]] = reading.own[torch.from_numpy(place[n])].T
     first = torch.zeros(len(own)) if filtered_from is None else torch.tensor(list(filtered_from))
     masses = ParticleFilter(particles)
-    before = []
-    for t in range(own.shape[2]):
-        before.append(masses.log_weights)
-        masses.update(own[:, :, t], (t >= first) & (t < lengths))
-    return torch.stack(before, 1)
+    found = [masses.log_weights]
+    for t in range(shape[1]):
+        masses.update(own[:, t], (t >= first) & (t < lengths))
+        found.append(masses.log_weights)
+    return torch.stack(found, 1)
 
 
 def _alike(weights: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -238,14 +177,51 @@ def _alike(weights: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [each if each.ndim == 4 else each[:, :, None].repeat(max(layers), 2) for each in weights]
 
 
-def _distinct(weights: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Distinct rows of (N, S_i, …) weights: (N, W, …), the shorter ones padded, and where each is, (N, S_i)."""
+def _scored(
+    reading: Reading, place: np.ndarray, log_masses: Float[Tensor, "after S"], document: Document
+) -> ScoredBytes:
+    """A document under its own particles; ``place``: (S,), which rows of its reading they are."""
+    places, rows = scored_places(document), torch.from_numpy(place)
+    mixed = predictive(log_masses[places], reading.following[rows].transpose(0, 1), reading.entropy[rows].T)
+    top = mixed.log_probabilities.max(1)
+    true = torch.tensor(list(document.data))[places]
+    return ScoredBytes(
+        mixed.log_probabilities.gather(1, true[:, None])[:, 0].numpy(),
+        top.values.exp().clamp(max=1).numpy(),
+        (top.indices == true).numpy(),
+        mixed.entropy.numpy(),
+        mixed.mutual_information.numpy(),
+    )
+
+
+def _refined(
+    log_masses: Float[Tensor, "N after S"], documents: Sequence[Document], particles: Particles
+) -> Float[np.ndarray, "N 1 components"]:
+    """The mean of each document's particles, filtered by its prompt."""
+    last = torch.tensor([document.prompt_bytes for document in documents])
+    masses = log_masses[torch.arange(len(last)), last].exp().numpy()
+    return np.einsum("ns,nsk->nk", masses, particles.weights)[:, None]
+
+
+def _groups(documents: Sequence[Document], rows: Sequence[int]) -> Iterator[slice]:
+    """Documents that follow one another, of which no more is kept than may be; ``rows``: (N,) of each."""
+    start = kept = 0
+    for n, document in enumerate(documents):
+        scored = sum(stop - begin for begin, stop in document.ranges)
+        own = rows[n] * (len(document.data) + scored * ByteTokenizer.vocab_size)
+        if n > start and kept + own > KEPT_AT_ONCE:
+            yield slice(start, n)
+            start, kept = n, 0
+        kept += own
+    yield slice(start, len(documents))
+
+
+def _distinct(weights: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Distinct rows of (N, S_i, …) weights, (W_n, …) for each n, and where each is, (N, S_i)."""
     together = np.concatenate(weights, axis=1)
     rows, where = zip(*(np.unique(each, axis=0, return_inverse=True) for each in together), strict=True)
-    width = max(map(len, rows))
-    padded = np.stack([each[np.arange(width) % len(each)] for each in rows])
     cuts = np.cumsum([each.shape[1] for each in weights])[:-1]
-    return padded, np.split(np.stack([each.reshape(-1) for each in where]), cuts, axis=1)
+    return list(rows), np.split(np.stack([each.reshape(-1) for each in where]), cuts, axis=1)
 
 
 def _check(documents: Sequence[Document]) -> None:

@@ -35,7 +35,9 @@ class FilterState(NamedTuple):
     def prior(cls, particles: Particles) -> "FilterState":
         """Before any token."""
         mass = torch.from_numpy(particles.mass).double()
-        target = ((1 - particles.flat) * mass + particles.flat / mass.shape[1]).log()
+        pure = torch.from_numpy(particles.weights.max(-1) == 1).double()
+        pure = torch.where(pure.any(1, keepdim=True), pure, 1.0)  # without vertices, all particles
+        target = ((1 - particles.flat) * mass + particles.flat * pure / pure.sum(1, keepdim=True)).log()
         rates = torch.tensor(particles.switching, dtype=torch.double)
         return cls(target[:, None], target, rates, np.array(particles.weights)).forgotten()
 
@@ -145,12 +147,19 @@ class Predictive(NamedTuple):
     mutual_information: Float[Tensor, " N"]
 
 
-def predictive(log_weights: Float[Tensor, "N S"], log_probabilities: Float[Tensor, "N S V"]) -> Predictive:
-    """Mix the particles' distributions by their weights."""
+def predictive(
+    log_weights: Float[Tensor, "N S"],
+    log_probabilities: Float[Tensor, "N S V"],
+    entropies: Float[Tensor, "N S"] | None = None,
+) -> Predictive:
+    """Mix the particles' distributions by their weights; ``entropies``: theirs, where they are known."""
     log_probabilities = log_probabilities.double()
+    own = _entropy(log_probabilities) if entropies is None else entropies.double()
+    if log_weights.shape[1] == 1:
+        return Predictive(log_probabilities[:, 0], own[:, 0], torch.zeros_like(own[:, 0]))
     mixed = torch.logsumexp(log_weights[..., None] + log_probabilities, dim=1)
     entropy = _entropy(mixed)
-    within = (log_weights.exp() * _entropy(log_probabilities)).sum(1)
+    within = (log_weights.exp() * own).sum(1)
     return Predictive(mixed, entropy, (entropy - within).clamp(min=0))
 
 

@@ -53,7 +53,7 @@ class LayeredPredictive:
     fit: FewShotFit
     draws: int = 16
     switching: tuple[float, ...] = (0.001, 0.01, 0.1)
-    flat: float = 0.1
+    flat: float = 0.06
     merge: float = 0.001
     name = "layered_predictive"
 

@@ -68,6 +68,7 @@ class CachedReader:
         cut: the model. experts: to blend. particles: of N prompts. prefix: the prompts below the cut; their states are
             not touched. row: (N,) which row of ``prefix`` each prompt is; the same one for equal prompts.
         capacity: tokens that a prompt and what follows it may have. grow: make room when they have more.
+        ahead: tokens that will follow the prompts, as far as is known (``Adaptation.ahead``).
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class CachedReader:
         row: Sequence[int],
         capacity: int,
         grow: bool = False,
+        ahead: int = 0,
     ) -> None:
         self.evaluated = 0
+        self._ahead = ahead
         self._cut = cut
         self._prefix = prefix
         self._row = list(row)
@@ -94,7 +97,7 @@ class CachedReader:
         weights = torch.tensor(blends).to(cut.model.dtype)
         # one row is as good as scales that all rows share, which may be folded into a matrix
         blend = experts.blend if particles.layers is None else experts.blend_by_layer
-        self._adaptation = blend(weights if len(weights) > 1 else weights[0])
+        self._adaptation = blend(weights if len(weights) > 1 else weights[0]).expecting(ahead)
         self._below = prefix.cache
         self._above = cut.cache_above(len(weights), capacity)
         self._above.grow = grow
@@ -127,6 +130,7 @@ class CachedReader:
             self._give_rows()
         x = self._cut.below(tokens[:, None], None, self._below)
         self.evaluated += len(tokens) * self._cut.block
+        self._ahead = max(0, self._ahead - 1)
         return self._spread(self._run(x[self._owner], torch.ones(len(self._owner), dtype=torch.long)))[:, :, 0]
 
     def keep(self, prompts: Sequence[int], particles: Kept) -> None:
@@ -150,7 +154,7 @@ class CachedReader:
                 index[n, s] = place[row]
         if rows != list(range(len(self._owner))):
             self._above.reorder(rows)
-            self._adaptation = self._adaptation.select(rows)
+            self._adaptation = self._adaptation.select(rows).expecting(self._ahead)
         self._index, self._owner = index, torch.tensor(owner)
 
     def _give_rows(self) -> None:
@@ -166,7 +170,7 @@ class CachedReader:
             owner.extend([n] * len(own))
         if rows != list(range(len(self._owner))):
             self._above.reorder(rows)
-            self._adaptation = self._adaptation.select(rows)
+            self._adaptation = self._adaptation.select(rows).expecting(self._ahead)
         if self._below is not None:
             self._below = self._below.select(self._row)
         self._index, self._owner, self._separate = index, torch.tensor(owner), True

@@ -217,7 +217,8 @@ class SecondPass:
         reader: Reader
         if self._request.use_cache:
             capacity = ids.shape[1] + self._request.max_new_tokens
-            reader = CachedReader(self._cut, system.experts, particles, prefix, rows, capacity)
+            ahead = self._request.max_new_tokens
+            reader = CachedReader(self._cut, system.experts, particles, prefix, rows, capacity, ahead=ahead)
         else:
             reader = UncachedReader(system.model, system.experts, particles, ids, lengths)
         return Decoding(reader, particles, ids, lengths), reader

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from bayes_dispatch.errors import TensorError
+from bayes_dispatch.errors import ConfigError, TensorError
 
 __all__ = ["Adaptation", "block_of"]
 
@@ -21,18 +21,24 @@ class Adaptation:
     Attributes:
         scales: for each adapted matrix, its scales, shape (rank,) for one set that all rows share, or (B, rank) for one
             set per row of the batch; matrices that are not named keep their own weights.
+        ahead: tokens that will be decoded one by one under these scales, as far as is known; 0 where nobody knows. It
+            may decide how they are multiplied (``product_costs``), not what they mean.
         rows: B for per-row scales, ``None`` for shared ones.
 
     Raises:
         TensorError: scales of mixed kinds, of another number of rows, or not finite.
+        ConfigError: fewer than 0 tokens ahead.
     """
 
     scales: Mapping[str, Tensor]
+    ahead: int = 0
     rows: int | None = field(init=False)
     _digests: dict[tuple[str, ...], str | tuple[str, ...]] = field(init=False, repr=False, default_factory=dict)
     _parts: dict[str, "Adaptation"] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.ahead < 0:
+            raise ConfigError(f"expected at least 0 tokens ahead, got {self.ahead}")
         object.__setattr__(self, "scales", MappingProxyType(dict(self.scales)))
         kinds = {tuple(scales.shape[:-1]) for scales in self.scales.values()}
         if len(kinds) > 1 or any(not 1 <= scales.ndim <= 2 for scales in self.scales.values()):
@@ -46,8 +52,8 @@ class Adaptation:
         (kind,) = kinds or {()}
         object.__setattr__(self, "rows", kind[0] if kind else None)
 
-    def __reduce__(self) -> tuple[type["Adaptation"], tuple[dict[str, Tensor]]]:
-        return Adaptation, (dict(self.scales),)  # a model that has been asked for one can be copied
+    def __reduce__(self) -> tuple[type["Adaptation"], tuple[dict[str, Tensor], int]]:
+        return Adaptation, (dict(self.scales), self.ahead)  # a model that has been asked for one can be copied
 
     @classmethod
     def identity(cls) -> "Adaptation":
@@ -59,12 +65,20 @@ class Adaptation:
         """The first block that has a scaled matrix; infinity without any."""
         return float(min(map(block_of, self.scales), default=float("inf")))
 
+    def expecting(self, tokens: int) -> "Adaptation":
+        """The same scales, with so many tokens ahead.
+
+        Raises:
+            ConfigError: fewer than 0.
+        """
+        return self if tokens == self.ahead else Adaptation(self.scales, tokens)
+
     def select(self, rows: Sequence[int] | Tensor) -> "Adaptation":
         """The scales of some rows, in that order; shared scales stay shared."""
         if self.rows is None:
             return self
         index = torch.as_tensor(rows)
-        return Adaptation({name: scales[index] for name, scales in self.scales.items()})
+        return Adaptation({name: scales[index] for name, scales in self.scales.items()}, self.ahead)
 
     def part(self, prefix: str) -> "Adaptation":
         """The scales whose matrix names begin with ``prefix``, under their names without it."""

@@ -146,7 +146,8 @@ class BlockStack(nn.Module):
     def _stepper(self, stretch: Stretch, adaptation: Adaptation) -> Stepper:
         scales = self._scales(adaptation)
         blocks = [cast(Block, self.blocks[index]) for index in stretch.blocks]
-        return Stepper(blocks, self.norm if stretch.normalised else None, [scales[index] for index in stretch.blocks])
+        own = [scales[index] for index in stretch.blocks]
+        return Stepper(blocks, self.norm if stretch.normalised else None, own, adaptation.ahead)
 
     def _check_blocks(self, blocks: range, cache: Cache, adaptation: Adaptation) -> None:
         """Before any block changes its state: raise if one was filled under other scales."""

@@ -24,6 +24,7 @@ __all__ = [
     "convolve",
     "mix_mamba2",
     "normalise",
+    "product",
     "scan_mamba1",
     "step_attention",
     "step_cross_attention",
@@ -34,7 +35,7 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 Array = Any  # numba infers what its functions take
-Matrix = tuple[Array, Array, Array]  # as ``_product`` takes it
+Matrix = tuple[Array, Array, Array]  # as ``product`` takes it
 
 TILE = 64  # tokens whose activations stay in a processor's cache
 CHANNELS = 128  # of a selective scan, likewise
@@ -489,7 +490,7 @@ def attend_across(queries: Array, keys: Array, values: Array, visible: Array, ou
 
 
 @loop
-def _product(x: Array, weight: Array, scaled: Array, right: Array) -> Array:
+def product(x: Array, weight: Array, scaled: Array, right: Array) -> Array:
     """Rows x (B, K) times a matrix, for few rows: it is read once, and memory is what that waits for.
 
     The matrix is ``weight`` (O, K), or, where ``scaled`` (1 or B, r) is not empty, U diag(scaled) Vᵀ with U ``weight``
@@ -537,7 +538,7 @@ def _add(x: Array, y: Array) -> None:
 
 
 # The steps below are whole blocks for one more token of few rows: x (B, D) becomes x + mixer(norm(x)). Each matrix
-# comes as the three arrays that ``_product`` takes; the other arguments are those of the functions above.
+# comes as the three arrays that ``product`` takes; the other arguments are those of the functions above.
 
 
 @loop
@@ -560,17 +561,17 @@ def step_mamba1(
 ) -> None:
     """A block of Mamba."""
     rows, width = len(x), A.shape[1]
-    projected = _product(_normalised(x, weight, eps), *in_proj)
+    projected = product(_normalised(x, weight, eps), *in_proj)
     inputs = projected.reshape(rows, 1, 2 * width)
     mixed, out = np.empty((rows, 1, width), x.dtype), np.empty((rows, 1, width), x.dtype)
     convolve(inputs, tokens, history, taps, bias, mixed)
-    selected = _product(mixed.reshape(rows, width), *x_proj)
+    selected = product(mixed.reshape(rows, width), *x_proj)
     rank = selected.shape[1] - 2 * len(A)
-    steps = _product(np.ascontiguousarray(selected[:, :rank]), *dt_proj)
+    steps = product(np.ascontiguousarray(selected[:, :rank]), *dt_proj)
     scan_mamba1(
         mixed, steps.reshape(rows, 1, width), selected.reshape(rows, 1, -1), inputs, tokens, A, D, dt_bias, state, out
     )
-    _add(x, _product(out.reshape(rows, width), *out_proj))
+    _add(x, product(out.reshape(rows, width), *out_proj))
 
 
 @loop
@@ -594,10 +595,10 @@ def step_mamba2(
 ) -> None:
     """A block of Mamba-2."""
     rows, width = len(x), len(inner_weight)
-    projected = _product(_normalised(x, weight, eps), *in_proj).reshape(rows, 1, -1)
+    projected = product(_normalised(x, weight, eps), *in_proj).reshape(rows, 1, -1)
     out = np.empty((rows, 1, width), x.dtype)
     mix_mamba2(projected, tokens, history, state, taps, bias, A, dt_bias, D, inner_weight, inner_eps, groups, out)
-    _add(x, _product(out.reshape(rows, width), *out_proj))
+    _add(x, product(out.reshape(rows, width), *out_proj))
 
 
 @loop
@@ -616,10 +617,10 @@ def step_attention(
     base: float,
 ) -> None:
     """A block of attention."""
-    projected = _product(_normalised(x, weight, eps), *qkv)
+    projected = product(_normalised(x, weight, eps), *qkv)
     out = np.empty((len(x), projected.shape[1] - 2 * keys.shape[1] * keys.shape[3]), x.dtype)
     attend(projected, tokens, held, positions, keys, values, ring, base, out)
-    _add(x, _product(out, *out_proj))
+    _add(x, product(out, *out_proj))
 
 
 @loop
@@ -634,10 +635,10 @@ def step_cross_attention(
     out_proj: Matrix,
 ) -> None:
     """A block of attention to an encoder."""
-    queries = _product(_normalised(x, weight, eps), *q_proj)
+    queries = product(_normalised(x, weight, eps), *q_proj)
     out = np.empty_like(queries)
     attend_across(queries, keys, values, visible, out)
-    _add(x, _product(out, *out_proj))
+    _add(x, product(out, *out_proj))
 
 
 @loop
@@ -649,11 +650,11 @@ def step_feed_forward(
     out_proj: Matrix,
 ) -> None:
     """A feed-forward block."""
-    projected = _product(_normalised(x, weight, eps), *in_proj)
+    projected = product(_normalised(x, weight, eps), *in_proj)
     width = projected.shape[1] // 2
     out = np.empty((len(x), width), x.dtype)
     for b in range(len(x)):
         gate, up, into = projected[b, :width], projected[b, width:], out[b]
         for c in range(width):
             into[c] = gate[c] * sigmoid(gate[c]) * up[c]
-    _add(x, _product(out, *out_proj))
+    _add(x, product(out, *out_proj))

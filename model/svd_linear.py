@@ -73,7 +73,7 @@ class SVDMatrix(nn.Module):
         self._factors = (self._key(), factors)
 
     def folded(self, scales: Float[Tensor, " r"]) -> Float[Tensor, "out_features in_features"]:
-        """W(z) itself, for fewer scales than the rank."""
+        """W(z) itself."""
         U, s, Vt, _ = self.factors(scales.shape[-1])
         return self.weight + (U * (s * (scales - 1))) @ Vt
 

@@ -35,13 +35,15 @@ def test_the_smoke_test_prints_all_blends(
 @pytest.mark.slow
 def test_it_scores_as_compare_blends_does() -> None:
     bundle, (domain,) = bd.load_bundle(), domains_of("sort")
-    documents = held_out_documents(domain, 2, 5)
+    documents = held_out_documents(domain, 3, 5)
     found = blends.judge(bundle, documents, 5)
     ours = compare_blends(bundle, documents, [bd.BestExpert(), bd.PosteriorPredictive(16)], seed=5)
     for name in ("max", OURS):
         np.testing.assert_allclose(found.of(name, "nll"), ours.values(name, "nll"), atol=1e-5)
-    right = found.of("sort", "nll")
-    assert (found.of(BEST_FIXED, "nll") <= np.minimum(right, found.of("weighted_average", "nll"))).all()
+    best, right = found.of(BEST_FIXED, "nll"), found.of("sort", "nll")
+    assert np.isnan(best).tolist() == np.isnan(found.of("64 particles", "nll")).tolist() == [False, False, True]
+    assert (best <= np.minimum(right, found.of("weighted_average", "nll")))[:2].all()
+    assert all(found.whole(name) for name in found.names if name not in blends.COSTLY)
     assert not np.allclose(found.of(blends.FIXED, "nll"), found.of(OURS, "nll"), atol=1e-4)
 
 
@@ -71,6 +73,24 @@ def test_tables_say_what_was_measured() -> None:
         "+0.125 [+0.125, +0.125]",
     ]
     assert claims.rows[1][1:3] == ["", "+0.000 [+0.000, +0.000] (base)"]
+
+
+def test_what_was_scored_on_fewer_documents() -> None:
+    """Pairs are those that both were scored on, and the table says so."""
+    some = made_up({OURS: 0.5, BEST_FIXED: 0.25}, 2)
+    keep = [i for i, name in enumerate(some.names) if name not in blends.COSTLY]
+    others = made_up({OURS: 0.75}, 6)
+    others = Scores(*(getattr(others, field)[keep] for field in vars(others)))
+    both = Scores.concatenate([some, others])
+    assert both.whole(OURS)
+    assert not both.whole(BEST_FIXED)
+    assert both.mean(OURS, "nll") == pytest.approx((2 * 0.5 + 6 * 0.75) / 8)
+    assert both.mean(BEST_FIXED, "nll") == 0.25
+    assert both.calibration_error(BEST_FIXED) == pytest.approx(some.calibration_error(BEST_FIXED))
+    table = blends.tables({"sort": both})[0]
+    rows = {row[0]: row for row in table.rows}
+    assert rows[f"{BEST_FIXED} *"][1:3] == ["0.250", "-0.250 [-0.250, -0.250]"]
+    assert "*: on the first quarter" in table.note
 
 
 def test_unknown_sets_are_refused() -> None:

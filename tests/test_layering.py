@@ -17,6 +17,7 @@ JOINING = {
     "cli_chat",
     "cli_compare",
     "cli_experts",
+    "cli_measure",
     "cli_own_expert",
     "demo",
     "diagnosis",

@@ -13,7 +13,7 @@ from bayes_dispatch.bundle import load_bundle
 from bayes_dispatch.tables import report_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-LONG = ("train", "demo", "diagnose", "train-expert", "calibrate-gate")
+LONG = ("train", "demo", "diagnose", "train-expert", "calibrate-gate", "measure")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -40,7 +40,9 @@ def explicit_filter() -> Callable[..., SimpleNamespace]:
                     for w in weights
                 ]
             )  # (S, 1 + T, V)
-        target = (1 - flat) * mass + flat / len(mass)
+        pure = [w for w in range(len(mass)) if 1.0 in weights[w]] or list(range(len(mass)))
+        target = (1 - flat) * mass
+        target[pure] += flat / len(pure)
         rates = np.array(switching)[:, None]
         joint = np.tile(target, (len(rates), 1)) / len(rates)  # of rate and particle
         masses, mixtures, information = [], [], []

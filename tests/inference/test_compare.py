@@ -13,6 +13,7 @@ from bayes_dispatch.errors import ConfigError, PromptError, UnknownNameError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference import compare as compare_module
+from bayes_dispatch.inference import reading as reading_module
 from bayes_dispatch.inference.blends import (
     BestExpert,
     Blend,
@@ -108,7 +109,8 @@ def test_exact_match_counts_whole_ranges(bundle64: "Bundle") -> None:
 
 def test_rows_at_once_and_order_do_not_matter(bundle64: "Bundle", monkeypatch: pytest.MonkeyPatch) -> None:
     together = compare_blends(bundle64, DOCUMENTS, BLENDS, seed=1)
-    monkeypatch.setattr(compare_module, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(compare_module, "KEPT_AT_ONCE", 1)
+    monkeypatch.setattr(reading_module, "TOKENS_AT_ONCE", 70)
     apart = compare_blends(bundle64, DOCUMENTS[::-1], BLENDS[::-1], seed=1)
     found = {(2 - score.document, score.blend): score for score in apart.scores}
     assert len(found) == len(together.scores) == len(DOCUMENTS) * len(BLENDS)
@@ -182,7 +184,7 @@ def test_masses_move_from_the_byte_that_is_said(
         filtered_from={"never": never, "late": late},
     )
     for n, document in enumerate(DOCUMENTS):
-        mass = 0.8 * particles.mass[n] + 0.2 / 6
+        mass = 0.8 * particles.mass[n] + 0.2 * np.array([1, 1, 1, 1, 0, 0]) / 4  # vertices first
         ids = torch.tensor([[256, *document.data]])
         each = [
             bundle64.model(ids, adaptation=bundle64.experts.blend(torch.tensor(w))).logits[0].softmax(-1).detach()

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bayes_dispatch.inference.blends import Particles
-from bayes_dispatch.inference.filtering import ParticleFilter, predictive
+from bayes_dispatch.inference.filtering import FilterState, ParticleFilter, predictive
 
 seeds = st.integers(0, 2**31)
 
@@ -50,6 +50,8 @@ def test_the_filter_enumerates_all_paths(
     seed: int, steps: int, count: int, switching: tuple[float, ...], flat: float
 ) -> None:
     particles = random_particles(seed, 2, count, switching, flat)
+    corners = min(seed % 3, count)  # the flat part is theirs, or everybody's where there are none
+    particles.weights[:, :corners] = np.eye(particles.weights.shape[2])[:corners]
     likelihood = np.random.default_rng(seed + 1).uniform(0.01, 1, size=(2, steps, count))
     weights, evidence = ParticleFilter(particles), torch.zeros(2, dtype=torch.float64)
     for t in range(steps):
@@ -57,7 +59,8 @@ def test_the_filter_enumerates_all_paths(
         evidence += torch.logsumexp(weights.log_weights + step, 1)
         weights.update(step)
     for n in range(2):
-        target = (1 - flat) * particles.mass[n] + flat / count
+        target = (1 - flat) * particles.mass[n]
+        target[: corners or count] += flat / (corners or count)
         joints, totals = zip(*(enumerate_paths(likelihood[n], target, rate) for rate in switching), strict=True)
         total = np.mean(totals)  # each rate is as likely as another
         expected = np.mean(joints, axis=0) / total
@@ -65,6 +68,19 @@ def test_the_filter_enumerates_all_paths(
         np.testing.assert_allclose(weights.log_rates[n].exp(), totals / np.sum(totals), atol=1e-12)
         np.testing.assert_allclose(evidence[n].exp(), total, rtol=1e-10)
         np.testing.assert_allclose(weights.mean()[n], expected @ particles.weights[n], atol=1e-12)
+
+
+def test_the_flat_part_does_not_depend_on_draws() -> None:
+    """With three times as many particles, each vertex has the same mass after a switch."""
+    rng = np.random.default_rng(0)
+    masses = []
+    for draws in (4, 21):
+        weights = np.concatenate([np.eye(3), rng.dirichlet(np.ones(3), draws)])[None]
+        mass = np.concatenate([np.full(3, 0.5 / 3), np.full(draws, 0.5 / draws)])[None]
+        masses.append(FilterState.prior(Particles(weights, mass, (0.1,), 0.3)).target.exp()[0])
+    np.testing.assert_allclose(masses[0][:3], masses[1][:3], atol=1e-12)
+    np.testing.assert_allclose(masses[0][:3], 0.7 * 0.5 / 3 + 0.1, atol=1e-12)
+    assert [float(each.sum()) for each in masses] == pytest.approx([1, 1])
 
 
 def test_prompts_that_read_nothing_keep_their_weights() -> None:

@@ -100,7 +100,7 @@ def test_a_prompt_and_steps_after_it(
     assert_equal_runs(model, pieces, adaptation)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     kind=st.sampled_from(list(KINDS)),
     lengths=st.lists(st.lists(st.integers(0, 6), min_size=2, max_size=2), min_size=2, max_size=5),

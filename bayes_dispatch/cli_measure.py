@@ -1,0 +1,48 @@
+"""``bayes-dispatch measure``: what products cost on this machine, kept for the choice of how one row decodes."""
+
+from typing import Annotated
+
+import typer
+
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.terminal import JsonOption, open_console, print_json
+
+__all__ = ["measure"]
+
+WIDTHS = (128, 256, 512, 1024)  # of models whose choice is shown
+
+
+def measure(
+    as_json: JsonOption = False,
+    tokens: Annotated[int, typer.Option(min=1, help="that one row decodes, in the table")] = 256,
+) -> None:
+    """Measure products on this machine, a few seconds, and keep them for long generations under one blend."""
+    from dataclasses import asdict
+
+    from bayes_dispatch.model.product_costs import costs_file, save_costs
+    from bayes_dispatch.model.product_costs import measure as measure_products
+    from bayes_dispatch.tables import Table
+
+    path = costs_file()
+    if path is None:
+        raise ConfigError("expected a file for the costs in BAYES_DISPATCH_COSTS, got off")
+    costs = measure_products()
+    save_costs(costs, path)
+    if as_json:
+        return print_json({"file": str(path), **asdict(costs)})
+    rows = []
+    for width in WIDTHS:
+        shapes = mambaformer_shapes(width)
+        factored, folded = (1000 * seconds(shapes, 4, tokens) for seconds in (costs.factored, costs.folded))
+        first = next((n for n in range(1, 100_000) if costs.folding_pays(shapes, 4, n)), None)
+        rows.append([str(width), f"{factored:.1f}", f"{folded:.1f}", "never" if first is None else str(first)])
+    heads = ["model width", f"factored, {tokens} tokens, ms", "folded, ms", "folded from … tokens on"]
+    open_console().print(Table("Products of one row", heads, rows, f"Kept in {path}.").to_rich())
+    return None
+
+
+def mambaformer_shapes(width: int, pairs: int = 2) -> list[tuple[int, int]]:
+    """(out_features, in_features) of the scaled matrices of a MambaFormer of that width, otherwise as shipped."""
+    mamba = [(4 * width + 64 + width // 16, width), (width, 2 * width)]
+    attention = [(3 * width, width), (width, width)]
+    return mamba + pairs * (attention + mamba)

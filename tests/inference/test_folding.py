@@ -1,0 +1,68 @@
+"""What the machine's costs choose alters no text: one row folds its scales where that pays, and several never do."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from bayes_dispatch.inference.blends import Blend, PosteriorMean, PosteriorPredictive, RefinedMean
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.model.product_costs import SWITCH, ProductCosts, machine, save_costs
+from bayes_dispatch.model.svd_linear import SVDLinear
+
+if TYPE_CHECKING:
+    from bayes_dispatch.bundle import Bundle
+
+PROMPT = "kfpa>apfk\nbcde>"
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the matrices that were multiplied by their scales."""
+    shapes: list[tuple[int, ...]] = []
+    folded = SVDLinear.folded
+
+    def watched(linear: SVDLinear, z: Any) -> Any:
+        shapes.append(tuple(linear.weight.shape))
+        return folded(linear, z)
+
+    monkeypatch.setattr(SVDLinear, "folded", watched)
+    return shapes
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("blend", "times"),
+    [
+        (PosteriorMean(), 1),
+        (RefinedMean(6), 1),  # six rows read the prompt, one generates
+        (PosteriorPredictive(6, merge=100.0), 1),  # six rows, of which one is left
+        (PosteriorPredictive(6, merge=0.0), 0),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("system", ["bundle", "bundle64", "cut64"])
+def test_the_choice_alters_no_text(
+    request: pytest.FixtureRequest,
+    system: str,
+    blend: Blend,
+    times: int,
+    built: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    bundle: Bundle = request.getfixturevalue(system)
+    generator, atol = TwoPassGenerator(bundle), 1e-5 if system == "bundle" else 1e-10
+    results = []
+    for building in (1e30, 1e-30):
+        file = tmp_path / f"{building}.json"
+        save_costs(ProductCosts(machine(), (1,), (1e-9,), building), file)
+        monkeypatch.setenv(SWITCH, str(file))
+        built.clear()
+        results.append(generator.generate([PROMPT], blend=blend, max_new_tokens=6, seed=0))
+        assert len(built) == (times * len(bundle.experts.matrices) if building < 1 else 0)
+    factored, folded = results
+    assert factored.texts == folded.texts
+    for name in ("log_probabilities", "predictive_entropy", "weights"):
+        np.testing.assert_allclose(getattr(folded, name), getattr(factored, name), rtol=0, atol=atol)

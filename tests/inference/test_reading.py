@@ -1,0 +1,91 @@
+"""Documents that are read together, by rows that share what they can, say what the uncached reader says."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.documents import Document
+from bayes_dispatch.experts.vectors import ExpertVector
+from bayes_dispatch.inference import reading as reading_module
+from bayes_dispatch.inference.blends import Particles
+from bayes_dispatch.inference.readers import UncachedReader
+from bayes_dispatch.inference.reading import Reading, read_documents, scored_places
+from bayes_dispatch.model.parts import CutModel
+from bayes_dispatch.model.tokenizer import ByteTokenizer
+
+if TYPE_CHECKING:
+    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+
+
+def experts_from(model: "MambaFormerForCausalLM", block: int) -> ExpertBank:
+    """Two experts of random scales in the blocks from one on."""
+    draw = torch.Generator().manual_seed(5)
+    ranks = {name: rank for name, rank in model.adaptable().items() if int(name.split(".")[1]) >= block}
+    scales = [{matrix: 1 + 0.5 * torch.randn(rank, generator=draw) for matrix, rank in ranks.items()} for _ in "xy"]
+    return ExpertBank([ExpertVector(name, own, model.fingerprint()) for name, own in zip("xy", scales, strict=True)])
+
+
+def one_by_one(
+    model: "MambaFormerForCausalLM", experts: ExpertBank, document: Document, weights: np.ndarray
+) -> Reading:
+    """The reference: every row through the whole model, again for each document."""
+    ids, mask = ByteTokenizer().pad([[256, *document.data]])
+    particles = Particles(weights[None], np.full((1, len(weights)), 1 / len(weights)))
+    with torch.no_grad():
+        after = UncachedReader(model, experts, particles, ids, mask.sum(1)).read_prompts(0, ids.shape[1])[0]
+    own = torch.stack([after[:, i, byte] for i, byte in enumerate(document.data)], 1)
+    following = torch.stack([after[:, i] for start, stop in document.ranges for i in range(start, stop)], 1)
+    return Reading(own, following, torch.special.entr(following.double().exp()).sum(-1))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    block=st.integers(0, 2),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    at_once=st.sampled_from([1, 50, 8192]),
+    seed=st.integers(0, 999),
+)
+def test_rows_together_are_rows_alone(
+    model64: "MambaFormerForCausalLM",
+    model: "MambaFormerForCausalLM",
+    block: int,
+    lengths: list[int],
+    at_once: int,
+    seed: int,
+) -> None:
+    """Any lengths, any numbers of rows, experts that adapt all blocks or the upper ones alone."""
+    rng = np.random.default_rng(seed)
+    texts = ["".join(map(chr, rng.integers(0, 128, length))) for length in lengths]
+    documents = [Document(text, int(rng.integers(len(text)))) for text in texts]
+    weights = [rng.dirichlet(np.ones(3), int(rng.integers(1, 6))) for _ in documents]
+    for own, tolerance in ((model64, 1e-10), (model, 1e-5)):
+        experts = experts_from(own, block)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reading_module, "TOKENS_AT_ONCE", at_once)
+            found = read_documents(CutModel(own, block), experts, documents, weights)
+        for document, rows, reading in zip(documents, weights, found, strict=True):
+            for fast, slow in zip(reading, one_by_one(own, experts, document, rows), strict=True):
+                torch.testing.assert_close(fast.double(), slow.double(), rtol=tolerance, atol=tolerance)
+
+
+def test_what_is_below_runs_once(model64: "MambaFormerForCausalLM", monkeypatch: pytest.MonkeyPatch) -> None:
+    """Below the cut a document is one row, whatever is read above; of no more tokens at once than may be."""
+    cut, seen = CutModel(model64, 1), []
+    below, above = cut.below, cut.above
+    monkeypatch.setattr(cut, "below", lambda x, *rest: seen.append(("below", x.shape[0])) or below(x, *rest))
+    monkeypatch.setattr(cut, "above", lambda x, *rest: seen.append(("above", x.shape[0])) or above(x, *rest))
+    monkeypatch.setattr(reading_module, "TOKENS_AT_ONCE", 16)
+    documents = [Document("abcdefg", 1), Document("abc", 1)]  # 8 and 4 tokens with the beginning
+    read_documents(cut, experts_from(model64, 1), documents, [np.eye(3), np.eye(3)[:2]])
+    assert seen == [("below", 2), ("above", 2), ("above", 2), ("above", 1)]
+
+
+def test_scored_places_are_those_of_the_ranges() -> None:
+    places: Tensor = scored_places(Document("abcdefgh", 2, ((6, 8), (3, 3), (2, 4))))
+    assert places.tolist() == [6, 7, 2, 3]
