@@ -100,7 +100,7 @@ class GlobalsPosterior:
         return cls(
             {name: mean[rows[name]].reshape(shape) for name, shape in shapes.items()},
             {name: covariance.diagonal()[rows[name]].sqrt().reshape(shape) for name, shape in shapes.items()},
-            torch.linalg.cholesky(covariance[order][:, order]),
+            torch.linalg.cholesky(covariance[order][:, order]).contiguous(),  # as one from a file
         )
 
     def to(self, dtype: torch.dtype) -> GlobalsPosterior:
@@ -114,7 +114,7 @@ class GlobalsPosterior:
         sites = sorted(self.locations.items())
         if self.factor is None:
             return {name: _constrain(name, loc + self.scales[name] * torch.randn_like(loc)) for name, loc in sites}
-        moved = self.factor @ torch.randn(len(self.factor), dtype=self.factor.dtype)
+        moved = (self.factor * torch.randn(len(self.factor), dtype=self.factor.dtype)).sum(-1)
         parts = moved.split([loc.numel() for _, loc in sites])
         return {name: _constrain(name, loc + part.view_as(loc)) for (name, loc), part in zip(sites, parts, strict=True)}
 

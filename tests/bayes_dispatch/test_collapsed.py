@@ -11,6 +11,7 @@ import torch
 from scipy import integrate
 
 from bayes_dispatch.collapsed import _log_evidence, _propose, fit_collapsed, log_dirichlet
+from bayes_dispatch.dirichlet_mixtures import DirichletMixtures
 from bayes_dispatch.dispatcher import Dispatcher
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.fitting import GlobalsPosterior, SVISettings, isolated
@@ -149,12 +150,16 @@ def test_where_weights_cannot_be_integrated_out(
         Dispatcher(EXPERTS, **given).fit(sample.evidence, sample.labels)
 
 
-def test_too_many_globals_and_steps_below_0(fitted: "Dispatcher", monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_globals_and_steps_below_0(
+    fitted: "Dispatcher", fresh: "Sample", monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("bayes_dispatch.collapsed.MOST", 10)
     state = fitted.state
-    prompts = state.like
+    prompts = state.prompts(fresh.evidence)
+    answer = state.answer(prompts, fitted.prior.mean)
+    assert isinstance(answer, DirichletMixtures)
     with pytest.raises(ConfigError, match="expected at most 10 numbers of globals for collapsed steps, got"):
-        fit_collapsed(state.model, state.globals, prompts, None, SVISettings(collapsed=3), 0)  # type: ignore[arg-type]
+        fit_collapsed(state.model, state.globals, prompts, answer, SVISettings(collapsed=3), 0)
     with pytest.raises(ConfigError, match="expected collapsed steps ≥ 0, got -1"):
         SVISettings(collapsed=-1)
 
