@@ -100,8 +100,8 @@ def test_tables_say_what_was_measured() -> None:
     spent = {block: dict.fromkeys(("mean", "predictive"), Cost(10.0, 0.02, (2.0, 0.1))) for block in one}
     curve, *quality, cost = tables(one, [one[0][0].dispatch], spent)
     lost = "+0.250"
-    assert curve.rows[1] == ["2", "0.50", "1.25 ± 0.20", "0.500", lost, lost, lost, "10", "2.00 ± 5%"]
-    assert curve.rows[0][4:7] == ["", "", ""]
+    assert curve.rows[1] == ["2", "0.500", "1.250 ± 0.204", "0.875", "0.500", lost, lost, lost, "10", "2.00 ± 5%"]
+    assert curve.rows[0][5:8] == ["", "", ""]
     assert cost.rows[0] == ["0", "10", "20.0", "2.00 ± 5%", "10", "20.0", "2.00 ± 5%"]
     nll, exact, kept, judged, two, less = quality
     assert nll.rows[0] == ["reverse", "1.500 ± 0.500", "1.000 ± 0.500", "1.250 ± 0.500"]

@@ -15,6 +15,7 @@ __all__ = ["Found", "gain_kept", "quality_tables", "tables"]
 Number = tuple[float, float]  # and its standard error
 Found = Mapping[int, Sequence[Scores]]  # first block → scores by seed; 0 is there
 
+CURVE = ("accuracy 32", "Brier, mixes")  # of the dispatcher
 BLEND_NAMES = {"base": "base", "weighted_average": "mean", "predictive": "predictive"}
 
 
@@ -83,9 +84,9 @@ def tables(
         curve.append(
             [
                 str(block),
-                _cell(_kept(found, block, names), 2),
-                _cell(exact, 2),
-                _cell([(each.dispatch["Brier, mixes"], 0.0) for each in scores]),
+                _cell(_kept(found, block, names)),
+                _cell(exact),
+                *(_cell([(each.dispatch[name], 0.0) for each in scores]) for name in CURVE),
                 *("" if block == 0 else _cell(each, signed=True) for each in lost),
                 f"{mean.evaluations:g}",
                 _ratio(mean),
@@ -95,7 +96,7 @@ def tables(
         for name in BLENDS:
             each = spent[block][name]
             cost[-1] += [f"{each.evaluations:g}", f"{1e3 * each.seconds:.1f}", _ratio(each)]
-    heads = ["first block", "gain kept", "exact match", "Brier, mixes", *(f"NLL, {kind}" for kind in BLENDED)]
+    heads = ["first block", "gain kept", "exact match", *CURVE, *(f"NLL, {kind}" for kind in BLENDED)]
     note = (
         "Gain: of NLL over base under the own expert, eight domains. Exact match: six conventions. NLL: what the "
         f"predictive loses to block 0. Evaluations: of a block per token of the prompt, until the first new byte under "
@@ -154,11 +155,11 @@ def _over(numbers: Sequence[Number]) -> Number:
     return float(means.mean()), float(np.sqrt((errors**2).sum()) / len(errors))
 
 
-def _cell(numbers: Sequence[Number], digits: int = 3, signed: bool = False) -> str:
+def _cell(numbers: Sequence[Number], signed: bool = False) -> str:
     """Mean over seeds ± its standard error; of one seed its own, where it has one."""
     mean, error = _mean([value for value, _ in numbers]) if len(numbers) > 1 else numbers[0]
-    text = f"{mean:{'+' if signed else ''}.{digits}f}"
-    return f"{text} ± {error:.{digits}f}" if len(numbers) > 1 or error else text
+    text = f"{mean:{'+' if signed else ''}.3f}"
+    return f"{text} ± {error:.3f}" if len(numbers) > 1 or error else text
 
 
 def _ratio(cost: Cost) -> str:
