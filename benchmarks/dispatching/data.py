@@ -143,10 +143,10 @@ def simulated(seed: int, sizes: Sizes, experts: int = 8) -> Problem:
     )
 
 
-def shipped(seed: int, sizes: Sizes, work: Path) -> Problem:
+def shipped(seed: int, sizes: Sizes, work: Path, block: int = 0) -> Problem:
     """Documents of the shipped experts' domains, read by the shipped model; evidence is kept under ``work``.
 
-    The dispatcher is fitted as the bundle's is."""
+    The dispatcher is fitted as the bundle's is. ``block`` is that of ``first_pass``."""
     work.mkdir(parents=True, exist_ok=True)
     model = MambaFormerForCausalLM.from_pretrained(SHIPPED / "model")
     count, other = len(EXPERT_DOMAINS), 1000 * seed
@@ -155,22 +155,23 @@ def shipped(seed: int, sizes: Sizes, work: Path) -> Problem:
         if name == "train":
             return KnownEvidence.concatenate(
                 [
-                    pure_evidence(model, EXPERT_DOMAINS, sizes.pure, SPAN, "train", other),
-                    mixed_evidence(model, EXPERT_DOMAINS, sizes.mixed, SPAN, "train", other),
-                    base_evidence(model, BASE_TEXTS, count, sizes.pure, SPAN, "train", other),
+                    pure_evidence(model, EXPERT_DOMAINS, sizes.pure, SPAN, "train", other, block=block),
+                    mixed_evidence(model, EXPERT_DOMAINS, sizes.mixed, SPAN, "train", other, block=block),
+                    base_evidence(model, BASE_TEXTS, count, sizes.pure, SPAN, "train", other, block),
                 ]
             )
         if name == "mixed":
-            return mixed_evidence(model, EXPERT_DOMAINS, sizes.mixtures, SPAN, "held_out", other + 1)
+            return mixed_evidence(model, EXPERT_DOMAINS, sizes.mixtures, SPAN, "held_out", other + 1, block=block)
         if name == "foreign":
-            longest = LENGTHS_JUDGED[-1]
-            return foreign_evidence(model, FOREIGN_TEXTS, count, sizes.judged, (longest, longest), other + 1)
-        length = int(name)
-        return pure_evidence(model, EXPERT_DOMAINS, sizes.judged, (length, length), "held_out", other + 1 + length)
+            both = (LENGTHS_JUDGED[-1], LENGTHS_JUDGED[-1])
+            return foreign_evidence(model, FOREIGN_TEXTS, count, sizes.judged, both, other + 1, block)
+        both = (int(name), int(name))
+        return pure_evidence(model, EXPERT_DOMAINS, sizes.judged, both, "held_out", other + 1 + int(name), block=block)
 
     def get(name: str) -> KnownEvidence:
         parts = (sizes.pure, sizes.mixed, sizes.judged, sizes.mixtures, seed)
-        file = work / f"{name}-{'-'.join(map(str, parts))}.npz"
+        below = f"-below-{block}" if block else ""
+        file = work / f"{name}-{'-'.join(map(str, parts))}{below}.npz"
         if not file.exists():
             _write(file, make(name))
         return _read(file)

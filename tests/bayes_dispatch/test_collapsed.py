@@ -170,14 +170,14 @@ def test_shares_and_precision_are_those_of_nuts(fitted: "Dispatcher", make_sampl
 
     Fixed seeds; between seeds of the fit the means move by .1 sds or so.
     """
-    few = make_sample(28, 5)
+    few = make_sample(20, 5)
     svi = SVISettings(steps=400, collapsed=500)
     again = replace(fitted, svi=svi)
     again._state, again._prior = fitted.state, fitted.prior
     state = again.recalibrate(few.evidence, few.labels).state
     prompts = replace(state.prompts(few.evidence), labels=torch.from_numpy(few.labels))
     with isolated(0, torch.float64):
-        nuts = joint_posterior(state.model, prompts, EXPERTS, 250, 4, 250, 0)
+        nuts = joint_posterior(state.model, prompts, EXPERTS, 200, 4, 150, 0)
         drawn = [state.globals.to(torch.float64).draw() for _ in range(2_000)]
     for name in ("pi", "kappa"):
         ours = np.log(np.stack([each[name].numpy() for each in drawn]))
