@@ -165,7 +165,7 @@ def joint(data: Data, bundle: bd.Bundle, prompts: int, draws: int, seed: int, qu
     collapsed, _ = fit_collapsed(state.model, state.globals, seen, state.answer(seen, shares), steps, seed)
     with isolated(seed, torch.float64):
         alone, together = ([each.draw() for _ in range(count)] for each in (state.globals.to(torch.float64), collapsed))
-    theirs = [{name: torch.from_numpy(nuts.globals[name][row]) for name in alone[0]} for row in range(count)]
+    theirs = [{name: torch.as_tensor(nuts.globals[name][row]) for name in alone[0]} for row in range(count)]
     near, rest = (DispatchPosterior(run.weights[:, :prompts], run.experts) for run in (nuts, again))
     found: dict[str, DispatchPosterior] = {
         "NUTS again": rest,
