@@ -136,7 +136,7 @@ def test_only_bytes_are_generated(
     """Even if the model thinks that a special token comes next."""
     model = make_model(dtype=bundle64.model.dtype)
     head = model.logits
-    monkeypatch.setattr(model, "logits", lambda hidden: head(hidden) + 30.0 * (np_to_torch(np.arange(258)) > 255))
+    monkeypatch.setattr(model, "logits", lambda *given: head(*given) + 30.0 * (np_to_torch(np.arange(258)) > 255))
     system = stub(bundle64, np.eye(4))
     system.model = model
     given: dict[str, Any] = {"blend": PosteriorPredictive(4), "max_new_tokens": 6, "do_sample": do_sample, "seed": 0}
