@@ -37,7 +37,7 @@ class ChatCaches:
         self.conversation = Conversation(system, cut, capacity)
         self._system, self._cut, self._capacity = system, cut, capacity
         self._reader: CachedReader | None = None
-        self._read = 0  # tokens that the particles have read
+        self._read = self._room = 0  # tokens that the particles have read, and that there is room for
         self._replaced = 0  # evaluations of readers that are no more
 
     @property
@@ -86,8 +86,10 @@ class ChatCaches:
     def _read_on(self, evidence: np.ndarray) -> None:
         """Read what is new to the particles; the (T,) tokens that are evidence filter them."""
         assert self._reader is not None
-        self._reader.lengthen(self.conversation.prefix)
         count = len(self.conversation.ids)
+        if count > self._room:
+            self._room = min(max(count, 2 * self._room), self._capacity)
+        self._reader.lengthen(self.conversation.prefix, self._room)
         new = slice(self._read, count)
         ids = torch.tensor([self.conversation.ids[new]])
         self.decoding.read_on(self._read, ids, torch.from_numpy(evidence[None, new]))
@@ -98,7 +100,7 @@ class ChatCaches:
             self._replaced += self._reader.evaluated
         text = self.conversation
         self._read = len(text.ids)
-        room = min(2 * self._read, self._capacity)
-        self._reader = CachedReader(self._cut, self._system.experts, particles, text.prefix, [0], room, grow=True)
+        self._room = min(2 * self._read, self._capacity)
+        self._reader = CachedReader(self._cut, self._system.experts, particles, text.prefix, [0], self._room)
         ids, lengths = torch.tensor([text.ids]), torch.tensor([self._read])
         return Decoding(self._reader, particles, ids, lengths, torch.from_numpy(evidence[None]))

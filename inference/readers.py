@@ -67,7 +67,7 @@ class CachedReader:
     Args:
         cut: the model. experts: to blend. particles: of N prompts. prefix: the prompts below the cut; their states are
             not touched. row: (N,) which row of ``prefix`` each prompt is; the same one for equal prompts.
-        capacity: tokens that a prompt and what follows it may have. grow: make room when they have more.
+        capacity: tokens that a prompt and what follows it may have, unless ``lengthen`` makes more room.
         ahead: tokens that will follow the prompts, as far as is known (``Adaptation.ahead``).
     """
 
@@ -79,7 +79,6 @@ class CachedReader:
         prefix: Prefix,
         row: Sequence[int],
         capacity: int,
-        grow: bool = False,
         ahead: int = 0,
     ) -> None:
         self.evaluated = 0
@@ -100,7 +99,6 @@ class CachedReader:
         self._adaptation = blend(weights if len(weights) > 1 else weights[0]).expecting(ahead)
         self._below = prefix.cache
         self._above = cut.cache_above(len(weights), capacity)
-        self._above.grow = grow
         self._separate = False  # whether each prompt has rows of its own
 
     @property
@@ -112,9 +110,14 @@ class CachedReader:
         """Of the caches above the cut."""
         return self._above.nbytes
 
-    def lengthen(self, prefix: Prefix) -> None:
-        """Go on with longer prompts, of which those so far are the beginnings: ``read_prompts`` reads what is new."""
+    def lengthen(self, prefix: Prefix, capacity: int) -> None:
+        """Go on with longer prompts, of which those so far are the beginnings: ``read_prompts`` reads what is new.
+
+        Args:
+            capacity: tokens that there is to be room for from now on.
+        """
         self._prefix = prefix
+        self._above.reserve(capacity)
 
     def read_prompts(self, start: int, stop: int) -> Float[Tensor, "N S t V"]:
         x = self._prefix.x[self._owner, start:stop]

@@ -210,6 +210,15 @@ class Cache:
         cache._read, cache._dropped = _one_number(lengths["read"]), _one_number(lengths["dropped"])
         return cache
 
+    def reserve(self, capacity: int) -> None:
+        """Make room for ``capacity`` tokens of each row, where there is less."""
+        if self.capacity is None or capacity <= self.capacity:
+            return
+        self.capacity = capacity
+        for state in self.states:
+            if isinstance(state, AttentionState):
+                state.reserve(capacity)
+
     def check_room(self, batch_size: int, tokens: int | Tensor) -> None:
         """Raise unless ``batch_size`` is the cache's and each row has room for its ``tokens`` (B,); or grow."""
         if batch_size != self.batch_size:
@@ -222,10 +231,7 @@ class Cache:
             return
         if not self.grow:
             raise CacheFullError(f"expected at most {self.capacity} tokens in this cache, got {need}")
-        self.capacity = max(need, 2 * self.capacity)
-        for state in self.states:
-            if isinstance(state, AttentionState):
-                state.reserve(self.capacity)
+        self.reserve(max(need, 2 * self.capacity))
 
     def check_model(self, model: str) -> None:
         """Raise ``StaleCacheError`` unless the cache was made by this model: its weights' fingerprint and dtype."""

@@ -120,14 +120,14 @@ def test_prompts_that_grow(model64: "MambaFormerForCausalLM", block: int, droppe
     whole, beginning = TEXTS[0], TEXTS[0][:4]
     cut, bank = CutModel(model64, block), experts_from(model64, block)
     prefixes = [read_prefix(cut, ByteTokenizer(), [text], 30) for text in (beginning, whole)]
-    reader = CachedReader(cut, bank, Particles(weights, np.full((1, 3), 1 / 3)), prefixes[0], [0], 5, grow=True)
+    reader = CachedReader(cut, bank, Particles(weights, np.full((1, 3), 1 / 3)), prefixes[0], [0], 5)
     with torch.no_grad():
         expected = both(model64, block, [whole], weights)[1].read_prompts(0, 20)
         parts = [reader.read_prompts(0, 5)]
         if dropped:
             reader.keep([0], [[2, 0]])
             expected = expected[:, [2, 0]]
-        reader.lengthen(prefixes[1])
+        reader.lengthen(prefixes[1], len(whole) + 1)
         parts += [reader.read_prompts(start, start + 3) for start in range(5, len(whole) + 1, 3)]
     found = torch.cat([parts[0][:, [2, 0]] if dropped else parts[0], *parts[1:]], 2)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)

@@ -186,6 +186,22 @@ class TestBounds:
         torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits, rtol=0, atol=1e-10)
         assert cache.capacity == 20
 
+    @every_kind
+    @torch.no_grad()
+    def test_room_that_is_reserved(self, make_model: MakeModel, kind: str) -> None:
+        """As much as is asked for and no more; less than there is changes nothing."""
+        model = build(make_model, kind)
+        cache, ids = model.init_cache(2, 3), tokens(1, 2, 9)
+        parts = [model(ids[:, :3], cache=cache).logits]
+        cache.reserve(9)
+        cache.reserve(4)
+        assert cache.nbytes == model.init_cache(2, 9).nbytes
+        parts.append(model(ids[:, 3:], cache=cache).logits)
+        torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits, rtol=0, atol=1e-10)
+        if cache.capacity is not None:
+            with pytest.raises(CacheFullError, match="at most 9 tokens in this cache, got 10"):
+                model(ids[:, :1], cache=cache)
+
     @torch.no_grad()
     def test_pruning_makes_room(self, make_model: MakeModel) -> None:
         model = build(make_model, "mamba2")
