@@ -96,6 +96,13 @@ def test_generate_as_json(saved: Path, bundle: Bundle, capfd: pytest.CaptureFixt
     assert run(capfd, *arguments) == (0, out, "")
 
 
+def test_json_has_all_that_was_asked(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--bundle", saved, "--prompt", "kfpa>", "--json", "--escapes", "--stop", r"\n"]
+    found = json.loads(run(capfd, *arguments, "--blending-mode", "top_k", "--top-k", "1", "--max-new-tokens", "2")[1])
+    asked = {"seed": 0, "max_new_tokens": 2, "stop": "\n", "sample": False, "temperature": 1.0, "abstain": False}
+    assert found.items() >= (asked | {"false_alarm_rate": None, "blend_settings": {"k": 1}}).items()
+
+
 def test_sampling_depends_on_the_seed(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["generate", "--bundle", saved, "--prompt", "kfpa>", "--json", "--sample", "--temperature", "2"]
     first, again, other = (json.loads(run(capfd, *arguments, "--seed", seed)[1]) for seed in ("0", "0", "1"))

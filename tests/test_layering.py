@@ -16,6 +16,7 @@ JOINING = {
     "cli",
     "cli_chat",
     "cli_compare",
+    "cli_generate",
     "cli_experts",
     "cli_measure",
     "cli_own_expert",
