@@ -3,13 +3,16 @@
 ``bank.json`` alone decides what the bank holds: its base model, the adapted matrices, and name, file, digest and
 metadata of each expert. A save writes new files beside the old ones, then replaces ``bank.json``, then deletes what
 that no longer names. Wherever it is stopped, the directory holds the bank from before or the one from after; files of
-experts that ``bank.json`` does not name are ignored, and deleted by the next save. One process at a time may save.
+experts that ``bank.json`` does not name are ignored, and deleted by the next save. Saves into one directory wait for one
+another; the bank is that of the last.
 """
 
+import fcntl
 import hashlib
+import os
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -141,7 +144,8 @@ def write_bank(
     if directory.exists():
         if not directory.is_dir():
             raise BundleError(f"expected a directory at {directory}, got a file")
-        return _write(directory.resolve(), base, matrices, experts)
+        with _alone(directory):
+            return _write(directory.resolve(), base, matrices, experts)
     with write_directory(directory) as target:
         _write(target, base, matrices, experts)
 
@@ -214,6 +218,17 @@ def _write(
         if (EXPERT_FILE.fullmatch(name) and name not in kept) or TEMPORARY_FILE.fullmatch(name):
             with suppress(OSError):  # the bank is whole already, and the next save tries again
                 path.unlink()
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Wait until no other save is in this directory, and keep others out."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _write_expert(directory: Path, expert: ExpertVector | StoredExpert) -> str:

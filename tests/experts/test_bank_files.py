@@ -11,6 +11,7 @@ from dataclasses import replace
 from hashlib import blake2b
 from itertools import count
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from bayes_dispatch.bundle import SHIPPED
 from bayes_dispatch.errors import BundleError, ForeignExpertError, TensorError
+from bayes_dispatch.experts import bank_files
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.bank_files import verify_bank
 from bayes_dispatch.experts.provenance import provenance
@@ -106,6 +108,29 @@ class TestSaving:
         before = file_of(saved, "sort")
         bank.with_expert(replace(bank["add"], name="sort")).save(saved)
         assert file_of(saved, "sort") != before
+
+    def test_saves_into_one_directory_wait_for_one_another(
+        self, bank: ExpertBank, saved: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else the second would delete the new files of the first, which then names them in its index."""
+        first, second = (bank.with_expert(replace(bank["add"], name=name)) for name in ("first", "second"))
+        other = Thread(target=second.save, args=(saved,))
+        written, write_json = [], bank_files.write_json
+
+        def write_late(path: Path, index: dict[str, Any]) -> None:
+            written.append(index["experts"][-1]["name"])
+            if len(written) == 1:
+                other.start()
+                other.join(0.3)  # without a lock it is done by then
+                assert written == ["first"]
+            write_json(path, index)
+
+        monkeypatch.setattr(bank_files, "write_json", write_late)
+        first.save(saved)
+        other.join()
+        assert written == ["first", "second"]
+        assert all(check.ok for check in verify_bank(saved))
+        assert_same(ExpertBank.load(saved), second)
 
     def test_an_expert_of_1280_scales_is_at_most_8_kilobytes(self, tmp_path: Path) -> None:
         ExpertBank([random_expert("reversed_add")]).save(tmp_path / "bank")
