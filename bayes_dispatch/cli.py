@@ -6,6 +6,7 @@ Whatever a user does wrong ends in one line on stderr, ``bayes-dispatch: error: 
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -54,6 +55,12 @@ def _run(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no error
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _guarded(arguments)
+
+
+def _guarded(arguments: list[str]) -> int:
     try:
         code = app(arguments or ["--help"], prog_name="bayes-dispatch", standalone_mode=False) or 0
         sys.stdout.flush()
@@ -73,9 +80,18 @@ def _run(arguments: list[str]) -> int:
 
 
 def _fail(message: str) -> int:
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    print(f"bayes-dispatch: error: {line}", file=sys.stderr)
+    _tell("error", message)
     return 2
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    _tell("warning", str(message))
+
+
+def _tell(kind: str, message: str) -> None:
+    """One line on stderr."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print(f"bayes-dispatch: {kind}: {line}", file=sys.stderr)
 
 
 @app.callback()

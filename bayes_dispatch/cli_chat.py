@@ -62,6 +62,7 @@ def chat(
         conversation = generator.resume_chat(state)
     else:
         conversation = generator.chat(blend=blend, seed=seed, threshold=threshold, max_context=max_context, file=state)
+    conversation.settings.check_reply(max_new_tokens)
     for line in _lines(escapes):
         written = ""
         for event in conversation.stream(line, max_new_tokens, do_sample=sample, temperature=temperature, stop=ending):

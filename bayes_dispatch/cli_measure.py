@@ -25,7 +25,7 @@ def measure(
 
     path = costs_file()
     if path is None:
-        raise ConfigError("expected a file for the costs in BAYES_DISPATCH_COSTS, got off")
+        raise ConfigError("expected a file for the costs in BAYES_DISPATCH_COSTS, got off, or no home directory")
     costs = measure_products()
     save_costs(costs, path)
     if as_json:

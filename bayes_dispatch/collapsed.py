@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from bayes_dispatch.dirichlet_mixtures import DirichletMixtures
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.fitting import GlobalsPosterior, SVISettings, isolated
-from bayes_dispatch.generative import DispatchModel, OneLabelModel
+from bayes_dispatch.generative import DispatchModel, OneLabelModel, floored
 from bayes_dispatch.guides import RESOLUTION
 from bayes_dispatch.prompts import Prompts
 
@@ -35,15 +35,16 @@ MOST = 1_000  # numbers of the globals, for a full covariance
 GUIDES, PRIORS = 96, 32  # proposals of each prompt and step
 BATCH = 256  # prompts of a step
 KAPPAS = tuple(float(kappa) for kappa in np.geomspace(0.1, 4.0, 8))  # precisions of the prior that proposes
-LABEL_FLOOR = 1e-6
 
 
-def check_collapsed(model: DispatchModel, globals_: GlobalsPosterior) -> None:
+def check_collapsed(model: DispatchModel) -> None:
     """Raise ``ConfigError`` where weights cannot be integrated out: families, one label, or too many globals."""
     if model.families is not None or isinstance(model, OneLabelModel):
         kind = "one label a prompt" if model.families is None else "families of experts"
         raise ConfigError(f"expected an admixture without families for collapsed steps, got {kind}")
-    if (count := sum(value.numel() for value in globals_.locations.values())) > MOST:
+    with isolated(0):
+        count = sum(value.numel() for value in model.sample_globals().values())
+    if count > MOST:
         raise ConfigError(f"expected at most {MOST:,} numbers of globals for collapsed steps, got {count:,}")
 
 
@@ -74,7 +75,7 @@ def fit_collapsed(
     Raises:
         ConfigError: as :func:`check_collapsed`.
     """
-    check_collapsed(model, start)
+    check_collapsed(model)
     with isolated(seed, torch.float64):
         every = _as_doubles(prompts)
         count, size = len(every), min(len(prompts), BATCH)
@@ -146,7 +147,7 @@ def _log_evidence(
     if prompts.labels is not None:
         labelled = prompts.labels >= 0
         label = prompts.labels.clamp(min=0).expand(len(weights), -1)[..., None]
-        ratios = ratios + torch.where(labelled, (weights.gather(-1, label)[..., 0] + LABEL_FLOOR).log(), 0.0)
+        ratios = ratios + torch.where(labelled, floored(weights).gather(-1, label)[..., 0].log(), 0.0)
     if prompts.known is not None:
         given = torch.isfinite(prompts.known[:, :1])
         weights = torch.where(given, prompts.known.nan_to_num(), weights)

@@ -144,14 +144,16 @@ class Gate:
         locations, spreads = _regressions(parts[fitted], lengths[fitted])
         known = lengths[fitted & (lengths > 0)]
         wanted = min(bins, max(1, np.bincount(kinds[~fitted]).min() // PER_BIN))
-        edges = np.unique(np.quantile(known, np.arange(1, wanted) / wanted)) if len(known) else np.zeros(0)
-        edges = edges[edges > known.min(initial=np.inf)]  # where many prompts are as short as the shortest
-        shape = np.array(weights, dtype=np.float64), shares, locations, spreads, edges
+        shape = np.array(weights, dtype=np.float64), shares, locations, spreads, np.zeros(0)
         empty = cls(dispatcher.state.fingerprint, *shape, np.zeros(0), kinds[:0], kinds[:0])
-        scores, places = empty._score(parts[~fitted], lengths[~fitted]), empty._bins(lengths[~fitted])
-        gate = replace(empty, scores=scores, bins=places, groups=kinds[~fitted])
-        if wanted > 1 and not gate.least_rate < 1:  # a group has no prompts of some lengths
-            return cls.calibrate(dispatcher, evidence, groups, wanted - 1, weights, seed)
+        gate = replace(empty, scores=empty._score(parts[~fitted], lengths[~fitted]), groups=kinds[~fitted])
+        for most in range(wanted, 0, -1):
+            edges = np.unique(np.quantile(known, np.arange(1, most) / most)) if len(known) else np.zeros(0)
+            edges = edges[edges > known.min(initial=np.inf)]  # where many prompts are as short as the shortest
+            gate = replace(gate, edges=edges)
+            gate = replace(gate, bins=gate._bins(lengths[~fitted]))
+            if gate.least_rate < 1:  # else a group has no prompts of some lengths
+                break
         return gate
 
     @property

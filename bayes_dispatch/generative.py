@@ -34,7 +34,7 @@ from bayes_dispatch.dirichlet_tree import DirichletTree, family_sums
 from bayes_dispatch.prompts import Prompts
 from bayes_dispatch.views import View
 
-__all__ = ["DispatchModel", "OneLabelModel", "label_informed_start"]
+__all__ = ["DispatchModel", "OneLabelModel", "floored", "label_informed_start"]
 
 FLOOR = 1e-6  # of w inside the likelihoods: keeps scales and concentrations off zero
 PRIOR = (3.0, 1.5)  # concentration of pi for an expert, and for base
@@ -109,7 +109,7 @@ class DispatchModel:
         with pyro.plate("prompts", len(prompts), subsample_size=self.batch_size) as rows:
             batch = prompts if self.batch_size is None or rows is None else prompts.select(rows)
             tau = torch.ones(len(batch)) if temper is None else torch.as_tensor(temper).expand(len(batch))
-            weights = _floored(self.sample_weights(sites, batch))
+            weights = floored(self.sample_weights(sites, batch))
             if batch.labels is not None:
                 label = dist.Categorical(probs=weights).mask(batch.labels >= 0)
                 pyro.sample("labels", label, obs=batch.labels.clamp(min=0))
@@ -161,7 +161,7 @@ class DispatchModel:
         tau = torch.as_tensor(temper, dtype=weights.dtype).expand(len(prompts))
         values = {}
         for view in self.views:
-            density = view.likelihood(sites, _floored(weights), prompts, tau).log_prob(prompts.observed[view.name])
+            density = view.likelihood(sites, floored(weights), prompts, tau).log_prob(prompts.observed[view.name])
             values[view.name] = density.masked_fill(prompts.missing[view.name], 0.0)
         return values
 
@@ -246,6 +246,7 @@ def _clusters(model: DispatchModel, prompts: Prompts, shares: Tensor, rows: Tens
     return out * torch.from_numpy(empty).to(out)
 
 
-def _floored(weights: Tensor) -> Tensor:
+def floored(weights: Float[Tensor, "... weight"]) -> Float[Tensor, "... weight"]:
+    """The weights that the likelihoods are of: none below about ``FLOOR``."""
     raised = weights + FLOOR
     return raised / raised.sum(-1, keepdim=True)

@@ -71,7 +71,7 @@ def fitted_groups(
     """Every group for N prompts, with as many draws of each kind as the posterior has of the weights.
 
     Draw s of the weights stands beside an independent draw s of the fitted globals: the guide's answer has them
-    integrated out, and mean-field globals know no prompt. A prior draw of the weights is made under its own globals.
+    integrated out. A prior draw of the weights is made under its own globals.
 
     Args:
         state: the fitted program.

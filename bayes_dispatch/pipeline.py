@@ -15,7 +15,7 @@ from bayes_dispatch.errors import EvidenceError
 from bayes_dispatch.features import FeatureMap, FeatureSettings, fit_feature_map
 from bayes_dispatch.fitted import FittedDispatcher, as_prompts
 from bayes_dispatch.fitting import FitReport, SVISettings, fit_globals
-from bayes_dispatch.generative import OneLabelModel
+from bayes_dispatch.generative import DispatchModel, OneLabelModel
 from bayes_dispatch.guides import GuideSettings
 from bayes_dispatch.program import Admixture
 from bayes_dispatch.prompts import Prompts
@@ -61,6 +61,7 @@ def fit_parts(
             mapped[name][present] = own  # out-of-fold: as noisy as those of new prompts
         views.append(KINDS[kind](mapped.get(name, values).shape[1], name))
     model = program.model(experts, tuple(views))
+    _check(model, svi)
     every = as_prompts(model, data.evidence, mapped, svi.dtype)
     posterior, report = fit_globals(model, data.observed(every), svi, seed, progress)
     like = every.select(torch.linspace(0, len(every) - 1, min(len(every), LIKE)).long())
@@ -72,10 +73,17 @@ def refit_parts(
     parts: FittedDispatcher, data: TrainingSet, svi: SVISettings, seed: int, progress: bool
 ) -> tuple[FittedDispatcher, FitReport]:
     """Fit globals, temper and guide to other evidence, from the globals as they are; the projections stay."""
+    _check(parts.model, svi)
     every = parts.prompts(data.evidence).to(svi.dtype)
     start = parts.globals.to(svi.dtype)
     posterior, report = fit_globals(parts.model, data.observed(every), svi, seed, progress, start)
     return _finished(replace(parts, globals=posterior), report, data, every, svi, seed, progress)
+
+
+def _check(model: DispatchModel, svi: SVISettings) -> None:
+    """Raise ``ConfigError`` where the program cannot be fitted as these settings ask."""
+    if svi.collapsed:
+        check_collapsed(model)
 
 
 def _finished(
@@ -90,7 +98,6 @@ def _finished(
     """The parts with a guide, and where that is asked for with collapsed globals and a guide for these."""
     if not svi.collapsed:
         return _with_guide(parts, data, every, seed + 1, progress), report
-    check_collapsed(parts.model, parts.globals)
     parts = _with_guide(parts, data, every, seed + 1, progress)
     shares = parts.model.prior_of_shares().double()
     answer = parts.answer(every.to(torch.float64), (shares / shares.sum()).numpy())

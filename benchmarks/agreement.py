@@ -7,7 +7,6 @@
 ``fixed``: the shipped dispatcher on documents, or one fitted to prompts of a known program, with its globals at their
 medians. ``joint``: a dispatcher that is recalibrated to tens of prompts of three experts, those of a single expert
 labelled, beside NUTS for the globals and the weights of all of them. Serving assumes less of the prior than was fitted
-labelled, beside NUTS for the globals and the weights of all of them. Serving assumes less of the prior than was fitted
 (its shares, and a range of its precision); the last rows assume all that was fitted, as NUTS does, with globals of SVI,
 of collapsed steps after it, and of NUTS itself.
 Kolmogorov–Smirnov distances are means over prompts and components. The floor is that of two runs of NUTS of the same
@@ -25,13 +24,14 @@ import numpy as np
 import torch
 import typer
 from scipy.stats import ks_2samp
+from torch.distributions import constraints
 
 import bayes_dispatch as bd
 from bayes_dispatch.collapsed import fit_collapsed
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS
 from bayes_dispatch.features import FeatureSettings
 from bayes_dispatch.fitted import FittedDispatcher
-from bayes_dispatch.fitting import SVISettings, isolated
+from bayes_dispatch.fitting import SUPPORTS, SVISettings, isolated
 from bayes_dispatch.guides import GuideSettings
 from bayes_dispatch.importance import ImportanceSampler, draw_resampled
 from bayes_dispatch.inference.evidence_sets import KnownEvidence, mixed_evidence, pure_evidence
@@ -207,7 +207,7 @@ def _apart(drawn: Sequence[Mapping[str, torch.Tensor]], nuts: Mapping[str, np.nd
     parts = []
     for name in drawn[0]:
         ours, theirs = np.stack([each[name].double().numpy() for each in drawn]), nuts[name]
-        if not name.endswith("M"):
+        if SUPPORTS.get(name.rpartition("_")[2]) is not constraints.real:
             ours, theirs = np.log(ours + 1e-9), np.log(theirs + 1e-9)
         spread = theirs.std(0)
         off, width = np.abs(ours.mean(0) - theirs.mean(0)) / spread, ours.std(0) / spread

@@ -3,8 +3,8 @@
 ``bank.json`` alone decides what the bank holds: its base model, the adapted matrices, and name, file, digest and
 metadata of each expert. A save writes new files beside the old ones, then replaces ``bank.json``, then deletes what
 that no longer names. Wherever it is stopped, the directory holds the bank from before or the one from after; files of
-experts that ``bank.json`` does not name are ignored, and deleted by the next save. Saves into one directory wait for one
-another; the bank is that of the last.
+experts that ``bank.json`` does not name are ignored, and deleted by the next save. Saves into one directory wait
+for one another; the bank is then that of the last.
 """
 
 import fcntl

@@ -115,8 +115,8 @@ class Chat:
 
         Raises:
             PromptError: text that is empty, no UTF-8, or too long for ``max_context`` with its reply.
-            ConfigError: a setting out of range, or a stream of this chat has not ended.
-            TensorError, EvidenceError: the model gives NaN.
+            ConfigError: a setting out of range, a blend by layer, or a stream of this chat has not ended.
+            TensorError, EvidenceError: the model gives NaN. OSError: the chat's file cannot be written.
         """
         for _ in self.stream(text, max_new_tokens, do_sample=do_sample, temperature=temperature, stop=stop):
             pass
@@ -137,13 +137,11 @@ class Chat:
         Nothing is read before the first byte is asked for. A stream that is closed ends the reply there.
 
         Raises:
-            PromptError, ConfigError: see ``say``.
+            PromptError, ConfigError, TensorError, EvidenceError, OSError: see ``say``.
         """
         sampling = Sampling(do_sample=do_sample, temperature=temperature)
         request = Request(max_new_tokens, sampling, check_ending(max_new_tokens, stop))
-        if max_new_tokens >= self.settings.max_context:
-            most = f"expected max_new_tokens of less than max_context, {self.settings.max_context} bytes"
-            raise ConfigError(f"{most}, got {max_new_tokens}")
+        self.settings.check_reply(max_new_tokens)
         data = check_turn(text, self.settings.max_context - max_new_tokens)
         return self._answer(data, request)
 
@@ -257,7 +255,8 @@ class Chat:
     def _dispatched(self, posterior: DispatchPosterior, divergence: float) -> dict[str, Any]:
         mean = dict(zip(posterior.experts, np.round(posterior.mean[0], 4).tolist(), strict=True))
         moved = None if np.isnan(divergence) else round(divergence, 6)
-        return {"turn": self.turns + 1, "mean": mean, "divergence": moved, "threshold": self.settings.threshold}
+        threshold = self.settings.threshold if np.isfinite(self.settings.threshold) else None
+        return {"turn": self.turns + 1, "mean": mean, "divergence": moved, "threshold": threshold}
 
     def _read(self, caches: ChatCaches, adapted: bool, forgotten: int) -> dict[str, Any]:
         sizes = {"rows": len(caches.rows), "cache_bytes": caches.nbytes, "forgotten": forgotten}

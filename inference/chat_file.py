@@ -56,7 +56,7 @@ def write_chat(path: Path, system: "System", settings: ChatSettings, state: Chat
     header = {
         "format": FORMAT,
         "system": json.dumps(_system(system)),
-        "settings": json.dumps(chosen, default=lambda number: number.item()),  # of NumPy
+        "settings": json.dumps(chosen, default=lambda values: values.tolist()),  # of NumPy
         "turns": json.dumps(state.turns),
     }
     header["digest"] = _digest(header, tensors)

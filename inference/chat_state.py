@@ -47,6 +47,12 @@ class ChatSettings:
         if not 2 <= self.max_context <= MAX_CONTEXT:
             raise ConfigError(f"expected a max_context of 2 to {MAX_CONTEXT} bytes, got {self.max_context}")
 
+    def check_reply(self, max_new_tokens: int) -> None:
+        """Raise ``ConfigError`` unless a reply of so many bytes leaves room for what it replies to."""
+        if max_new_tokens >= self.max_context:
+            most = f"expected max_new_tokens of less than max_context, {self.max_context} bytes"
+            raise ConfigError(f"{most}, got {max_new_tokens}")
+
 
 @dataclass(frozen=True, eq=False)
 class ChatState:

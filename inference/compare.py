@@ -204,15 +204,15 @@ def _refined(
 
 
 def _groups(documents: Sequence[Document], rows: Sequence[int]) -> Iterator[slice]:
-    """Documents that follow one another, of which no more is kept than may be; ``rows``: (N,) of each."""
-    start = kept = 0
-    for n, document in enumerate(documents):
-        scored = sum(stop - begin for begin, stop in document.ranges)
-        own = rows[n] * (len(document.data) + scored * ByteTokenizer.vocab_size)
-        if n > start and kept + own > KEPT_AT_ONCE:
+    """Documents that follow one another, of which no more is kept than may be, padding included; ``rows``: of each."""
+    start = scored = longest = most = 0
+    for n, (document, own) in enumerate(zip(documents, rows, strict=True)):
+        of_scored = own * sum(stop - begin for begin, stop in document.ranges) * ByteTokenizer.vocab_size
+        padded = (n - start + 1) * max(longest, len(document.data)) * max(most, own)
+        if n > start and padded + scored + of_scored > KEPT_AT_ONCE:
             yield slice(start, n)
-            start, kept = n, 0
-        kept += own
+            start, scored, longest, most = n, 0, 0, 0
+        scored, longest, most = scored + of_scored, max(longest, len(document.data)), max(most, own)
     yield slice(start, len(documents))
 
 

@@ -152,11 +152,11 @@ class Decoding:
         """
         mixed = predictive(self._filter.log_weights, self._following)
         if bool(mixed.log_probabilities.isnan().any()):
-            raise TensorError("expected finite log-probabilities from the model, got NaN or infinite ones")
+            raise TensorError("expected finite log-probabilities from the model, got NaN")
         ids = sampling.choose(mixed.log_probabilities[:, :BYTES], generators)
         chosen = mixed.log_probabilities.gather(1, ids[:, None])[:, 0]
         if not bool(chosen.isfinite().all()):
-            raise TensorError("expected finite log-probabilities from the model, got NaN or infinite ones")
+            raise TensorError("expected a finite log-probability of the next byte from the model, got infinity")
         values = ids, chosen, mixed.entropy, mixed.mutual_information
         tokens, log_p, entropy, information = (each.cpu().numpy() for each in values)
         return Token(tokens, log_p, entropy, information, self.weights, self._reader.rows)

@@ -16,7 +16,7 @@ def tell(logger: logging.Logger, level: int, event: str, facts: Callable[[], Map
     """Log an event; ``facts`` is called where the level is listened to."""
     if logger.isEnabledFor(level):
         found = dict(facts())
-        logger.log(level, "%s %s", event, json.dumps(found), extra={"event": event, "facts": found})
+        logger.log(level, "%s %s", event, json.dumps(found, allow_nan=False), extra={"event": event, "facts": found})
 
 
 class JsonLines(logging.Formatter):
@@ -25,4 +25,4 @@ class JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = {"time": round(record.created, 6), "level": record.levelname.lower(), "logger": record.name}
         facts = getattr(record, "facts", {"message": record.getMessage()})
-        return json.dumps(line | {"event": getattr(record, "event", "message")} | dict(facts))
+        return json.dumps(line | {"event": getattr(record, "event", "message")} | dict(facts), allow_nan=False)

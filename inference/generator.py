@@ -64,7 +64,7 @@ class TwoPassGenerator:
 
         Args:
             prompts: 1 to 4,096 bytes of UTF-8 each. blend: how the posterior becomes particles.
-            max_new_tokens: bytes to generate. do_sample, temperature: see ``Sampling``; greedy by default.
+            max_new_tokens: bytes to generate, 1 to 65,536. do_sample, temperature: see ``Sampling``; greedy by default.
             seed: of posterior draws and sampling; ``None`` for a fresh one. A prompt's result does not depend on the
                 prompts beside it, except that copies of a prompt draw differently.
             stop: bytes with which a text ends.

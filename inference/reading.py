@@ -20,6 +20,7 @@ from bayes_dispatch.model.tokenizer import ByteTokenizer
 __all__ = ["Reading", "read_documents", "scored_places"]
 
 TOKENS_AT_ONCE = 8192  # of the rows that run together: of more, activations only leave the processor's caches
+BELOW_AT_ONCE = 32768  # of the documents that are read below the cut together, which is kept
 
 
 class Reading(NamedTuple):
@@ -48,6 +49,37 @@ def read_documents(
         weights: for each document (W, K + 1), on the simplex, or (W, L, K + 1), by layer; W may differ from document to
             document.
     """
+    order = sorted(range(len(documents)), key=lambda n: len(documents[n].data))
+    found: dict[int, Reading] = {}
+    for group in _alike_in_length(order, [1 + len(document.data) for document in documents]):
+        readings = _read_together(cut, experts, [documents[n] for n in group], [weights[n] for n in group])
+        found.update(zip(group, readings, strict=True))
+    return [found[n] for n in range(len(documents))]
+
+
+def scored_places(document: Document) -> Int[Tensor, " P"]:
+    """The scored bytes of a document, in the order of its ranges."""
+    return torch.cat([torch.arange(start, stop) for start, stop in document.ranges])
+
+
+def _alike_in_length(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Documents, in this order of rising lengths, of no more padded tokens than may be read below the cut at once."""
+    group: list[int] = []
+    for n in order:
+        if group and (len(group) + 1) * lengths[n] > BELOW_AT_ONCE:
+            yield group
+            group = []
+        group.append(n)
+    if group:
+        yield group
+
+
+def _read_together(
+    cut: CutModel,
+    experts: ExpertBank,
+    documents: Sequence[Document],
+    weights: Sequence[Float[np.ndarray, "_ *layers components"]],
+) -> list[Reading]:
     tokenizer = ByteTokenizer()
     ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *document.data] for document in documents])
     lengths, below = mask.sum(1), cut.below(ids, mask, None)
@@ -66,11 +98,6 @@ def read_documents(
         for n in owner.unique().tolist():
             parts[n].append(_of(after[owner == n], ids[n, 1 : int(lengths[n])], places[n]))
     return [Reading(*map(torch.cat, zip(*each, strict=True))) for each in parts]
-
-
-def scored_places(document: Document) -> Int[Tensor, " P"]:
-    """The scored bytes of a document, in the order of its ranges."""
-    return torch.cat([torch.arange(start, stop) for start, stop in document.ranges])
 
 
 def _of(after: Float[Tensor, "W t V"], data: Int[Tensor, " T"], places: Int[Tensor, " P"]) -> Reading:

@@ -71,7 +71,7 @@ class SecondPass:
         self.paths: dict[int, np.ndarray] = {}
         self.foreign: set[int] = set()
         self.p_values: dict[int, float] = {}
-        self.cost = Cost(cut.depth, sum(len(prompt) + 1 for prompt in prompts))
+        self.cost = Cost(cut.depth)
         self._system, self._cut, self._request, self._given = system, cut, request, given
         self._draws: dict[int, DispatchPosterior] = {}
         self._seeds = row_seeds(request.seed, prompts)
@@ -91,13 +91,17 @@ class SecondPass:
 
     def tokens(self) -> Iterator[tuple[Token, np.ndarray, np.ndarray]]:
         """Each next token of some prompts, the indices (n,) of these, and whether each has ended with it (n,)."""
-        blend = self._request.blend.name
         try:
             for group in self._groups():
                 yield from self._generate(group)
-        finally:  # a stream may be closed before its end
-            facts = {"prompts": len(self.prompts), "blend": blend}
-            tell(logger, logging.INFO, "generated", lambda: facts | asdict(self.cost))
+        except GeneratorExit:  # the reader of a stream wants no more
+            self._tell(ended=False)
+            raise
+        self._tell(ended=True)
+
+    def _tell(self, ended: bool) -> None:
+        facts = {"prompts": len(self.prompts), "blend": self._request.blend.name, "ended": ended}
+        tell(logger, logging.INFO, "generated", lambda: facts | asdict(self.cost))
 
     def _groups(self) -> Iterator[list[int]]:
         """Prompts whose first pass runs together; copies of one are neighbours."""
@@ -118,7 +122,8 @@ class SecondPass:
         capacity = max(map(len, distinct)) + 1 + self._request.max_new_tokens
         with torch.no_grad():
             prefix = read_prefix(self._cut, self._system.tokenizer, distinct, capacity)
-            self._count(prefill=int(prefix.tokens.sum()) * self._cut.block)
+            own = sum(len(self.prompts[n]) + 1 for n in group)
+            self._count(prompt_tokens=own, prefill=int(prefix.tokens.sum()) * self._cut.block)
             posterior = self._dispatch(group, distinct, rows, prefix)
         for place, n in enumerate(group):
             self._draws[n] = posterior.select([place])

@@ -256,7 +256,8 @@ class BlockStack(nn.Module):
 
 
 def _named(blocks: range) -> str:
-    return f"blocks {blocks.start} … {blocks.stop - 1}" if blocks else "no blocks"
+    every = "" if blocks.step == 1 else f", each {blocks.step}th"
+    return f"blocks {blocks.start} … {blocks.stop - 1}{every}" if blocks else "no blocks"
 
 
 def check_adaptation(adaptation: Adaptation, ranks: Mapping[str, int], dtype: torch.dtype, batch: int) -> None:

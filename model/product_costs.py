@@ -3,7 +3,7 @@
 A row that decodes under scales of its own reads U and Vᵀ at each token, or once builds W(z) = U diag(s z) Vᵀ and then
 reads that, which is smaller. Building takes as long as some tens of tokens or some hundreds, by the machine and by
 whether the matrices fit its caches; so it is measured. Several rows never fold: they share one reading of U and Vᵀ, and
-two matrices of their own are as large as both.
+two matrices of their own are as large as both, or larger.
 """
 
 import os
@@ -114,7 +114,7 @@ def read_costs(path: Path) -> ProductCosts:
     try:
         sizes, reading = tuple(map(int, found["sizes"])), tuple(map(float, found["reading"]))
         costs = ProductCosts(str(found["machine"]), sizes, reading, float(found["building"]))
-    except (KeyError, TypeError, ValueError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, ConfigError) as error:
         raise BundleError(f"expected costs of products in {path}, got damaged ones: {error}") from None
     if costs.machine != machine():
         raise BundleError(f"expected costs measured on {machine()}, got in {path} ones of {costs.machine}")
@@ -122,18 +122,25 @@ def read_costs(path: Path) -> ProductCosts:
 
 
 def costs_file() -> Path | None:
-    """Where the costs of this machine are kept; ``None`` where they are switched off.
+    """Where the costs of this machine are kept; ``None`` where they are switched off, or the user has no home.
 
     ``BAYES_DISPATCH_COSTS`` names another file, or is "off"; by default the user's cache directory has it.
     """
     chosen = os.environ.get(SWITCH, "")
     if chosen:
-        return None if chosen == "off" else Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bayes-dispatch" / "products.json"
+        return None if chosen.lower() == "off" else Path(chosen)
+    try:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a process of a user that the system does not know
+        return None
+    return caches / "bayes-dispatch" / "products.json"
 
 
 def present_costs() -> ProductCosts | None:
-    """The costs that are kept, read once; ``None`` where there are none. A file that cannot be used is warned of."""
+    """The costs that are kept, read once; ``None`` where there are none.
+
+    A file that cannot be used is warned of, and one that ``BAYES_DISPATCH_COSTS`` names and is not there.
+    """
     path = costs_file()
     return None if path is None else _kept(path)
 
@@ -145,18 +152,19 @@ def machine() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    processor = names[0] if names else platform.processor()
+    named = dict(reversed([tuple(map(str.strip, line.split(":", 1))) for line in lines if ":" in line]))  # the first
+    known = [named[key] for key in ("model name", "CPU implementer", "CPU part", "CPU variant") if key in named]
+    processor = " ".join(known) or platform.processor()
     return f"{platform.machine()} {processor}, torch {torch.__version__}, numba {version('numba')}"
 
 
 @cache
 def _kept(path: Path) -> ProductCosts | None:
-    if not path.exists():
-        return None
     try:
+        if not os.environ.get(SWITCH) and not path.exists():
+            return None
         return read_costs(path)
-    except BundleError as error:
+    except (BundleError, OSError) as error:
         warnings.warn(f"{error}; `bayes-dispatch measure` makes a new one", stacklevel=2)
         return None
 

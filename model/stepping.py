@@ -1,7 +1,9 @@
 """One more token of few rows on a CPU: each block is one compiled function, matrix products included."""
 
 from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ from bayes_dispatch.model.svd_linear import SVDLinear
 __all__ = ["Stepper", "Steppers", "can_step"]
 
 MOST_ROWS = 24  # with more, a library's products are faster
+MOST_KEPT = 16  # steppers of adaptations that are still in use, each with matrices of its own where these were built
 
 Scales = Mapping[str, Tensor]
 Places = tuple[Array, Array, Array]  # what ``Span.places`` gives
@@ -69,10 +72,12 @@ class Stepper:
 
 
 class Steppers:
-    """The latest stepper of some blocks."""
+    """The latest steppers of some blocks: generations may take turns, and each builds its matrices once."""
 
     def __init__(self) -> None:
-        self._kept: tuple[object, Adaptation | None, Stepper] | None = None  # replaced at once: threads may share it
+        self._kept: WeakKeyDictionary[Adaptation, tuple[object, Stepper]] = WeakKeyDictionary()
+        self._plain = Adaptation.identity()  # stands for all that scale nothing
+        self._lock = Lock()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Steppers":
         return Steppers()  # of another model
@@ -81,15 +86,21 @@ class Steppers:
         return Steppers, ()
 
     def of(self, weights: object, adaptation: Adaptation, build: Callable[[], Stepper]) -> Stepper:
-        """The stepper under these scales, built anew where it is not the latest.
+        """The stepper under these scales, built anew where it is none of the latest.
 
         Args:
             weights: the same object for as long as the blocks' weights do not change.
         """
-        kept, adapted = self._kept, adaptation if adaptation.scales else None
-        if kept is None or kept[0] is not weights or kept[1] is not adapted:
-            self._kept = kept = weights, adapted, build()
-        return kept[2]
+        adapted = adaptation if adaptation.scales else self._plain
+        kept = self._kept.get(adapted)
+        if kept is None or kept[0] is not weights:
+            kept = weights, build()
+            with self._lock:
+                self._kept.pop(adapted, None)
+                while len(self._kept) >= MOST_KEPT:
+                    del self._kept[next(iter(self._kept))]
+                self._kept[adapted] = kept
+        return kept[1]
 
 
 def _folding_pays(blocks: Sequence[Block], scales: Sequence[Scales], ahead: int) -> bool:

@@ -63,7 +63,7 @@ class TokenModel(BlockStack):
     def _embed(
         self, input_ids: Tensor, attention_mask: Tensor | None, cache: Cache | None, adaptation: Adaptation
     ) -> tuple[Float[Tensor, "B T D"], Padding]:
-        """Embeddings of checked tokens, right-padded; the scales are checked."""
+        """Embeddings of tokens, which are checked, right-padded; the caller has checked the scales."""
         check_ids(input_ids, self.vocab_size)
         shape = (input_ids.shape[0], input_ids.shape[1])
         padding = check_padding(attention_mask, shape, at_least=1 if cache is None else 0)

@@ -86,7 +86,7 @@ def test_what_is_shown(talk: Talk) -> None:
         (b"a" * 60 + b"\n", ("--max-context", "64"), "expected a turn of 1 to 59 bytes"),
         (b"", ("--stop", ""), "expected stop to have at least one byte, got none"),
         (b"", ("--threshold", "-1"), "expected a threshold of at least 0 nats, got -1.0"),
-        (b"a\n", ("--max-context", "5"), "expected max_new_tokens of less than max_context, 5 bytes, got 5"),
+        (b"", ("--max-context", "5"), "expected max_new_tokens of less than max_context, 5 bytes, got 5"),
         (b"", ("--blending-mode", "none"), "expected a blending mode of"),
         (b"", ("--temperature", "0"), "expected a temperature above 0, got 0.0"),
         (b"", ("--state", "."), "expected a readable file ., got: Is a directory"),

@@ -1,12 +1,13 @@
 """``bayes-dispatch measure`` keeps what it prints, where the user says."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from bayes_dispatch import cli
-from bayes_dispatch.cli_measure import mambaformer_shapes
+from bayes_dispatch.cli_measure import WIDTHS, mambaformer_shapes
 from bayes_dispatch.model import product_costs
 from bayes_dispatch.model.product_costs import SWITCH, read_costs
 
@@ -34,8 +35,14 @@ def test_it_keeps_what_it_prints(
     assert told["file"] == str(file)
     assert (tuple(told["reading"]), told["building"]) == (kept.reading, kept.building)
     code, printed, _ = run(capsys, "measure", "--tokens", "10")
+    kept = read_costs(file)
     assert code == 0
-    assert "1024" in printed
+    for width in WIDTHS:
+        shapes = mambaformer_shapes(width)
+        factored, folded, first = re.search(rf"^\W*{width}\W+([\d.]+)\W+([\d.]+)\W+(\d+|never)", printed, re.M).groups()
+        assert (factored, folded) == tuple(f"{1000 * of(shapes, 4, 10):.1f}" for of in (kept.factored, kept.folded))
+        assert first == "never" or kept.folding_pays(shapes, 4, int(first))
+        assert first in ("never", "1") or not kept.folding_pays(shapes, 4, int(first) - 1)
 
 
 def test_off_is_an_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

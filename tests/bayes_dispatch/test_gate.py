@@ -94,6 +94,15 @@ class TestRate:
         assert grouped.decide(dispatcher, prompts(1000, 8), RATE).foreign.mean() < 0.05
         assert pooled.decide(dispatcher, fresh, RATE).foreign.mean() > 0.13
 
+    def test_a_group_that_lacks_lengths_gets_wider_bins(self, dispatcher: Dispatcher) -> None:
+        """Blends of 32 tokens alone: bins that the lengths part would hold none of them, so there is one bin."""
+        held_out = Evidence.concatenate([prompts(600, 10), prompts(300, 11, length=32, mixed=True)])
+        gate = Gate.calibrate(dispatcher, held_out, np.repeat([0, 1], [600, 300]))
+        assert (len(gate.edges), set(gate.bins.tolist())) == (0, {1})
+        assert gate.least_rate == 1 / (1 + np.bincount(gate.groups).min())
+        assert len(Gate.calibrate(dispatcher, held_out).edges) > 0
+        assert np.isfinite(gate.p_values(dispatcher, prompts(50, 12))).all()
+
     def test_p_values_are_ranks(self, gate: Gate, dispatcher: Dispatcher) -> None:
         fresh = prompts(50, 9)
         scores, places = gate.foreignness(dispatcher, fresh), gate._bins(fresh.known_lengths())

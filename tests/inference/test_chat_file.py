@@ -44,6 +44,15 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_a_blend_of_numpy_numbers(cut64: "Bundle", tmp_path: Path) -> None:
+    """It is stored as what it says."""
+    blend = FixedWeights(np.array([0.25, 0.75, 0, 0]))  # type: ignore[arg-type]
+    TwoPassGenerator(cut64).chat(blend=blend, file=tmp_path / "chat").say("ab>", 1)
+    resumed = TwoPassGenerator(cut64).resume_chat(tmp_path / "chat")
+    assert resumed.settings.blend == FixedWeights((0.25, 0.75, 0.0, 0.0))
+
+
 @pytest.mark.parametrize("blend", BLENDS, ids=repr)
 def test_a_resumed_chat_goes_on_as_it_would_have(cut64: "Bundle", blend: Blend, tmp_path: Path) -> None:
     """Resumed before every turn, with merged and forgotten parts."""

@@ -18,6 +18,7 @@ from bayes_dispatch.inference.blends import (
     BestExpert,
     Blend,
     FixedWeights,
+    Particles,
     PosteriorMean,
     PosteriorPredictive,
     RefinedMean,
@@ -123,6 +124,15 @@ def test_rows_at_once_and_order_do_not_matter(bundle64: "Bundle", monkeypatch: p
         )
 
 
+def test_what_is_kept_counts_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One long document beside many short ones does not make these as long."""
+    monkeypatch.setattr(compare_module, "KEPT_AT_ONCE", 60_000)
+    short, long = Document("a" * 20, 19), Document("a" * 2000, 1999)
+    documents = [short, short, long, short, short, short]
+    parts = list(compare_module._groups(documents, [10] * 6))
+    assert parts == [slice(0, 2), slice(2, 4), slice(4, 6)]  # 10 rows: 200 or 20,000 and 2,560 for each
+
+
 def test_the_table(bundle64: "Bundle") -> None:
     frame = compare_blends(bundle64, DOCUMENTS[:2], BLENDS[:2], seed=0).to_frame()
     assert list(frame.columns) == [
@@ -208,6 +218,19 @@ def test_masses_move_from_the_byte_that_is_said(
         np.testing.assert_allclose(
             found["always"][n].nll, -np.mean([exact.log_p[i, document.data[i]] for i in places]), atol=1e-9
         )
+
+
+def test_a_refined_mean_that_no_byte_has_moved(bundle64: "Bundle") -> None:
+    """It is the particles' mean before any evidence of bytes."""
+    posterior, _ = dispatch(bundle64, [document.prompt for document in DOCUMENTS], 2)
+    particles = RefinedMean(6, flat=0.0).particles(posterior)
+    mean = Particles(np.einsum("ns,nsk->nk", particles.mass, particles.weights)[:, None], np.ones((len(DOCUMENTS), 1)))
+    never = [len(document.data) for document in DOCUMENTS]
+    found = score_together(
+        bundle64.model, bundle64.experts, DOCUMENTS, {"never": particles, "mean": mean}, filtered_from={"never": never}
+    )
+    for ours, theirs in zip(found["never"], found["mean"], strict=True):
+        assert ours.nll == pytest.approx(theirs.nll, abs=1e-9)
 
 
 def test_two_systems_on_the_same_documents(bundle64: "Bundle") -> None:

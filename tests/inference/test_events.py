@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bayes_dispatch.inference.blends import PosteriorPredictive
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.inference.blends import PosteriorMean, PosteriorPredictive
 from bayes_dispatch.inference.events import JsonLines, tell
 from bayes_dispatch.inference.generator import TwoPassGenerator
 
@@ -29,6 +30,7 @@ def test_events_of_a_generation(bundle: "Bundle", caplog: pytest.LogCaptureFixtu
     assert events["dispatched"]["mean"][0]["reverse"] == pytest.approx(result.posterior.mean[1, 0], abs=1e-4)
     assert events["prompts read"]["rows"] <= events["prompts read"]["of"] == 18
     assert events["generated"]["decode"] == result.cost.decode
+    assert events["generated"]["ended"] is True
     lines = [json.loads(JsonLines().format(record)) for record in caplog.records]
     assert lines[-1]["level"] == "info"
     assert lines[-1]["prompt_tokens"] == 19
@@ -52,6 +54,30 @@ def test_events_of_a_chat(bundle: "Bundle", caplog: pytest.LogCaptureFixture, ca
     assert events[-1][1]["saved"] is True
     assert [json.loads(JsonLines().format(record))["event"] for record in caplog.records][-1] == "replied"
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_failed_was_not_generated(bundle: "Bundle", caplog: pytest.LogCaptureFixture) -> None:
+    """And a stream that is closed tells what it read: one of two prompts."""
+    generator, given = TwoPassGenerator(bundle), {"max_new_tokens": 3, "seed": 0}
+    with caplog.at_level(logging.INFO, LOGGER):
+        with pytest.raises(ConfigError, match="expected a posterior of at least"):
+            generator.generate(["a"], blend=PosteriorPredictive(100), **given)
+        assert caplog.records == []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("bayes_dispatch.inference.second_pass.ROWS_AT_ONCE", 1)
+            stream = generator.stream(["abc", "ab"], blend=PosteriorMean(), **given)
+            next(stream)
+            stream.close()
+    (record,) = caplog.records
+    assert record.facts["ended"] is False  # type: ignore[attr-defined]
+    assert (record.facts["prompts"], record.facts["prompt_tokens"]) == (2, 3)  # type: ignore[attr-defined]
+
+
+def test_a_chat_that_never_adapts_again_tells_json(bundle: "Bundle", caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "bayes_dispatch.inference.chat"):
+        TwoPassGenerator(bundle).chat(blend=PosteriorMean(), threshold=float("inf")).say("ab>", 1)
+    assert json.loads(JsonLines().format(caplog.records[0]))["threshold"] is None
 
 
 def test_nothing_is_computed_where_nobody_listens() -> None:

@@ -86,6 +86,24 @@ def test_what_is_below_runs_once(model64: "MambaFormerForCausalLM", monkeypatch:
     assert seen == [("below", 2), ("above", 2), ("above", 2), ("above", 1)]
 
 
+def test_documents_of_similar_lengths_are_read_below_together(
+    model64: "MambaFormerForCausalLM", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more padded tokens at once than may be, but for one document that is longer; the order stays."""
+    cut, seen = CutModel(model64, 1), []
+    below, experts = cut.below, experts_from(model64, 1)
+    documents = [Document("ab" * n, 1) for n in (3, 20, 1, 2, 1, 9)]
+    weights = [np.eye(3)[:2]] * len(documents)
+    expected = read_documents(cut, experts, documents, weights)
+    monkeypatch.setattr(cut, "below", lambda x, *rest: seen.append(tuple(x.shape)) or below(x, *rest))
+    monkeypatch.setattr(reading_module, "BELOW_AT_ONCE", 24)
+    found = read_documents(cut, experts, documents, weights)
+    assert seen == [(3, 5), (1, 7), (1, 19), (1, 41)]
+    for ours, theirs in zip(found, expected, strict=True):
+        for part, whole in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(part, whole, rtol=0, atol=1e-12)
+
+
 def test_scored_places_are_those_of_the_ranges() -> None:
     places: Tensor = scored_places(Document("abcdefgh", 2, ((6, 8), (3, 3), (2, 4))))
     assert places.tolist() == [6, 7, 2, 3]

@@ -92,6 +92,7 @@ def test_saved_costs_are_read(tmp_path: Path) -> None:
         (json.dumps({"version": 1}), "got damaged ones: 'machine'|got damaged ones: 'sizes'"),
         (json.dumps({"version": 1, **asdict(COSTS), "reading": [1, "x"]}), "got damaged ones: could not convert"),
         (json.dumps({"version": 1, **asdict(COSTS), "building": -1}), "damaged ones: expected times above 0"),
+        (json.dumps({"version": 1, **asdict(COSTS), "sizes": [float("inf")]}), "got damaged ones"),
         (json.dumps({"version": 1, **asdict(COSTS), "machine": "z80"}), "expected costs measured on .*, got in .* z80"),
     ],
 )
@@ -173,6 +174,69 @@ def test_both_choices_give_the_same(
             torch.testing.assert_close(logits, expected[0], rtol=tolerance, atol=tolerance)
         told = [built for _, built in (expected, *others)]
         assert told == {"two rows": [False] * 3, "some of the rank": [True] * 3}.get(kind, [False, False, True])
+
+
+def test_generations_that_take_turns_build_once(
+    model: "MambaFormerForCausalLM", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each matrix once for each of two adaptations, and again only when too many others came between."""
+    rng = np.random.default_rng(8)
+    ids, built, folded = torch.from_numpy(rng.integers(0, 256, (1, 12))), [], SVDLinear.folded
+    monkeypatch.setattr(stepping, "present_costs", lambda: replace(COSTS, reading=(1e-9, 1e-9), building=1e-30))
+    monkeypatch.setattr(SVDLinear, "folded", lambda linear, z: built.append(linear) or folded(linear, z))
+
+    def adapted() -> Adaptation:
+        drawn = {name: 1 + 0.3 * torch.from_numpy(rng.standard_normal(r)).float() for name, r in ranks.items()}
+        return Adaptation(drawn, 4)
+
+    ranks = model.adaptable()
+    both = [(adapted(), model.init_cache(1, 12)) for _ in range(2)]
+    with torch.no_grad():
+        for t in range(6):
+            for adaptation, cache in both:
+                model(ids[:, t : t + 1], cache=cache, adaptation=adaptation)
+        assert len(built) == 2 * len(ranks)
+        others = [adapted() for _ in range(stepping.MOST_KEPT)]
+        for adaptation in others:
+            model(ids[:, :1], cache=model.init_cache(1, 12), adaptation=adaptation)
+        built.clear()
+        model(ids[:, 6:7], cache=both[0][1], adaptation=both[0][0])
+        assert len(built) == len(ranks)
+        kept = next(iter(model._stretches.values())).steppers._kept
+        assert len(kept) == stepping.MOST_KEPT
+        del adaptation, others, both
+        assert len(kept) == 1  # that which the model has checked last
+
+
+def test_a_process_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BAYES_DISPATCH_COSTS", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert costs_file() is None
+    assert present_costs() is None
+
+
+def test_a_path_that_cannot_be_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BAYES_DISPATCH_COSTS", f"/{'x' * 5000}")
+    with pytest.warns(UserWarning, match="`bayes-dispatch measure` makes a new one"):
+        assert present_costs() is None
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("model name\t: Fast\nflags: a b\nmodel name\t: Other\n", "Fast"),
+        ("CPU implementer\t: 0x41\nCPU variant\t: 0x1\nCPU part\t: 0xd0c\nCPU part\t: 0xd05\n", "0x41 0xd0c 0x1"),
+    ],
+)
+def test_processors_have_names(lines: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of x86 and of ARM, the first one's."""
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: lines)
+    assert f" {expected}, torch {torch.__version__}" in machine.__wrapped__()
 
 
 def test_tokens_ahead() -> None:
