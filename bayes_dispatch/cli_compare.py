@@ -170,7 +170,7 @@ def _write(path: Path, frames: "dict[str, pandas.DataFrame]") -> None:
     columns = ["set", *[column for column in table.columns if column != "set"]]
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        table[columns].to_csv(temporary, index=False, compression=None)
+        table[columns].to_csv(temporary, index=False)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

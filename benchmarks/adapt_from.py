@@ -6,8 +6,9 @@
 
 For each first block: an expert for each domain of the shipped bundle by the bundle's recipe, a dispatcher on evidence
 pooled below the block (with 0: after the last), and both together on held-out documents. Dispatchers are fitted as the
-bundle's is but for the guide, which has 4,000 steps of 10,000; the shipped one stands beside them. What is made is kept
-under ``--work``, seed by seed and block by block, and is not made again; the tables are of all that was asked for.
+bundle's is but for the guide, which is the library's smaller default; the shipped one stands beside them. What is made
+is kept under ``--work``, seed by seed and block by block, and is not made again; the tables are of all that was asked
+for.
 Times are of CPU time of one thread, all systems in turn, in a last round of their own.
 """
 
@@ -33,17 +34,19 @@ from first_block.reporting import quality_tables, tables
 __all__ = ["main"]
 
 
-def claim(work: Path, plan: TrainingPlan) -> None:
-    """Make ``work`` that of a plan, whatever its seed.
+def claim(work: Path, plan: TrainingPlan, base: str) -> None:
+    """Make ``work`` that of a plan, whatever its seed, and a base model.
 
     Raises:
-        BadParameter: it holds what another plan made.
+        BadParameter: it holds what another plan made, or what was made of another model.
     """
-    recipe = {name: str(value) for name, value in asdict(plan.with_seed(0)).items()}
-    if not (work / "plan.json").exists():
+    recipe = {name: str(value) for name, value in asdict(plan.with_seed(0)).items()} | {"base model": base}
+    found = read_json(work / "plan.json") if (work / "plan.json").exists() else None
+    if found is None:
         write_json(work / "plan.json", recipe)
-    elif differing := [name for name, value in read_json(work / "plan.json").items() if recipe[name] != value]:
-        raise typer.BadParameter(f"expected a directory of the same settings at {work}, got another {differing[0]!r}")
+    elif found != recipe:
+        differing = next(name for name in recipe | found if recipe.get(name) != found.get(name))
+        raise typer.BadParameter(f"expected a directory of the same settings at {work}, got another {differing!r}")
 
 
 def main(
@@ -56,7 +59,8 @@ def main(
 ) -> None:
     """Train, judge and print Markdown tables: after each seed those of quality, last all of them with the curve."""
     torch.set_num_threads(1)
-    depth = 1 + max(map(block_of, bd.load_bundle().model.adaptable()))
+    model = bd.load_bundle().model
+    depth = 1 + max(map(block_of, model.adaptable()))
     blocks = sorted({0, *(range(depth) if block is None else block)})
     if not 0 <= min(blocks) <= max(blocks) < depth:
         wrong = next(each for each in blocks if not 0 <= each < depth)
@@ -65,7 +69,7 @@ def main(
     if steps is not None:
         plan = replace(plan, experts=replace(plan.experts, steps=steps))
     work = work or Path(gettempdir()) / f"bayes-dispatch-adapt-from-{name}"
-    claim(work, plan)
+    claim(work, plan, model.fingerprint())
     found: dict[int, list[Scores]] = {each: [] for each in blocks}
     shipped, made = [], [plan.with_seed(first_seed + index) for index in range(1 if quick else seeds)]
     for seeded in made:

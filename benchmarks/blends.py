@@ -10,11 +10,12 @@ draws; the bundle is always the same.
 
 *Best fixed* is the blend of constant weights that does best on a document, known only afterwards: of all vertices
 (each expert, base), all even pairs of them, and the posterior mean. It and the predictive of 64 take four fifths of all
-rows: they are scored on the first quarter of the documents of each set and seed alone, and marked with a star.
+rows: they are scored on the first quarter of the documents of each set and seed alone, and marked with a star. Texts
+have no answers that could match: exact matches are of the other sets.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
@@ -29,6 +30,7 @@ from tqdm import tqdm
 import bayes_dispatch as bd
 from bayes_dispatch.calibration import confidence_curve, paired_comparison
 from bayes_dispatch.errors import UnknownNameError
+from bayes_dispatch.experts.domains import EXPERT_TEXTS, FOREIGN_TEXTS
 from bayes_dispatch.inference.blends import Particles
 from bayes_dispatch.inference.compare import score_together
 from bayes_dispatch.inference.evaluation import held_out_documents
@@ -86,6 +88,10 @@ class Scores:
         confidence = self.of(name, "confidence")
         known = np.isfinite(confidence)
         return confidence_curve(confidence[known], self.of(name, "right")[known]).expected_calibration_error
+
+    def without_answers(self) -> "Scores":
+        """The same of documents that are text, of which no answer can match."""
+        return replace(self, exact_match=np.full_like(self.exact_match, np.nan))
 
     def whole(self, name: str) -> bool:
         """Whether the blend was scored on all documents."""
@@ -203,6 +209,8 @@ def tables(found: dict[str, Scores]) -> list[Table]:
     Args:
         found: name of a set → its scores, all seeds together.
     """
+    texts = {domain.name for domain in (*EXPERT_TEXTS, *FOREIGN_TEXTS)}
+    found = {name: scores.without_answers() if name in texts else scores for name, scores in found.items()}
     kinds = {
         kind: [(domain.name, found[domain.name]) for domain in domains if domain.name in found]
         for kind, domains in KINDS.items()
@@ -212,8 +220,8 @@ def tables(found: dict[str, Scores]) -> list[Table]:
     made = [_blends(kind, scores, [name for name, _ in kinds[kind]]) for kind, scores in pooled.items()]
     rows: list[list[Cell | str]] = []
     for name in ABLATIONS:
-        rows.append([name, *(_paired(scores, name, OURS) for scores in pooled.values())])
-    note = "Paired by document, with 95% intervals; above 0: the ablation is worse."
+        rows.append([_starred(name, *pooled.values()), *(_paired(scores, name, OURS) for scores in pooled.values())])
+    note = f"Paired by document, with 95% intervals; above 0: the ablation is worse.{_star(pooled.values())}"
     made.append(Table(f"Ablations: NLL minus that of {OURS}", ["", *pooled], rows, note))
     return [*made, _claims(kinds)]
 
@@ -223,19 +231,27 @@ def _blends(kind: str, scores: Scores, sets: Sequence[str]) -> Table:
     for name in (*BLENDS, *ABLATIONS, BEST_FIXED):
         rows.append(
             [
-                name if scores.whole(name) else f"{name} *",
+                _starred(name, scores),
                 f"{scores.mean(name, 'nll'):.3f}",
                 "" if name == OURS else _paired(scores, name, OURS),
-                f"{scores.mean(name, 'exact_match'):.3f}",
+                f"{scores.mean(name, 'exact_match'):.3f}" if np.isfinite(scores.of(name, "exact_match")).any() else "",
                 f"{scores.calibration_error(name):.3f}",
                 str(scores.of(name, "rows")),
             ]
         )
     heads = ["blend", "NLL", f"minus {OURS}", "exact match", "ECE", "rows"]
     note = f"{scores.nll.shape[1]} documents of {', '.join(sets)}. Paired by document, with 95% intervals."
-    if not all(map(scores.whole, COSTLY)):
-        note += " *: on the first quarter of the documents of each set and seed."
-    return Table(f"Blends, {kind} documents", heads, rows, note)
+    return Table(f"Blends, {kind} documents", heads, rows, note + _star([scores]))
+
+
+def _starred(name: str, *scores: Scores) -> str:
+    """With a star where it was not scored on all documents."""
+    return name if all(each.whole(name) for each in scores) else f"{name} *"
+
+
+def _star(scores: Iterable[Scores]) -> str:
+    whole = all(each.whole(name) for each in scores for name in COSTLY)
+    return "" if whole else " *: on the first quarter of the documents of each set and seed."
 
 
 def _claims(kinds: dict[str, list[tuple[str, Scores]]]) -> Table:
@@ -247,8 +263,9 @@ def _claims(kinds: dict[str, list[tuple[str, Scores]]]) -> Table:
             right = _paired(scores, OURS, name) if kind == "pure" else ""
             best, base = f"{_paired(scores, OURS, rival)} ({rival})", _paired(scores, OURS, "base")
             rows.append([name, right, best, _paired(scores, OURS, BEST_FIXED), base])
-    heads = ["documents", "right expert", "best other blend", BEST_FIXED, "base"]
-    note = "NLL, paired by document, with 95% intervals; below 0: the predictive is better."
+    every = [scores for parts in kinds.values() for _, scores in parts]
+    heads = ["documents", "right expert", "best other blend", _starred(BEST_FIXED, *every), "base"]
+    note = f"NLL, paired by document, with 95% intervals; below 0: the predictive is better.{_star(every)}"
     return Table(f"{OURS} minus …", heads, rows, note)
 
 

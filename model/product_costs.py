@@ -152,7 +152,10 @@ def machine() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:  # not Linux
         lines = []
-    named = dict(reversed([tuple(map(str.strip, line.split(":", 1))) for line in lines if ":" in line]))  # the first
+    named: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        named.setdefault(key.strip(), value.strip())  # of the first core
     known = [named[key] for key in ("model name", "CPU implementer", "CPU part", "CPU variant") if key in named]
     processor = " ".join(known) or platform.processor()
     return f"{platform.machine()} {processor}, torch {torch.__version__}, numba {version('numba')}"

@@ -13,6 +13,7 @@ import adapt_from
 import bayes_dispatch as bd
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS
 from bayes_dispatch.inference.evaluation import expert_report
+from bayes_dispatch.model.files import read_json, write_json
 from dispatching.data import Sizes, shipped
 from first_block import measuring
 from first_block.costs import Cost, costs
@@ -120,10 +121,16 @@ def test_tables_say_what_was_measured() -> None:
 
 
 def test_what_is_kept_is_of_one_recipe(tmp_path: Path) -> None:
-    adapt_from.claim(tmp_path, FULL)
-    adapt_from.claim(tmp_path, FULL.with_seed(3))
-    with pytest.raises(typer.BadParameter, match=r"expected a directory of the same settings at .*, got another "):
-        adapt_from.claim(tmp_path, QUICK)
+    adapt_from.claim(tmp_path, FULL, "a")
+    adapt_from.claim(tmp_path, FULL.with_seed(3), "a")
+    other = r"expected a directory of the same settings at .*, got another "
+    with pytest.raises(typer.BadParameter, match=other):
+        adapt_from.claim(tmp_path, QUICK, "a")
+    with pytest.raises(typer.BadParameter, match=f"{other}'base model'"):
+        adapt_from.claim(tmp_path, FULL, "b")
+    write_json(tmp_path / "plan.json", read_json(tmp_path / "plan.json") | {"old_field": "1"})
+    with pytest.raises(typer.BadParameter, match=f"{other}'old_field'"):
+        adapt_from.claim(tmp_path, FULL, "a")
 
 
 def test_blocks_that_the_model_lacks_are_refused(tmp_path: Path) -> None:

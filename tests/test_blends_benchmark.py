@@ -49,7 +49,7 @@ def test_it_scores_as_compare_blends_does() -> None:
 
 def made_up(nll: dict[str, float], documents: int) -> Scores:
     rng = np.random.default_rng(0)
-    names = [*BLENDS, *ABLATIONS, BEST_FIXED, "sort"]
+    names = [*BLENDS, *ABLATIONS, BEST_FIXED, "sort", "json"]
     values = np.array([nll.get(name, 1.0) + np.zeros(documents) for name in names])
     confidence = rng.uniform(0.5, 1, (len(names), 10 * documents))
     right = rng.random(confidence.shape) < confidence
@@ -73,6 +73,8 @@ def test_tables_say_what_was_measured() -> None:
         "+0.125 [+0.125, +0.125]",
     ]
     assert claims.rows[1][1:3] == ["", "+0.000 [+0.000, +0.000] (base)"]
+    assert blends.tables({"json": pure, "sort": mixed})[0].rows[0][3] == "0.500"  # of sort alone
+    assert blends.tables({"rot13": pure})[0].rows[0][3] == ""
 
 
 def test_what_was_scored_on_fewer_documents() -> None:
