@@ -154,19 +154,16 @@ def _log_masses(
         place: (N, S), which row of its reading each particle is.
     """
     lengths = torch.tensor([reading.own.shape[1] for reading in readings])
-    shape = len(readings), int(lengths.max()), place.shape[1]
-    if shape[2] == 1:
-        return torch.zeros(shape[0], shape[1] + 1, 1, dtype=torch.double)
-    own = torch.zeros(shape, dtype=torch.double)
+    longest, count = int(lengths.max()), place.shape[1]
+    if count == 1:
+        return torch.zeros(len(readings), longest + 1, 1, dtype=torch.double)
+    own = torch.zeros(len(readings), count, longest, dtype=torch.double)
     for n, reading in enumerate(readings):
-        own[n, : lengths[n]] = reading.own[torch.from_numpy(place[n])].T
+        own[n, :, : lengths[n]] = reading.own[torch.from_numpy(place[n])]
     first = torch.zeros(len(own)) if filtered_from is None else torch.tensor(list(filtered_from))
-    masses = ParticleFilter(particles)
-    found = [masses.log_weights]
-    for t in range(shape[1]):
-        masses.update(own[:, t], (t >= first) & (t < lengths))
-        found.append(masses.log_weights)
-    return torch.stack(found, 1)
+    t, masses = torch.arange(longest), ParticleFilter(particles)
+    before = masses.log_weights[:, None]
+    return torch.cat([before, masses.update(own, (t >= first[:, None]) & (t < lengths[:, None]))], 1)
 
 
 def _alike(weights: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -99,15 +99,16 @@ class Decoding:
             if measured and bool((self._lengths.min() - MEASURED < place[-1] + 1).any()):
                 counted = (place < self._lengths[:, None]) & (place >= self._lengths[:, None] - MEASURED)
                 self._kl += divergences(after, counted)
-            for t, token in enumerate(self._ids[:, start : start + PREFILL_CHUNK].unbind(1)):
-                read = start + t < self._lengths
-                if following is None:  # the beginning token is no evidence
-                    following = after[:, :, 0]
-                    continue
-                counts = read if self._evidence is None else read & self._evidence[:, start + t]
-                self._update(_of(following, token), counts)
-                following = torch.where(read[:, None, None], after[:, :, t], following)
-                self.path[start + t] = self.weights
+            first = 1 if following is None else 0  # the beginning token is no evidence
+            tokens = self._ids[:, start + first : start + after.shape[2]]
+            counts = place[first:] < self._lengths[:, None]
+            if self._evidence is not None:
+                counts &= self._evidence[:, start + first : start + after.shape[2]]
+            after_each = self._count(following, after, tokens, counts)
+            self.path[start + first : start + after.shape[2]] = self._filter.means(after_each).swapaxes(0, 1)
+            last = (self._lengths - 1 - start).clamp(max=after.shape[2] - 1)
+            ends = after[torch.arange(len(last)), :, last.clamp(min=0)]
+            following = ends if following is None else torch.where(last[:, None, None] >= 0, ends, following)
         assert following is not None
         self._following = following
 
@@ -120,10 +121,9 @@ class Decoding:
         for begin in range(0, ids.shape[1], PREFILL_CHUNK):
             part = slice(begin, begin + PREFILL_CHUNK)
             after = self._reader.read_prompts(start + begin, min(start + begin + PREFILL_CHUNK, start + ids.shape[1]))
-            for t, (token, counts) in enumerate(zip(ids[:, part].unbind(1), evidence[:, part].unbind(1), strict=True)):
-                if not self._alone and bool(counts.any()):
-                    self._update(_of(self._following, token), counts)
-                self._following = after[:, :, t]
+            if not self._alone:
+                self._count(self._following, after, ids[:, part], evidence[:, part])
+            self._following = after[:, :, -1]
 
     def merge(self, tolerance: float) -> list[list[int]]:
         """Run particles as one; the mixture changes by at most ``tolerance`` nats a token (``merging``).
@@ -171,13 +171,29 @@ class Decoding:
         """
         token = torch.from_numpy(ids)
         if evidence and not self._alone:
-            self._update(_of(self._following, token))
+            self._update(_of(self._following[:, :, None], token[:, None]))
         if not last:
             self._following = self._reader.read(token)
 
-    def _update(self, log_likelihood: Float[Tensor, "N S"], read: Bool[Tensor, " N"] | None = None) -> None:
-        self._filter.update(log_likelihood, read)
+    def _count(
+        self,
+        before: Float[Tensor, "N S V"] | None,
+        after: Float[Tensor, "N S t V"],
+        tokens: Int[Tensor, "N T"],
+        counts: Bool[Tensor, "N T"],
+    ) -> Float[Tensor, "N T S"]:
+        """Filter by tokens that were predicted ``before`` the first, if it is one of them, and ``after`` each."""
+        inner = after[:, :, : after.shape[2] - 1]
+        if before is None:
+            return self._update(_of(inner, tokens), counts)
+        likelihood = torch.cat([_of(before[:, :, None], tokens[:, :1]), _of(inner, tokens[:, 1:])], 2)
+        return self._update(likelihood, counts)
+
+    def _update(
+        self, log_likelihood: Float[Tensor, "N S T"], counts: Bool[Tensor, "N T"] | None = None
+    ) -> Float[Tensor, "N T S"]:
         self._mean = None
+        return self._filter.update(log_likelihood, counts)
 
     def keep(self, prompts: Sequence[int]) -> None:
         """Drop all other prompts; nothing is merged after that."""
@@ -188,5 +204,6 @@ class Decoding:
         self._following = self._following[torch.tensor(prompts)]
 
 
-def _of(log_probabilities: Float[Tensor, "N S V"], tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S"]:
-    return log_probabilities.gather(2, tokens[:, None, None].expand(-1, log_probabilities.shape[1], 1))[..., 0]
+def _of(log_probabilities: Float[Tensor, "N S T V"], tokens: Int[Tensor, "N T"]) -> Float[Tensor, "N S T"]:
+    index = tokens[:, None, :, None].expand(-1, log_probabilities.shape[1], -1, 1)
+    return log_probabilities.gather(3, index)[..., 0]

@@ -70,8 +70,9 @@ def _run(
 def _filtered(state: FilterState, after: Float[Tensor, "1 S t V"], window: Transcript) -> ParticleFilter:
     """The filter once it has read the user's bytes."""
     weights = ParticleFilter.at(state)
-    for t in np.flatnonzero(~window.own):
-        weights.update(after[:, :, t, window.data[t]])
+    said = np.flatnonzero(~window.own)
+    data = np.frombuffer(window.data, np.uint8).astype(np.int64)
+    weights.update(after[:, :, torch.from_numpy(said), torch.from_numpy(data[said])])
     return weights
 
 

@@ -6,6 +6,9 @@ are, so their caches stay valid; only weights move.
 """
 
 from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bayes_dispatch.inference.blends import Particles
+from bayes_dispatch.model.compiled import array, can_compile
 
 __all__ = ["FilterState", "ParticleFilter", "Predictive", "predictive"]
 
@@ -66,45 +70,79 @@ class ParticleFilter:
     @property
     def state(self) -> FilterState:
         """What is known now; what follows does not change it."""
-        return FilterState(self._joint, self._log_target[:, 0], self._rates, self._blends)
+        return FilterState(torch.from_numpy(self._joint), torch.from_numpy(self._target), self._rates, self._blends)
 
     @state.setter
     def state(self, state: FilterState) -> None:
-        self._joint, self._log_target, self._rates = state.joint, state.target[:, None], state.rates  # (N, 1, S)
-        self._log_stay, self._log_switch = (-state.rates).log1p()[:, None], state.rates.log()[:, None]  # (E, 1)
+        self._joint, self._target, self._rates = array(state.joint), array(state.target), state.rates
+        self._stay, self._switch = array((-state.rates).log1p()), array(state.rates.log())  # (E,)
         self._blends = state.blends  # (N, S, K + 1)
+        self._log_weights: np.ndarray | None = None  # (N, S) of the joint, where they are known
 
     @property
     def log_weights(self) -> Float[Tensor, "N S"]:
         """Log posterior probabilities of the particles."""
-        return self._joint.logsumexp(1)
+        if self._log_weights is None:
+            self._log_weights = torch.from_numpy(self._joint).logsumexp(1).numpy()
+        return torch.from_numpy(self._log_weights)
 
     @property
     def log_rates(self) -> Float[Tensor, "N E"]:
         """Log posterior probabilities of the switching rates."""
-        return self._joint.logsumexp(2)
+        return torch.from_numpy(self._joint).logsumexp(2)
 
-    def update(self, log_likelihood: Float[Tensor, "N S"], read: Bool[Tensor, " N"] | None = None) -> None:
-        """Count one token: its log-probability under each particle.
+    def update(
+        self, log_likelihood: Float[Tensor, "N S T"], counts: Bool[Tensor, "N T"] | None = None
+    ) -> Float[Tensor, "N T S"]:
+        """Count tokens, one after the other: the log-probability of each under each particle.
 
         Args:
-            log_likelihood: (N, S). read: (N,), false for prompts that have no token here; their weights stay.
+            log_likelihood: (N, S, T). counts: (N, T), false where a prompt has no such token, or it is no evidence:
+                its weights stay.
+
+        Returns:
+            ``log_weights`` after each token.
         """
-        joint = self._joint + log_likelihood.double()[:, None]
-        joint = joint - joint.logsumexp((1, 2), keepdim=True)
-        of_rate = joint.logsumexp(2, keepdim=True)  # (N, E, 1): a switch changes the particle, not the rate
-        joint = torch.logaddexp(joint + self._log_stay, of_rate + self._log_switch + self._log_target)
-        self._joint = joint if read is None else torch.where(read[:, None, None], joint, self._joint)
+        values = log_likelihood.double()
+        prompts, particles, tokens = values.shape
+        read = np.ones((prompts, tokens), dtype=np.bool_) if counts is None else array(counts)
+        if not can_compile(values):
+            return self._update_by_tensors(values, torch.from_numpy(read))
+        joint, found = self._joint.copy(), np.empty((prompts, tokens, particles))
+        _kernels().filter_tokens(joint, self._target, self._stay, self._switch, array(values), read, found)
+        self._joint = joint
+        if tokens:
+            self._log_weights = found[:, -1]
+        return torch.from_numpy(found)
+
+    def _update_by_tensors(self, values: Float[Tensor, "N S T"], counts: Bool[Tensor, "N T"]) -> Float[Tensor, "N T S"]:
+        """The slow reference."""
+        joint, target = torch.from_numpy(self._joint), torch.from_numpy(self._target)[:, None]
+        stay, switch = (torch.from_numpy(each)[:, None] for each in (self._stay, self._switch))
+        found = [values.new_empty(len(values), 0, values.shape[1])]
+        for value, read in zip(values.detach().unbind(2), counts.unbind(1), strict=True):
+            counted = joint + value[:, None]
+            counted = counted - counted.logsumexp((1, 2), keepdim=True)
+            of_rate = counted.logsumexp(2, keepdim=True)  # (N, E, 1): a switch changes the particle, not the rate
+            counted = torch.logaddexp(counted + stay, of_rate + switch + target)
+            joint = torch.where(read[:, None, None], counted, joint)
+            found.append(joint.logsumexp(1)[:, None])
+        self._joint, self._log_weights = joint.numpy(), None
+        return torch.cat(found, 1)
 
     def mean(self) -> Float[np.ndarray, "N components"]:
         """(N, K + 1), the filtered mean of the blend weights."""
-        return np.einsum("ns,nsk->nk", self.log_weights.exp().numpy(), self._blends)
+        return self.means(self.log_weights[:, None])[:, 0]
+
+    def means(self, log_weights: Float[Tensor, "N T S"]) -> Float[np.ndarray, "N T components"]:
+        """The means of the blend weights under these probabilities of the particles."""
+        return np.matmul(log_weights.exp().numpy(), self._blends)
 
     def select(self, prompts: Sequence[int]) -> None:
         """Keep some prompts, in that order."""
-        index = torch.tensor(prompts)
-        self._joint, self._log_target = self._joint[index], self._log_target[index]
-        self._blends = self._blends[index.numpy()]
+        index = np.asarray(prompts)
+        self._joint, self._target, self._blends = self._joint[index], self._target[index], self._blends[index]
+        self._log_weights = None
 
     def merge(self, representative: Int[np.ndarray, "N S"]) -> list[list[int]]:
         """Give each particle's probability, now and after a switch, to its representative.
@@ -120,6 +158,7 @@ class ParticleFilter:
         left = [np.unique(row).tolist() for row in representative]
         width = max(map(len, left))
         count = self._joint.shape[2]
+        joint, target = torch.from_numpy(self._joint), torch.from_numpy(self._target)
         into = torch.zeros(len(left), count, width, dtype=torch.double)  # one where s goes into r
         for n, (row, kept) in enumerate(zip(representative, left, strict=True)):
             into[n, torch.arange(count), torch.from_numpy(np.searchsorted(kept, row))] = 1.0
@@ -129,8 +168,9 @@ class ParticleFilter:
         share = torch.where(total > 0, own / total.clamp(min=1e-300), even)
         self._blends = np.einsum("nsr,nsk->nrk", share.numpy(), self._blends)
         gaps = into.log()
-        self._joint = (self._joint[..., None] + gaps[:, None]).logsumexp(2)
-        self._log_target = (self._log_target[..., None] + gaps[:, None]).logsumexp(2)
+        self._joint = (joint[..., None] + gaps[:, None]).logsumexp(2).numpy()
+        self._target = (target[..., None] + gaps).logsumexp(1).numpy()
+        self._log_weights = None
         return left
 
 
@@ -153,6 +193,8 @@ def predictive(
     entropies: Float[Tensor, "N S"] | None = None,
 ) -> Predictive:
     """Mix the particles' distributions by their weights; ``entropies``: theirs, where they are known."""
+    if entropies is None and can_compile(log_weights) and can_compile(log_probabilities):
+        return _mixed_by_kernel(log_weights, log_probabilities)
     log_probabilities = log_probabilities.double()
     own = _entropy(log_probabilities) if entropies is None else entropies.double()
     if log_weights.shape[1] == 1:
@@ -161,6 +203,19 @@ def predictive(
     entropy = _entropy(mixed)
     within = (log_weights.exp() * own).sum(1)
     return Predictive(mixed, entropy, (entropy - within).clamp(min=0))
+
+
+def _mixed_by_kernel(log_weights: Float[Tensor, "N S"], log_probabilities: Float[Tensor, "N S V"]) -> Predictive:
+    prompts, _, tokens = log_probabilities.shape
+    mixed, entropy, information = np.empty((prompts, tokens)), np.empty(prompts), np.empty(prompts)
+    _kernels().mix(array(log_weights.double()), array(log_probabilities), mixed, entropy, information)
+    return Predictive(*map(torch.from_numpy, (mixed, entropy, information)))
+
+
+@cache
+def _kernels() -> ModuleType:
+    """The module, imported when it is first needed."""
+    return import_module("bayes_dispatch.inference.filter_kernels")
 
 
 def _entropy(log_probabilities: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from bayes_dispatch.inference.blends import Particles
 from bayes_dispatch.inference.filtering import FilterState, ParticleFilter, predictive
+from bayes_dispatch.model.compiled import tensors_only
 
 seeds = st.integers(0, 2**31)
 
@@ -57,7 +58,7 @@ def test_the_filter_enumerates_all_paths(
     for t in range(steps):
         step = torch.from_numpy(likelihood[:, t]).log()
         evidence += torch.logsumexp(weights.log_weights + step, 1)
-        weights.update(step)
+        weights.update(step[..., None])
     for n in range(2):
         target = (1 - flat) * particles.mass[n]
         target[: corners or count] += flat / (corners or count)
@@ -83,12 +84,59 @@ def test_the_flat_part_does_not_depend_on_draws() -> None:
     assert [float(each.sum()) for each in masses] == pytest.approx([1, 1])
 
 
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 5), st.integers(0, 9), st.sampled_from([(0.0,), (0.1,), (0.0, 0.3, 0.001)]))
+def test_the_compiled_filter_is_that_of_tensors(
+    seed: int, count: int, steps: int, switching: tuple[float, ...]
+) -> None:
+    """Any shapes and counts, particles of no mass, impossible tokens; in one go or token by token; NaN stays NaN."""
+    rng = np.random.default_rng(seed)
+    particles = random_particles(seed, 3, count, switching, 0.3 * (seed % 2))
+    particles.mass[0] = np.eye(count)[0]
+    likelihood = torch.from_numpy(rng.normal(size=(3, count, steps)) * 10.0 ** rng.integers(-1, 3))
+    likelihood[rng.random(likelihood.shape) < 0.05] = -torch.inf
+    if seed % 5 == 0 and steps:
+        likelihood[1, 0, rng.integers(steps)] = torch.nan
+    counts = torch.from_numpy(rng.random((3, steps)) < 0.8)
+    slow, fast, stepwise = (ParticleFilter(particles) for _ in range(3))
+    with torch.no_grad():
+        with tensors_only():
+            expected = slow.update(likelihood, counts)
+        found = fast.update(likelihood, counts)
+        single = [stepwise.update(likelihood[..., [t]], counts[:, [t]])[:, 0] for t in range(steps)]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-10, equal_nan=True)
+    torch.testing.assert_close(fast.state.joint, slow.state.joint, rtol=1e-12, atol=1e-10, equal_nan=True)
+    torch.testing.assert_close(fast.log_weights, slow.log_weights, rtol=1e-12, atol=1e-10, equal_nan=True)
+    if steps:
+        torch.testing.assert_close(torch.stack(single, 1), found, rtol=0, atol=0, equal_nan=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 6), st.integers(1, 300), st.sampled_from([torch.float32, torch.float64]))
+def test_the_compiled_mixture_is_that_of_tensors(seed: int, count: int, vocabulary: int, dtype: torch.dtype) -> None:
+    """Particles of no weight, and probabilities that are too small for a sum of probabilities."""
+    rng = np.random.default_rng(seed)
+    v = rng.dirichlet(np.ones(count), size=2)
+    v[0] = np.eye(count)[0]
+    logits = torch.from_numpy(rng.normal(size=(2, count, vocabulary)) * 10.0 ** rng.integers(-1, 4)).to(dtype)
+    log_p = logits.log_softmax(-1)
+    if seed % 5 == 0:
+        log_p[1, 0, 0] = torch.nan
+    with torch.no_grad():
+        found = predictive(torch.from_numpy(v).log(), log_p)
+        with tensors_only():
+            expected = predictive(torch.from_numpy(v).log(), log_p)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11, equal_nan=True)
+
+
 def test_prompts_that_read_nothing_keep_their_weights() -> None:
     particles = random_particles(0, 3, 4, (0.1, 0.3), 0.1)
     weights = ParticleFilter(particles)
-    before = weights.log_weights.clone()
-    weights.update(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([True, False, True]))
-    kept = (weights.log_weights == before).all(1)
+    before = weights.state.joint.clone()
+    likelihood = torch.randn(3, 4, 1, generator=torch.Generator().manual_seed(0))
+    weights.update(likelihood, torch.tensor([[True], [False], [True]]))
+    kept = (weights.state.joint == before).all((1, 2))
     assert kept.tolist() == [False, True, False]
 
 
@@ -99,7 +147,7 @@ def test_a_particle_of_no_mass_stays_out_until_the_document_may_change() -> None
     for switching, flat, back in (((0.0,), 0.0, False), ((0.1,), 0.0, False), ((0.0, 0.1), 0.3, True)):
         weights = ParticleFilter(Particles(np.eye(3)[None], mass, switching, flat))
         for _ in range(3):
-            weights.update(likelihood)
+            weights.update(likelihood[..., None])
         masses = weights.log_weights.exp()[0]
         assert masses.isfinite().all()
         assert float(masses.sum()) == pytest.approx(1)
@@ -110,7 +158,7 @@ def test_a_particle_of_no_mass_stays_out_until_the_document_may_change() -> None
 def test_very_unlikely_tokens_do_not_underflow() -> None:
     weights = ParticleFilter(random_particles(0, 1, 3, (0.0,), 0.0))
     for _ in range(100):
-        weights.update(torch.tensor([[-900.0, -1000.0, -1000.0]]))
+        weights.update(torch.tensor([[[-900.0], [-1000.0], [-1000.0]]]))
     np.testing.assert_allclose(weights.log_weights.exp(), [[1, 0, 0]], atol=1e-12)
 
 

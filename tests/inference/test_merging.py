@@ -86,7 +86,7 @@ def test_merging_copies_changes_nothing(seed: int, switching: tuple[float, ...],
     spread = table[:, torch.arange(2)[:, None], torch.from_numpy(kinds)]  # (token, prompt, particle, V)
     for t in range(3):
         for each in (whole, merged):
-            each.update(spread[t, :, :, 0])
+            each.update(spread[t, :, :, :1])
     first = np.array([[0, 1, 0, 3, 1], [0, 0, 0, 0, 4]])
     means = whole.mean()
     left = merged.merge(first)
@@ -97,8 +97,8 @@ def test_merging_copies_changes_nothing(seed: int, switching: tuple[float, ...],
         rows = spread[t, torch.arange(2)[:, None], index]
         one, other = predictive(whole.log_weights, spread[t]), predictive(merged.log_weights, rows)
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
-        whole.update(spread[t, :, :, 1])
-        merged.update(rows[..., 1])
+        whole.update(spread[t, :, :, 1:2])
+        merged.update(rows[..., 1:2])
 
 
 def test_prompts_can_be_dropped() -> None:
