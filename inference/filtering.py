@@ -38,12 +38,12 @@ class FilterState(NamedTuple):
     @classmethod
     def prior(cls, particles: Particles) -> "FilterState":
         """Before any token."""
-        mass = torch.from_numpy(particles.mass).double()
-        pure = torch.from_numpy(particles.weights.max(-1) == 1).double()
-        pure = torch.where(pure.any(1, keepdim=True), pure, 1.0)  # without vertices, all particles
-        target = ((1 - particles.flat) * mass + particles.flat * pure / pure.sum(1, keepdim=True)).log()
+        pure = (particles.weights.max(-1) == 1).astype(np.float64)
+        pure[~pure.any(1)] = 1.0  # without vertices, all particles
+        target = (1 - particles.flat) * particles.mass + particles.flat * pure / pure.sum(1, keepdims=True)
         rates = torch.tensor(particles.switching, dtype=torch.double)
-        return cls(target[:, None], target, rates, np.array(particles.weights)).forgotten()
+        log_target = torch.from_numpy(target).log()
+        return cls(log_target[:, None], log_target, rates, np.array(particles.weights)).forgotten()
 
     def forgotten(self) -> "FilterState":
         """The same particles before any token."""

@@ -35,6 +35,7 @@ class Adaptation:
     rows: int | None = field(init=False)
     _digests: dict[tuple[str, ...], str | tuple[str, ...]] = field(init=False, repr=False, default_factory=dict)
     _parts: dict[str, "Adaptation"] = field(init=False, repr=False, default_factory=dict)
+    _expected: dict[int, "Adaptation"] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.ahead < 0:
@@ -46,9 +47,9 @@ class Adaptation:
                 "expected scales of shape (rank,) or all of shape (B, rank), got shapes "
                 f"{sorted({tuple(scales.shape) for scales in self.scales.values()})}"
             )
-        for name, scales in self.scales.items():
-            if not scales.isfinite().all():
-                raise TensorError(f"expected finite scales for {name}, got NaN or infinite ones")
+        if self.scales and not torch.cat([z.flatten() for z in self.scales.values()]).isfinite().all():
+            name = next(name for name, z in self.scales.items() if not z.isfinite().all())
+            raise TensorError(f"expected finite scales for {name}, got NaN or infinite ones")
         (kind,) = kinds or {()}
         object.__setattr__(self, "rows", kind[0] if kind else None)
 
@@ -71,7 +72,14 @@ class Adaptation:
         Raises:
             ConfigError: fewer than 0.
         """
-        return self if tokens == self.ahead else Adaptation(self.scales, tokens)
+        if tokens == self.ahead:
+            return self
+        latest = self._expected.get(tokens)
+        if latest is None:  # once for calls that expect the same: matrices that were built for it are used again
+            latest = Adaptation(self.scales, tokens)
+            self._expected.clear()
+            self._expected[tokens] = latest
+        return latest
 
     def select(self, rows: Sequence[int] | Tensor) -> "Adaptation":
         """The scales of some rows, in that order; shared scales stay shared."""

@@ -208,6 +208,23 @@ def test_generations_that_take_turns_build_once(
         assert len(kept) == 1  # that which the model has checked last
 
 
+def test_plain_generation_chooses_too(model64: "MambaFormerForCausalLM", monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its own number of tokens; matrices that were built for a call are there for the next one like it."""
+    rng, built, folded = np.random.default_rng(9), [], SVDLinear.folded
+    monkeypatch.setattr(SVDLinear, "folded", lambda linear, z: built.append(linear) or folded(linear, z))
+    ranks = model64.adaptable()
+    adaptation = Adaptation({name: 1 + 0.3 * torch.from_numpy(rng.standard_normal(r)) for name, r in ranks.items()})
+    ids = torch.from_numpy(rng.integers(0, 256, (2, 5)))
+    monkeypatch.setattr(stepping, "present_costs", lambda: None)
+    expected = model64.generate(ids, max_new_tokens=8, adaptation=adaptation)
+    assert built == []
+    monkeypatch.setattr(stepping, "present_costs", lambda: replace(COSTS, reading=(1e-9, 1e-9), building=1e-30))
+    fresh = Adaptation(adaptation.scales)
+    for _ in range(2):
+        assert torch.equal(model64.generate(ids, max_new_tokens=8, adaptation=fresh), expected)
+    assert len(built) == len(ranks)
+
+
 def test_a_process_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BAYES_DISPATCH_COSTS", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -245,6 +262,7 @@ def test_tokens_ahead() -> None:
     assert adaptation.select([1]).ahead == 5
     assert adaptation.expecting(5) is adaptation
     assert adaptation.expecting(2).ahead == 2
+    assert adaptation.expecting(2) is adaptation.expecting(2)
     assert adaptation.expecting(2).digest("blocks.0.") == adaptation.digest("blocks.0.")
     with pytest.raises(ConfigError, match="expected at least 0 tokens ahead, got -1"):
         adaptation.expecting(-1)
