@@ -183,7 +183,7 @@ class PosteriorPredictive:
     switching: tuple[float, ...] = (0.001, 0.01, 0.1)
     flat: float = 0.06
     vertex_mass: float = 0.5
-    merge: float = 0.001
+    merge: float = 0.003
     name = "predictive"
 
     def __post_init__(self) -> None:

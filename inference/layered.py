@@ -54,7 +54,7 @@ class LayeredPredictive:
     draws: int = 16
     switching: tuple[float, ...] = (0.001, 0.01, 0.1)
     flat: float = 0.06
-    merge: float = 0.001
+    merge: float = 0.003
     name = "layered_predictive"
 
     def __post_init__(self) -> None:
