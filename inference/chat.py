@@ -205,9 +205,9 @@ class Chat:
             )
         adapted = state.turns == 0 or divergence > settings.threshold
         if adapted:
-            caches.adapt(candidate, transcript)
+            caches.adapt(candidate, transcript, room)
         else:
-            caches.go_on(state, len(data))
+            caches.go_on(state, len(data), room)
         tell(logger, logging.DEBUG, "turn dispatched", lambda: self._dispatched(posterior, divergence))
         tell(logger, logging.DEBUG, "turn read", lambda: self._read(caches, adapted, before - len(state.transcript)))
         return Reply(

@@ -39,6 +39,7 @@ class ChatCaches:
         self._reader: CachedReader | None = None
         self._read = self._room = 0  # tokens that the particles have read, and that there is room for
         self._replaced = 0  # evaluations of readers that are no more
+        self._ahead = 0  # bytes that are expected of the present reply
 
     @property
     def evaluated(self) -> int:
@@ -50,8 +51,13 @@ class ChatCaches:
         """Of all states and caches."""
         return self.conversation.nbytes + (0 if self._reader is None else self._reader.nbytes)
 
-    def adapt(self, particles: Particles, transcript: Transcript) -> None:
-        """Read all that the conversation has read under new particles, the user's bytes filtering them."""
+    def adapt(self, particles: Particles, transcript: Transcript, ahead: int) -> None:
+        """Read all that the conversation has read under new particles, the user's bytes filtering them.
+
+        Args:
+            ahead: bytes of the reply, at most; later ones may follow under the same particles.
+        """
+        self._ahead = ahead
         evidence = np.concatenate([[False], ~transcript.own])
         self.decoding, self.rows = self._begin(particles, evidence), particles.weights[0]
         self.decoding.read_prompts(measured=particles.merge > 0)
@@ -67,14 +73,15 @@ class ChatCaches:
         self.conversation.read(transcript)
         self._read_on(np.ones(len(self.conversation.ids), dtype=bool))
 
-    def go_on(self, state: ChatState, heard: int) -> None:
+    def go_on(self, state: ChatState, heard: int, ahead: int) -> None:
         """Read all that is new to the particles of ``state``, which are made again where there are none.
 
         Args:
-            heard: bytes at the end that the user has said since; they filter the particles.
+            heard: bytes at the end that the user has said since; they filter the particles. ahead: see ``adapt``.
         """
         count = len(self.conversation.ids)
         evidence = np.arange(count) >= count - heard
+        self._ahead = ahead
         if self._reader is None:
             particles = Particles(state.rows[None], np.full((1, len(state.rows)), 1 / len(state.rows)))
             self.decoding, self.rows = self._begin(particles, evidence), state.rows
@@ -101,6 +108,7 @@ class ChatCaches:
         text = self.conversation
         self._read = len(text.ids)
         self._room = min(2 * self._read, self._capacity)
-        self._reader = CachedReader(self._cut, self._system.experts, particles, text.prefix, [0], self._room)
+        bank, ahead = self._system.experts, self._ahead
+        self._reader = CachedReader(self._cut, bank, particles, text.prefix, [0], self._room, ahead=ahead)
         ids, lengths = torch.tensor([text.ids]), torch.tensor([self._read])
         return Decoding(self._reader, particles, ids, lengths, torch.from_numpy(evidence[None]))

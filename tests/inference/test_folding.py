@@ -66,3 +66,31 @@ def test_the_choice_alters_no_text(
     assert factored.texts == folded.texts
     for name in ("log_probabilities", "predictive_entropy", "weights"):
         np.testing.assert_allclose(getattr(folded, name), getattr(factored, name), rtol=0, atol=atol)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("blend", [PosteriorMean(), RefinedMean(6), PosteriorPredictive(6, merge=100.0)], ids=repr)
+@pytest.mark.parametrize("system", ["bundle64", "cut64"])
+def test_a_chat_builds_once_for_all_turns_of_its_particles(
+    request: pytest.FixtureRequest,
+    system: str,
+    blend: Blend,
+    built: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """And says what it says without."""
+    bundle: Bundle = request.getfixturevalue(system)
+    said = []
+    for building in (1e30, 1e-30):
+        file = tmp_path / f"{building}.json"
+        save_costs(ProductCosts(machine(), (1,), (1e-9,), building), file)
+        monkeypatch.setenv(SWITCH, str(file))
+        built.clear()
+        chat = TwoPassGenerator(bundle).chat(blend=blend, threshold=float("inf"), seed=0)
+        said.append([chat.say(text, 5, stop=None) for text in (PROMPT, "edcb\nab>", "1+2=")])
+        assert len(built) == (len(bundle.experts.matrices) if building < 1 else 0)
+    for factored, folded in zip(*said, strict=True):
+        assert factored.text == folded.text
+        np.testing.assert_allclose(folded.log_probabilities, factored.log_probabilities, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(folded.weights, factored.weights, rtol=0, atol=1e-10)
