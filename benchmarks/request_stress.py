@@ -1,6 +1,6 @@
 """Randomised requests in several threads, each beside the same prompts asked for one by one: no answer may differ.
 
-    python benchmarks/request_stress.py                   # 10,000 requests, an hour and a half on two slow cores
+    python benchmarks/request_stress.py                   # 10,000 requests, most of an hour on two slow cores
     python benchmarks/request_stress.py --requests 500    # minutes
 
 A tiny model of random weights in float64, whose experts leave its first block alone, serves prompts of 1 to 2,000
