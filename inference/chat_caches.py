@@ -39,7 +39,6 @@ class ChatCaches:
         self._reader: CachedReader | None = None
         self._read = self._room = 0  # tokens that the particles have read, and that there is room for
         self._replaced = 0  # evaluations of readers that are no more
-        self._ahead = 0  # bytes that are expected of the present reply
 
     @property
     def evaluated(self) -> int:
@@ -57,13 +56,12 @@ class ChatCaches:
         Args:
             ahead: bytes of the reply, at most; later ones may follow under the same particles.
         """
-        self._ahead = ahead
         evidence = np.concatenate([[False], ~transcript.own])
-        self.decoding, self.rows = self._begin(particles, evidence), particles.weights[0]
+        self.decoding, self.rows = self._begin(particles, evidence, ahead), particles.weights[0]
         self.decoding.read_prompts(measured=particles.merge > 0)
         if particles.refined:
             mean = Particles(self.decoding.weights[:, None], np.ones((1, 1)))
-            self.decoding, self.rows = self._begin(mean, evidence), mean.weights[0]
+            self.decoding, self.rows = self._begin(mean, evidence, ahead), mean.weights[0]
             self.decoding.read_prompts()
         elif particles.merge > 0:
             self.rows = self.rows[self.decoding.merge(particles.merge)[0]]
@@ -81,10 +79,9 @@ class ChatCaches:
         """
         count = len(self.conversation.ids)
         evidence = np.arange(count) >= count - heard
-        self._ahead = ahead
         if self._reader is None:
             particles = Particles(state.rows[None], np.full((1, len(state.rows)), 1 / len(state.rows)))
-            self.decoding, self.rows = self._begin(particles, evidence), state.rows
+            self.decoding, self.rows = self._begin(particles, evidence, ahead), state.rows
             self.decoding.filtered = state.filtered
             self.decoding.read_prompts()
             return
@@ -102,13 +99,13 @@ class ChatCaches:
         self.decoding.read_on(self._read, ids, torch.from_numpy(evidence[None, new]))
         self._read = count
 
-    def _begin(self, particles: Particles, evidence: np.ndarray) -> Decoding:
+    def _begin(self, particles: Particles, evidence: np.ndarray, ahead: int) -> Decoding:
         if self._reader is not None:
             self._replaced += self._reader.evaluated
         text = self.conversation
         self._read = len(text.ids)
         self._room = min(2 * self._read, self._capacity)
-        bank, ahead = self._system.experts, self._ahead
-        self._reader = CachedReader(self._cut, bank, particles, text.prefix, [0], self._room, ahead=ahead)
+        experts = self._system.experts
+        self._reader = CachedReader(self._cut, experts, particles, text.prefix, [0], self._room, ahead=ahead)
         ids, lengths = torch.tensor([text.ids]), torch.tensor([self._read])
         return Decoding(self._reader, particles, ids, lengths, torch.from_numpy(evidence[None]))

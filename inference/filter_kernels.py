@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from bayes_dispatch.model.kernels import compile_with
+from bayes_dispatch.model.kernels import precise
 
 __all__ = ["filter_tokens", "mix"]
 
 Array = Any  # numba infers what its functions take
-
-precise = compile_with("contract")  # infinity is the logarithm of a weight that is 0
 
 
 @precise

@@ -49,9 +49,10 @@ def read_documents(
         weights: for each document (W, K + 1), on the simplex, or (W, L, K + 1), by layer; W may differ from document to
             document.
     """
-    order = sorted(range(len(documents)), key=lambda n: len(documents[n].data))
+    lengths = torch.tensor([1 + len(document.data) for document in documents])
     found: dict[int, Reading] = {}
-    for group in _alike_in_length(order, [1 + len(document.data) for document in documents]):
+    for alike in _batches(lengths, [1] * len(documents), BELOW_AT_ONCE):
+        group = [n for n, _ in alike]
         readings = _read_together(cut, experts, [documents[n] for n in group], [weights[n] for n in group])
         found.update(zip(group, readings, strict=True))
     return [found[n] for n in range(len(documents))]
@@ -60,18 +61,6 @@ def read_documents(
 def scored_places(document: Document) -> Int[Tensor, " P"]:
     """The scored bytes of a document, in the order of its ranges."""
     return torch.cat([torch.arange(start, stop) for start, stop in document.ranges])
-
-
-def _alike_in_length(order: Sequence[int], lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Documents, in this order of rising lengths, of no more padded tokens than may be read below the cut at once."""
-    group: list[int] = []
-    for n in order:
-        if group and (len(group) + 1) * lengths[n] > BELOW_AT_ONCE:
-            yield group
-            group = []
-        group.append(n)
-    if group:
-        yield group
 
 
 def _read_together(
@@ -86,7 +75,7 @@ def _read_together(
     places = [scored_places(document) for document in documents]
     parts: list[list[Reading]] = [[] for _ in documents]
     blend = experts.blend if weights[0].ndim == 2 else experts.blend_by_layer
-    for rows in _batches(lengths, [len(own) for own in weights]):
+    for rows in _batches(lengths, [len(own) for own in weights], TOKENS_AT_ONCE):
         owner = torch.tensor([n for n, _ in rows])
         blended = torch.tensor(np.stack([weights[n][w] for n, w in rows])).to(cut.model.dtype)
         tokens = lengths[owner]
@@ -107,12 +96,12 @@ def _of(after: Float[Tensor, "W t V"], data: Int[Tensor, " T"], places: Int[Tens
     return Reading(own, following, -(following.exp() * following).sum(-1, dtype=torch.double))
 
 
-def _batches(lengths: Int[Tensor, " N"], counts: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+def _batches(lengths: Int[Tensor, " N"], counts: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]]:
     """(document, row) of those that run together: documents of similar lengths, no more padded tokens than may be."""
     rows: list[tuple[int, int]] = []
     for n in lengths.argsort(stable=True).tolist():  # so that the last row of a batch is its longest
         for w in range(counts[n]):
-            if rows and (len(rows) + 1) * int(lengths[n]) > TOKENS_AT_ONCE:
+            if rows and (len(rows) + 1) * int(lengths[n]) > most:
                 yield rows
                 rows = []
             rows.append((n, w))
