@@ -24,8 +24,8 @@ from bayes_dispatch.errors import (
 )
 
 if TYPE_CHECKING:
-    from bayes_dispatch.bundle import Bundle, load_bundle
-    from bayes_dispatch.calibration import (
+    from bayes_dispatch.app.bundle import Bundle, load_bundle
+    from bayes_dispatch.checks.calibration import (
         AUROC,
         Abstention,
         Coverage,
@@ -54,43 +54,33 @@ if TYPE_CHECKING:
         risk_coverage,
         simulation_based_calibration,
     )
-    from bayes_dispatch.dispatcher import Dispatcher
-    from bayes_dispatch.distances import Agreement, agreement
-    from bayes_dispatch.drift import DriftMonitor, drift_monitor, watch
-    from bayes_dispatch.estimator import DispatcherClassifier
-    from bayes_dispatch.evidence import Evidence
+    from bayes_dispatch.checks.distances import Agreement, agreement
+    from bayes_dispatch.checks.program_comparison import ProgramComparison, compare_programs
+    from bayes_dispatch.checks.reference import ReferencePosterior, joint_posterior, reference_posterior
+    from bayes_dispatch.dispatcher.classifier import DispatcherClassifier
+    from bayes_dispatch.dispatcher.drift import DriftMonitor, drift_monitor, watch
+    from bayes_dispatch.dispatcher.estimator import Dispatcher
+    from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+    from bayes_dispatch.dispatcher.gate import Gate, GateDecision
+    from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+    from bayes_dispatch.dispatcher.prior.online import PriorState, prior_state
+    from bayes_dispatch.dispatcher.program.settings import Admixture, OneLabelMixture
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.bank_files import ExpertCheck, verify_bank
     from bayes_dispatch.experts.documents import Document
     from bayes_dispatch.experts.vectors import ExpertVector
-    from bayes_dispatch.gate import Gate, GateDecision
-    from bayes_dispatch.inference.answers import AnswerLikelihood
-    from bayes_dispatch.inference.blends import (
-        BestExpert,
-        Blend,
-        PosteriorMean,
-        PosteriorPredictive,
-        RefinedMean,
-        ThompsonSample,
-        TopK,
-    )
-    from bayes_dispatch.inference.chat import Chat
-    from bayes_dispatch.inference.chat_state import Turn
-    from bayes_dispatch.inference.compare import compare_blends, compare_systems
-    from bayes_dispatch.inference.cost import Cost
-    from bayes_dispatch.inference.few_shot import FewShotFit, FewShotProgram
-    from bayes_dispatch.inference.few_shot_methods import (
+    from bayes_dispatch.inference.chat.chat import Chat
+    from bayes_dispatch.inference.chat.state import Turn
+    from bayes_dispatch.inference.few_shot.answers import AnswerLikelihood
+    from bayes_dispatch.inference.few_shot.layered import LayeredMean, LayeredPredictive
+    from bayes_dispatch.inference.few_shot.methods import (
         CrossEntropy,
         ImportanceSampling,
         SequentialMonteCarlo,
         VariationalInference,
     )
-    from bayes_dispatch.inference.first_pass import FirstPass, first_pass
-    from bayes_dispatch.inference.generation import Generation, Streamed
-    from bayes_dispatch.inference.generator import TwoPassGenerator
-    from bayes_dispatch.inference.layered import LayeredMean, LayeredPredictive
-    from bayes_dispatch.inference.scores import Comparison, SystemComparison
-    from bayes_dispatch.inference.strategies import (
+    from bayes_dispatch.inference.few_shot.program import FewShotFit, FewShotProgram
+    from bayes_dispatch.inference.few_shot.strategies import (
         AskedExpert,
         AskedModel,
         Classified,
@@ -99,24 +89,34 @@ if TYPE_CHECKING:
         Given,
         Strategy,
     )
+    from bayes_dispatch.inference.generator import TwoPassGenerator
+    from bayes_dispatch.inference.scoring.compare import compare_blends, compare_systems
+    from bayes_dispatch.inference.scoring.scores import Comparison, SystemComparison
+    from bayes_dispatch.inference.two_pass.blends import (
+        BestExpert,
+        Blend,
+        PosteriorMean,
+        PosteriorPredictive,
+        RefinedMean,
+        ThompsonSample,
+        TopK,
+    )
+    from bayes_dispatch.inference.two_pass.cost import Cost
+    from bayes_dispatch.inference.two_pass.first_pass import FirstPass, first_pass
+    from bayes_dispatch.inference.two_pass.generation import Generation, Streamed
     from bayes_dispatch.model.adaptation import Adaptation
-    from bayes_dispatch.model.cache import Cache
-    from bayes_dispatch.model.config import (
+    from bayes_dispatch.model.heads import MambaFormerForFeatureExtraction, MambaFormerForSequenceClassification
+    from bayes_dispatch.model.mambaformer.cache import Cache
+    from bayes_dispatch.model.mambaformer.config import (
         ClassifierConfig,
         FeatureExtractorConfig,
         LanguageModelConfig,
         MambaFormerConfig,
         Seq2SeqConfig,
     )
-    from bayes_dispatch.model.heads import MambaFormerForFeatureExtraction, MambaFormerForSequenceClassification
-    from bayes_dispatch.model.mambaformer import MambaFormer, MambaFormerForCausalLM
-    from bayes_dispatch.model.seq2seq import MambaFormerForSeq2Seq
+    from bayes_dispatch.model.mambaformer.network import MambaFormer, MambaFormerForCausalLM
+    from bayes_dispatch.model.seq2seq.model import MambaFormerForSeq2Seq
     from bayes_dispatch.model.tokenizer import ByteTokenizer
-    from bayes_dispatch.online import PriorState, prior_state
-    from bayes_dispatch.posterior import DispatchPosterior
-    from bayes_dispatch.program import Admixture, OneLabelMixture
-    from bayes_dispatch.program_comparison import ProgramComparison, compare_programs
-    from bayes_dispatch.reference import ReferencePosterior, joint_posterior, reference_posterior
 
 __version__ = "0.1.0"
 
@@ -240,108 +240,108 @@ __all__ = [
 ]
 
 _MODULE_OF = {
-    "load_bundle": "bundle",
-    "Bundle": "bundle",
-    "first_pass": "inference.first_pass",
-    "FirstPass": "inference.first_pass",
-    "Evidence": "evidence",
-    "Dispatcher": "dispatcher",
-    "DispatcherClassifier": "estimator",
-    "DispatchPosterior": "posterior",
-    "simulation_based_calibration": "calibration",
-    "SimulationBasedCalibration": "calibration",
-    "Simulator": "calibration",
-    "posterior_ranks": "calibration",
-    "rank_uniformity": "calibration",
-    "RankUniformity": "calibration",
-    "rank_band": "calibration",
-    "RankBand": "calibration",
-    "interval_coverage": "calibration",
-    "attainable_coverage": "calibration",
-    "Coverage": "calibration",
-    "coverage_curve": "calibration",
-    "attainable_coverage_curve": "calibration",
-    "CoverageCurve": "calibration",
-    "brier_score": "calibration",
-    "log_score": "calibration",
-    "expected_calibration_error": "calibration",
-    "reliability_curve": "calibration",
-    "ReliabilityCurve": "calibration",
-    "risk_coverage": "calibration",
-    "RiskCoverage": "calibration",
-    "abstention_threshold": "calibration",
-    "Abstention": "calibration",
-    "ood_auroc": "calibration",
-    "AUROC": "calibration",
-    "paired_comparison": "calibration",
-    "PairedComparison": "calibration",
-    "compare_programs": "program_comparison",
-    "ProgramComparison": "program_comparison",
-    "reference_posterior": "reference",
-    "joint_posterior": "reference",
-    "ReferencePosterior": "reference",
-    "agreement": "distances",
-    "Agreement": "distances",
+    "load_bundle": "app.bundle",
+    "Bundle": "app.bundle",
+    "first_pass": "inference.two_pass.first_pass",
+    "FirstPass": "inference.two_pass.first_pass",
+    "Evidence": "dispatcher.evidence.evidence",
+    "Dispatcher": "dispatcher.estimator",
+    "DispatcherClassifier": "dispatcher.classifier",
+    "DispatchPosterior": "dispatcher.posterior",
+    "simulation_based_calibration": "checks.calibration",
+    "SimulationBasedCalibration": "checks.calibration",
+    "Simulator": "checks.calibration",
+    "posterior_ranks": "checks.calibration",
+    "rank_uniformity": "checks.calibration",
+    "RankUniformity": "checks.calibration",
+    "rank_band": "checks.calibration",
+    "RankBand": "checks.calibration",
+    "interval_coverage": "checks.calibration",
+    "attainable_coverage": "checks.calibration",
+    "Coverage": "checks.calibration",
+    "coverage_curve": "checks.calibration",
+    "attainable_coverage_curve": "checks.calibration",
+    "CoverageCurve": "checks.calibration",
+    "brier_score": "checks.calibration",
+    "log_score": "checks.calibration",
+    "expected_calibration_error": "checks.calibration",
+    "reliability_curve": "checks.calibration",
+    "ReliabilityCurve": "checks.calibration",
+    "risk_coverage": "checks.calibration",
+    "RiskCoverage": "checks.calibration",
+    "abstention_threshold": "checks.calibration",
+    "Abstention": "checks.calibration",
+    "ood_auroc": "checks.calibration",
+    "AUROC": "checks.calibration",
+    "paired_comparison": "checks.calibration",
+    "PairedComparison": "checks.calibration",
+    "compare_programs": "checks.program_comparison",
+    "ProgramComparison": "checks.program_comparison",
+    "reference_posterior": "checks.reference",
+    "joint_posterior": "checks.reference",
+    "ReferencePosterior": "checks.reference",
+    "agreement": "checks.distances",
+    "Agreement": "checks.distances",
     "TwoPassGenerator": "inference.generator",
-    "Generation": "inference.generation",
-    "Streamed": "inference.generation",
-    "Chat": "inference.chat",
-    "Turn": "inference.chat_state",
-    "Cost": "inference.cost",
-    "Blend": "inference.blends",
-    "PosteriorMean": "inference.blends",
-    "TopK": "inference.blends",
-    "BestExpert": "inference.blends",
-    "ThompsonSample": "inference.blends",
-    "PosteriorPredictive": "inference.blends",
-    "RefinedMean": "inference.blends",
-    "compare_blends": "inference.compare",
-    "Comparison": "inference.scores",
-    "compare_systems": "inference.compare",
-    "SystemComparison": "inference.scores",
-    "FewShotProgram": "inference.few_shot",
-    "FewShotFit": "inference.few_shot",
-    "LayeredMean": "inference.layered",
-    "LayeredPredictive": "inference.layered",
-    "AnswerLikelihood": "inference.answers",
-    "SequentialMonteCarlo": "inference.few_shot_methods",
-    "ImportanceSampling": "inference.few_shot_methods",
-    "VariationalInference": "inference.few_shot_methods",
-    "CrossEntropy": "inference.few_shot_methods",
-    "Strategy": "inference.strategies",
-    "Dispatched": "inference.strategies",
-    "AskedModel": "inference.strategies",
-    "AskedExpert": "inference.strategies",
-    "Classified": "inference.strategies",
-    "FewShot": "inference.strategies",
-    "Given": "inference.strategies",
+    "Generation": "inference.two_pass.generation",
+    "Streamed": "inference.two_pass.generation",
+    "Chat": "inference.chat.chat",
+    "Turn": "inference.chat.state",
+    "Cost": "inference.two_pass.cost",
+    "Blend": "inference.two_pass.blends",
+    "PosteriorMean": "inference.two_pass.blends",
+    "TopK": "inference.two_pass.blends",
+    "BestExpert": "inference.two_pass.blends",
+    "ThompsonSample": "inference.two_pass.blends",
+    "PosteriorPredictive": "inference.two_pass.blends",
+    "RefinedMean": "inference.two_pass.blends",
+    "compare_blends": "inference.scoring.compare",
+    "Comparison": "inference.scoring.scores",
+    "compare_systems": "inference.scoring.compare",
+    "SystemComparison": "inference.scoring.scores",
+    "FewShotProgram": "inference.few_shot.program",
+    "FewShotFit": "inference.few_shot.program",
+    "LayeredMean": "inference.few_shot.layered",
+    "LayeredPredictive": "inference.few_shot.layered",
+    "AnswerLikelihood": "inference.few_shot.answers",
+    "SequentialMonteCarlo": "inference.few_shot.methods",
+    "ImportanceSampling": "inference.few_shot.methods",
+    "VariationalInference": "inference.few_shot.methods",
+    "CrossEntropy": "inference.few_shot.methods",
+    "Strategy": "inference.few_shot.strategies",
+    "Dispatched": "inference.few_shot.strategies",
+    "AskedModel": "inference.few_shot.strategies",
+    "AskedExpert": "inference.few_shot.strategies",
+    "Classified": "inference.few_shot.strategies",
+    "FewShot": "inference.few_shot.strategies",
+    "Given": "inference.few_shot.strategies",
     "Document": "experts.documents",
     "ExpertBank": "experts.bank",
     "ExpertCheck": "experts.bank_files",
     "verify_bank": "experts.bank_files",
     "ExpertVector": "experts.vectors",
-    "MambaFormerConfig": "model.config",
-    "LanguageModelConfig": "model.config",
-    "ClassifierConfig": "model.config",
-    "FeatureExtractorConfig": "model.config",
-    "Seq2SeqConfig": "model.config",
-    "MambaFormer": "model.mambaformer",
-    "MambaFormerForCausalLM": "model.mambaformer",
+    "MambaFormerConfig": "model.mambaformer.config",
+    "LanguageModelConfig": "model.mambaformer.config",
+    "ClassifierConfig": "model.mambaformer.config",
+    "FeatureExtractorConfig": "model.mambaformer.config",
+    "Seq2SeqConfig": "model.mambaformer.config",
+    "MambaFormer": "model.mambaformer.network",
+    "MambaFormerForCausalLM": "model.mambaformer.network",
     "MambaFormerForSequenceClassification": "model.heads",
     "MambaFormerForFeatureExtraction": "model.heads",
-    "MambaFormerForSeq2Seq": "model.seq2seq",
+    "MambaFormerForSeq2Seq": "model.seq2seq.model",
     "Adaptation": "model.adaptation",
-    "Cache": "model.cache",
+    "Cache": "model.mambaformer.cache",
     "ByteTokenizer": "model.tokenizer",
-    "Admixture": "program",
-    "OneLabelMixture": "program",
-    "PriorState": "online",
-    "prior_state": "online",
-    "DriftMonitor": "drift",
-    "drift_monitor": "drift",
-    "watch": "drift",
-    "Gate": "gate",
-    "GateDecision": "gate",
+    "Admixture": "dispatcher.program.settings",
+    "OneLabelMixture": "dispatcher.program.settings",
+    "PriorState": "dispatcher.prior.online",
+    "prior_state": "dispatcher.prior.online",
+    "DriftMonitor": "dispatcher.drift",
+    "drift_monitor": "dispatcher.drift",
+    "watch": "dispatcher.drift",
+    "Gate": "dispatcher.gate",
+    "GateDecision": "dispatcher.gate",
 }
 
 if not TYPE_CHECKING:  # a type checker would take any name for a public one

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import bayes_dispatch as bd
+from bayes_dispatch.app.tables import Table
 from bayes_dispatch.experts.domains import CONVENTIONS, EXPERT_TEXTS, Domain
 from bayes_dispatch.experts.training import ExpertSettings, train_expert
-from bayes_dispatch.model.pretraining import next_token_loss, pack_rows, schedule
-from bayes_dispatch.model.svd_linear import SVDLinear
+from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
+from bayes_dispatch.model.pretraining.run import next_token_loss, pack_rows, schedule
 from bayes_dispatch.model.tokenizer import ByteTokenizer
-from bayes_dispatch.tables import Table
 from peers.timing import Rounds, Work, interleaved
 
 __all__ = ["main"]

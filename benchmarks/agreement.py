@@ -27,18 +27,18 @@ from scipy.stats import ks_2samp
 from torch.distributions import constraints
 
 import bayes_dispatch as bd
-from bayes_dispatch.collapsed import fit_collapsed
+from bayes_dispatch.app.tables import Table
+from bayes_dispatch.checks.reference import joint_posterior
+from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
+from bayes_dispatch.dispatcher.fitting.collapsed import fit_collapsed
+from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher
+from bayes_dispatch.dispatcher.fitting.svi import SUPPORTS, SVISettings, isolated
+from bayes_dispatch.dispatcher.guide.guides import GuideSettings
+from bayes_dispatch.dispatcher.guide.importance import ImportanceSampler, draw_resampled
+from bayes_dispatch.dispatcher.keys import prompt_keys
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS
-from bayes_dispatch.features import FeatureSettings
-from bayes_dispatch.fitted import FittedDispatcher
-from bayes_dispatch.fitting import SUPPORTS, SVISettings, isolated
-from bayes_dispatch.guides import GuideSettings
-from bayes_dispatch.importance import ImportanceSampler, draw_resampled
-from bayes_dispatch.inference.evidence_sets import KnownEvidence, mixed_evidence, pure_evidence
-from bayes_dispatch.keys import prompt_keys
-from bayes_dispatch.posterior import DispatchPosterior
-from bayes_dispatch.reference import joint_posterior
-from bayes_dispatch.tables import Table
+from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence, mixed_evidence, pure_evidence
 from dispatching.data import Sizes, simulated
 
 __all__ = ["Data", "Works", "main"]

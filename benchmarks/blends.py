@@ -28,16 +28,16 @@ import typer
 from tqdm import tqdm
 
 import bayes_dispatch as bd
-from bayes_dispatch.calibration import confidence_curve, paired_comparison
+from bayes_dispatch.app.tables import Cell, Table
+from bayes_dispatch.checks.calibration import confidence_curve, paired_comparison
 from bayes_dispatch.errors import UnknownNameError
 from bayes_dispatch.experts.domains import EXPERT_TEXTS, FOREIGN_TEXTS
-from bayes_dispatch.inference.blends import Particles
-from bayes_dispatch.inference.compare import score_together
-from bayes_dispatch.inference.evaluation import held_out_documents
-from bayes_dispatch.inference.held_out import KINDS, domains_of
-from bayes_dispatch.inference.scores import Score
-from bayes_dispatch.inference.system import Dispatched
-from bayes_dispatch.tables import Cell, Table
+from bayes_dispatch.inference.scoring.compare import score_together
+from bayes_dispatch.inference.scoring.evaluation import held_out_documents
+from bayes_dispatch.inference.scoring.held_out import KINDS, domains_of
+from bayes_dispatch.inference.scoring.scores import Score
+from bayes_dispatch.inference.two_pass.blends import Particles
+from bayes_dispatch.inference.two_pass.system import Dispatched
 
 __all__ = ["ABLATIONS", "Scores", "judge", "main", "tables"]
 

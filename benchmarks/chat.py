@@ -16,11 +16,11 @@ import numpy as np
 import torch
 import typer
 
-from bayes_dispatch.bundle import load_bundle
+from bayes_dispatch.app.bundle import load_bundle
+from bayes_dispatch.app.tables import Table
 from bayes_dispatch.experts.domains import CONVENTIONS
-from bayes_dispatch.inference.blends import PosteriorPredictive
 from bayes_dispatch.inference.generator import TwoPassGenerator
-from bayes_dispatch.tables import Table
+from bayes_dispatch.inference.two_pass.blends import PosteriorPredictive
 
 __all__ = ["main"]
 

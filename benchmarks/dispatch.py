@@ -19,12 +19,12 @@ import torch
 import typer
 from tqdm import tqdm
 
-from bayes_dispatch.calibration import paired_comparison
-from bayes_dispatch.dispatcher import Dispatcher
-from bayes_dispatch.elbo_guide import ELBOSettings, fit_elbo_guide
-from bayes_dispatch.fitting import SVISettings
-from bayes_dispatch.guides import GuideSettings
-from bayes_dispatch.tables import Table
+from bayes_dispatch.app.tables import Table
+from bayes_dispatch.checks.calibration import paired_comparison
+from bayes_dispatch.checks.elbo_guide import ELBOSettings, fit_elbo_guide
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.fitting.svi import SVISettings
+from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from dispatching.classifiers import FITS, fit_classifier
 from dispatching.data import Problem, Sizes, shipped, simulated
 from dispatching.judging import SCORES, Judgement, attainable, judge

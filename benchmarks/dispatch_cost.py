@@ -20,12 +20,12 @@ import typer
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from bayes_dispatch.dispatcher import Dispatcher
-from bayes_dispatch.evidence import Evidence
-from bayes_dispatch.fitting import SVISettings
-from bayes_dispatch.guides import GuideSettings
-from bayes_dispatch.reference import reference_posterior
-from bayes_dispatch.tables import Table
+from bayes_dispatch.app.tables import Table
+from bayes_dispatch.checks.reference import reference_posterior
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.fitting.svi import SVISettings
+from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from dispatching.classifiers import encoded, targets
 from dispatching.data import Sizes, simulated
 from dispatching.stages import REST, STAGES, FitCost, fit_cost

@@ -19,16 +19,16 @@ import typer
 from tqdm import tqdm
 
 import bayes_dispatch as bd
+from bayes_dispatch.app.tables import Table
 from bayes_dispatch.experts.domains import CONVENTIONS, Convention, Split
-from bayes_dispatch.inference.answers import AnswerLikelihood
-from bayes_dispatch.inference.few_shot import PRECISION, FewShotFit, FewShotMethod, FewShotProgram
-from bayes_dispatch.inference.few_shot_methods import (
+from bayes_dispatch.inference.few_shot.answers import AnswerLikelihood
+from bayes_dispatch.inference.few_shot.methods import (
     CrossEntropy,
     ImportanceSampling,
     SequentialMonteCarlo,
     VariationalInference,
 )
-from bayes_dispatch.tables import Table
+from bayes_dispatch.inference.few_shot.program import PRECISION, FewShotFit, FewShotMethod, FewShotProgram
 
 __all__ = ["FULL", "QUICK", "Budget", "main"]
 

@@ -21,10 +21,10 @@ import torch
 import typer
 
 import bayes_dispatch as bd
-from bayes_dispatch.cli_measure import mambaformer_shapes
-from bayes_dispatch.model.compiled import kernels
-from bayes_dispatch.model.product_costs import SWITCH, ProductCosts, machine, measure, save_costs
-from bayes_dispatch.tables import Table
+from bayes_dispatch.app.commands.measure import mambaformer_shapes
+from bayes_dispatch.app.tables import Table
+from bayes_dispatch.model.mambaformer.compiled.product_costs import SWITCH, ProductCosts, machine, measure, save_costs
+from bayes_dispatch.model.mambaformer.compiled.switch import kernels
 
 __all__ = ["generation", "main", "products"]
 

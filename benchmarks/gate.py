@@ -18,14 +18,14 @@ import torch
 import typer
 from tqdm import tqdm
 
-from bayes_dispatch.bundle import Bundle, load_bundle
-from bayes_dispatch.calibration import ood_auroc
-from bayes_dispatch.dispatcher import Dispatcher
-from bayes_dispatch.evidence import Evidence
+from bayes_dispatch.app.bundle import Bundle, load_bundle
+from bayes_dispatch.app.tables import Table
+from bayes_dispatch.checks.calibration import ood_auroc
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, Domain
-from bayes_dispatch.gate import Gate
-from bayes_dispatch.inference.evidence_sets import gate_evidence, mixed_evidence, pure_evidence
-from bayes_dispatch.tables import Table
+from bayes_dispatch.inference.scoring.evidence_sets import gate_evidence, mixed_evidence, pure_evidence
 from dispatching.foreign import DISGUISED, FOREIGN_KINDS
 
 __all__ = ["main"]

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import bayes_dispatch as bd
 from bayes_dispatch.experts.vectors import BASE
-from bayes_dispatch.inference.blends import FixedWeights
+from bayes_dispatch.inference.two_pass.blends import FixedWeights
 
 PROMPTS = ["kfpa>apfk\nmgfoe>eofgm\nbcde>", "37+58=95\n60+20=80\n12+11=", "def mean(xs):\n    return ", "ab"] * 2
 

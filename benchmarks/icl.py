@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-from bayes_dispatch.model.config import MambaFormerConfig, StateSpaceKind
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig, StateSpaceKind
 from in_context.tasks import AssociativeRecall, LinearRegression, SparseParity, Task
 from in_context.training import TEST_SEED, InContextModel, Outcome, Recipe, Sizes, judge, train
 

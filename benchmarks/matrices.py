@@ -20,17 +20,17 @@ import torch
 import typer
 from tqdm import tqdm
 
-from bayes_dispatch.bundle import load_bundle
+from bayes_dispatch.app.bundle import load_bundle
+from bayes_dispatch.app.tables import Table
+from bayes_dispatch.checks.paired import paired_comparison
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import CONVENTIONS, EXPERT_TEXTS, Domain
 from bayes_dispatch.experts.training import ExpertSettings, train_expert
-from bayes_dispatch.inference.blends import Particles
-from bayes_dispatch.inference.compare import score_together
-from bayes_dispatch.inference.evaluation import held_out_documents
+from bayes_dispatch.inference.scoring.compare import score_together
+from bayes_dispatch.inference.scoring.evaluation import held_out_documents
+from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
-from bayes_dispatch.paired import paired_comparison
-from bayes_dispatch.tables import Table
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from peers.timing import Rounds, Times, Work, interleaved
 
 __all__ = ["CHOICES", "Budget", "Outcome", "main", "run", "serving", "tables"]

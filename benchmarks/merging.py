@@ -19,15 +19,15 @@ import typer
 from torch import Tensor
 
 import bayes_dispatch as bd
-from bayes_dispatch.inference.blends import Particles
-from bayes_dispatch.inference.decoding import Decoding
-from bayes_dispatch.inference.evaluation import held_out_documents
-from bayes_dispatch.inference.held_out import KINDS
-from bayes_dispatch.inference.prefix import read_prefix
-from bayes_dispatch.inference.readers import CachedReader
-from bayes_dispatch.inference.system import Dispatched, cut_of
-from bayes_dispatch.model.sampling import Sampling
-from bayes_dispatch.tables import Table
+from bayes_dispatch.app.tables import Table
+from bayes_dispatch.inference.scoring.evaluation import held_out_documents
+from bayes_dispatch.inference.scoring.held_out import KINDS
+from bayes_dispatch.inference.two_pass.blends import Particles
+from bayes_dispatch.inference.two_pass.particles import Decoding
+from bayes_dispatch.inference.two_pass.prefix import read_prefix
+from bayes_dispatch.inference.two_pass.readers import CachedReader
+from bayes_dispatch.inference.two_pass.system import Dispatched, cut_of
+from bayes_dispatch.model.generation.sampling import Sampling
 
 __all__ = ["Continued", "main", "read_on", "table"]
 

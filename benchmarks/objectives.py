@@ -18,15 +18,15 @@ import torch
 import typer
 from tqdm import tqdm
 
-from bayes_dispatch.bundle import load_bundle
+from bayes_dispatch.app.bundle import load_bundle
+from bayes_dispatch.app.tables import Table
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import CONVENTIONS, Convention
 from bayes_dispatch.experts.objectives import Likelihood, Objective, Reinforce
 from bayes_dispatch.experts.training import ExpertSettings, train_expert
 from bayes_dispatch.experts.vectors import BASE
-from bayes_dispatch.inference.evaluation import expert_report
-from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
-from bayes_dispatch.tables import Table
+from bayes_dispatch.inference.scoring.evaluation import expert_report
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 __all__ = ["OBJECTIVES", "Budget", "Outcome", "main", "run"]
 

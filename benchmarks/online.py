@@ -16,14 +16,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bayes_dispatch.moment_filter import (
+from bayes_dispatch.dispatcher.prior.moment_filter import (
     dirichlet_moments,
     label_probability,
     share_intervals,
     total_precision,
     update_moments,
 )
-from bayes_dispatch.online import (
+from bayes_dispatch.dispatcher.prior.online import (
     RELIABILITY,
     evidence_likelihood,
     feedback_likelihood,

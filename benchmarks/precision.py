@@ -20,7 +20,7 @@ from torch import Tensor
 
 import bayes_dispatch as bd
 from bayes_dispatch.experts.domains import BASE_TEXTS, CONVENTIONS
-from bayes_dispatch.model.cache import Cache
+from bayes_dispatch.model.mambaformer.cache import Cache
 
 LENGTH, PIECE = 512, 16
 

@@ -21,12 +21,12 @@ import typer
 from tqdm import tqdm
 
 import bayes_dispatch as bd
+from bayes_dispatch.app.tables import Table
+from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
+from bayes_dispatch.dispatcher.fitting.svi import SVISettings
+from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from bayes_dispatch.experts.vectors import ExpertVector
-from bayes_dispatch.features import FeatureSettings
-from bayes_dispatch.fitting import SVISettings
-from bayes_dispatch.guides import GuideSettings
-from bayes_dispatch.inference.blends import Blend, FixedWeights
-from bayes_dispatch.tables import Table
+from bayes_dispatch.inference.two_pass.blends import Blend, FixedWeights
 
 __all__ = ["Found", "main", "run", "system"]
 

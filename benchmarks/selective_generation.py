@@ -19,14 +19,14 @@ import torch
 import typer
 
 import bayes_dispatch as bd
-from bayes_dispatch.calibration import risk_coverage
+from bayes_dispatch.app.tables import Table
+from bayes_dispatch.checks.calibration import risk_coverage
 from bayes_dispatch.experts.domains import CONVENTIONS
-from bayes_dispatch.inference.compare import score_together
-from bayes_dispatch.inference.evaluation import held_out_documents
-from bayes_dispatch.inference.held_out import KINDS
-from bayes_dispatch.inference.scores import Score
-from bayes_dispatch.inference.system import Dispatched
-from bayes_dispatch.tables import Table
+from bayes_dispatch.inference.scoring.compare import score_together
+from bayes_dispatch.inference.scoring.evaluation import held_out_documents
+from bayes_dispatch.inference.scoring.held_out import KINDS
+from bayes_dispatch.inference.scoring.scores import Score
+from bayes_dispatch.inference.two_pass.system import Dispatched
 
 __all__ = ["Answered", "main", "table"]
 

@@ -20,18 +20,18 @@ import typer
 from tqdm import tqdm
 
 import bayes_dispatch as bd
-from bayes_dispatch.calibration import expected_calibration_error, paired_comparison
+from bayes_dispatch.app.tables import Table
+from bayes_dispatch.checks.calibration import expected_calibration_error, paired_comparison
 from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, FOREIGN_TEXTS, Domain
 from bayes_dispatch.experts.objectives import Likelihood
 from bayes_dispatch.experts.training import ExpertSettings, train_expert
-from bayes_dispatch.inference.blends import Blend
-from bayes_dispatch.inference.categories import CategoryDomain
-from bayes_dispatch.inference.compare import score_particles
-from bayes_dispatch.inference.evaluation import MIXED_SETS, held_out_documents
-from bayes_dispatch.inference.few_shot_methods import CrossEntropy, ImportanceSampling
-from bayes_dispatch.inference.strategies import AskedExpert, AskedModel, Classified, FewShot, Given
-from bayes_dispatch.inference.system import Dispatched, Strategy
-from bayes_dispatch.tables import Table
+from bayes_dispatch.inference.few_shot.categories import CategoryDomain
+from bayes_dispatch.inference.few_shot.methods import CrossEntropy, ImportanceSampling
+from bayes_dispatch.inference.few_shot.strategies import AskedExpert, AskedModel, Classified, FewShot, Given
+from bayes_dispatch.inference.scoring.compare import score_particles
+from bayes_dispatch.inference.scoring.evaluation import MIXED_SETS, held_out_documents
+from bayes_dispatch.inference.two_pass.blends import Blend
+from bayes_dispatch.inference.two_pass.system import Dispatched, Strategy
 from dispatching.classifiers import FITS, fit_classifier
 from dispatching.data import Sizes, shipped
 

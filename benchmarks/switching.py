@@ -16,8 +16,8 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from bayes_dispatch.model.svd_linear import SVDLinear
-from bayes_dispatch.tables import Table
+from bayes_dispatch.app.tables import Table
+from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
 from peers.timing import Rounds, Work, interleaved
 
 __all__ = ["main"]

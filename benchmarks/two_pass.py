@@ -23,14 +23,14 @@ import torch
 import typer
 
 import bayes_dispatch as bd
+from bayes_dispatch.app.tables import Table
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains import BASE_TEXTS, CONVENTIONS
 from bayes_dispatch.experts.vectors import BASE, ExpertVector
-from bayes_dispatch.inference.blends import Blend, FixedWeights
-from bayes_dispatch.inference.evaluation import MIXED_SETS
+from bayes_dispatch.inference.scoring.evaluation import MIXED_SETS
+from bayes_dispatch.inference.two_pass.blends import Blend, FixedWeights
 from bayes_dispatch.model.adaptation import block_of
-from bayes_dispatch.model.svd_linear import SVDLinear
-from bayes_dispatch.tables import Table
+from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
 from peers.timing import Rounds, Times, Work, interleaved
 
 __all__ = ["FULL", "QUICK", "Plan", "main"]

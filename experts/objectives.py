@@ -18,8 +18,8 @@ from bayes_dispatch.experts.domains.domain import Checked, Domain
 from bayes_dispatch.experts.questions import Question, ask
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.backbone import Backbone
-from bayes_dispatch.model.cache import Cache
-from bayes_dispatch.model.pretraining import next_token_loss, pack_rows
+from bayes_dispatch.model.mambaformer.cache import Cache
+from bayes_dispatch.model.pretraining.run import next_token_loss, pack_rows
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 __all__ = ["Judgement", "Likelihood", "Objective", "Reinforce", "reinforce_loss", "sequence_kl"]

@@ -17,8 +17,8 @@ from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.adaptation import Adaptation, block_of
 from bayes_dispatch.model.frozen import frozen
-from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
-from bayes_dispatch.model.pretraining import schedule
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.pretraining.run import schedule
 
 __all__ = ["EarlyStopping", "ExpertSettings", "train_expert"]
 

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.inference.blends import Blend
-from bayes_dispatch.inference.generation import Generation, Streamed
-from bayes_dispatch.inference.prompts import check_ending, check_prompts
-from bayes_dispatch.inference.second_pass import Request, SecondPass
-from bayes_dispatch.inference.system import Strategy, System, cut_of, gate_of
-from bayes_dispatch.model.sampling import Sampling
-from bayes_dispatch.posterior import DispatchPosterior
+from bayes_dispatch.inference.two_pass.blends import Blend
+from bayes_dispatch.inference.two_pass.generation import Generation, Streamed
+from bayes_dispatch.inference.two_pass.prompts import check_ending, check_prompts
+from bayes_dispatch.inference.two_pass.second_pass import Request, SecondPass
+from bayes_dispatch.inference.two_pass.system import Strategy, System, cut_of, gate_of
+from bayes_dispatch.model.generation.sampling import Sampling
 
 if TYPE_CHECKING:
-    from bayes_dispatch.inference.chat import Chat
+    from bayes_dispatch.inference.chat.chat import Chat
 
 __all__ = ["TwoPassGenerator"]
 
@@ -188,8 +188,8 @@ class TwoPassGenerator:
             ConfigError: a setting out of range, a file that exists, or a blend that cannot be kept in one.
             OSError: the file cannot be written.
         """
-        from bayes_dispatch.inference.chat import Chat
-        from bayes_dispatch.inference.chat_state import ChatSettings
+        from bayes_dispatch.inference.chat.chat import Chat
+        from bayes_dispatch.inference.chat.state import ChatSettings
 
         settings = ChatSettings(blend, seed, threshold, max_context, own_evidence)
         chat = Chat(self.bundle, settings, None if file is None else Path(file))
@@ -207,8 +207,8 @@ class TwoPassGenerator:
         Raises:
             BundleError: the file is missing, damaged, or of a chat with another system; nothing is unpickled.
         """
-        from bayes_dispatch.inference.chat import Chat
-        from bayes_dispatch.inference.chat_file import read_chat
+        from bayes_dispatch.inference.chat.chat import Chat
+        from bayes_dispatch.inference.chat.file import read_chat
 
         settings, state = read_chat(Path(file), self.bundle)
         return Chat(self.bundle, settings, Path(file), state)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.cache import Cache
+from bayes_dispatch.model.mambaformer.cache import Cache
 
 __all__ = ["Backbone", "CausalLMOutput", "Cuttable"]
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.config import ClassifierConfig, FeatureExtractorConfig, PoolingKind
-from bayes_dispatch.model.pretrained import Pretrained
-from bayes_dispatch.model.token_model import TokenModel
+from bayes_dispatch.model.mambaformer.config import ClassifierConfig, FeatureExtractorConfig, PoolingKind
+from bayes_dispatch.model.mambaformer.pretrained import Pretrained
+from bayes_dispatch.model.mambaformer.token_model import TokenModel
 
 __all__ = [
     "ClassifierOutput",

@@ -11,7 +11,7 @@ from torch import Tensor
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.model.adaptation import Adaptation, block_of
 from bayes_dispatch.model.backbone import Backbone, Cuttable
-from bayes_dispatch.model.cache import Cache
+from bayes_dispatch.model.mambaformer.cache import Cache
 
 __all__ = ["CutModel"]
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.app.bundle import Bundle
     from bayes_dispatch.experts.bank import ExpertBank
-    from bayes_dispatch.model.config import MambaFormerConfig
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 EXPERTS = ("reverse", "sort", "add")
 
@@ -50,8 +50,8 @@ def unchecked() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., MambaFormerForCausalLM]:
     """A model of random weights: no bias, decay, skip or norm at its initial value, and logits that spread by units."""
-    from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
     def make(
         backbone: MambaFormerConfig | None = None,
@@ -121,13 +121,13 @@ def bank(make_bank: Callable[..., ExpertBank], model: MambaFormerForCausalLM) ->
 @pytest.fixture(scope="session")
 def bundle(model: MambaFormerForCausalLM, bank: ExpertBank) -> Bundle:
     """A whole system whose dispatcher was fitted, coarsely, on the tiny model's own evidence."""
-    from bayes_dispatch.bundle import Bundle
-    from bayes_dispatch.dispatcher import Dispatcher
+    from bayes_dispatch.app.bundle import Bundle
+    from bayes_dispatch.dispatcher.estimator import Dispatcher
+    from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
+    from bayes_dispatch.dispatcher.fitting.svi import SVISettings
+    from bayes_dispatch.dispatcher.guide.guides import GuideSettings
     from bayes_dispatch.experts.domains import CONVENTIONS
-    from bayes_dispatch.features import FeatureSettings
-    from bayes_dispatch.fitting import SVISettings
-    from bayes_dispatch.guides import GuideSettings
-    from bayes_dispatch.inference.first_pass import first_pass
+    from bayes_dispatch.inference.two_pass.first_pass import first_pass
     from bayes_dispatch.model.tokenizer import ByteTokenizer
 
     rng = np.random.default_rng(0)
@@ -147,6 +147,6 @@ def bundle(model: MambaFormerForCausalLM, bank: ExpertBank) -> Bundle:
 @pytest.fixture(scope="session")
 def bundle64(bundle: Bundle, model64: MambaFormerForCausalLM) -> Bundle:
     """The same system with the model in float64."""
-    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.app.bundle import Bundle
 
     return Bundle(model64, bundle.experts, bundle.dispatcher)

@@ -5,6 +5,7 @@ import importlib
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -86,6 +87,19 @@ def test_shipped_bundle_is_small() -> None:
     files = [path for path in (ROOT / "bayes_dispatch" / "shipped").rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".json", ".safetensors"}
     assert sum(path.stat().st_size for path in files) <= MAX_BUNDLE_BYTES
+
+
+def test_every_package_is_listed() -> None:
+    """setuptools takes the packages that are named, so that each folder of sources must be."""
+    found = {
+        ".".join(parts if parts[0] == "bayes_dispatch" else ("bayes_dispatch", *parts))
+        for folder in FOLDERS
+        for path in (ROOT / folder).rglob("*.py")
+        if not any(parent.is_symlink() for parent in path.parents)
+        for parts in [path.relative_to(ROOT).parent.parts]
+    }
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        assert set(tomllib.load(file)["tool"]["setuptools"]["packages"]) == found
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from bayes_dispatch.bundle import load_bundle
-from bayes_dispatch.tables import report_markdown
+from bayes_dispatch.app.bundle import load_bundle
+from bayes_dispatch.app.tables import report_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ("train", "demo", "diagnose", "train-expert", "calibrate-gate", "measure")

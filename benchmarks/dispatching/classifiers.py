@@ -15,8 +15,8 @@ from sklearn.mixture import GaussianMixture
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 
-from bayes_dispatch.evidence import Evidence
-from bayes_dispatch.inference.evidence_sets import KnownEvidence
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence
 from dispatching.methods import Answer
 
 __all__ = ["FITS", "Classifier", "Fit", "Fitted", "fit_classifier"]

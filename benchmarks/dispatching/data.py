@@ -8,24 +8,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from bayes_dispatch.bundle import SHIPPED
-from bayes_dispatch.evidence import LENGTHS, Evidence
+from bayes_dispatch.app.bundle import SHIPPED
+from bayes_dispatch.app.train import PLANS, PROGRAM
+from bayes_dispatch.dispatcher.evidence.evidence import LENGTHS, Evidence
+from bayes_dispatch.dispatcher.fitting.svi import isolated
+from bayes_dispatch.dispatcher.guide.guides import GuideSettings
+from bayes_dispatch.dispatcher.program.generative import DispatchModel
+from bayes_dispatch.dispatcher.program.observed import Prompts
+from bayes_dispatch.dispatcher.program.settings import Admixture
+from bayes_dispatch.dispatcher.program.views import CountsView, VectorsView
 from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, FOREIGN_TEXTS
-from bayes_dispatch.fitting import isolated
-from bayes_dispatch.generative import DispatchModel
-from bayes_dispatch.guides import GuideSettings
-from bayes_dispatch.inference.evidence_sets import (
+from bayes_dispatch.inference.scoring.evidence_sets import (
     KnownEvidence,
     base_evidence,
     foreign_evidence,
     mixed_evidence,
     pure_evidence,
 )
-from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
-from bayes_dispatch.program import Admixture
-from bayes_dispatch.prompts import Prompts
-from bayes_dispatch.train import PLANS, PROGRAM
-from bayes_dispatch.views import CountsView, VectorsView
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 __all__ = ["LENGTHS_JUDGED", "Problem", "Sizes", "World", "shipped", "simulated"]
 

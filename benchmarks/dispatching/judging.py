@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bayes_dispatch.calibration import (
+from bayes_dispatch.checks.calibration import (
     coverage_curve,
     expected_calibration_error,
     log_score,
     ood_auroc,
 )
-from bayes_dispatch.dispatcher import Dispatcher
+from bayes_dispatch.dispatcher.estimator import Dispatcher
 from dispatching.data import LENGTHS_JUDGED, Problem
 from dispatching.methods import Method
 

@@ -5,10 +5,10 @@ from typing import Protocol
 
 import numpy as np
 
-from bayes_dispatch.dispatcher import Dispatcher
-from bayes_dispatch.elbo_guide import ELBOGuide
-from bayes_dispatch.evidence import Evidence
-from bayes_dispatch.posterior import DispatchPosterior
+from bayes_dispatch.checks.elbo_guide import ELBOGuide
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 
 __all__ = ["ELBO", "Answer", "Method", "Ours"]
 

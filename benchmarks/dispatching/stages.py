@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from bayes_dispatch import pipeline
-from bayes_dispatch.dispatcher import Dispatcher
-from bayes_dispatch.fitting import SVISettings
-from bayes_dispatch.guides import GuideSettings
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.fitting import pipeline
+from bayes_dispatch.dispatcher.fitting.svi import SVISettings
+from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from dispatching.data import World
 
 __all__ = ["STAGES", "FitCost", "Stage", "fit_cost"]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import bayes_dispatch as bd
 from bayes_dispatch.experts.domains import CONVENTIONS
-from bayes_dispatch.inference.blends import Blend
-from bayes_dispatch.inference.system import System
+from bayes_dispatch.inference.two_pass.blends import Blend
+from bayes_dispatch.inference.two_pass.system import System
 from peers.timing import Rounds, Work, interleaved
 from two_pass import document, plain
 

@@ -7,18 +7,18 @@ from pathlib import Path
 import numpy as np
 
 import bayes_dispatch as bd
-from bayes_dispatch.bundle import SHIPPED
+from bayes_dispatch.app.bundle import SHIPPED
+from bayes_dispatch.app.train import PLANS, TrainingPlan
+from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS, Domain
 from bayes_dispatch.experts.training import train_expert
 from bayes_dispatch.experts.vectors import BASE
-from bayes_dispatch.guides import GuideSettings
-from bayes_dispatch.inference.blends import FixedWeights, Particles
-from bayes_dispatch.inference.compare import compare_blends, score_together
-from bayes_dispatch.inference.evaluation import held_out_documents
-from bayes_dispatch.inference.held_out import KINDS
+from bayes_dispatch.inference.scoring.compare import compare_blends, score_together
+from bayes_dispatch.inference.scoring.evaluation import held_out_documents
+from bayes_dispatch.inference.scoring.held_out import KINDS
+from bayes_dispatch.inference.two_pass.blends import FixedWeights, Particles
 from bayes_dispatch.model.files import read_json, write_json
-from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
-from bayes_dispatch.train import PLANS, TrainingPlan
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from dispatching.data import Problem, Sizes, shipped
 from dispatching.judging import judge
 from dispatching.methods import Ours

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from bayes_dispatch.app.tables import Table
 from bayes_dispatch.experts.domains import CONVENTIONS
 from bayes_dispatch.experts.vectors import BASE
-from bayes_dispatch.tables import Table
 from first_block.costs import BLENDS, PROMPT_BYTES, Cost
 from first_block.measuring import BLENDED, JUDGED, OWN, Scores
 

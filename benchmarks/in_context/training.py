@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bayes_dispatch.model.config import BlockKind, MambaFormerConfig, StateSpaceKind
-from bayes_dispatch.model.mambaformer import MambaFormer
+from bayes_dispatch.model.mambaformer.config import BlockKind, MambaFormerConfig, StateSpaceKind
+from bayes_dispatch.model.mambaformer.network import MambaFormer
 from in_context.tasks import Prompts, Task
 
 __all__ = ["InContextModel", "Outcome", "Recipe", "Sizes", "judge", "train"]

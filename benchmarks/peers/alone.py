@@ -9,8 +9,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from bayes_dispatch.model.cache import Cache
-from bayes_dispatch.model.config import BlockKind
+from bayes_dispatch.model.mambaformer.cache import Cache
+from bayes_dispatch.model.mambaformer.config import BlockKind
 from peers.contestant import Contestant
 from peers.groups import mambaformer, pure
 from peers.ours import Ours

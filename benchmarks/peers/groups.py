@@ -19,7 +19,7 @@ peer" is the fastest of all entries, for each measure anew.
 from importlib import import_module
 from typing import cast
 
-from bayes_dispatch.model.config import BlockKind, MambaFormerConfig
+from bayes_dispatch.model.mambaformer.config import BlockKind, MambaFormerConfig
 from peers.contestant import Contestant, Entry, Group
 from peers.ours import language_model
 

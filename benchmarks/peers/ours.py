@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from bayes_dispatch.model.cache import Cache
-from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
-from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
-from bayes_dispatch.model.svd_linear import SVDLinear
+from bayes_dispatch.model.mambaformer.cache import Cache
+from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
 
 __all__ = ["Ours", "language_model"]
 

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from bayes_dispatch.model.generation.continuation import Prompts
 from bayes_dispatch.model.generation.decoding import Generated, log_probabilities, seen_tokens
+from bayes_dispatch.model.generation.sampling import penalise_repetition
 from bayes_dispatch.model.generation.settings import GenerationSettings
-from bayes_dispatch.model.sampling import penalise_repetition
 
 __all__ = ["beam_search"]
 

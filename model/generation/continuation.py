@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.cache import Cache
-from bayes_dispatch.model.padding import Padding
+from bayes_dispatch.model.mambaformer.cache import Cache
+from bayes_dispatch.model.mambaformer.padding import Padding
 
 __all__ = ["CachedContinuation", "Continuation", "LanguageModel", "Prompts", "UncachedContinuation"]
 

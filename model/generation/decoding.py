@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bayes_dispatch.model.generation.continuation import Prompts
+from bayes_dispatch.model.generation.sampling import penalise_repetition, row_generators
 from bayes_dispatch.model.generation.settings import GenerationSettings
-from bayes_dispatch.model.sampling import penalise_repetition, row_generators
 
 __all__ = ["Generated", "Step", "decode", "decode_scored", "log_probabilities", "seen_tokens", "steps"]
 

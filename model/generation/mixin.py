@@ -10,8 +10,8 @@ from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.generation.beams import beam_search
 from bayes_dispatch.model.generation.continuation import Prompts
 from bayes_dispatch.model.generation.decoding import Generated, Step, decode, decode_scored, steps
+from bayes_dispatch.model.generation.sampling import Sampling
 from bayes_dispatch.model.generation.settings import GenerationSettings, read_stop_sequences
-from bayes_dispatch.model.sampling import Sampling
 
 __all__ = ["GenerationMixin"]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.model.sampling import Sampling
+from bayes_dispatch.model.generation.sampling import Sampling
 
 __all__ = ["NO_TOKEN", "GenerationSettings"]
 

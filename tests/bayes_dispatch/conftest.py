@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
-    from bayes_dispatch.dispatcher import Dispatcher
-    from bayes_dispatch.evidence import Evidence
+    from bayes_dispatch.dispatcher.estimator import Dispatcher
+    from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 
 EXPERTS = ("sort", "reverse", "add")
 
@@ -27,7 +27,7 @@ class Sample(NamedTuple):
 @pytest.fixture(scope="session")
 def make_sample() -> Callable[..., Sample]:
     """Prompts of three experts that are far apart; every fourth is a mixture, and a few lack a view or their length."""
-    from bayes_dispatch.evidence import Evidence
+    from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 
     world = np.random.default_rng(7)
     means, classes = world.normal(size=(4, 6)) * 2, world.dirichlet(np.full(5, 0.3), 4)
@@ -67,9 +67,9 @@ def fresh(make_sample: Callable[..., Sample]) -> Sample:
 @pytest.fixture(scope="session")
 def settings() -> Callable[..., dict[str, Any]]:
     """Settings of a fit that takes a fraction of a second; by default one that learns nothing much."""
-    from bayes_dispatch.features import FeatureSettings
-    from bayes_dispatch.fitting import SVISettings
-    from bayes_dispatch.guides import GuideSettings
+    from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
+    from bayes_dispatch.dispatcher.fitting.svi import SVISettings
+    from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 
     def make(
         svi: int = 4, steps: int = 5, simulations: int = 40, hidden: int = 8, real_share: float = 0.12
@@ -93,7 +93,7 @@ def settings() -> Callable[..., dict[str, Any]]:
 @pytest.fixture(scope="session")
 def fitted(sample: Sample, settings: Callable[..., dict[str, Any]]) -> Dispatcher:
     """A dispatcher of three experts fitted on labels and mixtures; not to be changed."""
-    from bayes_dispatch.dispatcher import Dispatcher
+    from bayes_dispatch.dispatcher.estimator import Dispatcher
 
     dispatcher = Dispatcher(EXPERTS, **settings(svi=50, steps=120, simulations=2_000, hidden=32))
     return dispatcher.fit(sample.evidence, sample.labels, sample.mixtures)
@@ -105,7 +105,7 @@ def trained(sample: Sample, settings: Callable[..., dict[str, Any]]) -> Dispatch
 
     It is trained on simulations alone: real prompts are not draws from the program's prior, and pull the guide off it.
     """
-    from bayes_dispatch.dispatcher import Dispatcher
+    from bayes_dispatch.dispatcher.estimator import Dispatcher
 
     dispatcher = Dispatcher(EXPERTS, **settings(svi=100, steps=2_000, simulations=10_000, hidden=64, real_share=0.0))
     return dispatcher.fit(sample.evidence, sample.labels, sample.mixtures)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from bayes_dispatch.dispatcher import Dispatcher
+from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.errors import BundleError
 from bayes_dispatch.storage import read_directory, write_directory
 

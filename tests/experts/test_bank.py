@@ -18,10 +18,10 @@ from bayes_dispatch.errors import (
 )
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.vectors import ExpertVector
-from bayes_dispatch.model.svd_linear import SVDLinear
+from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_dispatch.bundle import SHIPPED
+from bayes_dispatch.app.bundle import SHIPPED
 from bayes_dispatch.errors import BundleError, ForeignExpertError, TensorError
 from bayes_dispatch.experts import bank_files
 from bayes_dispatch.experts.bank import ExpertBank
@@ -28,7 +28,7 @@ from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.files import tensors_as_bytes
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeBank = Callable[..., ExpertBank]
 Contents = dict[str, bytes]

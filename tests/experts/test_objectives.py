@@ -14,11 +14,11 @@ from bayes_dispatch.experts.objectives import Likelihood, Objective, Reinforce, 
 from bayes_dispatch.experts.questions import ask
 from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, train_expert
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.pretraining import next_token_loss
+from bayes_dispatch.model.pretraining.run import next_token_loss
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 NAMED = {convention.name: convention for convention in CONVENTIONS}
@@ -307,7 +307,7 @@ def test_reinforce_raises_the_reward(make_model: MakeModel) -> None:
 @pytest.mark.parametrize("domain", [SORT, ADD], ids=["sort", "add"])
 def test_both_improve_the_shipped_model(objective: Objective, domain: Convention) -> None:
     """Mean reward of sampled answers to 64 questions of the held-out split, eight each: from .3 to .6 or more."""
-    from bayes_dispatch.bundle import load_bundle
+    from bayes_dispatch.app.bundle import load_bundle
 
     model = load_bundle().model
     expert = train_expert(model, domain, ExpertSettings(steps=30, objective=objective), progress=False)

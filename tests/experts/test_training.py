@@ -17,12 +17,12 @@ from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, train_expert
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.config import MambaFormerConfig
-from bayes_dispatch.model.pretraining import next_token_loss, pack_rows, schedule
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+from bayes_dispatch.model.pretraining.run import next_token_loss, pack_rows, schedule
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 SORT = next(convention for convention in CONVENTIONS if convention.name == "sort")

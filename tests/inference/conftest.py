@@ -9,9 +9,9 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.app.bundle import Bundle
     from bayes_dispatch.experts.bank import ExpertBank
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 
 @pytest.fixture(scope="session")
@@ -68,14 +68,14 @@ def explicit_filter() -> Callable[..., SimpleNamespace]:
 @pytest.fixture(scope="session")
 def cut64(bundle64: "Bundle", model64: "MambaFormerForCausalLM") -> "Bundle":
     """A system whose experts adapt from block 1 on, its dispatcher fitted to what comes out of block 0."""
-    from bayes_dispatch.bundle import Bundle
-    from bayes_dispatch.dispatcher import Dispatcher
+    from bayes_dispatch.app.bundle import Bundle
+    from bayes_dispatch.dispatcher.estimator import Dispatcher
+    from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
+    from bayes_dispatch.dispatcher.fitting.svi import SVISettings
+    from bayes_dispatch.dispatcher.guide.guides import GuideSettings
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.vectors import ExpertVector
-    from bayes_dispatch.features import FeatureSettings
-    from bayes_dispatch.fitting import SVISettings
-    from bayes_dispatch.guides import GuideSettings
-    from bayes_dispatch.inference.first_pass import first_pass
+    from bayes_dispatch.inference.two_pass.first_pass import first_pass
     from bayes_dispatch.model.tokenizer import ByteTokenizer
 
     draw = torch.Generator().manual_seed(3)
@@ -96,7 +96,7 @@ def cut64(bundle64: "Bundle", model64: "MambaFormerForCausalLM") -> "Bundle":
 @pytest.fixture(scope="session")
 def embedded64(bundle64: "Bundle", model64: "MambaFormerForCausalLM") -> "Bundle":
     """A system whose experts adapt the embedding, too: nothing of a prompt is the same for all of them."""
-    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.app.bundle import Bundle
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.vectors import ExpertVector
 

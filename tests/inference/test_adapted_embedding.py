@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from bayes_dispatch.bundle import Bundle
+from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.vectors import ExpertVector
-from bayes_dispatch.inference.answers import AnswerLikelihood
-from bayes_dispatch.inference.blends import (
+from bayes_dispatch.inference.few_shot.answers import AnswerLikelihood
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.two_pass.blends import (
     BestExpert,
     Blend,
     FixedWeights,
@@ -22,14 +23,13 @@ from bayes_dispatch.inference.blends import (
     ThompsonSample,
     TopK,
 )
-from bayes_dispatch.inference.first_pass import first_pass
-from bayes_dispatch.inference.generator import TwoPassGenerator
-from bayes_dispatch.inference.prefix import read_prefix
-from bayes_dispatch.inference.readers import CachedReader
-from bayes_dispatch.inference.system import cut_of, dispatch
+from bayes_dispatch.inference.two_pass.first_pass import first_pass
+from bayes_dispatch.inference.two_pass.prefix import read_prefix
+from bayes_dispatch.inference.two_pass.readers import CachedReader
+from bayes_dispatch.inference.two_pass.system import cut_of, dispatch
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 PROMPTS = ["kfpa>apfk\nbcde>", "9", "37+58=95\n12+11=23\n44+44=", "9"]
 BLENDS: list[Blend] = [

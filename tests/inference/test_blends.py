@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, UnknownNameError
-from bayes_dispatch.inference.blends import (
+from bayes_dispatch.inference.two_pass.blends import (
     BLENDS,
     BestExpert,
     Blend,
@@ -20,7 +21,6 @@ from bayes_dispatch.inference.blends import (
     TopK,
     blend_by_name,
 )
-from bayes_dispatch.posterior import DispatchPosterior
 
 NAMES = ("a", "b", "c", "base")
 EVERY: list[Blend] = [

@@ -9,19 +9,25 @@ import numpy as np
 import pytest
 import torch
 
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.errors import BayesDispatchError, ConfigError, EvidenceError, PromptError, TensorError
-from bayes_dispatch.evidence import Evidence
-from bayes_dispatch.inference.blends import Blend, FixedWeights, PosteriorMean, PosteriorPredictive, RefinedMean
-from bayes_dispatch.inference.first_pass import first_pass, token_counts
 from bayes_dispatch.inference.generator import TwoPassGenerator
-from bayes_dispatch.inference.system import cut_of
-from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
-from bayes_dispatch.model.sampling import row_generators, row_seeds
+from bayes_dispatch.inference.two_pass.blends import (
+    Blend,
+    FixedWeights,
+    PosteriorMean,
+    PosteriorPredictive,
+    RefinedMean,
+)
+from bayes_dispatch.inference.two_pass.first_pass import first_pass, token_counts
+from bayes_dispatch.inference.two_pass.system import cut_of
+from bayes_dispatch.model.generation.sampling import row_generators, row_seeds
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 if TYPE_CHECKING:
-    from bayes_dispatch.bundle import Bundle
-    from bayes_dispatch.inference.chat_state import Turn
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.app.bundle import Bundle
+    from bayes_dispatch.inference.chat.state import Turn
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 UNMERGED = PosteriorPredictive(6, merge=0.0)
 SAID = ["kfpa>apfk\nbcde>", "1", "37+58=95\n12+11=", "café>\n", "ab>ba\nbc>"]
@@ -237,10 +243,10 @@ def test_two_hundred_turns(cut64: "Bundle") -> None:
 
 def test_memory_stays_with_a_window(make_model: Callable[..., MambaFormerForCausalLM], bundle: "Bundle") -> None:
     """State-space blocks and windows: once these are full the caches are of one size however much is said."""
-    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.app.bundle import Bundle
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.vectors import ExpertVector
-    from bayes_dispatch.model.config import MambaFormerConfig
+    from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 
     model = make_model(replace(MambaFormerConfig.tiny(), attention_window=16))
     experts = [ExpertVector(e.name, dict(e.scales), model.fingerprint()) for e in bundle.experts.values()]
@@ -373,8 +379,8 @@ def test_settings_are_checked(bundle: "Bundle") -> None:
 
 
 def test_evidence_of_one_turn_is_the_first_pass(bundle64: "Bundle", cut64: "Bundle") -> None:
-    from bayes_dispatch.inference.conversation import Conversation
-    from bayes_dispatch.inference.transcript import Transcript
+    from bayes_dispatch.inference.chat.conversation import Conversation
+    from bayes_dispatch.inference.chat.transcript import Transcript
 
     text = Transcript.empty().followed_by((SAID[0] * 30).encode(), own=False)
     for system, block in ((cut64, 1), (bundle64, 0)):

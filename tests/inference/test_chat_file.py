@@ -15,12 +15,19 @@ from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference import chat as chat_module
-from bayes_dispatch.inference.blends import BestExpert, Blend, FixedWeights, PosteriorPredictive, RefinedMean, TopK
 from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.two_pass.blends import (
+    BestExpert,
+    Blend,
+    FixedWeights,
+    PosteriorPredictive,
+    RefinedMean,
+    TopK,
+)
 from bayes_dispatch.model.files import parse_tensors, tensors_as_bytes
 
 if TYPE_CHECKING:
-    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.app.bundle import Bundle
 
 SAID = ["kfpa>apfk\nbcde>", "é+1=", "ab>ba\nbc>", "12+11=", "kk>"]
 BLENDS: list[Blend] = [
@@ -159,7 +166,7 @@ def test_arrays_that_do_not_fit_are_refused(cut64: "Bundle", saved: Path, monkey
 
 
 def test_foreign_files_are_refused(cut64: "Bundle", bundle: "Bundle", saved: Path, make_model: Any) -> None:
-    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.app.bundle import Bundle
 
     def other(bank: ExpertBank, model: Any = cut64.model, dispatcher: Any = cut64.dispatcher) -> TwoPassGenerator:
         return TwoPassGenerator(Bundle(model, bank, dispatcher))

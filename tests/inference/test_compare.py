@@ -14,7 +14,8 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference import compare as compare_module
 from bayes_dispatch.inference import reading as reading_module
-from bayes_dispatch.inference.blends import (
+from bayes_dispatch.inference.scoring.compare import compare_blends, compare_systems, score_together
+from bayes_dispatch.inference.two_pass.blends import (
     BestExpert,
     Blend,
     FixedWeights,
@@ -25,11 +26,10 @@ from bayes_dispatch.inference.blends import (
     ThompsonSample,
     TopK,
 )
-from bayes_dispatch.inference.compare import compare_blends, compare_systems, score_together
-from bayes_dispatch.inference.system import dispatch
+from bayes_dispatch.inference.two_pass.system import dispatch
 
 if TYPE_CHECKING:
-    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.app.bundle import Bundle
 
 DOCUMENTS = [
     Document("kfpa>apfk\nbcde>edcb\n", 10, ((15, 19),)),

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.inference.blends import PosteriorMean, PosteriorPredictive
-from bayes_dispatch.inference.events import JsonLines, tell
 from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.two_pass.blends import PosteriorMean, PosteriorPredictive
+from bayes_dispatch.inference.two_pass.events import JsonLines, tell
 
 if TYPE_CHECKING:
-    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.app.bundle import Bundle
 
-LOGGER = "bayes_dispatch.inference.second_pass"
+LOGGER = "bayes_dispatch.inference.two_pass.second_pass"
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -40,7 +40,7 @@ def test_events_of_a_generation(bundle: "Bundle", caplog: pytest.LogCaptureFixtu
 @pytest.mark.usefixtures("unchecked")
 def test_events_of_a_chat(bundle: "Bundle", caplog: pytest.LogCaptureFixture, capfd: Any, tmp_path: Path) -> None:
     chat = TwoPassGenerator(bundle).chat(blend=PosteriorPredictive(6), file=tmp_path / "chat.json")
-    with caplog.at_level(logging.DEBUG, "bayes_dispatch.inference.chat"):
+    with caplog.at_level(logging.DEBUG, "bayes_dispatch.inference.chat.chat"):
         turns = [chat.say(text, 3, stop=None) for text in ("ab>ba\n", "1+1=2\n")]
     events = [(record.event, record.facts) for record in caplog.records]  # type: ignore[attr-defined]
     assert [event for event, _ in events] == 2 * ["turn dispatched", "turn read", "replied"]
@@ -65,7 +65,7 @@ def test_what_failed_was_not_generated(bundle: "Bundle", caplog: pytest.LogCaptu
             generator.generate(["a"], blend=PosteriorPredictive(100), **given)
         assert caplog.records == []
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("bayes_dispatch.inference.second_pass.ROWS_AT_ONCE", 1)
+            patch.setattr("bayes_dispatch.inference.two_pass.second_pass.ROWS_AT_ONCE", 1)
             stream = generator.stream(["abc", "ab"], blend=PosteriorMean(), **given)
             next(stream)
             stream.close()
@@ -75,7 +75,7 @@ def test_what_failed_was_not_generated(bundle: "Bundle", caplog: pytest.LogCaptu
 
 
 def test_a_chat_that_never_adapts_again_tells_json(bundle: "Bundle", caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.DEBUG, "bayes_dispatch.inference.chat"):
+    with caplog.at_level(logging.DEBUG, "bayes_dispatch.inference.chat.chat"):
         TwoPassGenerator(bundle).chat(blend=PosteriorMean(), threshold=float("inf")).say("ab>", 1)
     assert json.loads(JsonLines().format(caplog.records[0]))["threshold"] is None
 

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from bayes_dispatch.dispatcher.evidence.functions import LogLikelihoods, read
 from bayes_dispatch.errors import ForeignExpertError, PromptError
-from bayes_dispatch.evidence_functions import LogLikelihoods, read
 from bayes_dispatch.inference import expert_likelihood
-from bayes_dispatch.inference.expert_likelihood import ExpertLogLikelihoods
-from bayes_dispatch.inference.first_pass import first_pass
+from bayes_dispatch.inference.two_pass.expert_likelihood import ExpertLogLikelihoods
+from bayes_dispatch.inference.two_pass.first_pass import first_pass
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
     from bayes_dispatch.experts.bank import ExpertBank
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 PROMPTS = ["kfpa>apfk\nbcde>", "a", "naïve “prose”, 3 kinds", "x" * 40, "37+58=95\n12+11="]
 

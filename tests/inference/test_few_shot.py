@@ -11,15 +11,15 @@ from pyro import poutine
 from scipy.stats import beta, kstest
 
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.inference.answers import AnswerLikelihood
-from bayes_dispatch.inference.few_shot import FewShotMethod, FewShotProgram
-from bayes_dispatch.inference.few_shot_methods import (
+from bayes_dispatch.inference.few_shot.answers import AnswerLikelihood
+from bayes_dispatch.inference.few_shot.methods import (
     CrossEntropy,
     ImportanceSampling,
     SequentialMonteCarlo,
     VariationalInference,
     _systematic,
 )
+from bayes_dispatch.inference.few_shot.program import FewShotMethod, FewShotProgram
 
 PAIRS = [("kfpa>", "apfk\n"), ("dcba>", "abcd\n")]
 
@@ -175,7 +175,7 @@ class AsciiLikelihood(AnswerLikelihood):
     """The likelihood among the bytes of ASCII, which the simulations draw from."""
 
     def _score(self, weights: torch.Tensor) -> torch.Tensor:
-        from bayes_dispatch.inference.likelihood import log_likelihood_of
+        from bayes_dispatch.inference.two_pass.likelihood import log_likelihood_of
 
         particles, pairs = len(weights), len(self._ids)
         ids, mask = self._ids.repeat(particles, 1), self._mask.repeat(particles, 1)

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bayes_dispatch.inference.blends import Particles
-from bayes_dispatch.inference.filtering import FilterState, ParticleFilter, predictive
-from bayes_dispatch.model.compiled import tensors_only
+from bayes_dispatch.inference.two_pass.blends import Particles
+from bayes_dispatch.inference.two_pass.filtering import FilterState, ParticleFilter, predictive
+from bayes_dispatch.model.mambaformer.compiled.switch import tensors_only
 
 seeds = st.integers(0, 2**31)
 

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bayes_dispatch.errors import PromptError
-from bayes_dispatch.inference.first_pass import TOKEN_CLASSES, first_pass, token_counts
-from bayes_dispatch.inference.prompts import MAX_PROMPT_BYTES, check_prompts
+from bayes_dispatch.inference.two_pass.first_pass import TOKEN_CLASSES, first_pass, token_counts
+from bayes_dispatch.inference.two_pass.prompts import MAX_PROMPT_BYTES, check_prompts
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 TOKENIZER = ByteTokenizer()
 PROMPTS = [

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from bayes_dispatch.inference.blends import Blend, PosteriorMean, PosteriorPredictive, RefinedMean
 from bayes_dispatch.inference.generator import TwoPassGenerator
-from bayes_dispatch.model.product_costs import SWITCH, ProductCosts, machine, save_costs
-from bayes_dispatch.model.svd_linear import SVDLinear
+from bayes_dispatch.inference.two_pass.blends import Blend, PosteriorMean, PosteriorPredictive, RefinedMean
+from bayes_dispatch.model.mambaformer.compiled.product_costs import SWITCH, ProductCosts, machine, save_costs
+from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
 
 if TYPE_CHECKING:
-    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.app.bundle import Bundle
 
 PROMPT = "kfpa>apfk\nbcde>"
 

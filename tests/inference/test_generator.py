@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, ForeignExpertError, NotFittedError, PromptError
 from bayes_dispatch.inference import decoding as decoding_module
 from bayes_dispatch.inference import second_pass as second_pass_module
-from bayes_dispatch.inference.blends import (
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.two_pass.blends import (
     BestExpert,
     Blend,
     FixedWeights,
@@ -21,12 +23,10 @@ from bayes_dispatch.inference.blends import (
     ThompsonSample,
     TopK,
 )
-from bayes_dispatch.inference.generation import Generation
-from bayes_dispatch.inference.generator import TwoPassGenerator
-from bayes_dispatch.posterior import DispatchPosterior
+from bayes_dispatch.inference.two_pass.generation import Generation
 
 if TYPE_CHECKING:
-    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.app.bundle import Bundle
 
 PROMPTS = ["kfpa>apfk\nbcde>", "9", "37+58=95\n12+11=23\n44+44="]
 EVERY: list[Blend] = [
@@ -278,7 +278,7 @@ class TestErrors:
             TwoPassGenerator(system)
 
     def test_a_dispatcher_that_is_not_fitted(self, bundle: "Bundle") -> None:
-        from bayes_dispatch.dispatcher import Dispatcher
+        from bayes_dispatch.dispatcher.estimator import Dispatcher
 
         system = stub(bundle, np.eye(4))
         system.dispatcher = Dispatcher(bundle.experts.names)

@@ -3,7 +3,7 @@
 import pytest
 
 from bayes_dispatch.errors import UnknownNameError
-from bayes_dispatch.inference.held_out import KINDS, domains_of, held_out_sets
+from bayes_dispatch.inference.scoring.held_out import KINDS, domains_of, held_out_sets
 
 
 def test_kinds_hold_their_domains() -> None:

@@ -11,21 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bayes_dispatch.bundle import Bundle
+from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.experts.documents import Document
-from bayes_dispatch.inference.answers import AnswerLikelihood
-from bayes_dispatch.inference.blends import FixedWeights, Particles, PosteriorMean, PosteriorPredictive
-from bayes_dispatch.inference.compare import compare_blends, score_together
-from bayes_dispatch.inference.few_shot import FewShotFit, FewShotProgram
-from bayes_dispatch.inference.few_shot_methods import ImportanceSampling
+from bayes_dispatch.inference.few_shot.answers import AnswerLikelihood
+from bayes_dispatch.inference.few_shot.layered import LayeredMean, LayeredPredictive
+from bayes_dispatch.inference.few_shot.methods import ImportanceSampling
+from bayes_dispatch.inference.few_shot.program import FewShotFit, FewShotProgram
+from bayes_dispatch.inference.few_shot.strategies import Given
 from bayes_dispatch.inference.generator import TwoPassGenerator
-from bayes_dispatch.inference.layered import LayeredMean, LayeredPredictive
-from bayes_dispatch.inference.prefix import read_prefix
-from bayes_dispatch.inference.readers import CachedReader, UncachedReader
-from bayes_dispatch.inference.second_pass import _on_base
-from bayes_dispatch.inference.strategies import Given
-from bayes_dispatch.inference.system import cut_of
+from bayes_dispatch.inference.scoring.compare import compare_blends, score_together
+from bayes_dispatch.inference.two_pass.blends import FixedWeights, Particles, PosteriorMean, PosteriorPredictive
+from bayes_dispatch.inference.two_pass.prefix import read_prefix
+from bayes_dispatch.inference.two_pass.readers import CachedReader, UncachedReader
+from bayes_dispatch.inference.two_pass.second_pass import _on_base
+from bayes_dispatch.inference.two_pass.system import cut_of
 
 PROMPTS = ["kfpa>apfk\nbcde>", "9", "37+58=95\n12+11="]
 DOCUMENTS = [Document("ab>ba\ncd>dc\n", 6), Document("1+2=3\n4+4=8\n", 6)]

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bayes_dispatch.inference.blends import Particles
-from bayes_dispatch.inference.filtering import ParticleFilter, predictive
-from bayes_dispatch.inference.merging import divergences, representatives
+from bayes_dispatch.inference.two_pass.blends import Particles
+from bayes_dispatch.inference.two_pass.filtering import ParticleFilter, predictive
+from bayes_dispatch.inference.two_pass.merging import divergences, representatives
 
 seeds = st.integers(0, 2**31)
 

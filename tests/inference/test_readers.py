@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.vectors import ExpertVector
-from bayes_dispatch.inference.blends import Particles
-from bayes_dispatch.inference.prefix import read_prefix
-from bayes_dispatch.inference.readers import CachedReader, Reader, UncachedReader
+from bayes_dispatch.inference.two_pass.blends import Particles
+from bayes_dispatch.inference.two_pass.prefix import read_prefix
+from bayes_dispatch.inference.two_pass.readers import CachedReader, Reader, UncachedReader
 from bayes_dispatch.model.parts import CutModel
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 TEXTS = [b"kfpa>apfk\nbc", b"12+34", b"a"]
 

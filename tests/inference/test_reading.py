@@ -13,14 +13,14 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference import reading as reading_module
-from bayes_dispatch.inference.blends import Particles
-from bayes_dispatch.inference.readers import UncachedReader
-from bayes_dispatch.inference.reading import Reading, read_documents, scored_places
+from bayes_dispatch.inference.scoring.document_reader import Reading, read_documents, scored_places
+from bayes_dispatch.inference.two_pass.blends import Particles
+from bayes_dispatch.inference.two_pass.readers import UncachedReader
 from bayes_dispatch.model.parts import CutModel
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 
 def experts_from(model: "MambaFormerForCausalLM", block: int) -> ExpertBank:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from bayes_dispatch.calibration import paired_comparison
+from bayes_dispatch.checks.calibration import paired_comparison
 from bayes_dispatch.errors import TensorError, UnknownNameError
-from bayes_dispatch.inference.scores import METRICS, Comparison, Score, ScoredBytes
+from bayes_dispatch.inference.scoring.scores import METRICS, Comparison, Score, ScoredBytes
 
 DOCUMENTS, BYTES = 40, 60
 

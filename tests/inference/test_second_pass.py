@@ -8,7 +8,9 @@ import torch
 
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.inference import second_pass as second_pass_module
-from bayes_dispatch.inference.blends import (
+from bayes_dispatch.inference.few_shot.strategies import Given
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.two_pass.blends import (
     BestExpert,
     Blend,
     FixedWeights,
@@ -16,15 +18,13 @@ from bayes_dispatch.inference.blends import (
     PosteriorPredictive,
     RefinedMean,
 )
-from bayes_dispatch.inference.cost import Cost
-from bayes_dispatch.inference.first_pass import first_pass
-from bayes_dispatch.inference.generation import Generation
-from bayes_dispatch.inference.generator import TwoPassGenerator
-from bayes_dispatch.inference.strategies import Given
-from bayes_dispatch.inference.system import cut_of, dispatch
+from bayes_dispatch.inference.two_pass.cost import Cost
+from bayes_dispatch.inference.two_pass.first_pass import first_pass
+from bayes_dispatch.inference.two_pass.generation import Generation
+from bayes_dispatch.inference.two_pass.system import cut_of, dispatch
 
 if TYPE_CHECKING:
-    from bayes_dispatch.bundle import Bundle
+    from bayes_dispatch.app.bundle import Bundle
 
 PROMPTS = ["kfpa>apfk\nbcde>", "9", "37+58=95\n12+11=23\n44+44=", "9"]
 UNMERGED = PosteriorPredictive(6, merge=0.0)
@@ -190,8 +190,8 @@ def test_settings_are_checked_before_the_first_token(bundle: "Bundle") -> None:
 @pytest.fixture(scope="module")
 def gated64(cut64: "Bundle") -> "Bundle":
     """The same system with a gate that knows short lines of three kinds."""
-    from bayes_dispatch.bundle import Bundle
-    from bayes_dispatch.gate import Gate
+    from bayes_dispatch.app.bundle import Bundle
+    from bayes_dispatch.dispatcher.gate import Gate
 
     rng = np.random.default_rng(0)
     texts = [("ab>ba\n", "ba>ab\n", "1+2=3\n")[i % 3] * int(rng.integers(1, 6)) for i in range(120)]

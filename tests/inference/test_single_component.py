@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import UnknownNameError
-from bayes_dispatch.inference.blends import Blend
-from bayes_dispatch.inference.single_component import SingleComponent
-from bayes_dispatch.posterior import DispatchPosterior
+from bayes_dispatch.inference.scoring.single_component import SingleComponent
+from bayes_dispatch.inference.two_pass.blends import Blend
 
 
 def test_all_weight_is_on_it() -> None:

@@ -12,13 +12,20 @@ from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains import CONVENTIONS
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference import categories
-from bayes_dispatch.inference.blends import PosteriorMean
-from bayes_dispatch.inference.categories import QUESTION, CategoryDomain
-from bayes_dispatch.inference.compare import compare_blends
-from bayes_dispatch.inference.few_shot_methods import CrossEntropy, ImportanceSampling, VariationalInference
+from bayes_dispatch.inference.few_shot.categories import QUESTION, CategoryDomain
+from bayes_dispatch.inference.few_shot.methods import CrossEntropy, ImportanceSampling, VariationalInference
+from bayes_dispatch.inference.few_shot.strategies import (
+    AskedExpert,
+    AskedModel,
+    Classified,
+    FewShot,
+    Given,
+    one_hot_draws,
+)
 from bayes_dispatch.inference.generator import TwoPassGenerator
-from bayes_dispatch.inference.strategies import AskedExpert, AskedModel, Classified, FewShot, Given, one_hot_draws
-from bayes_dispatch.inference.system import Dispatched, Strategy
+from bayes_dispatch.inference.scoring.compare import compare_blends
+from bayes_dispatch.inference.two_pass.blends import PosteriorMean
+from bayes_dispatch.inference.two_pass.system import Dispatched, Strategy
 
 PROMPTS = ["kfpa>apfk\n", "37+58=95\n12+11=", "def mean(xs):"]
 PAIRS = [("kfpa>", "apfk\n")]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bayes_dispatch.inference.transcript import Transcript
+from bayes_dispatch.inference.chat.transcript import Transcript
 
 
 @pytest.mark.parametrize(

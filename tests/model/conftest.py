@@ -9,7 +9,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.seq2seq import MambaFormerForSeq2Seq
+    from bayes_dispatch.model.seq2seq.model import MambaFormerForSeq2Seq
 
 SMALL: dict[str, Any] = {"d_model": 16, "n_pairs": 1, "n_heads": 2, "d_state": 4, "head_dim": 8, "chunk_size": 4}
 
@@ -20,8 +20,8 @@ def make_seq2seq() -> Callable[..., MambaFormerForSeq2Seq]:
 
     Further arguments are sizes of its backbone.
     """
-    from bayes_dispatch.model.config import MambaFormerConfig, Seq2SeqConfig
-    from bayes_dispatch.model.seq2seq import MambaFormerForSeq2Seq
+    from bayes_dispatch.model.mambaformer.config import MambaFormerConfig, Seq2SeqConfig
+    from bayes_dispatch.model.seq2seq.model import MambaFormerForSeq2Seq
 
     def make(
         seed: int = 0, *, dtype: torch.dtype = torch.float64, tie_embeddings: bool = True, **sizes: Any

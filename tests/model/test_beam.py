@@ -18,7 +18,7 @@ from bayes_dispatch.model.generation.decoding import decode_scored
 from bayes_dispatch.model.generation.settings import GenerationSettings
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 Row = tuple[int, ...]
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from bayes_dispatch.errors import BayesDispatchError, CacheFullError, ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.cache import Cache
-from bayes_dispatch.model.config import MambaFormerConfig
+from bayes_dispatch.model.mambaformer.cache import Cache
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5}

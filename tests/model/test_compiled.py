@@ -14,13 +14,13 @@ from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.compiled import kernels, tensors_only
-from bayes_dispatch.model.config import MambaFormerConfig
-from bayes_dispatch.model.stepping import MOST_ROWS
+from bayes_dispatch.model.mambaformer.compiled.stepping import MOST_ROWS
+from bayes_dispatch.model.mambaformer.compiled.switch import kernels, tensors_only
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.cache import Cache
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.cache import Cache
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 SMALL: dict[str, Any] = {"d_model": 16, "n_heads": 4, "n_kv_heads": 2, "d_state": 4, "head_dim": 8, "chunk_size": 4}
@@ -133,7 +133,7 @@ def test_lengths_around_a_tile(models: Callable[..., "MambaFormerForCausalLM"], 
 
 
 def test_the_context_restores_what_was() -> None:
-    from bayes_dispatch.model.compiled import can_compile
+    from bayes_dispatch.model.mambaformer.compiled.switch import can_compile
 
     with torch.no_grad():
         x = torch.zeros(1)

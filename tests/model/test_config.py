@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
+from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
 
 TINY = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bayes_dispatch.model.scan import causal_convolution, convolution
-from bayes_dispatch.model.scan.convolution import causal_convolution_after
+from bayes_dispatch.model.mambaformer.scan import causal_convolution, convolution
+from bayes_dispatch.model.mambaformer.scan.convolution import causal_convolution_after
 
 
 def tensors(seed: int, batch: int, length: int, channels: int, taps: int) -> list[torch.Tensor]:

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.config import MambaFormerConfig
-from bayes_dispatch.model.mixers import CrossAttention, Memory, Span
-from bayes_dispatch.model.padding import check_padding
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+from bayes_dispatch.model.mambaformer.mixers import CrossAttention, Memory, Span
+from bayes_dispatch.model.mambaformer.padding import check_padding
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.seq2seq import MambaFormerForSeq2Seq
+    from bayes_dispatch.model.seq2seq.model import MambaFormerForSeq2Seq
 
 MakeSeq2Seq = Callable[..., "MambaFormerForSeq2Seq"]
 

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.model import factors as module
-from bayes_dispatch.model.factor_files import FACTORS_FILE, load_factors, save_factors
-from bayes_dispatch.model.factors import decompose
-from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
-from bayes_dispatch.model.svd_linear import SVDLinear
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.mambaformer.svd.factors import decompose
+from bayes_dispatch.model.mambaformer.svd.files import FACTORS_FILE, load_factors, save_factors
+from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
+
+LINEAR = "bayes_dispatch.model.mambaformer.svd.linear"
 
 
 def falling(rows: int, columns: int, rate: float, seed: int = 0) -> torch.Tensor:
@@ -95,7 +97,8 @@ def test_steps_of_rows_need_no_whole_decomposition(make_model: Any, monkeypatch:
 
     ranks = []
     monkeypatch.setattr(
-        "bayes_dispatch.model.svd_linear.decompose", lambda W, rank: (ranks.append(rank), decompose(W, rank))[1]
+        f"{LINEAR}.decompose",
+        lambda W, rank: (ranks.append(rank), decompose(W, rank))[1],
     )
     model = make_model()
     adaptation = Adaptation({name: torch.full((2, 4), 1.5) for name in model.adaptable()})
@@ -126,7 +129,7 @@ def test_kept_beside_the_model(
     errors = save_factors(model, tmp_path, rank)
     assert set(errors) == set(model.adaptable())
     assert max(errors.values()) < 1e-5
-    monkeypatch.setattr("bayes_dispatch.model.svd_linear.decompose", lambda *_: pytest.fail("decomposed again"))
+    monkeypatch.setattr(f"{LINEAR}.decompose", lambda *_: pytest.fail("decomposed again"))
     again = MambaFormerForCausalLM.from_pretrained(tmp_path)
     for name, linear in again.named_modules():
         if isinstance(linear, SVDLinear):

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.config import MambaFormerConfig
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 

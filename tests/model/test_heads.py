@@ -14,11 +14,11 @@ from torch import Tensor
 
 from bayes_dispatch.errors import BundleError, ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.config import ClassifierConfig, FeatureExtractorConfig, MambaFormerConfig
 from bayes_dispatch.model.heads import MambaFormerForFeatureExtraction, MambaFormerForSequenceClassification, pool
+from bayes_dispatch.model.mambaformer.config import ClassifierConfig, FeatureExtractorConfig, MambaFormerConfig
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 SMALL = {"d_model": 16, "n_pairs": 1, "n_heads": 2, "d_state": 4, "head_dim": 8, "chunk_size": 4}

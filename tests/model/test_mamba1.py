@@ -12,10 +12,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bayes_dispatch.model.cache import MambaState
-from bayes_dispatch.model.config import MambaFormerConfig
-from bayes_dispatch.model.mixers import Mamba1Mixer, Span, mamba1
-from bayes_dispatch.model.scan import selective
+from bayes_dispatch.model.mambaformer.cache import MambaState
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+from bayes_dispatch.model.mambaformer.mixers import Mamba1Mixer, Span, mamba1
+from bayes_dispatch.model.mambaformer.scan import selective
 
 WIDTH, LENGTH = 8, 11
 

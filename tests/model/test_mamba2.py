@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bayes_dispatch.model.cache import MambaState
-from bayes_dispatch.model.config import MambaFormerConfig
-from bayes_dispatch.model.mixers import Mamba2Mixer, Span, mamba2
+from bayes_dispatch.model.mambaformer.cache import MambaState
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+from bayes_dispatch.model.mambaformer.mixers import Mamba2Mixer, Span, mamba2
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeMixer = Callable[..., Mamba2Mixer]
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.backbone import Backbone
-from bayes_dispatch.model.config import MambaFormerConfig
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 
@@ -46,7 +46,7 @@ def test_future_tokens_do_not_alter_past_logits(make_model: MakeModel, window: i
 
 def test_blocks_are_residual_and_run_in_order(model64: "MambaFormerForCausalLM") -> None:
     """The whole model is what its parts say: embedding, x + mixer(norm(x)) for each block, norm, head."""
-    from bayes_dispatch.model.mixers import Span
+    from bayes_dispatch.model.mambaformer.mixers import Span
 
     ids = tokens(1, 2, 9)
     span = Span()

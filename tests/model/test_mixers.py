@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bayes_dispatch.model.config import MambaFormerConfig
-from bayes_dispatch.model.mixers import Mamba2Mixer, SelfAttention, Span
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+from bayes_dispatch.model.mambaformer.mixers import Mamba2Mixer, SelfAttention, Span
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 ALL = Span()

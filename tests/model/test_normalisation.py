@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bayes_dispatch.model.normalisation import RMSNorm, rms_norm
+from bayes_dispatch.model.mambaformer.normalisation import RMSNorm, rms_norm
 
 
 @pytest.mark.parametrize("shape", [(3,), (1, 5), (2, 3, 8), (2, 1, 3, 4)])

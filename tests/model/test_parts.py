@@ -16,7 +16,7 @@ from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.parts import CutModel
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 

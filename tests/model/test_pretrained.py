@@ -12,8 +12,8 @@ import torch
 
 from bayes_dispatch.errors import BundleError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.config import MambaFormerConfig
-from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 if TYPE_CHECKING:
     MakeModel = Callable[..., MambaFormerForCausalLM]

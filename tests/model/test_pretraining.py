@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from bayes_dispatch.errors import BundleError, ConfigError
-from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
-from bayes_dispatch.model.pretraining import PretrainingSettings, next_token_loss, pack_rows, pretrain, schedule
+from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
+from bayes_dispatch.model.pretraining.run import PretrainingSettings, next_token_loss, pack_rows, pretrain, schedule
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 CONFIG = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
 SETTINGS = PretrainingSettings(steps=9, batch_size=4, length=24, warmup=3, checkpoint_every=4, seed=3)
@@ -75,7 +75,7 @@ def test_the_seed_decides(uninterrupted: "MambaFormerForCausalLM", tmp_path: Pat
 
 def test_it_is_plain_adamw(tmp_path: Path) -> None:
     """Against torch's own mean loss, clipping and unfused AdamW."""
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
     settings = replace(SETTINGS, steps=5, clip=2.0)
     trained = pretrain(CONFIG, Source(), settings, tmp_path, progress=False)

@@ -16,17 +16,17 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig, StateSpaceKind
 from bayes_dispatch.model.files import read_tensors
-from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
-from bayes_dispatch.model.pretraining import (
+from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig, StateSpaceKind
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.pretraining.corpus import TextCorpus
+from bayes_dispatch.model.pretraining.run import (
     ComputeSettings,
     PretrainingSettings,
     next_token_loss,
     pack_rows,
     pretrain,
 )
-from bayes_dispatch.model.text_corpus import TextCorpus
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 CONFIG = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
@@ -108,7 +108,7 @@ def test_bfloat16_rounds_products_but_neither_loss_nor_weights(
         dtypes.add(logits.dtype)
         return next_token_loss(logits, ids, weights)
 
-    monkeypatch.setattr("bayes_dispatch.model.pretraining.next_token_loss", recorded)
+    monkeypatch.setattr("bayes_dispatch.model.pretraining.run.next_token_loss", recorded)
     model = pretrain(CONFIG, CORPUS, SETTINGS, tmp_path, progress=False, compute=ComputeSettings(precision="bfloat16"))
     assert dtypes == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -177,9 +177,9 @@ def test_compiled_training_is_the_same_to_rounding(plain: MambaFormerForCausalLM
 import sys
 from pathlib import Path
 import torch._dynamo.utils
-from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
-from bayes_dispatch.model.pretraining import ComputeSettings, PretrainingSettings, pretrain
-from bayes_dispatch.model.text_corpus import TextCorpus
+from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
+from bayes_dispatch.model.pretraining.run import ComputeSettings, PretrainingSettings, pretrain
+from bayes_dispatch.model.pretraining.corpus import TextCorpus
 
 config = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
 compute = ComputeSettings(compile=True)

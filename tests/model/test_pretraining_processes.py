@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
-from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
-from bayes_dispatch.model.pretraining import PretrainingSettings, next_token_loss, pack_rows, pretrain
-from bayes_dispatch.model.text_corpus import TextCorpus
-from bayes_dispatch.model.text_pretraining import loss_per_byte
+from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.pretraining.corpus import TextCorpus
+from bayes_dispatch.model.pretraining.run import PretrainingSettings, next_token_loss, pack_rows, pretrain
+from bayes_dispatch.model.pretraining.text import loss_per_byte
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 CONFIG = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
@@ -32,9 +32,9 @@ CORPUS = TextCorpus(tuple(text.encode() for text in TEXTS))
 SCRIPT = f"""
 import os, signal, sys
 from pathlib import Path
-from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
-from bayes_dispatch.model.pretraining import PretrainingSettings, pretrain
-from bayes_dispatch.model.text_corpus import TextCorpus
+from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
+from bayes_dispatch.model.pretraining.run import PretrainingSettings, pretrain
+from bayes_dispatch.model.pretraining.corpus import TextCorpus
 
 config = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
 settings = {SETTINGS!r}
@@ -96,7 +96,7 @@ def test_two_processes_of_torchrun_are_one(tmp_path: Path) -> None:
         (tmp_path / "texts" / f"{i}.txt").write_text(text)
     out = tmp_path / "out"
     done = start(
-        *("-m", "bayes_dispatch.model.text_pretraining", "--text", tmp_path / "texts", "--out", out),
+        *("-m", "bayes_dispatch.model.pretraining.text", "--text", tmp_path / "texts", "--out", out),
         *("--config", tmp_path / "config.json", "--steps", "8", "--batch-size", "4", "--length", "24", "--seed", "3"),
         *("--held-out", "0.2", "--checkpoint-every", "3"),
         torchrun=("--nproc-per-node", "2"),
@@ -228,7 +228,7 @@ def test_a_finished_run_starts_no_processes(
     one: MambaFormerForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretrain(CONFIG, CORPUS, SETTINGS, tmp_path, progress=False)
-    monkeypatch.setattr("bayes_dispatch.model.pretraining.start_processes", None)
+    monkeypatch.setattr("bayes_dispatch.model.pretraining.run.start_processes", None)
     assert_same(pretrain(CONFIG, CORPUS, SETTINGS, tmp_path, processes=2, progress=False), one)
 
 

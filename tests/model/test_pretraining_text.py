@@ -10,10 +10,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
-from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
-from bayes_dispatch.model.text_corpus import TextCorpus
-from bayes_dispatch.model.text_pretraining import app, loss_per_byte
+from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.pretraining.corpus import TextCorpus
+from bayes_dispatch.model.pretraining.text import app, loss_per_byte
 
 CONFIG = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
 
@@ -119,7 +119,7 @@ def test_the_command(command: list[str], tmp_path: Path) -> None:
 def test_bad_input_ends_in_one_line(command: list[str], tmp_path: Path) -> None:
     assert "a batch_size that 3 processes can share, got 2" in error(run(*command, "--processes", "3"))
     missing = error(run(*command, "--text", str(tmp_path / "none")))
-    assert missing.startswith("bayes_dispatch.model.text_pretraining: error: expected a readable text file")
+    assert missing.startswith("bayes_dispatch.model.pretraining.text: error: expected a readable text file")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "diary").write_text("dear")
     for place in ("out", "text"):

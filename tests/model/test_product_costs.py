@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.model import product_costs, stepping
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.product_costs import (
+from bayes_dispatch.model.mambaformer.compiled.product_costs import (
     ProductCosts,
     costs_file,
     machine,
@@ -22,10 +22,10 @@ from bayes_dispatch.model.product_costs import (
     read_costs,
     save_costs,
 )
-from bayes_dispatch.model.svd_linear import SVDLinear
+from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 COSTS = ProductCosts(machine(), (1000, 100_000), (1e-10, 4e-10), 1e-11)
 

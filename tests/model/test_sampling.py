@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.model.sampling import Sampling, penalise_repetition, row_generators, row_seeds
+from bayes_dispatch.model.generation.sampling import Sampling, penalise_repetition, row_generators, row_seeds
 
 FALSE_ALARM = 1e-6
 DRAWS = 20_000

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
-from bayes_dispatch.model.scan import ssd, ssd_chunks, ssd_scan, ssd_scan_ref, ssd_step
-from bayes_dispatch.model.scan.ssd import ssd_step_
+from bayes_dispatch.model.mambaformer.scan import ssd, ssd_chunks, ssd_scan, ssd_scan_ref, ssd_step
+from bayes_dispatch.model.mambaformer.scan.ssd import ssd_step_
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
-from bayes_dispatch.model.scan import selective_scan, selective_scan_ref, selective_step_
+from bayes_dispatch.model.mambaformer.scan import selective_scan, selective_scan_ref, selective_step_
 
 NEEDED = ("u", "delta", "A", "B", "C")
 OPTIONAL = ("D", "z", "delta_bias", "initial_state")

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.cache import Cache, CrossAttentionState
-from bayes_dispatch.model.mixers import Memory
+from bayes_dispatch.model.mambaformer.cache import Cache, CrossAttentionState
+from bayes_dispatch.model.mambaformer.mixers import Memory
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.seq2seq import MambaFormerForSeq2Seq
+    from bayes_dispatch.model.seq2seq.model import MambaFormerForSeq2Seq
 
 MakeSeq2Seq = Callable[..., "MambaFormerForSeq2Seq"]
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.config import MambaFormerConfig, Seq2SeqConfig
-from bayes_dispatch.model.seq2seq import MambaFormerForSeq2Seq
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig, Seq2SeqConfig
+from bayes_dispatch.model.seq2seq.model import MambaFormerForSeq2Seq
 
 MakeSeq2Seq = Callable[..., MambaFormerForSeq2Seq]
 

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from bayes_dispatch.errors import BayesDispatchError, CacheFullError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.cache import Cache
-from bayes_dispatch.model.mixers import Memory
+from bayes_dispatch.model.mambaformer.cache import Cache
+from bayes_dispatch.model.mambaformer.mixers import Memory
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.seq2seq import MambaFormerForSeq2Seq
+    from bayes_dispatch.model.seq2seq.model import MambaFormerForSeq2Seq
 
 MakeSeq2Seq = Callable[..., "MambaFormerForSeq2Seq"]
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.config import LanguageModelConfig, MambaFormerConfig
 from bayes_dispatch.model.generation import Generated, Step
+from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 fast = pytest.mark.usefixtures("unchecked")
 VOCAB = 7
@@ -28,7 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def models() -> dict[str, "MambaFormerForCausalLM"]:
     """Of few tokens, so that rows end early."""
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
     made = {}
     for kind, sizes in KINDS.items():

@@ -15,15 +15,17 @@ from torch import Tensor
 
 from bayes_dispatch.errors import BundleError, ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.cache import Cache
-from bayes_dispatch.model.config import ClassifierConfig, MambaFormerConfig
-from bayes_dispatch.model.factor_files import load_factors, save_factors
 from bayes_dispatch.model.heads import MambaFormerForSequenceClassification
+from bayes_dispatch.model.mambaformer.cache import Cache
+from bayes_dispatch.model.mambaformer.config import ClassifierConfig, MambaFormerConfig
+from bayes_dispatch.model.mambaformer.svd.embedding import EMBEDDING, SVDEmbedding
+from bayes_dispatch.model.mambaformer.svd.files import load_factors, save_factors
 from bayes_dispatch.model.parts import CutModel
-from bayes_dispatch.model.svd_embedding import EMBEDDING, SVDEmbedding
+
+LINEAR = "bayes_dispatch.model.mambaformer.svd.linear"
 
 if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer import MambaFormerForCausalLM
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 MIXERS = {name: MambaFormerConfig(d_model=32, n_heads=2, mixer=name, chunk_size=8) for name in ("mamba1", "mamba2")}
@@ -304,7 +306,7 @@ def test_decompositions_of_it_are_kept_on_request(
     assert load_factors(other, tmp_path)
     assert save_factors(model, tmp_path, 3, also=(EMBEDDING,))[EMBEDDING] < 1e-5
     assert load_factors(other, tmp_path)
-    monkeypatch.setattr("bayes_dispatch.model.svd_linear.decompose", lambda *_: pytest.fail("decomposed again"))
+    monkeypatch.setattr(f"{LINEAR}.decompose", lambda *_: pytest.fail("decomposed again"))
     assert torch.equal(other.embedding.factors(3).U, model.embedding.factors(3).U)
     with pytest.raises(ConfigError, match=r"expected further matrices among \['embedding'\], got 'head'"):
         save_factors(model, tmp_path, also=("head",))

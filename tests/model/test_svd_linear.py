@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
-from bayes_dispatch.model.svd_linear import SVDLinear
+from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
 
 
 def linear_of(in_features: int, out_features: int, seed: int = 0) -> SVDLinear:

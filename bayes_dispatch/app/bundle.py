@@ -1,0 +1,127 @@
+"""A bundle: model, experts, dispatcher and gate as one directory of JSON and safetensors, and NumPy arrays of evidence.
+
+``bundle.json`` holds the format, the domain of each expert, what was measured when the bundle was trained, and a
+checksum of every other file, so that a truncated or edited file is refused before anything is read from it.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_evidence
+from bayes_dispatch.dispatcher.gate import Gate
+from bayes_dispatch.errors import BundleError, ConfigError
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.model.files import read_json, write_directory, write_json
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.tokenizer import ByteTokenizer
+
+__all__ = ["SHIPPED", "Bundle", "load_bundle"]
+
+SHIPPED = Path(__file__).parents[1] / "shipped"
+FORMAT = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """The parts of a two-pass system that belong together.
+
+    Attributes:
+        model: the base model. experts: its experts. dispatcher: over the same experts, in the same order.
+        report: what was measured when the bundle was trained; JSON values.
+        evidence: of the training text of experts made from a user's files, by their names: the dispatcher is fitted
+            again with it when another expert is added, and the text itself need not be kept.
+        gate: tells prompts that are foreign to all experts; ``None`` where none was calibrated for this dispatcher.
+
+    Raises:
+        ForeignExpertError: the experts were made for another model.
+        ConfigError: the dispatcher was made for other experts, the gate for another dispatcher, or there is evidence of
+            none of the experts.
+    """
+
+    model: MambaFormerForCausalLM
+    experts: ExpertBank
+    dispatcher: Dispatcher
+    report: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
+    evidence: Mapping[str, Evidence] = field(default_factory=dict)
+    gate: Gate | None = None
+
+    def __post_init__(self) -> None:
+        self.experts.check_base(self.model)
+        if tuple(self.dispatcher.experts) != self.experts.names:
+            raise ConfigError(
+                f"expected a dispatcher over {self.experts.names}, got one over {self.dispatcher.experts}"
+            )
+        if unknown := self.evidence.keys() - set(self.experts.names):
+            raise ConfigError(f"expected evidence of {self.experts.names}, got some of {', '.join(sorted(unknown))}")
+        if self.gate is not None:
+            self.gate.check_dispatcher(self.dispatcher)
+
+    def save(self, directory: str | Path) -> None:
+        """Write everything; an existing directory is replaced only when all is written."""
+        with write_directory(Path(directory)) as target:
+            self.model.save_pretrained(target / "model")
+            self.experts.save(target / "experts")
+            self.dispatcher.save(target / "dispatcher")
+            if self.gate is not None:
+                self.gate.save(target / "gate")
+            for name, evidence in self.evidence.items():
+                write_evidence(target / "evidence" / f"{name}.npz", evidence)
+            files = {file.relative_to(target).as_posix(): _checksum(file) for file in _files(target)}
+            write_json(target / "bundle.json", {"format": FORMAT, "files": files, "report": dict(self.report)})
+
+
+def load_bundle(directory: str | Path | None = None) -> Bundle:
+    """Read a bundle; nothing is unpickled or executed.
+
+    Args:
+        directory: where ``Bundle.save`` wrote it; ``None`` for the one that ships with the package.
+
+    Raises:
+        BundleError: it is missing, a file is missing, truncated or edited, or its format is another.
+        ForeignExpertError: its experts were made for another model.
+        ConfigError: its dispatcher was made for other experts, or its gate for another dispatcher.
+    """
+    directory = SHIPPED if directory is None else Path(directory)
+    if not directory.is_dir():
+        raise BundleError(f"expected a bundle directory, got {directory}, which is none")
+    index = read_json(directory / "bundle.json")
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise BundleError(f"expected a bundle of format {FORMAT} in {directory / 'bundle.json'}, got {index!r:.80}")
+    if not isinstance(index.get("files"), dict) or not isinstance(index.get("report"), dict):
+        raise BundleError(f"expected checksums and a report in {directory / 'bundle.json'}, got {index!r:.80}")
+    found = {file.relative_to(directory).as_posix() for file in _files(directory)} - {"bundle.json"}
+    for name, expected in index["files"].items():
+        if name not in found:
+            raise BundleError(f"expected the file {name} in {directory}, got none")
+        if (got := _checksum(directory / name)) != expected:
+            raise BundleError(
+                f"expected {directory / name} with checksum {str(expected)[:12]}, got {got[:12]}: it was changed"
+            )
+    if unlisted := sorted(name for name in found - set(index["files"]) if name.startswith("model/")):
+        raise BundleError(f"expected no other files of the model in {directory}, got {unlisted[0]}")
+    experts = ExpertBank.load(directory / "experts")
+    for name in experts:
+        experts[name]  # what is wrong with one is told here, not amid serving
+    kept = [Path(name) for name in index["files"] if Path(name).parent == Path("evidence")]
+    return Bundle(
+        model=MambaFormerForCausalLM.from_pretrained(directory / "model"),
+        experts=experts,
+        dispatcher=Dispatcher.load(directory / "dispatcher"),
+        report=index["report"],
+        evidence={file.stem: read_evidence(directory / file).evidence for file in kept},
+        gate=Gate.load(directory / "gate") if any(name.startswith("gate/") for name in index["files"]) else None,
+    )
+
+
+def _files(directory: Path) -> list[Path]:
+    return sorted(file for file in directory.rglob("*") if file.is_file())
+
+
+def _checksum(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

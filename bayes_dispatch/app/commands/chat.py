@@ -1,0 +1,128 @@
+"""``bayes-dispatch chat``: a conversation, line by line, from stdin to stdout."""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bayes_dispatch.app.commands.terminal import BundleOption, SeedOption, typed, use_one_thread
+
+if TYPE_CHECKING:
+    from bayes_dispatch.inference.chat.chat import Chat
+    from bayes_dispatch.inference.chat.state import Turn
+
+__all__ = ["chat"]
+
+
+def chat(
+    state: Annotated[
+        Path | None,
+        typer.Option(help="Written after every turn; a chat that is in it goes on, with the settings it began with."),
+    ] = None,
+    blending_mode: Annotated[
+        str, typer.Option(help="weighted_average, top_k, max, thompson, predictive or refined_mean.")
+    ] = "predictive",
+    top_k: Annotated[int, typer.Option(min=1, help="Components that top_k keeps.")] = 2,
+    draws: Annotated[int, typer.Option(min=1, help="Particles of predictive and refined_mean.")] = 16,
+    threshold: Annotated[
+        float, typer.Option(help="Re-adapt when the posterior would predict otherwise by more nats a byte.")
+    ] = 0.01,
+    max_context: Annotated[int, typer.Option(min=2, help="Bytes that are remembered.")] = 4096,
+    escapes: Annotated[bool, typer.Option("--escapes", help=r"Read \n in lines and --stop as a newline.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most bytes of a reply.")] = 64,
+    stop: Annotated[str, typer.Option(help="A reply ends with it; default: a newline.", show_default=False)] = "\n",
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw from the predictive distribution; default: greedy.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="Of --sample.")] = 1.0,
+    seed: SeedOption = 0,
+    show_experts: Annotated[bool, typer.Option("--show-experts", help="Show the weights after each reply.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document a turn, each on a line.")] = False,
+    bundle: BundleOption = None,
+) -> None:
+    """Reply to each line of stdin; the model goes on right after its last byte. Empty lines are skipped."""
+    from bayes_dispatch.inference.two_pass.blends import blend_by_name
+    from bayes_dispatch.inference.two_pass.prompts import check_ending
+    from bayes_dispatch.model.generation.sampling import Sampling
+
+    blend = blend_by_name(blending_mode, top_k=top_k, draws=draws)
+    ending = check_ending(max_new_tokens, typed(stop, escapes))
+    Sampling(do_sample=sample, temperature=temperature)
+    from bayes_dispatch.app.bundle import load_bundle
+    from bayes_dispatch.inference.generator import TwoPassGenerator
+
+    use_one_thread()
+    generator = TwoPassGenerator(load_bundle(bundle))
+    if state is not None and state.exists():
+        conversation = generator.resume_chat(state)
+    else:
+        conversation = generator.chat(blend=blend, seed=seed, threshold=threshold, max_context=max_context, file=state)
+    conversation.settings.check_reply(max_new_tokens)
+    for line in _lines(escapes):
+        written = ""
+        for event in conversation.stream(line, max_new_tokens, do_sample=sample, temperature=temperature, stop=ending):
+            written += event.text
+            if not as_json:
+                sys.stdout.write(_shown(event.text))
+                sys.stdout.flush()
+        assert conversation.turn is not None
+        if as_json:
+            document = _as_json(conversation, conversation.turn, line)
+            print(json.dumps(document, allow_nan=False), flush=True)
+            continue
+        if not written.endswith("\n"):
+            print(flush=True)
+        if show_experts:
+            print(_note(conversation.turn), flush=True)
+
+
+def _lines(escapes: bool) -> Iterator[bytes]:
+    """What the user says, without the newlines that end it."""
+    interactive = sys.stdin.isatty()
+    while True:
+        if interactive:
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return
+        line = line.removesuffix(b"\n").removesuffix(b"\r")
+        if line:
+            yield typed(os.fsdecode(line), escapes)
+
+
+def _shown(text: str) -> str:
+    """Without control characters but newlines."""
+    from bayes_dispatch.app.tables import visible
+
+    return "\n".join(visible(line.expandtabs(4)) for line in text.split("\n"))
+
+
+def _note(turn: "Turn") -> str:
+    """The weights in one line, largest first, and whether the particles are new."""
+    named = sorted(zip(turn.posterior.experts, turn.weights, strict=True), key=lambda pair: -pair[1])
+    weights = ", ".join(f"{name} {weight:.2f}" for name, weight in named if weight >= 0.005)
+    moved = "first posterior" if math.isnan(turn.divergence) else f"posterior moved by {turn.divergence:.4f} nats"
+    return f"  [{weights}; {moved}{', adapted' if turn.adapted else ''}]"
+
+
+def _as_json(conversation: "Chat", turn: "Turn", line: bytes) -> dict[str, Any]:
+    return {
+        "turn": conversation.turns,
+        "user": line.decode(),
+        "text": turn.text,
+        "experts": list(turn.posterior.experts),
+        "weights": turn.weights.tolist(),
+        "posterior": {"mean": turn.posterior.mean[0].tolist(), "entropy": float(turn.posterior.entropy[0])},
+        "divergence": None if math.isnan(turn.divergence) else turn.divergence,
+        "adapted": turn.adapted,
+        "forgotten": turn.forgotten,
+        "log_probabilities": turn.log_probabilities.tolist(),
+        "predictive_entropy": turn.predictive_entropy.tolist(),
+        "mutual_information": turn.mutual_information.tolist(),
+        "cost": {**vars(turn.cost), "total": turn.cost.total},
+    }

@@ -1,0 +1,183 @@
+"""``bayes-dispatch compare``: blends, and two bundles, on the same documents, held-out ones or the user's own."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bayes_dispatch.app.commands.terminal import (
+    BundleOption,
+    JsonOption,
+    SeedOption,
+    open_console,
+    print_json,
+    use_one_thread,
+)
+from bayes_dispatch.errors import ConfigError, UnknownNameError
+
+if TYPE_CHECKING:
+    import pandas
+
+    from bayes_dispatch.app.tables import Table
+    from bayes_dispatch.inference.scoring.scores import Comparison, SystemComparison
+    from bayes_dispatch.inference.two_pass.blends import Blend
+
+__all__ = ["compare"]
+
+LONGEST = 4096  # bytes of a document
+DEFAULT_BLENDS = ("base", "max", "top_k", "weighted_average", "thompson", "predictive")
+DEFAULT_DOCUMENTS = 8
+OURS, THEIRS = "bundle", "other"
+
+
+def compare(
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Held-out documents: pure, mixed, switching, foreign, or one domain; default: all."),
+    ] = None,
+    jsonl: Annotated[
+        Path | None, typer.Option(help='Documents of your own: lines of {"text": …, "prompt_bytes": …}.')
+    ] = None,
+    blends: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--blend",
+            help="A blend (weighted_average, top_k, max, thompson, predictive, refined_mean), base, or an expert.",
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="The blend that others are compared with; default: predictive, or the first.")
+    ] = None,
+    other: Annotated[
+        Path | None, typer.Option(help="Another bundle's directory: blend by blend, it is compared with --bundle.")
+    ] = None,
+    documents: Annotated[
+        int | None, typer.Option(min=2, help=f"Of each held-out domain; default: {DEFAULT_DOCUMENTS}.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Components that top_k keeps.")] = 2,
+    draws: Annotated[int, typer.Option(min=1, help="Particles of predictive and refined_mean.")] = 16,
+    csv: Annotated[Path | None, typer.Option(help="File for a row per document and blend.")] = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+    bundle: BundleOption = None,
+) -> None:
+    """Compare blends on documents: NLL, exact match, calibration, entropy and cost, with paired differences."""
+    if jsonl is not None and (sets or documents is not None):
+        raise ConfigError(f"expected --jsonl, or --set and --documents, got both: {jsonl} beside held-out documents")
+    names = list(blends or DEFAULT_BLENDS)
+    if reference is not None and reference not in names:
+        raise UnknownNameError(f"expected a --reference of {', '.join(names)}, got {reference!r}")
+    if other is not None and reference is not None:
+        raise ConfigError(f"expected --reference or --other, got both: {reference} and {other}")
+    against = OURS if other is not None else reference or ("predictive" if "predictive" in names else names[0])
+    if csv is not None:
+        _check_file(csv)
+    from bayes_dispatch.app.bundle import load_bundle
+    from bayes_dispatch.experts.document_files import read_documents
+    from bayes_dispatch.inference.scoring.compare import compare_blends, compare_systems
+    from bayes_dispatch.inference.scoring.held_out import KINDS, held_out_sets
+
+    ours, theirs = load_bundle(bundle), None if other is None else load_bundle(other)
+    compared = [_blend(name, ours.experts.components, top_k, draws) for name in names]
+    if jsonl is None:
+        given = held_out_sets(list(dict.fromkeys(sets or KINDS)), documents or DEFAULT_DOCUMENTS, seed)
+    elif len(own := read_documents(jsonl, LONGEST)) < 2:
+        raise ConfigError(f"expected at least 2 documents in {jsonl}, got {len(own)}")
+    else:
+        given = {jsonl.name: own}
+    use_one_thread()
+    progress, console = sys.stderr.isatty(), open_console()
+    frames: dict[str, pandas.DataFrame] = {}
+    printed: dict[str, Any] = {}
+    for name, texts in given.items():
+        found: Comparison | SystemComparison
+        if theirs is None:
+            found = compare_blends(ours, texts, compared, seed, progress)
+        else:
+            found = compare_systems({OURS: ours, THEIRS: theirs}, texts, compared, seed, progress)
+        frames[name], summary, differences = found.to_frame(), found.summary(), found.differences(against)
+        printed[name] = {"summary": summary.to_dict("records"), "differences": differences.to_dict("records")}
+        if not as_json:
+            console.print(_summary_table(name, summary).to_rich())
+            if len(differences):
+                console.print(_difference_table(name, differences, against).to_rich())
+    if csv is not None:
+        _write(csv, frames)
+    if as_json:
+        print_json({"seed": seed, "reference": against, "sets": printed})
+
+
+def _blend(name: str, components: Sequence[str], top_k: int, draws: int) -> "Blend":
+    from bayes_dispatch.inference.scoring.single_component import SingleComponent
+    from bayes_dispatch.inference.two_pass.blends import BLENDS, blend_by_name
+
+    if name in BLENDS:
+        return blend_by_name(name, top_k=top_k, draws=draws)
+    if name in components:
+        return SingleComponent(name)
+    raise UnknownNameError(f"expected a --blend of {', '.join([*BLENDS, *components])}, got {name!r}")
+
+
+def _summary_table(name: str, summary: "pandas.DataFrame") -> "Table":
+    from bayes_dispatch.app.tables import Cell, Table, visible
+
+    rows: list[list[Cell | str]] = []
+    for row in summary.to_dict("records"):
+        means = [f"{row[metric]:.3f} ± {row[f'{metric}_se']:.3f}" for metric in ("nll", "exact_match")]
+        parts = [f"{row[metric]:.3f}" for metric in ("ece", "entropy", "aleatoric", "mutual_information")]
+        best = row["nll"] == summary.nll.min()
+        label = " ".join(row[key] for key in ("system", "blend") if key in row)
+        rows.append([label, Cell(means[0], "best" if best else "plain"), means[1], *parts, str(row["rows"])])
+    heads = ["blend", "NLL", "exact match", "ECE", "entropy", "aleatoric", "epistemic", "rows"]
+    note = (
+        f"{summary.documents.iloc[0]} documents; ± standard error. NLL and entropy: nats per scored byte. Exact: "
+        "answers whose every byte is right. ECE: of the most probable byte. Rows: of the model, run at once."
+    )
+    return Table(visible(name), heads, rows, note)
+
+
+def _difference_table(name: str, differences: "pandas.DataFrame", reference: str) -> "Table":
+    from bayes_dispatch.app.tables import Cell, Table, visible
+
+    keys = [key for key in ("system", "blend") if key in differences]
+    rows: list[list[Cell | str]] = []
+    for labels, part in differences.groupby(keys, sort=False):
+        by_metric = part.set_index("metric")
+        cells = [
+            f"{by_metric.difference[metric]:+.3f} [{by_metric.low[metric]:+.3f}, {by_metric.high[metric]:+.3f}]"
+            for metric in ("nll", "exact_match", "ece")
+        ]
+        rows.append([" ".join(map(str, labels)), *cells])
+    note = "Paired by document, with 95% intervals. ECE: of each document's own bytes."
+    return Table(f"{visible(name)}: minus {reference}", ["blend", "NLL", "exact match", "ECE"], rows, note)
+
+
+def _check_file(path: Path) -> None:
+    """Refuse, before any work, a file that could not be written later."""
+    if path.is_dir():
+        raise ConfigError(f"expected a file for --csv, got the directory {path}")
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise ConfigError(f"expected an existing directory for {path}, got {parent}, which is none")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise ConfigError(f"expected a writable place for {path}, got {parent}: {error.strerror}") from None
+
+
+def _write(path: Path, frames: "dict[str, pandas.DataFrame]") -> None:
+    """All rows after a column ``set``; the file appears under its name only when it is whole."""
+    import pandas
+
+    table = pandas.concat([frame.assign(set=name) for name, frame in frames.items()], ignore_index=True)
+    columns = ["set", *[column for column in table.columns if column != "set"]]
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        table[columns].to_csv(temporary, index=False)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,143 @@
+"""``bayes-dispatch experts``: the experts of a bundle, or of a bank on its own, listed, shown, checked and edited."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from bayes_dispatch.app.commands.terminal import BundleOption, JsonOption, open_console, print_json
+from bayes_dispatch.errors import BundleError, ConfigError
+
+__all__ = ["experts", "is_of_a_bundle"]
+
+experts = typer.Typer(help="The experts of a bundle, or of a bank on its own: list, show, check and edit them.")
+
+SHIPPED = Path(__file__).parents[2] / "shipped"  # as in bundle.py, whose imports would double the time of `list`
+
+BankOption = Annotated[Path | None, typer.Option("--bank", help="A bank's directory, in the place of a bundle.")]
+NameArgument = Annotated[str, typer.Argument(help="Name of an expert.", show_default=False)]
+
+
+@experts.command(name="list")
+def list_experts(bundle: BundleOption = None, bank: BankOption = None, as_json: JsonOption = False) -> None:
+    """All experts, and what is known about them."""
+    directory = _directory(bundle, bank)
+    from bayes_dispatch.app.tables import Table, visible
+    from bayes_dispatch.experts.bank import ExpertBank
+
+    found = ExpertBank.load(directory)
+    scales = sum(found.matrices.values())
+    if as_json:
+        listed = [{"name": name, "metadata": dict(found.metadata[name])} for name in found.names]
+        return print_json({"base": found.base, "matrices": dict(found.matrices), "scales": scales, "experts": listed})
+    keys = sorted({key for known in found.metadata.values() for key in known} - {"bayes_dispatch", "torch"})
+    rows = [[name, *(visible(found.metadata[name].get(key, "")) for key in keys)] for name in found.names]
+    note = f"Each has {scales} scales, of {len(found.matrices)} matrices of base model {visible(found.base)}."
+    open_console().print(Table("Experts", ["name", *map(visible, keys)], rows, note).to_rich())
+
+
+@experts.command()
+def show(name: NameArgument, bundle: BundleOption = None, bank: BankOption = None, as_json: JsonOption = False) -> None:
+    """All that is known about one expert, and how far its scales are from 1."""
+    directory = _directory(bundle, bank)
+    from bayes_dispatch.app.tables import Table, visible
+    from bayes_dispatch.experts.bank import ExpertBank
+
+    expert = ExpertBank.load(directory)[name]
+    matrices: list[dict[str, Any]] = []
+    for matrix, scales in expert.scales.items():
+        distances = (scales.double() - 1).abs()
+        summary = {"mean": float(distances.mean()), "max": float(distances.max())}
+        matrices.append({"name": matrix, "rank": len(scales), **summary})
+    known = dict(sorted(expert.metadata.items()))
+    if as_json:
+        return print_json({"name": name, "base": expert.base, "metadata": known, "matrices": matrices})
+    about = [["base", expert.base], *([visible(key), visible(text)] for key, text in known.items())]
+    rows = [[visible(row["name"]), str(row["rank"]), f"{row['mean']:.4f}", f"{row['max']:.4f}"] for row in matrices]
+    console = open_console()
+    console.print(Table(f"Expert {name}", ["", ""], about).to_rich())
+    console.print(Table("Distances |z − 1| of its scales", ["matrix", "scales", "mean", "max"], rows).to_rich())
+
+
+@experts.command()
+def verify(bundle: BundleOption = None, bank: BankOption = None, as_json: JsonOption = False) -> None:
+    """Read every expert, and tell which are damaged; exit code 2 if any is."""
+    directory = _directory(bundle, bank)
+    from bayes_dispatch.app.tables import Cell, Table, visible
+    from bayes_dispatch.experts.bank_files import verify_bank
+
+    checks = verify_bank(directory)
+    if as_json:
+        listed = [{"name": check.name, "ok": check.ok, "reason": check.reason} for check in checks]
+        print_json({"directory": str(directory), "ok": all(check.ok for check in checks), "experts": listed})
+    else:
+        rows: list[list[Cell | str]] = [
+            [check.name, Cell("ok", "right") if check.reason is None else Cell(visible(check.reason), "wrong")]
+            for check in checks
+        ]
+        note = f"{sum(check.ok for check in checks)} of {len(checks)} are whole."
+        open_console().print(Table("Files of the experts", ["name", "file"], rows, note).to_rich())
+    if not all(check.ok for check in checks):
+        raise typer.Exit(2)
+
+
+@experts.command()
+def delete(
+    name: NameArgument, bundle: BundleOption = None, bank: BankOption = None, as_json: JsonOption = False
+) -> None:
+    """Delete an expert of a bank; the others stay as they are."""
+    directory = _editable(bundle, bank)
+    from bayes_dispatch.experts.bank import ExpertBank
+
+    left = ExpertBank.load(directory).without(name)
+    left.save(directory)
+    if as_json:
+        return print_json({"deleted": name, "experts": list(left.names)})
+    print(f"{directory}: deleted {name}, {len(left)} left")
+
+
+@experts.command()
+def rename(
+    name: NameArgument,
+    new: Annotated[str, typer.Argument(help="Its new name.", show_default=False)],
+    bundle: BundleOption = None,
+    bank: BankOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Give an expert of a bank another name, in the same place."""
+    directory = _editable(bundle, bank)
+    from bayes_dispatch.experts.bank import ExpertBank
+
+    renamed = ExpertBank.load(directory).renamed(name, new)
+    renamed.save(directory)
+    if as_json:
+        return print_json({"renamed": name, "to": new, "experts": list(renamed.names)})
+    print(f"{directory}: {name} is now {new}")
+
+
+def _directory(bundle: Path | None, bank: Path | None) -> Path:
+    """Of the bank to read."""
+    if bank is not None:
+        if bundle is not None:
+            raise ConfigError(f"expected --bundle or --bank, got both: {bundle} and {bank}")
+        return bank
+    if bundle is None:
+        bundle = SHIPPED
+    if not bundle.is_dir():
+        raise BundleError(f"expected a bundle directory, got {bundle}, which is none")
+    return bundle / "experts"
+
+
+def is_of_a_bundle(bank: Path) -> bool:
+    """Whether a directory of experts is a bundle's, whose dispatcher is fitted for them."""
+    return (bank.resolve().parent / "bundle.json").exists()
+
+
+def _editable(bundle: Path | None, bank: Path | None) -> Path:
+    """Of the bank to edit; that of a bundle is none."""
+    if bank is None or bundle is not None or is_of_a_bundle(bank):
+        raise ConfigError(
+            "expected --bank with a bank on its own, got that of a bundle, whose dispatcher has the old names: "
+            "change a copy, refit a dispatcher to it, and save both as a new bundle"
+        )
+    return bank

@@ -1,0 +1,160 @@
+"""The command ``generate``: prompts continued under a blend, shown on the terminal or as JSON."""
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bayes_dispatch.app.commands.terminal import (
+    BundleOption,
+    JsonOption,
+    SeedOption,
+    open_console,
+    print_json,
+    typed,
+    use_one_thread,
+)
+from bayes_dispatch.errors import PromptError
+
+if TYPE_CHECKING:
+    from bayes_dispatch.inference.two_pass.generation import Generation
+
+__all__ = ["generate"]
+
+
+def generate(
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; give it again for more.")] = None,
+    prompt_file: Annotated[
+        list[Path] | None, typer.Option(help="A file whose bytes, all of them, are a prompt; `-` is stdin.")
+    ] = None,
+    escapes: Annotated[bool, typer.Option("--escapes", help=r"Read \n in --prompt as a newline, and \\ as \.")] = False,
+    blending_mode: Annotated[
+        str, typer.Option(help="weighted_average, top_k, max, thompson, predictive or refined_mean.")
+    ] = "weighted_average",
+    top_k: Annotated[int, typer.Option(min=1, help="Components that top_k keeps.")] = 2,
+    draws: Annotated[int, typer.Option(min=1, help="Particles of predictive and refined_mean.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Bytes to generate.")] = 32,
+    stop: Annotated[str | None, typer.Option(help="A text ends with it; --escapes holds for it, too.")] = None,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw from the predictive distribution; default: greedy.")
+    ] = False,
+    temperature: Annotated[float, typer.Option(help="Of --sample.")] = 1.0,
+    false_alarm_rate: Annotated[
+        float | None,
+        typer.Option(help="Send prompts that the gate finds foreign to base, this share of others at most."),
+    ] = None,
+    abstain: Annotated[bool, typer.Option("--abstain", help="Generate nothing for them instead.")] = False,
+    seed: SeedOption = 0,
+    show_experts: Annotated[bool, typer.Option("--show-experts", help="Show the weight of every expert.")] = False,
+    as_json: JsonOption = False,
+    bundle: BundleOption = None,
+) -> None:
+    """Continue prompts under Bayesian blends of the experts."""
+    prompts = [*(typed(text, escapes) for text in prompt or ()), *(_read(path) for path in prompt_file or ())]
+    if not prompts:
+        raise PromptError("expected at least one --prompt or --prompt-file, got none")
+    from bayes_dispatch.inference.two_pass.blends import blend_by_name
+    from bayes_dispatch.inference.two_pass.prompts import check_prompts
+
+    blend = blend_by_name(blending_mode, top_k=top_k, draws=draws)
+    checked = check_prompts(prompts)
+    ending = None if stop is None else typed(stop, escapes)
+    from bayes_dispatch.app.bundle import load_bundle
+    from bayes_dispatch.inference.generator import TwoPassGenerator
+
+    use_one_thread()
+    generation = TwoPassGenerator(load_bundle(bundle)).generate(
+        checked,
+        blend=blend,
+        max_new_tokens=max_new_tokens,
+        do_sample=sample,
+        temperature=temperature,
+        seed=seed,
+        stop=ending,
+        false_alarm_rate=false_alarm_rate,
+        abstain=abstain,
+        progress=sys.stderr.isatty(),
+    )
+    if as_json:
+        asked = {
+            "blend_settings": vars(blend),
+            "seed": seed,
+            "max_new_tokens": max_new_tokens,
+            "stop": None if ending is None else ending.decode(errors="backslashreplace"),
+            "sample": sample,
+            "temperature": temperature,
+            "false_alarm_rate": false_alarm_rate,
+            "abstain": abstain,
+        }
+        return print_json(_as_json(generation) | asked)
+    _print_generation(generation, show_experts)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return sys.stdin.buffer.read() if path == Path("-") else path.read_bytes()
+    except OSError as error:
+        raise PromptError(f"expected a readable prompt file {path}, got: {error.strerror or error}") from None
+
+
+def _as_json(generation: "Generation") -> dict[str, Any]:
+    """The fields of a ``Generation`` under their names; lists have an entry for each prompt."""
+    import numpy as np
+
+    posterior, cost = generation.posterior, generation.cost
+
+    def trimmed(values: Any) -> list[Any]:
+        return [row[:length].tolist() for row, length in zip(values, generation.lengths, strict=True)]
+
+    return {
+        "prompts": [prompt.decode() for prompt in generation.prompts],
+        "texts": list(generation.texts),
+        "blend": generation.blend,
+        "experts": list(posterior.experts),
+        "weights": generation.weights.tolist(),
+        "posterior": {
+            "mean": posterior.mean.tolist(),
+            "interval_90": posterior.interval(0.9).transpose(1, 2, 0).tolist(),
+            "probability_best": posterior.probability_best.tolist(),
+            "entropy": posterior.entropy.tolist(),
+        },
+        "token_ids": trimmed(generation.token_ids),
+        "log_probabilities": trimmed(generation.log_probabilities),
+        "predictive_entropy": trimmed(generation.predictive_entropy),
+        "mutual_information": trimmed(generation.mutual_information),
+        "fallback": generation.fallback.tolist(),
+        "p_values": [None if np.isnan(p) else p for p in generation.p_values.tolist()],
+        "cost": {**asdict(cost), "total": cost.total, "prompt_passes": cost.prompt_passes},
+    }
+
+
+def _print_generation(generation: "Generation", show_experts: bool) -> None:
+    import numpy as np
+    from rich.text import Text
+
+    from bayes_dispatch.app.tables import visible, weights_table
+
+    console = open_console()
+    for n, (prompt, text) in enumerate(zip(generation.prompts, generation.texts, strict=True)):
+        lines = [(prompt.decode(), "dim"), (text, "bold")]
+        shown = [("\n".join(visible(line.expandtabs(4)) for line in part.split("\n")), style) for part, style in lines]
+        console.print(Text.assemble(*shown), soft_wrap=True)
+        if generation.fallback[n]:
+            done = "base alone" if generation.lengths[n] else "nothing was generated"
+            print(f"prompt {n} is foreign to all experts (p = {generation.p_values[n]:.2g}): {done}", file=sys.stderr)
+        if show_experts and generation.lengths[n]:
+            values = (
+                -generation.log_probabilities[n],
+                generation.predictive_entropy[n],
+                generation.mutual_information[n],
+            )
+            nll, entropy, information = (np.nanmean(value) for value in values)
+            note = (
+                f"Blend weight: under {generation.blend}, once the prompt was read. New bytes, in nats: NLL {nll:.3f}, "
+                f"entropy {entropy:.3f}, mutual information {information:.4f}."
+            )
+            console.print(
+                weights_table(generation.posterior.select([n]), generation.weights[n].tolist(), note).to_rich()
+            )

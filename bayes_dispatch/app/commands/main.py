@@ -1,0 +1,271 @@
+"""The command line. Heavy imports wait inside the commands, so that ``--help`` is quick.
+
+Whatever a user does wrong ends in one line on stderr, ``bayes-dispatch: error: expected …, got …``, and exit code 2.
+"""
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from bayes_dispatch.app.commands.chat import chat
+from bayes_dispatch.app.commands.compare import compare
+from bayes_dispatch.app.commands.experts import experts
+from bayes_dispatch.app.commands.generate import generate
+from bayes_dispatch.app.commands.measure import measure
+from bayes_dispatch.app.commands.terminal import (
+    BundleOption,
+    JsonOption,
+    OwnJsonlOption,
+    OwnTextOption,
+    SeedOption,
+    check_new_output,
+    check_output,
+    open_console,
+    print_json,
+    use_one_thread,
+)
+from bayes_dispatch.app.commands.train_expert import train_expert
+from bayes_dispatch.errors import BayesDispatchError, UnknownNameError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    help="A language model that adapts itself to each prompt, and knows how sure it is about it.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(experts, name="experts")
+app.command()(compare)
+app.command()(chat)
+app.command()(measure)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and exit: 0 when all went well, 2 on bad input, 130 when interrupted."""
+    sys.exit(_run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _run(arguments: list[str]) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no error
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn
+        return _guarded(arguments)
+
+
+def _guarded(arguments: list[str]) -> int:
+    try:
+        code = app(arguments or ["--help"], prog_name="bayes-dispatch", standalone_mode=False) or 0
+        sys.stdout.flush()
+        return int(code)
+    except BayesDispatchError as error:
+        return _fail(str(error))
+    except typer.TyperException as error:
+        return _fail(f"expected arguments as `bayes-dispatch --help` tells, got: {error.format_message()}")
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f" at {error.filename}" if error.filename else ""
+        return _fail(f"expected readable and writable files, got: {error.strerror or error}{where}")
+
+
+def _fail(message: str) -> int:
+    _tell("error", message)
+    return 2
+
+
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    _tell("warning", str(message))
+
+
+def _tell(kind: str, message: str) -> None:
+    """One line on stderr."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print(f"bayes-dispatch: {kind}: {line}", file=sys.stderr)
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version
+
+        print(f"bayes-dispatch {version('bayes-dispatch')}")
+        raise typer.Exit
+
+
+@app.command()
+def demo(
+    bundle: BundleOption = None,
+    out: Annotated[Path, typer.Option(help="Directory for the posterior, the pictures and the report.")] = Path(
+        "demo-output"
+    ),
+    seed: SeedOption = 0,
+) -> None:
+    """First pass, dispatch and generation under every blend, for sixteen fixed prompts."""
+    check_output(out)
+    from bayes_dispatch.app.bundle import load_bundle
+    from bayes_dispatch.app.demo import run_demo
+
+    use_one_thread()
+    begun, console = time.perf_counter(), open_console()
+    files = run_demo(load_bundle(bundle), out, seed, console)
+    console.print(f"Done in {time.perf_counter() - begun:.0f} s:", *files, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Option(help="Directory of the new bundle.")] = Path("runs/bundle"),
+    work: Annotated[Path | None, typer.Option(help="Directory of the stages' results; default: OUT.work.")] = None,
+    seed: SeedOption = 0,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that work at once.")] = 2,
+    plan: Annotated[str, typer.Option(help="full, or smoke: minutes, all stages without any quality.")] = "full",
+    as_json: JsonOption = False,
+) -> None:
+    """Train base model, experts and dispatcher, judge them, and write a bundle. A stopped run goes on where it was."""
+    check_new_output(out, "bundle.json")
+    if work is not None:
+        check_output(work)
+    from bayes_dispatch.app.train import PLANS, train_bundle
+
+    if plan not in PLANS:
+        raise UnknownNameError(f"expected a plan of {', '.join(PLANS)}, got {plan!r}")
+
+    def announce(stage: str) -> None:
+        print(f"{stage} …", file=sys.stderr)
+
+    use_one_thread()
+    begun = time.perf_counter()
+    report = train_bundle(PLANS[plan].with_seed(seed), out, work, processes, announce=announce).report
+    _print_report(report, as_json)
+    print(f"{out}: trained in {(time.perf_counter() - begun) / 60:.1f} minutes", file=sys.stderr)
+
+
+app.command()(train_expert)
+app.command()(generate)
+
+
+@app.command()
+def calibrate_gate(
+    out: Annotated[Path, typer.Option(help="Directory of the new bundle; it may be that of the old one.")],
+    bundle: BundleOption = None,
+    text: OwnTextOption = None,
+    jsonl: OwnJsonlOption = None,
+    prompts: Annotated[int, typer.Option(min=20, help="Held-out prompts of each expert's domain.")] = 120,
+    mixed: Annotated[int, typer.Option(min=20, help="Held-out prompts of several domains.")] = 3200,
+    longest: Annotated[int, typer.Option(min=16, max=4096, help="Bytes of the longest; the shortest have 16.")] = 1024,
+    seed: SeedOption = 2,
+    as_json: JsonOption = False,
+) -> None:
+    """Calibrate the gate that tells foreign prompts, and write the bundle with it; all else stays."""
+    check_new_output(out, "bundle.json")
+    from bayes_dispatch.app.held_out import read_own
+
+    own = read_own(text or (), jsonl or ())
+    from bayes_dispatch.app.bundle import load_bundle
+    from bayes_dispatch.app.held_out import with_gate
+
+    use_one_thread()
+    new = with_gate(load_bundle(bundle), own, prompts, mixed, (16, longest), seed, progress=sys.stderr.isatty())
+    new.save(out)
+    gate = new.gate
+    assert gate is not None
+    if as_json:
+        told = {"out": str(out), "ranks": len(gate.scores), "bins": len(gate.edges) + 1, "least_rate": gate.least_rate}
+        return print_json(told)
+    print(f"{out}: a gate of {len(gate.scores)} ranks, for false-alarm rates of {gate.least_rate:.2g} and above")
+
+
+@app.command()
+def report(
+    bundle: BundleOption = None,
+    as_json: JsonOption = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
+) -> None:
+    """What was measured when a bundle was trained: experts, dispatch, calibration and blends."""
+    from bayes_dispatch.app.bundle import load_bundle
+    from bayes_dispatch.app.tables import report_markdown
+
+    measured = load_bundle(bundle).report
+    if markdown and not as_json:
+        return print(report_markdown(measured))
+    _print_report(measured, as_json)
+
+
+@app.command()
+def diagnose(
+    bundle: BundleOption = None,
+    text: OwnTextOption = None,
+    jsonl: OwnJsonlOption = None,
+    out: Annotated[Path, typer.Option(help="Directory for the report, the pictures and the numbers.")] = Path(
+        "diagnosis"
+    ),
+    simulations: Annotated[int, typer.Option(min=20, help="Prompts drawn from the fitted program.")] = 1000,
+    mixtures: Annotated[int, typer.Option(min=20, help="Held-out prompts of known mixture.")] = 1000,
+    prompts: Annotated[int, typer.Option(min=20, help="Held-out prompts of each domain and length.")] = 100,
+    risk: Annotated[float, typer.Option(help="Share of served prompts that may be wrong.")] = 0.05,
+    seed: SeedOption = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a dispatcher's calibration: simulated ranks, coverage, reliability, foreign text, when to abstain.
+
+    Experts of your own are judged on files that you name by --text or --jsonl; else none of the prompts is theirs.
+    """
+    check_output(out)
+    from bayes_dispatch.app.bundle import load_bundle
+    from bayes_dispatch.app.diagnosis import DiagnosisSettings, diagnosis_tables, write_diagnosis
+    from bayes_dispatch.app.diagnosis import diagnose as run
+    from bayes_dispatch.app.held_out import read_own
+
+    own = read_own(text or (), jsonl or ())
+    settings = DiagnosisSettings(simulations=simulations, mixtures=mixtures, prompts=prompts, risk=risk, seed=seed)
+    use_one_thread()
+    found = run(load_bundle(bundle), settings, progress=sys.stderr.isatty(), own=own)
+    files, console = write_diagnosis(found, out), open_console()
+    if as_json:
+        return print_json(found.to_dict())
+    for table in diagnosis_tables(found):
+        console.print(table.to_rich())
+    console.print(*files, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def fit(
+    evidence: Annotated[Path, typer.Option(help="An .npz file of hidden, counts, lengths, labels and mixtures.")],
+    expert_names: Annotated[
+        str, typer.Option("--experts", help="Names, with commas; labels are their numbers from 0.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the fitted dispatcher.")],
+    seed: SeedOption = 0,
+) -> None:
+    """Fit a dispatcher to evidence of your own."""
+    check_output(out)
+    from bayes_dispatch.dispatcher.estimator import Dispatcher
+    from bayes_dispatch.dispatcher.evidence.files import read_evidence
+
+    use_one_thread()
+    known = read_evidence(evidence)
+    dispatcher = Dispatcher([name.strip() for name in expert_names.split(",")], seed)
+    dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=sys.stderr.isatty()).save(out)
+    print(f"{out}: a dispatcher over {', '.join(dispatcher.experts)}, fitted on {len(known.evidence)} prompts")
+
+
+def _print_report(report: Any, as_json: bool) -> None:
+    from bayes_dispatch.app.tables import report_tables
+
+    tables, console = report_tables(report), open_console()
+    if as_json:
+        return print_json(dict(report))
+    for table in tables:
+        console.print(table.to_rich())

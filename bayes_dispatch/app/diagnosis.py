@@ -1,0 +1,321 @@
+"""Whether a bundle's posterior can be trusted: calibration on simulations, on held-out prompts, and a report of it."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bayes_dispatch.app.bundle import Bundle
+from bayes_dispatch.app.held_out import held_out_domains
+from bayes_dispatch.app.tables import Cell, Table
+from bayes_dispatch.checks.calibration import (
+    AUROC,
+    Abstention,
+    CoverageCurve,
+    RankUniformity,
+    ReliabilityCurve,
+    RiskCoverage,
+    SimulationBasedCalibration,
+    abstention_threshold,
+    attainable_coverage_curve,
+    brier_score,
+    coverage_curve,
+    expected_calibration_error,
+    log_score,
+    ood_auroc,
+    reliability_curve,
+    risk_coverage,
+    simulation_based_calibration,
+)
+from bayes_dispatch.checks.calibration_plots import plot_coverage, plot_rank_ecdfs, plot_reliability, plot_risk_coverage
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.experts.domains import FOREIGN_TEXTS, Domain
+from bayes_dispatch.inference.scoring.evidence_sets import foreign_evidence, mixed_evidence, pure_evidence
+from bayes_dispatch.model.files import write_files, write_json
+
+__all__ = ["FILES", "Diagnosis", "DiagnosisSettings", "diagnose", "diagnosis_tables", "write_diagnosis"]
+
+PROPOSALS = 1_000  # of each prompt, for importance weights
+CORRECTED_DRAWS = 63  # of them: few, so that next to none repeats
+FILES = ("diagnosis.json", "report.md", "ranks.png", "coverage.png", "reliability.png", "risk_coverage.png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosisSettings:
+    """How much is measured, and at which risk.
+
+    Attributes:
+        simulations: prompts drawn from the fitted program, for ranks and for attainable coverage.
+        mixtures: held-out prompts of known mixture. mixture_lengths: their shortest and longest, in bytes.
+        prompts: held-out prompts of each domain at each of ``lengths``, and foreign ones of each foreign domain.
+        draws: posterior draws of each prompt. risk, delta: of the certified threshold. seed: of everything random.
+
+    Raises:
+        ConfigError: fewer than 20 prompts of a kind or 19 draws, no length, a negative seed, or a risk or delta outside
+            0 to 1.
+    """
+
+    simulations: int = 1000
+    mixtures: int = 1000
+    mixture_lengths: tuple[int, int] = (16, 256)
+    prompts: int = 100
+    lengths: tuple[int, ...] = (32, 64, 128)
+    draws: int = 255
+    risk: float = 0.05
+    delta: float = 0.1
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        least = min(self.simulations, self.mixtures, self.prompts)
+        if not (0 < self.risk < 1 and 0 < self.delta < 1):
+            raise ConfigError(f"expected risk and delta between 0 and 1, got {self.risk} and {self.delta}")
+        if not self.lengths or min(self.lengths) < 1:
+            raise ConfigError(f"expected at least one length of prompts, none below 1, got {self.lengths}")
+        if least < 20 or self.draws < 19 or self.seed < 0:
+            got = f"{least}, {self.draws} and {self.seed}"
+            raise ConfigError(f"expected at least 20 prompts of each kind, 19 draws and a seed ≥ 0, got {got}")
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """What was found.
+
+    Attributes:
+        settings: what was asked for.
+        unjudged: experts of which there is no held-out text: they compete for the prompts of the others, and the
+            simulations are of them too, but no prompt is theirs.
+        ranks: simulation-based calibration: the guide against the program that it answers for.
+        corrected: the same with the guide's draws resampled by importance, from ``PROPOSALS`` of each prompt.
+        k_hat: share of prompts whose importance weights can be trusted (k-hat below .7): of mixtures, and by length.
+        coverage, attainable: of intervals on held-out mixtures, and on simulations at the same weights.
+        pure: accuracy, ECE, Brier and log score of ``predict_proba`` on held-out prompts of one domain, by length.
+        reliability: of all of these. risk_coverage: of that half of them that did not choose the threshold.
+        abstention: the certified threshold, chosen by the other half; ``None`` where none was certified.
+        foreign: how well the weight of base tells foreign prompts from those of the experts' domains.
+    """
+
+    settings: DiagnosisSettings
+    unjudged: tuple[str, ...]
+    ranks: SimulationBasedCalibration
+    corrected: SimulationBasedCalibration
+    k_hat: Mapping[str, float]
+    coverage: CoverageCurve
+    attainable: CoverageCurve
+    pure: Mapping[int, Mapping[str, float]]
+    reliability: ReliabilityCurve
+    risk_coverage: RiskCoverage
+    abstention: Abstention | None
+    foreign: AUROC
+
+    @property
+    def served(self) -> tuple[float, float] | None:
+        """Share of the second half that the threshold serves, and share of these that is wrong."""
+        if self.abstention is None:
+            return None
+        count = int((self.risk_coverage.confidence >= self.abstention.threshold).sum())
+        return count / len(self.risk_coverage.risk), float(self.risk_coverage.risk[count - 1]) if count else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in the report, as JSON values."""
+        curves = {
+            name: {
+                "levels": c.levels.tolist(),
+                "values": c.values.tolist(),
+                "standard_errors": c.standard_errors.tolist(),
+            }
+            for name, c in (("found", self.coverage), ("attainable", self.attainable))
+        }
+        return {
+            "settings": asdict(self.settings),
+            "unjudged": list(self.unjudged),
+            "ranks": _verdicts(self.ranks),
+            "corrected_ranks": _verdicts(self.corrected),
+            "k_hat_below_0.7": dict(self.k_hat),
+            "coverage": curves,
+            "pure": {str(length): dict(scores) for length, scores in self.pure.items()},
+            "risk_coverage": {"aurc": self.risk_coverage.aurc, "excess_aurc": self.risk_coverage.excess_aurc},
+            "abstention": None if self.abstention is None else asdict(self.abstention) | {"served_after": self.served},
+            "foreign_auroc": asdict(self.foreign),
+        }
+
+
+def diagnose(
+    bundle: Bundle,
+    settings: DiagnosisSettings | None = None,
+    progress: bool = False,
+    own: Mapping[str, Domain] | None = None,
+) -> Diagnosis:
+    """Measure the calibration of a bundle's dispatcher on simulations and on held-out prompts of its experts' domains.
+
+    Args:
+        bundle: whose dispatcher it is. settings: how much to measure. progress: show progress bars.
+        own: text of experts from a user's files, by their names; of others the project has its own. Experts without
+            any are not judged.
+
+    Raises:
+        UnknownNameError: text of an expert that the bundle does not have.
+        ConfigError: held-out text of fewer than two experts.
+    """
+    settings = settings or DiagnosisSettings()
+    known, names = held_out_domains(bundle, own or {}), bundle.experts.names
+    if len(known) < 2:
+        raise ConfigError(f"expected held-out text of at least two experts of {', '.join(names)}, got {len(known)}")
+    domains, places, count = list(known.values()), [names.index(name) for name in known], len(names)
+    model, dispatcher, seed, block = bundle.model, bundle.dispatcher, settings.seed, bundle.experts.adapt_from
+    ranks = simulation_based_calibration(dispatcher, settings.simulations, settings.draws, seed)
+    corrected = simulation_based_calibration(_Resampled(dispatcher), settings.simulations, CORRECTED_DRAWS, seed)
+    mixed = mixed_evidence(
+        model, domains, settings.mixtures, settings.mixture_lengths, "held_out", seed, progress, block
+    )
+    mixed = mixed.among(places, count)
+    posterior = dispatcher.posterior(mixed.evidence, draws=settings.draws, seed=seed)
+    coverage = coverage_curve(posterior, mixed.mixtures)
+    attainable = attainable_coverage_curve(
+        dispatcher, mixed.mixtures, count=settings.simulations, draws=settings.draws, seed=seed
+    )
+    k_hat = {"mixtures": _trusted(dispatcher, mixed.evidence, seed)}
+    pure, probabilities, labels = {}, [], []
+    for length in settings.lengths:
+        found = pure_evidence(
+            model, domains, settings.prompts, (length, length), "held_out", seed + length, progress, block
+        )
+        found = found.among(places, count)
+        of_length = dispatcher.predict_proba(found.evidence)
+        pure[length] = _scores(of_length, found.labels)
+        k_hat[f"{length} bytes"] = _trusted(dispatcher, found.evidence, seed)
+        probabilities.append(of_length)
+        labels.append(found.labels)
+    joint, truth = np.concatenate(probabilities), np.concatenate(labels)
+    confidence, wrong = joint.max(1), joint.argmax(1) != truth
+    first = np.random.default_rng([seed, 4]).permutation(len(truth)) < len(truth) // 2
+    foreign = foreign_evidence(
+        model, FOREIGN_TEXTS, count, settings.prompts, (settings.lengths[-1], settings.lengths[-1]), seed, block
+    )
+    base_weight = [
+        dispatcher.posterior(evidence, draws=settings.draws, seed=seed).mean[:, -1]
+        for evidence in (found.evidence, foreign.evidence)
+    ]
+    return Diagnosis(
+        settings,
+        tuple(name for name in names if name not in known),
+        ranks,
+        corrected,
+        k_hat,
+        coverage,
+        attainable,
+        pure,
+        reliability_curve(joint, truth),
+        risk_coverage(confidence[~first], wrong[~first]),
+        abstention_threshold(confidence[first], wrong[first], settings.risk, settings.delta),
+        ood_auroc(*base_weight),
+    )
+
+
+def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
+    """What was found, for a terminal or a report."""
+    ranks = diagnosis.ranks
+    verdicts: list[list[Cell | str]] = [
+        [c.component, *_verdict(c), *_verdict(d)]
+        for c, d in zip(ranks.components, diagnosis.corrected.components, strict=True)
+    ]
+    settings = diagnosis.settings
+    note = f"{settings.simulations} simulations; false-alarm rate {ranks.false_alarm_rate:g} for all together."
+    levels = [
+        [f"{level:.0%}", f"{value:.3f} ± {se:.3f}", f"{other:.3f} ± {other_se:.3f}"]
+        for level, value, se, other, other_se in zip(
+            diagnosis.coverage.levels,
+            diagnosis.coverage.values,
+            diagnosis.coverage.standard_errors,
+            diagnosis.attainable.values,
+            diagnosis.attainable.standard_errors,
+            strict=True,
+        )
+    ]
+    names = list(next(iter(diagnosis.pure.values())))
+    scores = [[f"{length} bytes", *(f"{row[name]:.4f}" for name in names)] for length, row in diagnosis.pure.items()]
+    foreign, curve, rule = diagnosis.foreign, diagnosis.risk_coverage, diagnosis.abstention
+    served, unjudged = diagnosis.served, ", ".join(diagnosis.unjudged)
+    judged = f"Without prompts of {unjudged}, of which no held-out text was given." if unjudged else ""
+    trust = [
+        *([f"k-hat below .7: {name}", f"{share:.3f}"] for name, share in diagnosis.k_hat.items()),
+        ["AURC (above the oracle's)", f"{curve.aurc:.5f} ({curve.excess_aurc:.5f})"],
+        ["AUROC of the base weight on foreign text", f"{foreign.value:.4f} ± {foreign.standard_error:.4f}"],
+        [
+            f"threshold for risk {settings.risk:g}",
+            "none certified" if rule is None else f"{rule.threshold:.3f}, bound {rule.upper_bound:.4f}",
+        ],
+        ["served, and wrong, on the other half", "–" if served is None else f"{served[0]:.3f}, {served[1]:.4f}"],
+    ]
+    return [
+        Table(
+            "Ranks of true weights among posterior draws",
+            ["component", "guide", "by", "resampled", "by"],
+            verdicts,
+            note,
+        ),
+        Table("Coverage of intervals on held-out mixtures", ["level", "found", "attainable"], levels, judged),
+        Table("P(best) on held-out prompts of one domain", ["length", *names], scores, judged),
+        Table(
+            "When to trust it",
+            ["", "found"],
+            trust,
+            f"The threshold holds with probability {1 - diagnosis.settings.delta:g}.",
+        ),
+    ]
+
+
+def write_diagnosis(diagnosis: Diagnosis, out: Path) -> list[Path]:
+    """Write ``FILES``, each renamed when whole, into a directory that is made if need be."""
+    figures = {
+        "ranks.png": plot_rank_ecdfs(diagnosis.ranks),
+        "coverage.png": plot_coverage(diagnosis.coverage, diagnosis.attainable),
+        "reliability.png": plot_reliability(diagnosis.reliability),
+        "risk_coverage.png": plot_risk_coverage(diagnosis.risk_coverage, diagnosis.abstention),
+    }
+    parts = ["# bayes-dispatch: diagnosis", *(table.to_markdown() for table in diagnosis_tables(diagnosis))]
+    parts += [f"![{name.partition('.')[0]}]({name})" for name in figures]
+    with write_files(out, FILES) as new:
+        for name, figure in figures.items():
+            figure.savefig(new / name)
+        write_json(new / "diagnosis.json", diagnosis.to_dict())
+        (new / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return [out / name for name in FILES]
+
+
+@dataclass(frozen=True)
+class _Resampled:
+    """A dispatcher whose simulations are answered by resampled draws."""
+
+    dispatcher: Dispatcher
+
+    def simulate(self, count: int, draws: int, seed: int) -> tuple[np.ndarray, DispatchPosterior]:
+        return self.dispatcher.simulate(count, draws, seed, resample=True, proposals=PROPOSALS)
+
+
+def _trusted(dispatcher: Dispatcher, evidence: Evidence, seed: int) -> float:
+    """Share of prompts with k-hat below .7."""
+    return float((dispatcher.weigh(evidence, PROPOSALS, seed).k_hat < 0.7).mean())
+
+
+def _verdict(component: RankUniformity) -> tuple[Cell, str]:
+    return Cell("inside", "right") if component.inside else Cell("outside", "wrong"), f"{component.excess:.3f}"
+
+
+def _verdicts(ranks: SimulationBasedCalibration) -> dict[str, Any]:
+    components = [{"component": c.component, "inside": c.inside, "excess": c.excess} for c in ranks.components]
+    return {"false_alarm_rate": ranks.false_alarm_rate, "passed": ranks.passed, "components": components}
+
+
+def _scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    one_hot = np.eye(probabilities.shape[1])[labels]
+    return {
+        "accuracy": float((probabilities.argmax(1) == labels).mean()),
+        "ECE": expected_calibration_error(probabilities, labels),
+        "Brier": brier_score(probabilities, one_hot),
+        "log score": log_score(probabilities, labels),
+    }

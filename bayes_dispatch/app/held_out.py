@@ -1,0 +1,87 @@
+"""Held-out text of a bundle's experts: the project's own, and what a user gives of the experts from files of theirs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from bayes_dispatch.app.bundle import Bundle
+from bayes_dispatch.dispatcher.gate import Gate
+from bayes_dispatch.errors import ConfigError, UnknownNameError
+from bayes_dispatch.experts.domains import EXPERT_DOMAINS, Domain
+from bayes_dispatch.experts.domains.own import read_jsonl, read_text
+from bayes_dispatch.inference.scoring.evidence_sets import gate_evidence
+from bayes_dispatch.inference.two_pass.prompts import MAX_PROMPT_BYTES
+
+__all__ = ["held_out_domains", "read_own", "with_gate"]
+
+
+def held_out_domains(bundle: Bundle, own: Mapping[str, Domain]) -> dict[str, Domain]:
+    """Where held-out prompts of each expert are from, in the order of the experts; others have none.
+
+    Args:
+        bundle: an expert of it that has kept evidence is from a user's file, whatever its name. own: text of such
+            experts, by their names; it wins over the project's.
+
+    Raises:
+        UnknownNameError: text of an expert that the bundle does not have.
+    """
+    names = bundle.experts.names
+    if unknown := sorted(own.keys() - set(names)):
+        raise UnknownNameError(f"expected text of the experts {', '.join(names)}, got some of {', '.join(unknown)}")
+    builtin = {domain.name: domain for domain in EXPERT_DOMAINS}
+    found: dict[str, Domain] = {}
+    for name in names:
+        trained_on = bundle.experts.metadata[name].get("domain", "")
+        if name in own:
+            found[name] = own[name]
+        elif name not in bundle.evidence and trained_on in builtin:
+            found[name] = builtin[trained_on]
+    return found
+
+
+def read_own(texts: Sequence[str], jsonl: Sequence[str]) -> dict[str, Domain]:
+    """Domains of files that are given as ``name=path``; the last tenth of each is its held-out split.
+
+    Args:
+        texts: UTF-8 texts. jsonl: lines of ``{"prompt": …, "answer": …}``, or of prompts alone.
+
+    Raises:
+        ConfigError: no name or no path, a name twice, or a file that cannot be used.
+    """
+    found: dict[str, Domain] = {}
+    for given, is_text in [*((each, True) for each in texts), *((each, False) for each in jsonl)]:
+        name, _, path = given.partition("=")
+        if not name or not path:
+            raise ConfigError(f"expected an expert's name and a file as name=path, got {given!r}")
+        if name in found:
+            raise ConfigError(f"expected one file of each expert, got two of {name}")
+        found[name] = read_text(name, Path(path)) if is_text else read_jsonl(name, Path(path), MAX_PROMPT_BYTES)
+    return found
+
+
+def with_gate(
+    bundle: Bundle,
+    own: Mapping[str, Domain],
+    pure: int,
+    mixed: int,
+    lengths: tuple[int, int],
+    seed: int,
+    progress: bool = False,
+) -> Bundle:
+    """The bundle with a gate, calibrated anew on held-out prompts.
+
+    Args:
+        bundle: what there is. own: text of experts from a user's files, by their names.
+        pure: prompts of each expert's domain. mixed: prompts of several. lengths: shortest and longest, in bytes.
+        seed: of the prompts and of their split. progress: show progress bars.
+
+    Raises:
+        UnknownNameError: text of an expert that the bundle does not have.
+        ConfigError: no text of one that it has: its prompts would be foreign to the gate.
+    """
+    domains = held_out_domains(bundle, own)
+    if missing := [name for name in bundle.experts.names if name not in domains]:
+        raise ConfigError(f"expected held-out text of every expert, got none of {', '.join(missing)}")
+    block, texts = bundle.experts.adapt_from, list(domains.values())
+    evidence, groups = gate_evidence(bundle.model, texts, pure, mixed, lengths, seed, progress, block)
+    return replace(bundle, gate=Gate.calibrate(bundle.dispatcher, evidence, groups, seed=seed))

@@ -1,0 +1,194 @@
+"""An expert from a user's own text, added to a bundle whose dispatcher is fitted again to know it.
+
+The dispatcher is fitted on evidence of all experts. What the project makes itself is made again; of experts from a
+user's earlier texts, which are not kept, the bundle holds the evidence.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+from bayes_dispatch.app.bundle import Bundle
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.errors import ConfigError, RewardError, UnknownNameError
+from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, Checked, Domain
+from bayes_dispatch.experts.domains.own import OwnPrompts, Reward, Rewarded, read_jsonl, read_prompts, read_text
+from bayes_dispatch.experts.objectives import Likelihood, Objective, Reinforce
+from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, train_expert
+from bayes_dispatch.experts.vectors import ExpertVector
+from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence, base_evidence, mixed_evidence, pure_evidence
+
+__all__ = [
+    "RefitSettings",
+    "add_expert",
+    "import_reward",
+    "objective_by_name",
+    "own_settings",
+    "read_domain",
+    "train_own_expert",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefitSettings:
+    """How much evidence the dispatcher is fitted on again: as in a ``TrainingPlan``.
+
+    Attributes:
+        pure_prompts: of each expert. mixed_prompts: of known mixture. prompt_lengths: shortest and longest, in bytes.
+        seed: of the prompts and of the fit.
+    """
+
+    pure_prompts: int = 150
+    mixed_prompts: int = 500
+    prompt_lengths: tuple[int, int] = (16, 256)
+    seed: int = 0
+
+
+def objective_by_name(name: str, *, kl: float, answer_bytes: int) -> Objective:
+    """The objective that the command line calls by a name, with the settings that it reads.
+
+    Raises:
+        UnknownNameError: a name that is none of these. ConfigError: settings outside their ranges.
+    """
+    makers: dict[str, Callable[[], Objective]] = {
+        "likelihood": Likelihood,
+        "reinforce": lambda: Reinforce(kl=kl, answer_bytes=answer_bytes),
+    }
+    if name not in makers:
+        raise UnknownNameError(f"expected an objective of {', '.join(makers)}, got {name!r}")
+    return makers[name]()
+
+
+def own_settings(objective: Objective, steps: int | None, seed: int) -> ExpertSettings:
+    """The recipe for a user's text: at most ``steps``, 160 by default, fewer where its end is no longer learnt."""
+    stopping = EarlyStopping(every=10, patience=5, documents=48, split="held_out")
+    return ExpertSettings(steps=160 if steps is None else steps, seed=seed, objective=objective, stopping=stopping)
+
+
+def read_domain(name: str, text: Path | None, jsonl: Path | None, reward: Reward | None, longest: int) -> Checked:
+    """The domain of a user's file.
+
+    Args:
+        name: of the expert. text, jsonl: one of them is a file. reward: judges answers, to prompts of the file.
+        longest: most bytes of a prompt with its answer.
+
+    Raises:
+        ConfigError: not one file, one that cannot be used, or prompts without answers and reward.
+    """
+    if (text is None) == (jsonl is None):
+        raise ConfigError(f"expected either a text or a jsonl file, got {'none' if text is None else 'both'}")
+    if jsonl is not None:
+        domain: Checked = read_jsonl(name, jsonl, longest)
+    else:
+        assert text is not None
+        domain = read_text(name, text) if reward is None else read_prompts(name, text, longest)
+    if reward is not None:
+        return Rewarded(domain, reward)
+    if isinstance(domain, OwnPrompts):
+        raise ConfigError(f'expected an "answer" in each line of {jsonl}, or a reward function, got neither')
+    return domain
+
+
+def import_reward(path: str) -> Reward:
+    """The function ``package:function``: this imports, and so runs, code that the user names. Nothing else here does.
+
+    Raises:
+        RewardError: there is no such module or function.
+    """
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise RewardError(f"expected a reward as package:function, got {path!r}")
+    try:
+        found = getattr(import_module(module), name)
+    except (Exception, SystemExit) as error:
+        raise RewardError(f"expected an importable reward {path}, got {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise RewardError(f"expected a function {path}, got a {type(found).__name__}")
+    return found
+
+
+def train_own_expert(bundle: Bundle, domain: Domain, settings: ExpertSettings, progress: bool = False) -> ExpertVector:
+    """An expert for the bundle's base model.
+
+    Args:
+        bundle: whose model it is for. domain: named as the expert. settings: the recipe.
+        progress: show a progress bar.
+
+    Raises:
+        ConfigError: the domain cannot serve the objective, no expert can have its name, or there is neither text nor
+            evidence of another expert to fit the dispatcher.
+        RewardError: the user's function fails.
+    """
+    ExpertVector(domain.name, bundle.experts[bundle.experts.names[0]].scales, bundle.experts.base)  # refuses bad names
+    if isinstance(domain, Rewarded) and not isinstance(settings.objective, Reinforce):
+        raise ConfigError(
+            f"expected the objective reinforce for a reward, got {type(settings.objective).__name__.lower()}"
+        )
+    _check_texts(bundle, domain.name)
+    return train_expert(bundle.model, domain, settings, progress, bundle.experts.matrices)
+
+
+def add_expert(
+    bundle: Bundle,
+    expert: ExpertVector,
+    domain: Domain,
+    settings: RefitSettings,
+    progress: bool = False,
+    announce: Callable[[str], object] = lambda text: None,
+) -> Bundle:
+    """A bundle with one expert more, or another of the same name; its dispatcher is fitted again.
+
+    Args:
+        bundle: what there is. expert: the new one. domain: its text. settings: evidence to fit on.
+        progress: show progress bars. announce: called with a line of text where evidence is lacking.
+
+    Raises:
+        ConfigError: there is neither text nor evidence of one of the experts.
+    """
+    model, lengths, seed = bundle.model, settings.prompt_lengths, settings.seed
+    bank = bundle.experts.with_expert(expert)
+    kept = {name: evidence for name, evidence in bundle.evidence.items() if name != expert.name}
+    builtin = {known.name: known for known in EXPERT_DOMAINS}
+    _check_texts(bundle, expert.name)
+    texts: dict[str, Domain] = {
+        name: domain if name == expert.name else builtin[bank.metadata[name]["domain"]]
+        for name in bank.names
+        if name not in kept
+    }
+    if kept:
+        announce(
+            f"without mixed prompts of {', '.join(kept)}: the bundle has evidence of single prompts, not their text"
+        )
+    block = bank.adapt_from
+    count, domains, places = len(bank.names), list(texts.values()), [bank.names.index(name) for name in texts]
+    pure = pure_evidence(model, domains, settings.pure_prompts, lengths, "train", seed, progress, block)
+    parts = [pure.among(places, count)]
+    if len(domains) > 1:
+        mixed = mixed_evidence(model, domains, settings.mixed_prompts, lengths, "train", seed, progress, block)
+        parts.append(mixed.among(places, count))
+    parts.append(base_evidence(model, BASE_TEXTS, count, settings.pure_prompts, lengths, "train", seed, block))
+    parts += [_labelled(evidence, bank.names.index(name), count) for name, evidence in kept.items()]
+    known = KnownEvidence.concatenate(parts)
+    old = bundle.dispatcher
+    dispatcher = Dispatcher(bank.names, seed, old.svi, old.guide, old.features, old.program)
+    dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=progress)
+    own = pure.evidence.select(pure.labels == list(texts).index(expert.name))
+    return Bundle(model, bank, dispatcher, evidence={**kept, expert.name: own})
+
+
+def _check_texts(bundle: Bundle, new: str) -> None:
+    """Refuse experts, other than the new one, of which there is neither text nor evidence."""
+    builtin = {known.name for known in EXPERT_DOMAINS}
+    for name, told in bundle.experts.metadata.items():
+        if name != new and name not in bundle.evidence and told.get("domain") not in builtin:
+            raise ConfigError(f"expected text or evidence of every expert to fit the dispatcher, got none of {name}")
+
+
+def _labelled(evidence: Evidence, label: int, experts: int) -> KnownEvidence:
+    """Evidence of one expert's prompts."""
+    count = len(evidence)
+    return KnownEvidence(evidence, np.full(count, label), np.full((count, experts + 1), np.nan))

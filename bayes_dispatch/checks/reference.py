@@ -1,0 +1,663 @@
+"""The program of ``dispatcher.program.generative`` once more, in NumPyro, with NUTS as its reference posterior.
+
+Nothing is shared with the Pyro program but its settings (K, the views and their widths) and the evidence, so that a
+mistake in one shows against the other: :func:`log_density` is compared with Pyro's, and the guide with
+:func:`reference_posterior`. Everything here runs in float64, whatever jax's global setting. This is the only module
+that imports jax and NumPyro.
+
+NUTS (Hoffman and Gelman 2014) moves in coordinates in which a Dirichlet with concentrations near 0 is no funnel: ``w``
+are normalised gamma variates, and a variate of shape a is one of shape a+1 times ``exp(-e/a)``, ``e`` exponential
+(Marsaglia and Tsang 2000). In logs of both, scales are near 1 in corners and inside the simplex alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.stats import norm, rankdata
+
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.dispatcher.program.generative import DispatchModel, label_informed_start
+from bayes_dispatch.dispatcher.program.observed import Prompts
+from bayes_dispatch.errors import ConfigError, MissingDependencyError, TensorError
+
+try:
+    import jax
+    import jax.numpy as jnp
+    import numpyro
+    import numpyro.distributions as dist
+    from numpyro import handlers
+    from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
+    from numpyro.infer import MCMC, NUTS, init_to_value
+    from numpyro.infer.hmc import hmc
+    from numpyro.infer.util import constrain_fn, potential_energy
+except ImportError as error:
+    raise MissingDependencyError(
+        f"expected jax and numpyro for the reference posterior, got {error}: pip install 'bayes-dispatch[reference]'"
+    ) from error
+
+__all__ = ["ReferencePosterior", "conditional_posterior", "joint_posterior", "log_density", "reference_posterior"]
+
+FLOOR = 1e-6  # of w inside the likelihoods
+LANES = 64  # chains that run side by side, each draw as long as the longest of them; more run batch after batch
+MEMORY = 2**26  # numbers that one batch may keep
+Sites = Mapping[str, Any]  # site → array, of torch, NumPy or jax
+
+
+@dataclass(frozen=True, eq=False)
+class ReferencePosterior(DispatchPosterior):
+    """NUTS draws of the weights, chain after chain, with what tells whether they can be trusted.
+
+    Args:
+        weights: ``(chain * draw, prompt, K+1)``.
+        experts: the K+1 names, base last.
+        chains: number of chains.
+        divergences: ``(prompt,)`` divergent transitions; of the joint chains, the same number for every prompt.
+        steps: ``(prompt,)`` mean leapfrog steps of a draw.
+        globals: site → ``(chain * draw, ·)`` draws of the globals that were free.
+
+    Raises:
+        TensorError: another shape, or rows off the simplex.
+    """
+
+    chains: int = 1
+    divergences: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
+    steps: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    globals: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def r_hat(self) -> Float[np.ndarray, "prompt expert"]:
+        """``(prompt, K+1)`` split r-hat of rank-normalised weights (Vehtari et al. 2021); NaN where one is known."""
+        return self._diagnose(split_gelman_rubin)
+
+    @property
+    def ess(self) -> Float[np.ndarray, "prompt expert"]:
+        """``(prompt, K+1)`` bulk effective sample size over all chains; NaN where a weight is known."""
+        return self._diagnose(effective_sample_size)
+
+    def _diagnose(self, statistic: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        ranks = rankdata(self.weights, axis=0)
+        normal = norm.ppf((ranks - 0.375) / (len(ranks) + 0.25))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            value = statistic(normal.reshape(self.chains, -1, *normal.shape[1:]))
+        return np.where(np.ptp(self.weights, axis=0) > 0, value, np.nan)
+
+
+def log_density(
+    model: DispatchModel,
+    prompts: Prompts,
+    values: Sites,
+    temper: float | Float[torch.Tensor, " prompt"] = 1.0,
+    given: Sites | None = None,
+) -> float:
+    """Log density of the whole program: prior of the free sites, and likelihood of the evidence and labels.
+
+    Args:
+        model: the program; it is evaluated on all prompts, whatever its batch size.
+        prompts: N prompts with every view of the program observed (or missing), labels and known weights.
+        values: site → value, for ``w`` ``(N, K+1)`` and all globals that are not given.
+        temper: noise temper τ, scalar or ``(N,)``.
+        given: all globals, fixed: their own density does not count. ``kappa`` may be ``(N,)``.
+
+    Returns:
+        The log density in nats.
+
+    Raises:
+        TensorError: a view is not observed, or a site has no value.
+    """
+    with jax.enable_x64(True):
+        fixed = None if given is None else _arrays(given)
+        return float(_log_density(_Structure.of(model), _Data.of(model, prompts, temper), _arrays(values), fixed))
+
+
+def reference_posterior(
+    dispatcher: Dispatcher,
+    evidence: Evidence,
+    draws: int = 500,
+    chains: int = 4,
+    warmup: int = 500,
+    seed: int = 0,
+    sites: Sites | None = None,
+    temper: float | None = None,
+) -> ReferencePosterior:
+    """NUTS for the weights of each prompt under fixed globals: what the guide approximates.
+
+    Given the globals prompts are independent, so every prompt has chains of its own, with their own step size; they run
+    side by side.
+
+    Args:
+        dispatcher: a fitted one; its views, projection, globals and temper are used.
+        evidence: of N prompts.
+        draws: of each chain, after warm-up.
+        chains: for each prompt.
+        warmup: draws that adapt step size and mass, and are dropped.
+        seed: of all randomness.
+        sites: values of all globals; the fitted medians by default. Without ``"kappa"`` (as by default) each prompt's
+            precision is drawn log-uniformly from the range that the guide serves (``dispatcher.guide.kappa``).
+        temper: noise temper τ; the dispatcher's own by default.
+
+    Returns:
+        The draws with their diagnostics.
+
+    Raises:
+        NotFittedError: before ``fit``.
+        ConfigError: fewer than 4 draws, or no chain or warm-up.
+        EvidenceError: none of the dispatcher's views.
+        TensorError: a view of another width, or a global has no value.
+    """
+    state = dispatcher.state
+    prompts = state.prompts(evidence)
+    if sites is None:
+        sites = {name: value for name, value in state.globals.center().items() if name != "kappa"}
+    if temper is None:
+        temper = state.temper
+    kappa = dispatcher.guide.kappa
+    return conditional_posterior(
+        state.model, prompts, dispatcher.experts, sites, draws, chains, warmup, seed, temper, kappa
+    )
+
+
+def conditional_posterior(
+    model: DispatchModel,
+    prompts: Prompts,
+    experts: Sequence[str],
+    sites: Sites,
+    draws: int = 500,
+    chains: int = 4,
+    warmup: int = 500,
+    seed: int = 0,
+    temper: float | Float[torch.Tensor, " prompt"] = 1.0,
+    kappa: tuple[float, float] = (0.2, 4.0),
+) -> ReferencePosterior:
+    """NUTS for the weights of each prompt under fixed globals, for any program: see :func:`reference_posterior`.
+
+    Args:
+        model: the program.
+        prompts: N prompts with every view of the program observed (or missing), labels and known weights.
+        experts: K names, without base.
+        sites: values of all globals; ``kappa`` may be ``(N,)``, or lack.
+        draws: of each chain, after warm-up.
+        chains: for each prompt.
+        warmup: draws that adapt step size and mass, and are dropped.
+        seed: of all randomness.
+        temper: noise temper τ, scalar or ``(N,)``.
+        kappa: range of the precision where ``sites`` has none, log-uniform for each prompt.
+
+    Returns:
+        The draws with their diagnostics.
+
+    Raises:
+        ConfigError: fewer than 4 draws, no chain or warm-up, or another number of names than experts.
+        TensorError: a view is not observed, or a global has no value.
+    """
+    _check_run(draws, chains, warmup, experts, model)
+    structure = _Structure.of(model)
+    names = {"pi", *(name for view in structure.views for name in view.globals)}
+    if set(sites) - {"kappa"} != names:
+        raise TensorError(f"expected values of the globals {sorted(names)}, got {sorted(sites)}")
+    count = len(prompts)
+    with jax.enable_x64(True):
+        given = _arrays(sites)
+        precision = given.pop("kappa", None)
+        own = (_Data.of(model, prompts, temper), None if precision is None else np.broadcast_to(precision, count))
+        keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(seed), count * chains)))
+        lanes = jax.tree.map(lambda a: np.repeat(a, chains, axis=0)[:, None], own)  # (N * chain, 1, ·)
+        size = MEMORY // ((warmup + draws) * 2 * (model.n_experts + 1))
+        parts = [
+            _run_lanes(structure, kappa, draws, warmup, given, *part)
+            for part in _batches((keys, *lanes), max(1, min(LANES, size)))
+        ]
+        weights, diverging, steps = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(3))
+    weights = weights[: len(keys), :, 0].reshape(count, chains * draws, -1).swapaxes(0, 1)
+    diverging, steps = (a[: len(keys)].reshape(count, -1) for a in (diverging, steps))
+    weights = _with_known(weights, prompts)
+    return ReferencePosterior(
+        weights, (*experts, "base"), chains=chains, divergences=diverging.sum(1), steps=steps.mean(1)
+    )
+
+
+def joint_posterior(
+    model: DispatchModel,
+    prompts: Prompts,
+    experts: Sequence[str],
+    draws: int = 500,
+    chains: int = 2,
+    warmup: int = 500,
+    seed: int = 0,
+    temper: float = 1.0,
+) -> ReferencePosterior:
+    """NUTS for globals and weights together, for tens of prompts: one chain moves all of them.
+
+    Args:
+        model: the program.
+        prompts: observed evidence, with labels and known weights where there are any.
+        experts: K names, without base.
+        draws: of each chain, after warm-up.
+        chains: each starts at the label-informed start of SVI, jittered weights aside.
+        warmup: draws that adapt step size and mass, and are dropped.
+        seed: of all randomness.
+        temper: noise temper τ.
+
+    Returns:
+        The draws of weights and globals with their diagnostics.
+
+    Raises:
+        ConfigError: fewer than 4 draws, no chain or warm-up, or another number of names than experts.
+        TensorError: a view is not observed.
+    """
+    _check_run(draws, chains, warmup, experts, model)
+    with jax.enable_x64(True):
+        data = _Data.of(model, prompts, temper)
+        start = _arrays(label_informed_start(model, _in_default_dtype(prompts)))
+        kernel = NUTS(_program, init_strategy=init_to_value(values=start), target_accept_prob=0.9, max_tree_depth=8)
+        mcmc = MCMC(
+            kernel,
+            num_warmup=warmup,
+            num_samples=draws,
+            num_chains=chains,
+            chain_method="vectorized",
+            progress_bar=False,
+        )
+        mcmc.run(
+            jax.random.key(seed),
+            _Structure.of(model),
+            data,
+            None,
+            _boosted,
+            extra_fields=("diverging", "num_steps"),
+        )
+        samples = {name: np.asarray(value) for name, value in mcmc.get_samples().items()}
+        fields = {name: np.asarray(value) for name, value in mcmc.get_extra_fields().items()}
+    weights = _with_known(samples.pop("w"), prompts)
+    free = {name: value for name, value in samples.items() if not name.endswith(("gammas", "exponentials"))}
+    count = len(prompts)
+    return ReferencePosterior(
+        weights,
+        (*experts, "base"),
+        chains=chains,
+        divergences=np.full(count, int(fields["diverging"].sum())),
+        steps=np.full(count, float(fields["num_steps"].mean())),
+        globals=free,
+    )
+
+
+class _Data(NamedTuple):
+    """Prompts as arrays; labels are −1 and known weights NaN where unknown."""
+
+    lengths: Any
+    totals: dict[str, Any]
+    missing: dict[str, Any]
+    observed: dict[str, Any]
+    labels: Any
+    known: Any
+    temper: Any
+
+    @classmethod
+    def of(cls, model: DispatchModel, prompts: Prompts, temper: object) -> _Data:
+        count, names = len(prompts), [view.name for view in model.views]
+        if absent := [name for name in names if name not in prompts.observed or name not in prompts.missing]:
+            raise TensorError(f"expected prompts with observed views {names}, got none for {absent}")
+        labels = np.full(count, -1) if prompts.labels is None else prompts.labels
+        known = np.full((count, model.n_experts + 1), np.nan) if prompts.known is None else prompts.known
+        return cls(
+            _array(prompts.lengths),
+            {name: _array(values) for name, values in prompts.totals.items()},
+            {name: np.asarray(prompts.missing[name]) for name in names},
+            {name: _array(prompts.observed[name]) for name in names},
+            np.asarray(labels),
+            _array(known),
+            np.broadcast_to(_array(temper), count),
+        )
+
+
+@runtime_checkable
+class _View(Protocol):
+    """The twin of :class:`bayes_dispatch.dispatcher.program.generative.View`."""
+
+    @property
+    def name(self) -> str:
+        """The key of its evidence and of its site."""
+
+    @property
+    def globals(self) -> tuple[str, ...]:
+        """The names of its globals' sites."""
+
+    def sample_experts(self) -> dict[str, Any]:
+        """Draw the globals of each expert, inside the plate of experts: site → ``(K, ·)``."""
+
+    def sample_shared(self) -> dict[str, Any]:
+        """Draw the globals that all experts share: site → scalar."""
+
+    def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
+        """The distribution ``(N,) | (width,)`` of the view's evidence given weights ``(N, K+1)``."""
+
+
+@dataclass(frozen=True)
+class _VectorsView:
+    width: int
+    name: str = "hidden"
+
+    @property
+    def globals(self) -> tuple[str, ...]:
+        return tuple(_site(self.name, parameter) for parameter in ("M", "s2", "lt"))
+
+    def sample_experts(self) -> dict[str, Any]:
+        means, variances, _ = self.globals
+        normal = dist.Normal(jnp.zeros(self.width), 1.0).to_event(1)
+        spread = dist.LogNormal(jnp.full(self.width, -3.0), 1.0).to_event(1)
+        return {means: numpyro.sample(means, normal), variances: numpyro.sample(variances, spread)}
+
+    def sample_shared(self) -> dict[str, Any]:
+        lt = self.globals[2]
+        return {lt: numpyro.sample(lt, dist.LogNormal(2.5, 1.0))}
+
+    def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
+        means, variances, lt = (sites[name] for name in self.globals)
+        base = weights[:, -1:]
+        location = weights[:, :-1] @ means  # (N, D); base has mean 0, variance 1
+        variance = weights[:, :-1] @ variances + base
+        known = (1 + 20 * lt / jnp.maximum(data.lengths, 1.0)) / (1 + 0.4 * lt)
+        factor = jnp.where(data.lengths > 0, known, 1.0)
+        scale = jnp.sqrt(variance * (data.temper * factor)[:, None])
+        return dist.StudentT(6.0, location, scale).to_event(1)
+
+
+@dataclass(frozen=True)
+class _SurpriseView:
+    width: int
+    name: str = "surprise"
+
+    @property
+    def globals(self) -> tuple[str, ...]:
+        return tuple(_site(self.name, parameter) for parameter in ("a", "a2"))
+
+    def sample_experts(self) -> dict[str, Any]:
+        means, variances = self.globals
+        normal = dist.Normal(jnp.zeros(self.width), 1.0).to_event(1)
+        spread = dist.LogNormal(jnp.full(self.width, -1.0), 1.0).to_event(1)
+        return {means: numpyro.sample(means, normal), variances: numpyro.sample(variances, spread)}
+
+    def sample_shared(self) -> dict[str, Any]:
+        return {}
+
+    def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
+        means, variances = (sites[name] for name in self.globals)
+        location = weights[:, :-1] @ means + 4.0 * weights[:, -1:]  # (N, 2); base has mean 4, variance 9
+        variance = weights[:, :-1] @ variances + 9.0 * weights[:, -1:]
+        return dist.StudentT(6.0, location, jnp.sqrt(variance * data.temper[:, None])).to_event(1)
+
+
+@dataclass(frozen=True)
+class _CountsView:
+    width: int
+    name: str = "counts"
+
+    @property
+    def globals(self) -> tuple[str, ...]:
+        return tuple(_site(self.name, parameter) for parameter in ("Phi", "conc"))
+
+    def sample_experts(self) -> dict[str, Any]:
+        phi = self.globals[0]
+        return {phi: numpyro.sample(phi, dist.Dirichlet(jnp.full(self.width, 0.7)))}
+
+    def sample_shared(self) -> dict[str, Any]:
+        conc = self.globals[1]
+        return {conc: numpyro.sample(conc, dist.LogNormal(3.0, 1.0))}
+
+    def concentration(self, sites: Sites, weights: Any, data: _Data) -> Any:
+        phi, conc = (sites[name] for name in self.globals)
+        classes = weights[:, :-1] @ phi + weights[:, -1:] / self.width  # (N, C)
+        return (conc / data.temper)[:, None] * classes + 1e-3
+
+    def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
+        return dist.DirichletMultinomial(self.concentration(sites, weights, data), data.totals[self.name])
+
+
+@dataclass(frozen=True)
+class _ProbabilitiesView(_CountsView):
+    name: str = "classifier"
+
+    def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
+        return dist.Dirichlet(self.concentration(sites, weights, data))
+
+
+TWINS: dict[str, Callable[[int, str], _View]] = {
+    "vectors": _VectorsView,
+    "counts": _CountsView,
+    "probabilities": _ProbabilitiesView,
+    "surprise": _SurpriseView,
+}
+
+
+def _site(view: str, parameter: str) -> str:
+    return parameter if view in ("hidden", "counts", "surprise") else f"{view}_{parameter}"
+
+
+class _Structure(NamedTuple):
+    """What of the program is no array: its views, K, the prior of ``pi`` and the family of each component."""
+
+    views: tuple[_View, ...]
+    n_experts: int
+    prior: tuple[float, ...]
+    families: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, model: DispatchModel) -> _Structure:
+        if type(model) is not DispatchModel:
+            raise ConfigError(
+                f"expected an admixture, got {type(model).__name__}, whose posterior is exact without NUTS"
+            )
+        views = tuple(TWINS[view.kind](view.width, view.name) for view in model.views)
+        prior = model.prior or (*[3.0] * model.n_experts, 1.5)
+        families = None if model.families is None else (*model.families, max(model.families) + 1)
+        return cls(views, model.n_experts, prior, families)
+
+
+class _Tree(dist.Distribution):  # type: ignore[misc]
+    """A Dirichlet over families and one within each, by change of variables to shares and shares within."""
+
+    support = dist.constraints.simplex
+    pytree_data_fields = ("top", "leaves")
+    pytree_aux_fields = ("families",)
+
+    def __init__(self, top: Any, leaves: Any, families: tuple[int, ...]) -> None:
+        self.top, self.leaves, self.families = top, leaves, families
+        super().__init__(jnp.shape(leaves)[:-1], jnp.shape(leaves)[-1:])
+
+    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
+        keys = jax.random.split(key, 1 + self.top.shape[-1])
+        shares = dist.Dirichlet(self.top).sample(keys[0], sample_shape)
+        columns: list[Any] = [None] * len(self.families)
+        for family, members in self._members():
+            inner = dist.Dirichlet(self.leaves[..., members]).sample(keys[1 + family], sample_shape)
+            for position, member in enumerate(members):
+                columns[member] = shares[..., family] * inner[..., position]
+        return jnp.stack(columns, -1)
+
+    def log_prob(self, value: Any) -> Any:
+        shares = jnp.stack([value[..., members].sum(-1) for _, members in self._members()], -1)
+        density = dist.Dirichlet(self.top).log_prob(shares)
+        for family, members in self._members():
+            if len(members) > 1:
+                share = shares[..., family]
+                within = dist.Dirichlet(self.leaves[..., members]).log_prob(value[..., members] / share[..., None])
+                density = density + within - (len(members) - 1) * jnp.log(share)
+        return density
+
+    def _members(self) -> list[tuple[int, np.ndarray]]:
+        families = np.array(self.families)
+        return [(family, np.flatnonzero(families == family)) for family in range(max(self.families) + 1)]
+
+
+def _program(
+    structure: _Structure,
+    data: _Data,
+    given: Sites | None,
+    weigh: Callable[[Any], Any],
+    kappa: Any = None,
+) -> None:
+    """The program; ``given`` globals are fixed, ``kappa`` is the range to draw one for each prompt from."""
+    views, n_experts = structure.views, structure.n_experts
+    sites = dict(given) if given is not None else _sample_globals(structure)
+    with numpyro.plate("prompts", len(data.lengths)):
+        if "kappa" not in sites:
+            sites["kappa"] = numpyro.sample("kappa", dist.LogUniform(*kappa))
+        shares = 0.95 * sites["pi"] + 0.05 / (n_experts + 1)
+        concentration = jnp.broadcast_to(sites["kappa"], data.lengths.shape)[:, None] * shares  # (N, K+1)
+        known = jnp.isfinite(data.known[:, 0])
+        drawn = weigh(_weights_prior(structure, sites["kappa"], concentration).mask(~known))
+        weights = jnp.where(known[:, None], jnp.nan_to_num(data.known), drawn)
+        weights = (weights + FLOOR) / (weights + FLOOR).sum(-1, keepdims=True)
+        label = dist.Categorical(probs=weights).mask(data.labels >= 0)
+        numpyro.sample("labels", label, obs=jnp.maximum(data.labels, 0))
+        for view in views:
+            likelihood = view.likelihood(sites, weights, data).mask(~data.missing[view.name])
+            numpyro.sample(view.name, likelihood, obs=data.observed[view.name])
+
+
+def _weights_prior(structure: _Structure, kappa: Any, concentration: Any) -> dist.Distribution:
+    if structure.families is None:
+        return dist.Dirichlet(concentration)
+    families = np.array(structure.families)
+    top = jnp.stack([concentration[:, families == f].sum(-1) for f in range(families.max() + 1)], -1)  # (N, F)
+    leaves = jnp.broadcast_to(kappa, concentration.shape[:1])[:, None] * concentration / top[:, families]
+    return _Tree(top, leaves, structure.families)
+
+
+def _sample_globals(structure: _Structure) -> dict[str, Any]:
+    views, n_experts, prior = structure.views, structure.n_experts, np.array(structure.prior)
+    shares: dist.Distribution = dist.Dirichlet(prior)
+    if structure.families is not None:
+        families = np.array(structure.families)
+        mean = np.array([prior[families == f].mean() for f in range(families.max() + 1)])
+        shares = _Tree(mean, prior, structure.families)
+    sites = {
+        "pi": numpyro.sample("pi", shares),
+        "kappa": numpyro.sample("kappa", dist.LogNormal(0.0, 0.7)),
+    }
+    for view in views:
+        sites |= view.sample_shared()
+    with numpyro.plate("experts", n_experts):
+        for view in views:
+            sites |= view.sample_experts()
+    return sites
+
+
+def _plain(prior: Any) -> Any:
+    """Weights as one site ``w``, as in the Pyro program."""
+    return numpyro.sample("w", prior)
+
+
+def _boosted(prior: Any) -> Any:
+    """The same weights from gamma variates of shapes above 1 and exponentials (see the module's docstring)."""
+    inner = prior.base_dist
+    alpha = inner.leaves if isinstance(inner, _Tree) else inner.concentration
+    logs = _boosted_logs("gammas", "exponentials", alpha)
+    if isinstance(inner, _Tree):
+        families = np.array(inner.families)
+        tops = jax.nn.log_softmax(_boosted_logs("family_gammas", "family_exponentials", inner.top))
+        within = [jax.nn.log_softmax(logs[:, members]) for _, members in inner._members()]
+        order = np.argsort(np.argsort(families, kind="stable"))
+        logs = jnp.concatenate(within, -1)[:, order] + tops[:, families]
+    return numpyro.deterministic("w", jax.nn.softmax(logs))
+
+
+def _boosted_logs(gammas: str, exponentials: str, alpha: Any) -> Any:
+    drawn = numpyro.sample(gammas, dist.Gamma(alpha + 1.0).to_event(1))
+    exponential = numpyro.sample(exponentials, dist.Exponential(jnp.ones_like(alpha)).to_event(1))
+    return jnp.log(drawn) - exponential / alpha
+
+
+def _with_known(weights: np.ndarray, prompts: Prompts) -> np.ndarray:
+    """Draws ``(draw, prompt, K+1)`` with known weights in their rows: the program draws some there and ignores them."""
+    if prompts.known is None:
+        return weights
+    known = _array(prompts.known)
+    return np.where(np.isfinite(known[:, :1]), np.nan_to_num(known), weights)
+
+
+def _in_default_dtype(prompts: Prompts) -> Prompts:
+    dtype = torch.get_default_dtype()
+    known = None if prompts.known is None else prompts.known.to(dtype)
+    return replace(prompts.to(dtype), labels=prompts.labels, known=known)
+
+
+@partial(jax.jit, static_argnums=0)
+def _log_density(structure: _Structure, data: _Data, values: Sites, given: Sites | None) -> Any:
+    seeded = handlers.seed(_program, 0)  # sites without a value are drawn, and refused below
+    trace = handlers.trace(handlers.substitute(seeded, data=values)).get_trace(structure, data, given, _plain)
+    latent = {name for name, site in trace.items() if site["type"] == "sample" and not site["is_observed"]}
+    if latent != set(values):
+        raise TensorError(f"expected values of the sites {sorted(latent)}, got {sorted(values)}")
+    return sum(site["fn"].log_prob(site["value"]).sum() for site in trace.values() if site["type"] == "sample")
+
+
+# Level 1: a program of this size compiles in half the time of the default, and runs no slower.
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), compiler_options={"xla_backend_optimization_level": 1})
+def _run_lanes(
+    structure: _Structure,
+    kappa: tuple[float, float],
+    draws: int,
+    warmup: int,
+    given: Sites,
+    keys: Any,
+    lanes: _Data,
+    precision: Any,
+) -> Any:
+    """One chain of one prompt in each lane: weights ``(lane, draw, 1, K+1)``, divergent, steps ``(lane, draw)``."""
+    shapes = {"gammas": structure.n_experts + 1, "exponentials": structure.n_experts + 1}
+    if structure.families is not None:
+        shapes |= {"family_gammas": max(structure.families) + 1, "family_exponentials": max(structure.families) + 1}
+
+    def run(key: Any, data: _Data, own: Any) -> Any:
+        sites = given if own is None else {**given, "kappa": own}
+        arguments = (structure, data, sites, _boosted, kappa)
+        start_key, key = jax.random.split(jax.random.wrap_key_data(key))
+        sizes = {name: (1, width) for name, width in shapes.items()} | ({} if "kappa" in sites else {"kappa": (1,)})
+        start_keys = dict(zip(sizes, jax.random.split(start_key, len(sizes)), strict=True))
+        start = {name: jax.random.uniform(start_keys[name], size, minval=-1.0) for name, size in sizes.items()}
+        init, sample = hmc(partial(potential_energy, _program, arguments, {}), algo="NUTS")
+        state = init(start, warmup, target_accept_prob=0.8, max_tree_depth=8, rng_key=key)
+
+        def advance(state: Any, _: None) -> tuple[Any, Any]:
+            state = sample(state)
+            return state, (state.z, state.diverging, state.num_steps)
+
+        _, (z, diverging, steps) = jax.lax.scan(advance, state, None, warmup + draws)  # warm-up too: it compiles once
+        constrain = partial(constrain_fn, _program, arguments, {}, return_deterministic=True)
+        weights = jax.vmap(lambda point: constrain(point)["w"])(jax.tree.map(lambda a: a[warmup:], z))
+        return weights, diverging[warmup:], steps[warmup:]
+
+    return jax.vmap(run)(keys, lanes, precision)
+
+
+def _batches(tree: Any, size: int) -> list[Any]:
+    """A tree of arrays ``(L, ·)`` in pieces of one size, the last padded with its last row, so that one compiles."""
+    total = len(jax.tree.leaves(tree)[0])
+    count = -(-total // size)
+    each = -(-total // count)
+    rows = np.minimum(np.arange(count * each), total - 1).reshape(count, each)
+    return [jax.tree.map(lambda a, part=part: a[part], tree) for part in rows]
+
+
+def _check_run(draws: int, chains: int, warmup: int, experts: Sequence[str], model: DispatchModel) -> None:
+    if draws < 4 or chains < 1 or warmup < 1:
+        raise ConfigError(f"expected at least 4 draws, 1 chain and 1 warm-up draw, got {draws}, {chains} and {warmup}")
+    if len(experts) != model.n_experts:
+        raise ConfigError(f"expected {model.n_experts} expert names, got {len(experts)}")
+
+
+def _arrays(sites: Sites) -> dict[str, Any]:
+    return {name: _array(value) for name, value in sites.items()}
+
+
+def _array(value: Any) -> Any:
+    return np.asarray(value, dtype=np.float64)

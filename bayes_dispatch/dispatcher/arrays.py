@@ -1,0 +1,64 @@
+"""Arrays that users pass to the statistics of :mod:`bayes_dispatch.checks.calibration`, checked once where they enter.
+
+Each function takes anything array-like and its name, and returns an array of known dtype and shape or raises
+:class:`TensorError`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from bayes_dispatch.errors import TensorError
+
+__all__ = ["as_flags", "as_labels", "as_points", "as_values"]
+
+TOLERANCE = 1e-4  # of the sum of a simplex row: float32 and percentages rounded to four digits pass
+
+
+def as_values(values: Any, name: str, count: int | None = None) -> Float[np.ndarray, " value"]:
+    """At least one finite number, in float64; exactly ``count`` of them where that is given."""
+    array = _numbers(values, name)
+    wanted = "(N,), N ≥ 1" if count is None else f"({count},)"
+    if array.ndim != 1 or len(array) == 0 or len(array) != (len(array) if count is None else count):
+        raise TensorError(f"expected {name} of shape {wanted}, got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise TensorError(f"expected finite {name}, got {int((~np.isfinite(array)).sum())} that are NaN or infinite")
+    return array
+
+
+def as_points(values: Any, name: str) -> Float[np.ndarray, "row class"]:
+    """At least one row on the simplex, in float64."""
+    array = _numbers(values, name)
+    if array.ndim != 2 or 0 in array.shape:
+        raise TensorError(f"expected {name} of shape (N, classes), N ≥ 1, got shape {array.shape}")
+    if not (np.isfinite(array).all() and (array >= 0).all() and np.allclose(array.sum(1), 1, atol=TOLERANCE)):
+        raise TensorError(f"expected {name} on the simplex, got rows that are negative or do not sum to 1")
+    return array
+
+
+def as_labels(labels: Any, count: int, classes: int) -> Int[np.ndarray, " row"]:
+    """``count`` integers from 0 to ``classes`` − 1."""
+    array = np.asarray(labels)
+    if array.shape != (count,) or not np.issubdtype(array.dtype, np.integer):
+        raise TensorError(f"expected {count} integer labels, got {array.dtype} of shape {array.shape}")
+    if array.min() < 0 or array.max() >= classes:
+        raise TensorError(f"expected labels from 0 to {classes - 1}, got {array.min()} to {array.max()}")
+    return array.astype(np.int64)
+
+
+def as_flags(values: Any, name: str, count: int) -> Bool[np.ndarray, " row"]:
+    """``count`` booleans; zeros and ones pass for them."""
+    array = np.asarray(values)
+    if array.shape != (count,) or not (array.dtype == bool or np.isin(array, (0, 1)).all()):
+        raise TensorError(f"expected {count} booleans as {name}, got {array.dtype} of shape {array.shape}")
+    return array.astype(bool)
+
+
+def _numbers(values: Any, name: str) -> np.ndarray:
+    try:
+        return np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TensorError(f"expected numbers as {name}, got {type(values).__name__} that holds others") from None

@@ -1,0 +1,159 @@
+"""The dispatcher as a scikit-learn classifier: one view, an array; classes for experts; no base."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Shaped
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
+from bayes_dispatch.dispatcher.fitting.svi import SVISettings
+from bayes_dispatch.dispatcher.guide.guides import GuideSettings
+from bayes_dispatch.errors import ConfigError, LabelError
+
+__all__ = ["DispatcherClassifier"]
+
+
+class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    """Posterior probabilities of classes, and expected shares of them, from vectors.
+
+    A thin wrapper of :class:`Dispatcher` for use in pipelines and searches. Each class is an expert. What the
+    dispatcher gives to base is dropped, and the rest renormalised.
+
+    Args:
+        n_components: number of classes where no label is known; ``None`` where labels are.
+        unlabelled: the value in ``y`` that marks an unknown label; ``None`` where every value is a class. ``-1`` is
+            scikit-learn's convention for semi-supervised fits, but a class of its own by default.
+        dimensions: features that the vectors are projected to.
+        svi_steps: optimiser steps of the program's globals.
+        svi_learning_rate: of them, at the start.
+        guide_steps: optimiser steps of the guide.
+        simulations: prompts drawn from the fitted program, to train the guide on.
+        hidden: width of the guide's hidden layers.
+        random_state: seed, NumPy generator, or ``None`` for another fit each time.
+
+    Attributes:
+        classes_: ``(K,)`` the classes in order; 0 … K−1 where no label was known.
+        n_features_in_: width of the vectors.
+        dispatcher_: the fitted dispatcher, which alone is to be saved; its experts have the classes' names.
+
+    Example:
+        >>> X, y = load_iris(return_X_y=True)  # doctest: +SKIP
+        >>> cross_val_score(make_pipeline(StandardScaler(), DispatcherClassifier()), X, y)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        n_components: int | None = None,
+        *,
+        unlabelled: Any = None,
+        dimensions: int = 12,
+        svi_steps: int = 600,
+        svi_learning_rate: float = 0.02,
+        guide_steps: int = 4_000,
+        simulations: int = 32_000,
+        hidden: int = 128,
+        random_state: int | np.random.RandomState | None = None,
+    ) -> None:
+        self.n_components = n_components
+        self.unlabelled = unlabelled
+        self.dimensions = dimensions
+        self.svi_steps = svi_steps
+        self.svi_learning_rate = svi_learning_rate
+        self.guide_steps = guide_steps
+        self.simulations = simulations
+        self.hidden = hidden
+        self.random_state = random_state
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = self.n_components is None
+        return tags
+
+    def fit(self, X: Any, y: Any = None) -> DispatcherClassifier:
+        """Fit to vectors, with all, some or no labels.
+
+        Args:
+            X: ``(N, F)`` finite numbers.
+            y: ``(N,)`` classes, ``unlabelled`` where unknown; ``None`` for no labels.
+
+        Raises:
+            LabelError: labels of fewer than two classes, or neither labels nor ``n_components``.
+            ConfigError: a setting outside its range.
+            ValueError: whatever else scikit-learn refuses in ``X`` or ``y``.
+        """
+        given = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
+        X, y = (given, None) if y is None else given
+        classes, codes = self._classes(y, len(X))
+        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        dispatcher = Dispatcher(
+            [f"class {label}" for label in classes],  # the prefix lets a class be called "base"
+            seed,
+            SVISettings(self.svi_steps, self.svi_learning_rate),
+            GuideSettings(hidden=self.hidden, simulations=self.simulations, steps=self.guide_steps),
+            FeatureSettings(self.dimensions),
+        )
+        self.classes_, self.dispatcher_ = classes, dispatcher.fit(X, codes)
+        return self
+
+    def predict_proba(self, X: Any) -> Float[np.ndarray, "prompt class"]:
+        """``(N, K)`` probability that each class has the largest weight.
+
+        Raises:
+            ValueError: before ``fit``, or whatever scikit-learn refuses in ``X``.
+        """
+        X = self._checked(X)
+        return _without_base(self.dispatcher_.predict_proba(X))
+
+    def weights(self, X: Any) -> Float[np.ndarray, "prompt class"]:
+        """``(N, K)`` posterior mean weights: the expected share of each class, where vectors mix several.
+
+        Raises:
+            ValueError: before ``fit``, or whatever scikit-learn refuses in ``X``.
+        """
+        evidence = Evidence.from_array(self._checked(X))
+        return _without_base(self.dispatcher_.mixtures_of(evidence).mean)
+
+    def predict(self, X: Any) -> Shaped[np.ndarray, " prompt"]:
+        """``(N,)`` the most probable class.
+
+        Raises:
+            ValueError: before ``fit``, or whatever scikit-learn refuses in ``X``.
+        """
+        probabilities = self.predict_proba(X)
+        return self.classes_[probabilities.argmax(axis=1)]
+
+    def _classes(self, y: np.ndarray | None, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The classes ``(K,)``, and the index of each label among them ``(N,)``, −1 where unknown."""
+        codes = np.full(count, -1)
+        if y is not None:
+            check_classification_targets(y)
+            marks = [self.unlabelled is not None and bool(label == self.unlabelled) for label in y.tolist()]
+            known = ~np.array(marks)
+            if known.any():
+                classes, codes[known] = np.unique(y[known], return_inverse=True)
+                if len(classes) < 2:
+                    raise LabelError(f"expected labels of at least two classes, got one class, {classes[0]}")
+                return classes, codes
+        if self.n_components is None:
+            raise LabelError("expected known labels, or n_components classes to find without any, got neither")
+        if self.n_components < 2:
+            raise ConfigError(f"expected n_components ≥ 2, got {self.n_components}")
+        return np.arange(self.n_components), codes
+
+    def _checked(self, X: Any) -> np.ndarray:
+        check_is_fitted(self, "dispatcher_")
+        return validate_data(self, X, dtype=np.float64, reset=False)
+
+
+def _without_base(weights: np.ndarray) -> np.ndarray:
+    """``(N, K)`` of ``(N, K+1)``; equal shares where base has all."""
+    classes = weights[:, :-1] + np.finfo(float).tiny
+    return classes / classes.sum(axis=1, keepdims=True)

@@ -1,0 +1,478 @@
+"""The dispatcher: an estimator that is fitted on evidence and gives posterior draws of the expert weights.
+
+>>> dispatcher = Dispatcher(experts=["sort", "reverse"]).fit(evidence, labels)      # doctest: +SKIP
+>>> dispatcher.posterior(evidence, draws=64, seed=0).mean                           # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped
+
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
+from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher
+from bayes_dispatch.dispatcher.fitting.pipeline import fit_parts, refit_parts
+from bayes_dispatch.dispatcher.fitting.sleep import simulate
+from bayes_dispatch.dispatcher.fitting.svi import FitReport, SVISettings, isolated
+from bayes_dispatch.dispatcher.fitting.training_set import TrainingSet
+from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import DirichletMixtures
+from bayes_dispatch.dispatcher.guide.guides import GuideSettings
+from bayes_dispatch.dispatcher.guide.importance import Weighted, draw_resampled
+from bayes_dispatch.dispatcher.keys import prompt_keys, scramble
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.dispatcher.prior.file import read_prior, write_prior
+from bayes_dispatch.dispatcher.prior.online import (
+    PriorState,
+    evidence_likelihood,
+    feedback_likelihood,
+    label_likelihood,
+    observe,
+    prior_state,
+)
+from bayes_dispatch.dispatcher.program.observed import Prompts
+from bayes_dispatch.dispatcher.program.one_label import LabelProbabilities
+from bayes_dispatch.dispatcher.program.settings import PROGRAMS, Admixture
+from bayes_dispatch.errors import BundleError, ConfigError, NotFittedError, TensorError
+from bayes_dispatch.storage import read_directory, write_directory
+
+__all__ = ["Dispatcher"]
+
+KIND = "dispatcher"
+VERSION = 2
+PROPOSALS = 96  # at least, and half as many again as the draws that are taken of them
+
+
+@dataclass(eq=False)
+class Dispatcher:
+    """Posterior over the weights of K experts and base, given first-pass evidence.
+
+    Args:
+        experts: K names, without base.
+        random_state: seed of everything random in ``fit``.
+        svi: settings of the globals' fit.
+        guide: settings of the guide and its training.
+        features: settings of the projection of vectors.
+        program: the generative program: views, families of experts, prior.
+
+    Raises:
+        ConfigError: fewer than two experts, a name twice, one called ``"base"``, or a program for other experts.
+    """
+
+    experts: Sequence[str]
+    random_state: int = 0
+    svi: SVISettings = field(default_factory=SVISettings)
+    guide: GuideSettings = field(default_factory=GuideSettings)
+    features: FeatureSettings = field(default_factory=FeatureSettings)
+    program: Admixture = field(default_factory=Admixture)
+    _state: FittedDispatcher | None = field(default=None, init=False, repr=False)
+    _report: FitReport | None = field(default=None, init=False, repr=False)
+    _prior: PriorState | None = field(default=None, init=False, repr=False)
+    _prior_file: Path | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.experts = tuple(self.experts)
+        if len(self.experts) < 2 or len(set(self.experts)) < len(self.experts) or "base" in self.experts:
+            raise ConfigError(f'expected at least two distinct expert names, none "base", got {list(self.experts)}')
+        if self.random_state < 0:
+            raise ConfigError(f"expected random_state ≥ 0, got {self.random_state}")
+        self.program.check_experts(self.experts)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether ``fit`` or ``load`` has run."""
+        return self._state is not None
+
+    @property
+    def state(self) -> FittedDispatcher:
+        """The fitted parts.
+
+        Raises:
+            NotFittedError: before ``fit``.
+        """
+        if self._state is None:
+            raise NotFittedError("expected a fitted dispatcher, got one before fit() or load()")
+        return self._state
+
+    def fit(
+        self,
+        X: Evidence | Shaped[np.ndarray, "prompt feature"],
+        y: Int[np.ndarray, " prompt"] | Sequence[int] | None = None,
+        mixtures: Float[np.ndarray, "prompt weight"] | None = None,
+        progress: bool = False,
+    ) -> Dispatcher:
+        """Fit projection, globals and guide.
+
+        Args:
+            X: evidence of N prompts, or an array ``(N, F)`` taken as their hidden view.
+            y: ``(N,)`` expert index of each prompt, −1 where unknown; ``None`` for no labels.
+            mixtures: ``(N, K+1)`` known weights, base last, NaN rows where unknown; they win over labels.
+            progress: show progress bars.
+
+        Returns:
+            The dispatcher itself.
+
+        Raises:
+            EvidenceError: bad evidence, or none of the views that the dispatcher reads.
+            TensorError: labels outside −1 … K−1, mixtures off the simplex, or another N.
+        """
+        data = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts))
+        settings = (self.svi, self.guide, self.features)
+        self._state, self._report = fit_parts(self.experts, self.program, data, *settings, self.random_state, progress)
+        self._prior, self._prior_file = self._initial_prior(), None
+        return self
+
+    def recalibrate(
+        self,
+        X: Evidence | Shaped[np.ndarray, "prompt feature"],
+        y: Int[np.ndarray, " prompt"] | Sequence[int] | None = None,
+        mixtures: Float[np.ndarray, "prompt weight"] | None = None,
+        progress: bool = False,
+    ) -> Dispatcher:
+        """A new dispatcher for evidence that has drifted: globals, temper and guide fitted to it, from where they are.
+
+        The projections stay, so a few hundred prompts will do, labelled or not; the serving prior stays too. This
+        dispatcher does not change.
+
+        Args:
+            X, y, mixtures, progress: as in :meth:`fit`.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            EvidenceError, TensorError: as in :meth:`fit`.
+        """
+        data = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts))
+        new = replace(self)
+        new._state, new._report = refit_parts(self.state, data, self.svi, self.random_state, progress)
+        new._prior = self.prior
+        return new
+
+    @property
+    def report(self) -> FitReport:
+        """How the fit of the globals went.
+
+        Raises:
+            NotFittedError: before ``fit``, or after ``load``: it is not saved.
+        """
+        if self._report is None:
+            raise NotFittedError("expected a dispatcher that was fitted here, got one before fit() or from load()")
+        return self._report
+
+    def posterior(
+        self,
+        X: Evidence | Shaped[np.ndarray, "prompt feature"],
+        draws: int = 64,
+        seed: int | Sequence[int] = 0,
+        resample: bool = False,
+        proposals: int | None = None,
+    ) -> DispatchPosterior:
+        """Draw from the posterior of the weights, one network call for all prompts.
+
+        Args:
+            X: evidence of N prompts, or an array ``(N, F)`` taken as their hidden view.
+            draws: independent draws of each prompt.
+            seed: one seed (a prompt's draws then also depend on its row), or one for each prompt. A prompt's draws
+                depend on its evidence and its seed, never on the other prompts.
+            resample: correct the guide's draws by Pareto-smoothed importance sampling against the fitted program; the
+                posterior then has each prompt's ``k_hat`` and ``log_evidence``.
+            proposals: of each prompt, to resample from; by default half as many again as draws, at least 96.
+
+        Returns:
+            The draws ``(draw, prompt, K+1)``.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            EvidenceError: bad evidence.
+            TensorError: views of other widths than in ``fit``.
+            ConfigError: fewer than one draw or 25 proposals, or another number of seeds than prompts.
+        """
+        evidence = _as_evidence(X)
+        if draws < 1:
+            raise ConfigError(f"expected at least 1 draw, got {draws}")
+        prompts = self.state.prompts(evidence)
+        return self._posterior(prompts, draws, prompt_keys(seed, len(evidence)), resample, proposals)
+
+    def mixtures_of(self, evidence: Evidence) -> DirichletMixtures | LabelProbabilities:
+        """The guide's answer itself: a mixture of Dirichlets for each prompt, in float64."""
+        return self.state.answer(self.state.prompts(evidence), self.prior.mean)
+
+    def weigh(self, X: Evidence | Shaped[np.ndarray, "prompt feature"], proposals: int, seed: int = 0) -> Weighted:
+        """Weighted proposals of each prompt, as :meth:`posterior` resamples them.
+
+        Raises:
+            ConfigError: fewer than 25 proposals, or a one-label program, whose posterior is exact.
+        """
+        evidence = _as_evidence(X)
+        return self._weigh(self.state.prompts(evidence), proposals, prompt_keys(seed, len(evidence)))
+
+    def log_evidence(
+        self, X: Evidence | Shaped[np.ndarray, "prompt feature"], seed: int = 0
+    ) -> Float[np.ndarray, " prompt"]:
+        """``(N,)`` log density of each prompt's evidence under the fitted program, nats: what tells drift.
+
+        >>> monitor = drift_monitor(dispatcher.log_evidence(held_out))              # doctest: +SKIP
+        >>> monitor, report = watch(monitor, dispatcher.log_evidence(arriving))     # doctest: +SKIP
+        """
+        evidence = _as_evidence(X)
+        prompts = self.state.prompts(evidence)
+        answer = self.state.answer(prompts, self.prior.mean)
+        if isinstance(answer, LabelProbabilities):
+            return answer.log_evidence
+        keys = prompt_keys(seed, len(evidence))
+        return self.state.sampler(answer, prompts, self.prior.mean, PROPOSALS, keys).log_evidence
+
+    @property
+    def prior(self) -> PriorState:
+        """The prior of ``pi`` that prompts are served under: the program's own until :meth:`update` and
+        :meth:`feedback` have changed it. What ``fit`` learns of ``pi`` says how its training set was put together, and
+        nothing of the prompts to come.
+
+        Raises:
+            NotFittedError: before ``fit``.
+        """
+        if self._prior is None:
+            raise NotFittedError("expected a fitted dispatcher, got one before fit() or load()")
+        return self._prior
+
+    @prior.setter
+    def prior(self, prior: PriorState) -> None:
+        names = (*self.experts, "base")
+        if prior.names != names:
+            raise ConfigError(f"expected a prior over {list(names)}, got one over {list(prior.names)}")
+        if self._prior_file is not None:
+            write_prior(self._prior_file, prior, self.state.fingerprint)
+        self._prior = prior
+
+    def update(self, labels: Int[np.ndarray, " event"] | Sequence[int], forgetting: float = 1.0) -> PriorState:
+        """Take in the labels of served prompts; the next prompts are served under the new prior at once.
+
+        Args:
+            labels: ``(E,)`` component of each event in order, K for base.
+            forgetting: what remains of earlier events at each new one; 1 for all.
+
+        Returns:
+            The new prior.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            TensorError, ConfigError: labels outside 0 … K, or a forgetting outside (0, 1].
+        """
+        width = len(self.experts) + 1
+        self.prior = observe(self.prior, label_likelihood(np.asarray(labels), width), forgetting)
+        return self.prior
+
+    def feedback(
+        self,
+        served: str | Sequence[str],
+        reward: float | Sequence[float] | Float[np.ndarray, " event"],
+        X: Evidence | Shaped[np.ndarray, "prompt feature"] | None = None,
+        reliability: float = 0.95,
+        forgetting: float = 1.0,
+    ) -> PriorState:
+        """Take in rewards for the experts that served prompts.
+
+        Args:
+            served: the expert of each event (or of the only one), ``"base"`` too.
+            reward: from 0, surely wrong, to 1, surely right.
+            X: evidence of these prompts. Give it whenever the choice of the expert depended on the prompt: without it
+                the prior drifts towards what is served well.
+            reliability: chance that a reward tells the truth.
+            forgetting: as in :meth:`update`.
+
+        Returns:
+            The new prior.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            ConfigError: an unknown expert, or a number outside its range.
+            TensorError, EvidenceError: rewards or evidence of other prompts than were served.
+        """
+        names = [*self.experts, "base"]
+        experts = [served] if isinstance(served, str) else list(served)
+        if unknown := set(experts) - set(names):
+            raise ConfigError(f"expected experts among {names}, got {sorted(unknown)}")
+        rewards = np.atleast_1d(np.asarray(reward, dtype=np.float64))
+        rows = np.array([names.index(name) for name in experts], dtype=np.int64)
+        likelihoods = feedback_likelihood(rows, rewards, len(names), reliability)
+        if X is not None:
+            mean = self.mixtures_of(_as_evidence(X)).mean
+            if len(mean) != len(rewards):
+                raise TensorError(f"expected evidence of {len(rewards)} prompts, got {len(mean)}")
+            likelihoods = likelihoods * evidence_likelihood(mean, self.prior.mean)
+        self.prior = observe(self.prior, likelihoods, forgetting)
+        return self.prior
+
+    def keep_prior(self, path: str | Path) -> PriorState:
+        """Keep the prior in a file from now on, written whole after every event or batch of events; no crash loses it.
+
+        Args:
+            path: where it is read from, if it exists, and else begun.
+
+        Returns:
+            The prior, as the file has it.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            BundleError: the file is of another dispatcher, truncated, edited, or no such file.
+        """
+        file = Path(path)
+        if file.exists():
+            self._prior = read_prior(file, (*self.experts, "base"), self.state.fingerprint)
+        else:
+            write_prior(file, self.prior, self.state.fingerprint)
+        self._prior_file = file
+        return self.prior
+
+    def predict_proba(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, "prompt weight"]:
+        """``(N, K+1)`` probability that each expert (base last) has the largest weight; deterministic."""
+        return self.mixtures_of(_as_evidence(X)).probability_best()
+
+    def predict(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Shaped[np.ndarray, " prompt"]:
+        """``(N,)`` names of the experts most likely to have the largest weight, ``"base"`` among them."""
+        return np.array([*self.experts, "base"])[self.predict_proba(X).argmax(axis=1)]
+
+    def simulate(
+        self,
+        count: int,
+        draws: int = 256,
+        seed: int = 0,
+        weights: Float[np.ndarray, "prompt weight"] | None = None,
+        resample: bool = False,
+        proposals: int | None = None,
+    ) -> tuple[Float[np.ndarray, "prompt weight"], DispatchPosterior]:
+        """Draw prompts from the fitted program and infer their weights: what calibration is attainable.
+
+        Args:
+            count: prompts to draw.
+            draws: posterior draws of each.
+            seed: of simulation and draws.
+            weights: ``(count, K+1)`` to simulate at; drawn from the prior by default.
+            resample, proposals: as in :meth:`posterior`.
+
+        Returns:
+            The true weights ``(count, K+1)`` and the posterior.
+        """
+        state = self.state
+        given = None if weights is None else torch.as_tensor(np.asarray(weights), dtype=torch.float32)
+        shares = torch.tensor(self.prior.mean, dtype=torch.float32)
+        with isolated(seed):
+            drawn = simulate(
+                state.model, state.globals, state.like, count, self.guide, (state.temper,) * 2, 0.0, given, shares
+            )
+        posterior = self._posterior(
+            drawn.prompts.to(torch.float64), draws, prompt_keys(seed, count), resample, proposals
+        )
+        return drawn.weights.numpy().astype(np.float64), posterior
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``dispatcher.json`` and ``dispatcher.safetensors`` into a directory, each renamed when whole.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            BundleError: the path is a file.
+        """
+        document, arrays = self.state.pack()
+        arrays |= {"prior.mean": self.prior.mean, "prior.covariance": self.prior.covariance}
+        arrays |= {"prior.initial": self.prior.initial}
+        settings = {name: asdict(getattr(self, name)) for name in ("svi", "guide", "features", "program")}
+        header = {
+            "version": VERSION,
+            "experts": list(self.experts),
+            "random_state": self.random_state,
+            "events": self.prior.events,
+        }
+        header |= {"kind": next(name for name, each in PROGRAMS.items() if type(self.program) is each)}
+        write_directory(Path(directory), KIND, {**header, **settings, **document}, arrays)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Dispatcher:
+        """Read a dispatcher that :meth:`save` wrote.
+
+        Raises:
+            BundleError: a file is missing, truncated, edited, or of another format.
+        """
+        document, arrays = read_directory(Path(directory), KIND)
+        if document.get("version") != VERSION:
+            raise BundleError(f"expected a dispatcher of version {VERSION}, got version {document.get('version')}")
+        try:
+            dispatcher = cls(
+                document["experts"],
+                document["random_state"],
+                SVISettings(**document["svi"]),
+                GuideSettings(**_tuples(document["guide"])),
+                FeatureSettings(**_tuples(document["features"])),
+                PROGRAMS[document["kind"]](**document["program"]),
+            )
+        except (AttributeError, KeyError, TypeError, ConfigError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            raise BundleError(f"expected the settings of a dispatcher in {directory}, got {reason}") from None
+        experts, program = dispatcher.experts, dispatcher.program
+        dispatcher._state = FittedDispatcher.unpack(
+            document, arrays, lambda views: program.model(experts, views), dispatcher.guide
+        )
+        try:
+            mean, covariance, initial = (arrays[f"prior.{name}"] for name in ("mean", "covariance", "initial"))
+            dispatcher._prior = PriorState(mean, covariance, initial, (*experts, "base"), document["events"])
+        except (KeyError, ConfigError) as error:
+            raise BundleError(f"expected a serving prior in {directory}, got {error}") from None
+        return dispatcher
+
+    def to_arviz(
+        self,
+        X: Evidence | Shaped[np.ndarray, "prompt feature"],
+        draws: int = 64,
+        seed: int = 0,
+        resample: bool = True,
+        prompts: Sequence[str] | None = None,
+    ) -> Any:
+        """Prior, posterior, predictive draws, likelihood and evidence of prompts as arviz data.
+
+        Args:
+            X, draws, seed, resample: as in :meth:`posterior`, whose draws these are.
+            prompts: names of the prompts for plots; numbers by default.
+
+        Returns:
+            The groups of ``arviz_groups.fitted_groups``, ``arviz.InferenceData`` on arviz 0.x,
+            ``xarray.DataTree`` from 1.0 on.
+        """
+        from bayes_dispatch.dispatcher.arviz_data import to_inference_data
+        from bayes_dispatch.dispatcher.arviz_groups import fitted_groups
+
+        evidence = _as_evidence(X)
+        posterior = self.posterior(evidence, draws, seed, resample)
+        return to_inference_data(fitted_groups(self.state, evidence, posterior, self._report, prompts, seed))
+
+    def _initial_prior(self) -> PriorState:
+        return prior_state(self.state.model.prior_of_shares().double().numpy(), (*self.experts, "base"))
+
+    def _posterior(
+        self, prompts: Prompts, draws: int, keys: np.ndarray, resample: bool, proposals: int | None
+    ) -> DispatchPosterior:
+        names = (*self.experts, "base")
+        if resample and self.state.guide is not None:
+            weighted = self._weigh(prompts, proposals or max(PROPOSALS, -(-3 * draws // 2)), keys)
+            drawn = draw_resampled(weighted, draws, scramble(keys))
+            return DispatchPosterior(drawn, names, weighted.k_hat, weighted.log_evidence)
+        return DispatchPosterior(self.state.answer(prompts, self.prior.mean).draw(draws, keys), names)
+
+    def _weigh(self, prompts: Prompts, proposals: int, keys: np.ndarray) -> Weighted:
+        answer = self.state.answer(prompts, self.prior.mean)
+        if isinstance(answer, LabelProbabilities) or proposals < 25:
+            got = f"{proposals} of {type(self.program).__name__}"
+            raise ConfigError(f"expected at least 25 proposals of an admixture, got {got}")
+        return self.state.sampler(answer, prompts, self.prior.mean, proposals, keys)
+
+
+def _as_evidence(X: Evidence | np.ndarray) -> Evidence:
+    return X if isinstance(X, Evidence) else Evidence.from_array(X)
+
+
+def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no tuples, settings no lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}

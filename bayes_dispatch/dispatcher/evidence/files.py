@@ -1,0 +1,57 @@
+"""Evidence in a NumPy ``.npz`` file of plain arrays: for ``bayes-dispatch fit``, and kept in bundles."""
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.errors import EvidenceError
+
+__all__ = ["EvidenceFile", "read_evidence", "write_evidence"]
+
+VIEWS = ("hidden", "counts", "surprise")
+ARRAYS = (*VIEWS, "lengths", "labels", "mixtures")
+
+
+class EvidenceFile(NamedTuple):
+    """Evidence of N prompts, with labels and mixtures as ``Dispatcher.fit`` takes them, where the file has them."""
+
+    evidence: Evidence
+    labels: np.ndarray | None
+    mixtures: np.ndarray | None
+
+
+def read_evidence(path: Path) -> EvidenceFile:
+    """Read the arrays ``hidden``, ``counts``, ``surprise`` (one at least), ``lengths``, ``labels`` and ``mixtures``.
+
+    Raises:
+        EvidenceError: no such file, no ``.npz`` file, pickled objects in it, arrays of other names, or bad evidence.
+    """
+    try:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except OSError as error:
+        raise EvidenceError(f"expected a readable .npz file {path}, got: {error.strerror or error}") from None
+    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError) as error:
+        raise EvidenceError(f"expected an .npz file of plain arrays at {path}, got: {error}") from None
+    if unknown := arrays.keys() - set(ARRAYS):
+        raise EvidenceError(
+            f"expected arrays of the names {', '.join(ARRAYS)} in {path}, got {', '.join(sorted(unknown))}"
+        )
+    views = {name: arrays[name] for name in VIEWS if name in arrays}
+    return EvidenceFile(Evidence(views, arrays.get("lengths")), arrays.get("labels"), arrays.get("mixtures"))
+
+
+def write_evidence(path: Path, evidence: Evidence) -> None:
+    """Write views and lengths as ``read_evidence`` reads them; nothing of them may be missing for some prompts.
+
+    Raises:
+        EvidenceError: something is missing.
+    """
+    if any(mask.any() for mask in evidence.missing.values()) or evidence.lengths is None:
+        raise EvidenceError(f"expected evidence with all views of all prompts for {path}, got missing ones")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, allow_pickle=False, lengths=evidence.lengths, **evidence.views)

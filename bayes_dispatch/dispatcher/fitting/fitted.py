@@ -1,0 +1,213 @@
+"""What fitting finds, and all that is saved: program, globals, projections, guide and temper, as arrays."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.evidence.projection import FeatureMap
+from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior, isolated
+from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import DirichletMixtures
+from bayes_dispatch.dispatcher.guide.encoding import Encoder
+from bayes_dispatch.dispatcher.guide.guides import GuideSettings, MixtureGuide
+from bayes_dispatch.dispatcher.guide.importance import ImportanceSampler
+from bayes_dispatch.dispatcher.program.generative import DispatchModel
+from bayes_dispatch.dispatcher.program.observed import Prompts
+from bayes_dispatch.dispatcher.program.one_label import LabelProbabilities, label_probabilities
+from bayes_dispatch.dispatcher.program.views import KINDS, View, floored
+from bayes_dispatch.errors import BundleError, ConfigError, EvidenceError, TensorError
+
+__all__ = ["FittedDispatcher", "as_prompts"]
+
+
+@dataclass(frozen=True, eq=False)
+class FittedDispatcher:
+    """The fitted parts of a dispatcher; everything is evaluated in float64.
+
+    Args:
+        model: the generative program.
+        globals: its fitted globals.
+        feature_maps: by view the affine map of its raw values; views without one are read as they are.
+        guide: the amortised guide; ``None`` for the one-label program, whose posterior is exact.
+        settings: of the guide.
+        temper: the noise temper τ served with.
+        like: lengths, totals and missing views of training prompts, for simulations.
+    """
+
+    model: DispatchModel
+    globals: GlobalsPosterior
+    feature_maps: Mapping[str, FeatureMap]
+    guide: MixtureGuide | None
+    settings: GuideSettings
+    temper: float
+    like: Prompts
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A digest of everything that is saved: a serving prior belongs to one fit."""
+        document, arrays = self.pack()
+        digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
+        for name, values in sorted(arrays.items()):
+            digest.update(name.encode() + np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What makes the network's inputs."""
+        return Encoder(self.model, self.globals.center())
+
+    @cached_property
+    def draws(self) -> tuple[dict[str, Tensor], ...]:
+        """Draws of the globals that serving goes through, always the same."""
+        with isolated(0):
+            return tuple(self.globals.draw() for _ in range(self.settings.global_draws))
+
+    @cached_property
+    def sampler(self) -> ImportanceSampler:
+        """Importance sampling under these draws of the globals."""
+        return ImportanceSampler(self.model, self.draws, self.temper, self.settings.kappa)
+
+    def prompts(self, evidence: Evidence) -> Prompts:
+        """Evidence as the program's tensors, float64.
+
+        Raises:
+            EvidenceError: none of the program's views.
+            TensorError: a view of another width.
+        """
+        mapped = {
+            name: each(evidence.views[name]) for name, each in self.feature_maps.items() if name in evidence.views
+        }
+        return as_prompts(self.model, evidence, mapped, torch.float64)
+
+    def answer(self, prompts: Prompts, shares: Float[np.ndarray, " weight"]) -> DirichletMixtures | LabelProbabilities:
+        """The posterior of float64 prompts under ``pi`` = ``shares (K+1,)``: the guide's, or the exact one."""
+        if self.guide is None:
+            return label_probabilities(self.model, self.draws, prompts, shares, self.temper)
+        labels = self.model.label_shares(shares)
+        return self._network(self.encoder(prompts, self.temper, labels))
+
+    @cached_property
+    def _network(self) -> Callable[[np.ndarray], DirichletMixtures]:
+        if self.guide is None:
+            raise ConfigError("expected a program with a guide, got the one-label program")
+        return self.guide.compiled()
+
+    def pack(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What JSON holds, and named arrays."""
+        views = [{"name": view.name, "kind": view.kind, "width": view.width} for view in self.model.views]
+        document = {"views": views, "temper": self.temper}
+        arrays = {f"globals.loc.{name}": value.numpy() for name, value in self.globals.locations.items()}
+        arrays |= {f"globals.scale.{name}": value.numpy() for name, value in self.globals.scales.items()}
+        if self.globals.factor is not None:
+            arrays["globals.factor"] = self.globals.factor.numpy()
+        if self.guide is not None:
+            arrays |= {f"guide.{name}": value.float().numpy() for name, value in self.guide.state_dict().items()}
+        for name, each in self.feature_maps.items():
+            arrays |= {f"features.{name}.center": each.center, f"features.{name}.projection": each.projection}
+        arrays |= {"like.lengths": self.like.lengths.numpy()}
+        arrays |= {f"like.totals.{name}": values.numpy() for name, values in self.like.totals.items()}
+        arrays |= {f"like.missing.{name}": mask.numpy() for name, mask in self.like.missing.items()}
+        return document, arrays
+
+    @classmethod
+    def unpack(
+        cls,
+        document: Mapping[str, Any],
+        arrays: Mapping[str, np.ndarray],
+        build: Callable[[tuple[View, ...]], DispatchModel],
+        settings: GuideSettings,
+    ) -> FittedDispatcher:
+        """The inverse of :meth:`pack`; ``build`` makes the program for its views.
+
+        Raises:
+            BundleError: arrays are missing or of other shapes.
+        """
+        try:
+            views = tuple(KINDS[view["kind"]](view["width"], view["name"]) for view in document["views"])
+            model = build(views)
+            factor = torch.from_numpy(arrays["globals.factor"]) if "globals.factor" in arrays else None
+            globals_ = GlobalsPosterior(_under(arrays, "globals.loc."), _under(arrays, "globals.scale."), factor)
+            guide = None
+            if any(name.startswith("guide.") for name in arrays):
+                inputs = Encoder(model, globals_.center()).width
+                guide = MixtureGuide(inputs, model.n_experts + 1, settings)
+                guide.load_state_dict(_under(arrays, "guide."))
+            maps = {
+                name: FeatureMap(arrays[f"features.{name}.center"], arrays[f"features.{name}.projection"])
+                for name in (view.name for view in views)
+                if f"features.{name}.center" in arrays
+            }
+            like = Prompts(
+                torch.from_numpy(arrays["like.lengths"]),
+                _under(arrays, "like.totals."),
+                _under(arrays, "like.missing."),
+            )
+            return cls(model, globals_, maps, guide, settings, float(document["temper"]), like)
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            reason = str(error).splitlines()[0]
+            raise BundleError(f"expected the arrays of a dispatcher, got {reason}") from None
+
+
+def as_prompts(
+    model: DispatchModel, evidence: Evidence, mapped: Mapping[str, np.ndarray], dtype: torch.dtype
+) -> Prompts:
+    """Evidence as the program's tensors; views that it lacks are missing.
+
+    Args:
+        model: the program, whose views are read; others are ignored.
+        evidence: of N prompts.
+        mapped: by view ``(N, D)`` values that take the place of raw ones.
+        dtype: of the tensors.
+
+    Raises:
+        EvidenceError: none of the program's views.
+        TensorError: a view of another width.
+    """
+    names = [view.name for view in model.views]
+    if not any(name in evidence.views for name in names):
+        raise EvidenceError(f"expected at least one of the views {names}, got {sorted(evidence.views)}")
+    observed, missing, totals = {}, {}, {}
+    for view in model.views:
+        values = mapped.get(view.name, evidence.views.get(view.name))
+        if values is None:
+            values = np.zeros((len(evidence), view.width))
+        if values.shape[1] != view.width:
+            raise TensorError(f"expected view {view.name!r} of width {view.width}, got {values.shape[1]}")
+        absent = evidence.is_missing(view.name)
+        if absent.any():  # masked everywhere, but a density must exist
+            values = np.where(absent[:, None], 1.0 / view.width if view.kind == "probabilities" else 0.0, values)
+        observed[view.name] = _tensor(values, dtype)
+        missing[view.name] = _tensor(absent, torch.bool)
+        if view.kind == "counts":
+            _check_kind(view, values, ~absent, "numbers ≥ 0", values >= 0)
+            totals[view.name] = observed[view.name].sum(-1)
+        elif view.kind == "probabilities":
+            near = np.abs(values.sum(1, keepdims=True) - 1) < 1e-4
+            _check_kind(view, values, ~absent, "probabilities that sum to 1", (values >= 0) & near)
+            observed[view.name] = floored(observed[view.name])
+    return Prompts(_tensor(evidence.known_lengths(), dtype), totals, missing, observed)
+
+
+def _tensor(values: np.ndarray, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(np.array(values)).to(dtype)  # a copy: evidence is read-only, which torch warns of
+
+
+def _check_kind(view: View, values: np.ndarray, present: np.ndarray, expected: str, good: np.ndarray) -> None:
+    wrong = present & ~good.all(1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise EvidenceError(f"expected {expected} in view {view.name!r}, got {values[row]} for prompt {row}")
+
+
+def _under(arrays: Mapping[str, np.ndarray], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): torch.from_numpy(a) for name, a in arrays.items() if name.startswith(prefix)}

@@ -1,0 +1,277 @@
+"""Training the amortised guide: simulations from the fitted program ("sleep"), with some real prompts of known weights.
+
+First the network learns to invert the program at every noise temper τ (an input of its own); then documents of known
+mixture choose τ by how often intervals cover their weights; then training goes on at that τ, real prompts among the
+simulated ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from pyro import poutine
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from bayes_dispatch.dispatcher.fitting.concatenations import RealPrompts
+from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior, isolated
+from bayes_dispatch.dispatcher.guide.encoding import Encoder
+from bayes_dispatch.dispatcher.guide.guides import GuideSettings, MixtureGuide
+from bayes_dispatch.dispatcher.program.generative import DispatchModel
+from bayes_dispatch.dispatcher.program.observed import Prompts
+
+__all__ = ["Simulations", "choose_temper", "fit_guide", "simulate", "train_guide"]
+
+DROPOUT = 0.06  # of each view in simulations
+WARM_UP = 0.4  # of the steps come before τ is chosen
+JUDGED = 2_000  # known mixtures, at most, that choose it
+
+
+def fit_guide(
+    model: DispatchModel,
+    posterior: GlobalsPosterior,
+    like: Prompts,
+    real: RealPrompts,
+    settings: GuideSettings,
+    seed: int,
+    progress: bool = False,
+) -> tuple[MixtureGuide, float]:
+    """Train a guide for the fitted program, and choose the noise temper.
+
+    Args:
+        model: the program.
+        posterior: its globals.
+        like: prompts whose lengths, totals and missing views simulations take.
+        real: prompts of known weights, with features as noisy as those of new prompts. Its mixtures choose τ (from 100
+            on, 2,000 drawn of more), else concatenations of its pure prompts; without those τ is 1. It may know no
+            weights at all.
+        settings: network and training.
+        seed: of all randomness.
+        progress: show bars.
+
+    Returns:
+        The guide and τ.
+    """
+    pure, mixed = real.groups
+    warm = int(WARM_UP * settings.steps)
+    bars = ("guide, every temper", "guide, chosen temper") if progress else (None, None)
+    rate = settings.learning_rate
+    with isolated(seed):
+        encoder = Encoder(model, posterior.center())
+        guide = MixtureGuide(encoder.width, model.n_experts + 1, settings)
+        shares = model.label_shares(posterior.center()["pi"])
+        span = settings.tempers
+        simulations = simulate(model, posterior, like, settings.simulations, settings, span, DROPOUT)
+        inputs = simulations.inputs(encoder)
+        guide.standardise_by(inputs)
+
+        def present(prompts: Prompts, temper: float) -> Tensor:
+            return torch.from_numpy(encoder(prompts, temper, shares)).to(prompts.lengths)
+
+        train_guide(guide, inputs, simulations.weights, None, settings, warm, rate, bars[0])
+
+        def simulate_at(weights: Tensor, temper: float) -> Prompts:
+            return simulate(model, posterior, like, len(weights), settings, (temper, temper), 0.0, weights).prompts
+
+        temper = settings.tempers[0]
+        if settings.tempers[0] < settings.tempers[1]:
+            chosen = mixed if len(mixed) <= JUDGED else mixed[torch.randperm(len(mixed))[:JUDGED]]
+            judged = (real.prompts.select(chosen), real.weights[chosen])
+            if len(mixed) < 100 and len(pure):
+                judged = real.concatenate(300)
+            temper = 1.0
+            if len(judged[1]):
+                temper = choose_temper(guide, present, simulate_at, *judged, settings.tempers)
+        simulations = simulate(model, posterior, like, settings.simulations, settings, (temper, temper), DROPOUT)
+
+        def pairs(count: int) -> tuple[Tensor, Tensor]:
+            prompts, weights = real(count)
+            return present(prompts, temper), weights
+
+        source = pairs if len(pure) + len(mixed) else None
+        inputs, left = simulations.inputs(encoder), settings.steps - warm
+        train_guide(guide, inputs, simulations.weights, source, settings, left, rate / 2, bars[1])
+    return guide, temper
+
+
+@dataclass(frozen=True, eq=False)
+class Simulations:
+    """Prompts drawn from the program, with the weights and noise tempers they were drawn at.
+
+    Args:
+        prompts: every view observed.
+        weights: ``(N, K+1)``.
+        tempers: ``(N,)``.
+        shares: ``(N, K+1)`` label shares of the prior that they were drawn from.
+    """
+
+    prompts: Prompts
+    weights: Tensor
+    tempers: Tensor
+    shares: Tensor
+
+    def inputs(self, encoder: Encoder) -> Float[Tensor, "prompt inputs"]:
+        """The encoded evidence ``(N, I)``."""
+        return torch.from_numpy(encoder(self.prompts, self.tempers, self.shares)).to(self.weights)
+
+
+def simulate(
+    model: DispatchModel,
+    posterior: GlobalsPosterior,
+    like: Prompts,
+    count: int,
+    settings: GuideSettings,
+    tempers: tuple[float, float],
+    dropout: float = 0.0,
+    weights: Float[Tensor, "prompt weight"] | None = None,
+    shares: Float[Tensor, " weight"] | None = None,
+) -> Simulations:
+    """Draw prompts from the fitted program with torch's generator.
+
+    Args:
+        model: the program.
+        posterior: its globals.
+        like: real prompts whose lengths, totals and missing views the simulated ones take (bootstrap).
+        count: prompts to draw, spread evenly over ``settings.global_draws`` draws of the globals.
+        settings: range of the prior precision, and number of global draws.
+        tempers: range of τ, log-uniform.
+        dropout: chance that a prompt lacks a view, or its length, that its real counterpart has.
+        weights: ``(count, K+1)`` to draw evidence at; drawn from the prior by default.
+        shares: ``(K+1,)`` ``pi`` of that prior. By default half the prompts have the mean of the program's prior,
+            and others draws from it or from a flat one, so that a guide learns to serve any.
+
+    Returns:
+        The simulated prompts.
+    """
+    low, high = np.log(settings.kappa)
+    pieces = []
+    for rows in torch.arange(count).chunk(min(settings.global_draws, count)):
+        prompts = _drop(like.select(torch.randint(len(like), (len(rows),))), dropout)
+        known = None if weights is None else weights[rows]
+        pi = _draw_shares(model, len(rows)) if shares is None else shares.expand(len(rows), -1)
+        sites = posterior.draw() | {"kappa": torch.exp(low + (high - low) * torch.rand(len(rows))), "pi": pi}
+        tau = torch.exp(torch.empty(len(rows)).uniform_(*np.log(tempers)))
+        blank = replace(prompts, known=known)
+        with torch.no_grad():
+            nodes: Any = poutine.trace(model.sample_prompts).get_trace(sites, blank, tau).nodes
+        observed = {view.name: nodes[view.name]["value"] for view in model.views}
+        drawn = _weights_of(nodes, model) if known is None else known
+        pieces.append((replace(prompts, observed=observed), drawn, tau, model.label_shares(pi)))
+    parts, weights_of, tempers_of, shares_of = zip(*pieces, strict=True)
+    return Simulations(Prompts.concatenate(parts), torch.cat(weights_of), torch.cat(tempers_of), torch.cat(shares_of))
+
+
+def train_guide(
+    guide: MixtureGuide,
+    inputs: Float[Tensor, "prompt inputs"],
+    targets: Float[Tensor, "prompt weight"],
+    real: Callable[[int], tuple[Tensor, Tensor]] | None,
+    settings: GuideSettings,
+    steps: int,
+    learning_rate: float,
+    progress: str | None = None,
+) -> Float[np.ndarray, " step"]:
+    """Train the guide in place: maximise ``log q(w | evidence)`` over simulated and some real prompts.
+
+    Args:
+        guide: the network; its standardisation is set.
+        inputs: encoded evidence of the simulated prompts.
+        targets: ``(N, K+1)`` their weights.
+        real: gives encoded evidence and weights of so many real prompts; ``None`` trains on simulations alone.
+        settings: batch sizes and shares.
+        steps: optimiser steps.
+        learning_rate: at the start, cosine to zero.
+        progress: title of a bar; none by default.
+
+    Returns:
+        The loss of each step, nats per prompt.
+    """
+    optimiser = torch.optim.Adam(guide.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    n_real = round(settings.real_share * settings.batch_size) if real is not None else 0
+    losses = []
+    for _ in tqdm(range(steps), desc=progress, disable=progress is None):
+        rows = torch.randint(len(targets), (settings.batch_size - n_real,))
+        batch, weights = inputs[rows], targets[rows]
+        if real is not None and n_real:
+            encoded, known = real(n_real)
+            batch, weights = torch.cat([batch, encoded]), torch.cat([weights, known])
+        loss = -guide(batch, weights).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(guide.parameters(), 5.0)
+        optimiser.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    return np.array(losses)
+
+
+def choose_temper(
+    guide: MixtureGuide,
+    present: Callable[[Prompts, float], Tensor],
+    simulate_at: Callable[[Tensor, float], Prompts],
+    prompts: Prompts,
+    weights: Float[Tensor, "prompt weight"],
+    tempers: tuple[float, float],
+) -> float:
+    """The τ at which intervals cover the true weights of real prompts as often as those of simulated ones.
+
+    Coverage of 50, 70 and 90% intervals, of components with a share above .02, is taken at seven τ; its excess over
+    that of simulations at the same weights is next to linear in log τ, and the root of the line is chosen. A log score
+    would judge by how much mass lies at weights of next to 0: true mixtures have exact zeros, and the sparsest
+    posterior would win.
+
+    Args:
+        guide: trained at every τ.
+        present: encodes prompts at a τ.
+        simulate_at: draws prompts from the program at given weights and τ.
+        prompts: prompts of known mixture, with features as noisy as those of new prompts.
+        weights: ``(N, K+1)`` their true weights.
+        tempers: smallest and largest τ.
+    """
+    answer = guide.compiled()
+    repeated = weights.repeat(max(1, JUDGED // len(weights)), 1)
+    grid = np.linspace(math.log(tempers[0]), math.log(tempers[1]), 7)
+
+    def coverage(some: Prompts, truth: Tensor, temper: float) -> float:
+        draws = answer(present(some, temper).double().numpy()).draw(200, np.arange(len(some), dtype=np.uint64))
+        known = truth.double().numpy()
+        below = (draws < known).mean(0)[known > 0.02]  # share of draws below the truth
+        return float(np.mean([(np.abs(below - 0.5) <= level / 2).mean() for level in (0.5, 0.7, 0.9)]))
+
+    excess = [
+        coverage(prompts, weights, temper) - coverage(simulate_at(repeated, temper), repeated, temper)
+        for temper in np.exp(grid).tolist()
+    ]
+    slope, intercept = np.polyfit(grid, excess, 1)
+    if slope <= 0:  # too few documents to tell
+        return float(np.exp(grid[np.argmin(np.abs(excess))]))
+    return float(np.exp(np.clip(-intercept / slope, grid[0], grid[-1])))
+
+
+def _weights_of(nodes: Any, model: DispatchModel) -> Float[Tensor, "prompt weight"]:
+    """The weights that a trace of the program drew; the one-label program drew an index."""
+    return nodes["w"]["value"] if "w" in nodes else torch.eye(model.n_experts + 1)[nodes["expert"]["value"]]
+
+
+def _draw_shares(model: DispatchModel, count: int) -> Float[Tensor, "prompt weight"]:
+    """Shares ``pi`` that a dispatcher may come to serve: half of them those that it begins with, the prior's mean."""
+    flat = torch.distributions.Dirichlet(torch.ones(model.n_experts + 1))
+    prior: Any = model.shares_prior()
+    mean = model.prior_of_shares()
+    first = (mean / mean.sum()).expand(count, -1)
+    drawn = torch.stack([first, first, prior.sample((count,)), flat.sample((count,))], 1)
+    return drawn[torch.arange(count), torch.randint(4, (count,))]
+
+
+def _drop(prompts: Prompts, chance: float) -> Prompts:
+    """Make views and lengths missing at random; nothing is observed yet."""
+    missing = {name: mask | (torch.rand(len(prompts)) < chance) for name, mask in prompts.missing.items()}
+    lengths = torch.where(torch.rand(len(prompts)) < chance, torch.zeros(()), prompts.lengths)
+    return Prompts(lengths, prompts.totals, missing)

@@ -1,0 +1,265 @@
+"""Fitting the globals of the generative program by SVI, each prompt's weights beside them.
+
+Nothing here touches Pyro's parameter store or the global random state: parameters live in modules, and
+:func:`isolated` forks torch's generator from a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import pyro
+import torch
+from jaxtyping import Float
+from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer.autoguide import AutoNormal, init_to_value
+from pyro.nn import PyroModule
+from pyro.optim import ClippedAdam
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+from tqdm.auto import tqdm
+
+from bayes_dispatch.dispatcher.guide.guides import AmortisedDirichlet, LocalDirichlet
+from bayes_dispatch.dispatcher.program.generative import DispatchModel, OneLabelModel, label_informed_start
+from bayes_dispatch.dispatcher.program.observed import Prompts
+from bayes_dispatch.errors import ConfigError
+
+__all__ = ["FitReport", "GlobalsPosterior", "SVISettings", "fit_globals", "isolated"]
+
+WINDOW = 0.1  # of the steps; the last two windows tell whether the loss still falls
+TOLERANCE = 0.02  # nats a prompt between them
+
+
+@dataclass(frozen=True)
+class SVISettings:
+    """Stochastic variational inference of the globals.
+
+    Args:
+        steps: optimiser steps of a round.
+        learning_rate: at the start; a tenth of it at the end.
+        batch_size: prompts in each step; all prompts when there are no more.
+        rounds: at most so many rounds, each at half the learning rate of the one before, until the loss has converged.
+        restarts: seeds to fit from; the fit of the lowest final loss is kept.
+        collapsed: steps of a second stage in which the weights are integrated out and the globals' posterior is a
+            normal of full covariance (``fitting.collapsed``); 0 for none. It is for the posterior of ``pi``
+            and ``kappa``, which SVI alone makes too narrow, and for few prompts; the guide is trained twice.
+        precision: of the whole fit, ``"float32"`` or ``"float64"``.
+    """
+
+    steps: int = 600
+    learning_rate: float = 0.02
+    batch_size: int = 4096
+    rounds: int = 3
+    restarts: int = 1
+    collapsed: int = 0
+    precision: Literal["float32", "float64"] = "float32"
+
+    def __post_init__(self) -> None:
+        sizes = (self.steps, self.batch_size, self.rounds, self.restarts)
+        if min(sizes) < 1 or self.learning_rate <= 0:
+            raise ConfigError(f"expected positive steps, learning rate, batch size, rounds and restarts, got {self}")
+        if self.collapsed < 0:
+            raise ConfigError(f"expected collapsed steps ≥ 0, got {self.collapsed}")
+        if self.precision not in ("float32", "float64"):
+            raise ConfigError(f'expected precision "float32" or "float64", got {self.precision!r}')
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch type of ``precision``."""
+        return torch.float32 if self.precision == "float32" else torch.float64
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalsPosterior:
+    """Fitted globals: a normal in unconstrained coordinates.
+
+    Args:
+        locations: site → mean.
+        scales: site → sd, of the same shape.
+        factor: ``(P, P)`` lower triangle whose product with its transpose is the covariance of all P coordinates, sites
+            in the order of their names; ``None`` where they are independent.
+    """
+
+    locations: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]
+    factor: Tensor | None = None
+
+    @classmethod
+    def correlated(
+        cls, shapes: Mapping[str, torch.Size], mean: Float[Tensor, " number"], factor: Float[Tensor, "number number"]
+    ) -> GlobalsPosterior:
+        """From the mean and the covariance's factor of all sites' coordinates, in the order of ``shapes``."""
+        sizes = [shape.numel() for shape in shapes.values()]
+        rows = dict(zip(shapes, torch.arange(len(mean)).split(sizes), strict=True))
+        covariance = factor @ factor.T
+        order = torch.cat([rows[name] for name in sorted(rows)])
+        return cls(
+            {name: mean[rows[name]].reshape(shape) for name, shape in shapes.items()},
+            {name: covariance.diagonal()[rows[name]].sqrt().reshape(shape) for name, shape in shapes.items()},
+            torch.linalg.cholesky(covariance[order][:, order]).contiguous(),  # as one from a file
+        )
+
+    def to(self, dtype: torch.dtype) -> GlobalsPosterior:
+        """The same in another floating-point type."""
+        locations = {name: value.to(dtype) for name, value in self.locations.items()}
+        scales = {name: value.to(dtype) for name, value in self.scales.items()}
+        return GlobalsPosterior(locations, scales, None if self.factor is None else self.factor.to(dtype))
+
+    def draw(self) -> dict[str, Tensor]:
+        """One draw of every site, constrained, from torch's generator; by name, as a file knows no other order."""
+        sites = sorted(self.locations.items())
+        if self.factor is None:
+            return {name: _constrain(name, loc + self.scales[name] * torch.randn_like(loc)) for name, loc in sites}
+        moved = (self.factor * torch.randn(len(self.factor), dtype=self.factor.dtype)).sum(-1)
+        parts = moved.split([loc.numel() for _, loc in sites])
+        return {name: _constrain(name, loc + part.view_as(loc)) for (name, loc), part in zip(sites, parts, strict=True)}
+
+    def center(self) -> dict[str, Tensor]:
+        """Every site at its variational median."""
+        return {name: _constrain(name, loc) for name, loc in self.locations.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class FitReport:
+    """How the fit of the globals went.
+
+    Args:
+        losses: ``(steps,)`` negative ELBO per prompt of each step, nats, of the fit that was kept.
+        converged: whether the loss had stopped falling: by less than .02 nats a prompt, or twice the standard error,
+            between the last two tenths of the last round.
+        change: nats a prompt that it fell between them.
+        final: final loss of every restart, nats a prompt.
+        collapsed: ``(steps,)`` negative ELBO per prompt of the collapsed steps, nats; it is another bound than that of
+            ``losses``, and not to be compared with it.
+    """
+
+    losses: np.ndarray
+    converged: bool
+    change: float
+    final: tuple[float, ...]
+    collapsed: np.ndarray = field(default_factory=lambda: np.zeros(0))
+
+
+SUPPORTS = {"pi": constraints.simplex, "Phi": constraints.simplex, "M": constraints.real, "a": constraints.real}
+
+
+def _constrain(name: str, value: Tensor) -> Tensor:
+    return biject_to(SUPPORTS.get(name.rpartition("_")[2], constraints.positive))(value)
+
+
+@contextmanager
+def isolated(seed: int, dtype: torch.dtype = torch.float32) -> Iterator[None]:
+    """Run with torch's generator at ``seed``, a default dtype, and module-local Pyro parameters; leave global state as
+    it was."""
+    before = torch.get_default_dtype()
+    with torch.random.fork_rng(devices=[]), pyro.settings.context(module_local_params=True):
+        torch.manual_seed(seed)
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
+
+
+def fit_globals(
+    model: DispatchModel,
+    prompts: Prompts,
+    settings: SVISettings,
+    seed: int,
+    progress: bool = False,
+    start: GlobalsPosterior | None = None,
+) -> tuple[GlobalsPosterior, FitReport]:
+    """Fit the program's globals to prompts by SVI, from a label-informed start.
+
+    Args:
+        model: the program.
+        prompts: observed evidence of the settings' precision, with labels and known weights where there are any.
+        settings: optimiser settings.
+        seed: of the start and of every draw.
+        progress: show a bar.
+        start: globals to start at instead.
+
+    Returns:
+        The globals' posterior, and how the fit went.
+    """
+    if len(prompts) > settings.batch_size:
+        model = replace(model, batch_size=settings.batch_size)
+    fits = []
+    for restart in range(settings.restarts):
+        with isolated(seed + 7919 * restart, settings.dtype):
+            values = label_informed_start(model, prompts) if start is None else start.center()
+            if restart:
+                values = {name: _jitter(name, value) for name, value in values.items()}
+            fits.append(_fit(model, prompts, values, settings, progress))
+    final = tuple(report.final[0] for _, report in fits)
+    posterior, report = fits[int(np.argmin(final))]
+    return posterior, replace(report, final=final)
+
+
+def _fit(
+    model: DispatchModel, prompts: Prompts, start: Mapping[str, Tensor], settings: SVISettings, progress: bool
+) -> tuple[GlobalsPosterior, FitReport]:
+    guide = _Guide(model, prompts, start)
+    decay = 0.1 ** (1 / settings.steps)
+    elbo = TraceEnum_ELBO(max_plate_nesting=1) if isinstance(model, OneLabelModel) else Trace_ELBO()
+    losses: list[float] = []
+    change, converged = 0.0, False
+    for turn in range(settings.rounds):
+        rate = settings.learning_rate / 2**turn
+        svi = SVI(model, guide, ClippedAdam({"lr": rate, "lrd": decay, "clip_norm": 10.0}), elbo)
+        bar = tqdm(range(settings.steps), desc="globals (SVI)", disable=not progress)
+        for step in bar:
+            losses.append(svi.step(prompts) / len(prompts))
+            if step % 50 == 0:
+                bar.set_postfix(loss=f"{losses[-1]:.2f}")
+        change, converged = _converged(np.array(losses[-settings.steps :]))
+        if converged:
+            break
+    normal = guide.globals
+    locations = {name: getattr(normal.locs, name).detach().clone() for name in start}
+    scales = {name: getattr(normal.scales, name).detach().clone() for name in start}
+    window = max(2, int(WINDOW * settings.steps))
+    report = FitReport(np.array(losses), converged, change, (float(np.mean(losses[-window:])),))
+    return GlobalsPosterior(locations, scales), report
+
+
+def _converged(losses: np.ndarray) -> tuple[float, bool]:
+    """Fall of the loss between the last two windows, and whether it is none to speak of."""
+    window = max(2, int(WINDOW * len(losses)))
+    if len(losses) < 2 * window:
+        return float("nan"), False
+    before, after = losses[-2 * window : -window], losses[-window:]
+    change = float(before.mean() - after.mean())
+    error = float(np.sqrt((before.var(ddof=1) + after.var(ddof=1)) / window))
+    return change, bool(change < max(TOLERANCE, 2 * error))
+
+
+def _jitter(name: str, value: Tensor) -> Tensor:
+    """Another start near one: noise in unconstrained coordinates."""
+    transform = biject_to(SUPPORTS.get(name.rpartition("_")[2], constraints.positive))
+    free = transform.inv(value)
+    return transform(free + 0.2 * torch.randn_like(free))
+
+
+class _Guide(PyroModule):
+    """Normals for the globals beside a Dirichlet for each prompt; a network gives these where prompts are many."""
+
+    def __init__(self, model: DispatchModel, prompts: Prompts, start: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        values = {name: value.clone() for name, value in start.items()}  # they are trained in place
+        self.globals = AutoNormal(model.sample_globals, init_loc_fn=init_to_value(values=values), init_scale=0.05)
+        if isinstance(model, OneLabelModel):
+            self.local: PyroModule | None = None
+        elif model.batch_size is None:
+            self.local = LocalDirichlet(prompts, model.n_experts + 1)
+        else:
+            self.local = AmortisedDirichlet(model.views, prompts, model.n_experts + 1, model.batch_size)
+
+    def forward(self, prompts: Prompts) -> None:
+        self.globals()
+        if self.local is not None:
+            self.local(prompts)

@@ -1,0 +1,319 @@
+"""Is a prompt foreign to all experts? A conformal gate that sends such prompts to base, at a stated false-alarm rate.
+
+**Score.** Two numbers of a prompt say "foreign": the log predictive density of its evidence under the fitted program is
+low, or E[w_base], the guide's own mean, is high. Either misses what the other finds: text unlike anything in training
+may spread its weight over experts, and prompts that mix domains have densities nearly as low as foreign ones. Both
+drift with length, so each becomes a residual of a regression on the log length and its square, divided by that of its
+absolute residual; the score is the sum of both.
+
+**Guarantee.** The regressions are of one part of the held-out prompts, the ranks of the other. A prompt's p-value is
+its rank among the calibration prompts of a group that fall into its bin of length, (1 + how many score at least as
+high) / (1 + how many there are), and the largest of these over the groups. If the prompt is exchangeable with the
+calibration prompts of any one group in its bin, P(p ≤ α) ≤ α, whatever the distribution and however few they are: split
+conformal prediction by category (Vovk, Gammerman & Shafer 2005, *Algorithmic Learning in a Random World*, §4.5; as a
+test for outliers: Bates et al. 2023, arXiv 2104.08279), and the largest of p-values is valid wherever one of them is.
+That is an average over calibration sets: given one of n prompts, the rate of exchangeable prompts is distributed as
+Beta(k, n + 1 − k) with k = ⌊α(n + 1)⌋, or below (Vovk 2012, arXiv 1209.2673). Prompts longer or shorter than all of
+calibration count to the nearest bin, without a guarantee.
+
+>>> gate = Gate.calibrate(dispatcher, held_out)                                     # doctest: +SKIP
+>>> decision = gate.decide(dispatcher, evidence, false_alarm_rate=0.05)             # doctest: +SKIP
+>>> posterior = decision.to_base(posterior)                                         # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.keys import prompt_keys
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.dispatcher.program.one_label import LabelProbabilities
+from bayes_dispatch.errors import BundleError, ConfigError, TensorError
+from bayes_dispatch.storage import read_directory, write_directory
+
+__all__ = ["Gate", "GateDecision", "foreign_parts"]
+
+KIND = "gate"
+VERSION = 1
+PROPOSALS = 96  # of the importance sampling behind the density
+FITTED = 4  # every fourth prompt is for the regressions
+FEWEST = 80
+PER_BIN = 60  # calibration prompts of each group, at least, where there are several bins
+LENGTH = 64.0  # tokens, where the regressions have their intercepts
+ARRAYS = ("weights", "shares", "locations", "spreads", "edges", "scores", "bins", "groups")
+
+
+@dataclass(frozen=True, eq=False)
+class GateDecision:
+    """What the gate found of N prompts.
+
+    Attributes:
+        p_values: ``(N,)``, near 0 for foreign prompts.
+        foreign: ``(N,)`` which prompts to send to base, or to abstain from: p ≤ ``false_alarm_rate``.
+        false_alarm_rate: of prompts from the experts' domains, at most this share is sent to base.
+    """
+
+    p_values: np.ndarray
+    foreign: np.ndarray
+    false_alarm_rate: float
+
+    def to_base(self, posterior: DispatchPosterior) -> DispatchPosterior:
+        """The posterior with all draws of foreign prompts at the base vertex; the others' draws, and what is known of
+        the evidence (``k_hat``, ``log_evidence``), stay.
+
+        Raises:
+            TensorError: a posterior of other prompts.
+        """
+        if len(posterior) != len(self.foreign):
+            raise TensorError(f"expected a posterior of {len(self.foreign)} prompts, got one of {len(posterior)}")
+        base = np.eye(len(posterior.experts))[-1]
+        weights = np.where(self.foreign[:, None], base, posterior.weights)
+        return DispatchPosterior(weights, posterior.experts, posterior.k_hat, posterior.log_evidence)
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """A calibrated gate; it belongs to one fitted dispatcher.
+
+    Attributes:
+        dispatcher: fingerprint of the dispatcher's fit.
+        weights: ``(2,)`` of the score's parts, density and base.
+        shares: ``(K+1,)`` prior mean of the experts' shares that prompts are scored under: that of calibration, so that
+            later feedback moves no score.
+        locations, spreads: ``(2, 3)`` intercept, at 64 tokens, slope and curvature in the log length of each part.
+        edges: ``(B−1,)`` lengths that part the B bins, in tokens, increasing.
+        scores, bins, groups: ``(M,)`` of the calibration prompts; bin 0 is of unknown lengths, then 1 … B.
+    """
+
+    dispatcher: str
+    weights: np.ndarray
+    shares: np.ndarray
+    locations: np.ndarray
+    spreads: np.ndarray
+    edges: np.ndarray
+    scores: np.ndarray
+    bins: np.ndarray
+    groups: np.ndarray
+
+    @classmethod
+    def calibrate(
+        cls,
+        dispatcher: Dispatcher,
+        evidence: Evidence,
+        groups: Int[np.ndarray, " prompt"] | Sequence[int] | None = None,
+        bins: int = 8,
+        weights: tuple[float, float] = (1.0, 1.0),
+        seed: int = 0,
+    ) -> Gate:
+        """A gate from prompts of the experts' domains that the dispatcher was not fitted on.
+
+        Args:
+            dispatcher: fitted.
+            evidence: of N ≥ 80 prompts. The smallest rate that can be asked for is some ``bins · groups / N``.
+            groups: ``(N,)`` integers ≥ 0: kinds of prompts, such as pure and mixed ones, for each of which the rate is
+                to hold, whatever the kinds' shares among prompts to come; one group by default.
+            bins: of length, at most: quantiles of the lengths, fewer where a group has too few prompts for them.
+            weights: of the score's parts, density and base.
+            seed: of the split into prompts for the regressions (a quarter) and for the ranks.
+
+        Raises:
+            NotFittedError: a dispatcher before ``fit``.
+            EvidenceError, TensorError: evidence of other views, or groups of other prompts.
+            ConfigError: fewer prompts, fewer than one bin, or weights that are negative or both 0.
+        """
+        count = len(evidence)
+        kinds = np.zeros(count, np.int64) if groups is None else np.asarray(groups)
+        if kinds.shape != (count,) or not np.issubdtype(kinds.dtype, np.integer) or kinds.min(initial=0) < 0:
+            raise TensorError(f"expected groups ≥ 0 of {count} prompts, got {kinds.dtype} of shape {kinds.shape}")
+        if count < FEWEST or bins < 1:
+            raise ConfigError(f"expected at least {FEWEST} prompts and 1 bin, got {count} and {bins}")
+        if min(weights) < 0 or not 0 < sum(weights) < np.inf:
+            raise ConfigError(f"expected finite weights of both parts ≥ 0, one above, got {weights}")
+        kinds = np.unique(kinds, return_inverse=True)[1]
+        shares = dispatcher.prior.mean
+        parts, lengths = foreign_parts(dispatcher, evidence, shares), evidence.known_lengths()
+        fitted = np.zeros(count, bool)
+        fitted[np.random.default_rng(seed).permutation(count)[: count // FITTED]] = True
+        locations, spreads = _regressions(parts[fitted], lengths[fitted])
+        known = lengths[fitted & (lengths > 0)]
+        wanted = min(bins, max(1, np.bincount(kinds[~fitted]).min() // PER_BIN))
+        shape = np.array(weights, dtype=np.float64), shares, locations, spreads, np.zeros(0)
+        empty = cls(dispatcher.state.fingerprint, *shape, np.zeros(0), kinds[:0], kinds[:0])
+        gate = replace(empty, scores=empty._score(parts[~fitted], lengths[~fitted]), groups=kinds[~fitted])
+        for most in range(wanted, 0, -1):
+            edges = np.unique(np.quantile(known, np.arange(1, most) / most)) if len(known) else np.zeros(0)
+            edges = edges[edges > known.min(initial=np.inf)]  # where many prompts are as short as the shortest
+            gate = replace(gate, edges=edges)
+            gate = replace(gate, bins=gate._bins(lengths[~fitted]))
+            if gate.least_rate < 1:  # else a group has no prompts of some lengths
+                break
+        return gate
+
+    @property
+    def least_rate(self) -> float:
+        """The smallest false-alarm rate at which prompts of every known length (or, where none is, of unknown length)
+        can still be sent to base.
+        """
+        counts = np.zeros((len(self.edges) + 2, self.groups.max() + 1), np.int64)
+        np.add.at(counts, (self.bins, self.groups), 1)
+        rows = counts[1:] if (self.bins > 0).any() else counts[:1]
+        return float(1 / (1 + rows.min()))
+
+    def foreignness(self, dispatcher: Dispatcher, evidence: Evidence) -> Float[np.ndarray, " prompt"]:
+        """``(N,)`` scores, comparable between lengths; more is more foreign.
+
+        Raises:
+            As :meth:`p_values`.
+        """
+        self.check_dispatcher(dispatcher)
+        return self._score(foreign_parts(dispatcher, evidence, self.shares), evidence.known_lengths())
+
+    def p_values(self, dispatcher: Dispatcher, evidence: Evidence) -> Float[np.ndarray, " prompt"]:
+        """``(N,)`` conformal p-values; a prompt's depends on its own evidence alone.
+
+        Raises:
+            ConfigError: another dispatcher than it was calibrated for.
+            EvidenceError, TensorError: evidence of other views.
+        """
+        scores, places = self.foreignness(dispatcher, evidence), self._bins(evidence.known_lengths())
+        found = np.zeros(len(scores))
+        for place in np.unique(places):
+            here = places == place
+            for group in range(self.groups.max() + 1):
+                ranked = np.sort(self.scores[(self.bins == place) & (self.groups == group)])
+                above = len(ranked) - np.searchsorted(ranked, scores[here], side="left")
+                found[here] = np.maximum(found[here], (1 + above) / (1 + len(ranked)))
+        return found
+
+    def decide(self, dispatcher: Dispatcher, evidence: Evidence, false_alarm_rate: float = 0.05) -> GateDecision:
+        """Which prompts are foreign.
+
+        Args:
+            dispatcher: the one that it was calibrated for.
+            evidence: of N prompts.
+            false_alarm_rate: share of prompts of the experts' domains that may be sent to base.
+
+        Raises:
+            ConfigError: another dispatcher, or a rate outside ``least_rate`` to 1.
+            EvidenceError, TensorError: evidence of other views.
+        """
+        self.check_rate(false_alarm_rate)
+        found = self.p_values(dispatcher, evidence)
+        return GateDecision(found, found <= false_alarm_rate, float(false_alarm_rate))
+
+    def check_rate(self, false_alarm_rate: float) -> None:
+        """Raise ``ConfigError`` unless the rate is one that so many prompts can guarantee."""
+        if not self.least_rate <= false_alarm_rate < 1:
+            wanted = f"expected a false-alarm rate of at least {self.least_rate:.3g} (for less, calibrate with more"
+            raise ConfigError(f"{wanted} prompts) and below 1, got {false_alarm_rate}")
+
+    def check_dispatcher(self, dispatcher: Dispatcher) -> None:
+        """Refuse another dispatcher.
+
+        Raises:
+            ConfigError: it is another, or the same fitted again. NotFittedError: it is not fitted.
+        """
+        if (got := dispatcher.state.fingerprint) != self.dispatcher:
+            raise ConfigError(
+                f"expected the dispatcher {self.dispatcher[:12]}… that the gate was calibrated for, got {got[:12]}…: "
+                "calibrate another for it, or leave the gate out"
+            )
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``gate.json`` and ``gate.safetensors`` into a directory, each renamed when whole.
+
+        Raises:
+            BundleError: the path is a file.
+        """
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        write_directory(Path(directory), KIND, {"version": VERSION, "dispatcher": self.dispatcher}, arrays)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Gate:
+        """Read a gate that :meth:`save` wrote.
+
+        Raises:
+            BundleError: a file is missing, truncated, edited, of another format, or holds no gate.
+        """
+        document, arrays = read_directory(Path(directory), KIND)
+        if document.get("version") != VERSION:
+            raise BundleError(f"expected a gate of version {VERSION} in {directory}, got {document.get('version')!r}")
+        if set(arrays) != set(ARRAYS) or not isinstance(document.get("dispatcher"), str):
+            raise BundleError(f"expected a dispatcher and the arrays {list(ARRAYS)} in {directory}, got {list(arrays)}")
+        gate = cls(document["dispatcher"], **arrays)
+        if reason := gate._fault():
+            raise BundleError(f"expected a gate in {directory}, got {reason}")
+        return gate
+
+    def _score(
+        self, parts: Float[np.ndarray, "prompt 2"], lengths: Float[np.ndarray, " prompt"]
+    ) -> Float[np.ndarray, " prompt"]:
+        design = _design(lengths)
+        least = 0.1 * np.abs(self.spreads[:, 0]) + 1e-9  # far from calibrated lengths a curve may fall below 0
+        return (parts - design @ self.locations.T) / np.maximum(design @ self.spreads.T, least) @ self.weights
+
+    def _bins(self, lengths: Float[np.ndarray, " prompt"]) -> Int[np.ndarray, " prompt"]:
+        """0 where the length is unknown, then 1 … B."""
+        return np.where(lengths > 0, 1 + np.searchsorted(self.edges, lengths, side="right"), 0)
+
+    def _fault(self) -> str | None:
+        """What no calibration could have made."""
+        integers = all(np.issubdtype(array.dtype, np.integer) for array in (self.bins, self.groups))
+        if not integers or not len(self.scores) == len(self.bins) == len(self.groups) > 0:
+            return "scores, bins and groups of different prompts"
+        if self.weights.shape != (2,) or self.shares.ndim != 1:
+            return f"weights and shares of shapes {self.weights.shape} and {self.shares.shape}"
+        if self.locations.shape != (2, 3) or self.spreads.shape != (2, 3) or self.edges.ndim != 1:
+            return f"regressions of shapes {self.locations.shape} and {self.spreads.shape}"
+        if not all(np.isfinite(getattr(self, name)).all() for name in ARRAYS) or not (np.diff(self.edges) > 0).all():
+            return "numbers that are not finite, or edges that do not increase"
+        if self.bins.min() < 0 or self.bins.max() > len(self.edges) + 1 or self.groups.min() < 0:
+            return "bins or groups outside their ranges"
+        return None
+
+
+def foreign_parts(
+    dispatcher: Dispatcher, evidence: Evidence, shares: Float[np.ndarray, " weight"]
+) -> Float[np.ndarray, "prompt 2"]:
+    """The two parts of the score before calibration, of N prompts: more is more foreign.
+
+    Args:
+        dispatcher: fitted. evidence: of N prompts. shares: ``(K+1,)`` prior mean of the experts' shares.
+
+    Returns:
+        ``(N, 2)``: minus the log density of the evidence, in nats, and the log odds of E[w_base].
+
+    Raises:
+        NotFittedError: a dispatcher before ``fit``. EvidenceError, TensorError: evidence of other views.
+    """
+    state = dispatcher.state
+    prompts = state.prompts(evidence)
+    answer = state.answer(prompts, shares)
+    if isinstance(answer, LabelProbabilities):
+        density = answer.log_evidence
+    else:
+        keys = prompt_keys([0] * len(evidence), len(evidence))  # the same for all: no prompt's score depends on its row
+        density = state.sampler(answer, prompts, shares, PROPOSALS, keys).log_evidence
+    base = np.clip(answer.mean[:, -1], 1e-9, 1 - 1e-9)
+    return np.stack([-density, np.log(base / (1 - base))], axis=1)
+
+
+def _regressions(parts: Float[np.ndarray, "prompt 2"], lengths: Float[np.ndarray, " prompt"]) -> tuple[np.ndarray, ...]:
+    """Least squares, of each part and then of its absolute residual."""
+    design = _design(lengths)
+    locations = np.linalg.lstsq(design, parts)[0].T
+    residuals = np.abs(parts - design @ locations.T)
+    return locations, np.linalg.lstsq(design, residuals)[0].T
+
+
+def _design(lengths: Float[np.ndarray, " prompt"]) -> Float[np.ndarray, "prompt 3"]:
+    """Powers of the log length; unknown ones count as the reference length."""
+    logs = np.log(np.where(lengths > 0, lengths, LENGTH) / LENGTH)
+    return np.stack([np.ones(len(lengths)), logs, logs**2], axis=1)

@@ -1,0 +1,114 @@
+"""Which generative program a dispatcher fits: its views, the families of its experts, and what is known beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from bayes_dispatch.dispatcher.program.generative import PRIOR, DispatchModel, OneLabelModel
+from bayes_dispatch.dispatcher.program.views import KINDS, NAMED_KINDS, View
+from bayes_dispatch.errors import ConfigError, EvidenceError
+
+__all__ = ["PROGRAMS", "Admixture", "OneLabelMixture"]
+
+# Names of the program itself, and of the dimensions of its draws.
+RESERVED = {"w", "pi", "kappa", "labels", "expert", "experts", "prompts", "base", "chain", "draw", "prompt"}
+
+
+@dataclass(frozen=True)
+class Admixture:
+    """Every prompt mixes experts (:class:`bayes_dispatch.dispatcher.program.generative.DispatchModel`).
+
+    Args:
+        views: view → kind (``"vectors"``, ``"counts"``, ``"probabilities"`` or ``"surprise"``) of the evidence that is
+            read. By default the views ``hidden``, ``counts`` and ``surprise`` that the evidence of ``fit`` has.
+        families: family → names of its experts. An expert in none is a family of its own.
+        prior: expert (or ``"base"``) → concentration of ``pi``, for those where it is not 3 (for base 1.5).
+
+    Raises:
+        ConfigError: an unknown kind, a name that cannot name a view, no view, or a concentration that is not positive.
+
+    Example:
+        >>> Admixture(views={"hidden": "vectors", "keywords": "counts"}, prior={"sort": 30.0}).prior
+        {'sort': 30.0}
+    """
+
+    views: Mapping[str, str] | None = None
+    families: Mapping[str, Sequence[str]] | None = None
+    prior: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (self.views or {}).items():
+            if kind not in KINDS:
+                raise ConfigError(f"expected a kind of view among {', '.join(KINDS)}, got {kind!r} for {name!r}")
+            if not name.isidentifier() or name in RESERVED:
+                raise ConfigError(
+                    f"expected an identifier that the program does not use as name of a view, got {name!r}"
+                )
+            if NAMED_KINDS.get(name, kind) != kind:
+                raise ConfigError(f"expected view {name!r} of kind {NAMED_KINDS[name]!r}, got {kind!r}")
+        if self.views is not None and not self.views:
+            raise ConfigError("expected at least one view, got none")
+        for name, value in (self.prior or {}).items():
+            if not 0 < value < float("inf"):
+                raise ConfigError(f"expected a positive concentration of {name!r}, got {value}")
+
+    def check_experts(self, experts: Sequence[str]) -> None:
+        """Refuse names that are no experts.
+
+        Raises:
+            ConfigError: a prior or a family of another name, or an expert in two families.
+        """
+        members = [name for family in (self.families or {}).values() for name in family]
+        if unknown := (set(self.prior or {}) - {*experts, "base"}) | (set(members) - set(experts)):
+            raise ConfigError(f"expected names of experts {list(experts)} in prior and families, got {sorted(unknown)}")
+        if len(set(members)) < len(members):
+            raise ConfigError(f"expected each expert in one family at most, got {members}")
+
+    def kinds(self, available: Sequence[str]) -> dict[str, str]:
+        """View → kind of what is read of evidence with these views.
+
+        Raises:
+            EvidenceError: a view that the program names is not there, or none that it knows.
+        """
+        if self.views is None:
+            found = {name: kind for name, kind in NAMED_KINDS.items() if name in available}
+            if not found:
+                names = ", ".join(f'"{name}"' for name in NAMED_KINDS)
+                raise EvidenceError(f"expected one of the views {names}, got {sorted(available)}")
+            return found
+        if absent := set(self.views) - set(available):
+            raise EvidenceError(f"expected the views {sorted(self.views)}, got none of the name {sorted(absent)[0]!r}")
+        return dict(self.views)
+
+    def model(self, experts: Sequence[str], views: tuple[View, ...]) -> DispatchModel:
+        """The Pyro program for these experts and views."""
+        return DispatchModel(len(experts), views, None, self._prior(experts), self._families(experts))
+
+    def _prior(self, experts: Sequence[str]) -> tuple[float, ...] | None:
+        if self.prior is None:
+            return None
+        return (*(self.prior.get(name, PRIOR[0]) for name in experts), self.prior.get("base", PRIOR[1]))
+
+    def _families(self, experts: Sequence[str]) -> tuple[int, ...] | None:
+        if self.families is None:
+            return None
+        family = {name: group for group, names in self.families.items() for name in names}
+        keys = [("family", family[name]) if name in family else ("expert", name) for name in experts]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        return tuple(numbers[key] for key in keys)
+
+
+@dataclass(frozen=True)
+class OneLabelMixture(Admixture):
+    """Every prompt is one expert's alone (``generative.OneLabelModel``): a mixture model.
+
+    It is there to compare with. Its posterior draws are one-hot, and exact without a guide.
+    """
+
+    def model(self, experts: Sequence[str], views: tuple[View, ...]) -> DispatchModel:
+        """The Pyro program for these experts and views."""
+        return OneLabelModel(len(experts), views, None, self._prior(experts), self._families(experts))
+
+
+PROGRAMS: dict[str, type[Admixture]] = {"admixture": Admixture, "one_label": OneLabelMixture}

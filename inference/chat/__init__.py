@@ -1,0 +1,1 @@
+"""Conversations: caches stay over the turns, and the weights follow what the user says."""

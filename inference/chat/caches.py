@@ -1,0 +1,111 @@
+"""The caches of a conversation: what is kept from turn to turn, and can be made again from a ``ChatState``."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from bayes_dispatch.inference.chat.conversation import Conversation
+from bayes_dispatch.inference.chat.state import ChatState
+from bayes_dispatch.inference.chat.transcript import Transcript
+from bayes_dispatch.inference.two_pass.blends import Particles
+from bayes_dispatch.inference.two_pass.particles import Decoding
+from bayes_dispatch.inference.two_pass.readers import CachedReader
+from bayes_dispatch.model.parts import CutModel
+
+if TYPE_CHECKING:
+    from bayes_dispatch.inference.two_pass.system import System
+
+__all__ = ["ChatCaches"]
+
+
+class ChatCaches:
+    """One conversation read by the unadapted model, and by particles on top of it.
+
+    Args:
+        system, cut: the model and what goes with it. capacity: tokens that there is room for.
+
+    Attributes:
+        conversation: the unadapted model's part. decoding: the particles'. rows: (S, K + 1), their blend weights.
+    """
+
+    decoding: Decoding
+    rows: Float[np.ndarray, "S components"]
+
+    def __init__(self, system: "System", cut: CutModel, capacity: int) -> None:
+        self.conversation = Conversation(system, cut, capacity)
+        self._system, self._cut, self._capacity = system, cut, capacity
+        self._reader: CachedReader | None = None
+        self._read = self._room = 0  # tokens that the particles have read, and that there is room for
+        self._replaced = 0  # evaluations of readers that are no more
+
+    @property
+    def evaluated(self) -> int:
+        """How often a block has run on a token for the particles, or below them."""
+        return self.conversation.below + self._replaced + (0 if self._reader is None else self._reader.evaluated)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all states and caches."""
+        return self.conversation.nbytes + (0 if self._reader is None else self._reader.nbytes)
+
+    def adapt(self, particles: Particles, transcript: Transcript, ahead: int) -> None:
+        """Read all that the conversation has read under new particles, the user's bytes filtering them.
+
+        Args:
+            ahead: bytes of the reply, at most; later ones may follow under the same particles.
+        """
+        evidence = np.concatenate([[False], ~transcript.own])
+        self.decoding, self.rows = self._begin(particles, evidence, ahead), particles.weights[0]
+        self.decoding.read_prompts(measured=particles.merge > 0)
+        if particles.refined:
+            mean = Particles(self.decoding.weights[:, None], np.ones((1, 1)))
+            self.decoding, self.rows = self._begin(mean, evidence, ahead), mean.weights[0]
+            self.decoding.read_prompts()
+        elif particles.merge > 0:
+            self.rows = self.rows[self.decoding.merge(particles.merge)[0]]
+
+    def write(self, transcript: Transcript) -> None:
+        """Read what the model has written since, which filters the particles of this reply."""
+        self.conversation.read(transcript)
+        self._read_on(np.ones(len(self.conversation.ids), dtype=bool))
+
+    def go_on(self, state: ChatState, heard: int, ahead: int) -> None:
+        """Read all that is new to the particles of ``state``, which are made again where there are none.
+
+        Args:
+            heard: bytes at the end that the user has said since; they filter the particles. ahead: see ``adapt``.
+        """
+        count = len(self.conversation.ids)
+        evidence = np.arange(count) >= count - heard
+        if self._reader is None:
+            particles = Particles(state.rows[None], np.full((1, len(state.rows)), 1 / len(state.rows)))
+            self.decoding, self.rows = self._begin(particles, evidence, ahead), state.rows
+            self.decoding.filtered = state.filtered
+            self.decoding.read_prompts()
+            return
+        self._read_on(evidence)
+
+    def _read_on(self, evidence: np.ndarray) -> None:
+        """Read what is new to the particles; the (T,) tokens that are evidence filter them."""
+        assert self._reader is not None
+        count = len(self.conversation.ids)
+        if count > self._room:
+            self._room = min(max(count, 2 * self._room), self._capacity)
+        self._reader.lengthen(self.conversation.prefix, self._room)
+        new = slice(self._read, count)
+        ids = torch.tensor([self.conversation.ids[new]])
+        self.decoding.read_on(self._read, ids, torch.from_numpy(evidence[None, new]))
+        self._read = count
+
+    def _begin(self, particles: Particles, evidence: np.ndarray, ahead: int) -> Decoding:
+        if self._reader is not None:
+            self._replaced += self._reader.evaluated
+        text = self.conversation
+        self._read = len(text.ids)
+        self._room = min(2 * self._read, self._capacity)
+        experts = self._system.experts
+        self._reader = CachedReader(self._cut, experts, particles, text.prefix, [0], self._room, ahead=ahead)
+        ids, lengths = torch.tensor([text.ids]), torch.tensor([self._read])
+        return Decoding(self._reader, particles, ids, lengths, torch.from_numpy(evidence[None]))

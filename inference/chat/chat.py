@@ -1,0 +1,263 @@
+"""Conversations: caches stay over the turns, the weights follow what the user says, and experts change when they must.
+
+The model reads the whole conversation, its own words among it. What it learns about the weights it learns from the
+user's bytes alone: they are pooled and counted for the dispatcher, and they filter the particles. What the model wrote
+it drew from its own predictive; seeing that again tells it nothing (an action is an intervention, not an observation:
+Ortega and others 2021, arXiv 2110.10819), and counting it would make the model ever surer of its own guesses. Within a
+reply its bytes do filter the particles, because a reply is drawn from the mixture over whole replies only if later
+bytes continue what the likely particles began; when the reply has ended the weights go back to those that the user's
+bytes left. ``own_evidence=True`` keeps them instead.
+
+After each turn of the user the dispatcher gives a new posterior, of all the user's bytes in the transcript. If it would
+predict otherwise than the particles that run (``divergence``), by more than ``threshold`` nats a token, the chat
+re-adapts: it reads the transcript again under new particles. Only the caches above the first adapted block are made
+anew; those below never go stale. Else everything goes on from the caches, and the particles are filtered by the turn.
+
+A transcript has at most ``max_context`` bytes. When a turn and its reply might not fit, the oldest half is forgotten,
+for the evidence too, and what is left is read again: by new particles, or by the same with the weights they had. So
+memory is bounded for every model.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.inference.chat.caches import ChatCaches
+from bayes_dispatch.inference.chat.divergence import expected_divergence
+from bayes_dispatch.inference.chat.file import write_chat
+from bayes_dispatch.inference.chat.reply import Reply, Request
+from bayes_dispatch.inference.chat.state import ChatSettings, ChatState, Turn
+from bayes_dispatch.inference.chat.transcript import Transcript
+from bayes_dispatch.inference.two_pass.cost import Cost
+from bayes_dispatch.inference.two_pass.events import tell
+from bayes_dispatch.inference.two_pass.filtering import ParticleFilter
+from bayes_dispatch.inference.two_pass.generation import Streamed
+from bayes_dispatch.inference.two_pass.particles import Token
+from bayes_dispatch.inference.two_pass.prompts import check_ending, check_turn
+from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, cut_of
+from bayes_dispatch.model.generation.sampling import Sampling, row_generators, row_seeds
+
+if TYPE_CHECKING:
+    from bayes_dispatch.inference.two_pass.system import System
+
+__all__ = ["Chat"]
+
+logger = logging.getLogger(__name__)
+
+
+class Chat:
+    """A conversation with a two-pass system: see ``TwoPassGenerator.chat``.
+
+    When a turn fails, or is interrupted, the chat is as it was before that turn.
+
+    Args:
+        system: model, tokenizer, experts and dispatcher. settings: of the conversation.
+        file: written after every turn, if given. state: to go on from; the beginning by default.
+
+    Attributes:
+        turn: the last one of this process, ``None`` before it.
+    """
+
+    def __init__(
+        self, system: "System", settings: ChatSettings, file: Path | None = None, state: ChatState | None = None
+    ) -> None:
+        self.settings = settings
+        self.turn: Turn | None = None
+        self._system, self._file = system, file
+        self._cut = cut_of(system)
+        self._state = ChatState.empty(len(system.experts.components)) if state is None else state
+        self._caches: ChatCaches | None = None
+        self._answering = False
+
+    @property
+    def transcript(self) -> Transcript:
+        """What was said and is not forgotten."""
+        return self._state.transcript
+
+    @property
+    def turns(self) -> int:
+        """How many there were, those before a resumption among them."""
+        return self._state.turns
+
+    @property
+    def weights(self) -> Float[np.ndarray, " components"]:
+        """(K + 1,), the mean blend weights that the next turn begins with; before the first turn 0."""
+        return ParticleFilter.at(self._state.filtered).mean()[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all caches that are kept at present."""
+        return 0 if self._caches is None else self._caches.nbytes
+
+    def say(
+        self,
+        text: str | bytes,
+        max_new_tokens: int = 256,
+        *,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        stop: str | bytes | None = "\n",
+    ) -> Turn:
+        """Read a turn of the user's, and reply.
+
+        Args:
+            text: at least 1 byte of UTF-8. It comes directly after what was said before: a chat adds no separators.
+            max_new_tokens: most bytes of the reply. do_sample, temperature: see ``Sampling``; greedy by default.
+            stop: bytes with which the reply ends; ``None`` for none.
+
+        Raises:
+            PromptError: text that is empty, no UTF-8, or too long for ``max_context`` with its reply.
+            ConfigError: a setting out of range, a blend by layer, or a stream of this chat has not ended.
+            TensorError, EvidenceError: the model gives NaN. OSError: the chat's file cannot be written.
+        """
+        for _ in self.stream(text, max_new_tokens, do_sample=do_sample, temperature=temperature, stop=stop):
+            pass
+        assert self.turn is not None
+        return self.turn
+
+    def stream(
+        self,
+        text: str | bytes,
+        max_new_tokens: int = 256,
+        *,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        stop: str | bytes | None = "\n",
+    ) -> Iterator[Streamed]:
+        """What ``say`` gives with the same arguments, byte by byte as they come; then ``turn`` has all of it.
+
+        Nothing is read before the first byte is asked for. A stream that is closed ends the reply there.
+
+        Raises:
+            PromptError, ConfigError, TensorError, EvidenceError, OSError: see ``say``.
+        """
+        sampling = Sampling(do_sample=do_sample, temperature=temperature)
+        request = Request(max_new_tokens, sampling, check_ending(max_new_tokens, stop))
+        self.settings.check_reply(max_new_tokens)
+        data = check_turn(text, self.settings.max_context - max_new_tokens)
+        return self._answer(data, request)
+
+    def save(self, path: str | Path) -> None:
+        """Write what ``TwoPassGenerator.resume_chat`` goes on from, whole or not at all.
+
+        Raises:
+            ConfigError: a blend that is none of this package's. OSError: the disk is full, or refuses.
+        """
+        write_chat(Path(path), self._system, self.settings, self._state)
+
+    def _answer(self, data: bytes, request: Request) -> Iterator[Streamed]:
+        if self._answering:
+            raise ConfigError("expected one reply at a time, got a turn before the stream of the last one has ended")
+        self._answering, ended = True, False
+        try:
+            with torch.no_grad():
+                reply, caches = self._hear(data, request.max_new_tokens)
+            seed = self.settings.seed + 2 * self.turns + 1
+            generators = row_generators(seed, [reply.transcript.data])
+            while not ended:
+                with torch.no_grad():
+                    token = caches.decoding.choose(request.sampling, generators)
+                    last = self._write(reply, caches, token, request)
+                if last:
+                    ended = True
+                    self._end(reply, caches)
+                yield reply.streamed(last)
+        except GeneratorExit:
+            if not ended:
+                self._end(reply, caches)
+            raise
+        except BaseException:
+            self._caches = None
+            raise
+        finally:
+            self._answering = False
+
+    def _hear(self, data: bytes, room: int) -> tuple[Reply, ChatCaches]:
+        """Read the user's turn, under new particles if it must be."""
+        settings, state, system = self.settings, self._state, self._system
+        most, before = settings.max_context - len(data) - room, len(state.transcript)
+        if before > most:
+            state = replace(state, transcript=state.transcript.last(min(settings.max_context // 2, most)))
+            self._caches = None
+        if self._caches is None:
+            self._caches = ChatCaches(system, self._cut, settings.max_context + 1)
+        caches, transcript = self._caches, state.transcript.followed_by(data, own=False)
+        first_pass, evaluated = caches.conversation.first_pass, caches.evaluated
+        caches.conversation.read(transcript)
+        evidence = caches.conversation.evidence(transcript)
+        seeds = row_seeds(settings.seed + 2 * state.turns, [transcript.data])
+        posterior = system.dispatcher.posterior(evidence, draws=POSTERIOR_DRAWS, seed=seeds)
+        candidate = settings.blend.particles(posterior)
+        if candidate.layers is not None:
+            raise ConfigError(f"expected a blend of one set of weights for a chat, got {settings.blend.name} by layer")
+        divergence, compared = float("nan"), 0
+        if state.turns:
+            divergence, compared = expected_divergence(
+                system, self._cut, transcript, state.rows, state.filtered, candidate
+            )
+        adapted = state.turns == 0 or divergence > settings.threshold
+        if adapted:
+            caches.adapt(candidate, transcript, room)
+        else:
+            caches.go_on(state, len(data), room)
+        tell(logger, logging.DEBUG, "turn dispatched", lambda: self._dispatched(posterior, divergence))
+        tell(logger, logging.DEBUG, "turn read", lambda: self._read(caches, adapted, before - len(state.transcript)))
+        return Reply(
+            transcript=transcript,
+            posterior=posterior,
+            weights=caches.decoding.weights[0],
+            filtered=caches.decoding.filtered,
+            divergence=divergence,
+            adapted=adapted,
+            forgotten=before - len(state.transcript),
+            cost=Cost(
+                self._cut.depth,
+                prompt_tokens=len(data) + (state.turns == 0),
+                first_pass=caches.conversation.first_pass - first_pass + compared,
+                prefill=caches.evaluated - evaluated,
+            ),
+        ), caches
+
+    def _write(self, reply: Reply, caches: ChatCaches, token: Token, request: Request) -> bool:
+        """Go on with a token of the reply; whether it is the last one, which is read along with the next turn."""
+        reply.add(token)
+        if request.ends(reply.data):
+            caches.decoding.append(token.ids, last=True)
+            return True
+        evaluated = caches.evaluated
+        caches.write(reply.transcript)
+        reply.cost += Cost(self._cut.depth, new_tokens=1, decode=caches.evaluated - evaluated)
+        return False
+
+    def _end(self, reply: Reply, caches: ChatCaches) -> None:
+        """Take a reply into the conversation."""
+        if not self.settings.own_evidence:
+            caches.decoding.filtered = reply.filtered
+        state = ChatState(reply.transcript, self.turns + 1, caches.rows, caches.decoding.filtered)
+        if self._file is not None:
+            try:
+                write_chat(self._file, self._system, self.settings, state)
+            except BaseException:
+                self._caches = None  # they have read what the conversation has not
+                raise
+        self._state, self.turn = state, reply.turn()
+        facts = {"turn": state.turns, "bytes": len(reply.data), "saved": self._file is not None}
+        tell(logger, logging.INFO, "replied", lambda: facts | asdict(reply.cost))
+
+    def _dispatched(self, posterior: DispatchPosterior, divergence: float) -> dict[str, Any]:
+        mean = dict(zip(posterior.experts, np.round(posterior.mean[0], 4).tolist(), strict=True))
+        moved = None if np.isnan(divergence) else round(divergence, 6)
+        threshold = self.settings.threshold if np.isfinite(self.settings.threshold) else None
+        return {"turn": self.turns + 1, "mean": mean, "divergence": moved, "threshold": threshold}
+
+    def _read(self, caches: ChatCaches, adapted: bool, forgotten: int) -> dict[str, Any]:
+        sizes = {"rows": len(caches.rows), "cache_bytes": caches.nbytes, "forgotten": forgotten}
+        return {"turn": self.turns + 1, "adapted": adapted, **sizes}

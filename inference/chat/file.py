@@ -1,0 +1,135 @@
+"""A conversation in one safetensors file: arrays, and settings as JSON in its header, bound by a digest.
+
+It is written under a temporary name and renamed when whole. It names the weights of the model, the experts and the
+dispatcher that it belongs to. Caches are not in it: they are made again from the transcript.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bayes_dispatch.errors import BayesDispatchError, BundleError, ConfigError
+from bayes_dispatch.inference.chat.state import ChatSettings, ChatState
+from bayes_dispatch.inference.chat.transcript import Transcript
+from bayes_dispatch.inference.two_pass.blends import BLENDS, Blend, FixedWeights
+from bayes_dispatch.inference.two_pass.filtering import FilterState
+from bayes_dispatch.model.files import parse_tensors, read_bytes, tensors_as_bytes, write_bytes
+
+if TYPE_CHECKING:
+    from bayes_dispatch.inference.two_pass.system import System
+
+__all__ = ["read_chat", "write_chat"]
+
+FORMAT = "bayes-dispatch chat 1"
+KINDS: dict[str, type] = {kind.__name__: kind for kind in (*BLENDS.values(), FixedWeights)}
+
+
+def write_chat(path: Path, system: "System", settings: ChatSettings, state: ChatState) -> None:
+    """Write a conversation, whole or not at all.
+
+    Raises:
+        ConfigError: a blend that is none of ``KINDS``. BundleError: ``path`` is a directory.
+        OSError: the disk is full, or refuses.
+    """
+    if path.is_dir():
+        raise BundleError(f"expected a file at {path}, got a directory")
+    blend = settings.blend
+    if KINDS.get(type(blend).__name__) is not type(blend):
+        raise ConfigError(f"expected a blend of {', '.join(KINDS)} in a chat with a file, got {type(blend).__name__}")
+    text = torch.frombuffer(bytearray(state.transcript.data + b" "), dtype=torch.uint8)[:-1]  # of 0 bytes it has none
+    tensors = {
+        "transcript": text,
+        "own": torch.from_numpy(state.transcript.own),
+        "rows": torch.from_numpy(np.ascontiguousarray(state.rows)),
+        "joint": state.filtered.joint[0].contiguous(),
+        "target": state.filtered.target[0].contiguous(),
+        "rates": state.filtered.rates,
+        "blends": torch.from_numpy(np.ascontiguousarray(state.filtered.blends[0])),
+    }
+    chosen = {**vars(settings), "blend": {"kind": type(blend).__name__, "settings": vars(blend)}}
+    header = {
+        "format": FORMAT,
+        "system": json.dumps(_system(system)),
+        "settings": json.dumps(chosen, default=lambda values: values.tolist()),  # of NumPy
+        "turns": json.dumps(state.turns),
+    }
+    header["digest"] = _digest(header, tensors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path.resolve(), tensors_as_bytes(tensors, header))  # a link to a file stays a link
+
+
+def read_chat(path: Path, system: "System") -> tuple[ChatSettings, ChatState]:
+    """What ``write_chat`` wrote, for the same system.
+
+    Raises:
+        BundleError: the file is missing, truncated, edited, no chat, or one with another model, other experts or
+            another dispatcher.
+    """
+    tensors, header = parse_tensors(read_bytes(path), path)
+    if header.get("format") != FORMAT:
+        raise BundleError(f"expected a file of format {FORMAT!r} in {path}, got {header.get('format')!r}")
+    expected, got = header.pop("digest", None), _digest(header, tensors)
+    if got != expected:
+        raise BundleError(f"expected digest {str(expected)[:12]}… of {path}, got {got[:12]}… (edited)")
+    try:
+        for name, value in _system(system).items():
+            if (saved := json.loads(header["system"])[name]) != value:
+                raise BundleError(f"expected a chat with {name} {value!r} in {path}, got one with {saved!r}")
+        settings = _settings(json.loads(header["settings"]))
+        return settings, _state(tensors, int(json.loads(header["turns"])), len(system.experts.components))
+    except BundleError:
+        raise
+    except (BayesDispatchError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise BundleError(f"expected a chat in {path}, got {reason}") from None
+
+
+def _settings(chosen: dict[str, Any]) -> ChatSettings:
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in chosen["blend"]["settings"].items()}
+    blend: Blend = KINDS[chosen["blend"]["kind"]](**given)
+    return ChatSettings(**{**chosen, "blend": blend})
+
+
+def _state(tensors: Mapping[str, Tensor], turns: int, components: int) -> ChatState:
+    data, own = tensors["transcript"].numpy().tobytes(), tensors["own"].numpy()
+    rows, blends = tensors["rows"].double().numpy(), tensors["blends"].double().numpy()
+    joint, target, rates = (tensors[name].double() for name in ("joint", "target", "rates"))
+    shape = (len(rows), components)
+    if own.shape != (len(data),) or own.dtype != bool or rows.shape != shape or blends.shape != shape:
+        raise ValueError(f"arrays that do not fit together: {own.shape}, {rows.shape}, {blends.shape}")
+    if joint.shape != (len(rates), len(rows)) or target.shape != (len(rows),):
+        raise ValueError(f"a filter that does not fit {len(rows)} particles: {tuple(joint.shape)}")
+    masses = [joint.exp().sum(), target.exp().sum(), *rows.sum(1), *blends.sum(1)]
+    if turns < 0 or (turns == 0) != (len(rows) == 0) or (turns > 0 and not np.allclose(masses, 1, atol=1e-6)):
+        raise ValueError("weights that do not sum to 1")
+    filtered = FilterState(joint[None], target[None], rates, blends[None])
+    return ChatState(Transcript(data, own), turns, rows, filtered)
+
+
+def _system(system: "System") -> dict[str, Any]:
+    """What a chat belongs to."""
+    count = len(system.experts.components)
+    scales = system.experts.blend(torch.eye(count, dtype=torch.double)).scales
+    digest = hashlib.blake2b(digest_size=16)
+    for name, values in scales.items():
+        digest.update(name.encode() + values.float().contiguous().numpy().tobytes())
+    return {
+        "model": system.experts.base,
+        "experts": list(system.experts.names),
+        "scales": digest.hexdigest(),
+        "dispatcher": system.dispatcher.state.fingerprint,
+    }
+
+
+def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"\0{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,110 @@
+"""What a conversation is between its turns, what it was asked to be, and what each turn gives."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.inference.chat.transcript import Transcript
+from bayes_dispatch.inference.two_pass.blends import Blend
+from bayes_dispatch.inference.two_pass.cost import Cost
+from bayes_dispatch.inference.two_pass.filtering import FilterState
+
+__all__ = ["ChatSettings", "ChatState", "Turn"]
+
+
+MAX_CONTEXT = 1_048_576  # memory is set aside for it
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """What holds for a whole conversation.
+
+    Attributes:
+        blend: how a posterior becomes particles. seed: of posterior draws and sampling.
+        threshold: nats a token by which a new posterior must predict otherwise for the chat to re-adapt; 0 for
+            whenever it does at all, infinity for never.
+        max_context: bytes of the transcript, a turn and its reply among them.
+        own_evidence: whether the model's bytes go on filtering the particles when the reply has ended.
+
+    Raises:
+        ConfigError: a setting out of range.
+    """
+
+    blend: Blend
+    seed: int = 0
+    threshold: float = 0.01
+    max_context: int = 4096
+    own_evidence: bool = False
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"expected a seed of at least 0, got {self.seed}")
+        if not self.threshold >= 0:
+            raise ConfigError(f"expected a threshold of at least 0 nats, got {self.threshold}")
+        if not 2 <= self.max_context <= MAX_CONTEXT:
+            raise ConfigError(f"expected a max_context of 2 to {MAX_CONTEXT} bytes, got {self.max_context}")
+
+    def check_reply(self, max_new_tokens: int) -> None:
+        """Raise ``ConfigError`` unless a reply of so many bytes leaves room for what it replies to."""
+        if max_new_tokens >= self.max_context:
+            most = f"expected max_new_tokens of less than max_context, {self.max_context} bytes"
+            raise ConfigError(f"{most}, got {max_new_tokens}")
+
+
+@dataclass(frozen=True, eq=False)
+class ChatState:
+    """All of a conversation that its caches cannot be made from again without.
+
+    Attributes:
+        transcript: what is left of what was said. turns: how many there were.
+        rows: (S, K + 1), blend weights of the particles that run. filtered: their filter, which has read all turns.
+    """
+
+    transcript: Transcript
+    turns: int
+    rows: np.ndarray
+    filtered: FilterState
+
+    @classmethod
+    def empty(cls, components: int) -> "ChatState":
+        """Before the first turn: no particles."""
+        nothing = torch.zeros(1, 0, dtype=torch.double)
+        rows = np.zeros((0, components))
+        return cls(
+            Transcript.empty(),
+            0,
+            rows,
+            FilterState(nothing[:, None], nothing, torch.zeros(1, dtype=torch.double), rows[None]),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """One reply, of n bytes, to one turn of the user.
+
+    Attributes:
+        text: the reply. token_ids, log_probabilities, predictive_entropy, mutual_information: (n,), as in
+            ``Generation``.
+        posterior: the dispatcher's, of all the user's bytes in the transcript.
+        weights: (K + 1,), the filtered mean of the blend weights when the user's turn had been read.
+        divergence: nats a token by which the posterior predicts otherwise than the particles that ran before
+            (``expected_divergence``); NaN for the first turn.
+        adapted: whether the particles were replaced. forgotten: bytes dropped from the transcript before this turn.
+        cost: of the turn. ``prompt_tokens`` are what the user said (and the beginning token); what was read again
+            is in ``prefill``, and what the divergence took in ``first_pass``.
+    """
+
+    text: str
+    token_ids: np.ndarray
+    log_probabilities: np.ndarray
+    predictive_entropy: np.ndarray
+    mutual_information: np.ndarray
+    posterior: DispatchPosterior
+    weights: np.ndarray
+    divergence: float
+    adapted: bool
+    forgotten: int
+    cost: Cost

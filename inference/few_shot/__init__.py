@@ -1,0 +1,1 @@
+"""Few-shot adaptation: the posterior over weights given a handful of answered questions, and other strategies."""

@@ -1,0 +1,181 @@
+"""Strategies: ways to decide how the experts are blended for prompts, all answering with a posterior over the weights.
+
+The dispatcher's own posterior comes first. The others are what it is compared with: Transformer²'s three ways to adapt
+(arXiv 2501.06252: the prompt itself is asked for its category, a classification expert is asked, or few-shot weights),
+any classifier of the evidence, and given weights.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float
+
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.errors import ConfigError, ForeignExpertError, TensorError
+from bayes_dispatch.experts.vectors import ExpertVector
+from bayes_dispatch.inference.few_shot.answers import AnswerLikelihood
+from bayes_dispatch.inference.few_shot.categories import category_text, name_probabilities
+from bayes_dispatch.inference.few_shot.methods import SequentialMonteCarlo
+from bayes_dispatch.inference.few_shot.program import FewShotMethod, FewShotProgram
+from bayes_dispatch.inference.two_pass.first_pass import first_pass
+from bayes_dispatch.inference.two_pass.prompts import check_prompts
+from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, Dispatched, Strategy, System, cut_of
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.generation.sampling import row_seeds
+
+__all__ = [
+    "AskedExpert",
+    "AskedModel",
+    "Classified",
+    "Dispatched",
+    "FewShot",
+    "Given",
+    "Strategy",
+    "one_hot_draws",
+]
+
+
+@dataclass(frozen=True)
+class AskedModel:
+    """The language model itself is asked: how likely is each category's name after the prompt and a question?
+
+    Attributes:
+        names: expert → the name of its category; experts that are not here, and base, are called as they are.
+    """
+
+    names: Mapping[str, str] | None = None
+    name = "asked model"
+
+    def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
+        return _asked(system, prompts, seed, self.names, None)
+
+
+@dataclass(frozen=True, eq=False)
+class AskedExpert:
+    """As :class:`AskedModel`, but an expert that was trained to answer is asked (``categories.CategoryDomain``).
+
+    Attributes:
+        expert: trained for the system's model. names: as it was trained with.
+    """
+
+    expert: ExpertVector
+    names: Mapping[str, str] | None = None
+    name = "classification expert"
+
+    def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
+        if self.expert.base != system.experts.base:
+            expected = f"expected an expert made for base model {system.experts.base}"
+            raise ForeignExpertError(f"{expected}, got one for {self.expert.base}")
+        return _asked(system, prompts, seed, self.names, self.expert.adaptation())
+
+
+@dataclass(frozen=True)
+class Classified:
+    """A classifier of the first pass's evidence; its probabilities become draws of single experts.
+
+    Attributes:
+        classify: evidence of N prompts → (N, K + 1) probabilities. name: of the classifier.
+    """
+
+    classify: Callable[[Evidence], np.ndarray]
+    name: str = "classifier"
+
+    def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
+        evidence = first_pass(system.model, system.tokenizer, prompts, block=cut_of(system).block).evidence
+        shares = np.asarray(self.classify(evidence))
+        return one_hot_draws(shares, system.experts.components, row_seeds(seed, check_prompts(prompts)))
+
+
+@dataclass(frozen=True)
+class FewShot:
+    """The posterior given questions with their answers, inferred for each prompt or once for all.
+
+    Attributes:
+        pairs: (prompt, answer) texts that all prompts share, or what gives them for a prompt.
+        method: of inference. prior: concentrations of the weights, as in :class:`FewShotProgram`.
+    """
+
+    pairs: Sequence[tuple[str | bytes, str | bytes]] | Callable[[str | bytes], Sequence[tuple[str, str]]]
+    method: FewShotMethod = field(default_factory=SequentialMonteCarlo)
+    prior: Sequence[float] | None = None
+
+    @property
+    def name(self) -> str:
+        return f"few-shot, {self.method.name}"
+
+    def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
+        checked = check_prompts(prompts)
+
+        def infer(pairs: Sequence[tuple[str | bytes, str | bytes]], seed: int) -> np.ndarray:
+            likelihood = AnswerLikelihood(system.model, system.experts, pairs, system.tokenizer)
+            return self.method.infer(FewShotProgram(likelihood, self.prior), seed).posterior.weights
+
+        if callable(self.pairs):
+            seeds = [seed % 2**63 for seed in row_seeds(seed, checked)]
+            draws = np.concatenate([infer(self.pairs(p), s) for p, s in zip(prompts, seeds, strict=True)], 1)
+        else:
+            shared = int(np.random.SeedSequence(seed).generate_state(1)[0])
+            draws = np.repeat(infer(self.pairs, shared), len(prompts), 1)
+        return DispatchPosterior(draws, system.experts.components)
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """Weights that are known: an oracle's, uniform ones, or base alone.
+
+    Attributes:
+        weights: (K + 1,) for all prompts, or (N, K + 1).
+    """
+
+    weights: np.ndarray
+    name: str = "given"
+
+    def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
+        shape = (len(check_prompts(prompts)), len(system.experts.components))
+        weights = np.asarray(self.weights, dtype=np.float64)
+        if weights.shape not in (shape, shape[1:]):
+            raise TensorError(f"expected weights of shape {shape[1:]} or {shape}, got {weights.shape}")
+        return DispatchPosterior(np.broadcast_to(weights, shape)[None], system.experts.components)
+
+
+def one_hot_draws(
+    probabilities: Float[np.ndarray, "prompt component"],
+    components: Sequence[str],
+    seeds: Sequence[int],
+    draws: int = POSTERIOR_DRAWS,
+) -> DispatchPosterior:
+    """Draws of single components, as many of each as its probability says (systematic sampling), in random order.
+
+    Args:
+        probabilities: (N, K + 1). components: their names. seeds: of each prompt's order. draws: S.
+
+    Raises:
+        TensorError: no probabilities of these components.
+    """
+    sums = probabilities.sum(-1, keepdims=True)
+    if probabilities.ndim != 2 or probabilities.shape[1] != len(components) or not np.allclose(sums, 1, atol=1e-4):
+        raise TensorError(f"expected probabilities of shape (prompt, {len(components)}), got {probabilities.shape}")
+    points = (np.arange(draws) + 0.5) / draws
+    edges = (probabilities / sums).cumsum(1)[:, :-1]  # (N, K)
+    chosen = (points[:, None, None] > edges).sum(-1)  # (S, N)
+    orders = np.stack([np.random.default_rng(seed).permutation(draws) for seed in seeds], 1)
+    return DispatchPosterior(np.eye(len(components))[np.take_along_axis(chosen, orders, 0)], tuple(components))
+
+
+def _asked(
+    system: System,
+    prompts: Sequence[str | bytes],
+    seed: int | None,
+    names: Mapping[str, str] | None,
+    adaptation: Adaptation | None,
+) -> DispatchPosterior:
+    components = system.experts.components
+    if unknown := set(names or {}) - set(components):
+        raise ConfigError(f"expected names for components of {', '.join(components)}, got {sorted(unknown)[0]!r}")
+    called = [category_text((names or {}).get(component, component)) for component in components]
+    if len(set(called)) < len(called):
+        raise ConfigError(f"expected different names of categories, got {called}")
+    probabilities = name_probabilities(system.model, system.tokenizer, prompts, called, adaptation)
+    return one_hot_draws(probabilities, components, row_seeds(seed, check_prompts(prompts)))

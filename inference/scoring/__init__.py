@@ -1,0 +1,1 @@
+"""Blends compared on documents: how probable each makes the text, and tables of it."""

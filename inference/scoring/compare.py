@@ -1,0 +1,229 @@
+"""Blends side by side on the same documents: how probable each makes the bytes that count, and at what cost.
+
+Blends share particles (a posterior mean, say, is also one of the particles of the predictive): each distinct weight is
+run once for a document, and every blend filters and mixes its own part of what was read.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.documents import Document
+from bayes_dispatch.inference.scoring.document_reader import Reading, read_documents, scored_places
+from bayes_dispatch.inference.scoring.scores import Comparison, Score, ScoredBytes, SystemComparison
+from bayes_dispatch.inference.two_pass.blends import Blend, Particles
+from bayes_dispatch.inference.two_pass.filtering import ParticleFilter, predictive
+from bayes_dispatch.inference.two_pass.system import Dispatched, Strategy, System
+from bayes_dispatch.model.backbone import Backbone, Cuttable
+from bayes_dispatch.model.parts import CutModel
+from bayes_dispatch.model.tokenizer import ByteTokenizer
+
+__all__ = ["compare_blends", "compare_systems", "score_particles", "score_together"]
+
+KEPT_AT_ONCE = 2**25  # log-probabilities of the documents that are scored together
+
+
+@torch.no_grad()
+def compare_blends(
+    bundle: System,
+    documents: Sequence[Document],
+    blends: Sequence[Blend],
+    seed: int = 0,
+    progress: bool = False,
+    strategy: Strategy | None = None,
+) -> Comparison:
+    """Score documents under several blends of the same posterior, whose evidence is each document's prompt.
+
+    Args:
+        bundle: model, tokenizer, experts and dispatcher. documents: with at least one prompt byte and one scored byte.
+        blends: of different names. seed: of the posterior draws. progress: show a progress bar.
+        strategy: gives the posterior; the bundle's dispatcher by default.
+
+    Raises:
+        ConfigError: no blend, two blends of one name, no document, or one without scored bytes.
+        PromptError: a document without prompt.
+    """
+    names = [blend.name for blend in blends]
+    if len(set(names)) < len(names) or not names:
+        raise ConfigError(f"expected blends of different names, got {names or 'none'}")
+    _check(documents)
+    posterior = (strategy or Dispatched()).posterior(bundle, [document.prompt for document in documents], seed)
+    particles = {blend.name: blend.particles(posterior) for blend in blends}
+    found = score_together(bundle.model, bundle.experts, documents, particles, progress)
+    return Comparison(tuple(score for name in names for score in found[name]))
+
+
+def compare_systems(
+    systems: Mapping[str, System],
+    documents: Sequence[Document],
+    blends: Sequence[Blend],
+    seed: int = 0,
+    progress: bool = False,
+) -> SystemComparison:
+    """The same documents under the same blends of several systems (A/B).
+
+    Two dispatchers, or two banks, for one model are two bundles: ``dataclasses.replace(bundle, dispatcher=other,
+    gate=None)``; a gate belongs to the dispatcher that it was calibrated for.
+
+    Args:
+        systems: name → model, tokenizer, experts and dispatcher; their experts may differ.
+        documents, blends, seed, progress: as in ``compare_blends``, for each of them.
+
+    Raises:
+        ConfigError: fewer than two systems, and as in ``compare_blends``. PromptError: as there.
+    """
+    if len(systems) < 2:
+        raise ConfigError(f"expected at least 2 systems, got {len(systems)}")
+    return SystemComparison(
+        {name: compare_blends(system, documents, blends, seed, progress) for name, system in systems.items()}
+    )
+
+
+def score_particles(
+    model: Backbone,
+    experts: ExpertBank,
+    documents: Sequence[Document],
+    particles: Particles,
+    name: str,
+    progress: bool = False,
+) -> list[Score]:
+    """Score documents under given particles, whatever they come from; ``name`` stands for the blend."""
+    return score_together(model, experts, documents, {name: particles}, progress)[name]
+
+
+@torch.no_grad()
+def score_together(
+    model: Backbone,
+    experts: ExpertBank,
+    documents: Sequence[Document],
+    particles: Mapping[str, Particles],
+    progress: bool = False,
+    filtered_from: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, list[Score]]:
+    """Score documents under several sets of particles; weights that occur in more than one of them are run once.
+
+    Args:
+        model: the base model. experts: that the weights are of, and base.
+        documents: N, with at least one scored byte each. particles: name → particles of the N documents.
+        progress: show a progress bar over documents.
+        filtered_from: name → (N,), the first byte of each document that moves the masses; 0 where a name is missing.
+            A document's length keeps the prior masses throughout.
+
+    Returns:
+        Name → a score for each document.
+
+    Raises:
+        ConfigError: no document, or one without scored bytes.
+    """
+    _check(documents)
+    cut = CutModel(model, experts.adapt_from if isinstance(model, Cuttable) else 0)
+    weights, places = _distinct(_alike([each.run for each in particles.values()]))
+    scores: dict[str, list[Score]] = {name: [] for name in particles}
+    with tqdm(total=len(documents), desc="documents", disable=not progress) as bar:
+        for part in _groups(documents, [len(own) for own in weights]):
+            group = documents[part]
+            readings = read_documents(cut, experts, group, weights[part])
+            for (name, each), place in zip(particles.items(), places, strict=True):
+                first = None if filtered_from is None else filtered_from.get(name)
+                own, which, rows = each.select(part), place[part], each.mass.shape[1]
+                found, masses = readings, _log_masses(readings, which, own, None if first is None else first[part])
+                if each.refined:
+                    mean = _refined(masses, group, own)
+                    found, which, rows = read_documents(cut, experts, group, list(mean)), which[:, :1] * 0, rows + 1
+                    masses = torch.zeros_like(masses[:, :, :1])
+                for n, document in enumerate(group):
+                    sizes = [stop - begin for begin, stop in document.ranges if stop > begin]
+                    scored = _scored(found[n], which[n], masses[n], document)
+                    scores[name].append(Score.of(part.start + n, name, scored, sizes, rows))
+            bar.update(len(group))
+    return scores
+
+
+def _log_masses(
+    readings: Sequence[Reading], place: np.ndarray, particles: Particles, filtered_from: Sequence[int] | None
+) -> Float[Tensor, "N after S"]:
+    """The log masses that each byte is predicted with, and those after the last.
+
+    Args:
+        place: (N, S), which row of its reading each particle is.
+    """
+    lengths = torch.tensor([reading.own.shape[1] for reading in readings])
+    longest, count = int(lengths.max()), place.shape[1]
+    if count == 1:
+        return torch.zeros(len(readings), longest + 1, 1, dtype=torch.double)
+    own = torch.zeros(len(readings), count, longest, dtype=torch.double)
+    for n, reading in enumerate(readings):
+        own[n, :, : lengths[n]] = reading.own[torch.from_numpy(place[n])]
+    first = torch.zeros(len(own)) if filtered_from is None else torch.tensor(list(filtered_from))
+    t, masses = torch.arange(longest), ParticleFilter(particles)
+    before = masses.log_weights[:, None]
+    return torch.cat([before, masses.update(own, (t >= first[:, None]) & (t < lengths[:, None]))], 1)
+
+
+def _alike(weights: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """(N, S_i, K + 1) weights as they are; where others are by layer, (N, S_i, L, K + 1), repeated for each layer."""
+    layers = {each.shape[2] for each in weights if each.ndim == 4}
+    if not layers:
+        return list(weights)
+    return [each if each.ndim == 4 else each[:, :, None].repeat(max(layers), 2) for each in weights]
+
+
+def _scored(
+    reading: Reading, place: np.ndarray, log_masses: Float[Tensor, "after S"], document: Document
+) -> ScoredBytes:
+    """A document under its own particles; ``place``: (S,), which rows of its reading they are."""
+    places, rows = scored_places(document), torch.from_numpy(place)
+    mixed = predictive(log_masses[places], reading.following[rows].transpose(0, 1), reading.entropy[rows].T)
+    top = mixed.log_probabilities.max(1)
+    true = torch.tensor(list(document.data))[places]
+    return ScoredBytes(
+        mixed.log_probabilities.gather(1, true[:, None])[:, 0].numpy(),
+        top.values.exp().clamp(max=1).numpy(),
+        (top.indices == true).numpy(),
+        mixed.entropy.numpy(),
+        mixed.mutual_information.numpy(),
+    )
+
+
+def _refined(
+    log_masses: Float[Tensor, "N after S"], documents: Sequence[Document], particles: Particles
+) -> Float[np.ndarray, "N 1 components"]:
+    """The mean of each document's particles, filtered by its prompt."""
+    last = torch.tensor([document.prompt_bytes for document in documents])
+    masses = log_masses[torch.arange(len(last)), last].exp().numpy()
+    return np.einsum("ns,nsk->nk", masses, particles.weights)[:, None]
+
+
+def _groups(documents: Sequence[Document], rows: Sequence[int]) -> Iterator[slice]:
+    """Documents that follow one another, of which no more is kept than may be, padding included; ``rows``: of each."""
+    start = scored = longest = most = 0
+    for n, (document, own) in enumerate(zip(documents, rows, strict=True)):
+        of_scored = own * sum(stop - begin for begin, stop in document.ranges) * ByteTokenizer.vocab_size
+        padded = (n - start + 1) * max(longest, len(document.data)) * max(most, own)
+        if n > start and padded + scored + of_scored > KEPT_AT_ONCE:
+            yield slice(start, n)
+            start, scored, longest, most = n, 0, 0, 0
+        scored, longest, most = scored + of_scored, max(longest, len(document.data)), max(most, own)
+    yield slice(start, len(documents))
+
+
+def _distinct(weights: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Distinct rows of (N, S_i, …) weights, (W_n, …) for each n, and where each is, (N, S_i)."""
+    together = np.concatenate(weights, axis=1)
+    rows, where = zip(*(np.unique(each, axis=0, return_inverse=True) for each in together), strict=True)
+    cuts = np.cumsum([each.shape[1] for each in weights])[:-1]
+    return list(rows), np.split(np.stack([each.reshape(-1) for each in where]), cuts, axis=1)
+
+
+def _check(documents: Sequence[Document]) -> None:
+    if not documents:
+        raise ConfigError("expected at least one document, got none")
+    for index, document in enumerate(documents):
+        if not any(stop > start for start, stop in document.ranges):
+            raise ConfigError(f"expected document {index} to have scored bytes, got none")

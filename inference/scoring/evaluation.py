@@ -1,0 +1,165 @@
+"""What a bundle is worth, on held-out documents: the tables that ``bayes-dispatch train`` prints and stores."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from bayes_dispatch.checks.calibration import attainable_coverage, interval_coverage, ood_auroc, paired_comparison
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.documents import Document
+from bayes_dispatch.experts.domains import CONVENTIONS, Domain, Interleaved
+from bayes_dispatch.experts.vectors import BASE
+from bayes_dispatch.inference.scoring.compare import compare_blends, score_particles
+from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence
+from bayes_dispatch.inference.scoring.scores import Score
+from bayes_dispatch.inference.two_pass.blends import (
+    BestExpert,
+    FixedWeights,
+    Particles,
+    PosteriorMean,
+    PosteriorPredictive,
+    ThompsonSample,
+    TopK,
+)
+from bayes_dispatch.inference.two_pass.system import System
+from bayes_dispatch.model.backbone import Backbone
+
+__all__ = [
+    "MIXED_SETS",
+    "PROMPT_BYTES",
+    "SWITCHING_SETS",
+    "TOTAL_BYTES",
+    "dispatch_report",
+    "expert_report",
+    "held_out_documents",
+    "mixed_report",
+    "paired",
+    "pure_report",
+]
+
+PROMPT_BYTES, TOTAL_BYTES = 128, 256
+_NAMED = {convention.name: convention for convention in CONVENTIONS}
+
+
+def _interleaved(order: str, *pairs: tuple[str, str]) -> dict[str, Interleaved]:
+    joint = " & " if order == "alternate" else " then "
+    return {joint.join(pair): Interleaved(joint.join(pair), tuple(_NAMED[n] for n in pair), order) for pair in pairs}
+
+
+MIXED_SETS = _interleaved(
+    "alternate", ("no_carry", "sort"), ("reversed_add", "shift"), ("add", "reverse"), ("reverse", "sort")
+)
+SWITCHING_SETS = _interleaved("switch", ("add", "reversed_add"), ("reverse", "sort"), ("sort", "no_carry"))
+
+
+def held_out_documents(domain: Domain, count: int, seed: int) -> list[Document]:
+    """Held-out documents of 128 prompt bytes and as many after them."""
+    rng = np.random.default_rng([seed, 3])
+    return [domain.document(rng, PROMPT_BYTES, TOTAL_BYTES, "held_out") for _ in range(count)]
+
+
+def expert_report(model: Backbone, experts: ExpertBank, domain: Domain, count: int, seed: int) -> dict[str, Any]:
+    """Base and every expert on one domain: NLL of the scored bytes (nats) and exact match, with standard errors."""
+    documents = held_out_documents(domain, count, seed)
+    report = {}
+    for component, weights in zip(experts.components, np.eye(len(experts.components)), strict=True):
+        particles = Particles(np.tile(weights, (count, 1, 1)), np.ones((count, 1)))
+        scores = score_particles(model, experts, documents, particles, component)
+        report[component] = {
+            "nll": _mean([score.nll for score in scores]),
+            "exact_match": _mean([score.exact_match for score in scores]),
+        }
+    return report
+
+
+def dispatch_report(
+    dispatcher: Dispatcher,
+    train: KnownEvidence,
+    pure: Mapping[int, KnownEvidence],
+    mixed: KnownEvidence,
+    foreign: KnownEvidence,
+    seed: int,
+) -> dict[str, Any]:
+    """Accuracy beside logistic regression, coverage of the 90% intervals, and telling foreign text apart.
+
+    Args:
+        dispatcher: fitted on ``train``. train: also trains the logistic regression, on its labelled prompts.
+        pure: held-out prompts of one domain by their length. mixed: held-out prompts of known mixture.
+        foreign: prompts without any expert. seed: of posterior draws.
+    """
+    labelled = train.labels >= 0
+    baseline = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000))
+    baseline.fit(_features(train.evidence)[labelled], train.labels[labelled])
+    accuracy = {}
+    for length, known in pure.items():
+        ours = dispatcher.predict_proba(known.evidence)[:, :-1].argmax(1) == known.labels
+        theirs = baseline.predict(_features(known.evidence)) == known.labels
+        accuracy[str(length)] = {"dispatcher": _mean(ours), "logistic_regression": _mean(theirs)}
+    posterior = dispatcher.posterior(mixed.evidence, draws=400, seed=seed)
+    found = interval_coverage(posterior, mixed.mixtures, 0.9)
+    attainable = attainable_coverage(dispatcher, mixed.mixtures, 0.9, seed=seed)
+    longest = pure[max(pure)].evidence
+    base_weight = [dispatcher.posterior(e, draws=64, seed=seed).mean[:, -1] for e in (longest, foreign.evidence)]
+    return {
+        "accuracy": accuracy,
+        "coverage_90": {"found": list(found), "attainable": list(attainable)},
+        "foreign_auroc_base_weight": ood_auroc(*base_weight).value,
+    }
+
+
+def pure_report(system: System, domain: Domain, count: int, seed: int) -> dict[str, Any]:
+    """Blends on documents of one domain, and how much NLL each loses to the right expert."""
+    documents = held_out_documents(domain, count, seed)
+    components = system.experts.components
+    blends = [FixedWeights.vertex(components, domain.name), FixedWeights.vertex(components, BASE), *_blends()]
+    return _versus(compare_blends(system, documents, blends, seed).scores, domain.name)
+
+
+def mixed_report(system: System, domain: Domain, count: int, seed: int) -> dict[str, Any]:
+    """Blends on documents that mix or switch conventions, and their paired differences to ``PosteriorPredictive``."""
+    documents = held_out_documents(domain, count, seed)
+    blends = [FixedWeights.vertex(system.experts.components, BASE), *_blends()]
+    return _versus(compare_blends(system, documents, blends, seed).scores, PosteriorPredictive.name)
+
+
+def _blends() -> list[Any]:
+    return [BestExpert(), PosteriorMean(), TopK(2), ThompsonSample(), PosteriorPredictive(16)]
+
+
+def paired(scores: Sequence[Score], one: str, other: str) -> list[float]:
+    """Mean and standard error over documents of the NLL under ``one`` minus that under ``other``."""
+    nll = {name: np.array([score.nll for score in scores if score.blend == name]) for name in (one, other)}
+    found = paired_comparison(nll[one], nll[other])
+    return [found.difference, found.standard_error]
+
+
+def _versus(scores: Sequence[Score], reference: str) -> dict[str, Any]:
+    names = dict.fromkeys(score.blend for score in scores)
+    report: dict[str, Any] = {}
+    for name in names:
+        own = [score for score in scores if score.blend == name]
+        report[name] = {
+            "nll": _mean([score.nll for score in own]),
+            "exact_match": _mean([score.exact_match for score in own]),
+            f"nll_minus_{reference}": paired(scores, name, reference),
+        }
+    if BestExpert.name in names:
+        report["mean_minus_best"] = paired(scores, PosteriorMean.name, BestExpert.name)
+    return report
+
+
+def _features(evidence: Evidence) -> np.ndarray:
+    counts = evidence.views["counts"]
+    return np.concatenate([evidence.views["hidden"], np.sqrt(counts / counts.sum(1, keepdims=True))], axis=1)
+
+
+def _mean(values: Any) -> list[float]:
+    """Mean and its standard error."""
+    values = np.asarray(values, dtype=float)
+    return [float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))]

@@ -1,0 +1,161 @@
+"""Evidence of known origin, from documents of the domains: to fit a dispatcher, to judge it, to calibrate a gate."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.experts.domains import Domain, Split, mixed_text
+from bayes_dispatch.inference.two_pass.first_pass import first_pass
+from bayes_dispatch.model.backbone import Backbone
+from bayes_dispatch.model.tokenizer import ByteTokenizer
+
+__all__ = [
+    "KnownEvidence",
+    "base_evidence",
+    "foreign_evidence",
+    "gate_evidence",
+    "mixed_evidence",
+    "pure_evidence",
+]
+
+
+class KnownEvidence(NamedTuple):
+    """Evidence with what is known of its prompts.
+
+    Attributes:
+        evidence: N prompts.
+        labels: (N,) index of a prompt's only domain, −1 where it has several or none.
+        mixtures: (N, K + 1) byte shares of the domains, base last; NaN rows where they are not known.
+    """
+
+    evidence: Evidence
+    labels: np.ndarray
+    mixtures: np.ndarray
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["KnownEvidence"]) -> "KnownEvidence":
+        """All prompts of several sets, in order."""
+        return cls(
+            Evidence.concatenate([part.evidence for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+            np.concatenate([part.mixtures for part in parts]),
+        )
+
+    def among(self, places: Sequence[int], experts: int) -> "KnownEvidence":
+        """The same prompts for ``experts`` experts, of which domain d is that at ``places[d]``."""
+        columns = [*places, experts]
+        mixtures = np.where(np.isnan(self.mixtures[:, :1]), np.nan, np.zeros((len(self.labels), experts + 1)))
+        mixtures[:, columns] = self.mixtures
+        return KnownEvidence(self.evidence, np.array([*places, -1])[self.labels], mixtures)
+
+
+def pure_evidence(
+    model: Backbone,
+    domains: Sequence[Domain],
+    per_domain: int,
+    lengths: tuple[int, int],
+    split: Split,
+    seed: int,
+    progress: bool = False,
+    block: int = 0,
+) -> KnownEvidence:
+    """Prompts of one domain each; their lengths in bytes are log-uniform in ``lengths``, both included.
+
+    ``block``, here and below, is that of ``first_pass``.
+    """
+    rng = np.random.default_rng([seed, 1])
+    prompts, labels = [], []
+    for label, domain in enumerate(domains):
+        for _ in range(per_domain):
+            length = _length(rng, lengths)
+            prompts.append(domain.document(rng, 0, length, split).data[:length].decode(errors="ignore"))
+            labels.append(label)
+    evidence = first_pass(model, ByteTokenizer(), prompts, progress=progress, block=block).evidence
+    return KnownEvidence(evidence, np.array(labels), np.full((len(labels), len(domains) + 1), np.nan))
+
+
+def mixed_evidence(
+    model: Backbone,
+    domains: Sequence[Domain],
+    count: int,
+    lengths: tuple[int, int],
+    split: Split,
+    seed: int,
+    progress: bool = False,
+    block: int = 0,
+) -> KnownEvidence:
+    """Prompts whose lines come from two domains, in a third of them from three, with shares uniform on the simplex."""
+    rng = np.random.default_rng([seed, 2])
+    prompts, mixtures = [], np.zeros((count, len(domains) + 1))
+    for row in range(count):
+        chosen = rng.choice(len(domains), size=min(3 if rng.random() < 1 / 3 else 2, len(domains)), replace=False)
+        weights = rng.dirichlet(np.ones(len(chosen))).tolist()
+        text, shares = mixed_text([domains[i] for i in chosen], weights, rng, _length(rng, lengths), split)
+        prompts.append(text)
+        mixtures[row, chosen] = shares
+    evidence = first_pass(model, ByteTokenizer(), prompts, progress=progress, block=block).evidence
+    return KnownEvidence(evidence, np.full(count, -1), mixtures)
+
+
+def base_evidence(
+    model: Backbone,
+    domains: Sequence[Domain],
+    experts: int,
+    per_domain: int,
+    lengths: tuple[int, int],
+    split: Split,
+    seed: int,
+    block: int = 0,
+) -> KnownEvidence:
+    """Prompts of domains that base itself serves best: all their weight is on it, beside ``experts`` experts."""
+    found = pure_evidence(model, domains, per_domain, lengths, split, seed, block=block)
+    count = len(found.labels)
+    return KnownEvidence(found.evidence, np.full(count, -1), np.tile(np.eye(experts + 1)[-1], (count, 1)))
+
+
+def foreign_evidence(
+    model: Backbone,
+    domains: Sequence[Domain],
+    experts: int,
+    per_domain: int,
+    lengths: tuple[int, int],
+    seed: int,
+    block: int = 0,
+) -> KnownEvidence:
+    """Prompts of domains without an expert, held out: nothing is known of their weights over ``experts`` experts."""
+    found = pure_evidence(model, domains, per_domain, lengths, "held_out", seed, block=block)
+    count = len(found.labels)
+    return KnownEvidence(found.evidence, np.full(count, -1), np.full((count, experts + 1), np.nan))
+
+
+def gate_evidence(
+    model: Backbone,
+    domains: Sequence[Domain],
+    pure: int,
+    mixed: int,
+    lengths: tuple[int, int],
+    seed: int,
+    progress: bool = False,
+    block: int = 0,
+) -> tuple[Evidence, np.ndarray]:
+    """Held-out prompts of one domain and of several, for ``Gate.calibrate``.
+
+    Args:
+        model: the base model. domains: of the experts. pure: prompts of each. mixed: prompts of several.
+        lengths: shortest and longest, in bytes. seed: of the prompts. progress: show progress bars.
+        block: that of ``first_pass``.
+
+    Returns:
+        The evidence, and its groups: 0 for prompts of one domain, 1 for those of several.
+    """
+    known = pure_evidence(model, domains, pure, lengths, "held_out", seed, progress, block)
+    several = mixed_evidence(model, domains, mixed, lengths, "held_out", seed, progress, block)
+    both = KnownEvidence.concatenate([known, several])
+    return both.evidence, (both.labels < 0).astype(int)
+
+
+def _length(rng: np.random.Generator, lengths: tuple[int, int]) -> int:
+    low, high = lengths
+    return min(int(np.exp(rng.uniform(np.log(low), np.log(high + 1)))), high)

@@ -1,0 +1,79 @@
+"""What two-pass generation gives: texts, and how sure each byte of them is."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.inference.two_pass.cost import Cost
+
+__all__ = ["Generation", "Streamed"]
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """What was generated for N prompts, and how sure it is.
+
+    Where a text has ended before ``max_new_tokens``, tokens are the padding token and numbers NaN.
+
+    Attributes:
+        prompts, texts: prompts as bytes, and their continuations.
+        token_ids: (N, max_new_tokens). log_probabilities: (N, max_new_tokens), of each token under the predictive at
+            temperature 1, in nats.
+        posterior: the dispatcher's posterior. blend: the blend's name.
+        weights: (N, K + 1), mean blend weights when the prompt had been read: filtered by its tokens where the blend
+            is.
+        predictive_entropy, mutual_information: (N, max_new_tokens) in nats, of the next token, and between it and the
+            particle: the epistemic part.
+        lengths: (N,), tokens that were generated.
+        paths: for each prompt (bytes + lengths, K + 1), the mean blend weights before each byte of the prompt and each
+            generated one.
+        cost: in evaluations of blocks on tokens.
+        fallback: (N,), whether the gate sent the prompt to base, for a false-alarm rate that was asked for.
+        p_values: (N,) of the gate: how foreign the prompt is among held-out ones of the experts' domains; NaN where it
+            was not asked.
+    """
+
+    prompts: tuple[bytes, ...]
+    texts: tuple[str, ...]
+    token_ids: np.ndarray
+    log_probabilities: np.ndarray
+    posterior: DispatchPosterior
+    blend: str
+    weights: np.ndarray
+    predictive_entropy: np.ndarray
+    mutual_information: np.ndarray
+    lengths: np.ndarray
+    paths: tuple[np.ndarray, ...]
+    cost: Cost
+    fallback: np.ndarray
+    p_values: np.ndarray
+
+    @property
+    def aleatoric_entropy(self) -> np.ndarray:
+        """(N, max_new_tokens) in nats: what would be left of the predictive entropy if the particle were known."""
+        return self.predictive_entropy - self.mutual_information
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """One more token of one prompt.
+
+    Attributes:
+        prompt: its index. text: characters that the token completes; empty within one of several bytes.
+        token_id, log_probability, predictive_entropy, mutual_information, weights: as in ``Generation``, of this token.
+        posterior: the dispatcher's, of this prompt. last: nothing comes after it.
+        fallback, p_value: as in ``Generation``, of this prompt.
+    """
+
+    prompt: int
+    text: str
+    token_id: int
+    log_probability: float
+    predictive_entropy: float
+    mutual_information: float
+    weights: np.ndarray
+    posterior: DispatchPosterior
+    last: bool
+    fallback: bool = False
+    p_value: float = float("nan")

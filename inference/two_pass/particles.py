@@ -1,0 +1,209 @@
+"""A batch of prompts under the particles of a blend: reading them, and going on token by token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bayes_dispatch.errors import TensorError
+from bayes_dispatch.inference.two_pass.blends import Particles
+from bayes_dispatch.inference.two_pass.filtering import FilterState, ParticleFilter, predictive
+from bayes_dispatch.inference.two_pass.merging import divergences, representatives
+from bayes_dispatch.inference.two_pass.readers import Reader
+from bayes_dispatch.model.generation.sampling import Sampling
+
+__all__ = ["Decoding", "Token"]
+
+PREFILL_CHUNK = 256  # tokens that are read at once, which bounds the memory of their logits
+MEASURED = 32  # tokens at the end of a prompt on which divergences of particles are measured
+BYTES = 256  # only they continue a text; the special tokens never occur after its beginning
+
+
+@dataclass(frozen=True, eq=False)
+class Token:
+    """The next token of N prompts, and how sure it was.
+
+    Attributes:
+        ids: (N,). log_probabilities: (N,), under the predictive at temperature 1, in nats.
+        entropy, mutual_information: (N,), of the predictive, and between it and the particle, in nats.
+        weights: (N, K + 1), the filtered mean of the blend weights before the token. rows: of the model, for all N.
+    """
+
+    ids: np.ndarray
+    log_probabilities: np.ndarray
+    entropy: np.ndarray
+    mutual_information: np.ndarray
+    weights: np.ndarray
+    rows: int
+
+
+class Decoding:
+    """Filtered particles of N prompts.
+
+    Args:
+        reader: of the prompts under these particles. particles: of the prompts.
+        ids: (N, T) tokens of the prompts, right-padded. lengths: (N,), how many are real.
+        evidence: (N, T), which of them filter the particles; all but the beginning token by default.
+
+    Attributes:
+        path: (T, N, K + 1), the filtered mean of the blend weights after each token of the prompts.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        particles: Particles,
+        ids: Int[Tensor, "N T"],
+        lengths: Int[Tensor, " N"],
+        evidence: Bool[Tensor, "N T"] | None = None,
+    ) -> None:
+        self._reader = reader
+        self._filter = ParticleFilter(particles)
+        self._ids, self._lengths, self._evidence = ids, lengths, evidence
+        self._alone = particles.mass.shape[1] == 1
+        self._kl = np.zeros((len(ids), particles.mass.shape[1], particles.mass.shape[1]))
+        self._following: Float[Tensor, "N S V"]
+        self._mean: np.ndarray | None = None  # of the present weights, where it has been asked for
+        self.path = np.empty((ids.shape[1], len(ids), particles.weights.shape[2]))
+
+    @property
+    def weights(self) -> Float[np.ndarray, "N components"]:
+        """The filtered mean of the blend weights."""
+        if self._mean is None:
+            self._mean = self._filter.mean()
+        return self._mean
+
+    @property
+    def filtered(self) -> FilterState:
+        """The filter's state: to come back to, when what is read from here on shall not have been evidence."""
+        return self._filter.state
+
+    @filtered.setter
+    def filtered(self, state: FilterState) -> None:
+        self._filter.state = state
+        self._mean = None
+
+    def read_prompts(self, measured: bool = False) -> None:
+        """Read the prompts, and filter the particles by each of their bytes; where ``measured``, for ``merge``."""
+        self.path[:] = self.weights
+        if self._alone:  # nothing to filter
+            self._following = self._reader.read_ends()
+            return
+        following: Tensor | None = None
+        for start in range(0, self._ids.shape[1], PREFILL_CHUNK):
+            after = self._reader.read_prompts(start, start + PREFILL_CHUNK)  # (N, S, t, V)
+            place = torch.arange(start, start + after.shape[2])
+            if measured and bool((self._lengths.min() - MEASURED < place[-1] + 1).any()):
+                counted = (place < self._lengths[:, None]) & (place >= self._lengths[:, None] - MEASURED)
+                self._kl += divergences(after, counted)
+            first = 1 if following is None else 0  # the beginning token is no evidence
+            tokens = self._ids[:, start + first : start + after.shape[2]]
+            counts = place[first:] < self._lengths[:, None]
+            if self._evidence is not None:
+                counts &= self._evidence[:, start + first : start + after.shape[2]]
+            after_each = self._count(following, after, tokens, counts)
+            self.path[start + first : start + after.shape[2]] = self._filter.means(after_each).swapaxes(0, 1)
+            last = (self._lengths - 1 - start).clamp(max=after.shape[2] - 1)
+            ends = after[torch.arange(len(last)), :, last.clamp(min=0)]
+            following = ends if following is None else torch.where(last[:, None, None] >= 0, ends, following)
+        assert following is not None
+        self._following = following
+
+    def read_on(self, start: int, ids: Int[Tensor, "N t"], evidence: Bool[Tensor, "N t"]) -> None:
+        """Read more of prompts that the reader has been given longer, all of them to one length.
+
+        Args:
+            start: tokens read so far. ids: those from there on. evidence: which of them filter the particles.
+        """
+        for begin in range(0, ids.shape[1], PREFILL_CHUNK):
+            part = slice(begin, begin + PREFILL_CHUNK)
+            after = self._reader.read_prompts(start + begin, min(start + begin + PREFILL_CHUNK, start + ids.shape[1]))
+            if not self._alone:
+                self._count(self._following, after, ids[:, part], evidence[:, part])
+            self._following = after[:, :, -1]
+
+    def merge(self, tolerance: float) -> list[list[int]]:
+        """Run particles as one; the mixture changes by at most ``tolerance`` nats a token (``merging``).
+
+        Returns:
+            The particles that are left of each prompt, by their old indices.
+        """
+        if self._alone:
+            return [[0]] * len(self._ids)
+        counts = np.minimum(self._lengths.numpy(), MEASURED)[:, None, None]
+        v = self._filter.log_weights.exp().numpy()
+        chosen = [representatives(own, kl, tolerance) for own, kl in zip(v, self._kl / counts, strict=True)]
+        left = self._filter.merge(np.stack(chosen))
+        self._mean = None
+        self._reader.keep(range(len(left)), left)
+        width = max(map(len, left))
+        index = torch.tensor([[*kept, *[kept[0]] * (width - len(kept))] for kept in left])
+        self._following = self._following[torch.arange(len(left))[:, None], index]
+        return left
+
+    def choose(self, sampling: Sampling, generators: Sequence[np.random.Generator]) -> Token:
+        """The next token of each prompt.
+
+        Raises:
+            TensorError: the model predicts NaN.
+        """
+        mixed = predictive(self._filter.log_weights, self._following)
+        if bool(mixed.log_probabilities.isnan().any()):
+            raise TensorError("expected finite log-probabilities from the model, got NaN")
+        ids = sampling.choose(mixed.log_probabilities[:, :BYTES], generators)
+        chosen = mixed.log_probabilities.gather(1, ids[:, None])[:, 0]
+        if not bool(chosen.isfinite().all()):
+            raise TensorError("expected a finite log-probability of the next byte from the model, got infinity")
+        values = ids, chosen, mixed.entropy, mixed.mutual_information
+        tokens, log_p, entropy, information = (each.cpu().numpy() for each in values)
+        return Token(tokens, log_p, entropy, information, self.weights, self._reader.rows)
+
+    def append(self, ids: Int[np.ndarray, " N"], evidence: bool = True, last: bool = False) -> None:
+        """Go on with these tokens.
+
+        Args:
+            ids: (N,). evidence: whether they filter the particles. In the joint predictive of several tokens the
+                model's own count, too: later ones continue what the likely particles began.
+            last: nothing will be asked about what follows them.
+        """
+        token = torch.from_numpy(ids)
+        if evidence and not self._alone:
+            self._update(_of(self._following[:, :, None], token[:, None]))
+        if not last:
+            self._following = self._reader.read(token)
+
+    def _count(
+        self,
+        before: Float[Tensor, "N S V"] | None,
+        after: Float[Tensor, "N S t V"],
+        tokens: Int[Tensor, "N T"],
+        counts: Bool[Tensor, "N T"],
+    ) -> Float[Tensor, "N T S"]:
+        """Filter by tokens that were predicted ``before`` the first, if it is one of them, and ``after`` each."""
+        inner = after[:, :, : after.shape[2] - 1]
+        if before is None:
+            return self._update(_of(inner, tokens), counts)
+        likelihood = torch.cat([_of(before[:, :, None], tokens[:, :1]), _of(inner, tokens[:, 1:])], 2)
+        return self._update(likelihood, counts)
+
+    def _update(
+        self, log_likelihood: Float[Tensor, "N S T"], counts: Bool[Tensor, "N T"] | None = None
+    ) -> Float[Tensor, "N T S"]:
+        self._mean = None
+        return self._filter.update(log_likelihood, counts)
+
+    def keep(self, prompts: Sequence[int]) -> None:
+        """Drop all other prompts; nothing is merged after that."""
+        count = self._following.shape[1]
+        self._reader.keep(prompts, [range(count)] * len(prompts))
+        self._filter.select(prompts)
+        self._mean = None
+        self._following = self._following[torch.tensor(prompts)]
+
+
+def _of(log_probabilities: Float[Tensor, "N S T V"], tokens: Int[Tensor, "N T"]) -> Float[Tensor, "N S T"]:
+    index = tokens[:, None, :, None].expand(-1, log_probabilities.shape[1], -1, 1)
+    return log_probabilities.gather(3, index)[..., 0]

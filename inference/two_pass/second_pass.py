@@ -1,0 +1,256 @@
+"""The second pass over many prompts: in groups of similar length, each read once, dispatched, and generated for."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.inference.two_pass.blends import Blend, Particles
+from bayes_dispatch.inference.two_pass.cost import Cost
+from bayes_dispatch.inference.two_pass.events import tell
+from bayes_dispatch.inference.two_pass.first_pass import evidence_of, first_pass, pool
+from bayes_dispatch.inference.two_pass.particles import Decoding, Token
+from bayes_dispatch.inference.two_pass.prefix import Prefix, read_prefix
+from bayes_dispatch.inference.two_pass.readers import CachedReader, Reader, UncachedReader
+from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, System, gate_of
+from bayes_dispatch.model.generation.sampling import Sampling, row_generators, row_seeds
+from bayes_dispatch.model.parts import CutModel
+
+__all__ = ["Request", "SecondPass"]
+
+logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 64  # rows (prompts times particles) of one batch; prompts whose first pass runs together
+TOKENS_AT_ONCE = 65536  # of prompts whose first pass runs together: it bounds what is kept of them
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of all prompts: see ``TwoPassGenerator.generate``."""
+
+    blend: Blend
+    max_new_tokens: int
+    sampling: Sampling
+    stop: bytes | None
+    own_evidence: bool
+    use_cache: bool
+    seed: int
+    false_alarm_rate: float | None = None
+    abstain: bool = False
+
+
+class SecondPass:
+    """One call of ``generate``: a lazy stream of tokens, and what is known of the prompts so far.
+
+    Args:
+        system: model, tokenizer, experts and dispatcher. cut: its model. prompts: checked.
+        request: the settings. given: the posterior of all prompts, where the dispatcher shall not be asked.
+
+    Attributes:
+        weights: by prompt (K + 1,), filtered means when it had been read. paths: by prompt (bytes, K + 1), before each
+            of its bytes. cost: so far.
+        foreign: the prompts that the gate sent to base. p_values: by prompt, of the gate, where it was asked.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        cut: CutModel,
+        prompts: Sequence[bytes],
+        request: Request,
+        given: DispatchPosterior | None,
+    ) -> None:
+        self.prompts = tuple(prompts)
+        self.weights: dict[int, np.ndarray] = {}
+        self.paths: dict[int, np.ndarray] = {}
+        self.foreign: set[int] = set()
+        self.p_values: dict[int, float] = {}
+        self.cost = Cost(cut.depth)
+        self._system, self._cut, self._request, self._given = system, cut, request, given
+        self._draws: dict[int, DispatchPosterior] = {}
+        self._seeds = row_seeds(request.seed, prompts)
+        self._generators = row_generators(request.seed + 1, prompts)
+
+    def posterior(self, prompts: Sequence[int]) -> DispatchPosterior:
+        """The posterior of some prompts that have been dispatched."""
+        parts = [self._draws[n] for n in prompts]
+
+        def joined(values: list[np.ndarray | None]) -> np.ndarray | None:
+            given = [each for each in values if each is not None]
+            return np.concatenate(given) if len(given) == len(values) else None
+
+        weights = np.concatenate([part.weights for part in parts], axis=1)
+        k_hat, evidence = [part.k_hat for part in parts], [part.log_evidence for part in parts]
+        return DispatchPosterior(weights, parts[0].experts, joined(k_hat), joined(evidence))
+
+    def tokens(self) -> Iterator[tuple[Token, np.ndarray, np.ndarray]]:
+        """Each next token of some prompts, the indices (n,) of these, and whether each has ended with it (n,)."""
+        try:
+            for group in self._groups():
+                yield from self._generate(group)
+        except GeneratorExit:  # the reader of a stream wants no more
+            self._tell(ended=False)
+            raise
+        self._tell(ended=True)
+
+    def _tell(self, ended: bool) -> None:
+        facts = {"prompts": len(self.prompts), "blend": self._request.blend.name, "ended": ended}
+        tell(logger, logging.INFO, "generated", lambda: facts | asdict(self.cost))
+
+    def _groups(self) -> Iterator[list[int]]:
+        """Prompts whose first pass runs together; copies of one are neighbours."""
+        order = sorted(range(len(self.prompts)), key=lambda n: (len(self.prompts[n]), self.prompts[n]))
+        group: list[int] = []
+        for n in order:
+            full = len(group) == ROWS_AT_ONCE or (len(group) + 1) * (len(self.prompts[n]) + 1) > TOKENS_AT_ONCE
+            if group and full:
+                yield group
+                group = []
+            group.append(n)
+        yield group
+
+    def _generate(self, group: list[int]) -> Iterator[tuple[Token, np.ndarray, np.ndarray]]:
+        distinct = list(dict.fromkeys(self.prompts[n] for n in group))
+        row = {prompt: place for place, prompt in enumerate(distinct)}
+        rows = [row[self.prompts[n]] for n in group]
+        capacity = max(map(len, distinct)) + 1 + self._request.max_new_tokens
+        with torch.no_grad():
+            prefix = read_prefix(self._cut, self._system.tokenizer, distinct, capacity)
+            own = sum(len(self.prompts[n]) + 1 for n in group)
+            self._count(prompt_tokens=own, prefill=int(prefix.tokens.sum()) * self._cut.block)
+            posterior = self._dispatch(group, distinct, rows, prefix)
+        for place, n in enumerate(group):
+            self._draws[n] = posterior.select([place])
+        tell(logger, logging.DEBUG, "prefix read", lambda: _of_prefix(prefix, len(group), self._cut.block))
+        tell(logger, logging.DEBUG, "dispatched", lambda: _of_posterior(group, posterior, self.foreign))
+        foreign = np.array([n in self.foreign for n in group])
+        particles = _on_base(self._request.blend.particles(posterior), foreign)
+        if self._request.abstain and foreign.any():
+            for n in np.array(group)[foreign]:
+                self.weights[n] = np.eye(particles.weights.shape[2])[-1]
+                self.paths[n] = np.tile(self.weights[n], (len(self.prompts[n]), 1))
+            left = np.flatnonzero(~foreign)
+            group, rows, particles = [group[i] for i in left], [rows[i] for i in left], particles.select(left)
+        at_once = max(1, ROWS_AT_ONCE // particles.mass.shape[1])
+        for start in range(0, len(group), at_once):
+            chosen = slice(start, start + at_once)
+            yield from self._decode(group[chosen], prefix, rows[chosen], particles.select(chosen))
+
+    def _dispatch(self, group: list[int], distinct: list[bytes], rows: list[int], prefix: Prefix) -> DispatchPosterior:
+        rate = self._request.false_alarm_rate
+        if self._given is not None and rate is None:
+            return self._given.select(group)
+        if self._cut.block:
+            found = evidence_of(distinct, {"hidden": pool(prefix.x, prefix.tokens)})
+        else:
+            found = first_pass(self._system.model, self._system.tokenizer, distinct).evidence
+            self._count(first_pass=int(prefix.tokens.sum()) * self._cut.depth)
+        evidence = found.select(np.array(rows))
+        if rate is not None:
+            decision = gate_of(self._system).decide(self._system.dispatcher, evidence, rate)
+            self.p_values.update(zip(group, decision.p_values.tolist(), strict=True))
+            self.foreign.update(np.array(group)[decision.foreign].tolist())
+        if self._given is not None:
+            return self._given.select(group)
+        seeds = [self._seeds[n] for n in group]
+        return self._system.dispatcher.posterior(evidence, draws=POSTERIOR_DRAWS, seed=seeds)
+
+    def _decode(
+        self, group: list[int], prefix: Prefix, rows: list[int], particles: Particles
+    ) -> Iterator[tuple[Token, np.ndarray, np.ndarray]]:
+        request = self._request
+        own = sorted(set(rows))
+        prefix, rows = prefix.select(own), [own.index(row) for row in rows]
+        with torch.no_grad():
+            decoding, reader = self._begin(prefix, rows, particles)
+            decoding.read_prompts(measured=particles.merge > 0)
+            self._count(prefill=reader.evaluated)
+            weights = decoding.weights
+            for place, n in enumerate(group):
+                self.weights[n] = weights[place]
+                self.paths[n] = decoding.path[: len(self.prompts[n]), place]
+            if particles.refined:
+                mean = Particles(weights[:, None], np.ones((len(group), 1)))
+                decoding, reader = self._begin(prefix, rows, mean)
+                decoding.read_prompts()
+                self._count(prefill=reader.evaluated)
+            elif particles.merge > 0:
+                decoding.merge(particles.merge)
+        tell(
+            logger,
+            logging.DEBUG,
+            "prompts read",
+            lambda: {"prompts": group, "rows": reader.rows, "of": particles.mass.size},
+        )
+        live = np.array(group)
+        written = {n: bytearray() for n in group}
+        for step in range(request.max_new_tokens):
+            final = step + 1 == request.max_new_tokens
+            with torch.no_grad():
+                token = decoding.choose(request.sampling, [self._generators[n] for n in live])
+            for n, each in zip(live, token.ids, strict=True):
+                written[n].append(int(each))
+            ended = np.array([final or (request.stop is not None and written[n].endswith(request.stop)) for n in live])
+            going = np.flatnonzero(~ended)
+            if len(going):
+                with torch.no_grad():
+                    before = reader.evaluated
+                    if len(going) < len(live):
+                        decoding.keep(going.tolist())
+                    decoding.append(token.ids[going], request.own_evidence)
+                    self._count(decode=reader.evaluated - before, new_tokens=len(going))
+            if ended.any():
+                tell(logger, logging.DEBUG, "ended", partial(_of_ended, live[ended], going))
+            yield token, live, ended
+            live = live[going]
+            if not len(live):
+                return
+
+    def _begin(self, prefix: Prefix, rows: list[int], particles: Particles) -> tuple[Decoding, Reader]:
+        system = self._system
+        ids, lengths = (
+            (prefix.ids, prefix.tokens)
+            if rows == list(range(len(prefix.ids)))
+            else (prefix.ids[rows], prefix.tokens[rows])
+        )
+        reader: Reader
+        if self._request.use_cache:
+            capacity = ids.shape[1] + self._request.max_new_tokens
+            ahead = self._request.max_new_tokens
+            reader = CachedReader(self._cut, system.experts, particles, prefix, rows, capacity, ahead=ahead)
+        else:
+            reader = UncachedReader(system.model, system.experts, particles, ids, lengths)
+        return Decoding(reader, particles, ids, lengths), reader
+
+    def _count(self, **evaluations: int) -> None:
+        self.cost = self.cost + Cost(self._cut.depth, **evaluations)
+
+
+def _on_base(particles: Particles, foreign: Bool[np.ndarray, " N"]) -> Particles:
+    """All particles of foreign prompts at base."""
+    if not foreign.any():
+        return particles
+    base = np.eye(particles.weights.shape[2])[-1]
+    layers = None if particles.layers is None else np.where(foreign[:, None, None, None], base, particles.layers)
+    return replace(particles, weights=np.where(foreign[:, None, None], base, particles.weights), layers=layers)
+
+
+def _of_prefix(prefix: Prefix, prompts: int, block: int) -> dict[str, Any]:
+    held = 0 if prefix.cache is None else prefix.cache.nbytes
+    return {"prompts": prompts, "distinct": len(prefix.tokens), "below_block": block, "cache_bytes": held}
+
+
+def _of_ended(prompts: np.ndarray, going: np.ndarray) -> dict[str, Any]:
+    return {"prompts": prompts.tolist(), "going": len(going)}
+
+
+def _of_posterior(prompts: list[int], posterior: DispatchPosterior, foreign: set[int]) -> dict[str, Any]:
+    means = [dict(zip(posterior.experts, np.round(row, 4).tolist(), strict=True)) for row in posterior.mean]
+    entropy = np.round(posterior.entropy, 4).tolist()
+    return {"prompts": prompts, "mean": means, "entropy": entropy, "foreign": [n for n in prompts if n in foreign]}

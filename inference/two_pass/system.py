@@ -1,0 +1,89 @@
+"""The parts that two-pass inference works with, and ways from prompts to a posterior."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.gate import Gate
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.inference.two_pass.first_pass import first_pass
+from bayes_dispatch.model.backbone import Backbone, Cuttable
+from bayes_dispatch.model.generation.sampling import row_seeds
+from bayes_dispatch.model.parts import CutModel
+from bayes_dispatch.model.tokenizer import ByteTokenizer
+
+__all__ = ["POSTERIOR_DRAWS", "Dispatched", "Strategy", "System", "cut_of", "dispatch", "gate_of"]
+
+POSTERIOR_DRAWS = 64
+
+
+@runtime_checkable
+class System(Protocol):
+    """The parts that work together; a ``Bundle`` has them."""
+
+    @property
+    def model(self) -> Backbone: ...
+    @property
+    def tokenizer(self) -> ByteTokenizer: ...
+    @property
+    def experts(self) -> ExpertBank: ...
+    @property
+    def dispatcher(self) -> Dispatcher: ...
+
+
+def gate_of(system: System) -> Gate:
+    """The system's gate.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    gate: Gate | None = getattr(system, "gate", None)  # not every system knows of gates
+    if gate is None:
+        raise ConfigError("expected a bundle with a gate for a false-alarm rate, got one without: see calibrate-gate")
+    return gate
+
+
+def cut_of(system: System) -> CutModel:
+    """The system's model, cut before the first adapted block where it can be."""
+    return CutModel(system.model, system.experts.adapt_from if isinstance(system.model, Cuttable) else 0)
+
+
+def dispatch(system: System, prompts: Sequence[str | bytes], seed: int | None) -> tuple[DispatchPosterior, Evidence]:
+    """First pass and posterior; a prompt's draws depend on the seed and the prompt alone.
+
+    Raises:
+        PromptError: see ``first_pass``.
+    """
+    passed = first_pass(system.model, system.tokenizer, prompts, block=cut_of(system).block)
+    seeds = row_seeds(seed, passed.prompts)
+    return system.dispatcher.posterior(passed.evidence, draws=POSTERIOR_DRAWS, seed=seeds), passed.evidence
+
+
+@runtime_checkable
+class Strategy(Protocol):
+    """A way from prompts to a posterior over the weights of K experts and base."""
+
+    @property
+    def name(self) -> str: ...
+
+    def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
+        """Draws for each prompt.
+
+        Raises:
+            PromptError: see ``check_prompts``.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """The system's own dispatcher."""
+
+    name = "dispatcher"
+
+    def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
+        return dispatch(system, prompts, seed)[0]

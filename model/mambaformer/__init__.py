@@ -1,0 +1,1 @@
+"""The MambaFormer network: configuration, blocks, mixers, scans, cache, scaled matrices and compiled loops."""

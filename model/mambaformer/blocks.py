@@ -1,0 +1,301 @@
+"""Residual blocks in sequence: the part that all models share."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from bayes_dispatch.errors import ConfigError, StaleCacheError, TensorError
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.mambaformer.block import Block, build_mixer
+from bayes_dispatch.model.mambaformer.cache import Cache
+from bayes_dispatch.model.mambaformer.compiled.stepping import Stepper, Steppers, can_step
+from bayes_dispatch.model.mambaformer.config import BlockKind, MambaFormerConfig
+from bayes_dispatch.model.mambaformer.fingerprint import Fingerprint
+from bayes_dispatch.model.mambaformer.mixers import Memory, Span
+from bayes_dispatch.model.mambaformer.normalisation import RMSNorm
+from bayes_dispatch.model.mambaformer.padding import Padding, check_padding
+from bayes_dispatch.model.mambaformer.svd.embedding import EMBEDDING, SVDEmbedding
+from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
+
+__all__ = ["BlockStack", "MambaFormer", "Stretch", "check_adaptation"]
+
+
+class Stretch:
+    """Blocks that run one after the other, with or without the normalisation at the end, and their latest stepper.
+
+    Attributes:
+        blocks: their indices. normalised: whether the normalisation follows them.
+    """
+
+    def __init__(self, blocks: range, normalised: bool) -> None:
+        self.blocks = blocks
+        self.normalised = normalised
+        self.steppers = Steppers()
+
+
+class BlockStack(nn.Module):
+    """Blocks, and a normalisation after the last; before them an embedding, where a vocabulary is given.
+
+    Attributes:
+        backbone: sizes of the blocks.
+        gradient_checkpointing: in training, keep only what goes into each block, and run it again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        backbone: MambaFormerConfig,
+        build: Callable[[BlockKind, MambaFormerConfig], nn.Module] = build_mixer,
+        vocab_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.gradient_checkpointing = False
+        if vocab_size is not None:  # before the blocks: the order of the weights is that of their fingerprint
+            self.embedding = SVDEmbedding(vocab_size, backbone.d_model)
+        self.blocks = nn.ModuleList(Block(build(kind, backbone), backbone.d_model) for kind in backbone.block_kinds)
+        self.norm = RMSNorm(backbone.d_model)
+        for name, parameter in self.blocks.named_parameters():
+            if name.endswith(
+                "out_proj.weight"
+            ):  # residual branches start small, so that depth does not blow up the stream
+                parameter.data.mul_(backbone.n_blocks**-0.5)
+        self._fingerprint = Fingerprint()
+        self._stretches: dict[range, Stretch] = {}
+        self._checked: tuple[Adaptation, int, torch.dtype] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, and so of hidden states, logits and, by default, cached states."""
+        return self.norm.weight.dtype
+
+    def run_blocks(
+        self,
+        x: Float[Tensor, "B T D"],
+        span: Span,
+        start: int,
+        stop: int,
+        *,
+        cache: Cache | None,
+        adaptation: Adaptation,
+        memory: Memory | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Run blocks ``start`` to ``stop`` − 1 over right-padded hidden states."""
+        if cache is not None:
+            self._check_blocks(range(start, stop), cache, adaptation)
+        scales = self._scales(adaptation)
+        saving = self.gradient_checkpointing and self.training and cache is None
+        for index in range(start, stop):
+            state = None if cache is None else cache.states[index - cache.first]
+            if saving:
+                x = cast(
+                    Tensor, checkpoint(self.blocks[index], x, span, scales[index], None, memory, use_reentrant=False)
+                )
+            else:
+                x = self.blocks[index](x, span, scales[index], state, memory)
+        return x
+
+    def advance(
+        self,
+        x: Float[Tensor, "B T D"],
+        tokens: Tensor | None,
+        cache: Cache | None,
+        adaptation: Adaptation,
+        memory: Memory | None = None,
+        *,
+        same_weights: bool = False,
+        stretch: Stretch | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Blocks and the normalisation over right-padded hidden states, with nothing checked but the scales.
+
+        Args:
+            tokens: real ones of each row (B,), by which ``cache`` is advanced; ``None`` where all T are.
+            same_weights: no weight has changed since the fingerprint was last asked for.
+            stretch: the blocks to run, those of ``cache``; ``None`` for all, and the normalisation.
+        """
+        stretch = stretch or self._stretch(range(len(self.blocks)))
+        span = Span(tokens) if cache is None else Span(tokens, cache.read, cache.dropped)
+        if cache is not None and can_step(x):
+            if not same_weights:
+                self.fingerprint()
+            build = partial(self._stepper, stretch, adaptation)
+            stepper = stretch.steppers.of(self._fingerprint.key, adaptation, build)
+            self._check_blocks(stretch.blocks, cache, adaptation)
+            x = stepper(x, span, cache, memory)
+        else:
+            blocks = stretch.blocks.start, stretch.blocks.stop
+            x = self.run_blocks(x, span, *blocks, cache=cache, adaptation=adaptation, memory=memory)
+            x = self.norm(x) if stretch.normalised else x
+        if cache is not None:
+            cache.advance(x.shape[1] if tokens is None else tokens)
+        return x
+
+    def _stretch(self, blocks: range) -> Stretch:
+        """These blocks, and the normalisation if the last is among them."""
+        self._check_range(blocks)
+        return self._stretches.setdefault(blocks, Stretch(blocks, blocks.stop == len(self.blocks)))
+
+    def _check_range(self, blocks: range) -> None:
+        if not blocks or blocks.start < 0 or blocks.stop > len(self.blocks) or blocks.step != 1:
+            raise ConfigError(f"expected blocks of 0 … {len(self.blocks) - 1}, got {_named(blocks)}")
+
+    def _stepper(self, stretch: Stretch, adaptation: Adaptation) -> Stepper:
+        scales = self._scales(adaptation)
+        blocks = [cast(Block, self.blocks[index]) for index in stretch.blocks]
+        own = [scales[index] for index in stretch.blocks]
+        return Stepper(blocks, self.norm if stretch.normalised else None, own, adaptation.ahead)
+
+    def _check_blocks(self, blocks: range, cache: Cache, adaptation: Adaptation) -> None:
+        """Before any block changes its state: raise if one was filled under other scales."""
+        for index in blocks:
+            read = (EMBEDDING,) if index == 0 else ()  # another embedding is another input of the first block
+            cache.check_block(index, adaptation.digest(f"blocks.{index}.", *read))
+
+    def _scales(self, adaptation: Adaptation) -> list[dict[str, Tensor]]:
+        """The scales of each block, by the names that its mixer knows."""
+        scales: list[dict[str, Tensor]] = [{} for _ in self.blocks]
+        for name, z in adaptation.scales.items():
+            if name != EMBEDDING:
+                _, block, _, matrix = name.split(".", 3)
+                scales[int(block)][matrix] = z
+        return scales
+
+    def init_cache(
+        self,
+        batch_size: int,
+        max_length: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None,
+        grow: bool = False,
+        blocks: range | None = None,
+    ) -> Cache:
+        """An empty cache.
+
+        Args:
+            batch_size: its rows. max_length: tokens that each row has room for; ``None`` where state-space blocks and
+                sliding windows bound the memory of a stream without end.
+            dtype: of the states; ``None`` for the model's own. kv_dtype: of keys and values, ``torch.int8`` among
+                others; ``None`` for ``dtype``.
+            grow: make room when ``max_length`` is reached, instead of raising ``CacheFullError``.
+            blocks: those that it is for, one after the other; all by default.
+
+        Raises:
+            ConfigError: a size below 1, blocks that there are not, no bound for attention without a window, or a dtype
+                that cannot hold states.
+        """
+        if batch_size < 1 or (max_length is not None and max_length < 1):
+            raise ConfigError(f"expected a batch and a length of at least 1, got {batch_size} and {max_length}")
+        blocks = range(len(self.blocks)) if blocks is None else blocks
+        self._check_range(blocks)
+        kinds = [self.backbone.block_kinds[index] for index in blocks]
+        if max_length is None and self.backbone.attention_window is None and "attention" in kinds:
+            raise ConfigError("expected max_length for attention without a window, got None")
+        dtype = dtype or self.dtype
+        kv_dtype = kv_dtype or dtype
+        if not dtype.is_floating_point or not (kv_dtype.is_floating_point or kv_dtype == torch.int8):
+            raise ConfigError(
+                f"expected a float dtype, and a float one or int8 for kv_dtype, got {dtype} and {kv_dtype}"
+            )
+        own = (cast(Block, self.blocks[index]) for index in blocks)
+        states = [block.init_state(batch_size, max_length, dtype, kv_dtype) for block in own]
+        return Cache(states, batch_size, max_length, self._maker(), grow, blocks.start)
+
+    def adaptable(self) -> dict[str, int]:
+        """Name and rank of each matrix that experts adapt unless told otherwise: those of the blocks, in order."""
+        return {name: module.rank for name, module in self.named_modules() if isinstance(module, SVDLinear)}
+
+    def adaptable_on_request(self) -> dict[str, int]:
+        """Name and rank of what can be adapted, too, where it is named: the embedding, and with it a tied head."""
+        return {name: module.rank for name, module in self.named_children() if isinstance(module, SVDEmbedding)}
+
+    def fingerprint(self) -> str:
+        """A hash of the weights in float32, which is the same for a float64 copy of the model."""
+        return self._fingerprint.of(self)
+
+    def _run(
+        self,
+        x: Float[Tensor, "B T D"],
+        padding: Padding,
+        cache: Cache | None,
+        adaptation: Adaptation,
+        memory: Memory | None = None,
+        stretch: Stretch | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """``advance``, but ``cache`` is checked."""
+        stretch = stretch or self._stretch(range(len(self.blocks)))
+        if cache is not None:
+            cache.check_model(self._maker())
+            if cache.blocks != stretch.blocks:
+                raise StaleCacheError(
+                    f"expected a cache of {_named(stretch.blocks)}, got one of {_named(cache.blocks)}"
+                )
+            cache.check_room(x.shape[0], x.shape[1] if padding.tokens is None else padding.tokens)
+        return self.advance(x, padding.tokens, cache, adaptation, memory, same_weights=True, stretch=stretch)
+
+    def _check_adaptation(self, adaptation: Adaptation, batch: int) -> None:
+        if not adaptation.scales:
+            return
+        asked = adaptation, batch, self.dtype
+        if self._checked is None or any(a is not b for a, b in zip(asked, self._checked, strict=True)):
+            check_adaptation(adaptation, self.adaptable() | self.adaptable_on_request(), self.dtype, batch)
+            self._checked = asked  # it cannot change, and every cached step asks
+
+    def _check_states(self, x: Tensor) -> None:
+        width = self.backbone.d_model
+        if x.ndim != 3 or x.shape[0] < 1 or x.shape[1] < 1 or x.shape[2] != width:
+            raise TensorError(f"expected hidden states of shape (B, T, {width}) with B, T >= 1, got {tuple(x.shape)}")
+
+    def _maker(self) -> str:
+        """What a cache remembers of the model that made it."""
+        return f"{self.fingerprint()} in {self.dtype}"
+
+
+def _named(blocks: range) -> str:
+    every = "" if blocks.step == 1 else f", each {blocks.step}th"
+    return f"blocks {blocks.start} … {blocks.stop - 1}{every}" if blocks else "no blocks"
+
+
+def check_adaptation(adaptation: Adaptation, ranks: Mapping[str, int], dtype: torch.dtype, batch: int) -> None:
+    """Raise ``TensorError`` unless the scales fit matrices of these names and ranks, this dtype and this many rows."""
+    for name, scales in adaptation.scales.items():
+        if name not in ranks:
+            raise TensorError(f"expected scales of an adaptable matrix ({next(iter(ranks))}, …), got {name!r}")
+        if not 1 <= scales.shape[-1] <= ranks[name]:
+            raise TensorError(f"expected 1 to {ranks[name]} scales for {name}, got {scales.shape[-1]}")
+        if scales.dtype != dtype:
+            raise TensorError(f"expected scales of {dtype} for {name}, got {scales.dtype}")
+    if adaptation.rows not in (None, batch):
+        raise TensorError(f"expected scales for {batch} rows, got {adaptation.rows}")
+
+
+class MambaFormer(BlockStack):
+    """The blocks alone, from hidden states to hidden states: for inputs that are no tokens.
+
+    Example:
+        >>> MambaFormer(MambaFormerConfig.tiny())(torch.zeros(2, 5, 32)).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        *,
+        attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"] | None = None,
+        cache: Cache | None = None,
+        adaptation: Adaptation | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """The last hidden states, normalised; arguments and errors are those of ``MambaFormerForCausalLM``.
+
+        Raises:
+            TensorError: ``x`` is empty or of another width.
+        """
+        self._check_states(x)
+        adaptation = adaptation or Adaptation.identity()
+        self._check_adaptation(adaptation, x.shape[0])
+        padding = check_padding(attention_mask, (x.shape[0], x.shape[1]), at_least=1 if cache is None else 0)
+        return padding.restore(self._run(padding.to_right(x), padding, cache, adaptation))

@@ -1,0 +1,277 @@
+"""The cache of a model: one state per block, the number of tokens read by each row, and what made them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from bayes_dispatch.errors import BundleError, CacheFullError, ConfigError, StaleCacheError, TensorError
+from bayes_dispatch.model.mambaformer.cache.states import AttentionState, CrossAttentionState, State
+from bayes_dispatch.model.mambaformer.cache.storage import read_states, write_states
+
+__all__ = ["Cache", "CacheInfo", "LayerInfo"]
+
+Digest = str | tuple[str, ...]  # of the scales that made a block's state: one for all rows, or one per row
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """``kind`` of state of a block, the ``dtype`` of its first tensor, and its size in bytes."""
+
+    kind: str
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """What a cache holds and what it costs.
+
+    Attributes:
+        batch_size: rows. lengths: tokens that each row has read. capacity: most tokens that a row can hold in order,
+            ``None`` where there is no bound.
+        layers: one entry per block. nbytes: bytes of all of them.
+    """
+
+    batch_size: int
+    lengths: tuple[int, ...]
+    capacity: int | None
+    layers: tuple[LayerInfo, ...]
+    nbytes: int
+
+
+class Cache:
+    """Per-block states of a batch, filled in place by ``model(..., cache=cache)``.
+
+    Each row has a length of its own: padding never enters a state. The cache remembers the model and, block by block
+    and row by row, the scales that made it; continuing under others raises ``StaleCacheError``.
+
+    Attributes:
+        states: one ``State`` per block. first: index of the first of these blocks in the model.
+        capacity: most tokens that attention keeps in order; ``None`` where every state is of bounded size.
+        grow: make room when the capacity is reached, instead of raising ``CacheFullError``.
+    """
+
+    def __init__(
+        self,
+        states: Sequence[State],
+        batch_size: int,
+        capacity: int | None,
+        model: str,
+        grow: bool = False,
+        first: int = 0,
+    ) -> None:
+        self.states = list(states)
+        self.first = first
+        self.capacity = capacity
+        self.grow = grow
+        self._batch_size = batch_size
+        self._model = model
+        self._read: int | Tensor = 0  # tokens read: one number while all rows agree
+        self._dropped: int | Tensor = 0  # of those, the ones that attention has forgotten
+        self._made_by: list[Digest | None] = [None] * len(self.states)
+
+    @property
+    def blocks(self) -> range:
+        """Those of the model that have a state here."""
+        return range(self.first, self.first + len(self.states))
+
+    @property
+    def batch_size(self) -> int:
+        return self._batch_size
+
+    @property
+    def lengths(self) -> Int[Tensor, " B"]:
+        """Tokens read so far by each row."""
+        return self._per_row(self._read)
+
+    @property
+    def read(self) -> int | Tensor:
+        """``lengths``, as one number where all rows agree."""
+        return self._read
+
+    @property
+    def dropped(self) -> int | Tensor:
+        """How many of those tokens attention has forgotten by ``prune``."""
+        return self._dropped
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all states."""
+        return sum(layer.nbytes for layer in self.info().layers)
+
+    def info(self) -> CacheInfo:
+        """Lengths, capacity, and bytes per block and in total."""
+        layers = tuple(_layer_info(state) for state in self.states)
+        lengths = tuple(self.lengths.tolist())
+        return CacheInfo(self.batch_size, lengths, self.capacity, layers, sum(layer.nbytes for layer in layers))
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays."""
+        for state in self.states:
+            state.clear()
+        self._read = self._dropped = 0
+        self._made_by = [None] * len(self.states)
+
+    def reorder(self, indices: Sequence[int] | Int[Tensor, " R"]) -> "Cache":
+        """Make row ``indices[r]`` the new row r, in place: to permute, repeat or drop rows, as a beam search does.
+
+        Raises:
+            TensorError: no indices, or one outside the batch.
+        """
+        index = torch.as_tensor(indices)
+        if index.ndim != 1 or index.numel() == 0 or index.dtype not in (torch.int64, torch.int32):
+            raise TensorError(
+                f"expected integer indices (R,) of at least one row, got {index.dtype}, {tuple(index.shape)}"
+            )
+        if int(index.min()) < 0 or int(index.max()) >= self.batch_size:
+            got = f"{int(index.min())} … {int(index.max())}"
+            raise TensorError(f"expected indices of rows 0 … {self.batch_size - 1} of this cache, got {got}")
+        rows = index.tolist()
+        for state, made_by in zip(self.states, self._made_by, strict=True):
+            adapted = isinstance(made_by, tuple) and tuple(made_by[row] for row in rows) != made_by
+            if adapted or not (isinstance(state, CrossAttentionState) and state.unchanged_by(index)):
+                state.apply(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+        index = index.cpu().long()
+        self._batch_size = index.numel()
+        if isinstance(self._read, Tensor):
+            self._read = _one_number(self._read[index])
+        if isinstance(self._dropped, Tensor):
+            self._dropped = _one_number(self._dropped[index])
+        self._made_by = [tuple(d[row] for row in rows) if isinstance(d, tuple) else d for d in self._made_by]
+        return self
+
+    def expand(self, copies: int) -> "Cache":
+        """Repeat each row ``copies`` times, in place: row b becomes the rows b * copies … (b + 1) * copies − 1.
+
+        Raises:
+            ConfigError: fewer than one copy.
+        """
+        if copies < 1:
+            raise ConfigError(f"expected at least one copy of each row, got {copies}")
+        return self.reorder(torch.arange(self.batch_size).repeat_interleave(copies))
+
+    def select(self, indices: Sequence[int] | Int[Tensor, " R"]) -> "Cache":
+        """An independent copy of some rows, in that order: see ``reorder``."""
+        return self.clone().reorder(indices)
+
+    def clone(self) -> "Cache":
+        """An independent copy."""
+        states = [state.copy() for state in self.states]
+        copy = Cache(states, self.batch_size, self.capacity, self._model, self.grow, self.first)
+        copy._read, copy._dropped, copy._made_by = self._read, self._dropped, list(self._made_by)
+        return copy
+
+    def prune(self, keep: int, sinks: int = 0) -> None:
+        """Let attention forget all but the first ``sinks`` and the last ``keep`` tokens of each row, to make room.
+
+        State-space blocks have read them and remember what they do. This is an approximation (attention sinks: arXiv
+        2309.17453): what follows is no longer what the whole sequence would give. Sliding windows are not touched.
+
+        Raises:
+            ConfigError: fewer than one token kept, or a negative number of sinks.
+        """
+        if keep < 1 or sinks < 0:
+            raise ConfigError(f"expected keep of at least 1 and sinks of at least 0, got {keep} and {sinks}")
+        ordered = [state for state in self.states if isinstance(state, AttentionState) and state.window is None]
+        held = self.lengths - self._per_row(self._dropped)
+        excess = (held - keep - sinks).clamp(min=0)
+        if not ordered or not bool(excess.any()):
+            return
+        place = torch.arange(int((held - excess).max()))
+        index = place + torch.where(place[None] < sinks, 0, excess[:, None])
+        for state in ordered:
+            state.gather(index.clamp(max=state.slots - 1).to(state.keys.device))
+        self._dropped = _one_number(self._per_row(self._dropped) + excess)
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one safetensors file, whole or not at all."""
+        lengths = {"read": self.lengths, "dropped": self._per_row(self._dropped)}
+        about = {name: getattr(self, name) for name in ("batch_size", "capacity", "grow", "first")}
+        write_states(Path(path), self.states, lengths, about | {"model": self._model, "made_by": self._made_by})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Cache":
+        """Read what ``save`` wrote; nothing is unpickled or executed. The model is checked when the cache is used.
+
+        Raises:
+            BundleError: the file is missing, damaged, or no cache.
+        """
+        path = Path(path)
+        states, lengths, about = read_states(path, ("read", "dropped"))
+        try:
+            cache = cls(states, about["batch_size"], about["capacity"], about["model"], about["grow"], about["first"])
+            cache._made_by = [tuple(d) if isinstance(d, list) else d for d in about["made_by"]]
+        except (KeyError, TypeError) as error:
+            raise BundleError(f"expected a cache in {path}, got one without {error}") from None
+        cache._read, cache._dropped = _one_number(lengths["read"]), _one_number(lengths["dropped"])
+        return cache
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for ``capacity`` tokens of each row, where there is less."""
+        if self.capacity is None or capacity <= self.capacity:
+            return
+        self.capacity = capacity
+        for state in self.states:
+            if isinstance(state, AttentionState):
+                state.reserve(capacity)
+
+    def check_room(self, batch_size: int, tokens: int | Tensor) -> None:
+        """Raise unless ``batch_size`` is the cache's and each row has room for its ``tokens`` (B,); or grow."""
+        if batch_size != self.batch_size:
+            raise TensorError(f"expected a batch of {self.batch_size} rows for this cache, got {batch_size}")
+        if self.capacity is None:
+            return
+        held = self._read - self._dropped + tokens
+        need = int(held.max()) if isinstance(held, Tensor) else held
+        if need <= self.capacity:
+            return
+        if not self.grow:
+            raise CacheFullError(f"expected at most {self.capacity} tokens in this cache, got {need}")
+        self.reserve(max(need, 2 * self.capacity))
+
+    def check_model(self, model: str) -> None:
+        """Raise ``StaleCacheError`` unless the cache was made by this model: its weights' fingerprint and dtype."""
+        if model != self._model:
+            raise StaleCacheError(f"expected a cache of model {model}, got one of model {self._model}")
+
+    def check_block(self, block: int, digest: Digest) -> None:
+        """Raise ``StaleCacheError`` if block ``block`` was filled under other scales; else remember these."""
+        made_by = self._made_by[block - self.first]
+        if made_by is None:
+            self._made_by[block - self.first] = digest
+        elif made_by is not digest and self._rows(made_by) != self._rows(digest):
+            row = next(b for b in range(self.batch_size) if self._rows(made_by)[b] != self._rows(digest)[b])
+            expected, got = self._rows(made_by)[row] or "none", self._rows(digest)[row] or "none"
+            raise StaleCacheError(
+                f"expected the scales that filled block {block} ({expected}) for row {row}, got others ({got})"
+            )
+
+    def advance(self, tokens: int | Tensor) -> None:
+        """Count ``tokens`` (B,) more for each row, after all blocks have read them."""
+        if isinstance(tokens, Tensor):
+            tokens = _one_number(tokens.cpu())
+        total = self._read + tokens
+        self._read = _one_number(total) if isinstance(total, Tensor) else total
+
+    def _rows(self, digest: Digest) -> tuple[str, ...]:
+        return digest if isinstance(digest, tuple) else (digest,) * self.batch_size
+
+    def _per_row(self, number: int | Tensor) -> Tensor:
+        return number if isinstance(number, Tensor) else torch.full((self.batch_size,), number)
+
+
+def _layer_info(state: State) -> LayerInfo:
+    tensors = list(state.tensors().values())
+    nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "none"
+    return LayerInfo(type(state).__name__, dtype, nbytes)
+
+
+def _one_number(numbers: Tensor) -> int | Tensor:
+    """The number, where all are the same."""
+    first = numbers[0]
+    return int(first) if bool((numbers == first).all()) else numbers

@@ -1,0 +1,201 @@
+"""One more token of few rows on a CPU: each block is one compiled function, matrix products included."""
+
+from collections.abc import Callable, Mapping, Sequence
+from threading import Lock
+from typing import cast
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.mambaformer.block import Block
+from bayes_dispatch.model.mambaformer.cache import AttentionState, Cache, CrossAttentionState, MambaState, State
+from bayes_dispatch.model.mambaformer.compiled.product_costs import present_costs
+from bayes_dispatch.model.mambaformer.compiled.switch import Array, array, can_compile, kernels
+from bayes_dispatch.model.mambaformer.mixers import (
+    CrossAttention,
+    FeedForward,
+    Mamba1Mixer,
+    Mamba2Mixer,
+    Memory,
+    SelfAttention,
+    Span,
+)
+from bayes_dispatch.model.mambaformer.normalisation import RMSNorm
+from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
+
+__all__ = ["Stepper", "Steppers", "can_step"]
+
+MOST_ROWS = 24  # with more, a library's products are faster
+MOST_KEPT = 16  # steppers of adaptations that are still in use, each with matrices of its own where these were built
+
+Scales = Mapping[str, Tensor]
+Places = tuple[Array, Array, Array]  # what ``Span.places`` gives
+Step = Callable[[Array, Places, State], bool]  # whether it knew what to do with the state
+
+
+def can_step(x: Float[Tensor, "B T D"]) -> bool:
+    """Whether a ``Stepper`` takes these inputs."""
+    return x.shape[1] == 1 and x.shape[0] <= MOST_ROWS and can_compile(x)
+
+
+class Stepper:
+    """Steps of blocks with their present weights and these scales; modules are not called, nor are their hooks.
+
+    Args:
+        blocks: to run, one after the other. norm: after the last. scales: of each block.
+        ahead: tokens that are expected; where that pays (``product_costs``), matrices are built under their scales.
+    """
+
+    def __init__(self, blocks: Sequence[Block], norm: RMSNorm | None, scales: Sequence[Scales], ahead: int = 0) -> None:
+        fold = ahead > 0 and _folding_pays(blocks, scales, ahead)
+        self._blocks = [(block, z, _step(block, z, fold)) for block, z in zip(blocks, scales, strict=True)]
+        self._norm = None if norm is None else _arguments(norm)
+
+    def __call__(
+        self, x: Float[Tensor, "B 1 D"], span: Span, cache: Cache, memory: Memory | None
+    ) -> Float[Tensor, "B 1 D"]:
+        """The hidden states, normalised where that was asked for; states change, but the cache is not advanced."""
+        rows = x[:, 0].numpy().copy()
+        places = span.places(len(rows))
+        for (block, z, step), state in zip(self._blocks, cache.states, strict=True):
+            if step is None or not step(
+                rows, places, state
+            ):  # a first step of cross-attention, states of other precision
+                rows[:] = block(torch.from_numpy(rows)[:, None], span, z, state, memory)[:, 0].numpy()
+        if self._norm is not None:
+            kernels().normalise(rows, *self._norm, rows)
+        return torch.from_numpy(rows)[:, None]
+
+
+class Steppers:
+    """The latest steppers of some blocks: generations may take turns, and each builds its matrices once."""
+
+    def __init__(self) -> None:
+        self._kept: WeakKeyDictionary[Adaptation, tuple[object, Stepper]] = WeakKeyDictionary()
+        self._plain = Adaptation.identity()  # stands for all that scale nothing
+        self._lock = Lock()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Steppers":
+        return Steppers()  # of another model
+
+    def __reduce__(self) -> tuple[type["Steppers"], tuple[()]]:
+        return Steppers, ()
+
+    def of(self, weights: object, adaptation: Adaptation, build: Callable[[], Stepper]) -> Stepper:
+        """The stepper under these scales, built anew where it is none of the latest.
+
+        Args:
+            weights: the same object for as long as the blocks' weights do not change.
+        """
+        adapted = adaptation if adaptation.scales else self._plain
+        kept = self._kept.get(adapted)
+        if kept is None or kept[0] is not weights:
+            kept = weights, build()
+            with self._lock:
+                self._kept.pop(adapted, None)
+                while len(self._kept) >= MOST_KEPT:
+                    del self._kept[next(iter(self._kept))]
+                self._kept[adapted] = kept
+        return kept[1]
+
+
+def _folding_pays(blocks: Sequence[Block], scales: Sequence[Scales], ahead: int) -> bool:
+    """Whether the costs of this machine are known and say so; only scales that are the same for all rows can fold."""
+    costs = present_costs()
+    if costs is None:
+        return False
+    pairs = zip(blocks, scales, strict=True)
+    scaled = [(getattr(block.mixer, name), z) for block, own in pairs for name, z in own.items()]
+    if any(z.ndim == 2 and len(z) > 1 for _, z in scaled):
+        return False
+    whole = [linear.weight for linear, z in scaled if z.shape[-1] == linear.rank]
+    return costs.folding_pays([tuple(W.shape) for W in whole], whole[0].element_size() if whole else 0, ahead)
+
+
+def _step(block: Block, scales: Scales, fold: bool) -> Step | None:
+    """The step of a block, where it is compiled."""
+    mixer = block.mixer
+    if any(z.ndim == 2 and z.shape[1] < getattr(mixer, name).rank for name, z in scales.items()):
+        return None  # other scales in each row of the largest singular values alone: no whole decomposition for them
+    norm = _arguments(block.norm)
+
+    def matrices(*names: str) -> list[tuple[Array, Array, Array]]:
+        return [_matrix(getattr(mixer, name), scales.get(name), fold) for name in names]
+
+    dtype = block.norm.weight.dtype
+    if type(mixer) is Mamba1Mixer:
+        products = matrices("in_proj", "x_proj", "dt_proj", "out_proj")
+        return _mamba(kernels().step_mamba1, dtype, *norm, *products, *mixer.arrays())
+    if type(mixer) is Mamba2Mixer:
+        more = *mixer.arrays(), mixer.norm.eps_number, mixer.n_groups
+        return _mamba(kernels().step_mamba2, dtype, *norm, *matrices("in_proj", "out_proj"), *more)
+    if type(mixer) is SelfAttention:
+        return _attention(dtype, *norm, *matrices("qkv", "out_proj"), mixer.window is not None, mixer.base)
+    if type(mixer) is CrossAttention:
+        return _cross_attention(dtype, *norm, *matrices("q_proj", "out_proj"))
+    if type(mixer) is FeedForward:
+        return _feed_forward(*norm, *matrices("in_proj", "out_proj"))
+    return None
+
+
+def _arguments(norm: RMSNorm) -> tuple[Array, float]:
+    return array(norm.weight), norm.eps_number
+
+
+def _mamba(step: Callable[..., None], dtype: torch.dtype, *arguments: object) -> Step:
+    def run(x: Array, places: Places, state: State) -> bool:
+        state = cast(MambaState, state)
+        if known := state.conv.dtype == state.ssm.dtype == dtype:
+            step(x, places[0], *state.arrays(), *arguments)
+        return known
+
+    return run
+
+
+def _attention(dtype: torch.dtype, *arguments: object) -> Step:
+    step = kernels().step_attention
+
+    def run(x: Array, places: Places, state: State) -> bool:
+        state = cast(AttentionState, state)
+        if known := state.keys.dtype == dtype:
+            step(x, *places, *state.arrays(), *arguments)
+        return known
+
+    return run
+
+
+def _cross_attention(dtype: torch.dtype, *arguments: object) -> Step:
+    step, everything = kernels().step_cross_attention, np.empty((0, 0), np.bool_)
+
+    def run(x: Array, places: Places, state: State) -> bool:
+        state = cast(CrossAttentionState, state)
+        keys, values, visible = state.keys, state.values, state.visible
+        if keys is None or values is None or keys.dtype != dtype:
+            return False
+        step(x, array(keys), array(values), everything if visible is None else array(visible), *arguments)
+        return True
+
+    return run
+
+
+def _feed_forward(*arguments: object) -> Step:
+    step = kernels().step_feed_forward
+
+    def run(x: Array, places: Places, state: State) -> bool:
+        step(x, *arguments)
+        return True
+
+    return run
+
+
+def _matrix(linear: SVDLinear, z: Tensor | None, fold: bool) -> tuple[Array, Array, Array]:
+    """As compiled functions take it: W and two empty arrays, or U, s z (1 or B, rank) and Vᵀ."""
+    if z is None or fold or z.shape[-1] < linear.rank:
+        weight = array(linear.weight if z is None else linear.folded(z.reshape(-1)))
+        return weight, weight[:0], weight[:0]
+    U, s, Vt, _ = linear.factors()
+    return array(U), array((s * z).reshape(-1, linear.rank)), array(Vt)

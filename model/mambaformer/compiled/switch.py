@@ -1,0 +1,107 @@
+"""When the compiled loops of ``kernels`` may take the place of tensor operations, and the arrays that they take."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = ["Array", "Arrays", "Views", "array", "can_compile", "kernels", "tensors_only", "token_counts"]
+
+Array = npt.NDArray[Any]
+
+_only_tensors = ContextVar("only_tensors", default=False)
+
+
+@cache
+def kernels() -> ModuleType:
+    """The module, imported when it is first needed."""
+    return import_module("bayes_dispatch.model.mambaformer.compiled.loops")
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Within this context, everything is computed by tensor operations: the reference of the compiled loops."""
+    token = _only_tensors.set(True)
+    try:
+        yield
+    finally:
+        _only_tensors.reset(token)
+
+
+def can_compile(x: Tensor, *states: Tensor) -> bool:
+    """Whether the loops know what to do: no gradient, a CPU, and one dtype of float32 and float64 throughout."""
+    dtype = x.dtype
+    return (
+        not torch.is_grad_enabled()
+        and not _only_tensors.get()
+        and (dtype == torch.float32 or dtype == torch.float64)
+        and type(x) is Tensor  # and no tracer's stand-in
+        and x.device.type == "cpu"
+        and all(state.dtype == dtype for state in states)
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined]
+    )
+
+
+def array(tensor: Tensor) -> Array:
+    """The same memory as an array; a copy where the tensor is not contiguous."""
+    values: Array = tensor.detach().contiguous().numpy()
+    return values
+
+
+def token_counts(tokens: Tensor | None, batch: int, length: int) -> Array:
+    """New tokens of each row, (B,)."""
+    return np.full(batch, length) if tokens is None else tokens.numpy()
+
+
+class Arrays:
+    """Arrays made from a module's weights, kept until one of these changes."""
+
+    def __init__(self) -> None:
+        self._key: tuple[object, ...] = ()
+        self._kept: tuple[Array, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Arrays":
+        return Arrays()  # of another module
+
+    def of(self, make: Callable[[], tuple[Array, ...]], *weights: Tensor) -> tuple[Array, ...]:
+        """What ``make`` gives, which reads ``weights``."""
+        key = tuple((-1 if w.is_inference() else w._version, w.data_ptr()) for w in weights)
+        if self._key != key:
+            self._kept, self._key = make(), key
+        return self._kept
+
+
+class Views:
+    """Arrays of the same memory as two contiguous tensors, for as long as these are the same objects."""
+
+    def __init__(self) -> None:
+        self._first: Tensor | None = None
+        self._second: Tensor | None = None
+        self._arrays: tuple[Array, Array]
+        self._counted: list[Tensor] = []
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Views":
+        return Views()  # of other tensors
+
+    def __reduce__(self) -> tuple[type["Views"], tuple[()]]:
+        return Views, ()
+
+    def of(self, first: Tensor, second: Tensor) -> tuple[Array, Array]:
+        """Arrays to write to; autograd is told, as by an operation in place."""
+        if first is not self._first or second is not self._second:
+            self._first, self._second = first, second
+            self._arrays = first.detach().numpy(), second.detach().numpy()
+            self._counted = [tensor for tensor in (first, second) if not tensor.is_inference()]
+        if self._counted:
+            torch.autograd.graph.increment_version(self._counted)
+        return self._arrays

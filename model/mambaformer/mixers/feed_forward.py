@@ -1,0 +1,25 @@
+"""The feed-forward block of a Transformer, gated (SwiGLU, arXiv 2002.05202)."""
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
+
+__all__ = ["FeedForward"]
+
+
+class FeedForward(nn.Module):
+    """``out_proj(silu(gate) * up)``, token by token: it needs no state."""
+
+    def __init__(self, config: MambaFormerConfig) -> None:
+        super().__init__()
+        self.in_proj = SVDLinear(config.d_model, 2 * config.feed_forward_width)
+        self.out_proj = SVDLinear(config.feed_forward_width, config.d_model)
+
+    def forward(self, x: Float[Tensor, "B T D"], scales: Mapping[str, Tensor]) -> Float[Tensor, "B T D"]:
+        gate, up = self.in_proj(x, scales.get("in_proj")).chunk(2, dim=-1)
+        return self.out_proj(F.silu(gate) * up, scales.get("out_proj"))

@@ -1,0 +1,133 @@
+"""The MambaFormer (arXiv 2402.04248): a Mamba block, then pairs of attention and Mamba blocks, as a language model."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from bayes_dispatch.errors import TensorError
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.backbone import CausalLMOutput
+from bayes_dispatch.model.generation import CachedContinuation, GenerationMixin, Prompts, UncachedContinuation
+from bayes_dispatch.model.mambaformer.block import Block
+from bayes_dispatch.model.mambaformer.blocks import MambaFormer
+from bayes_dispatch.model.mambaformer.cache import Cache
+from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
+from bayes_dispatch.model.mambaformer.padding import check_padding
+from bayes_dispatch.model.mambaformer.pretrained import Pretrained
+from bayes_dispatch.model.mambaformer.svd.embedding import EMBEDDING
+from bayes_dispatch.model.mambaformer.token_model import TokenModel, check_ids
+
+__all__ = ["Block", "MambaFormer", "MambaFormerForCausalLM"]
+
+
+class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
+    """Next-token prediction with explicit cache and adaptation.
+
+    Example:
+        >>> config = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
+        >>> MambaFormerForCausalLM(config)(torch.tensor([[256, 104, 105]])).logits.shape
+        torch.Size([1, 3, 258])
+    """
+
+    config_class = LanguageModelConfig
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        super().__init__(config.backbone, config.vocab_size)
+        self.config = config
+        self.head = None if config.tie_embeddings else nn.Linear(config.backbone.d_model, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        *,
+        attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"] | None = None,
+        cache: Cache | None = None,
+        adaptation: Adaptation | None = None,
+    ) -> CausalLMOutput:
+        """Logits for the token after each given one.
+
+        Args:
+            input_ids: tokens that follow those in ``cache``.
+            attention_mask: 1 for tokens, 0 for padding, on the left or on the right of a row; outputs at padding have
+                no meaning, and padding enters no state.
+            cache: states to continue from, filled in place; a row may then have no new tokens at all.
+            adaptation: scales for some matrices; the stored weights where ``None``.
+
+        Raises:
+            TensorError: ids or mask of the wrong shape, dtype or range, or a mask with holes.
+            CacheFullError: the cache has no room. StaleCacheError: the cache is another model's or adaptation's.
+        """
+        hidden, _ = self.read(input_ids, attention_mask, cache, adaptation)
+        return CausalLMOutput(self.logits(hidden, adaptation), hidden, cache)
+
+    def above(
+        self,
+        block: int,
+        x: Int[Tensor, "B T"] | Float[Tensor, "B T D"],
+        *,
+        attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"] | None = None,
+        cache: Cache | None = None,
+        adaptation: Adaptation | None = None,
+        last: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B t V"]:
+        """The logits (B, T, V) that ``forward`` gives, from the hidden states that come into ``block``.
+
+        Args:
+            x: what ``below`` gave; for block 0 tokens will do, too, and where the embedding is adapted only they will.
+            cache: one of ``init_cache(…, blocks=range(block, …))``, up to the last block.
+            last: (B,) the one place of each row whose logits are wanted: (B, 1, V).
+
+        Raises:
+            TensorError: hidden states, ids, a mask or scales of the wrong shape, or scales of what is below.
+            CacheFullError, StaleCacheError: see ``forward``.
+        """
+        adaptation = adaptation or Adaptation.identity()
+        stretch = self._stretch(range(block, len(self.blocks)))
+        from_tokens = block == 0 and not x.is_floating_point()
+        if not from_tokens:
+            self._check_states(x)
+        self._check_adaptation(adaptation, x.shape[0])
+        if adaptation.lowest_block < block:
+            raise TensorError(
+                f"expected scales of block {block} and above alone, got some of {adaptation.lowest_block}"
+            )
+        if from_tokens:
+            x, padding = self._embed(x, attention_mask, cache, adaptation)
+        else:
+            if EMBEDDING in adaptation.scales:
+                raise TensorError(f"expected tokens, whose embedding is adapted, got {x.dtype} of {tuple(x.shape)}")
+            padding = check_padding(attention_mask, (x.shape[0], x.shape[1]), at_least=1 if cache is None else 0)
+            x = padding.to_right(x)
+        hidden = padding.restore(self._run(x, padding, cache, adaptation, stretch=stretch))
+        return self.logits(hidden if last is None else hidden[torch.arange(len(hidden)), last][:, None], adaptation)
+
+    def logits(self, hidden: Float[Tensor, "B T D"], adaptation: Adaptation | None = None) -> Float[Tensor, "B T V"]:
+        """The next-token head, with nothing checked; scales of the embedding are those of a tied head.
+
+        A head of its own is not adapted: then scales of the embedding change what is read alone.
+        """
+        if self.head is not None:
+            return self.head(hidden)
+        return self.embedding.product(hidden, None if adaptation is None else adaptation.scales.get(EMBEDDING))
+
+    def begin(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"] | None,
+        *,
+        max_new_tokens: int,
+        use_cache: bool,
+        adaptation: Adaptation | None,
+    ) -> Prompts:
+        """What ``generate`` begins with: see ``GenerationMixin``."""
+        adaptation = adaptation or Adaptation.identity()
+        check_ids(input_ids, self.vocab_size)
+        self._check_adaptation(adaptation, input_ids.shape[0])
+        padding = check_padding(attention_mask, (input_ids.shape[0], input_ids.shape[1]), at_least=1)
+        ids = padding.to_right(input_ids.long())
+        if padding.tokens is not None:
+            ids = ids[:, : int(padding.tokens.max())]
+        lengths = [ids.shape[1]] * ids.shape[0] if padding.tokens is None else padding.tokens.tolist()
+        content = [row[:n].numpy().tobytes() for row, n in zip(ids.cpu(), lengths, strict=True)]
+        kind = CachedContinuation if use_cache else UncachedContinuation
+        return Prompts(kind(self, ids, padding.tokens, max_new_tokens - 1, adaptation), content, ids, padding.tokens)

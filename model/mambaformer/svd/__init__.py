@@ -1,0 +1,1 @@
+"""Matrices whose singular values can be scaled, and their decompositions."""

@@ -1,0 +1,44 @@
+"""A token embedding whose singular values can be scaled: what the first block reads, and the head where it is tied."""
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bayes_dispatch.model.mambaformer.svd.linear import SVDMatrix, of_rows
+
+__all__ = ["EMBEDDING", "SVDEmbedding"]
+
+EMBEDDING = "embedding"  # its name in an adaptation
+
+
+class SVDEmbedding(SVDMatrix):
+    """Rows of ``E(z) = U diag(s * z) Vᵀ`` (V, D) by token; ``product`` is the head that is tied to them.
+
+    With scales per row of the batch no E(z) is built: row b of it all is ``(U[token] * s * z_b) Vᵀ``.
+    """
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__(width, vocab_size)
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(
+        self, ids: Int[Tensor, "B T"], scales: Float[Tensor, "*B r"] | None = None
+    ) -> Float[Tensor, "B T width"]:
+        """The embeddings of tokens.
+
+        Args:
+            ids: tokens. scales: ``None`` for the stored rows themselves, one set (r,) for all rows of the batch, or one
+                set per row (B, r), with r up to the rank.
+
+        Raises:
+            TensorError: more scales than the rank, or for another number of rows.
+        """
+        if scales is None:
+            return F.embedding(ids, self.weight)
+        self.check_scales(scales, ids.shape[0])
+        U, s, Vt, _ = self.factors(scales.shape[-1])
+        if len(s) < self.rank:
+            return F.embedding(ids, self.weight) + (F.embedding(ids, U) * of_rows(s * (scales - 1))) @ Vt
+        if scales.ndim == 1 and ids.numel() > len(U):  # more tokens than rows of E
+            return F.embedding(ids, (U * (s * scales)) @ Vt)
+        return (F.embedding(ids, U) * of_rows(s * scales)) @ Vt

@@ -1,0 +1,245 @@
+"""A bundle gives back what was saved, and refuses, in one line, whatever was touched."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from bayes_dispatch.app import bundle as bundle_module
+from bayes_dispatch.app.bundle import Bundle, load_bundle
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError, NotFittedError
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.two_pass.blends import PosteriorPredictive
+from bayes_dispatch.model.mambaformer.svd.files import save_factors
+
+if TYPE_CHECKING:
+    from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+
+# Patterns, each of one file: the names of experts' files tell their content.
+FILES = [
+    "bundle.json",
+    "dispatcher/dispatcher.json",
+    "dispatcher/dispatcher.safetensors",
+    "experts/add.*.safetensors",
+    "experts/bank.json",
+    "experts/reverse.*.safetensors",
+    "experts/sort.*.safetensors",
+    "model/config.json",
+    "model/model.safetensors",
+]
+
+
+@pytest.fixture(scope="session")
+def pristine(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bundle") / "saved"
+    bundle.save(directory)
+    return directory
+
+
+@pytest.fixture
+def saved(pristine: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(pristine, tmp_path / "saved"))
+
+
+def checksums(directory: Path) -> dict[str, str]:
+    files = sorted(file for file in directory.rglob("*") if file.is_file())
+    return {file.relative_to(directory).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def the(directory: Path, pattern: str) -> Path:
+    (file,) = directory.glob(pattern)
+    return file
+
+
+def edit(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    index = json.loads((directory / "bundle.json").read_text())
+    change(index)
+    (directory / "bundle.json").write_text(json.dumps(index))
+
+
+def sign(directory: Path) -> None:
+    """Bring the checksums up to date, as one would who builds a bundle by hand."""
+    (found := checksums(directory)).pop("bundle.json")
+    edit(directory, lambda index: index.update(files=found))
+
+
+def refused(directory: Path, message: str, error: type[Exception] = BundleError) -> None:
+    with pytest.raises(error, match=message) as raised:
+        load_bundle(directory)
+    assert "\n" not in str(raised.value)
+
+
+def test_round_trip(bundle: Bundle, pristine: Path) -> None:
+    again = load_bundle(str(pristine))
+    assert again.model.fingerprint() == bundle.model.fingerprint()
+    assert again.experts.names == bundle.experts.names
+    assert again.report == {"note": "tiny"}
+    prompts = ["kfpa>apfk\nbcde>", "37+58="]
+    given: dict[str, Any] = {"blend": PosteriorPredictive(8), "max_new_tokens": 6, "do_sample": True, "seed": 4}
+    ours, theirs = (TwoPassGenerator(system).generate(prompts, **given) for system in (bundle, again))
+    assert ours.texts == theirs.texts
+    for name in ("token_ids", "log_probabilities", "weights", "predictive_entropy", "mutual_information"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+    np.testing.assert_array_equal(ours.posterior.weights, theirs.posterior.weights)
+
+
+def test_its_files_are_json_and_safetensors_alone(pristine: Path) -> None:
+    assert [the(pristine, name) for name in FILES] == [pristine / name for name in checksums(pristine)]
+    assert list(pristine.parent.iterdir()) == [pristine]
+
+
+def test_the_same_bundle_is_the_same_files(pristine: Path, tmp_path: Path) -> None:
+    load_bundle(pristine).save(tmp_path / "again")
+    assert checksums(tmp_path / "again") == checksums(pristine)
+
+
+def test_without_a_directory_it_is_the_shipped_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bundle_module, "SHIPPED", saved)
+    assert load_bundle().report == {"note": "tiny"}
+
+
+class TestDamage:
+    def test_nothing_there(self, saved: Path) -> None:
+        shutil.rmtree(saved)
+        refused(saved, "expected a bundle directory, got .*saved")
+        saved.write_text("a file")
+        refused(saved, "expected a bundle directory, got .*saved")
+
+    def test_an_empty_directory(self, tmp_path: Path) -> None:
+        refused(tmp_path, "expected a readable file .*bundle.json, got: No such file")
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_a_missing_file(self, saved: Path, name: str) -> None:
+        the(saved, name).unlink()
+        refused(saved, f"expected .* file .*{name}")
+
+    @pytest.mark.parametrize("name", FILES)
+    @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+    def test_a_truncated_file(self, saved: Path, name: str, share: float) -> None:
+        data = the(saved, name).read_bytes().rstrip()
+        the(saved, name).write_bytes(data[: int(share * len(data))])
+        refused(saved, f"expected .*{name}")
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_extra_bytes(self, saved: Path, name: str) -> None:
+        with the(saved, name).open("ab") as file:
+            file.write(b"x")
+        refused(saved, f"expected .*{name}")
+
+    @pytest.mark.parametrize("name", FILES[1:])
+    def test_one_changed_bit(self, saved: Path, name: str) -> None:
+        data = bytearray(the(saved, name).read_bytes())
+        data[-2] ^= 1
+        the(saved, name).write_bytes(data)
+        refused(saved, f"expected .*{name} with checksum .* it was changed")
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda index: index.pop("format"),
+            lambda index: index.update(format=2),
+            lambda index: index.update(format="1"),
+            lambda index: index.pop("files"),
+            lambda index: index.update(files=["model/config.json"]),
+            lambda index: index["files"].update({"model/config.json": "0" * 64}),
+            lambda index: index["files"].update({"model/config.json": 5}),
+            lambda index: index["files"].update({"../outside.json": "0" * 64}),
+            lambda index: index["files"].update({"more.json": "0" * 64}),
+            lambda index: index.update(report=["no", "mapping"]),
+        ],
+    )
+    def test_an_edited_list(self, saved: Path, change: Callable[[dict[str, Any]], object]) -> None:
+        edit(saved, change)
+        refused(saved, "expected .* got")
+
+    def test_factors_that_are_not_listed(self, saved: Path) -> None:
+        save_factors(load_bundle(saved).model, saved / "model")
+        with pytest.raises(BundleError, match=r"expected no other files of the model in .*factors"):
+            load_bundle(saved)
+
+    @pytest.mark.parametrize("content", ["[]", "null", '"text"', "{}", "{'a': 1}"])
+    def test_a_list_that_is_none(self, saved: Path, content: str) -> None:
+        (saved / "bundle.json").write_text(content)
+        refused(saved, "expected .*bundle.json, got")
+
+    def test_a_tensor_of_another_dtype(self, saved: Path, bundle: Bundle) -> None:
+        """Even where the checksums are right."""
+        import safetensors.torch
+
+        state = {name: value.half() for name, value in bundle.model.state_dict().items()}
+        safetensors.torch.save_file(state, saved / "model" / "model.safetensors")
+        sign(saved)
+        refused(saved, "torch.float32 in .*, got .* torch.float16")
+
+
+class TestForeign:
+    @pytest.fixture
+    def other(
+        self,
+        bundle: Bundle,
+        make_model: Callable[..., "MambaFormerForCausalLM"],
+        make_bank: Callable[..., "ExpertBank"],
+        tmp_path: Path,
+    ) -> Path:
+        """A bundle of another model."""
+        model = make_model(seed=8)
+        Bundle(model, make_bank(model), bundle.dispatcher).save(tmp_path / "other")
+        return tmp_path / "other"
+
+    @pytest.mark.parametrize("part", ["model", "experts"])
+    def test_parts_of_two_bundles(self, saved: Path, other: Path, part: str) -> None:
+        shutil.rmtree(saved / part)
+        shutil.copytree(other / part, saved / part)
+        refused(saved, "with checksum|expected the file experts")
+        sign(saved)
+        refused(saved, "expected experts made for base model .* got ones for", ForeignExpertError)
+
+    def test_one_foreign_expert(self, saved: Path, other: Path) -> None:
+        shutil.copy(the(other, "experts/sort.*.safetensors"), the(saved, "experts/sort.*.safetensors"))
+        sign(saved)
+        refused(saved, "expected expert sort to be made for base model", ForeignExpertError)
+
+    def test_a_dispatcher_over_other_experts(self, bundle: Bundle) -> None:
+        for names in (("reverse", "sort"), ("sort", "reverse", "add"), ("reverse", "sort", "add", "shift")):
+            with pytest.raises(
+                ConfigError, match=r"expected a dispatcher over .'reverse', 'sort', 'add'.* got one over"
+            ):
+                Bundle(bundle.model, bundle.experts, Dispatcher(names))
+
+
+@pytest.mark.parametrize("part", ["model", "experts", "dispatcher", "list"])
+def test_a_failed_save_leaves_the_old_bundle(
+    bundle: Bundle, saved: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    place = {
+        "model": (type(bundle.model), "save_pretrained"),
+        "experts": (type(bundle.experts), "save"),
+        "dispatcher": (Dispatcher, "save"),
+        "list": (bundle_module, "write_json"),
+    }[part]
+    before = checksums(saved)
+    monkeypatch.setattr(*place, failing)
+    for directory in (saved, saved.with_name("new")):
+        with pytest.raises(OSError, match="disk full"):
+            bundle.save(directory)
+    assert checksums(saved) == before
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+def test_a_dispatcher_that_is_not_fitted_is_not_saved(bundle: Bundle, saved: Path) -> None:
+    before = checksums(saved)
+    with pytest.raises(NotFittedError):
+        Bundle(bundle.model, bundle.experts, Dispatcher(bundle.experts.names)).save(saved)
+    assert checksums(saved) == before
+    assert [path.name for path in saved.parent.iterdir()] == ["saved"]

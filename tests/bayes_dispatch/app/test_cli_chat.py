@@ -1,0 +1,116 @@
+"""``bayes-dispatch chat``: replies to lines, a state that goes on, and one line with exit code 2 on bad input."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from bayes_dispatch.app.bundle import Bundle
+from bayes_dispatch.app.commands import main as cli
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.two_pass.blends import PosteriorPredictive
+
+Talk = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def saved(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny bundle on disk."""
+    directory = tmp_path_factory.mktemp("bundles") / "tiny"
+    bundle.save(directory)
+    return directory
+
+
+@pytest.fixture
+def talk(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Talk:
+    """Exit code, stdout and stderr of a chat that is told some bytes."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(told: bytes, *arguments: str) -> tuple[int, str, str]:
+        stdin = SimpleNamespace(buffer=io.BytesIO(told), isatty=lambda: False)
+        monkeypatch.setattr(sys, "stdin", stdin)
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["chat", "--bundle", str(saved), "--draws", "6", "--max-new-tokens", "5", *arguments])
+        return (int(exit_.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+def test_a_chat_as_json(talk: Talk, bundle: Bundle) -> None:
+    """It says what Python does; a line without its newline is a turn, and an empty one is none."""
+    code, out, err = talk(b"ab>ba\\nbc>\n\n\r\n1+2=", "--json", "--escapes", "--seed", "3")
+    assert (code, err) == (0, "")
+    chat = TwoPassGenerator(bundle).chat(blend=PosteriorPredictive(6), seed=3)
+    documents = [json.loads(line) for line in out.splitlines()]
+    assert [document["user"] for document in documents] == ["ab>ba\nbc>", "1+2="]
+    for n, document in enumerate(documents):
+        turn = chat.say(document["user"], 5)
+        assert (document["turn"], document["text"], document["adapted"]) == (n + 1, turn.text, turn.adapted)
+        assert document["experts"] == ["reverse", "sort", "add", "base"]
+        np.testing.assert_allclose(document["weights"], turn.weights, atol=1e-6)
+        np.testing.assert_allclose(document["log_probabilities"], turn.log_probabilities, atol=1e-5)
+    assert documents[0]["divergence"] is None
+    assert documents[1]["divergence"] == pytest.approx(turn.divergence, abs=1e-6)
+
+
+def test_a_state_goes_on(talk: Talk) -> None:
+    """Stopped after a line and started again, whatever the options of a new chat say."""
+    lines = [b"ab>ba\n", b"bc>\n", b"1+2=\n"]
+    whole = talk(b"".join(lines), "--json", "--sample", "--seed", "2")[1].splitlines()
+    given = ("--json", "--sample", "--state", "state/chat")
+    parts = [talk(lines[0], *given, "--seed", "2"), talk(lines[1], *given, "--seed", "9"), talk(lines[2], *given)]
+    for part, expected in zip(parts, map(json.loads, whole), strict=True):
+        found = json.loads(part[1])
+        assert (found["turn"], found["text"]) == (expected["turn"], expected["text"])
+        np.testing.assert_allclose(found["weights"], expected["weights"], atol=1e-4)
+
+
+def test_what_is_shown(talk: Talk) -> None:
+    code, out, err = talk(b"ab>ba\nbc>\n", "--show-experts", "--stop", "zzz")
+    assert (code, err) == (0, "")
+    assert "first posterior, adapted]" in out
+    assert "posterior moved by" in out
+    assert all(character.isprintable() or character == "\n" for character in out)
+
+
+@pytest.mark.parametrize(
+    ("told", "arguments", "message"),
+    [
+        (b"ab\xff>\n", (), "expected UTF-8 text, got byte 0xff at position 2"),
+        (b"a" * 60 + b"\n", ("--max-context", "64"), "expected a turn of 1 to 59 bytes"),
+        (b"", ("--stop", ""), "expected stop to have at least one byte, got none"),
+        (b"", ("--threshold", "-1"), "expected a threshold of at least 0 nats, got -1.0"),
+        (b"", ("--max-context", "5"), "expected max_new_tokens of less than max_context, 5 bytes, got 5"),
+        (b"", ("--blending-mode", "none"), "expected a blending mode of"),
+        (b"", ("--temperature", "0"), "expected a temperature above 0, got 0.0"),
+        (b"", ("--state", "."), "expected a readable file ., got: Is a directory"),
+        (b"", ("--bundle", "none"), "expected a bundle directory, got none"),
+    ],
+)
+def test_bad_input(talk: Talk, told: bytes, arguments: tuple[str, ...], message: str) -> None:
+    code, out, err = talk(told, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"bayes-dispatch: error: {message}")
+
+
+def test_a_damaged_state_is_refused(talk: Talk) -> None:
+    assert talk(b"ab>\n", "--state", "chat")[0] == 0
+    data = Path("chat").read_bytes()
+    Path("chat").write_bytes(data[:-3])
+    code, out, err = talk(b"ab>\n", "--state", "chat")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "expected a whole safetensors file chat" in err
+
+
+def test_help_loads_nothing_heavy() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "bayes_dispatch", "chat", "--help"], capture_output=True, text=True
+    )
+    assert "--state" in done.stdout
+    assert not any(f"| {name}\n" in done.stderr for name in ("torch", "numpy", "pyro"))

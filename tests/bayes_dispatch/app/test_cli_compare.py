@@ -1,0 +1,148 @@
+"""``bayes-dispatch compare``: what it prints is what ``compare_blends`` finds, and bad input is one line."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pandas
+import pytest
+
+from bayes_dispatch.app.bundle import Bundle
+from bayes_dispatch.app.commands import main as cli
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.documents import Document
+from bayes_dispatch.inference.scoring.compare import compare_blends, compare_systems
+from bayes_dispatch.inference.scoring.held_out import held_out_sets
+from bayes_dispatch.inference.two_pass.blends import BestExpert, PosteriorPredictive
+
+Compare = Callable[..., tuple[int, str, str]]
+LINES = [
+    {"text": "kfpa>apfk\nbcde>edcb\n", "prompt_bytes": 10, "scored": [[15, 19]]},
+    {"text": "37+58=95\n12+11=23\n", "prompt_bytes": 9},
+]
+OWN = [Document("kfpa>apfk\nbcde>edcb\n", 10, ((15, 19),)), Document("37+58=95\n12+11=23\n", 9)]
+
+
+@pytest.fixture
+def compare(capfd: pytest.CaptureFixture[str]) -> Compare:
+    """Exit code, stdout and stderr of ``bayes-dispatch compare …``."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["compare", *map(str, arguments)])
+        return (int(exit_.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def saved(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bundles") / "tiny"
+    bundle.save(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def turned(bundle: Bundle) -> Bundle:
+    """The same bundle with two experts in each other's place."""
+    places = {"reverse": "sort", "sort": "reverse", "add": "add"}
+    return replace(
+        bundle, experts=ExpertBank([replace(bundle.experts[one], name=name) for name, one in places.items()])
+    )
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Path:
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n\n" for line in LINES), encoding="utf-8")
+    return path
+
+
+def test_own_documents(compare: Compare, saved: Path, bundle: Bundle, jsonl: Path, tmp_path: Path) -> None:
+    code, out, err = compare(
+        *("--bundle", saved, "--jsonl", jsonl, "--blend", "max", "--blend", "predictive", "--draws", "6"),
+        *("--seed", "3", "--json", "--csv", tmp_path / "scores.csv"),
+    )
+    assert (code, err) == (0, "")
+    found = compare_blends(bundle, OWN, [BestExpert(), PosteriorPredictive(6)], seed=3)
+    document = json.loads(out)
+    assert (document["seed"], document["reference"]) == (3, "predictive")
+    printed = document["sets"]["own.jsonl"]
+    assert printed["summary"] == found.summary().to_dict("records")
+    assert printed["differences"] == found.differences("predictive").to_dict("records")
+    table = pandas.read_csv(tmp_path / "scores.csv")
+    assert list(table.columns) == ["set", *found.to_frame().columns]
+    pandas.testing.assert_frame_equal(table.drop(columns="set"), found.to_frame())
+    assert set(table["set"]) == {"own.jsonl"}
+    assert [path.name for path in tmp_path.iterdir() if "scores" in path.name] == ["scores.csv"]
+
+
+def test_held_out_sets_by_name(compare: Compare, saved: Path, bundle: Bundle) -> None:
+    arguments = ["--bundle", saved, "--set", "add", "--set", "reverse then sort", "--documents", "2", "--blend", "max"]
+    code, out, err = compare(*arguments, "--blend", "sort", "--reference", "sort", "--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert list(document["sets"]) == ["add", "reverse then sort"]
+    assert document["reference"] == "sort"
+    for name, documents in held_out_sets(["add", "reverse then sort"], 2, 0).items():
+        found = compare_blends(bundle, documents, [BestExpert()]).summary().iloc[0]
+        assert document["sets"][name]["summary"][0]["nll"] == pytest.approx(found.nll, abs=1e-6)
+        assert document["sets"][name]["summary"][0]["documents"] == 2
+    code, out, err = compare(*arguments, "--blend", "base")
+    assert (code, err) == (0, "")
+    assert all(word in out for word in ("add", "reverse then sort: minus max", "base", "95% intervals", "2 documents"))
+
+
+def test_two_bundles(
+    compare: Compare, saved: Path, bundle: Bundle, turned: Bundle, jsonl: Path, tmp_path: Path
+) -> None:
+    turned.save(tmp_path / "turned")
+    arguments = ["--bundle", saved, "--other", tmp_path / "turned", "--jsonl", jsonl, "--blend", "max"]
+    code, out, err = compare(*arguments, "--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    found = compare_systems({"bundle": bundle, "other": turned}, OWN, [BestExpert()])
+    assert document["reference"] == "bundle"
+    assert document["sets"]["own.jsonl"]["summary"] == found.summary().to_dict("records")
+    assert document["sets"]["own.jsonl"]["differences"] == found.differences("bundle").to_dict("records")
+    code, out, err = compare(*arguments)
+    assert (code, err) == (0, "")
+    assert all(word in out for word in ("bundle max", "other max", "minus bundle"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--set", "subtract"], "expected a set of pure, mixed, switching, foreign, reverse, .*got 'subtract'"),
+        (["--blend", "mean"], "expected a --blend of weighted_average, .*, reverse, sort, add, base, got 'mean'"),
+        (["--blend", "max", "--blend", "max", "--set", "add"], "expected blends of different names"),
+        (["--blend", "max", "--reference", "base"], "expected a --reference of max, got 'base'"),
+        (["--other", "nowhere"], "expected a bundle directory, got nowhere"),
+        (["--other", "nowhere", "--reference", "max"], "expected --reference or --other, got both"),
+        (["--documents", "1"], "got: Invalid value for .--documents.: Input should be greater than or equal to 2"),
+        (["--jsonl", "JSONL", "--set", "add"], "expected --jsonl, or --set and --documents, got both"),
+        (["--jsonl", "JSONL", "--documents", "2"], "expected --jsonl, or --set and --documents, got both"),
+        (["--jsonl", "nowhere"], "expected a readable file nowhere, got: No such file"),
+        (["--jsonl", "ONE"], "expected at least 2 documents in .*, got 1"),
+        (["--csv", "FOLDER"], "expected a file for --csv, got the directory"),
+        (["--csv", "FOLDER/nowhere/scores.csv"], "expected an existing directory for .*, which is none"),
+        (["--set", "add", "--blend", "top_k", "--top-k", "9"], "expected k of at most 4 components, got 9"),
+        (["word"], "got: .*unexpected extra argument"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else "",
+)
+def test_bad_input_is_one_line(
+    compare: Compare, saved: Path, jsonl: Path, tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    one = tmp_path / "one.jsonl"
+    one.write_text(json.dumps(LINES[0]), encoding="utf-8")
+    places = {"JSONL": str(jsonl), "ONE": str(one)}
+    given = [places.get(word, word.replace("FOLDER", str(tmp_path))) for word in arguments]
+    code, out, err = compare("--bundle", saved, *given)
+    assert (code, out) == (2, "")
+    assert err.startswith("bayes-dispatch: error: expected ")
+    assert err.count("\n") == 1
+    assert re.search(said, err)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.jsonl", "own.jsonl"]

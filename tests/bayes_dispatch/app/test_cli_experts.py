@@ -1,0 +1,212 @@
+"""``bayes-dispatch experts``: what it prints is what the bank holds, and edits leave the rest of a bank as it was."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bayes_dispatch.app.bundle import SHIPPED, Bundle
+from bayes_dispatch.app.commands import experts as cli_experts
+from bayes_dispatch.app.commands import main as cli
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.bank_files import verify_bank
+
+Experts = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def experts(capfd: pytest.CaptureFixture[str]) -> Experts:
+    """Exit code, stdout and stderr of ``bayes-dispatch experts …``."""
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["experts", *map(str, arguments)])
+        return (int(exit_.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def saved(bank: ExpertBank, tmp_path: Path) -> Path:
+    bank.save(tmp_path / "bank")
+    return tmp_path / "bank"
+
+
+@pytest.fixture(scope="module")
+def in_bundle(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bundles") / "tiny"
+    bundle.save(directory)
+    return directory
+
+
+def spoil(directory: Path, name: str) -> None:
+    (file,) = directory.glob(f"{name}.*")
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+def assert_one_line(code: int, out: str, err: str) -> None:
+    assert (code, out) == (2, "")
+    assert err.startswith("bayes-dispatch: error: expected ")
+    assert "got" in err
+    assert err.count("\n") == 1
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
+
+
+def test_help_names_the_commands(experts: Experts) -> None:
+    code, out, err = experts("--help")
+    assert (code, err) == (0, "")
+    assert all(command in out for command in ("list", "show", "verify", "delete", "rename"))
+
+
+def test_list(experts: Experts, saved: Path, in_bundle: Path, bank: ExpertBank) -> None:
+    for place in (("--bank", saved), ("--bundle", in_bundle)):
+        code, out, err = experts("list", "--json", *place)
+        assert (code, err) == (0, "")
+        document = json.loads(out)
+        assert document["base"] == bank.base
+        assert list(document["matrices"].items()) == list(bank.matrices.items())
+        assert document["scales"] == sum(bank.matrices.values())
+        assert {expert["name"]: expert["metadata"] for expert in document["experts"]} == bank.metadata
+        assert [expert["name"] for expert in document["experts"]] == list(bank.names)
+        code, out, err = experts("list", *place)
+        assert (code, err) == (0, "")
+        assert all(word in out for word in (*bank.names, "domain", "steps"))
+
+
+def test_list_shows_metadata_of_all_kinds_and_reads_no_expert(experts: Experts, bank: ExpertBank, saved: Path) -> None:
+    known = {"objective": "likelihood", "date": "2026-01-31", "metric.nll": "0.25", "torch": "2.0", "odd": "a\x1b[2Jb"}
+    for name in bank:
+        vector = bank[name]
+        new = type(vector)(name, vector.scales, vector.base, known if name == "sort" else vector.metadata)
+        bank = bank.with_expert(new)
+    bank.save(saved)
+    spoil(saved, "sort")
+    code, out, _ = experts("list", "--bank", saved)
+    assert code == 0
+    assert all(word in out for word in ("objective", "likelihood", "2026-01-31", "metric.nll", "0.25", "a\\x1b[2Jb"))
+    assert "\x1b" not in out
+
+
+def test_without_a_place_it_is_the_shipped_bundle(experts: Experts) -> None:
+    assert cli_experts.SHIPPED == SHIPPED
+    assert experts("list", "--json") == experts("list", "--json", "--bundle", SHIPPED)
+    assert experts("verify")[0] == 0
+
+
+def test_show(experts: Experts, saved: Path, bank: ExpertBank) -> None:
+    code, out, err = experts("show", "sort", "--bank", saved, "--json")
+    assert (code, err) == (0, "")
+    document = json.loads(out)
+    assert (document["name"], document["base"], document["metadata"]) == ("sort", bank.base, bank.metadata["sort"])
+    for row, (matrix, scales) in zip(document["matrices"], bank["sort"].scales.items(), strict=True):
+        distances = [abs(float(z) - 1) for z in scales]
+        assert (row["name"], row["rank"]) == (matrix, len(distances))
+        assert row["mean"] == pytest.approx(sum(distances) / len(distances))
+        assert row["max"] == max(distances)
+    code, out, _ = experts("show", "sort", "--bank", saved)
+    assert code == 0
+    assert all(word in out for word in ("sort", bank.base, "domain", *bank.matrices, f"{row['max']:.4f}"))
+
+
+def test_verify(experts: Experts, saved: Path) -> None:
+    code, out, err = experts("verify", "--bank", saved, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["ok"] is True
+    spoil(saved, "sort")
+    code, out, err = experts("verify", "--bank", saved, "--json")
+    assert (code, err) == (2, "")
+    document = json.loads(out)
+    assert document["ok"] is False
+    assert [(row["name"], row["ok"]) for row in document["experts"]] == [
+        ("reverse", True),
+        ("sort", False),
+        ("add", True),
+    ]
+    assert "expected a whole safetensors file" in document["experts"][1]["reason"]
+    code, out, _ = experts("verify", "--bank", saved)
+    assert code == 2
+    assert "2 of 3 are whole" in out
+
+
+def test_delete(experts: Experts, saved: Path) -> None:
+    before = contents(saved)
+    code, out, err = experts("delete", "sort", "--bank", saved, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {"deleted": "sort", "experts": ["reverse", "add"]}
+    after = contents(saved)
+    assert after.keys() == {name for name in before if not name.startswith("sort.")}
+    assert all(data == before[name] for name, data in after.items() if name != "bank.json")
+    code, out, _ = experts("delete", "add", "--bank", saved)
+    assert (code, out) == (0, f"{saved}: deleted add, 1 left\n")
+    assert_one_line(*experts("delete", "reverse", "--bank", saved))
+    assert ExpertBank.load(saved).names == ("reverse",)
+
+
+def test_a_damaged_expert_can_be_deleted(experts: Experts, saved: Path) -> None:
+    spoil(saved, "sort")
+    assert experts("delete", "sort", "--bank", saved)[0] == 0
+    assert [(check.name, check.ok) for check in verify_bank(saved)] == [("reverse", True), ("add", True)]
+
+
+def test_rename(experts: Experts, saved: Path, bank: ExpertBank) -> None:
+    code, out, err = experts("rename", "sort", "order", "--bank", saved, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {"renamed": "sort", "to": "order", "experts": ["reverse", "order", "add"]}
+    assert experts("rename", "add", "sum", "--bank", saved) == (0, f"{saved}: add is now sum\n", "")
+    again = ExpertBank.load(saved)
+    assert again.names == ("reverse", "order", "sum")
+    assert again.metadata["order"] == bank.metadata["sort"]
+    assert all(check.ok for check in verify_bank(saved))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["list", "--bank", "nowhere"],
+        ["list", "--bundle", "nowhere"],
+        ["list", "--bundle", "BANK"],
+        ["list", "--bank", "BANK", "--bundle", "BANK"],
+        ["show"],
+        ["show", "subtract", "--bank", "BANK"],
+        ["verify", "--bank", "nowhere"],
+        ["delete", "subtract", "--bank", "BANK"],
+        ["rename", "sort", "add", "--bank", "BANK"],
+        ["rename", "sort", "a b", "--bank", "BANK"],
+        ["rename", "sort", "base", "--bank", "BANK"],
+        ["dance"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_line(experts: Experts, saved: Path, arguments: list[str]) -> None:
+    before = contents(saved)
+    result = experts(*(str(saved) if argument == "BANK" else argument for argument in arguments))
+    assert result[:2] == (2, "")
+    assert_one_line(*result)
+    assert contents(saved) == before
+
+
+def test_a_damaged_expert_is_not_shown(experts: Experts, saved: Path) -> None:
+    spoil(saved, "sort")
+    assert_one_line(*experts("show", "sort", "--bank", saved))
+    assert experts("show", "add", "--bank", saved)[0] == 0
+
+
+@pytest.mark.parametrize("command", [["delete", "sort"], ["rename", "sort", "order"]], ids=" ".join)
+def test_a_bundle_is_not_edited(experts: Experts, in_bundle: Path, tmp_path: Path, command: list[Any]) -> None:
+    before = contents(in_bundle / "experts")
+    link = tmp_path / "link"
+    link.symlink_to(in_bundle / "experts")
+    for place in ([], ["--bundle", in_bundle], ["--bank", in_bundle / "experts"], ["--bank", link]):
+        result = experts(*command, *place)
+        assert_one_line(*result)
+        assert "refit" in result[2]
+    assert contents(in_bundle / "experts") == before
+    copy = shutil.copytree(in_bundle / "experts", tmp_path / "copy")
+    assert experts(*command, "--bank", copy)[0] == 0

@@ -1,0 +1,132 @@
+"""The demonstration: its prompts, its files, and what the shipped model makes of them."""
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import xarray as xr
+from rich.console import Console
+
+from bayes_dispatch.app import demo
+from bayes_dispatch.app.bundle import Bundle
+from bayes_dispatch.app.demo import FILES, PROMPTS, run_demo
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.experts.domains import held_out
+
+RULES = {
+    "reverse": lambda question: question[:-1][::-1],
+    "sort": lambda question: "".join(sorted(question[:-1])),
+    "shift": lambda question: question[:-1].translate(str.maketrans("abcdefghijklmnop", "bcdefghijklmnopa")),
+    "add": lambda question: str(total(question)),
+    "reversed_add": lambda question: str(total(question))[::-1],
+    "no_carry": lambda question: "".join(
+        str((int(a) + int(b)) % 10) for a, b in zip(*question[:-1].split("+"), strict=True)
+    ),
+}
+
+
+def total(question: str) -> int:
+    return sum(map(int, question[:-1].split("+")))
+
+
+def run(bundle: Bundle, out: Path, seed: int = 0) -> str:
+    """What is printed."""
+    console = Console(file=io.StringIO(), width=120)
+    assert run_demo(bundle, out, seed, console, progress=False) == [out / name for name in FILES]
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_prompts_are_of_all_kinds() -> None:
+    assert len(PROMPTS) >= 10
+    assert len({prompt.name for prompt in PROMPTS}) == len(PROMPTS)
+    assert {prompt.kind for prompt in PROMPTS} == {"pure", "mixed", "short", "foreign"}
+    assert all((prompt.answer is None) for prompt in PROMPTS if prompt.kind == "foreign")
+    for prompt in PROMPTS:
+        assert len(prompt.text) <= 15 if prompt.kind == "short" else 100 <= len(prompt.text.encode()) <= 200
+
+
+@pytest.mark.parametrize("prompt", [prompt for prompt in PROMPTS if prompt.answer and prompt.answer.endswith("\n")])
+def test_answers_follow_the_conventions(prompt: demo.DemoPrompt) -> None:
+    """Every solved item and the answer, by rules written here; no other rule gives the answer too."""
+    names = prompt.name.removeprefix("short: ").split(" & ")
+    assert prompt.answer is not None
+    for number, item in enumerate((prompt.text + prompt.answer).splitlines()):
+        question, answer = item[: item.find(sign := ">" if ">" in item else "=") + 1], item.partition(sign)[2]
+        assert RULES[names[number % len(names)]](question) == answer
+        if prompt.kind != "short":
+            assert held_out(question)
+    rivals = ("reverse", "sort", "shift") if question.endswith(">") else ("add", "reversed_add", "no_carry")
+    assert len({RULES[rival](question) for rival in rivals}) == 3
+
+
+def test_files_and_tables(bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "output"
+    printed = run(bundle, out)
+    assert sorted(os.listdir(out)) == sorted(FILES)
+    assert os.listdir(out.parent) == ["output"]
+    report = (out / "report.md").read_text(encoding="utf-8")
+    for prompt in PROMPTS:
+        assert prompt.name in printed
+        assert prompt.name in report
+    for name in (*bundle.experts.components, "weighted_average", "top_k", "max", "thompson", "predictive"):
+        assert name in report
+    assert "](blends.png)" in report
+    assert "](forest.png)" in report
+    for picture in ("blends.png", "forest.png"):
+        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    with xr.open_dataset(out / "posterior.nc", group="posterior", engine="h5netcdf") as posterior:
+        assert list(posterior.prompt.values) == [prompt.name for prompt in PROMPTS]
+        assert list(posterior.expert.values) == list(bundle.experts.components)
+        np.testing.assert_allclose(posterior.weights.sum("expert"), 1, atol=1e-6)
+
+
+def test_same_seed_same_files(bundle: Bundle, tmp_path: Path) -> None:
+    assert run(bundle, tmp_path / "one") == run(bundle, tmp_path / "two")
+    run(bundle, tmp_path / "other", seed=1)
+    report = {name: (tmp_path / name / "report.md").read_text() for name in ("one", "two", "other")}
+    assert report["one"] == report["two"] != report["other"]
+
+
+def test_other_files_stay(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "report.md").write_text("old")
+    run(bundle, tmp_path)
+    assert (tmp_path / "notes").read_text() == "mine"
+    assert (tmp_path / "report.md").read_text() != "old"
+    assert sorted(os.listdir(tmp_path)) == sorted([*FILES, "notes"])
+
+
+def test_an_error_leaves_nothing(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(demo, "plot_blend_bars", broken)
+    with pytest.raises(OSError, match="no space left"):
+        run(bundle, tmp_path / "output")
+    assert os.listdir(tmp_path) == []
+
+
+def test_output_that_is_a_file(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "output").write_text("mine")
+    with pytest.raises(ConfigError, match=r"expected a directory .* got the file"):
+        run(bundle, tmp_path / "output")
+
+
+def test_shipped_bundle(tmp_path: Path) -> None:
+    """`bayes-dispatch demo` as a user runs it: done in time, dispatched rightly, and most answers right."""
+    command = [sys.executable, "-m", "bayes_dispatch", "demo", "--out", "output"]
+    done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True, timeout=90)
+    assert "Generation under each blend" in done.stdout
+    assert os.listdir(tmp_path) == ["output"]
+    with xr.open_dataset(tmp_path / "output" / "posterior.nc", group="posterior", engine="h5netcdf") as posterior:
+        mean = posterior.weights.mean(("chain", "draw"))
+        best = dict(zip(mean.prompt.values, mean.expert.values[mean.argmax("expert").values], strict=True))
+        experts = mean.expert.values[:-1]
+    assert sum(best[name] == name for name in experts) >= len(experts) - 1
+    right = next(line for line in done.stdout.splitlines() if line.split()[:2] == ["right", "of"]).split()[3:]
+    assert max(map(int, right)) >= 9  # of 13

@@ -1,0 +1,160 @@
+"""The diagnosis of a bundle: its numbers are those of the calibration functions, its files are whole."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bayes_dispatch.app.bundle import Bundle
+from bayes_dispatch.app.commands import main as cli
+from bayes_dispatch.app.diagnosis import (
+    FILES,
+    Diagnosis,
+    DiagnosisSettings,
+    diagnose,
+    diagnosis_tables,
+    write_diagnosis,
+)
+from bayes_dispatch.checks.calibration import Abstention, expected_calibration_error, risk_coverage
+from bayes_dispatch.errors import ConfigError, UnknownNameError
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.domains import EXPERT_DOMAINS
+from bayes_dispatch.experts.domains.own import OwnText
+from bayes_dispatch.inference.scoring.evidence_sets import pure_evidence
+
+MINE = OwnText("sort", "".join(f"Of {number} things, none is like another.\n" for number in range(60)))
+SETTINGS = DiagnosisSettings(
+    simulations=40, mixtures=20, mixture_lengths=(16, 32), prompts=20, lengths=(16, 24), draws=39, seed=3
+)
+
+
+@pytest.fixture(scope="module")
+def found(bundle: Bundle) -> Diagnosis:
+    return diagnose(bundle, SETTINGS)
+
+
+def test_numbers_are_of_held_out_prompts(bundle: Bundle, found: Diagnosis) -> None:
+    names = {domain.name: domain for domain in EXPERT_DOMAINS}
+    domains = [names[name] for name in bundle.experts.names]
+    known = pure_evidence(bundle.model, domains, 20, (24, 24), "held_out", 3 + 24)
+    probabilities = bundle.dispatcher.predict_proba(known.evidence)
+    assert found.pure[24]["accuracy"] == (probabilities.argmax(1) == known.labels).mean()
+    assert found.pure[24]["ECE"] == expected_calibration_error(probabilities, known.labels)
+    assert found.reliability.counts.sum() == 2 * 20 * len(domains)
+    assert len(found.risk_coverage.risk) == 20 * len(domains)
+    assert [c.component for c in found.ranks.components] == [*bundle.experts.names, "base"]
+    assert found.ranks.ranks.shape == (40, len(domains) + 1)
+    assert found.coverage.levels.tolist() == found.attainable.levels.tolist()
+    assert (found.foreign.inside, found.foreign.outside % 20) == (20 * len(domains), 0)
+
+
+def test_same_seed_same_numbers(bundle: Bundle, found: Diagnosis) -> None:
+    assert diagnose(bundle, SETTINGS).to_dict() == found.to_dict()
+    assert diagnose(bundle, replace(SETTINGS, seed=4)).to_dict() != found.to_dict()
+
+
+def test_share_served_by_a_threshold(found: Diagnosis) -> None:
+    confidence, wrong = np.array([0.9, 0.8, 0.7, 0.6]), np.array([False, True, False, True])
+    curve = risk_coverage(confidence, wrong)
+    rule = Abstention(threshold=0.7, risk=0.5, delta=0.1, count=4, served=3, errors=1, upper_bound=0.4)
+    assert replace(found, risk_coverage=curve, abstention=rule).served == (0.75, pytest.approx(1 / 3))
+    assert replace(found, risk_coverage=curve, abstention=replace(rule, threshold=0.95)).served == (0, 0)
+    none = replace(found, risk_coverage=curve, abstention=None)
+    assert none.served is None
+    assert "none certified" in diagnosis_tables(none)[-1].to_markdown()
+
+
+def test_files(found: Diagnosis, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "diagnosis"
+    assert write_diagnosis(found, out) == [out / name for name in FILES]
+    (out / "mine.txt").write_text("stays")
+    write_diagnosis(found, out)
+    assert sorted(path.name for path in out.iterdir()) == sorted([*FILES, "mine.txt"])
+    assert sorted(path.name for path in out.parent.iterdir()) == ["diagnosis"]
+    assert json.loads((out / "diagnosis.json").read_text()) == json.loads(json.dumps(found.to_dict()))
+    report = (out / "report.md").read_text()
+    assert all(name in report for name in FILES if name.endswith(".png"))
+    assert all(component.component in report for component in found.ranks.components)
+    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in FILES if name.endswith(".png"))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"simulations": 5},
+        {"mixtures": 0},
+        {"prompts": 19},
+        {"draws": 3},
+        {"seed": -1},
+        {"risk": 0.0},
+        {"delta": 1.0},
+        {"lengths": ()},
+        {"lengths": (0,)},
+    ],
+)
+def test_bad_settings(bad: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match=r"expected .* got"):
+        replace(SETTINGS, **bad)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def own(bundle: Bundle) -> Bundle:
+    """With `sort` from a user's file."""
+    evidence = pure_evidence(bundle.model, [MINE], 4, (16, 20), "train", 0).evidence
+    return replace(bundle, evidence={"sort": evidence})
+
+
+class TestExpertsOfAUser:
+    def test_without_their_text_they_are_not_judged_but_compete(self, own: Bundle, tmp_path: Path) -> None:
+        found = diagnose(own, SETTINGS)
+        assert found.unjudged == ("sort",)
+        assert len(found.risk_coverage.risk) == 20 * 2
+        named = {domain.name: domain for domain in EXPERT_DOMAINS}
+        known = pure_evidence(own.model, [named["reverse"], named["add"]], 20, (24, 24), "held_out", 3 + 24)
+        best = own.dispatcher.predict_proba(known.evidence).argmax(1)
+        assert found.pure[24]["accuracy"] == (best == np.array([0, 2])[known.labels]).mean()  # of reverse, sort, add
+        assert [c.component for c in found.ranks.components] == ["reverse", "sort", "add", "base"]
+        assert "Without prompts of sort" in diagnosis_tables(found)[1].to_markdown()
+        assert json.loads(json.dumps(found.to_dict()))["unjudged"] == ["sort"]
+        write_diagnosis(found, tmp_path)
+
+    def test_with_their_text_they_are(self, own: Bundle, found: Diagnosis) -> None:
+        mine = diagnose(own, SETTINGS, own={"sort": MINE})
+        assert mine.unjudged == ()
+        assert len(mine.risk_coverage.risk) == 20 * 3
+        assert mine.pure != found.pure  # those are of the convention
+
+    def test_bad_text(self, own: Bundle) -> None:
+        with pytest.raises(UnknownNameError, match="expected text of the experts reverse, sort, add, got some of mine"):
+            diagnose(own, SETTINGS, own={"mine": MINE})
+        every = dict.fromkeys(("sort", "add"), own.evidence["sort"])
+        with pytest.raises(ConfigError, match=r"expected held-out text of at least two experts .* got 1"):
+            diagnose(replace(own, evidence=every), SETTINGS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [True, False], ids=["given", "not given"])
+def test_the_command(own: Bundle, given: bool, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    own.save(tmp_path / "saved")
+    (tmp_path / "mine.txt").write_text(MINE.text)
+    arguments = ["--bundle", tmp_path / "saved", "--out", tmp_path / "out", "--json"]
+    arguments += [part for option in ("--simulations", "--mixtures", "--prompts") for part in (option, 20)]
+    arguments += ["--text", f"sort={tmp_path / 'mine.txt'}"] if given else []
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["diagnose", *map(str, arguments)])
+    assert exit_.value.code == 0
+    assert json.loads(capfd.readouterr().out)["unjudged"] == ([] if given else ["sort"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
+
+
+def test_an_expert_under_another_name_is_judged_on_what_it_was_trained_on(bundle: Bundle, found: Diagnosis) -> None:
+    renamed = [replace(bundle.experts[name], name=f"my-{name}") for name in bundle.experts.names]
+    names = tuple(expert.name for expert in renamed)
+    dispatcher = replace(bundle.dispatcher, experts=names)
+    dispatcher._state = bundle.dispatcher.state
+    dispatcher._prior = replace(bundle.dispatcher.prior, names=(*names, "base"))
+    again = diagnose(replace(bundle, experts=ExpertBank(renamed), dispatcher=dispatcher), SETTINGS)
+    assert again.unjudged == ()
+    assert again.pure == found.pure

@@ -1,0 +1,180 @@
+"""Held-out text of experts, the project's and a user's own; the gate calibrated on it, as bundles keep it."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bayes_dispatch.app.bundle import Bundle, load_bundle
+from bayes_dispatch.app.commands import main as cli
+from bayes_dispatch.app.held_out import held_out_domains, read_own, with_gate
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.gate import Gate
+from bayes_dispatch.errors import BundleError, ConfigError, UnknownNameError
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.domains import CONVENTIONS
+from bayes_dispatch.experts.domains.own import OwnPairs, OwnPrompts, OwnText
+from bayes_dispatch.inference.scoring.evidence_sets import gate_evidence, pure_evidence
+
+TEXT = "".join(f"Of {number} things, none is like another.\n" for number in range(60))
+PAIRS = tuple((f"{a}*{b}=", str(a * b)) for a in range(8) for b in range(8))
+
+
+@pytest.fixture(scope="module")
+def own(bundle: Bundle) -> Bundle:
+    """The bundle with `sort` from a user's file, and `add` under another name."""
+    bank = ExpertBank([bundle.experts["reverse"], bundle.experts["sort"], replace(bundle.experts["add"], name="sums")])
+    dispatcher = replace(bundle.dispatcher, experts=bank.names)
+    dispatcher._state, dispatcher._prior = (
+        bundle.dispatcher.state,
+        replace(bundle.dispatcher.prior, names=(*bank.names, "base")),
+    )
+    evidence = pure_evidence(bundle.model, [OwnText("sort", TEXT)], 4, (16, 20), "train", 0).evidence
+    return Bundle(bundle.model, bank, dispatcher, evidence={"sort": evidence})
+
+
+@pytest.fixture(scope="module")
+def gated(bundle: Bundle) -> Bundle:
+    return with_gate(bundle, {}, 20, 60, (16, 24), seed=1)
+
+
+class TestDomains:
+    def test_of_the_projects_experts_by_what_they_were_trained_on(self, own: Bundle) -> None:
+        """And not by their names: text of the convention `sort` is not that of a user's `sort`."""
+        found = held_out_domains(own, {})
+        assert {name: domain.name for name, domain in found.items()} == {"reverse": "reverse", "sums": "add"}
+
+    def test_of_a_user(self, own: Bundle) -> None:
+        mine = OwnText("sort", TEXT)
+        assert list(held_out_domains(own, {"sort": mine}).values())[1] is mine
+        with pytest.raises(UnknownNameError, match="expected text of the experts reverse, sort, sums, got some of add"):
+            held_out_domains(own, {"add": mine})
+
+    def test_files(self, tmp_path: Path) -> None:
+        (tmp_path / "text.txt").write_text(TEXT)
+        (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"prompt": p, "answer": a}) for p, a in PAIRS))
+        (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p, _ in PAIRS))
+        found = read_own([f"a={tmp_path}/text.txt"], [f"b={tmp_path}/pairs.jsonl", f"c={tmp_path}/prompts.jsonl"])
+        assert [type(domain) for domain in found.values()] == [OwnText, OwnPairs, OwnPrompts]
+        assert [domain.name for domain in found.values()] == list(found) == ["a", "b", "c"]
+
+    @pytest.mark.parametrize(
+        ("texts", "message"),
+        [
+            (["text.txt"], "expected an expert's name and a file as name=path, got 'text.txt'"),
+            (["=text.txt"], "as name=path"),
+            (["a="], "as name=path"),
+            (["a=nowhere.txt"], "expected a readable file nowhere.txt"),
+            (["a=text.txt", "a=text.txt"], "expected one file of each expert, got two of a"),
+        ],
+    )
+    def test_bad_files(self, texts: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("text.txt").write_text(TEXT)
+        with pytest.raises(ConfigError, match=message):
+            read_own(texts, [])
+
+
+class TestGate:
+    def test_it_is_calibrated_on_held_out_prompts_in_two_groups(self, bundle: Bundle, gated: Bundle) -> None:
+        named = {domain.name: domain for domain in CONVENTIONS}
+        evidence, groups = gate_evidence(
+            bundle.model, [named[name] for name in bundle.experts.names], 20, 60, (16, 24), 1
+        )
+        assert groups.tolist() == [0] * 60 + [1] * 60
+        expected = Gate.calibrate(bundle.dispatcher, evidence, groups, seed=1)
+        assert gated.gate is not None
+        np.testing.assert_array_equal(gated.gate.scores, expected.scores)
+
+    def test_text_of_every_expert_is_needed(self, own: Bundle) -> None:
+        with pytest.raises(ConfigError, match="expected held-out text of every expert, got none of sort"):
+            with_gate(own, {}, 20, 60, (16, 24), seed=1)
+        assert with_gate(own, {"sort": OwnText("sort", TEXT)}, 20, 60, (16, 24), seed=1).gate is not None
+
+    def test_a_bundle_keeps_it(self, gated: Bundle, tmp_path: Path) -> None:
+        gated.save(tmp_path / "gated")
+        again = load_bundle(tmp_path / "gated")
+        assert again.gate is not None
+        assert gated.gate is not None
+        evidence = pure_evidence(gated.model, CONVENTIONS[:2], 5, (16, 20), "held_out", 3).evidence
+        np.testing.assert_array_equal(
+            again.gate.p_values(again.dispatcher, evidence), gated.gate.p_values(gated.dispatcher, evidence)
+        )
+
+    def test_a_bundle_without_one(self, bundle: Bundle, gated: Bundle, tmp_path: Path) -> None:
+        """As all were before; a directory of another's gate that is not listed is no part of it."""
+        bundle.save(tmp_path / "plain")
+        gated.save(tmp_path / "gated")
+        shutil.copytree(tmp_path / "gated" / "gate", tmp_path / "plain" / "gate")
+        assert load_bundle(tmp_path / "plain").gate is None
+
+    @pytest.mark.parametrize("name", ["gate.json", "gate.safetensors"])
+    def test_damage(self, gated: Bundle, tmp_path: Path, name: str) -> None:
+        gated.save(tmp_path / "gated")
+        file = tmp_path / "gated" / "gate" / name
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.raises(BundleError, match=f"expected .*{name} with checksum .* it was changed"):
+            load_bundle(tmp_path / "gated")
+        file.unlink()
+        with pytest.raises(BundleError, match=f"expected the file gate/{name}"):
+            load_bundle(tmp_path / "gated")
+
+    def test_that_of_another_dispatcher_is_refused(self, gated: Bundle) -> None:
+        other = gated.dispatcher.recalibrate(
+            pure_evidence(gated.model, CONVENTIONS[:2], 20, (16, 20), "train", 0).evidence
+        )
+        with pytest.raises(ConfigError, match=r"expected the dispatcher .* that the gate was calibrated for"):
+            replace(gated, dispatcher=other)
+        assert isinstance(other, Dispatcher)
+
+
+class TestCommand:
+    def run(self, capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["calibrate-gate", *map(str, arguments)])
+        return (int(exit_.value.code or 0), *capfd.readouterr())
+
+    def test_in_place(self, bundle: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        saved = tmp_path / "saved"
+        bundle.save(saved)
+        before = {path.name: path.read_bytes() for path in (saved / "dispatcher").iterdir()}
+        few = ["--prompts", "20", "--mixed", "40", "--longest", "24", "--json"]
+        code, out, err = self.run(capfd, "--bundle", saved, "--out", saved, *few)
+        assert (code, err) == (0, "")
+        told = json.loads(out)
+        assert (told["out"], told["ranks"], told["bins"]) == (str(saved), 75, 1)
+        assert 1 / 45 < told["least_rate"] <= 1 / 20
+        assert load_bundle(saved).gate is not None
+        assert {path.name: path.read_bytes() for path in (saved / "dispatcher").iterdir()} == before
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--text", "sort"], "name=path"),
+            (["--text", "more=text.txt"], "expected text of the experts reverse, sort, add, got some of more"),
+            (["--bundle", "nowhere"], "expected a bundle directory"),
+            (["--out", "text.txt"], "expected a directory for the output"),
+            (["--longest", "8"], "--longest"),
+        ],
+    )
+    def test_bad_input(
+        self,
+        bundle: Bundle,
+        arguments: list[str],
+        message: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capfd: pytest.CaptureFixture[str],
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        Path("text.txt").write_text(TEXT)
+        bundle.save("saved")
+        given = [*(["--bundle", "saved"] if "--bundle" not in arguments else []), *arguments]
+        code, out, err = self.run(capfd, *([] if "--out" in arguments else ["--out", "new"]), *given)
+        assert (code, out) == (2, "")
+        assert err.startswith("bayes-dispatch: error: expected ")
+        assert message in err
+        assert not Path("new").exists()

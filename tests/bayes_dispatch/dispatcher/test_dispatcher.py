@@ -1,0 +1,144 @@
+"""The estimator: its draws, its probabilities, and one clear line on bad input."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.errors import ConfigError, EvidenceError, NotFittedError, TensorError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.bayes_dispatch.conftest import Sample
+
+ONE_LINE = r"^expected [^\n]*got [^\n]+$"
+
+
+def test_draws(fitted: Dispatcher, fresh: "Sample") -> None:
+    posterior = fitted.posterior(fresh.evidence, draws=7, seed=0)
+    assert posterior.weights.shape == (7, 60, 4)
+    assert posterior.experts == ("sort", "reverse", "add", "base")
+    again, other = (fitted.posterior(fresh.evidence, draws=7, seed=seed).weights for seed in (0, 1))
+    assert np.array_equal(posterior.weights, again)
+    assert not np.array_equal(posterior.weights, other)
+
+
+def test_a_prompt_depends_on_itself_only(fitted: Dispatcher, fresh: "Sample") -> None:
+    """With a seed of its own, a prompt's draws are the same alone, in any batch, and at any place in it."""
+    seeds = list(range(100, 160))
+    whole = fitted.posterior(fresh.evidence, draws=4, seed=seeds).weights
+    for rows in ([0], [41, 7, 5, 8, 19], list(range(59, -1, -1))):
+        some = fitted.posterior(fresh.evidence.select(rows), draws=4, seed=[seeds[row] for row in rows]).weights
+        np.testing.assert_allclose(some, whole[:, rows], atol=1e-12, rtol=0)
+    probabilities = fitted.predict_proba(fresh.evidence)
+    for row in (3, 5, 19):
+        alone = fitted.predict_proba(fresh.evidence.select([row]))
+        np.testing.assert_allclose(alone, probabilities[[row]], atol=1e-12)
+
+
+def test_equal_seeds_on_equal_prompts(fitted: Dispatcher, fresh: "Sample") -> None:
+    """One seed for all still gives each prompt a generator of its own; the same seed for two gives them the same."""
+    twice = fresh.evidence.select([3, 3])
+    a, b = fitted.posterior(twice, draws=4, seed=2).weights.swapaxes(0, 1)
+    assert not np.array_equal(a, b)
+    a, b = fitted.posterior(twice, draws=4, seed=[2, 2]).weights.swapaxes(0, 1)
+    np.testing.assert_allclose(a, b, atol=1e-12)
+
+
+def test_probabilities_are_those_of_draws(fitted: Dispatcher, fresh: "Sample") -> None:
+    """Within 5 standard errors of 4,000 draws, and .004 of quadrature; false alarm < 1e-3, fixed seed."""
+    probabilities = fitted.predict_proba(fresh.evidence)
+    posterior = fitted.posterior(fresh.evidence, draws=4_000, seed=0)
+    error = np.sqrt(probabilities * (1 - probabilities) / 4_000)
+    assert (np.abs(posterior.probability_best - probabilities) < 5 * error + 4e-3).all()
+    np.testing.assert_allclose(posterior.mean, fitted.mixtures_of(fresh.evidence).mean, atol=0.04)
+    names = np.array(posterior.experts)
+    assert np.array_equal(fitted.predict(fresh.evidence), names[probabilities.argmax(1)])
+
+
+def test_missing_views(fitted: Dispatcher, fresh: "Sample") -> None:
+    """A view that is missing for all prompts is a view that is not there; whatever is left is used."""
+    views, lengths = fresh.evidence.views, np.full(60, 64)
+    counts = Evidence({"counts": views["counts"]}, lengths)
+    masked = Evidence(views, lengths, {"hidden": np.ones(60, bool)})
+    assert np.array_equal(fitted.predict_proba(counts), fitted.predict_proba(masked))
+    hidden = Evidence.from_array(views["hidden"])
+    assert not np.allclose(fitted.predict_proba(hidden), fitted.predict_proba(counts), atol=0.05)
+    assert np.array_equal(fitted.predict_proba(hidden), fitted.predict_proba(views["hidden"]))
+    more = Evidence({**views, "smell": np.ones((60, 2))}, lengths)
+    assert np.array_equal(fitted.predict_proba(more), fitted.predict_proba(Evidence(views, lengths)))
+
+
+def test_no_evidence_is_uncertainty(fitted: Dispatcher, fresh: "Sample") -> None:
+    """A prompt that lacks every view is less certain than one that has them."""
+    views = fresh.evidence.views
+    nothing = Evidence(views, missing={name: np.ones(60, bool) for name in views})
+    assert fitted.predict_proba(nothing).max() < 0.8
+    pure = fresh.labels >= 0
+    assert fitted.posterior(nothing).entropy.mean() > fitted.posterior(fresh.evidence).entropy[pure].mean()
+
+
+def test_no_prompts(fitted: Dispatcher) -> None:
+    empty = Evidence({"hidden": np.zeros((0, 6))})
+    assert fitted.posterior(empty, draws=3).weights.shape == (3, 0, 4)
+    assert fitted.predict_proba(empty).shape == (0, 4)
+
+
+def test_simulations(fitted: Dispatcher) -> None:
+    """As many as asked for, on the simplex, repeatable, at given weights where given."""
+    truth, posterior = fitted.simulate(23, draws=5, seed=1)
+    np.testing.assert_allclose(truth.sum(1), 1, atol=1e-5)
+    assert posterior.weights.shape == (5, 23, 4)
+    assert np.array_equal(fitted.simulate(23, draws=5, seed=1)[0], truth)
+    assert not np.array_equal(fitted.simulate(23, draws=5, seed=2)[0], truth)
+    given = np.eye(4)[np.arange(300) % 3]
+    truth, posterior = fitted.simulate(300, draws=32, seed=1, weights=given)
+    assert np.array_equal(truth, given)
+    assert (posterior.mean.argmax(1) == np.arange(300) % 3).mean() > 0.8
+
+
+@pytest.mark.parametrize("call", ["posterior", "predict_proba", "predict", "simulate", "save"])
+def test_unfitted(call: str, tmp_path: "Path") -> None:
+    argument = {"simulate": 3, "save": tmp_path / "new"}.get(call, np.ones((2, 3)))
+    dispatcher = Dispatcher(["a", "b"])
+    assert not dispatcher.fitted
+    with pytest.raises(NotFittedError, match=ONE_LINE):
+        getattr(dispatcher, call)(argument)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [(["a"],), ([],), (["a", "a"],), (["a", "base"],), (["a", "b"], -1)], ids=lambda a: str(a)
+)
+def test_bad_dispatchers(arguments: tuple[Any, ...]) -> None:
+    with pytest.raises(ConfigError, match=ONE_LINE):
+        Dispatcher(*arguments)
+
+
+def test_bad_questions(fitted: Dispatcher, fresh: "Sample") -> None:
+    for draws in (0, -3):
+        with pytest.raises(ConfigError, match=f"expected at least 1 draw, got {draws}"):
+            fitted.posterior(fresh.evidence, draws=draws)
+    with pytest.raises(ConfigError, match="one for each of 60 prompts, got 2"):
+        fitted.posterior(fresh.evidence, seed=[1, 2])
+    for seed in (-1, [*range(59), -7]):
+        with pytest.raises(ConfigError, match="expected seeds ≥ 0, got -"):
+            fitted.posterior(fresh.evidence, seed=seed)
+    with pytest.raises(TensorError, match="expected 6 features in the hidden view, got 5"):
+        fitted.predict_proba(np.ones((2, 5)))
+    with pytest.raises(TensorError, match="expected view 'counts' of width 5, got 4"):
+        fitted.predict_proba(Evidence({"counts": np.ones((2, 4))}))
+    with pytest.raises(EvidenceError, match=r"expected at least one of the views .* got \['smell'\]"):
+        fitted.predict_proba(Evidence({"smell": np.ones((2, 4))}))
+    with pytest.raises(EvidenceError, match="expected finite numbers in 'hidden', got nan"):
+        fitted.predict_proba(np.full((2, 6), np.nan))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("array", [np.ones(6), np.ones((2, 6, 1)), np.array([["a"] * 6]), np.full((1, 6), None)])
+def test_bad_arrays(fitted: Dispatcher, array: np.ndarray) -> None:
+    with pytest.raises(EvidenceError, match=ONE_LINE):
+        fitted.predict_proba(array)

@@ -1,0 +1,272 @@
+"""Fitting: repeatable, alone, and open to whatever is known of the prompts."""
+
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import pytest
+import torch
+
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.fitting.concatenations import RealPrompts
+from bayes_dispatch.dispatcher.fitting.svi import SVISettings, fit_globals, isolated
+from bayes_dispatch.dispatcher.program.observed import Prompts
+from bayes_dispatch.errors import ConfigError, EvidenceError, TensorError
+
+if TYPE_CHECKING:
+    from tests.bayes_dispatch.conftest import Sample
+
+    Settings = Callable[..., dict[str, Any]]
+
+NAMES = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def few(make_sample: "Callable[..., Sample]") -> "Sample":
+    return make_sample(40, 3)
+
+
+def answers(dispatcher: Dispatcher, evidence: Evidence | np.ndarray) -> np.ndarray:
+    weights = dispatcher.posterior(evidence, draws=3, seed=1).weights
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-9)
+    probabilities = dispatcher.predict_proba(evidence)
+    assert probabilities.shape == weights.shape[1:]
+    np.testing.assert_allclose(probabilities.sum(-1), 1, atol=1e-9)
+    assert (probabilities >= 0).all()
+    return weights
+
+
+def test_it_learns(fitted: Dispatcher, fresh: "Sample") -> None:
+    """Pure prompts, of experts far apart, are recognised."""
+    pure = fresh.labels >= 0
+    probabilities = fitted.predict_proba(fresh.evidence)
+    assert (probabilities.argmax(1) == fresh.labels)[pure].mean() > 0.9
+
+
+@pytest.mark.slow
+def test_it_learns_mixtures(trained: Dispatcher, make_sample: "Callable[..., Sample]") -> None:
+    """Posterior means of 200 mixed prompts have at most .7 of a flat guess's squared error (.89 after a short fit)."""
+    fresh = make_sample(400, 5, mixed=2)
+    mixed = fresh.labels < 0
+    mean, truth = trained.posterior(fresh.evidence).mean[mixed], fresh.weights[mixed]
+    assert ((mean - truth) ** 2).sum(1).mean() < 0.5 * ((0.25 - truth) ** 2).sum(1).mean()
+
+
+def test_fits_repeat(few: "Sample", settings: "Settings") -> None:
+    """One seed gives one dispatcher bit for bit, whatever the global generators are at; another gives another."""
+    states = []
+    for random_state in (0, 0, 1):
+        torch.manual_seed(len(states))
+        np.random.seed(len(states))  # noqa: NPY002
+        dispatcher = Dispatcher(NAMES, random_state, **settings()).fit(few.evidence, few.labels, few.mixtures)
+        states.append(answers(dispatcher, few.evidence))
+    assert np.array_equal(states[0], states[1])
+    assert not np.array_equal(states[0], states[2])
+
+
+@pytest.mark.usefixtures("unchecked")  # beartype itself draws from Python's generator
+def test_fits_leave_no_trace(few: "Sample", settings: "Settings") -> None:
+    """Global generators, Pyro's parameter store and its settings are as before; nor does a first dispatcher change."""
+    first = Dispatcher(NAMES, **settings()).fit(few.evidence, few.labels)
+    before = answers(first, few.evidence)
+    pyro.get_param_store()["mine"] = torch.ones(2)
+
+    def outside() -> tuple[Any, ...]:
+        numpy_state = [str(part) for part in np.random.get_state()]  # noqa: NPY002
+        stored = {name: value.tolist() for name, value in pyro.get_param_store().items()}
+        return torch.get_rng_state().tolist(), numpy_state, random.getstate(), stored, dict(pyro.settings.get())
+
+    state = outside()
+    try:
+        second = Dispatcher(NAMES, 5, **settings()).fit(few.evidence.select(slice(0, 30)), few.labels[:30])
+        second.predict_proba(few.evidence)
+        second.simulate(5, 4)
+        changed = [before != after for before, after in zip(state, outside(), strict=True)]
+        assert not any(changed)
+    finally:
+        pyro.clear_param_store()
+    assert np.array_equal(answers(first, few.evidence), before)
+
+
+def test_isolation_survives_errors() -> None:
+    state = torch.get_rng_state()
+
+    def fail() -> None:
+        with isolated(3):
+            torch.rand(5)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("known", ["nothing", "some labels", "mixtures", "labels and mixtures", "one expert only"])
+def test_whatever_is_known(known: str, few: "Sample", settings: "Settings") -> None:
+    labels = {
+        "some labels": np.where(np.arange(40) % 5 == 0, few.labels, -1),
+        "labels and mixtures": few.labels,
+        "one expert only": np.where(few.labels == 1, 1, -1),
+    }.get(known)
+    mixtures = few.mixtures if "mixtures" in known else None
+    dispatcher = Dispatcher(NAMES, **settings()).fit(few.evidence, labels, mixtures)
+    answers(dispatcher, few.evidence)
+    assert all(torch.isfinite(value).all() for value in dispatcher.state.globals.locations.values())
+
+
+def test_arrays_are_the_hidden_view(few: "Sample", settings: "Settings") -> None:
+    hidden = few.evidence.views["hidden"]
+    array, evidence = (
+        Dispatcher(NAMES, **settings()).fit(X, few.labels) for X in (hidden, Evidence({"hidden": hidden}))
+    )
+    assert np.array_equal(answers(array, hidden), answers(evidence, Evidence({"hidden": hidden})))
+
+
+def test_one_view_alone(few: "Sample", settings: "Settings") -> None:
+    missing = {"counts": few.evidence.missing["counts"]}
+    counts = Evidence({"counts": few.evidence.views["counts"]}, missing=missing)
+    answers(Dispatcher(NAMES, **settings()).fit(counts, few.labels), counts)
+
+
+def test_labels_may_be_a_list(few: "Sample", settings: "Settings") -> None:
+    a, b = (Dispatcher(NAMES, **settings()).fit(few.evidence, y) for y in (few.labels, few.labels.tolist()))
+    assert np.array_equal(answers(a, few.evidence), answers(b, few.evidence))
+
+
+def test_mixtures_win_over_labels(few: "Sample", settings: "Settings") -> None:
+    wrong = np.where(few.labels < 0, 0, few.labels)
+    a, b = (Dispatcher(NAMES, **settings()).fit(few.evidence, y, few.mixtures) for y in (few.labels, wrong))
+    assert np.array_equal(answers(a, few.evidence), answers(b, few.evidence))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_labels_and_mixtures(few: "Sample", settings: "Settings") -> None:
+    dispatcher = Dispatcher(NAMES, **settings())
+    labels: list[Any] = [
+        few.labels + 1,
+        few.labels - 1,
+        few.labels[:-1],
+        few.labels.astype(float),
+        np.zeros((40, 1), int),
+    ]
+    for y in labels:
+        with pytest.raises(TensorError, match=r"^expected .*labels.* got [^\n]+$"):
+            dispatcher.fit(few.evidence, y)
+    flat = np.full((40, 4), 0.25)
+    for mixtures in (2 * flat, flat[:-1], flat[:, :3], flat * [-1, 3, 1, 1], np.where(np.eye(40, 4) > 0, np.nan, flat)):
+        with pytest.raises(TensorError, match=r"^expected mixtures [^\n]*got [^\n]+$"):
+            dispatcher.fit(few.evidence, few.labels, mixtures)
+    assert not dispatcher.fitted
+
+
+def test_bad_evidence(settings: "Settings") -> None:
+    dispatcher = Dispatcher(NAMES, **settings())
+    with pytest.raises(EvidenceError, match=r"expected finite numbers in 'hidden', got nan"):
+        dispatcher.fit(np.full((9, 3), np.nan))
+    with pytest.raises(EvidenceError, match=r"expected one of the views .* got \['smell'\]"):
+        dispatcher.fit(Evidence({"smell": np.ones((9, 3))}))
+    with pytest.raises(EvidenceError, match="expected at least 2 prompts"):
+        dispatcher.fit(np.ones((1, 3)))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("changes", [{"steps": 0}, {"learning_rate": 0.0}, {"batch_size": 0}, {"precision": "float16"}])
+def test_bad_settings(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^expected .* got [^\n]+$"):
+        SVISettings(**changes)
+
+
+def test_loss_falls_and_globals_are_in_their_supports(fitted: Dispatcher, few: "Sample") -> None:
+    """SVI lowers the loss, in mini-batches too, and every draw of the globals lies where its prior does."""
+    model = fitted.state.model
+    prompts = Prompts(
+        torch.zeros(40),
+        {"counts": torch.tensor(few.evidence.views["counts"].sum(1)).float()},
+        {name: torch.zeros(40, dtype=torch.bool) for name in ("hidden", "counts")},
+        {"hidden": torch.randn(40, 3, generator=torch.Generator().manual_seed(0)),
+         "counts": torch.tensor(few.evidence.views["counts"]).float()},
+        torch.tensor(few.labels),
+    )  # fmt: skip
+    for batch_size in (40, 16):
+        posterior, report = fit_globals(model, prompts, SVISettings(24, 0.1, batch_size, rounds=1), 0)
+        losses = report.losses
+        assert losses.shape == (24,)
+        assert losses[-8:].mean() < losses[:8].mean()
+    with isolated(0):
+        for sites in (posterior.draw(), posterior.center()):
+            assert set(sites) == {"pi", "kappa", "M", "s2", "lt", "Phi", "conc"}
+            for name in ("pi", "Phi"):
+                torch.testing.assert_close(sites[name].sum(-1), torch.ones_like(sites[name].sum(-1)))
+            assert all((sites[name] > 0).all() for name in ("pi", "Phi", "kappa", "s2", "lt", "conc"))
+
+
+def test_concatenations() -> None:
+    """Features are byte-weighted means, counts and lengths are sums, weights are shares of bytes."""
+    lengths = torch.tensor([10.0, 30.0, 60.0, 20.0])
+    counts = torch.tensor([[10.0, 0], [0, 30], [30, 30], [5, 15]])
+    one_hot = torch.eye(4)
+    prompts = Prompts(
+        lengths,
+        {"counts": counts.sum(-1)},
+        {name: torch.zeros(4, dtype=torch.bool) for name in ("hidden", "counts")},
+        {"hidden": one_hot, "counts": counts},
+    )
+    with isolated(0):
+        joined, weights = RealPrompts(prompts, one_hot).concatenate(200)
+    torch.testing.assert_close(joined.observed["hidden"], weights)  # one-hot features: their mean is the shares
+    torch.testing.assert_close(weights.sum(-1), torch.ones(200))
+    torch.testing.assert_close(joined.totals["counts"], joined.observed["counts"].sum(-1))
+    torch.testing.assert_close(joined.totals["counts"], joined.lengths)
+    assert (joined.lengths <= 60).all()
+    assert ((weights > 0).sum(-1) > 1).any()
+
+
+def test_real_prompts_are_drawn_from_their_groups() -> None:
+    weights = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [torch.nan] * 3, [0, 1.0, 0]])
+    prompts = Prompts(
+        torch.full((4,), 10.0), {}, {"hidden": torch.zeros(4, dtype=torch.bool)},
+        {"hidden": torch.arange(4.0).unsqueeze(-1)},
+    )  # fmt: skip
+    source = RealPrompts(prompts, weights)
+    assert [rows.tolist() for rows in source.groups] == [[0, 3], [1]]
+    with isolated(0):
+        drawn, known = source(31)
+        mixed, _ = RealPrompts(prompts.select(torch.tensor([1, 2])), weights[1:3])(8)
+    assert len(drawn) == len(known) == 31
+    torch.testing.assert_close(known.sum(-1), torch.ones(31))
+    assert torch.isfinite(known).all()
+    assert 2.0 not in drawn.observed["hidden"][:20]  # the prompt that nothing is known of
+    assert mixed.observed["hidden"].unique().tolist() == [1]
+
+
+def test_precision_and_restarts(few: "Sample", settings: "Settings") -> None:
+    """Double precision all through the globals, the best of several restarts, and a report of how it went."""
+    given = settings() | {"svi": SVISettings(steps=40, rounds=2, restarts=2, precision="float64")}
+    dispatcher = Dispatcher(NAMES, **given).fit(few.evidence, few.labels)
+    assert {value.dtype for value in dispatcher.state.globals.locations.values()} == {torch.float64}
+    report = dispatcher.report
+    assert len(report.final) == 2
+    assert report.losses[-8:].mean() == pytest.approx(min(report.final), rel=0.2)
+    assert len(report.losses) in (40, 80)
+    assert np.isfinite(report.change)
+    single = Dispatcher(NAMES, **settings(svi=40)).fit(few.evidence, few.labels)
+    assert {value.dtype for value in single.state.globals.locations.values()} == {torch.float32}
+    a, b = (each.state.globals.center()["M"].double() for each in (dispatcher, single))
+    torch.testing.assert_close(a, b, atol=0.3, rtol=0)
+
+
+@pytest.mark.slow
+def test_many_prompts_come_in_mini_batches(make_sample: "Callable[..., Sample]", settings: "Settings") -> None:
+    """Far more prompts than a step takes: the network in place of local parameters finds the same experts."""
+    sample = make_sample(1_500, 9)
+    given = settings(steps=60, simulations=600, hidden=16) | {"svi": SVISettings(steps=150, batch_size=100, rounds=1)}
+    dispatcher = Dispatcher(NAMES, **given).fit(sample.evidence, sample.labels, sample.mixtures)
+    start = Dispatcher(NAMES, **given | {"svi": SVISettings(steps=150, rounds=1)})
+    start.fit(sample.evidence, sample.labels, sample.mixtures)
+    for name in ("M", "Phi"):
+        a, b = (each.state.globals.center()[name] for each in (dispatcher, start))
+        torch.testing.assert_close(a, b, atol=0.15, rtol=0)
+    assert dispatcher.report.losses[-20:].mean() < dispatcher.report.losses[:20].mean()

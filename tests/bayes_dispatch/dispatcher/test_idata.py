@@ -1,0 +1,171 @@
+"""All that a fitted program says, as arviz data: named, in one chain, and the same numbers as anywhere else."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import xarray as xr
+from scipy import stats
+
+from bayes_dispatch.dispatcher.arviz_data import write_netcdf
+from bayes_dispatch.dispatcher.arviz_groups import fitted_groups
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.dispatcher.program.generative import FLOOR
+from bayes_dispatch.dispatcher.program.settings import Admixture, OneLabelMixture
+from bayes_dispatch.errors import ConfigError, TensorError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.bayes_dispatch.conftest import Sample
+
+EXPERTS = ("sort", "reverse", "add")
+DRAWS = ("chain", "draw")
+
+
+@pytest.fixture(scope="module")
+def data(fitted: Dispatcher, fresh: "Sample") -> Any:
+    return fitted.to_arviz(fresh.evidence, draws=40, seed=3)
+
+
+def dims(dataset: Any) -> dict[str, tuple[str, ...]]:
+    return {name: variable.dims for name, variable in dataset.data_vars.items()}
+
+
+def test_groups_and_dimensions(data: Any) -> None:
+    weights, per_expert = (*DRAWS, "prompt", "expert"), (*DRAWS, "expert", "hidden_feature")
+    globals_ = {"weights": weights, "pi": (*DRAWS, "expert"), "kappa": DRAWS, "lt": DRAWS, "conc": DRAWS}
+    globals_ |= {"M": per_expert, "s2": per_expert, "Phi": (*DRAWS, "expert", "counts_feature")}
+    views = {name: (*DRAWS, "prompt", f"{name}_feature") for name in ("hidden", "counts")}
+    expected = {"posterior": globals_, "prior": globals_, "posterior_predictive": views, "prior_predictive": views}
+    expected["log_likelihood"] = dict.fromkeys(views, (*DRAWS, "prompt"))
+    expected["observed_data"] = {name: found[2:] for name, found in views.items()}
+    expected["constant_data"] = {"lengths": ("prompt",)}
+    expected["sample_stats"] = {"k_hat": ("prompt",), "log_evidence": ("prompt",), "elbo": ("step",)}
+    assert {group: dims(data[group]) for group in expected} == expected
+    for group in ("posterior", "prior", "posterior_predictive", "prior_predictive", "log_likelihood"):
+        assert data[group].sizes["chain"] == 1
+        assert data[group].sizes["draw"] == 40
+    assert data["prior"].expert.values.tolist() == [*EXPERTS, "base"]
+
+
+def test_draws_are_those_of_the_posterior(data: Any, fitted: Dispatcher, fresh: "Sample") -> None:
+    posterior = fitted.posterior(fresh.evidence, draws=40, seed=3, resample=True)
+    assert np.array_equal(data["posterior"]["weights"].values[0], posterior.weights)
+    assert np.array_equal(data["sample_stats"]["k_hat"], posterior.k_hat)
+    assert np.array_equal(data["sample_stats"]["elbo"], -fitted.report.losses)
+    raw = fitted.to_arviz(fresh.evidence, draws=5, seed=3, resample=False, prompts=[f"p{i}" for i in range(60)])
+    drawn = fitted.posterior(fresh.evidence, draws=5, seed=3).weights
+    assert np.array_equal(raw["posterior"]["weights"].sel(prompt="p7").values[0], drawn[:, 7])
+    assert dims(raw["sample_stats"]) == {"elbo": ("step",)}
+    with pytest.raises(TensorError, match="expected 60 prompt names, got 1"):
+        fitted.to_arviz(fresh.evidence, prompts=["a"])
+
+
+def test_likelihood_by_hand(data: Any, fitted: Dispatcher, fresh: "Sample") -> None:
+    """SciPy's density at a draw's weights and globals, base's constants among them."""
+    draw, seen = data["posterior"].isel(chain=0, draw=11), data["observed_data"]
+    found = data["log_likelihood"].isel(chain=0, draw=11)
+    tau, lt = fitted.state.temper, float(draw["lt"])
+    for prompt in (0, 3, 8):  # the last one's length is unknown
+        w = draw["weights"].values[prompt] + FLOOR
+        w /= w.sum()
+        length = float(data["constant_data"]["lengths"][prompt])
+        factor = 1.0 if np.isnan(length) else (1 + 20 * lt / length) / (1 + 0.4 * lt)
+        sd = np.sqrt(w @ draw["s2"].values * tau * factor)
+        expected = stats.t(6, w @ draw["M"].values, sd).logpdf(seen["hidden"].values[prompt]).sum()
+        assert float(found["hidden"][prompt]) == pytest.approx(expected, rel=1e-6)
+        counts = seen["counts"].values[prompt]
+        alpha = float(draw["conc"]) / tau * (w @ draw["Phi"].values) + 1e-3
+        expected = stats.dirichlet_multinomial(alpha, int(counts.sum())).logpmf(counts.astype(int))
+        if not fresh.evidence.is_missing("counts")[prompt]:
+            assert float(found["counts"][prompt]) == pytest.approx(expected, rel=1e-6)
+    assert np.isnan(data["constant_data"]["lengths"].values[8])
+    assert (draw["M"].sel(expert="base") == 0).all()
+    assert (draw["s2"].sel(expert="base") == 1).all()
+
+
+def test_missing_views(data: Any, fresh: "Sample") -> None:
+    """What was not observed is NaN, is not replicated, and says nothing."""
+    for view in ("hidden", "counts"):
+        absent = fresh.evidence.is_missing(view)
+        assert absent.any()
+        for group in ("observed_data", "prior_predictive", "posterior_predictive"):
+            holes = np.isnan(data[group][view].values)
+            assert np.array_equal(holes, np.broadcast_to(absent[:, None], holes.shape))
+        assert (data["log_likelihood"][view].values[..., absent] == 0).all()
+
+
+def test_replicates(data: Any, fitted: Dispatcher, fresh: "Sample") -> None:
+    """Replicated vectors have the mean of their program: 100 draws, 5.5 standard errors, false alarm < 1e-3. Fitting
+    brings replicates nearer to what was observed."""
+    posterior = fitted.posterior(fresh.evidence, draws=100, seed=0)
+    groups = fitted_groups(fitted.state, fresh.evidence, posterior, seed=1)
+    own, drawn = groups["posterior"], groups["posterior_predictive"]["hidden"]
+    mean = own["weights"].dot(own["M"], dim="expert")
+    residual = (drawn - mean).mean(DRAWS)
+    error = (drawn - mean).std(DRAWS) / 10
+    assert float(np.abs(residual / error).max()) < 5.5
+    totals = data["posterior_predictive"]["counts"].sum("counts_feature", skipna=False)
+    seen = data["observed_data"]["counts"].sum("counts_feature", skipna=False)
+    assert ((totals == seen) | np.isnan(seen)).all()
+    distance = {
+        group: float(np.abs(data[group]["hidden"].median(DRAWS) - data["observed_data"]["hidden"]).mean())
+        for group in ("prior_predictive", "posterior_predictive")
+    }
+    assert distance["posterior_predictive"] < 0.5 * distance["prior_predictive"]
+
+
+def test_other_programs(sample: "Sample", settings: "Callable[..., dict[str, Any]]") -> None:
+    """One label: one-hot weights, exact, so no k-hat, and no kappa. Families: prior draws are on the simplex."""
+    for program in (OneLabelMixture(), Admixture(families={"letters": ["sort", "reverse"]})):
+        dispatcher = Dispatcher(EXPERTS, program=program, **settings()).fit(sample.evidence, sample.labels)
+        found = dispatcher.to_arviz(sample.evidence.select(slice(0, 8)), draws=30)
+        one_label = isinstance(program, OneLabelMixture)
+        assert ("kappa" in found["posterior"]) == ("k_hat" in found["sample_stats"]) == (not one_label)
+        for group in ("prior", "posterior"):
+            weights = found[group]["weights"].values
+            np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
+            assert (weights.max(-1) > 0.999).all() == one_label
+
+
+def test_arviz_reads_it(data: Any) -> None:
+    import arviz as az
+
+    summary = az.summary(data, var_names=["kappa"], kind="stats", round_to="none")
+    assert float(summary["mean"].iloc[0]) == pytest.approx(float(data["posterior"]["kappa"].mean()), rel=1e-9)
+
+
+def test_netcdf(data: Any, tmp_path: Path) -> None:
+    """Every group survives; the file comes whole or not at all."""
+    path = write_netcdf(data, tmp_path / "new" / "all.nc")
+    with xr.open_datatree(path, engine="h5netcdf") as tree:
+        assert len(tree.children) == 8
+        for name, group in tree.children.items():
+            for variable, values in group.data_vars.items():
+                np.testing.assert_array_equal(values, data[name][variable])
+        assert tree["sample_stats"].attrs["converged"] in (0, 1)
+        assert tree["prior"].expert.values.tolist() == [*EXPERTS, "base"]
+    assert [file.name for file in path.parent.iterdir()] == ["all.nc"]
+
+
+def test_a_loaded_dispatcher_knows_no_trace(fitted: Dispatcher, fresh: "Sample", tmp_path: Path) -> None:
+    fitted.save(tmp_path)
+    found = Dispatcher.load(tmp_path).to_arviz(fresh.evidence, draws=40, seed=3)
+    assert set(found["sample_stats"].data_vars) == {"k_hat", "log_evidence"}
+
+
+def test_posterior_has_its_own_statistics() -> None:
+    weights = np.random.default_rng(0).dirichlet([0.5, 1, 2], (7, 4))
+    posterior = DispatchPosterior(weights, ("sort", "reverse", "base"), k_hat=np.arange(4.0))
+    found = posterior.to_arviz(list("abcd"))
+    assert found["sample_stats"]["k_hat"].sel(prompt="c") == 2
+    assert set(found["sample_stats"].data_vars) == {"k_hat"}
+
+
+@pytest.mark.parametrize("name", ["chain", "draw", "prompt", "expert"])
+def test_views_cannot_be_called_like_dimensions(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"expected an identifier .*, got '{name}'"):
+        Admixture(views={name: "vectors"})

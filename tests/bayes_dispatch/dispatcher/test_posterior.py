@@ -1,0 +1,122 @@
+"""The posterior's summaries are NumPy's, and its draws reach arviz and NetCDF as one chain."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.errors import ConfigError, TensorError
+
+NAMES = ("sort", "reverse", "base")
+
+
+@pytest.fixture
+def posterior() -> DispatchPosterior:
+    return DispatchPosterior(np.random.default_rng(0).dirichlet([0.5, 1, 2], (7, 4)), NAMES)
+
+
+def test_summaries(posterior: DispatchPosterior) -> None:
+    w = posterior.weights
+    assert len(posterior) == 4
+    np.testing.assert_allclose(posterior.mean, w.mean(0))
+    np.testing.assert_allclose(posterior.entropy, [-sum(p * np.log(p) for p in row) for row in w.mean(0)])
+    counts = np.stack([np.bincount(w[:, prompt].argmax(1), minlength=3) for prompt in range(4)])
+    np.testing.assert_allclose(posterior.probability_best, counts / 7)
+    for probability in (0.5, 0.9):
+        tail = 50 * (1 - probability)
+        expected = np.percentile(w, [tail, 100 - tail], axis=0)
+        np.testing.assert_allclose(posterior.interval(probability), expected, atol=1e-12)
+
+
+def test_certainty() -> None:
+    """All draws on one corner: no entropy, no width."""
+    posterior = DispatchPosterior(np.tile([0.0, 1.0, 0.0], (5, 2, 1)), NAMES)
+    assert posterior.entropy.tolist() == [0, 0]
+    assert posterior.probability_best.tolist() == [[0, 1, 0]] * 2
+    assert np.ptp(posterior.interval(), axis=0).max() == 0
+
+
+def test_select(posterior: DispatchPosterior) -> None:
+    assert np.array_equal(posterior.select([2, 0]).weights, posterior.weights[:, [2, 0]])
+    assert np.array_equal(posterior.select(slice(1, 3)).weights, posterior.weights[:, 1:3])
+    assert posterior.select([1]).experts == NAMES
+
+
+def test_draws_are_its_own(posterior: DispatchPosterior) -> None:
+    source = posterior.weights.copy()
+    other = DispatchPosterior(source, NAMES)
+    source[:] = 0
+    assert np.array_equal(other.weights, posterior.weights)
+    with pytest.raises(ValueError, match="read-only"):
+        other.weights[0] = 0
+
+
+third = np.full((2, 2, 3), 1 / 3)
+
+
+@pytest.mark.parametrize(
+    "weights", [third[0], third[:0], third[..., :2], 2 * third, third * [-1, 2, 2], third * np.nan, third * np.inf]
+)
+def test_bad_draws(weights: np.ndarray) -> None:
+    with pytest.raises(TensorError, match=r"^expected weights .*got [^\n]+$"):
+        DispatchPosterior(weights, NAMES)
+
+
+@pytest.mark.parametrize("probability", [0.0, 1.0, -0.5, 90.0, float("nan")])
+def test_bad_intervals(posterior: DispatchPosterior, probability: float) -> None:
+    with pytest.raises(ConfigError, match="expected a probability between 0 and 1, got"):
+        posterior.interval(probability)
+
+
+def weights_of(data: Any) -> xr.DataArray:
+    return data["posterior"]["weights"]
+
+
+def test_arviz(posterior: DispatchPosterior) -> None:
+    weights = weights_of(posterior.to_arviz(["a", "b", "c", "d"]))
+    assert weights.dims == ("chain", "draw", "prompt", "expert")
+    assert weights.sizes["chain"] == 1  # several would fake r-hat ≈ 1
+    assert weights.expert.values.tolist() == list(NAMES)
+    assert weights.prompt.values.tolist() == ["a", "b", "c", "d"]
+    assert np.array_equal(weights.values[0], posterior.weights)
+    assert weights_of(posterior.to_arviz()).prompt.values.tolist() == [0, 1, 2, 3]
+    with pytest.raises(TensorError, match="expected 4 prompt names, got 1"):
+        posterior.to_arviz(["a"])
+
+
+def test_arviz_reads_it(posterior: DispatchPosterior) -> None:
+    """arviz's own summary finds the mean of every weight."""
+    import arviz as az
+
+    summary = az.summary(posterior.to_arviz(), kind="stats", round_to="none")
+    assert summary.shape[0] == 12
+    np.testing.assert_allclose(summary["mean"].to_numpy(dtype=float), posterior.mean.ravel(), atol=1e-9)
+
+
+def test_netcdf(posterior: DispatchPosterior, tmp_path: Path) -> None:
+    path = posterior.to_netcdf(tmp_path / "new" / "posterior.nc")
+    with xr.open_datatree(path, engine="h5netcdf") as tree:
+        assert weights_of(tree).dims == ("chain", "draw", "prompt", "expert")
+        assert np.array_equal(weights_of(tree).values[0], posterior.weights)
+        assert weights_of(tree).expert.values.tolist() == list(NAMES)
+    assert [file.name for file in path.parent.iterdir()] == ["posterior.nc"]
+
+
+def test_netcdf_is_written_whole_or_not_at_all(
+    posterior: DispatchPosterior, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = posterior.to_netcdf(tmp_path / "posterior.nc")
+    before = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        posterior.select([0]).to_netcdf(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

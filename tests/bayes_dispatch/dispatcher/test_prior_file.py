@@ -1,0 +1,242 @@
+"""The prior's file: what was written is what is read, or one clear line; and no crash leaves anything between."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bayes_dispatch.dispatcher.prior.file import read_prior, write_prior
+from bayes_dispatch.dispatcher.prior.online import PriorState, label_likelihood, observe, prior_state
+from bayes_dispatch.errors import BundleError
+
+NAMES = ("a", "b", "base")
+DISPATCHER = "0123abcd"
+
+LIVES = """
+import os, signal, sys
+import numpy as np
+from bayes_dispatch.dispatcher.prior.online import label_likelihood, observe, prior_state
+from bayes_dispatch.dispatcher.prior.file import read_prior, write_prior
+
+path, names, dispatcher = sys.argv[1], ("a", "b", "base"), "0123abcd"
+
+def next_state(state):
+    return observe(state, label_likelihood(np.array([state.events % 3]), 3))
+"""
+
+
+def after(events: int) -> PriorState:
+    """The state after labels 0, 1, 2, 0, …"""
+    state = prior_state(np.array([3.0, 3.0, 1.5]), NAMES)
+    for event in range(events):
+        state = observe(state, label_likelihood(np.array([event % 3]), 3))
+    return state
+
+
+def assert_same(found: PriorState, expected: PriorState) -> None:
+    for name in ("mean", "covariance", "initial"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert (found.names, found.events) == (expected.names, expected.events)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    write_prior(tmp_path / "prior.json", after(3), DISPATCHER)
+    return tmp_path / "prior.json"
+
+
+def test_round_trip(path: Path) -> None:
+    """Bit for bit; over what was there, through links, into new directories; and nothing else stays behind."""
+    assert_same(read_prior(path, NAMES, DISPATCHER), after(3))
+    link = path.with_name("link.json")
+    link.symlink_to(path)
+    write_prior(link, after(5), DISPATCHER)
+    assert link.is_symlink()
+    assert_same(read_prior(path, list(NAMES), DISPATCHER), after(5))
+    write_prior(str(path.parent / "new" / "prior.json"), after(0), DISPATCHER)
+    assert_same(read_prior(str(path.parent / "new" / "prior.json"), NAMES, DISPATCHER), after(0))
+    assert sorted(file.name for file in path.parent.iterdir()) == ["link.json", "new", "prior.json"]
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    """Another content, with a right digest."""
+    from bayes_dispatch.dispatcher.prior.file import _digest
+
+    body = {**json.loads(path.read_text()), **changes}
+    body.pop("digest")
+    path.write_text(json.dumps({**body, "digest": _digest(body)}))
+
+
+def make_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (Path.unlink, "expected a file .*, got No such file"),
+        (make_directory, "expected a file .*, got Is a directory"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-9]), "expected JSON in .*truncated"),
+        (lambda p: p.write_bytes(b""), "expected JSON in .*truncated"),
+        (lambda p: p.write_bytes(b"\x80\x04\x95"), "expected JSON in"),
+        (lambda p: p.write_bytes(b"[" * 100_000), "expected JSON in"),
+        (lambda p: p.write_bytes(b"[1, 2]"), "expected format 'serving-prior' in .*, got 'list'"),
+        (lambda p: p.write_bytes(b"{}"), "expected format 'serving-prior' in .*, got None"),
+        (lambda p: p.write_text(p.read_text().replace("3.0", "3.5", 1)), r"expected digest .*, got .*edited"),
+        (lambda p: p.write_text(p.read_text().replace('"digest"', '"digits"')), r"expected digest None.*edited"),
+        (lambda p: rewrite(p, version=2), "expected version 1 in .*, got 2"),
+        (lambda p: rewrite(p, dispatcher="9"), "expected dispatcher '0123abcd' in .*, got '9'"),
+        (lambda p: rewrite(p, names=["b", "a", "base"]), r"expected names \['a', 'b', 'base'\] in .*, got \['b', 'a'"),
+        (lambda p: rewrite(p, mean=[0.5, 0.5]), r"expected a serving prior in .*, got ConfigError: expected"),
+        (lambda p: rewrite(p, mean=[0.5, 0.5, float("nan")]), "expected a serving prior in .*ConfigError"),
+        (lambda p: rewrite(p, covariance=None), "expected a serving prior in .*ConfigError"),
+        (lambda p: rewrite(p, initial=["x", 1, 2]), "expected a serving prior in .*ValueError"),
+        (lambda p: rewrite(p, initial={}), "expected a serving prior in .*TypeError"),
+        (lambda p: rewrite(p, events="3"), "expected a serving prior in .*ConfigError"),
+        (lambda p: rewrite(p, events=-3), "expected a serving prior in .*ConfigError"),
+    ],
+)  # fmt: skip
+def test_damaged_and_foreign_files(unchecked: None, path: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(path)
+    with pytest.raises(BundleError, match=f"^{message}[^\n]*$"):
+        read_prior(path, NAMES, DISPATCHER)
+
+
+def test_a_directory_is_no_place_for_a_file(path: Path) -> None:
+    with pytest.raises(BundleError, match=r"expected a file at .*, got a directory"):
+        write_prior(path.parent, after(1), DISPATCHER)
+
+
+@pytest.mark.parametrize(("call", "count"), [("open", 0), ("ftruncate", 0), ("write", 0), ("fsync", 0), ("replace", 0),
+                                             ("fsync", 1), ("open", 1)])  # fmt: skip
+def test_errors_leave_the_old_state_or_the_new(
+    path: Path, monkeypatch: pytest.MonkeyPatch, call: str, count: int
+) -> None:
+    """Each step of a write fails once, the last ones after the new name is there; the next write succeeds."""
+    real, calls = getattr(os, call), []
+
+    def fails(*arguments: object, **keywords: object) -> object:
+        calls.append(arguments)
+        if len(calls) == count + 1:
+            raise OSError(28, "No space left on device")
+        return real(*arguments, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, fails)
+        with pytest.raises(OSError, match="No space left"):
+            write_prior(path, after(4), DISPATCHER)
+    assert_same(read_prior(path, NAMES, DISPATCHER), after(4 if count else 3))
+    assert [file.name for file in path.parent.iterdir()] == ["prior.json"]
+    write_prior(path, after(5), DISPATCHER)
+    assert_same(read_prior(path, NAMES, DISPATCHER), after(5))
+
+
+def test_a_disk_that_takes_little_at_a_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda handle, data: real(handle, data[:7]))
+        write_prior(path, after(4), DISPATCHER)
+    assert_same(read_prior(path, NAMES, DISPATCHER), after(4))
+
+
+def test_what_a_killed_writer_left_is_used_up(path: Path) -> None:
+    """A temporary file, longer than what comes, is harmless and gone after the next write."""
+    temporary = path.with_name(".prior.json.tmp")
+    temporary.write_bytes(b"x" * 100_000)
+    assert_same(read_prior(path, NAMES, DISPATCHER), after(3))
+    write_prior(path, after(4), DISPATCHER)
+    assert_same(read_prior(path, NAMES, DISPATCHER), after(4))
+    assert not temporary.exists()
+
+
+def run(script: str, path: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", LIVES + script, str(path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[3],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["ftruncate", "write", "fsync", "replace", "replaced"])
+def test_killed_at_each_step(path: Path, step: str) -> None:
+    """The process dies in its fourth write, where half is written at ``write``; the next life goes on from there."""
+    script = f"""
+real, calls = os.{step.removesuffix("d")}, []
+
+def killed(*arguments):
+    calls.append(arguments)
+    if {step == "fsync"} and len(calls) % 2 == 0 or len(calls) < {7 if step == "fsync" else 4}:
+        return real(*arguments)
+    if {step == "write"}:
+        real(arguments[0], arguments[1][: len(arguments[1]) // 2])
+    if {step == "replaced"}:
+        real(*arguments)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+os.{step.removesuffix("d")} = killed
+state = read_prior(path, names, dispatcher)
+while True:
+    state = next_state(state)
+    write_prior(path, state, dispatcher)
+"""
+    with run(script, path) as process:
+        assert process.wait(60) == -signal.SIGKILL
+    assert_same(read_prior(path, NAMES, DISPATCHER), after(7 if step == "replaced" else 6))
+    assert path.with_name(".prior.json.tmp").exists() == (step != "replaced")
+    write_prior(path, after(9), DISPATCHER)
+    assert [file.name for file in path.parent.iterdir()] == ["prior.json"]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(path: Path) -> None:
+    """Eight lives, each killed within a tenth of a second of its first event: all that was reported is there."""
+    script = """
+state = read_prior(path, names, dispatcher)
+while True:
+    state = next_state(state)
+    write_prior(path, state, dispatcher)
+    print(state.events, flush=True)
+"""
+    rng, known = np.random.default_rng(0), 3
+    for _ in range(8):
+        with run(script, path) as process:
+            assert process.stdout is not None
+            first = int(process.stdout.readline())
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0, 0.1))
+            process.kill()
+            reported = [first, *map(int, process.stdout.read().splitlines())]
+        assert first == known + 1
+        found = read_prior(path, NAMES, DISPATCHER)
+        assert found.events - reported[-1] in (0, 1)
+        assert_same(found, after(found.events))
+        known = found.events
+    assert known > 3 + 8
+
+
+@pytest.mark.slow
+def test_writers_of_several_processes_take_turns(path: Path) -> None:
+    """Three write as fast as they can; every read in the meantime is whole, and no temporary file stays."""
+    script = """
+state = read_prior(path, names, dispatcher)
+for _ in range(150):
+    state = next_state(state)
+    write_prior(path, state, dispatcher)
+"""
+    processes = [run(script, path) for _ in range(3)]
+    while any(process.poll() is None for process in processes):
+        read_prior(path, NAMES, DISPATCHER)
+    for process in processes:
+        with process:
+            assert process.returncode == 0
+    assert read_prior(path, NAMES, DISPATCHER).events >= 153
+    assert [file.name for file in path.parent.iterdir()] == ["prior.json"]

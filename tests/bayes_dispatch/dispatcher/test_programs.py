@@ -1,0 +1,182 @@
+"""Other programs than the default: the one-label mixture, families, priors, and views of any name."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.program.generative import OneLabelModel
+from bayes_dispatch.dispatcher.program.observed import Prompts
+from bayes_dispatch.dispatcher.program.one_label import label_probabilities
+from bayes_dispatch.dispatcher.program.settings import Admixture, OneLabelMixture
+from bayes_dispatch.dispatcher.program.views import CountsView, VectorsView
+from bayes_dispatch.errors import ConfigError, EvidenceError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.bayes_dispatch.conftest import Sample
+
+    Settings = Callable[..., dict[str, Any]]
+
+NAMES = ("a", "b", "c")
+ONE_LINE = r"^expected [^\n]*got [^\n]+$"
+ALL = {"hidden": "vectors", "counts": "counts", "surprise": "surprise", "keywords": "counts"}
+ALL |= {"embedding": "vectors", "classifier": "probabilities"}
+
+
+@pytest.fixture(scope="module")
+def many_views(make_sample: "Callable[..., Sample]") -> "tuple[Sample, Evidence]":
+    """The small world with four more views that tell the same."""
+    sample = make_sample(80, 4)
+    rng = np.random.default_rng(0)
+    views = dict(sample.evidence.views)
+    views["surprise"] = np.stack([2 + sample.weights[:, 3], rng.normal(size=80)], 1) + 0.2 * rng.normal(size=(80, 2))
+    views["keywords"] = rng.poisson(4 * sample.weights).astype(float)
+    views["embedding"] = sample.weights @ rng.normal(size=(4, 5)) + 0.1 * rng.normal(size=(80, 5))
+    views["classifier"] = np.stack([rng.dirichlet(10 * w[:3] + 0.1) for w in sample.weights])
+    missing = {
+        **sample.evidence.missing,
+        "keywords": views["keywords"].sum(1) == 0,
+        "classifier": np.arange(80) % 7 == 1,
+    }
+    return sample, Evidence(views, sample.evidence.lengths, missing)
+
+
+def check(dispatcher: Dispatcher, evidence: Evidence, tmp_path: "Path") -> None:
+    """Draws on the simplex, with and without resampling, simulations, and the same from a file."""
+    for resample in (False, True):
+        posterior = dispatcher.posterior(evidence, draws=6, seed=1, resample=resample)
+        np.testing.assert_allclose(posterior.weights.sum(-1), 1, atol=1e-9)
+        loaded = Dispatcher.load(tmp_path / "saved") if resample else dispatcher
+        dispatcher.save(tmp_path / "saved")
+        loaded = Dispatcher.load(tmp_path / "saved")
+        assert np.array_equal(loaded.posterior(evidence, draws=6, seed=1, resample=resample).weights, posterior.weights)
+        assert loaded.program == dispatcher.program
+    assert np.isfinite(dispatcher.log_evidence(evidence)).all()
+    truth, found = dispatcher.simulate(9, draws=4)
+    assert truth.shape == found.weights.shape[1:]
+
+
+@pytest.mark.slow
+def test_every_view_at_once(many_views: "tuple[Sample, Evidence]", settings: "Settings", tmp_path: "Path") -> None:
+    sample, evidence = many_views
+    dispatcher = Dispatcher(NAMES, **settings(svi=20, steps=40, simulations=300), program=Admixture(views=ALL))
+    dispatcher.fit(evidence, sample.labels, sample.mixtures)
+    names = {view.name: view.kind for view in dispatcher.state.model.views}
+    assert names == ALL
+    sites = dispatcher.state.globals.locations
+    assert {"M", "Phi", "a", "embedding_M", "keywords_Phi", "classifier_conc"} <= set(sites)
+    check(dispatcher, evidence, tmp_path)
+    by_default = Dispatcher(NAMES, **settings()).fit(evidence, sample.labels)
+    assert [view.name for view in by_default.state.model.views] == ["hidden", "counts", "surprise"]
+
+
+@pytest.mark.parametrize("kind", ["keywords", "embedding", "classifier", "surprise"])
+def test_each_view_speaks(kind: str, many_views: "tuple[Sample, Evidence]", settings: "Settings") -> None:
+    """Alone, each of the further views tells its experts apart better than chance (surprise knows base only)."""
+    sample, evidence = many_views
+    program = Admixture(views={kind: ALL[kind]})
+    dispatcher = Dispatcher(NAMES, **settings(svi=80, steps=150, simulations=1_500, hidden=24), program=program)
+    dispatcher.fit(evidence, sample.labels, sample.mixtures)
+    present = ~evidence.is_missing(kind)
+    if kind == "surprise":
+        mean = dispatcher.posterior(evidence, draws=200).mean[:, 3]
+        assert np.corrcoef(mean[present], sample.weights[present, 3])[0, 1] > 0.3
+    else:
+        pure = present & (sample.labels >= 0)
+        right = dispatcher.predict_proba(evidence).argmax(1) == sample.labels
+        assert right[pure].mean() > 0.7
+
+
+def test_one_label(many_views: "tuple[Sample, Evidence]", settings: "Settings", tmp_path: "Path") -> None:
+    """Pure prompts are recognised, draws are one-hot, and mixed prompts are not told from pure ones."""
+    sample, evidence = many_views
+    dispatcher = Dispatcher(NAMES, **settings(svi=60), program=OneLabelMixture())
+    dispatcher.fit(evidence, sample.labels)
+    probabilities = dispatcher.predict_proba(evidence)
+    assert (probabilities.argmax(1) == sample.labels)[sample.labels >= 0].mean() > 0.9
+    draws = dispatcher.posterior(evidence, draws=500).weights
+    assert set(np.unique(draws)) == {0.0, 1.0}
+    np.testing.assert_allclose(draws.mean(0), probabilities, atol=5 * 0.5 / 500**0.5)
+    check(dispatcher, evidence, tmp_path)
+    with pytest.raises(ConfigError, match=ONE_LINE):
+        dispatcher.weigh(evidence, 100)
+
+
+def test_one_label_posterior_by_hand() -> None:
+    """Bayes' rule with SciPy's densities, for each prompt on its own."""
+    model = OneLabelModel(2, (VectorsView(1), CountsView(2)))
+    site = {"M": [[1.0], [-1.0]], "s2": [[0.2], [0.5]], "lt": 12.0, "Phi": [[0.9, 0.1], [0.2, 0.8]], "conc": 20.0}
+    sites = {name: torch.tensor(value, dtype=torch.float64) for name, value in site.items()}
+    hidden, counts = torch.tensor([[0.3], [-2.0]]).double(), torch.tensor([[3.0, 1.0], [0.0, 5.0]]).double()
+    missing = {"hidden": torch.tensor([False, False]), "counts": torch.tensor([False, True])}
+    prompts = Prompts(
+        torch.tensor([50.0, 0.0]).double(), {"counts": counts.sum(-1)}, missing, {"hidden": hidden, "counts": counts}
+    )
+    found = label_probabilities(model, [sites], prompts, np.array([0.5, 0.3, 0.2]), 1.0)
+    prior = 0.95 * np.array([0.5, 0.3, 0.2]) + 0.05 / 3
+    for n in range(2):
+        joint = prior.copy()
+        for k, (mean, variance, share) in enumerate([(1, 0.2, 0.9), (-1, 0.5, 0.2), (0, 1, 0.5)]):
+            joint[k] *= stats.t(6, mean, variance**0.5).pdf(float(hidden[n]))
+            if n == 0:
+                alpha = 20 * np.array([share, 1 - share]) + 1e-3
+                joint[k] *= stats.dirichlet_multinomial(alpha, 4).pmf([3, 1])
+        np.testing.assert_allclose(found.mean[n], joint / joint.sum(), rtol=1e-4)
+        assert found.log_evidence[n] == pytest.approx(np.log(joint.sum()), abs=1e-4)
+
+
+def test_families_and_priors(many_views: "tuple[Sample, Evidence]", settings: "Settings", tmp_path: "Path") -> None:
+    """A prior of one expert reaches what is served at once; families come back from a file."""
+    sample, evidence = many_views
+    program = Admixture(families={"first": ["a", "c"]}, prior={"b": 300.0, "base": 0.5})
+    dispatcher = Dispatcher(NAMES, **settings(svi=20, steps=60, simulations=500), program=program)
+    dispatcher.fit(evidence, sample.labels, sample.mixtures)
+    assert dispatcher.state.model.tree == (0, 1, 0, 2)
+    assert dispatcher.prior.mean[1] > 0.9
+    check(dispatcher, evidence, tmp_path)
+
+
+def test_an_expert_without_family_is_one() -> None:
+    program = Admixture(families={"x": ["e", "b"], "y": ["c"]})
+    model = program.model(["a", "b", "c", "d", "e"], (VectorsView(1),))
+    assert model.families == (0, 1, 2, 3, 1)
+    assert model.tree == (0, 1, 2, 3, 1, 4)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *({"views": {}}, {"views": {"hidden": "smell"}}, {"views": {"a b": "counts"}}, {"views": {"pi": "counts"}}),
+        *({"views": {"hidden": "counts"}}, {"prior": {"a": 0.0}}, {"prior": {"a": float("nan")}}),
+    ],
+)
+def test_bad_programs(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=ONE_LINE):
+        Admixture(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"prior": {"z": 1.0}}, {"families": {"x": ["a", "z"]}}, {"families": {"x": ["a"], "y": ["a"]}}]
+)
+def test_programs_for_other_experts(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=ONE_LINE):
+        Dispatcher(NAMES, program=Admixture(**arguments))
+
+
+def test_evidence_that_does_not_fit(settings: "Settings") -> None:
+    ones = np.ones((30, 3))
+    cases: list[tuple[dict[str, str], dict[str, np.ndarray]]] = [
+        ({"smell": "vectors"}, {"hidden": ones}),
+        ({"words": "counts"}, {"words": -ones}),
+        ({"classes": "probabilities"}, {"classes": ones}),
+    ]
+    for kinds, views in cases:
+        with pytest.raises(EvidenceError, match=ONE_LINE):
+            Dispatcher(NAMES, **settings(), program=Admixture(views=kinds)).fit(Evidence(views))

@@ -1,0 +1,127 @@
+"""The dispatcher online: labels and rewards change what it serves at once, its prior outlives it, and drift shows."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from bayes_dispatch.dispatcher.drift import drift_monitor, watch
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.prior.online import prior_state
+from bayes_dispatch.errors import BundleError, ConfigError, NotFittedError, TensorError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.bayes_dispatch.conftest import Sample
+
+    Settings = Callable[..., dict[str, Any]]
+
+ONE_LINE = r"^expected [^\n]*got [^\n]+$"
+
+
+@pytest.fixture
+def own(fitted: Dispatcher, tmp_path: "Path") -> Dispatcher:
+    """A copy of the fitted dispatcher, through a file, that a test may change."""
+    fitted.save(tmp_path / "own")
+    return Dispatcher.load(tmp_path / "own")
+
+
+def test_it_begins_with_the_programs_prior(own: Dispatcher) -> None:
+    np.testing.assert_allclose(own.prior.mean, np.array([3, 3, 3, 1.5]) / 10.5)
+    assert own.prior.events == 0
+
+
+def test_labels_reach_what_is_served(own: Dispatcher, fresh: "Sample") -> None:
+    """After forty labels of one expert, prompts that lack evidence go to it; nothing is refitted."""
+    nothing = Evidence(fresh.evidence.views, missing={name: np.ones(60, bool) for name in fresh.evidence.views})
+    before = own.predict_proba(nothing)[:, 1].mean()
+    clear = own.predict_proba(fresh.evidence)[fresh.labels == 0, 0].mean()
+    own.update([1] * 40)
+    assert own.prior.events == 40
+    assert own.prior.mean[1] > 0.75
+    assert own.predict_proba(nothing)[:, 1].mean() > before + 0.2
+    assert own.predict_proba(fresh.evidence)[fresh.labels == 0, 0].mean() > clear - 0.3  # evidence still speaks
+    forgetful = own.update([2] * 5, forgetting=0.5)
+    assert forgetful.mean[2] > forgetful.mean[1]
+
+
+def test_rewards_are_softer_than_labels(own: Dispatcher, fresh: "Sample") -> None:
+    start = own.prior
+    right = own.feedback(["add"] * 10, [1.0] * 10)
+    assert start.mean[2] < right.mean[2]
+    own.prior = start
+    wrong = own.feedback("add", 0.0)
+    assert wrong.mean[2] < start.mean[2]
+    assert wrong.mean[0] > start.mean[0]
+    own.prior = start
+    rows = np.flatnonzero(fresh.labels == 0)[:4]
+    with_evidence = own.feedback(["sort"] * 4, np.ones(4), fresh.evidence.select(rows))
+    own.prior = start
+    assert with_evidence.mean[0] > own.feedback(["sort"] * 4, np.ones(4)).mean[0]
+
+
+def test_the_prior_outlives_the_process(own: Dispatcher, tmp_path: "Path") -> None:
+    """From a file or with the dispatcher; never into another one, nor from what is no such file."""
+    file = tmp_path / "prior.json"
+    own.keep_prior(file)
+    own.update([0, 0, 2])
+    other = Dispatcher.load(tmp_path / "own")
+    assert other.prior.events == 0
+    assert other.keep_prior(file).events == 3
+    np.testing.assert_array_equal(other.prior.mean, own.prior.mean)
+    other.save(tmp_path / "saved")
+    assert Dispatcher.load(tmp_path / "saved").prior.events == 3
+    file.write_text(file.read_text()[:-9])
+    with pytest.raises(BundleError, match=ONE_LINE):
+        other.keep_prior(file)
+    own.prior = own.prior  # writes a whole file again
+    assert other.keep_prior(file).events == 3
+
+
+def test_another_fit_has_another_prior(
+    own: Dispatcher, sample: "Sample", settings: "Settings", tmp_path: "Path"
+) -> None:
+    own.keep_prior(tmp_path / "prior.json")
+    second = Dispatcher(own.experts, **settings()).fit(sample.evidence, sample.labels)
+    with pytest.raises(BundleError, match=ONE_LINE):
+        second.keep_prior(tmp_path / "prior.json")
+
+
+def test_drift_shows_and_is_mended(own: Dispatcher, make_sample: "Callable[..., Sample]", settings: "Settings") -> None:
+    """Prompts as before raise no alarm at rate .01; shifted ones do, and a recalibrated dispatcher expects them."""
+    held_out, ordinary, later = (make_sample(count, seed) for count, seed in ((200, 21), (150, 22), (200, 23)))
+    monitor = drift_monitor(own.log_evidence(held_out.evidence), false_alarm_rate=0.01)
+    _, report = watch(monitor, own.log_evidence(ordinary.evidence))
+    assert report.first_alarm is None
+    views = later.evidence.views
+    shifted = Evidence({**views, "hidden": views["hidden"] + 1.0}, later.evidence.lengths, later.evidence.missing)
+    _, report = watch(monitor, own.log_evidence(shifted))
+    assert report.first_alarm is not None
+    own.svi = settings(svi=150)["svi"]
+    before = own.state.pack()[1]["globals.loc.M"].copy()
+    new = own.recalibrate(shifted, later.labels, later.mixtures)
+    np.testing.assert_array_equal(own.state.pack()[1]["globals.loc.M"], before)
+    assert new.log_evidence(shifted).mean() > own.log_evidence(shifted).mean() + 1
+    assert new.prior is own.prior
+    pure = later.labels >= 0
+    assert (new.predict_proba(shifted).argmax(1) == later.labels)[pure].mean() > 0.8
+
+
+def test_bad_events(own: Dispatcher, fresh: "Sample") -> None:
+    before = own.prior
+    with pytest.raises((ConfigError, TensorError), match=ONE_LINE):
+        own.update([7])
+    with pytest.raises(ConfigError, match="expected experts among"):
+        own.feedback("nosuch", 1.0)
+    with pytest.raises((ConfigError, TensorError), match=ONE_LINE):
+        own.feedback("add", 1.5)
+    with pytest.raises(TensorError, match="expected evidence of 1 prompts, got 60"):
+        own.feedback("add", 1.0, fresh.evidence)
+    with pytest.raises(ConfigError, match="expected a prior over"):
+        own.prior = prior_state(np.ones(3), ("a", "b", "base"))
+    assert own.prior is before
+    with pytest.raises(NotFittedError, match=ONE_LINE):
+        Dispatcher(["a", "b"]).update([0])
