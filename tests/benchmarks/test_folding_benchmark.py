@@ -9,7 +9,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import folding
-from bayes_dispatch.model import product_costs
+from bayes_dispatch.model.mambaformer.compiled import product_costs
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bayes_dispatch.errors import ForeignExpertError, PromptError, TensorError
-from bayes_dispatch.inference import answers
+from bayes_dispatch.inference.few_shot import answers
 from bayes_dispatch.inference.few_shot.answers import AnswerLikelihood
 
 PAIRS = [("kfpa>", "apfk\n"), ("", "37+58=95"), ("ß>", "é")]

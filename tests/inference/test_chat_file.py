@@ -14,7 +14,7 @@ import torch
 from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.vectors import ExpertVector
-from bayes_dispatch.inference import chat as chat_module
+from bayes_dispatch.inference.chat import chat as chat_module
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.blends import (
     BestExpert,
@@ -136,7 +136,7 @@ def test_damaged_files_are_refused(cut64: "Bundle", saved: Path, tmp_path: Path)
 
 def test_arrays_that_do_not_fit_are_refused(cut64: "Bundle", saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those whose digest is right, as somebody may have made it so."""
-    from bayes_dispatch.inference import chat_file
+    from bayes_dispatch.inference.chat import file as chat_file
 
     tensors, header = parse_tensors(saved.read_bytes(), saved)
     cases: list[tuple[dict[str, Any], dict[str, str]]] = [

@@ -12,8 +12,8 @@ import torch
 from bayes_dispatch.errors import ConfigError, PromptError, UnknownNameError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
-from bayes_dispatch.inference import compare as compare_module
-from bayes_dispatch.inference import reading as reading_module
+from bayes_dispatch.inference.scoring import compare as compare_module
+from bayes_dispatch.inference.scoring import document_reader as reading_module
 from bayes_dispatch.inference.scoring.compare import compare_blends, compare_systems, score_together
 from bayes_dispatch.inference.two_pass.blends import (
     BestExpert,

@@ -9,7 +9,7 @@ import torch
 
 from bayes_dispatch.dispatcher.evidence.functions import LogLikelihoods, read
 from bayes_dispatch.errors import ForeignExpertError, PromptError
-from bayes_dispatch.inference import expert_likelihood
+from bayes_dispatch.inference.two_pass import expert_likelihood
 from bayes_dispatch.inference.two_pass.expert_likelihood import ExpertLogLikelihoods
 from bayes_dispatch.inference.two_pass.first_pass import first_pass
 from bayes_dispatch.model.adaptation import Adaptation

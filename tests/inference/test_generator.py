@@ -10,9 +10,9 @@ import pytest
 
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, ForeignExpertError, NotFittedError, PromptError
-from bayes_dispatch.inference import decoding as decoding_module
-from bayes_dispatch.inference import second_pass as second_pass_module
 from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.two_pass import particles as decoding_module
+from bayes_dispatch.inference.two_pass import second_pass as second_pass_module
 from bayes_dispatch.inference.two_pass.blends import (
     BestExpert,
     Blend,

@@ -12,7 +12,7 @@ from torch import Tensor
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.vectors import ExpertVector
-from bayes_dispatch.inference import reading as reading_module
+from bayes_dispatch.inference.scoring import document_reader as reading_module
 from bayes_dispatch.inference.scoring.document_reader import Reading, read_documents, scored_places
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.readers import UncachedReader

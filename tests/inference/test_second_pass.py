@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from bayes_dispatch.errors import ConfigError, TensorError
-from bayes_dispatch.inference import second_pass as second_pass_module
 from bayes_dispatch.inference.few_shot.strategies import Given
 from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.two_pass import second_pass as second_pass_module
 from bayes_dispatch.inference.two_pass.blends import (
     BestExpert,
     Blend,

@@ -11,7 +11,7 @@ from bayes_dispatch.errors import ConfigError, ForeignExpertError, PromptError, 
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains import CONVENTIONS
 from bayes_dispatch.experts.vectors import ExpertVector
-from bayes_dispatch.inference import categories
+from bayes_dispatch.inference.few_shot import categories
 from bayes_dispatch.inference.few_shot.categories import QUESTION, CategoryDomain
 from bayes_dispatch.inference.few_shot.methods import CrossEntropy, ImportanceSampling, VariationalInference
 from bayes_dispatch.inference.few_shot.strategies import (

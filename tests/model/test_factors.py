@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bayes_dispatch.errors import BundleError, ConfigError
-from bayes_dispatch.model import factors as module
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.mambaformer.svd import factors as module
 from bayes_dispatch.model.mambaformer.svd.factors import decompose
 from bayes_dispatch.model.mambaformer.svd.files import FACTORS_FILE, load_factors, save_factors
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear

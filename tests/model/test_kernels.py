@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from bayes_dispatch.model.mambaformer.scan import kernels, selective, selective_scan, selective_scan_ref
+from bayes_dispatch.model.mambaformer.scan import fused as kernels
+from bayes_dispatch.model.mambaformer.scan import selective, selective_scan, selective_scan_ref
 
 
 def test_the_fused_kernel_is_used_where_it_can_do_the_work(monkeypatch: pytest.MonkeyPatch) -> None:

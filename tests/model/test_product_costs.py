@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bayes_dispatch.errors import BundleError, ConfigError
-from bayes_dispatch.model import product_costs, stepping
 from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.mambaformer.compiled import product_costs, stepping
 from bayes_dispatch.model.mambaformer.compiled.product_costs import (
     ProductCosts,
     costs_file,

@@ -99,9 +99,9 @@ def _options(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
-        from importlib.metadata import version
+        from importlib import metadata
 
-        print(f"bayes-dispatch {version('bayes-dispatch')}")
+        print(f"bayes-dispatch {metadata.version('bayes-dispatch')}")
         raise typer.Exit
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from bayes_dispatch.app.commands import main as cli
 from bayes_dispatch.app.commands.measure import WIDTHS, mambaformer_shapes
-from bayes_dispatch.model import product_costs
+from bayes_dispatch.model.mambaformer.compiled import product_costs
 from bayes_dispatch.model.mambaformer.compiled.product_costs import SWITCH, read_costs
 
 
