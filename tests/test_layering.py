@@ -11,13 +11,14 @@ PACKAGE = "bayes_dispatch"
 # What each room may import of the project, besides itself. A room is a folder, or a file beside the folders.
 ALLOWED = {
     "errors": set(),
-    "storage": {"errors"},
-    "model": {"errors", "storage"},
-    "experts": {"errors", "storage", "model"},
-    "dispatcher": {"errors", "storage"},
-    "checks": {"errors", "storage", "dispatcher"},
-    "inference": {"errors", "storage", "model", "experts", "dispatcher", "checks"},
-    "app": {"errors", "storage", "model", "experts", "dispatcher", "checks", "inference"},
+    "arguments": {"errors"},
+    "storage": {"errors", "arguments"},
+    "model": {"errors", "arguments", "storage"},
+    "experts": {"errors", "arguments", "storage", "model"},
+    "dispatcher": {"errors", "arguments", "storage"},
+    "checks": {"errors", "arguments", "storage", "dispatcher"},
+    "inference": {"errors", "arguments", "storage", "model", "experts", "dispatcher", "checks"},
+    "app": {"errors", "arguments", "storage", "model", "experts", "dispatcher", "checks", "inference"},
 }
 PUBLIC = {"__init__", "__main__"}  # the lazy names and the command: they see all rooms
 
