@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 import bayes_dispatch as bd
 from bayes_dispatch.app.tables import Cell, Table
-from bayes_dispatch.checks.calibration import confidence_curve, paired_comparison
+from bayes_dispatch.checks.paired import paired_comparison
+from bayes_dispatch.checks.reliability import confidence_curve
 from bayes_dispatch.errors import UnknownNameError
 from bayes_dispatch.experts.domains import EXPERT_TEXTS, FOREIGN_TEXTS
 from bayes_dispatch.inference.scoring.compare import score_together

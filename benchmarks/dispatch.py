@@ -20,14 +20,14 @@ import typer
 from tqdm import tqdm
 
 from bayes_dispatch.app.tables import Table
-from bayes_dispatch.checks.calibration import paired_comparison
-from bayes_dispatch.checks.elbo_guide import ELBOSettings, fit_elbo_guide
+from bayes_dispatch.checks.paired import paired_comparison
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from dispatching.classifiers import FITS, fit_classifier
 from dispatching.data import Problem, Sizes, shipped, simulated
-from dispatching.judging import SCORES, Judgement, attainable, judge
+from dispatching.elbo_guide import ELBOSettings, fit_elbo_guide
+from dispatching.judging import SCORES, Judgement, judge, on_simulations
 from dispatching.methods import ELBO, Method, Ours
 
 __all__ = ["FULL", "QUICK", "Budget", "compare", "main"]
@@ -73,7 +73,7 @@ def compare(problem: Problem, budget: Budget, seed: int) -> dict[str, Judgement]
     methods |= {name: fit_classifier(fit, train, seed) for name, fit in FITS.items()}
     found = {name: judge(method, problem) for name, method in methods.items()}
     for name, resample in ((REFERENCE, False), (RESAMPLED, True)):
-        found[name].scores.update(attainable(dispatcher, problem, resample))
+        found[name].scores.update(on_simulations(dispatcher, problem, resample))
     return found
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.app.tables import Table
-from bayes_dispatch.checks.calibration import ood_auroc
+from bayes_dispatch.checks.detection import ood_auroc
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.gate import Gate

@@ -20,7 +20,7 @@ import typer
 
 import bayes_dispatch as bd
 from bayes_dispatch.app.tables import Table
-from bayes_dispatch.checks.calibration import risk_coverage
+from bayes_dispatch.checks.selective import risk_coverage
 from bayes_dispatch.experts.domains import CONVENTIONS
 from bayes_dispatch.inference.scoring.compare import score_together
 from bayes_dispatch.inference.scoring.evaluation import held_out_documents

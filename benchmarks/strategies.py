@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 import bayes_dispatch as bd
 from bayes_dispatch.app.tables import Table
-from bayes_dispatch.checks.calibration import expected_calibration_error, paired_comparison
+from bayes_dispatch.checks.paired import paired_comparison
+from bayes_dispatch.checks.reliability import expected_calibration_error
 from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, FOREIGN_TEXTS, Domain
 from bayes_dispatch.experts.objectives import Likelihood
 from bayes_dispatch.experts.training import ExpertSettings, train_expert

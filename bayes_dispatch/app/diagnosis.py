@@ -6,30 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sklearn.metrics import log_loss
 
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.held_out import held_out_domains
 from bayes_dispatch.app.tables import Cell, Table
-from bayes_dispatch.checks.calibration import (
-    AUROC,
-    Abstention,
-    CoverageCurve,
-    RankUniformity,
-    ReliabilityCurve,
-    RiskCoverage,
-    SimulationBasedCalibration,
-    abstention_threshold,
-    attainable_coverage_curve,
-    brier_score,
-    coverage_curve,
-    expected_calibration_error,
-    log_score,
-    ood_auroc,
-    reliability_curve,
-    risk_coverage,
-    simulation_based_calibration,
-)
 from bayes_dispatch.checks.calibration_plots import plot_coverage, plot_rank_ecdfs, plot_reliability, plot_risk_coverage
+from bayes_dispatch.checks.coverage import CoverageCurve, coverage_curve, simulated_coverage
+from bayes_dispatch.checks.detection import AUROC, ood_auroc
+from bayes_dispatch.checks.reliability import (
+    ReliabilityCurve,
+    brier_score,
+    expected_calibration_error,
+    reliability_curve,
+)
+from bayes_dispatch.checks.sbc import RankUniformity, SimulationBasedCalibration, simulation_based_calibration
+from bayes_dispatch.checks.selective import Abstention, RiskCoverage, abstention_threshold, risk_coverage
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
@@ -50,7 +42,7 @@ class DiagnosisSettings:
     """How much is measured, and at which risk.
 
     Attributes:
-        simulations: prompts drawn from the fitted program, for ranks and for attainable coverage.
+        simulations: prompts drawn from the fitted program, for ranks and for coverage.
         mixtures: held-out prompts of known mixture. mixture_lengths: their shortest and longest, in bytes.
         prompts: held-out prompts of each domain at each of ``lengths``, and foreign ones of each foreign domain.
         draws: posterior draws of each prompt. risk, delta: of the certified threshold. seed: of everything random.
@@ -92,8 +84,8 @@ class Diagnosis:
         ranks: simulation-based calibration: the guide against the program that it answers for.
         corrected: the same with the guide's draws resampled by importance, from ``PROPOSALS`` of each prompt.
         k_hat: share of prompts whose importance weights can be trusted (k-hat below .7): of mixtures, and by length.
-        coverage, attainable: of intervals on held-out mixtures, and on simulations at the same weights.
-        pure: accuracy, ECE, Brier and log score of ``predict_proba`` on held-out prompts of one domain, by length.
+        coverage, simulated: of intervals on held-out mixtures, and on simulations at the same weights.
+        pure: accuracy, ECE, Brier score and log loss of ``predict_proba`` on held-out prompts of one domain, by length.
         reliability: of all of these. risk_coverage: of that half of them that did not choose the threshold.
         abstention: the certified threshold, chosen by the other half; ``None`` where none was certified.
         foreign: how well the weight of base tells foreign prompts from those of the experts' domains.
@@ -105,7 +97,7 @@ class Diagnosis:
     corrected: SimulationBasedCalibration
     k_hat: Mapping[str, float]
     coverage: CoverageCurve
-    attainable: CoverageCurve
+    simulated: CoverageCurve
     pure: Mapping[int, Mapping[str, float]]
     reliability: ReliabilityCurve
     risk_coverage: RiskCoverage
@@ -128,7 +120,7 @@ class Diagnosis:
                 "values": c.values.tolist(),
                 "standard_errors": c.standard_errors.tolist(),
             }
-            for name, c in (("found", self.coverage), ("attainable", self.attainable))
+            for name, c in (("found", self.coverage), ("simulated", self.simulated))
         }
         return {
             "settings": asdict(self.settings),
@@ -175,7 +167,7 @@ def diagnose(
     mixed = mixed.among(places, count)
     posterior = dispatcher.posterior(mixed.evidence, draws=settings.draws, seed=seed)
     coverage = coverage_curve(posterior, mixed.mixtures)
-    attainable = attainable_coverage_curve(
+    simulated = simulated_coverage(
         dispatcher, mixed.mixtures, count=settings.simulations, draws=settings.draws, seed=seed
     )
     k_hat = {"mixtures": _trusted(dispatcher, mixed.evidence, seed)}
@@ -207,7 +199,7 @@ def diagnose(
         corrected,
         k_hat,
         coverage,
-        attainable,
+        simulated,
         pure,
         reliability_curve(joint, truth),
         risk_coverage(confidence[~first], wrong[~first]),
@@ -231,8 +223,8 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
             diagnosis.coverage.levels,
             diagnosis.coverage.values,
             diagnosis.coverage.standard_errors,
-            diagnosis.attainable.values,
-            diagnosis.attainable.standard_errors,
+            diagnosis.simulated.values,
+            diagnosis.simulated.standard_errors,
             strict=True,
         )
     ]
@@ -258,7 +250,7 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
             verdicts,
             note,
         ),
-        Table("Coverage of intervals on held-out mixtures", ["level", "found", "attainable"], levels, judged),
+        Table("Coverage of intervals on held-out mixtures", ["nominal", "found", "on simulations"], levels, judged),
         Table("P(best) on held-out prompts of one domain", ["length", *names], scores, judged),
         Table(
             "When to trust it",
@@ -273,7 +265,7 @@ def write_diagnosis(diagnosis: Diagnosis, out: Path) -> list[Path]:
     """Write ``FILES``, each renamed when whole, into a directory that is made if need be."""
     figures = {
         "ranks.png": plot_rank_ecdfs(diagnosis.ranks),
-        "coverage.png": plot_coverage(diagnosis.coverage, diagnosis.attainable),
+        "coverage.png": plot_coverage(diagnosis.coverage, diagnosis.simulated),
         "reliability.png": plot_reliability(diagnosis.reliability),
         "risk_coverage.png": plot_risk_coverage(diagnosis.risk_coverage, diagnosis.abstention),
     }
@@ -317,5 +309,5 @@ def _scores(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         "accuracy": float((probabilities.argmax(1) == labels).mean()),
         "ECE": expected_calibration_error(probabilities, labels),
         "Brier": brier_score(probabilities, one_hot),
-        "log score": log_score(probabilities, labels),
+        "log loss": log_loss(labels, probabilities, labels=range(probabilities.shape[1])),
     }

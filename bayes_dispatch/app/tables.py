@@ -153,10 +153,10 @@ def _dispatch(part: Mapping[str, Any]) -> list[Table]:
         [f"{length} bytes", *_numbers([scores["dispatcher"], scores["logistic_regression"]], best=max)]
         for length, scores in part["accuracy"].items()
     ]
-    found, attainable = part["coverage_90"]["found"], part["coverage_90"]["attainable"]
+    found, simulated = part["coverage_90"]["found"], part["coverage_90"]["simulated"]
     calibration: Rows = [
         ["coverage of 90% intervals", _number(found)],
-        ["attainable coverage (simulated from the fitted model)", _number(attainable)],
+        ["the same on simulations from the fitted model", _number(simulated)],
         [
             "AUROC of the base weight, foreign texts against 128 bytes of a domain",
             f"{part['foreign_auroc_base_weight']:.3f}",

@@ -1,4 +1,4 @@
-"""Pictures of what :mod:`bayes_dispatch.checks.calibration` finds."""
+"""Pictures of ranks, coverage, reliability and selective risk."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def plot_rank_ecdfs(calibration: SimulationBasedCalibration, columns: int = 3) -
     figure = plain_figure(2.7 * columns, 1.7 * rows + 0.5)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis, found in zip(axes.flat, components, strict=False):
-        band = found.band
-        axis.fill_between(band.points, band.lower - band.points, band.upper - band.points, color=FAINT, lw=0)
-        axis.plot(band.points, found.ecdf - band.points, color=FOUND if found.inside else PALETTE[3], lw=1.2)
+        points = found.points
+        axis.fill_between(points, found.lower - points, found.upper - points, color=FAINT, lw=0)
+        axis.plot(points, found.ecdf - points, color=FOUND if found.inside else PALETTE[3], lw=1.2)
         verdict = "" if found.inside else f": outside by {found.excess:.3f}"
         axis.set_title(f"{found.component}{verdict}", fontsize=8, loc="left", color=INK, parse_math=False)
         plain_axis(axis)
@@ -53,10 +53,10 @@ def plot_rank_ecdfs(calibration: SimulationBasedCalibration, columns: int = 3) -
     return figure
 
 
-def plot_coverage(found: CoverageCurve, attainable: CoverageCurve) -> Figure:
+def plot_coverage(found: CoverageCurve, simulated: CoverageCurve) -> Figure:
     """Coverage of intervals at each nominal level, beside what the fitted program itself would show."""
     figure, axis = _square()
-    for curve, name, colour in ((attainable, "attainable", REFERENCE), (found, "found", FOUND)):
+    for curve, name, colour in ((simulated, "on simulations", REFERENCE), (found, "found", FOUND)):
         axis.errorbar(
             curve.levels, curve.values, 2 * curve.standard_errors, color=colour, lw=1.4, marker="o", ms=4, label=name
         )

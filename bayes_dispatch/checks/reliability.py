@@ -1,4 +1,8 @@
-"""Scores and calibration of class probabilities such as ``predict_proba``: Brier, log score, reliability, ECE."""
+"""Scores and calibration of class probabilities such as ``predict_proba``: Brier, reliability, ECE.
+
+scikit-learn has the rest (``log_loss``, ``top_k_accuracy_score``). Its Brier score takes labels alone, its calibration
+curve one class and no errors.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from bayes_dispatch.arguments import whole
 from bayes_dispatch.dispatcher.arrays import TOLERANCE, as_flags, as_labels, as_points, as_values
-from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.errors import TensorError
 
 __all__ = [
     "ReliabilityCurve",
     "brier_score",
     "confidence_curve",
     "expected_calibration_error",
-    "log_score",
     "reliability_curve",
 ]
 
@@ -60,25 +64,6 @@ def brier_score(probabilities: Float[np.ndarray, "prompt class"], truth: Float[n
     if given.shape != wanted.shape:
         raise TensorError(f"expected truth of shape {given.shape}, got {wanted.shape}")
     return float(((given - wanted) ** 2).sum(axis=1).mean())
-
-
-def log_score(probabilities: Float[np.ndarray, "prompt class"], labels: Int[np.ndarray, " prompt"]) -> float:
-    """Mean −log probability of the true class in nats, the logarithmic score (Good 1952); less is better.
-
-    Args:
-        probabilities: ``(N, classes)``.
-        labels: ``(N,)`` true class.
-
-    Returns:
-        The score; infinite where a true class was given probability 0.
-
-    Raises:
-        TensorError: rows off the simplex, or other labels than N classes.
-    """
-    given = as_points(probabilities, "probabilities")
-    right = given[np.arange(len(given)), as_labels(labels, *given.shape)]
-    with np.errstate(divide="ignore"):
-        return float(-np.log(right).mean())
 
 
 def reliability_curve(
@@ -127,8 +112,7 @@ def confidence_curve(
     correct = as_flags(correct, "what is correct", len(confidence))
     if confidence.min() < 0 or confidence.max() > 1 + TOLERANCE:
         raise TensorError(f"expected confidences in 0 … 1, got {confidence.min():.4g} to {confidence.max():.4g}")
-    if bins < 1:
-        raise ConfigError(f"expected at least 1 bin, got {bins}")
+    bins = whole("bins", bins, 1)
     order = np.argsort(confidence, kind="stable")
     confidence, correct = confidence[order], correct[order]
     even = [part[0] for part in np.array_split(np.arange(len(order)), bins) if len(part)]

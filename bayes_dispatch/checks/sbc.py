@@ -1,18 +1,23 @@
 """Simulation-based calibration: true weights rank uniformly among independent draws of an exact posterior.
 
-Talts et al. 2018 (arXiv 1804.06788) for the ranks; Säilynoja, Bürkner & Vehtari 2022 (arXiv 2103.10522) for the bands.
+Talts et al. 2018 (arXiv 1804.06788) for the ranks; Säilynoja, Bürkner & Vehtari 2022 (arXiv 2103.10522) for the bands
+that hold the whole ECDF of uniform ranks. arviz has them too, but by other means from version to version, and from 1.0
+on by simulation and for values without ties; those here are exact for ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy.stats import binom, poisson
 
-from bayes_dispatch.checks.rank_bands import RankBand, rank_band
+from bayes_dispatch.arguments import real, whole
+from bayes_dispatch.arguments import seed as a_seed
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, TensorError
 
@@ -25,6 +30,8 @@ __all__ = [
     "simulation_based_calibration",
 ]
 
+STEPS = 14  # of the bisection for the pointwise level, in its logarithm
+NEGLIGIBLE = 1e-20
 RESOLUTION = 1e-3  # of the guide, which counts smaller weights by their probability to be that small
 
 
@@ -41,23 +48,26 @@ class RankUniformity:
 
     Attributes:
         component: its name.
-        ecdf: ``(S,)`` share of ranks below j, for j = 1 … S.
-        band: where the whole ECDF of uniform ranks lies with probability ``band.level``.
+        points: ``(S,)`` j / (S + 1) for j = 1 … S: what the ECDF of uniform ranks is on average.
+        ecdf: ``(S,)`` share of ranks below j.
+        lower, upper: ``(S,)`` ends of the band that holds the whole ECDF of uniform ranks.
     """
 
     component: str
+    points: np.ndarray
     ecdf: np.ndarray
-    band: RankBand
+    lower: np.ndarray
+    upper: np.ndarray
 
     @property
     def inside(self) -> bool:
         """Whether the ECDF lies inside the band everywhere."""
-        return self.band.contains(self.ecdf)
+        return self.excess == 0
 
     @property
     def excess(self) -> float:
         """How far the ECDF leaves the band at most; 0 inside."""
-        return float(np.maximum(np.maximum(self.band.lower - self.ecdf, self.ecdf - self.band.upper), 0).max())
+        return float(np.maximum(np.maximum(self.lower - self.ecdf, self.ecdf - self.upper), 0).max())
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +119,7 @@ def posterior_ranks(
         raise TensorError(f"expected true weights of shape {posterior.weights.shape[1:]}, got {truth.shape}")
     if not ((truth >= 0).all() and np.allclose(truth.sum(1), 1, atol=1e-4)):
         raise TensorError("expected true weights on the simplex, got rows that are negative or do not sum to 1")
-    if seed < 0 or not 0 <= resolution < 0.5:
-        raise ConfigError(f"expected a seed ≥ 0 and a resolution from 0 to .5, got {seed} and {resolution}")
+    resolution, seed = real("resolution", resolution, 0, 0.5), a_seed(seed)
     draws, truth = (np.clip(weights, resolution, 1 - resolution) for weights in (posterior.weights, truth))
     below, ties = (draws < truth).sum(0), (draws == truth).sum(0)  # (N, K+1)
     return below + np.random.default_rng(seed).integers(0, ties, endpoint=True)
@@ -137,8 +146,7 @@ def rank_uniformity(
         ConfigError: fewer than one draw, or a rate outside 0 to 1.
     """
     ranks = np.asarray(ranks)
-    if draws < 1:
-        raise ConfigError(f"expected at least 1 draw, got {draws}")
+    draws = whole("draws", draws, 1)
     if not 0 < false_alarm_rate < 1:
         raise ConfigError(f"expected a false-alarm rate between 0 and 1, got {false_alarm_rate}")
     if ranks.ndim != 2 or len(ranks) == 0 or ranks.shape[1] != len(components) or not len(components):
@@ -147,11 +155,12 @@ def rank_uniformity(
         raise TensorError(
             f"expected integer ranks from 0 to {draws}, got {ranks.dtype} from {ranks.min()} to {ranks.max()}"
         )
-    band = rank_band(len(ranks), draws, 1 - false_alarm_rate / len(components))
+    points = np.arange(1, draws + 1) / (draws + 1)
+    lower, upper = rank_band(len(ranks), draws, 1 - false_alarm_rate / len(components))
     verdicts = []
     for name, column in zip(components, ranks.T, strict=True):
-        counts = np.bincount(column, minlength=draws + 1)
-        verdicts.append(RankUniformity(name, counts.cumsum()[:-1] / len(ranks), band))
+        ecdf = np.bincount(column, minlength=draws + 1).cumsum()[:-1] / len(ranks)
+        verdicts.append(RankUniformity(name, points, ecdf, lower / len(ranks), upper / len(ranks)))
     return SimulationBasedCalibration(tuple(verdicts), ranks, draws, false_alarm_rate)
 
 
@@ -185,10 +194,46 @@ def simulation_based_calibration(
         ConfigError: fewer than one simulation or draw, a negative seed, a rate outside 0 to 1, or a resolution outside
             0 to .5.
     """
-    if count < 1 or draws < 1:
-        raise ConfigError(f"expected at least 1 simulation and 1 draw, got {count} and {draws}")
-    if seed < 0:
-        raise ConfigError(f"expected a seed ≥ 0, got {seed}")
+    count, draws, seed = whole("count", count, 1), whole("draws", draws, 1), a_seed(seed)
     truth, posterior = dispatcher.simulate(count, draws, seed)
     ranks = posterior_ranks(posterior, truth, seed, resolution)
     return rank_uniformity(ranks, draws, posterior.experts, false_alarm_rate)
+
+
+@lru_cache(maxsize=64)
+def rank_band(count: int, draws: int, level: float) -> tuple[Int[np.ndarray, " point"], Int[np.ndarray, " point"]]:
+    """How many of ``count`` uniform ranks lie below j = 1 … S: ends of a band that holds all S numbers at once.
+
+    Each is Binomial(N, j / (S + 1)). Equal-tailed intervals of them hold all with less than their probability, so they
+    are widened until they hold all with at least ``level``; discreteness makes it slightly more.
+    """
+    points = np.arange(1, draws + 1) / (draws + 1)
+
+    def intervals(tail: float) -> tuple[np.ndarray, np.ndarray]:
+        lower, upper = binom.ppf(tail / 2, count, points), binom.isf(tail / 2, count, points)
+        return lower.astype(np.int64), upper.astype(np.int64)
+
+    # Bonferroni's tail, (1 − level) / S, is small enough; the largest tail that holds the level is found by bisection.
+    low, high = np.log((1 - level) / draws), 0.0
+    for _ in range(STEPS):
+        middle = (low + high) / 2
+        if probability_inside(count, *intervals(np.exp(middle))) >= level:
+            low = middle
+        else:
+            high = middle
+    return intervals(np.exp(low))
+
+
+def probability_inside(count: int, lower: Int[np.ndarray, " point"], upper: Int[np.ndarray, " point"]) -> float:
+    """Probability that the number of uniform ranks below j is within ``lower[j-1] … upper[j-1]`` for every j = 1 … S.
+
+    The numbers of each rank are independent Poisson variates given that they sum to ``count``, so the recursion over j
+    is a convolution (Moscovich & Nadler 2017, doi:10.1016/j.spl.2016.11.027).
+    """
+    kernel = poisson.pmf(np.arange(count + 1), count / (len(lower) + 1))
+    kernel = kernel[: np.flatnonzero(kernel > NEGLIGIBLE)[-1] + 1]
+    state, start = np.ones(1), 0  # probability of each number so far, from ``start`` on
+    for low, high in zip([*lower, count], [*upper, count], strict=True):
+        following = np.convolve(state, kernel)[low - start : high - start + 1]
+        state, start = np.pad(following, (0, high - low + 1 - len(following))), low
+    return float(state[0] / poisson.pmf(count, count))

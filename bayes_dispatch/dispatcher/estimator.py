@@ -346,7 +346,7 @@ class Dispatcher:
         resample: bool = False,
         proposals: int | None = None,
     ) -> tuple[Float[np.ndarray, "prompt weight"], DispatchPosterior]:
-        """Draw prompts from the fitted program and infer their weights: what calibration is attainable.
+        """Draw prompts from the fitted program and infer their weights: for calibration by simulation.
 
         Args:
             count: prompts to draw.

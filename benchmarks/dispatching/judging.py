@@ -3,32 +3,29 @@
 from dataclasses import dataclass
 
 import numpy as np
+from sklearn.metrics import log_loss
 
-from bayes_dispatch.checks.calibration import (
-    coverage_curve,
-    expected_calibration_error,
-    log_score,
-    ood_auroc,
-)
+from bayes_dispatch.checks.coverage import coverage_curve
+from bayes_dispatch.checks.detection import ood_auroc
+from bayes_dispatch.checks.reliability import expected_calibration_error
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from dispatching.data import LENGTHS_JUDGED, Problem
 from dispatching.methods import Method
 
-__all__ = ["LEVELS", "SCORES", "Judgement", "attainable", "judge"]
+__all__ = ["LEVELS", "SCORES", "Judgement", "judge", "on_simulations"]
 
 LEVELS = (0.5, 0.9)
 RELIABLE = 0.7  # k-hat below it
-CERTAIN = 1e-12  # no log score is infinite
 
 SCORES = (
     *(f"accuracy {length}" for length in LENGTHS_JUDGED),
     *(f"ECE {length}" for length in LENGTHS_JUDGED),
-    "log score",
+    "log loss",
     "Brier, mixes",
     "50% covers",
-    "attainable 50%",
+    "50% covers on simulations",
     "90% covers",
-    "attainable 90%",
+    "90% covers on simulations",
     "AUROC, share",
     "AUROC, density",
     "k-hat < .7",
@@ -51,7 +48,7 @@ class Judgement:
 def judge(method: Method, problem: Problem) -> Judgement:
     """Every score that the method has.
 
-    Accuracy, ECE and log score are of P(largest share) on pure prompts, by length and over all lengths; Brier, coverage
+    Accuracy, ECE and log loss are of P(largest share) on pure prompts, by length and over all lengths; Brier, coverage
     and k-hat are of mixtures; AUROC tells foreign prompts from pure ones of their length.
     """
     scores: dict[str, float] = {}
@@ -63,8 +60,8 @@ def judge(method: Method, problem: Problem) -> Judgement:
         scores[f"ECE {length}"] = expected_calibration_error(inside.best, known.labels)
         best.append(inside.best)
         labels.append(known.labels)
-    every = np.maximum(np.concatenate(best), CERTAIN)
-    scores["log score"] = log_score(every / every.sum(1, keepdims=True), np.concatenate(labels))
+    every = np.concatenate(best)
+    scores["log loss"] = log_loss(np.concatenate(labels), every, labels=range(every.shape[1]))
     mixed, foreign = method(problem.mixed.evidence), method(problem.foreign.evidence)
     errors = ((mixed.shares - problem.mixed.mixtures) ** 2).sum(1)
     scores["Brier, mixes"] = float(errors.mean())
@@ -80,9 +77,9 @@ def judge(method: Method, problem: Problem) -> Judgement:
     return Judgement(scores, errors)
 
 
-def attainable(dispatcher: Dispatcher, problem: Problem, resample: bool, draws: int = 256) -> dict[str, float]:
-    """Coverage that the fitted program itself shows on simulations at the same mixtures, by name of a score."""
+def on_simulations(dispatcher: Dispatcher, problem: Problem, resample: bool, draws: int = 256) -> dict[str, float]:
+    """Coverage on simulations from the fitted program at the same mixtures, by name of a score."""
     truth = problem.mixed.mixtures
     drawn, posterior = dispatcher.simulate(len(truth), draws, 0, truth, resample)
     values = coverage_curve(posterior, drawn, LEVELS).values
-    return {f"attainable {level:.0%}": float(value) for level, value in zip(LEVELS, values, strict=True)}
+    return {f"{level:.0%} covers on simulations": float(value) for level, value in zip(LEVELS, values, strict=True)}

@@ -5,10 +5,10 @@ from typing import Protocol
 
 import numpy as np
 
-from bayes_dispatch.checks.elbo_guide import ELBOGuide
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from dispatching.elbo_guide import ELBOGuide
 
 __all__ = ["ELBO", "Answer", "Method", "Ours"]
 

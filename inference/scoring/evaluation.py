@@ -8,7 +8,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from bayes_dispatch.checks.calibration import attainable_coverage, interval_coverage, ood_auroc, paired_comparison
+from bayes_dispatch.checks.coverage import interval_coverage, simulated_coverage
+from bayes_dispatch.checks.detection import ood_auroc
+from bayes_dispatch.checks.paired import paired_comparison
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.experts.bank import ExpertBank
@@ -103,12 +105,13 @@ def dispatch_report(
         accuracy[str(length)] = {"dispatcher": _mean(ours), "logistic_regression": _mean(theirs)}
     posterior = dispatcher.posterior(mixed.evidence, draws=400, seed=seed)
     found = interval_coverage(posterior, mixed.mixtures, 0.9)
-    attainable = attainable_coverage(dispatcher, mixed.mixtures, 0.9, seed=seed)
+    curve = simulated_coverage(dispatcher, mixed.mixtures, [0.9], seed=seed)
+    simulated = [float(curve.values[0]), float(curve.standard_errors[0]), curve.count]
     longest = pure[max(pure)].evidence
     base_weight = [dispatcher.posterior(e, draws=64, seed=seed).mean[:, -1] for e in (longest, foreign.evidence)]
     return {
         "accuracy": accuracy,
-        "coverage_90": {"found": list(found), "attainable": list(attainable)},
+        "coverage_90": {"found": list(found), "simulated": simulated},
         "foreign_auroc_base_weight": ood_auroc(*base_weight).value,
     }
 

@@ -12,7 +12,8 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float
 
-from bayes_dispatch.checks.calibration import confidence_curve, paired_comparison
+from bayes_dispatch.checks.paired import paired_comparison
+from bayes_dispatch.checks.reliability import confidence_curve
 from bayes_dispatch.dispatcher.arviz_data import to_inference_data
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 

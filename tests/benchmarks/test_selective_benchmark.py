@@ -9,7 +9,7 @@ import pytest
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import selective_generation
-from bayes_dispatch.checks.calibration import risk_coverage
+from bayes_dispatch.checks.selective import risk_coverage
 from selective_generation import CONFIDENCES, FIRST, Answered, table
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from bayes_dispatch.checks.calibration import paired_comparison
+from bayes_dispatch.checks.paired import paired_comparison
 from bayes_dispatch.errors import TensorError, UnknownNameError
 from bayes_dispatch.inference.scoring.scores import METRICS, Comparison, Score, ScoredBytes
 

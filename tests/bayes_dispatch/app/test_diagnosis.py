@@ -17,7 +17,8 @@ from bayes_dispatch.app.diagnosis import (
     diagnosis_tables,
     write_diagnosis,
 )
-from bayes_dispatch.checks.calibration import Abstention, expected_calibration_error, risk_coverage
+from bayes_dispatch.checks.reliability import expected_calibration_error
+from bayes_dispatch.checks.selective import Abstention, risk_coverage
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS
@@ -46,7 +47,7 @@ def test_numbers_are_of_held_out_prompts(bundle: Bundle, found: Diagnosis) -> No
     assert len(found.risk_coverage.risk) == 20 * len(domains)
     assert [c.component for c in found.ranks.components] == [*bundle.experts.names, "base"]
     assert found.ranks.ranks.shape == (40, len(domains) + 1)
-    assert found.coverage.levels.tolist() == found.attainable.levels.tolist()
+    assert found.coverage.levels.tolist() == found.simulated.levels.tolist()
     assert (found.foreign.inside, found.foreign.outside % 20) == (20 * len(domains), 0)
 
 

@@ -1,8 +1,12 @@
-"""The NumPyro program against the Pyro program, and NUTS against posteriors known otherwise."""
+"""The NumPyro program against the Pyro program, and NUTS against posteriors known otherwise.
+
+Laws: its density is Pyro's, every view has a twin; NUTS gives conjugate posteriors, posteriors by quadrature, the prior
+without evidence, known mixtures, and what a trained guide gives; r-hat and ESS know chains.
+"""
 
 from __future__ import annotations
 
-import subprocess
+import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +22,6 @@ from scipy import stats
 from torch import Tensor
 
 from bayes_dispatch.checks import reference
-from bayes_dispatch.checks.distances import agreement
 from bayes_dispatch.checks.reference import ReferencePosterior, conditional_posterior, joint_posterior, log_density
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.dispatcher.program.generative import DispatchModel, OneLabelModel
@@ -85,10 +88,6 @@ def pyro_density(
 
 PROGRAMS = [
     (program(2, hidden=3, counts=4), 5),
-    (program(4, counts=2, hidden=1), 3),
-    (program(3, hidden=2), 1),
-    (program(2, counts=3), 4),
-    (program(5), 6),
     (program(3, surprise=2, classifier=3, keywords=4, embedding=2), 5),
     (replace(program(5, hidden=2), families=(0, 1, 0, 2, 1), prior=(1.0, 2.0, 3.0, 9.0, 0.5, 2.0)), 4),
 ]
@@ -210,22 +209,11 @@ def test_errors() -> None:
         conditional_posterior(model, prompts, NAMES[:2], sites)
 
 
-def test_without_jax_the_extra_is_named() -> None:
-    """A fresh interpreter in which jax cannot be imported; everything else of the package works there."""
-    code = """
-import sys
-sys.modules["jax"] = None
-import bayes_dispatch
-bayes_dispatch.agreement
-try:
-    bayes_dispatch.reference_posterior
-except bayes_dispatch.MissingDependencyError as error:
-    print(error)
-"""
-    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert out.startswith("expected jax and numpyro for the reference posterior, got ")
-    assert out.endswith("pip install 'bayes-dispatch[reference]'\n")
-    assert issubclass(MissingDependencyError, ImportError)
+def test_without_jax_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jax", None)
+    monkeypatch.delitem(sys.modules, reference.__name__)
+    with pytest.raises(MissingDependencyError, match=r"expected jax and numpyro .* pip install 'bayes-dispatch\[refer"):
+        importlib.import_module(reference.__name__)
 
 
 @pytest.mark.slow
@@ -311,9 +299,11 @@ def test_the_guide_is_near_nuts(trained: Dispatcher, make_sample: Callable[..., 
     found = reference.reference_posterior(trained, evidence, draws=300, chains=4, warmup=300, seed=0)
     assert np.quantile(found.r_hat, 0.95) < 1.05
     guide = trained.posterior(evidence, draws=800, seed=0)
-    compared = agreement(guide, found, resolution=1e-3)
-    print(f"KS {compared.ks.mean():.3f} (floor {compared.ks_floor.mean():.3f})")
-    assert compared.excess_ks < 0.15
+    (ours, first, second) = (
+        np.clip(w, 1e-3, 1 - 1e-3) for w in (guide.weights, found.weights[:600], found.weights[600:])
+    )
+    distance, floor = (stats.ks_2samp(a, first, axis=0, method="asymp").statistic.mean() for a in (ours, second))
+    assert distance - floor < 0.15
     assert np.abs(guide.mean - found.mean).mean() < 0.08
 
 
