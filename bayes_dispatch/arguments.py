@@ -6,7 +6,11 @@ NumPy's numbers count as Python's. A truth value is no number, and ``3.0`` is no
 import math
 import operator
 
+import numpy as np
+
 from bayes_dispatch.errors import ConfigError
+
+SLACK = 1e-4  # by which weights may miss a sum of 1; of numbers of half precision, 100 times as much
 
 
 def whole(name: str, value: object, at_least: int, at_most: int | None = None) -> int:
@@ -51,3 +55,30 @@ def seed(value: object, name: str = "seed") -> int:
         ConfigError: likewise.
     """
     return whole(name, value, 0, 2**63 - 1)
+
+
+def simplex(name: str, value: object) -> np.ndarray:
+    """Weights along the last axis, at least 0 and of sum 1, as an array of doubles.
+
+    Args:
+        value: a tensor, an array, or nested sequences of numbers.
+
+    Raises:
+        ConfigError: likewise.
+    """
+    tensor, slack = getattr(value, "detach", None), SLACK
+    try:
+        if tensor is not None:
+            slack *= 100 if getattr(value, "itemsize", 4) < 4 else 1
+            value = tensor().cpu().double().numpy()
+        found = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise ConfigError(f"expected {name} to be numbers, got {value!r:.80}") from None
+    if not np.isfinite(found).all():
+        raise ConfigError(f"expected finite {name}, got NaN or infinite ones")
+    if (found < 0).any():
+        raise ConfigError(f"expected {name} of at least 0, got {found.min():.6g}")
+    sums = np.atleast_1d(found).sum(-1)
+    if (off := np.abs(sums - 1) > slack).any():
+        raise ConfigError(f"expected {name} that sum to 1, got a sum of {sums[off].flat[0]:.6g}")
+    return found

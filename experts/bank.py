@@ -3,13 +3,16 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from bayes_dispatch.arguments import simplex
 from bayes_dispatch.errors import ConfigError, ForeignExpertError, TensorError, UnknownNameError
 from bayes_dispatch.experts.bank_files import StoredExpert, read_bank, write_bank
 from bayes_dispatch.experts.vectors import BASE, ExpertVector
@@ -19,6 +22,7 @@ from bayes_dispatch.model.backbone import Backbone
 __all__ = ["ExpertBank"]
 
 SHOWN = 20  # names in an error
+Weights = Tensor | np.ndarray | Sequence[Any]  # of components, along the last axis
 
 
 class ExpertBank(Mapping[str, ExpertVector]):
@@ -70,8 +74,7 @@ class ExpertBank(Mapping[str, ExpertVector]):
         self.layers = tuple(dict.fromkeys(layers))
         self._layer_of = [self.layers.index(layer) for layer in layers]
         self.adapt_from = min(map(block_of, self.matrices))
-        self._deviations: Tensor | None = None
-        self._waiting = set(range(len(experts)))  # rows of it that no blend needed so far
+        self._deviations: dict[int, Tensor] = {}  # of experts that a blend needed so far
 
     @classmethod
     def _of(
@@ -80,6 +83,9 @@ class ExpertBank(Mapping[str, ExpertVector]):
         bank = cls.__new__(cls)
         bank._fill(base, matrices, experts)
         return bank
+
+    def __reduce__(self) -> tuple[type["ExpertBank"], tuple[list[ExpertVector]]]:
+        return ExpertBank, (list(self.values()),)  # read from disk: another process may not see the files
 
     def __getitem__(self, name: str) -> ExpertVector:
         """The expert of that name.
@@ -100,59 +106,50 @@ class ExpertBank(Mapping[str, ExpertVector]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def blend(self, weights: Float[Tensor, "*B components"]) -> Adaptation:
+    def blend(self, weights: Weights) -> Adaptation:
         """The adaptation ``z(w) = 1 + Σ_k w_k (z_k − 1)``; experts without weight are not read from disk.
 
         Args:
-            weights: (K + 1,) for scales that all rows share, or (B, K + 1) for scales of each row; in the dtype that
-                the scales shall have.
+            weights: (K + 1,) for scales that all rows share, or (B, K + 1) for scales of each row; at least 0, of sum
+                1. A tensor's dtype is that of the scales; arrays and lists give torch's default one.
 
         Raises:
-            TensorError: another number of components, or weights that are not finite.
+            TensorError: another number of components.
+            ConfigError: weights that are no numbers, negative, not finite, or of another sum.
             BundleError, ForeignExpertError: an expert cannot be read.
         """
-        if weights.ndim not in (1, 2) or weights.shape[-1] != len(self.components):
-            expected = f"({len(self.components)},) or (B, {len(self.components)})"
-            raise TensorError(f"expected weights of shape {expected}, got {tuple(weights.shape)}")
-        scales = 1 + weights @ self._deviations_under(weights)
+        given = self._check(weights, (len(self.components),))
+        scales = self._blend(given, range(sum(self.matrices.values())))
         return Adaptation(dict(zip(self.matrices, scales.split(list(self.matrices.values()), dim=-1), strict=True)))
 
-    def blend_by_matrix(self, weights: Float[Tensor, "*B matrices components"]) -> Adaptation:
+    def blend_by_matrix(self, weights: Weights) -> Adaptation:
         """``blend`` with weights of its own for each adapted matrix.
 
         Args:
             weights: (matrices, K + 1) for scales that all rows share, or (B, matrices, K + 1) for scales of each row;
-                matrices in the order of ``self.matrices``, in the dtype that the scales shall have.
+                matrices in the order of ``self.matrices``; else see ``blend``.
 
         Raises:
-            TensorError: another number of matrices or components, or weights that are not finite.
-            BundleError, ForeignExpertError: an expert cannot be read.
+            TensorError, ConfigError, BundleError, ForeignExpertError: see ``blend``.
         """
-        shape = (len(self.matrices), len(self.components))
-        if weights.ndim not in (2, 3) or tuple(weights.shape[-2:]) != shape:
-            expected = f"({shape[0]}, {shape[1]}) or (B, {shape[0]}, {shape[1]})"
-            raise TensorError(f"expected weights of shape {expected}, got {tuple(weights.shape)}")
-        parts = self._deviations_under(weights).split(list(self.matrices.values()), dim=-1)
-        return Adaptation(
-            {name: 1 + own @ part for name, own, part in zip(self.matrices, weights.unbind(dim=-2), parts, strict=True)}
-        )
+        given = self._check(weights, (len(self.matrices), len(self.components)))
+        stops = list(accumulate(self.matrices.values()))
+        places = [range(stop - rank, stop) for rank, stop in zip(self.matrices.values(), stops, strict=True)]
+        own = zip(self.matrices, given.unbind(dim=-2), places, strict=True)
+        return Adaptation({name: self._blend(each, place) for name, each, place in own})
 
-    def blend_by_layer(self, weights: Float[Tensor, "*B layers components"]) -> Adaptation:
+    def blend_by_layer(self, weights: Weights) -> Adaptation:
         """``blend`` with weights of its own for each layer.
 
         Args:
             weights: (L, K + 1) for scales that all rows share, or (B, L, K + 1) for scales of each row; layers in the
-                order of ``self.layers``, in the dtype that the scales shall have.
+                order of ``self.layers``; else see ``blend``.
 
         Raises:
-            TensorError: another number of layers or components, or weights that are not finite.
-            BundleError, ForeignExpertError: an expert cannot be read.
+            TensorError, ConfigError, BundleError, ForeignExpertError: see ``blend``.
         """
-        shape = (len(self.layers), len(self.components))
-        if weights.ndim not in (2, 3) or tuple(weights.shape[-2:]) != shape:
-            expected = f"({shape[0]}, {shape[1]}) or (B, {shape[0]}, {shape[1]})"
-            raise TensorError(f"expected weights of shape {expected}, got {tuple(weights.shape)}")
-        return self.blend_by_matrix(weights[..., self._layer_of, :])
+        given = self._check(weights, (len(self.layers), len(self.components)))
+        return self.blend_by_matrix(given[..., self._layer_of, :])
 
     def check_base(self, model: Backbone) -> None:
         """Raise ``ForeignExpertError`` unless the experts were made for ``model``."""
@@ -220,22 +217,37 @@ class ExpertBank(Mapping[str, ExpertVector]):
             raise UnknownNameError(f"expected an expert of {known}, got {name!r}")
         return name
 
-    def _deviations_under(self, weights: Tensor) -> Tensor:
-        """z − 1 of all components, (K + 1, scales), like ``weights``; still 0 for experts that have no weight there.
+    def _check(self, weights: Weights, shape: tuple[int, ...]) -> Tensor:
+        """Weights of this shape, or of one such for each row."""
+        got = tuple(weights.shape) if isinstance(weights, Tensor) else np.shape(weights)
+        if len(got) not in (len(shape), len(shape) + 1) or got[-len(shape) :] != shape:
+            expected = ", ".join(map(str, shape))
+            alone = f"({expected}{',' * (len(shape) == 1)})"
+            raise TensorError(f"expected weights of shape {alone} or (B, {expected}), got {got}")
+        found = simplex("weights", weights)
+        return weights if isinstance(weights, Tensor) else torch.tensor(found, dtype=torch.get_default_dtype())
 
-        Where gradients are wanted all are read: those of no weight have a gradient, too.
+    def _blend(self, weights: Tensor, place: range) -> Tensor:
+        """``z(w)`` (*B, place), for weights (*B, K + 1); those scales of all matrices, in order, that ``place`` tells.
+
+        Where gradients are wanted all experts are read: those of no weight have a gradient, too.
         """
-        if self._deviations is None:
+        weighty = weights.detach().reshape(-1, len(self.components)).ne(0).any(dim=0).tolist()
+        used = [k for k in range(len(self)) if weights.requires_grad or weighty[k]]  # base deviates nowhere
+        if not used:
+            return weights.new_ones((*weights.shape[:-1], len(place)))
+        deviations = torch.stack([self._deviation(k)[place.start : place.stop] for k in used]).to(weights)
+        return 1 + weights[..., used] @ deviations
+
+    def _deviation(self, k: int) -> Tensor:
+        """z − 1 of one expert, (scales,), in doubles; threads may compute it twice, and see it whole."""
+        found = self._deviations.get(k)
+        if found is None:
+            scales = self[self.names[k]].scales
             with torch.inference_mode(False):  # it stays, and blends may be differentiated later
-                shape = (len(self.components), sum(self.matrices.values()))
-                self._deviations = torch.zeros(shape, dtype=torch.float64)  # base deviates nowhere
-        if self._waiting:
-            weighty = weights.detach().reshape(-1, len(self.components)).ne(0).any(dim=0).tolist()
-            for k in [k for k in self._waiting if weighty[k] or weights.requires_grad]:
-                scales = self[self.names[k]].scales
-                self._deviations[k] = torch.cat([scales[name].detach() for name in self.matrices]).double() - 1
-                self._waiting.discard(k)
-        return self._deviations.to(weights, copy=bool(self._waiting))  # a graph may keep it, and rows be filled later
+                found = torch.cat([scales[name] for name in self.matrices]).double() - 1
+            self._deviations[k] = found
+        return found
 
 
 def _layer(matrix: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bayes_dispatch.errors import ConfigError, TensorError
-from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.adaptation import Adaptation, Tensors
 
 __all__ = ["BASE", "ExpertVector", "check_expert_name"]
 
@@ -23,7 +23,7 @@ class ExpertVector:
 
     Attributes:
         name: letters, digits, ``_`` and ``-``; not ``base``.
-        scales: for each adapted matrix its scales, (rank,).
+        scales: for each adapted matrix its scales, (rank,): copies, on the way in and out.
         base: fingerprint of the model that the expert was trained on.
         metadata: where it comes from, in text: ``domain``, ``objective``, ``steps``, what was measured; ``date``,
             ``bayes_dispatch`` and ``torch`` as ``provenance`` gives them; and whatever else.
@@ -54,8 +54,11 @@ class ExpertVector:
                 raise TensorError(f"{expected}, got shape {tuple(scales.shape)} of {scales.dtype}")
             if not bool(scales.isfinite().all()):
                 raise TensorError(f"{expected}, got NaN or infinite ones")
-        object.__setattr__(self, "scales", MappingProxyType(dict(self.scales)))
+        object.__setattr__(self, "scales", Tensors({name: scales.detach() for name, scales in self.scales.items()}))
         object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
+
+    def __reduce__(self) -> tuple[type["ExpertVector"], tuple[str, Mapping[str, Tensor], str, dict[str, str]]]:
+        return ExpertVector, (self.name, self.scales, self.base, dict(self.metadata))
 
     @property
     def matrices(self) -> dict[str, int]:

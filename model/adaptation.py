@@ -1,22 +1,50 @@
 """Scales for the adapted matrices of a model, as one immutable value that is passed to ``forward``."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from bayes_dispatch.errors import ConfigError, TensorError
 
-__all__ = ["Adaptation", "block_of"]
+__all__ = ["Adaptation", "Tensors", "block_of"]
+
+Digest = str | tuple[str, ...]  # of scales: one for all rows, or one for each; empty where there are none
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Tensors by name that nobody can change: copies go in and come out. Gradients flow through both."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        with torch.inference_mode(False):
+            self._own = {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._own[name].clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mapping):
+            return NotImplemented
+        return self.keys() == other.keys() and all(torch.equal(z, other[name]) for name, z in self._own.items())
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True, eq=False)
 class Adaptation:
     """Singular-value scales ``z`` by matrix name: ``W(z) = U diag(s * z) Vᵀ`` (Transformer², arXiv 2501.06252).
+
+    It has copies of the scales: what an optimiser does to them afterwards is seen by a new adaptation alone. Gradients
+    flow through the copies.
 
     Attributes:
         scales: for each adapted matrix, its scales, shape (rank,) for one set that all rows share, or (B, rank) for one
@@ -33,14 +61,10 @@ class Adaptation:
     scales: Mapping[str, Tensor]
     ahead: int = 0
     rows: int | None = field(init=False)
-    _digests: dict[tuple[str, ...], str | tuple[str, ...]] = field(init=False, repr=False, default_factory=dict)
-    _parts: dict[str, "Adaptation"] = field(init=False, repr=False, default_factory=dict)
-    _expected: dict[int, "Adaptation"] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.ahead < 0:
             raise ConfigError(f"expected at least 0 tokens ahead, got {self.ahead}")
-        object.__setattr__(self, "scales", MappingProxyType(dict(self.scales)))
         kinds = {tuple(scales.shape[:-1]) for scales in self.scales.values()}
         if len(kinds) > 1 or any(not 1 <= scales.ndim <= 2 for scales in self.scales.values()):
             raise TensorError(
@@ -52,9 +76,11 @@ class Adaptation:
             raise TensorError(f"expected finite scales for {name}, got NaN or infinite ones")
         (kind,) = kinds or {()}
         object.__setattr__(self, "rows", kind[0] if kind else None)
+        if not isinstance(self.scales, Tensors):
+            object.__setattr__(self, "scales", Tensors(self.scales))
 
     def __reduce__(self) -> tuple[type["Adaptation"], tuple[dict[str, Tensor], int]]:
-        return Adaptation, (dict(self.scales), self.ahead)  # a model that has been asked for one can be copied
+        return Adaptation, ({name: z.detach() for name, z in self.scales.items()}, self.ahead)
 
     @classmethod
     def identity(cls) -> "Adaptation":
@@ -74,11 +100,9 @@ class Adaptation:
         """
         if tokens == self.ahead:
             return self
-        latest = self._expected.get(tokens)
-        if latest is None:  # once for calls that expect the same: matrices that were built for it are used again
-            latest = Adaptation(self.scales, tokens)
-            self._expected.clear()
-            self._expected[tokens] = latest
+        latest = self.__dict__.get("_latest")
+        if latest is None or latest.ahead != tokens:  # once for calls that expect the same: steppers know it again
+            latest = self.__dict__["_latest"] = Adaptation(self.scales, tokens)
         return latest
 
     def select(self, rows: Sequence[int] | Tensor) -> "Adaptation":
@@ -88,29 +112,37 @@ class Adaptation:
         index = torch.as_tensor(rows)
         return Adaptation({name: scales[index] for name, scales in self.scales.items()}, self.ahead)
 
-    def part(self, prefix: str) -> "Adaptation":
-        """The scales whose matrix names begin with ``prefix``, under their names without it."""
-        if prefix not in self._parts:  # once: every cached step asks
-            named = {name: scales for name, scales in self.scales.items() if name.startswith(prefix)}
-            self._parts[prefix] = Adaptation({name.removeprefix(prefix): scales for name, scales in named.items()})
-        return self._parts[prefix]
+    def part(self, name: str) -> "Adaptation":
+        """The scales of the matrices in one part of a model, ``name.…``, under their names within it."""
+        return self._parts.get(name, _IDENTITY)
 
-    def digest(self, *prefixes: str) -> str | tuple[str, ...]:
-        """A hash of the scales whose matrix names begin with one of ``prefixes``; empty where there are none.
+    def digest(self, block: int | None = None) -> Digest:
+        """A hash of the scales of one block (``block_of``), or of all; empty where there are none.
 
         One for all rows, or one for each row; a row has the hash that its scales would have if they were shared.
         """
-        if prefixes not in self._digests:  # once: every cached step asks
-            self._digests[prefixes] = self._compute_digest(prefixes)
-        return self._digests[prefixes]
+        return self._digests.get(block, "")
 
-    def _compute_digest(self, prefixes: tuple[str, ...]) -> str | tuple[str, ...]:
-        named = {name: self.scales[name].detach().cpu() for name in sorted(self.scales) if name.startswith(prefixes)}
-        if not named:
-            return ""
+    @cached_property
+    def _parts(self) -> Mapping[str, "Adaptation"]:  # once: every cached step asks
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, scales in self.scales.items():
+            part, _, rest = name.partition(".")
+            parts.setdefault(part, {})[rest] = scales
+        return {part: Adaptation(scales, self.ahead) for part, scales in parts.items()}
+
+    @cached_property
+    def _digests(self) -> Mapping[int | None, Digest]:  # once: every cached step asks
+        blocks: dict[int | None, dict[str, Tensor]] = {}
+        for name in sorted(self.scales):
+            scales = self.scales[name].detach().cpu()
+            blocks.setdefault(None, {})[name] = blocks.setdefault(block_of(name), {})[name] = scales
         if self.rows is None:
-            return _hash(named)
-        return tuple(_hash({name: scales[row] for name, scales in named.items()}) for row in range(self.rows))
+            return {block: _hash(named) for block, named in blocks.items()}
+        rows = range(self.rows)
+        return {
+            block: tuple(_hash({n: z[row] for n, z in own.items()}) for row in rows) for block, own in blocks.items()
+        }
 
 
 def block_of(matrix: str) -> int:
@@ -125,3 +157,6 @@ def _hash(named: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}{tuple(scales.shape)}{scales.dtype}".encode())
         digest.update(scales.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+_IDENTITY = Adaptation.identity()

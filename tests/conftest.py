@@ -6,7 +6,7 @@ The package is imported inside the fixtures: tests that need no model start with
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jaxtyping
 import numpy as np
@@ -45,6 +45,29 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def in_threads() -> Iterator[Callable[[int, Callable[[], Any]], list[Any]]]:
+    """What a function gives in each of so many threads that begin at once and take turns as often as they can."""
+    import sys
+    from concurrent.futures import ThreadPoolExecutor
+    from threading import Barrier
+
+    def run(count: int, function: Callable[[], Any]) -> list[Any]:
+        barrier = Barrier(count)
+
+        def begin() -> Any:
+            barrier.wait()
+            return function()
+
+        with ThreadPoolExecutor(count) as pool:
+            return [job.result() for job in [pool.submit(begin) for _ in range(count)]]
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield run
+    sys.setswitchinterval(before)
 
 
 @pytest.fixture(scope="session")

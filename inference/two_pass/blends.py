@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from bayes_dispatch.arguments import simplex
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 
@@ -144,8 +145,7 @@ class FixedWeights:
     name: str = "fixed"
 
     def __post_init__(self) -> None:
-        if not (min(self.weights, default=-1) >= 0 and abs(sum(self.weights) - 1) <= 1e-6):
-            raise ConfigError(f"expected weights on the simplex, got {self.weights}")
+        simplex("weights", self.weights)
 
     @classmethod
     def vertex(cls, components: Sequence[str], component: str) -> "FixedWeights":

@@ -152,8 +152,7 @@ class BlockStack(nn.Module):
     def _check_blocks(self, blocks: range, cache: Cache, adaptation: Adaptation) -> None:
         """Before any block changes its state: raise if one was filled under other scales."""
         for index in blocks:
-            read = (EMBEDDING,) if index == 0 else ()  # another embedding is another input of the first block
-            cache.check_block(index, adaptation.digest(f"blocks.{index}.", *read))
+            cache.check_block(index, adaptation.digest(index))  # the embedding, which block 0 reads, counts as its own
 
     def _scales(self, adaptation: Adaptation) -> list[dict[str, Tensor]]:
         """The scales of each block, by the names that its mixer knows."""

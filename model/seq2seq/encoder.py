@@ -55,7 +55,7 @@ class Input(NamedTuple):
 
 def makers(model: str, adaptation: Adaptation) -> UInt8[Tensor, "R 16"]:
     """Digests of a model and of its encoder's scales: one for all rows, or one per row of the scales."""
-    scales = adaptation.digest("")
+    scales = adaptation.digest()
     return _digests([f"{model} {own}".encode() for own in ([scales] if isinstance(scales, str) else scales)])
 
 

@@ -119,7 +119,7 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
             cache.check_model(self._maker())
             cache.check_room(rows, length if padding.tokens is None else padding.tokens)
         memory = self._remember(input_ids, attention_mask, memory, cache, adaptation, rows)
-        hidden = self._decode(decoder_input_ids, padding, cache, memory, adaptation.part("decoder."))
+        hidden = self._decode(decoder_input_ids, padding, cache, memory, adaptation.part("decoder"))
         return Seq2SeqOutput(self.logits(hidden), hidden, memory, cache)
 
     def encode(
@@ -202,11 +202,11 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
             lambda: self._encode(given, adaptation, None), self._decode, self.logits, self.init_cache
         )
         kind = CachedContinuation if use_cache else UncachedConditioned
-        continuation = kind(decoder, start, None, max_new_tokens - 1, adaptation.part("decoder."))
+        continuation = kind(decoder, start, None, max_new_tokens - 1, adaptation.part("decoder"))
         return Prompts(continuation, given.contents(), start)
 
     def _encode(self, given: Input, adaptation: Adaptation, source: Tensor | None) -> Memory:
-        hidden, visible = self.encoder(self.embedding(given.ids), given.padding, adaptation.part("encoder."))
+        hidden, visible = self.encoder(self.embedding(given.ids), given.padding, adaptation.part("encoder"))
         return Memory(hidden, visible, source)
 
     def _decode(
@@ -272,4 +272,4 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         return f"{self.fingerprint()} in {self.dtype}"
 
     def _makers(self, adaptation: Adaptation) -> Tensor:
-        return makers(self._maker(), adaptation.part("encoder."))
+        return makers(self._maker(), adaptation.part("encoder"))

@@ -1,7 +1,11 @@
-"""Experts and their bank: blends are linear in the weights, vertices are the experts, edits leave a bank as it was."""
+"""Laws: blends are linear in the weights, vertices are the experts, edits leave a bank as it was, threads share one."""
 
+import copy
+import pickle
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +22,7 @@ from bayes_dispatch.errors import (
 )
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.vectors import ExpertVector
+from bayes_dispatch.inference.two_pass.blends import FixedWeights
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
 
 if TYPE_CHECKING:
@@ -226,12 +231,43 @@ class TestBlend:
         with pytest.raises(TensorError, match=r"expected weights of shape \(6, 4\) or \(B, 6, 4\), got"):
             bank.blend_by_matrix(torch.ones(shape))
 
-    def test_weights_that_are_not_finite(self, bank: ExpertBank) -> None:
-        weights = torch.tensor([1.0, torch.nan, 0.0, 0.0])
-        with pytest.raises(TensorError, match="finite"):
-            bank.blend(weights)
-        with pytest.raises(TensorError, match="finite"):
-            bank.blend_by_matrix(weights.repeat(len(bank.matrices), 1))
+    @pytest.mark.parametrize(
+        ("weights", "message"),
+        [
+            ([1.0, torch.nan, 0.0, 0.0], "expected finite weights, got NaN"),
+            ([0.5, 0.5, 0.5, 0.5], "expected weights that sum to 1, got a sum of 2"),
+            ([0.5, 0.7, -0.2, 0.0], "expected weights of at least 0, got -0.2"),
+        ],
+    )
+    def test_weights_off_the_simplex(self, bank: ExpertBank, weights: list[float], message: str) -> None:
+        """At every entrance of weights."""
+        w = torch.tensor(weights)
+        many, layers = len(bank.matrices), len(bank.layers)
+        for use in (
+            lambda: bank.blend(w.numpy()),
+            lambda: bank.blend_by_matrix(w.repeat(many, 1)),
+            lambda: bank.blend_by_layer(w.repeat(2, layers, 1)),
+            lambda: FixedWeights(tuple(weights)),
+        ):
+            with pytest.raises(ConfigError, match=message):
+                use()
+
+    def test_arrays_and_lists_are_weights(self, bank: ExpertBank) -> None:
+        weights = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.0, 1.0, 0.0, 0.0]])
+        for same in (weights.double().numpy(), weights.tolist()):
+            assert bank.blend(same).scales == bank.blend(weights).scales
+        assert_scales(bank.blend(weights.half()), bank.blend(weights).scales, 1e-2)
+
+    def test_threads_share_a_bank(self, bank: ExpertBank, tmp_path: Path, in_threads: Callable[..., Any]) -> None:
+        """A blend sees each expert whole, whoever reads it first; the former code lost experts in one trial of five."""
+        bank.save(tmp_path)
+        weights = torch.full((4,), 0.25)
+        expected = bank.blend(weights).scales
+        for _ in range(40):
+            fresh = ExpertBank.load(tmp_path)
+            for blended in in_threads(4, lambda: fresh.blend(weights)):  # noqa: B023
+                assert blended.scales == expected
+            assert fresh.blend(weights).scales == expected
 
 
 class TestBank:
@@ -270,6 +306,20 @@ class TestBank:
     def test_no_experts(self) -> None:
         with pytest.raises(ConfigError, match="expected at least one expert, got none"):
             ExpertBank([])
+
+    def test_another_process_has_the_same(self, bank: ExpertBank, tmp_path: Path) -> None:
+        """A bank that was loaded is sent with all its experts: its files may be out of the other's sight."""
+        bank.save(tmp_path / "bank")
+        sent = pickle.dumps(ExpertBank.load(tmp_path / "bank"))
+        shutil.rmtree(tmp_path / "bank")
+        for same in (pickle.loads(sent), copy.deepcopy(bank)):
+            assert (same.names, same.base, same.matrices, same.metadata) == (
+                bank.names,
+                bank.base,
+                bank.matrices,
+                bank.metadata,
+            )
+            assert all(same[name].scales == bank[name].scales for name in bank)
 
 
 class TestEdits:
@@ -367,7 +417,11 @@ class TestVector:
             ExpertVector("x", {"m": torch.ones(2)}, "0", metadata)
 
     def test_it_cannot_be_changed(self) -> None:
-        vector = ExpertVector("x", {"m": torch.ones(2)}, "0", {"steps": "3"})
+        given = torch.ones(2)
+        vector = ExpertVector("x", {"m": given}, "0", {"steps": "3"})
+        for tensor in (given, vector.scales["m"]):
+            tensor.zero_()
+        assert vector.scales == {"m": torch.ones(2)}
         for mapping in (vector.scales, vector.metadata):
             with pytest.raises(TypeError):
                 mapping["new"] = 1  # type: ignore[index]

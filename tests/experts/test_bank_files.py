@@ -291,15 +291,15 @@ class TestReading:
         weights = torch.tensor([0.7, 0.0, 0.2, 0.1])
         bank = ExpertBank.load(saved)
         before = bank.blend(weights)
-        bank.blend(torch.ones(4))
+        bank.blend(torch.full((4,), 0.25))
         after = bank.blend(weights)
         assert all(torch.equal(z, after.scales[name]) for name, z in before.scales.items())
 
     def test_experts_read_in_inference_mode_can_be_differentiated_later(self, saved: Path) -> None:
         with torch.inference_mode():
             bank = ExpertBank.load(saved)
-            bank.blend(torch.ones(4))
-        weights = torch.ones(4, requires_grad=True, dtype=torch.float64)
+            bank.blend(torch.full((4,), 0.25))
+        weights = torch.full((4,), 0.25, requires_grad=True, dtype=torch.float64)
         sum(z.square().sum() for z in bank.blend(weights).scales.values()).backward()
         assert weights.grad is not None
         assert not any(z.is_inference() for z in bank["add"].scales.values())
@@ -308,7 +308,7 @@ class TestReading:
         loaded = ExpertBank.load(saved)
         weights = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
         total = sum(z.sum() for z in loaded.blend(weights).scales.values())
-        loaded.blend(torch.ones(4))
+        loaded.blend(torch.full((4,), 0.25))
         total.backward()
         expected = sum(float((z.double() - 1).sum()) for z in bank["reverse"].scales.values())
         assert float(weights.grad[0]) == pytest.approx(expected)
@@ -418,7 +418,11 @@ class TestDamage:
         spoil(file, bank)
         loaded = ExpertBank.load(saved)
         error = ForeignExpertError if kind == "foreign" else BundleError
-        for use in (lambda: loaded["sort"], lambda: loaded.blend(torch.ones(4)), lambda: loaded.renamed("sort", "x")):
+        for use in (
+            lambda: loaded["sort"],
+            lambda: loaded.blend(torch.full((4,), 0.25)),
+            lambda: loaded.renamed("sort", "x"),
+        ):
             with pytest.raises(error, match=reason) as raised:
                 use()
             assert "\n" not in str(raised.value)

@@ -139,7 +139,7 @@ class TestFixedWeights:
 
     @pytest.mark.parametrize("weights", [(), (0.5, 0.6), (-0.5, 1.5), (float("nan"), 1.0), (float("nan"),)])
     def test_off_the_simplex(self, weights: tuple[float, ...]) -> None:
-        with pytest.raises(ConfigError, match="expected weights on the simplex, got"):
+        with pytest.raises(ConfigError, match=r"expected .*weights.* got"):
             FixedWeights(weights)
 
     def test_another_number_of_components(self) -> None:

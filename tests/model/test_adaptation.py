@@ -1,4 +1,7 @@
-"""Scales are checked once, cannot be changed, and their digest tells them apart."""
+"""Laws: scales are checked once, cannot be changed, carry gradients, and their digests tell them apart."""
+
+import copy
+import pickle
 
 import pytest
 import torch
@@ -30,13 +33,32 @@ def test_mixed_or_infinite_scales_are_refused(scales: dict[str, torch.Tensor]) -
     assert "\n" not in str(error.value)
 
 
-def test_the_scales_cannot_be_replaced() -> None:
-    given = {"a": torch.ones(3)}
+def test_the_scales_cannot_be_changed() -> None:
+    """Neither by what was given nor by what is read, and digests are of what they are."""
+    given = {"a": torch.ones(3, requires_grad=True)}
     adaptation = Adaptation(given)
+    digest = adaptation.digest()
+    optimizer = torch.optim.SGD(given.values(), lr=1.0)
+    (2 * adaptation.scales["a"]).sum().backward()  # gradients flow through the copies
+    assert torch.equal(given["a"].grad, torch.full((3,), 2.0))  # type: ignore[arg-type]
+    optimizer.step()
     given["b"] = torch.ones(3)
-    assert list(adaptation.scales) == ["a"]
+    with torch.no_grad():
+        adaptation.scales["a"].mul_(2)
     with pytest.raises(TypeError):
         adaptation.scales["a"] = torch.zeros(3)  # type: ignore[index]
+    for same in (adaptation, copy.deepcopy(adaptation), pickle.loads(pickle.dumps(adaptation))):
+        assert same.scales == {"a": torch.ones(3)}
+        assert same.digest() == digest
+    assert Adaptation({"a": given["a"]}).digest() != digest
+
+
+def test_made_in_inference_mode_it_is_used_outside() -> None:
+    with torch.inference_mode():
+        adaptation = Adaptation({"a": torch.ones(3)})
+    weight = torch.ones(3, requires_grad=True)
+    (weight * adaptation.scales["a"]).sum().backward()
+    assert weight.grad is not None
 
 
 def test_select_takes_rows_in_order() -> None:
@@ -46,19 +68,20 @@ def test_select_takes_rows_in_order() -> None:
     assert shared.select([0, 0]) is shared
 
 
-def test_digest_belongs_to_the_scales_under_the_prefix() -> None:
+def test_digest_belongs_to_the_scales_of_a_block() -> None:
     x, y = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])
     digest = Adaptation({"blocks.0.a": x, "blocks.1.a": y}).digest
-    assert digest("blocks.0.") == Adaptation({"blocks.1.a": x, "blocks.0.a": x.clone()}).digest("blocks.0.")
+    assert digest(0) == Adaptation({"blocks.1.a": x, "blocks.0.a": x.clone()}).digest(0)
     different = [
-        digest("blocks.0."),
-        digest("blocks.1."),
-        Adaptation({"blocks.0.b": x}).digest("blocks.0."),  # another matrix
-        Adaptation({"blocks.0.a": x.flip(0)}).digest("blocks.0."),
-        Adaptation({"blocks.0.a": x.double()}).digest("blocks.0."),
-        Adaptation({"blocks.0.a": x[None]}).digest("blocks.0."),  # one row is not the same as shared by all rows
-        Adaptation({"blocks.0.a": torch.nextafter(x, x + 1)}).digest("blocks.0."),
-        Adaptation({}).digest("blocks.0."),
+        digest(0),
+        digest(1),
+        Adaptation({"blocks.0.b": x}).digest(0),  # another matrix
+        Adaptation({"blocks.0.a": x.flip(0)}).digest(0),
+        Adaptation({"blocks.0.a": x.double()}).digest(0),
+        Adaptation({"blocks.0.a": x[None]}).digest(0),  # one row is not the same as shared by all rows
+        Adaptation({"blocks.0.a": torch.nextafter(x, x + 1)}).digest(0),
+        Adaptation({}).digest(0),
     ]
     assert len(set(different)) == len(different)
-    assert digest("blocks.2.") == ""
+    assert digest(2) == Adaptation({}).digest() == ""
+    assert digest() not in different

@@ -1,6 +1,8 @@
 """Decompositions: exact and randomised, fewer scales than the rank, and factors on disk."""
 
+import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,3 +171,26 @@ def test_bad_ranks() -> None:
     for rank in (0, 5):
         with pytest.raises(ConfigError, match=f"rank of 1 to 4, got {rank}"):
             decompose(torch.ones(4, 6), rank)
+
+
+def test_threads_may_ask_for_other_ranks(in_threads: Callable[..., Any]) -> None:
+    """Each has the triples that it asked for, whatever others keep of weights that change."""
+    linear, ranks = SVDLinear(6, 5), itertools.cycle([5, 2])
+
+    @torch.no_grad()
+    def ask() -> set[bool]:
+        rank = next(ranks)
+        return {len(linear.factors(rank).s) == rank for _ in range(200) if linear.weight.mul_(1.001) is not None}
+
+    assert in_threads(4, ask) == [{True}] * 4
+
+
+def test_random_projections_draw_nothing_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do threads disturb them: always the same triples, and the user's random numbers go on as they would have."""
+    monkeypatch.setattr(module, "LARGE", 1)
+    weight = falling(12, 9, 0.5)
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    one, two = decompose(weight, 2), decompose(weight, 2)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(one.U, two.U)

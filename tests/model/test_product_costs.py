@@ -263,6 +263,6 @@ def test_tokens_ahead() -> None:
     assert adaptation.expecting(5) is adaptation
     assert adaptation.expecting(2).ahead == 2
     assert adaptation.expecting(2) is adaptation.expecting(2)
-    assert adaptation.expecting(2).digest("blocks.0.") == adaptation.digest("blocks.0.")
+    assert adaptation.expecting(2).digest(0) == adaptation.digest(0)
     with pytest.raises(ConfigError, match="expected at least 0 tokens ahead, got -1"):
         adaptation.expecting(-1)

@@ -50,13 +50,13 @@ def decompose(weight: Float[Tensor, "out in"], rank: int | None = None) -> Facto
     if not 1 <= rank <= full:
         raise ConfigError(f"expected a rank of 1 to {full}, got {rank}")
     if full > LARGE and 4 * rank <= full:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            full_precision = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
-            U, s, V = torch.svd_lowrank(full_precision, rank + OVERSAMPLING, POWER_ITERATIONS)
-        Vt = V.T
+        from sklearn.utils.extmath import randomized_svd  # takes a second to import, and large matrices are rare
+
+        full_precision = weight.detach() if weight.dtype == torch.float64 else weight.detach().float()
+        more = {"n_oversamples": OVERSAMPLING, "n_iter": POWER_ITERATIONS, "random_state": 0}
+        U, s, Vt = (torch.from_numpy(part) for part in randomized_svd(full_precision.cpu().numpy(), rank, **more))
     else:
         U, s, Vt = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-    U, s, Vt = (factor.to(weight.dtype).contiguous() for factor in (U[:, :rank], s[:rank], Vt[:rank]))
+    U, s, Vt = (factor.to(weight).contiguous() for factor in (U[:, :rank], s[:rank], Vt[:rank]))
     missed = torch.maximum((weight @ Vt.T - U * s).norm(dim=0).max(), (weight.T @ U - Vt.T * s).norm(dim=0).max())
     return Factors(U, s, Vt, float(missed / s[0].clamp(min=1e-30)))

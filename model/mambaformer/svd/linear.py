@@ -62,11 +62,11 @@ class SVDMatrix(nn.Module):
     def factors(self, rank: int | None = None) -> Factors:
         """The leading singular triples of the present weight, all by default; kept until it changes."""
         wanted, key = self.rank if rank is None else rank, self._key()
-        if self._factors is None or self._factors[0] != key or len(self._factors[1].s) < wanted:
+        kept = self._factors  # of which other threads may make another
+        if kept is None or kept[0] != key or len(kept[1].s) < wanted:
             with torch.inference_mode(False):  # they stay, and may be trained through later
-                self.keep_factors(decompose(self.weight.detach().clone(), wanted))
-        assert self._factors is not None
-        return self._factors[1].leading(wanted)
+                kept = self._factors = key, decompose(self.weight.detach().clone(), wanted)
+        return kept[1].leading(wanted)
 
     def keep_factors(self, factors: Factors) -> None:
         """Take these for the present weight's."""
