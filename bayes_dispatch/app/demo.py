@@ -9,7 +9,6 @@ from rich.console import Console
 
 from bayes_dispatch.app.tables import Cell, Table, visible
 from bayes_dispatch.checks.plots import plot_blend_bars, plot_forest
-from bayes_dispatch.dispatcher.arviz_data import to_datatree
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import CONVENTIONS, Convention, Interleaved
@@ -225,7 +224,7 @@ def _write(out: Path, posterior: DispatchPosterior, report: str) -> list[Path]:
     """Make all files beside ``out``, then move them there."""
     names = [prompt.name for prompt in PROMPTS]
     with write_files(out, FILES) as new:
-        to_datatree(posterior, names).to_netcdf(new / "posterior.nc", engine="h5netcdf")
+        posterior.to_netcdf(new / "posterior.nc", names)
         plot_forest(posterior, names).savefig(new / "forest.png")
         plot_blend_bars(posterior, names).savefig(new / "blends.png")
         (new / "report.md").write_text(report, encoding="utf-8")

@@ -52,14 +52,14 @@ MEMORY = 2**26  # numbers that one batch may keep
 Sites = Mapping[str, Any]  # site → array, of torch, NumPy or jax
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ReferencePosterior(DispatchPosterior):
     """NUTS draws of the weights, chain after chain, with what tells whether they can be trusted.
 
     Args:
         weights: ``(chain * draw, prompt, K+1)``.
         experts: the K+1 names, base last.
-        chains: number of chains.
+        k_hat, log_evidence, chains: as in :class:`DispatchPosterior`.
         divergences: ``(prompt,)`` divergent transitions; of the joint chains, the same number for every prompt.
         steps: ``(prompt,)`` mean leapfrog steps of a draw.
         globals: site → ``(chain * draw, ·)`` draws of the globals that were free.
@@ -68,7 +68,6 @@ class ReferencePosterior(DispatchPosterior):
         TensorError: another shape, or rows off the simplex.
     """
 
-    chains: int = 1
     divergences: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
     steps: np.ndarray = field(default_factory=lambda: np.zeros(0))
     globals: Mapping[str, np.ndarray] = field(default_factory=dict)

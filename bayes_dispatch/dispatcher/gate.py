@@ -75,7 +75,7 @@ class GateDecision:
             raise TensorError(f"expected a posterior of {len(self.foreign)} prompts, got one of {len(posterior)}")
         base = np.eye(len(posterior.experts))[-1]
         weights = np.where(self.foreign[:, None], base, posterior.weights)
-        return DispatchPosterior(weights, posterior.experts, posterior.k_hat, posterior.log_evidence)
+        return replace(posterior, weights=weights)
 
 
 @dataclass(frozen=True, eq=False)

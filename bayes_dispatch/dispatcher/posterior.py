@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +14,13 @@ from bayes_dispatch.errors import ConfigError, TensorError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import pandas
+    import xarray
+
 __all__ = ["DispatchPosterior"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class DispatchPosterior:
     """Independent posterior draws of the weights ``w`` of N prompts over K experts and base.
 
@@ -27,20 +30,28 @@ class DispatchPosterior:
         k_hat: ``(prompt,)`` Pareto shape of the importance weights behind the draws, ``None`` where there were none.
             Above .7 the draws of the prompt are not to be trusted.
         log_evidence: ``(prompt,)`` log density of the prompt's evidence under the fitted program, nats, or ``None``.
+        chains: that the draws are of, one after the other; independent draws are one.
 
     Raises:
-        TensorError: another shape, or rows off the simplex.
+        TensorError: another shape, a name twice, or rows off the simplex.
+
+    Example:
+        >>> DispatchPosterior(np.tile([0.75, 0.25], (64, 1, 1)), ("sort", "base"))
+        DispatchPosterior(64 draws, 1 prompt: sort .75, base .25)
     """
 
     weights: np.ndarray
     experts: tuple[str, ...]
     k_hat: np.ndarray | None = None
     log_evidence: np.ndarray | None = None
+    chains: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         weights = np.array(self.weights, dtype=np.float64)
         if weights.ndim != 3 or weights.shape[0] == 0 or weights.shape[2] != len(self.experts):
             raise TensorError(f"expected weights (draw, prompt, {len(self.experts)}), got shape {weights.shape}")
+        if len(set(self.experts)) < len(self.experts):
+            raise TensorError(f"expected distinct names of experts, got {list(self.experts)}")
         if weights.size and not (weights.min() >= 0 and np.abs(weights.sum(-1) - 1).max() <= 1e-6):  # NaN fails both
             raise TensorError("expected weights on the simplex, got rows that are negative or do not sum to 1")
         weights.setflags(write=False)
@@ -49,6 +60,13 @@ class DispatchPosterior:
 
     def __len__(self) -> int:
         return self.weights.shape[1]
+
+    def __repr__(self) -> str:
+        mean = self.mean if len(self) else np.zeros((1, len(self.experts)))
+        largest = np.argsort(-mean[0])[:3]
+        shown = ", ".join(f"{self.experts[k]} {mean[0, k]:.2f}".replace(" 0.", " .") for k in largest)
+        shown = shown if len(self) == 1 else f"weights of {self.experts[0]}, …, {self.experts[-1]}"
+        return f"{type(self).__name__}({len(self.weights)} draws, {len(self)} prompt{'s' * (len(self) != 1)}: {shown})"
 
     @property
     def mean(self) -> Float[np.ndarray, "prompt expert"]:
@@ -77,7 +95,55 @@ class DispatchPosterior:
         """The posterior of the prompts at ``indices``, in that order."""
         k_hat = None if self.k_hat is None else self.k_hat[indices]
         log_evidence = None if self.log_evidence is None else self.log_evidence[indices]
-        return DispatchPosterior(self.weights[:, indices], self.experts, k_hat, log_evidence)
+        return DispatchPosterior(self.weights[:, indices], self.experts, k_hat, log_evidence, chains=self.chains)
+
+    def to_frame(self, prompts: Sequence[str] | None = None, probability: float = 0.9) -> pandas.DataFrame:
+        """Every weight as a row, prompt by prompt and expert by expert.
+
+        Args:
+            prompts: a unique name of each prompt; its number by default.
+            probability: of the equal-tailed interval.
+
+        Returns:
+            Columns ``mean``, ``sd``, ``low`` and ``high`` (ends of the interval) and ``probability_best``, indexed by
+            ``prompt`` and ``expert``.
+
+        Raises:
+            TensorError: another number of names than prompts, or one of them twice.
+            ConfigError: a probability outside 0 to 1.
+        """
+        import pandas  # heavy, and used here alone
+
+        from bayes_dispatch.dispatcher.arviz_data import prompt_names
+
+        low, high = self.interval(probability)
+        found = {"mean": self.mean, "sd": self.weights.std(axis=0), "low": low, "high": high}
+        found |= {"probability_best": self.probability_best}
+        rows = [prompt_names(prompts, len(self)), self.experts]
+        index = pandas.MultiIndex.from_product(rows, names=["prompt", "expert"])
+        return pandas.DataFrame({name: values.ravel() for name, values in found.items()}, index)
+
+    def summary(self, prompts: Sequence[str] | None = None, probability: float = 0.9) -> pandas.DataFrame:
+        """A row for each prompt: the expert that most probably has the largest weight, and how sure that is.
+
+        Args, raises: as :meth:`to_frame`.
+
+        Returns:
+            ``best``, its ``probability_best``, ``mean``, ``sd``, ``low`` and ``high``, the ``entropy`` of the prompt's
+            mean in nats, and ``k_hat`` where there is one; indexed by ``prompt``.
+        """
+        frame = self.to_frame(prompts, probability).reset_index("expert")
+        best = self.probability_best.argmax(axis=1)
+        table = frame.iloc[np.arange(len(self)) * len(self.experts) + best].rename(columns={"expert": "best"})
+        table = table[["best", "probability_best", "mean", "sd", "low", "high"]].assign(entropy=self.entropy)
+        return table if self.k_hat is None else table.assign(k_hat=self.k_hat)
+
+    def groups(self, prompts: Sequence[str] | None = None) -> dict[str, xarray.Dataset]:
+        """What :meth:`to_arviz` holds, as datasets by the name of their group."""
+        from bayes_dispatch.dispatcher.arviz_data import weight_groups
+
+        found = {"k_hat": self.k_hat, "log_evidence": self.log_evidence}
+        return weight_groups(self.weights, self.experts, prompts, self.chains, found)
 
     def to_arviz(self, prompts: Sequence[str] | None = None) -> Any:
         """The draws as arviz data: ``posterior["weights"]`` with dims chain, draw, prompt, expert.
@@ -86,18 +152,20 @@ class DispatchPosterior:
         program knows comes from ``Dispatcher.to_arviz``.
 
         Args:
-            prompts: names of the prompts for plots; numbers by default.
+            prompts: a unique name of each prompt; its number by default.
 
         Returns:
             ``arviz.InferenceData`` on arviz 0.x, ``xarray.DataTree`` from 1.0 on.
+
+        Raises:
+            TensorError: another number of names than prompts, or one of them twice.
         """
         from bayes_dispatch.dispatcher.arviz_data import to_inference_data
-        from bayes_dispatch.dispatcher.arviz_groups import posterior_groups
 
-        return to_inference_data(posterior_groups(self, prompts))
+        return to_inference_data(self.groups(prompts))
 
-    def to_netcdf(self, path: str | Path) -> Path:
+    def to_netcdf(self, path: str | Path, prompts: Sequence[str] | None = None) -> Path:
         """Write :meth:`to_arviz` to a NetCDF file, under a temporary name until it is whole."""
-        from bayes_dispatch.dispatcher.arviz_data import to_datatree, write_netcdf
+        from bayes_dispatch.dispatcher.arviz_data import write_netcdf
 
-        return write_netcdf(to_datatree(self), Path(path))
+        return write_netcdf(self.groups(prompts), Path(path))

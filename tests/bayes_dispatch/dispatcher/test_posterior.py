@@ -40,6 +40,33 @@ def test_certainty() -> None:
     assert np.ptp(posterior.interval(), axis=0).max() == 0
 
 
+def test_tables(posterior: DispatchPosterior) -> None:
+    """A row for each weight, and a row for each prompt, with the numbers of the properties."""
+    frame = posterior.to_frame(list("abcd"), probability=0.5)
+    assert list(frame.columns) == ["mean", "sd", "low", "high", "probability_best"]
+    assert frame.index.names == ["prompt", "expert"]
+    assert frame.loc[("c", "base"), "mean"] == posterior.mean[2, 2]
+    assert frame.loc[("b", "sort"), "sd"] == posterior.weights[:, 1, 0].std()
+    np.testing.assert_array_equal(frame[["low", "high"]].to_numpy().T.reshape(2, 4, 3), posterior.interval(0.5))
+    table = posterior.summary(list("abcd"), probability=0.5)
+    best = posterior.probability_best.argmax(1)
+    assert table.index.tolist() == list("abcd")
+    assert table["best"].tolist() == [NAMES[k] for k in best]
+    for prompt, k in zip("abcd", best, strict=True):
+        assert (frame.loc[(prompt, NAMES[k])] == table.loc[prompt, list(frame.columns)]).all()
+    np.testing.assert_array_equal(table["entropy"], posterior.entropy)
+    assert "k_hat" not in table
+    weighed = DispatchPosterior(posterior.weights, NAMES, k_hat=np.arange(4.0))
+    assert weighed.summary()["k_hat"].tolist() == [0, 1, 2, 3]
+
+
+def test_it_is_printed_in_a_line(posterior: DispatchPosterior) -> None:
+    assert repr(posterior) == "DispatchPosterior(7 draws, 4 prompts: weights of sort, …, base)"
+    one = DispatchPosterior(np.tile([0.25, 0.75, 0.0], (5, 1, 1)), NAMES)
+    assert repr(one) == "DispatchPosterior(5 draws, 1 prompt: reverse .75, sort .25, base .00)"
+    assert repr(one.select([])) == "DispatchPosterior(5 draws, 0 prompts: weights of sort, …, base)"
+
+
 def test_select(posterior: DispatchPosterior) -> None:
     assert np.array_equal(posterior.select([2, 0]).weights, posterior.weights[:, [2, 0]])
     assert np.array_equal(posterior.select(slice(1, 3)).weights, posterior.weights[:, 1:3])
@@ -53,6 +80,11 @@ def test_draws_are_its_own(posterior: DispatchPosterior) -> None:
     assert np.array_equal(other.weights, posterior.weights)
     with pytest.raises(ValueError, match="read-only"):
         other.weights[0] = 0
+
+
+def test_names_are_distinct() -> None:
+    with pytest.raises(TensorError, match=r"expected distinct names of experts, got \['a', 'a', 'base'\]"):
+        DispatchPosterior(np.full((2, 1, 3), 1 / 3), ("a", "a", "base"))
 
 
 third = np.full((2, 2, 3), 1 / 3)
@@ -84,8 +116,11 @@ def test_arviz(posterior: DispatchPosterior) -> None:
     assert weights.prompt.values.tolist() == ["a", "b", "c", "d"]
     assert np.array_equal(weights.values[0], posterior.weights)
     assert weights_of(posterior.to_arviz()).prompt.values.tolist() == [0, 1, 2, 3]
-    with pytest.raises(TensorError, match="expected 4 prompt names, got 1"):
-        posterior.to_arviz(["a"])
+    for call in (posterior.to_arviz, posterior.to_frame, posterior.summary):
+        with pytest.raises(TensorError, match="expected 4 prompt names, got 1"):
+            call(["a"])
+        with pytest.raises(TensorError, match="expected unique prompt names, got 'b' 2 times"):
+            call(["a", "b", "b", "c"])
 
 
 def test_arviz_reads_it(posterior: DispatchPosterior) -> None:
