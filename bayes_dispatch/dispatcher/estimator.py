@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from bayes_dispatch.dispatcher.guide.importance import Weighted, draw_resampled
 from bayes_dispatch.dispatcher.keys import prompt_keys, scramble
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
-from bayes_dispatch.dispatcher.prior.file import read_prior, write_prior
+from bayes_dispatch.dispatcher.prior.file import LOCK, update_prior, write_prior
 from bayes_dispatch.dispatcher.prior.online import (
     PriorState,
     evidence_likelihood,
@@ -245,12 +246,15 @@ class Dispatcher:
         names = (*self.experts, "base")
         if prior.names != names:
             raise ConfigError(f"expected a prior over {list(names)}, got one over {list(prior.names)}")
-        if self._prior_file is not None:
-            write_prior(self._prior_file, prior, self.state.fingerprint)
-        self._prior = prior
+        with LOCK:
+            if self._prior_file is not None:
+                write_prior(self._prior_file, prior, self.state.fingerprint)
+            self._prior = prior
 
     def update(self, labels: Int[np.ndarray, " event"] | Sequence[int], forgetting: float = 1.0) -> PriorState:
         """Take in the labels of served prompts; the next prompts are served under the new prior at once.
+
+        Threads may call it at the same time, and processes that keep the prior in one file: every event counts once.
 
         Args:
             labels: ``(E,)`` component of each event in order, K for base.
@@ -264,8 +268,7 @@ class Dispatcher:
             TensorError, ConfigError: labels outside 0 … K, or a forgetting outside (0, 1].
         """
         width = len(self.experts) + 1
-        self.prior = observe(self.prior, label_likelihood(np.asarray(labels), width), forgetting)
-        return self.prior
+        return self._take_in(label_likelihood(np.asarray(labels), width), forgetting)
 
     def feedback(
         self,
@@ -301,15 +304,17 @@ class Dispatcher:
         rows = np.array([names.index(name) for name in experts], dtype=np.int64)
         likelihoods = feedback_likelihood(rows, rewards, len(names), reliability)
         if X is not None:
-            mean = self.mixtures_of(_as_evidence(X)).mean
+            pi = self.prior.mean  # the same for both uses, whatever other threads observe meanwhile
+            mean = self.state.answer(self.state.prompts(_as_evidence(X)), pi).mean
             if len(mean) != len(rewards):
                 raise TensorError(f"expected evidence of {len(rewards)} prompts, got {len(mean)}")
-            likelihoods = likelihoods * evidence_likelihood(mean, self.prior.mean)
-        self.prior = observe(self.prior, likelihoods, forgetting)
-        return self.prior
+            likelihoods = likelihoods * evidence_likelihood(mean, pi)
+        return self._take_in(likelihoods, forgetting)
 
     def keep_prior(self, path: str | Path) -> PriorState:
         """Keep the prior in a file from now on, written whole after every event or batch of events; no crash loses it.
+
+        Several processes may keep theirs in one file: each of their events is added to what the file has by then.
 
         Args:
             path: where it is read from, if it exists, and else begun.
@@ -321,13 +326,10 @@ class Dispatcher:
             NotFittedError: before ``fit``.
             BundleError: the file is of another dispatcher, truncated, edited, or no such file.
         """
-        file = Path(path)
-        if file.exists():
-            self._prior = read_prior(file, (*self.experts, "base"), self.state.fingerprint)
-        else:
-            write_prior(file, self.prior, self.state.fingerprint)
-        self._prior_file = file
-        return self.prior
+        with LOCK:
+            self._prior = update_prior(path, self.prior, self.state.fingerprint, lambda prior: prior)
+            self._prior_file = Path(path)
+            return self._prior
 
     def predict_proba(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` probability that each expert (base last) has the largest weight; deterministic."""
@@ -447,6 +449,17 @@ class Dispatcher:
         evidence = _as_evidence(X)
         posterior = self.posterior(evidence, draws, seed, resample)
         return to_inference_data(fitted_groups(self.state, evidence, posterior, self._report, prompts, seed))
+
+    def _take_in(self, likelihoods: Float[np.ndarray, "event component"], forgetting: float) -> PriorState:
+        """The prior after events; to read the one before and to put this one in its place is a single step."""
+        after = partial(observe, likelihoods=likelihoods, forgetting=forgetting)
+        with LOCK:
+            before, file = self.prior, self._prior_file
+            if file is None:
+                self._prior = after(before)
+            else:
+                self._prior = update_prior(file, before, self.state.fingerprint, after)
+            return self._prior
 
     def _initial_prior(self) -> PriorState:
         return prior_state(self.state.model.prior_of_shares().double().numpy(), (*self.experts, "base"))

@@ -1,7 +1,8 @@
 """The serving prior in one JSON file that is always whole: the old state or the new one, however its writer ends.
 
-The text goes to a temporary name in the same directory, reaches the disk, and only then takes the file's name. A
-digest, the format and the version are checked when it is read; nothing is pickled.
+The text goes to a temporary name in the same directory, reaches the disk, and only then takes the file's name. The
+temporary file is the lock: who holds it may read, change and write, and all others wait. A digest, the format and the
+version are checked when it is read; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,14 @@ from bayes_dispatch.dispatcher.prior.online import PriorState
 from bayes_dispatch.errors import BayesDispatchError, BundleError
 from bayes_dispatch.storage import sync
 
-__all__ = ["read_prior", "write_prior"]
+__all__ = ["LOCK", "read_prior", "update_prior", "write_prior"]
 
 FORMAT = "serving-prior"
 VERSION = 1
 ARRAYS = ("mean", "covariance", "initial")
+
+
+LOCK = threading.RLock()  # held while a prior in memory is read, changed and put back, whichever dispatcher's it is
 
 
 def write_prior(path: str | Path, state: PriorState, fingerprint: str) -> None:
@@ -44,22 +49,49 @@ def write_prior(path: str | Path, state: PriorState, fingerprint: str) -> None:
         BundleError: ``path`` is a directory.
         OSError: the disk is full, or refuses.
     """
+    _replace(path, lambda _: state, fingerprint)
+
+
+def update_prior(
+    path: str | Path, start: PriorState, fingerprint: str, change: Callable[[PriorState], PriorState]
+) -> PriorState:
+    """Read the file's state, change it and write it, as one step: no event of another thread or process is lost.
+
+    Args:
+        path: the file, begun where there is none.
+        start: what to begin it with; its names are those that the file is to have.
+        fingerprint: of the dispatcher.
+        change: from the state before to the one after.
+
+    Returns:
+        The state after.
+
+    Raises:
+        BundleError, OSError: as :func:`read_prior` and :func:`write_prior`; the file is as before.
+    """
+    return _replace(
+        path, lambda file: change(read_prior(file, start.names, fingerprint) if file.exists() else start), fingerprint
+    )
+
+
+def _replace(path: str | Path, make: Callable[[Path], PriorState], fingerprint: str) -> PriorState:
     path = Path(path).resolve()  # a link to a file stays a link
     if path.is_dir():
         raise BundleError(f"expected a file at {path}, got a directory")
     path.parent.mkdir(parents=True, exist_ok=True)
-    body = {
-        "format": FORMAT,
-        "version": VERSION,
-        "dispatcher": fingerprint,
-        "names": list(state.names),
-        "events": state.events,
-        **{name: getattr(state, name).tolist() for name in ARRAYS},
-    }
-    data = json.dumps({**body, "digest": _digest(body)}, indent=1).encode()
     temporary = path.with_name(f".{path.name}.tmp")
     handle = _open_alone(temporary)
     try:
+        state = make(path)
+        body = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dispatcher": fingerprint,
+            "names": list(state.names),
+            "events": state.events,
+            **{name: getattr(state, name).tolist() for name in ARRAYS},
+        }
+        data = json.dumps({**body, "digest": _digest(body)}, indent=1).encode()
         os.ftruncate(handle, 0)
         while data:
             data = data[os.write(handle, data) :]
@@ -72,6 +104,7 @@ def write_prior(path: str | Path, state: PriorState, fingerprint: str) -> None:
     finally:
         os.close(handle)
     sync(path.parent)
+    return state
 
 
 def read_prior(path: str | Path, names: Sequence[str], fingerprint: str) -> PriorState:

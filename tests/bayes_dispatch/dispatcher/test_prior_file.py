@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bayes_dispatch.dispatcher.prior.file import read_prior, write_prior
+from bayes_dispatch.dispatcher.prior.file import read_prior, update_prior, write_prior
 from bayes_dispatch.dispatcher.prior.online import PriorState, label_likelihood, observe, prior_state
 from bayes_dispatch.errors import BundleError
 
@@ -22,7 +22,7 @@ LIVES = """
 import os, signal, sys
 import numpy as np
 from bayes_dispatch.dispatcher.prior.online import label_likelihood, observe, prior_state
-from bayes_dispatch.dispatcher.prior.file import read_prior, write_prior
+from bayes_dispatch.dispatcher.prior.file import read_prior, update_prior, write_prior
 
 path, names, dispatcher = sys.argv[1], ("a", "b", "base"), "0123abcd"
 
@@ -71,6 +71,21 @@ def rewrite(path: Path, **changes: object) -> None:
     body = {**json.loads(path.read_text()), **changes}
     body.pop("digest")
     path.write_text(json.dumps({**body, "digest": _digest(body)}))
+
+
+def test_an_update_that_fails_changes_nothing(path: Path) -> None:
+    """Whether the change raises, or the file before it is damaged."""
+
+    def change(state: PriorState) -> PriorState:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        update_prior(path, after(0), DISPATCHER, change)
+    assert_same(read_prior(path, NAMES, DISPATCHER), after(3))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(BundleError, match="truncated"):
+        update_prior(path, after(0), DISPATCHER, lambda state: state)
+    assert [file.name for file in path.parent.iterdir()] == ["prior.json"]
 
 
 def make_directory(path: Path) -> None:
@@ -224,13 +239,12 @@ while True:
 
 
 @pytest.mark.slow
-def test_writers_of_several_processes_take_turns(path: Path) -> None:
-    """Three write as fast as they can; every read in the meantime is whole, and no temporary file stays."""
+def test_updates_of_several_processes_all_count(path: Path) -> None:
+    """Three update as fast as they can; every read in the meantime is whole, and no temporary file stays."""
     script = """
-state = read_prior(path, names, dispatcher)
-for _ in range(150):
-    state = next_state(state)
-    write_prior(path, state, dispatcher)
+start = prior_state(np.array([3.0, 3.0, 1.5]), names)
+for _ in range(100):
+    update_prior(path, start, dispatcher, next_state)
 """
     processes = [run(script, path) for _ in range(3)]
     while any(process.poll() is None for process in processes):
@@ -238,5 +252,5 @@ for _ in range(150):
     for process in processes:
         with process:
             assert process.returncode == 0
-    assert read_prior(path, NAMES, DISPATCHER).events >= 153
+    assert_same(read_prior(path, NAMES, DISPATCHER), after(303))
     assert [file.name for file in path.parent.iterdir()] == ["prior.json"]

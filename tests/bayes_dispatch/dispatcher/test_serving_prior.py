@@ -1,6 +1,8 @@
 """The dispatcher online: labels and rewards change what it serves at once, its prior outlives it, and drift shows."""
 
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,6 +63,30 @@ def test_rewards_are_softer_than_labels(own: Dispatcher, fresh: "Sample") -> Non
     with_evidence = own.feedback(["sort"] * 4, np.ones(4), fresh.evidence.select(rows))
     own.prior = start
     assert with_evidence.mean[0] > own.feedback(["sort"] * 4, np.ones(4)).mean[0]
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_events_of_threads_and_of_dispatchers_that_share_a_file_all_count(
+    own: Dispatcher, tmp_path: "Path", kept: bool
+) -> None:
+    """Four threads of labels and rewards; where the prior is kept, half of them by another dispatcher, as another
+    process has one. Threads take turns every 10 µs, so that lost updates would show."""
+    others = [own, own]
+    if kept:
+        own.keep_prior(tmp_path / "prior.json")
+        others[1] = Dispatcher.load(tmp_path / "own")
+        others[1].keep_prior(tmp_path / "prior.json")
+    calls = [lambda: own.update([0]), lambda: own.feedback("add", 0.5)]
+    calls += [lambda: others[1].update([1, 2]), lambda: others[1].feedback("base", 1.0)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            for done in [threads.submit(call) for _ in range(40) for call in calls]:
+                done.result()
+    finally:
+        sys.setswitchinterval(interval)
+    assert own.update([0]).events == 40 * 5 + 1
 
 
 def test_the_prior_outlives_the_process(own: Dispatcher, tmp_path: "Path") -> None:
