@@ -1,6 +1,7 @@
 # Needs make and Python 3.11 or newer with venv and pip; everything else goes into .venv, at the versions of requirements.lock.
 #   make demo                      first pass, dispatch and blended generation with the shipped model
 #   make test                      the fast tests; `make check` runs everything that CI runs
+#   make docs                      the guides and the API as a site, in build/site
 #   make PYTHON=python3.12 demo    another interpreter (`make clean` first if .venv was made by the former)
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input $(if $(CI),-q
 PYTEST := $(BIN)/python -m pytest
 
 .DELETE_ON_ERROR:
-.PHONY: install demo train test slow lint wheel-test notebooks check clean
+.PHONY: install demo train test slow lint wheel-test notebooks docs check clean
 
 install: $(INSTALLED)
 
@@ -66,7 +67,10 @@ wheel-test: $(INSTALLED)
 notebooks: $(INSTALLED)
 	$(PYTEST) --nbmake --nbmake-timeout=900 notebooks
 
-check: lint test slow wheel-test notebooks
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: lint test slow wheel-test notebooks docs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

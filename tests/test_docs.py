@@ -1,5 +1,10 @@
-"""The guides in docs/ say what is so: their code runs, and the tests that one names exist."""
+"""README and guides say what is so.
 
+Their Python runs and prints what they show, their shell commands parse, their links lead somewhere, the results are the shipped bundle's,
+and the API page names every public name.
+"""
+
+import os
 import re
 import shlex
 import subprocess
@@ -7,26 +12,88 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
+
+import bayes_dispatch
+from bayes_dispatch.app.bundle import load_bundle
+from bayes_dispatch.app.commands.main import app
+from bayes_dispatch.app.tables import report_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDE = (ROOT / "docs" / "model.md").read_text(encoding="utf-8")
+PAGES = {path.stem: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+SLOW = ("dispatcher", "experts", "inference")  # they fit and train
+
+
+def text_of(page: str) -> str:
+    return PAGES[page].read_text(encoding="utf-8")
+
+
+def blocks(page: str, language: str) -> str:
+    return "".join(re.findall(rf"^```{language}\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL))
+
+
+def commands() -> list[list[str]]:
+    lines = "".join(blocks(page, "sh") for page in PAGES).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def shape(printed: str) -> list[str]:
+    """Words, with one sign for every number and truth value: fits and training end elsewhere on another machine."""
+    return re.sub(r"[-+]?[\d.]+(e[-+]?\d+)?|\b(True|False)\b", "#", printed).split()
 
 
 @pytest.mark.parametrize(
-    "guide", ["model", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dispatcher", "experts", "inference"))]
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in PAGES if page != "index" and blocks(page, "python")],
 )
-def test_python_blocks_run_in_order(guide: str, tmp_path: Path) -> None:
-    text = (ROOT / "docs" / f"{guide}.md").read_text(encoding="utf-8")
-    code = "".join(re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+def test_python_prints_what_is_shown(page: str, tmp_path: Path) -> None:
+    code = "import matplotlib; matplotlib.use('agg')\n" + blocks(page, "python")
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # else tests that run at once slow each other down many times
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=one_thread, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    if page in SLOW:
+        assert shape(done.stdout) == shape(blocks(page, "text"))
+    else:
+        assert done.stdout == blocks(page, "text")
 
 
-def test_the_tests_of_the_feature_list_exist() -> None:
-    named = set(re.findall(r"`pytest ([^`]+)`", GUIDE))
-    assert len(named) > 10
-    for command in named:
-        file, *selection = shlex.split(command)
-        found = re.findall(r"def (test_\w+)", (ROOT / file).read_text(encoding="utf-8"))
-        assert found, command
-        assert selection == [] or (selection[0] == "-k" and selection[1:] == [selection[1]] and selection[1] in found)
+def test_shell_commands_parse() -> None:
+    """Every option exists and every value is of its type; nothing runs."""
+    known = typer.main.get_command(app)
+    ours = [command for command in commands() if command[0] == "bayes-dispatch"]
+    assert {command[1] for command in ours} >= {"generate", "train-expert", "chat", "compare", "diagnose"}
+    for command in ours:
+        group, words = known, command[1:]
+        while hasattr(group, "commands"):
+            group, words = group.commands[words[0]], words[1:]
+        group.make_context(command[1], words)
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    named = {command[1] for command in commands() if command[0] == "make"}
+    named |= {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)`", text_of(page))}
+    assert {"demo", "test"} <= named <= targets
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_named_files_exist(page: str) -> None:
+    text = text_of(page)
+    links = [PAGES[page].parent / link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    files = [ROOT / name for name in re.findall(r"(?:benchmarks|notebooks|tests)/[\w/]+\.(?:py|ipynb)", text)]
+    assert [path for path in [*links, *files] if not path.exists()] == []
+
+
+def test_readme_is_short() -> None:
+    assert len(text_of("README").split()) <= 1000
+
+
+def test_results_are_the_shipped_bundles() -> None:
+    written = text_of("results").partition("<!-- results -->\n")[2].partition("\n<!-- end of results -->")[0]
+    assert written == report_markdown(load_bundle().report)
+
+
+def test_api_page_names_every_public_name() -> None:
+    assert sorted(re.findall(r"^::: bayes_dispatch\.(\w+)$", text_of("api"), re.MULTILINE)) == sorted(
+        bayes_dispatch.__all__
+    )
