@@ -1,7 +1,7 @@
 """README and guides say what is so.
 
-Their Python runs and prints what they show, their shell commands parse, their links lead somewhere, the results are the shipped bundle's,
-and the API page names every public name.
+Their Python runs and prints what they show, their shell commands parse, their links lead somewhere, the results are
+the shipped bundle's, and the API page names every public name.
 """
 
 import os
@@ -22,6 +22,7 @@ from bayes_dispatch.app.tables import report_markdown
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {path.stem: path for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
 SLOW = ("dispatcher", "experts", "inference")  # they fit and train
+SHOWING = ("README", "model", *(pytest.param(page, marks=pytest.mark.slow) for page in SLOW))
 
 
 def text_of(page: str) -> str:
@@ -42,10 +43,7 @@ def shape(printed: str) -> list[str]:
     return re.sub(r"[-+]?[\d.]+(e[-+]?\d+)?|\b(True|False)\b", "#", printed).split()
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(page, marks=pytest.mark.slow if page in SLOW else ()) for page in PAGES if page != "index" and blocks(page, "python")],
-)
+@pytest.mark.parametrize("page", SHOWING)
 def test_python_prints_what_is_shown(page: str, tmp_path: Path) -> None:
     code = "import matplotlib; matplotlib.use('agg')\n" + blocks(page, "python")
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # else tests that run at once slow each other down many times
