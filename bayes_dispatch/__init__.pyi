@@ -83,6 +83,7 @@ from .inference.scoring.compare import compare_blends as compare_blends
 from .inference.scoring.compare import compare_systems as compare_systems
 from .inference.scoring.scores import Comparison as Comparison
 from .inference.scoring.scores import SystemComparison as SystemComparison
+from .inference.two_pass.blends import DEFAULT_BLEND as DEFAULT_BLEND
 from .inference.two_pass.blends import BestExpert as BestExpert
 from .inference.two_pass.blends import Blend as Blend
 from .inference.two_pass.blends import PosteriorMean as PosteriorMean
@@ -90,6 +91,7 @@ from .inference.two_pass.blends import PosteriorPredictive as PosteriorPredictiv
 from .inference.two_pass.blends import RefinedMean as RefinedMean
 from .inference.two_pass.blends import ThompsonSample as ThompsonSample
 from .inference.two_pass.blends import TopK as TopK
+from .inference.two_pass.blends import as_blend as as_blend
 from .inference.two_pass.cost import Cost as Cost
 from .inference.two_pass.first_pass import FirstPass as FirstPass
 from .inference.two_pass.first_pass import first_pass as first_pass

@@ -42,8 +42,8 @@ from bayes_dispatch.inference.two_pass.system import Dispatched
 
 __all__ = ["ABLATIONS", "Scores", "judge", "main", "tables"]
 
-OURS, BEST_FIXED = "predictive", "best fixed"
-BLENDS = ("base", "max", "top_k", "weighted_average", "thompson", OURS)
+OURS, BEST_FIXED = bd.PosteriorPredictive(16).name, "best fixed"
+BLENDS = ("base", "best_expert", "top_k(2)", "posterior_mean", "thompson_sample", OURS)
 FIXED, AFTER_PROMPT = "fixed weights", "evidence once: features, then bytes after the prompt"
 ABLATIONS = (
     "never switches (ε = 0)",
@@ -139,9 +139,9 @@ def particles_of(
     vertices = np.tile(np.eye(components), (prompts, 1, 1))
     anywhere = np.random.default_rng(seed).dirichlet(np.ones(components), (prompts, count - components))
     halves = np.repeat([0.5 / components, 0.5 / (count - components)], [components, count - components])
-    blind = Particles(np.concatenate([vertices, anywhere], 1), np.tile(halves, (prompts, 1)), ours.switching, ours.flat)
+    blind = Particles(np.concatenate([vertices, anywhere], 1), np.tile(halves, (prompts, 1)), ours.switching)
     modes = (bd.BestExpert(), bd.TopK(2), bd.PosteriorMean(), bd.ThompsonSample())
-    particles = {"base": _single(vertices[:, -1]), OURS: ours}
+    particles = {"base": Particles.single(vertices[:, -1]), OURS: ours}
     particles |= {blend.name: blend.particles(posterior) for blend in modes}
     ablated = (
         bd.PosteriorPredictive(16, switching=(0.0,)).particles(posterior),
@@ -164,9 +164,9 @@ def judge(bundle: bd.Bundle, documents: Sequence[bd.Document], seed: int, progre
     posterior = Dispatched().posterior(bundle, [document.prompt for document in documents], seed)
     particles, filtered_from = particles_of(posterior, documents, seed)
     corners = np.tile(np.eye(len(posterior.experts))[:, None], (len(documents), 1))
-    fixed = {name: _single(weights) for name, weights in zip(posterior.experts, corners, strict=True)}
+    fixed = {name: Particles.single(weights) for name, weights in zip(posterior.experts, corners, strict=True)}
     pairs = {
-        f"{one} + {other}": _single((fixed[one].weights + fixed[other].weights)[:, 0] / 2)
+        f"{one} + {other}": Particles.single((fixed[one].weights + fixed[other].weights)[:, 0] / 2)
         for one, other in combinations(fixed, 2)
     }
 
@@ -177,7 +177,7 @@ def judge(bundle: bd.Bundle, documents: Sequence[bd.Document], seed: int, progre
 
     few = max(2, -(-len(documents) // 4))  # a paired comparison takes two
     found = scored(slice(few), particles | fixed | pairs)
-    candidates = [*fixed, *pairs, bd.PosteriorMean.name]
+    candidates = [*fixed, *pairs, bd.PosteriorMean().name]
     best = np.argmin([[score.nll for score in found[name]] for name in candidates], axis=0)
     found[BEST_FIXED] = [found[candidates[which]][n] for n, which in enumerate(best)]
     parts = [Scores.of_documents({name: scores for name, scores in found.items() if name not in pairs})]
@@ -185,10 +185,6 @@ def judge(bundle: bd.Bundle, documents: Sequence[bd.Document], seed: int, progre
         cheap = {name: each for name, each in (particles | fixed).items() if name not in COSTLY}
         parts.append(Scores.of_documents(scored(slice(few, None), cheap)))
     return Scores.concatenate(parts)
-
-
-def _single(weights: np.ndarray) -> Particles:
-    return Particles(weights[:, None], np.ones((len(weights), 1)))
 
 
 def kept(path: Path, bundle: bd.Bundle, name: str, documents: int, seed: int) -> Scores:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.inference.two_pass.blends import Blend
+from bayes_dispatch.inference.two_pass.blends import DEFAULT_BLEND, Blend, as_blend
 from bayes_dispatch.inference.two_pass.generation import Generation, Streamed
 from bayes_dispatch.inference.two_pass.prompts import check_ending, check_prompts
 from bayes_dispatch.inference.two_pass.second_pass import Request, SecondPass
@@ -47,7 +47,7 @@ class TwoPassGenerator:
         self,
         prompts: Sequence[str | bytes],
         *,
-        blend: Blend,
+        blend: Blend | str = DEFAULT_BLEND,
         max_new_tokens: int,
         do_sample: bool = False,
         temperature: float = 1.0,
@@ -63,7 +63,8 @@ class TwoPassGenerator:
         """Continue each prompt under its blended experts.
 
         Args:
-            prompts: 1 to 4,096 bytes of UTF-8 each. blend: how the posterior becomes particles.
+            prompts: 1 to 4,096 bytes of UTF-8 each.
+            blend: how the posterior becomes particles, or its name (``as_blend``); also an expert's, or ``"base"``.
             max_new_tokens: bytes to generate, 1 to 65,536. do_sample, temperature: see ``Sampling``; greedy by default.
             seed: of posterior draws and sampling; ``None`` for a fresh one. A prompt's result does not depend on the
                 prompts beside it, except that copies of a prompt draw differently.
@@ -78,7 +79,7 @@ class TwoPassGenerator:
             progress: show a progress bar over tokens.
 
         Raises:
-            PromptError: see ``check_prompts``. ConfigError: a setting out of range.
+            PromptError: see ``check_prompts``. ConfigError: a setting out of range. UnknownNameError: of a blend.
         """
         run = self._run(
             prompts,
@@ -99,7 +100,7 @@ class TwoPassGenerator:
         numbers = np.full((3, count, max_new_tokens), np.nan)
         lengths = np.zeros(count, dtype=int)
         paths: list[list[np.ndarray]] = [[] for _ in range(count)]
-        with tqdm(total=count * max_new_tokens, desc=blend.name, disable=not progress) as bar:
+        with tqdm(total=count * max_new_tokens, desc=run.blend.name, disable=not progress) as bar:
             for token, chosen, _ in run.tokens():
                 place = chosen, lengths[chosen]
                 ids[place] = token.ids
@@ -115,7 +116,7 @@ class TwoPassGenerator:
             token_ids=ids,
             log_probabilities=numbers[0],
             posterior=run.posterior(range(count)),
-            blend=blend.name,
+            blend=run.blend.name,
             weights=np.stack([run.weights[n] for n in range(count)]),
             predictive_entropy=numbers[1],
             mutual_information=numbers[2],
@@ -130,7 +131,7 @@ class TwoPassGenerator:
         self,
         prompts: Sequence[str | bytes],
         *,
-        blend: Blend,
+        blend: Blend | str = DEFAULT_BLEND,
         max_new_tokens: int,
         do_sample: bool = False,
         temperature: float = 1.0,
@@ -168,7 +169,7 @@ class TwoPassGenerator:
     def chat(
         self,
         *,
-        blend: Blend,
+        blend: Blend | str = DEFAULT_BLEND,
         seed: int = 0,
         threshold: float = 0.01,
         max_context: int = 4096,
@@ -178,7 +179,7 @@ class TwoPassGenerator:
         """A conversation: caches stay over the turns, the weights follow what the user says (``inference.chat``).
 
         Args:
-            blend: how the posterior becomes particles. seed: of posterior draws and sampling.
+            blend: as in ``generate``. seed: of posterior draws and sampling.
             threshold: the chat re-adapts when its new posterior predicts otherwise by more nats a token.
             max_context: bytes of the transcript; where more are said, the oldest half is forgotten.
             own_evidence: whether the model's bytes go on filtering the particles when its reply has ended.
@@ -191,7 +192,8 @@ class TwoPassGenerator:
         from bayes_dispatch.inference.chat.chat import Chat
         from bayes_dispatch.inference.chat.state import ChatSettings
 
-        settings = ChatSettings(blend, seed, threshold, max_context, own_evidence)
+        chosen = as_blend(blend, self.bundle.experts.components)
+        settings = ChatSettings(chosen, seed, threshold, max_context, own_evidence)
         chat = Chat(self.bundle, settings, None if file is None else Path(file))
         if file is not None:
             if Path(file).exists():
@@ -239,7 +241,7 @@ class TwoPassGenerator:
         self,
         prompts: Sequence[str | bytes],
         *,
-        blend: Blend,
+        blend: Blend | str,
         max_new_tokens: int,
         do_sample: bool,
         temperature: float,
@@ -258,7 +260,7 @@ class TwoPassGenerator:
             seed = int(np.random.SeedSequence().generate_state(1)[0])
         data = check_prompts(prompts)
         request = Request(
-            blend=blend,
+            blend=as_blend(blend, self.bundle.experts.components),
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             stop=ending,

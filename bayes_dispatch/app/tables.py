@@ -20,14 +20,8 @@ Mark = Literal["plain", "best", "right", "wrong"]
 STYLES: dict[Mark, str] = {"plain": "", "best": "bold", "right": "green", "wrong": "red"}
 SIGNS: dict[Mark, str] = {"plain": "", "best": "", "right": "✓ ", "wrong": "✗ "}
 
-BLEND_TITLES = {
-    "base": "base",
-    "max": "BestExpert",
-    "weighted_average": "PosteriorMean",
-    "top_k": "TopK(2)",
-    "thompson": "Thompson",
-    "predictive": "Predictive(16)",
-}
+PREDICTIVE = "posterior_predictive(16)"
+BLENDS = ("base", "best_expert", "posterior_mean", "top_k(2)", "thompson_sample", PREDICTIVE)
 
 
 @dataclass(frozen=True)
@@ -175,30 +169,43 @@ def _dispatch(part: Mapping[str, Any]) -> list[Table]:
 def _pure(part: Mapping[str, Any]) -> list[Table]:
     rows: Rows = []
     for domain, scores in part.items():
-        lost = [_number(scores[blend][f"nll_minus_{domain}"], signed=True) for blend in BLEND_TITLES]
+        scores = _named(scores)
+        lost = [_number(scores[blend][f"nll_minus_{domain}"], signed=True) for blend in BLENDS]
         rows.append([domain, _number(scores[domain]["nll"]), *lost])
-    columns = ["domain", "NLL of right expert", *BLEND_TITLES.values()]
+    columns = ["domain", "NLL of right expert", *BLENDS]
     title = "Documents of one domain: NLL that each blend loses to the right expert (paired)"
     return [Table(title, columns, rows)]
 
 
 def _blended(part: Mapping[str, Any], title: str) -> list[Table]:
-    blends = list(BLEND_TITLES)
-    rivals = {blend: name for blend, name in BLEND_TITLES.items() if blend != "predictive"}
+    rivals = [blend for blend in BLENDS if blend != PREDICTIVE]
     nll: Rows = []
     lost: Rows = []
     for name, scores in part.items():
-        nll.append([name, *_numbers([scores[blend]["nll"] for blend in blends], best=min)])
-        to_predictive = [_number(scores[blend]["nll_minus_predictive"], signed=True) for blend in rivals]
+        scores = _named(scores)
+        nll.append([name, *_numbers([scores[blend]["nll"] for blend in BLENDS], best=min)])
+        to_predictive = [_number(scores[blend][f"nll_minus_{PREDICTIVE}"], signed=True) for blend in rivals]
         lost.append([name, *to_predictive, _number(scores["mean_minus_best"], signed=True)])
     return [
-        Table(f"{title}: NLL", ["documents", *BLEND_TITLES.values()], nll),
+        Table(f"{title}: NLL", ["documents", *BLENDS], nll),
         Table(
-            f"{title}: NLL that each loses to Predictive(16), and PosteriorMean to BestExpert (paired)",
-            ["documents", *rivals.values(), "Mean − Best"],
+            f"{title}: NLL that each loses to {PREDICTIVE}, and posterior_mean to best_expert (paired)",
+            ["documents", *rivals, "Mean − Best"],
             lost,
         ),
     ]
+
+
+def _named(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores of blends by their names of today, in reports of any age."""
+    from bayes_dispatch.inference.two_pass.blends import full_name
+
+    minus, found = "nll_minus_", {}
+    for blend, own in scores.items():
+        if isinstance(own, Mapping):
+            own = {minus + full_name(key.removeprefix(minus)) if minus in key else key: v for key, v in own.items()}
+        found[full_name(blend)] = own
+    return found
 
 
 def _numbers(values: Sequence[Sequence[float | int]], best: Callable[[list[float]], float]) -> list[Cell]:

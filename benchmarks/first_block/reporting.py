@@ -16,7 +16,7 @@ Number = tuple[float, float]  # and its standard error
 Found = Mapping[int, Sequence[Scores]]  # first block → scores by seed; 0 is there
 
 CURVE = ("accuracy 32", "Brier, mixes")  # of the dispatcher
-BLEND_NAMES = {"base": "base", "weighted_average": "mean", "predictive": "predictive"}
+BLEND_NAMES = {"base": "base", "posterior_mean": "mean", "posterior_predictive(16)": "predictive"}
 
 
 def gain_kept(base: Sequence[float], zero: Sequence[float], own: Sequence[float]) -> Number:
@@ -79,7 +79,7 @@ def tables(
     curve, cost = [], []
     for block, scores in found.items():
         exact = [_over([_mean(each.exact[name][OWN]) for name in conventions]) for each in scores]
-        lost = [_lost(found, block, kind, "predictive") for kind in BLENDED]
+        lost = [_lost(found, block, kind, BLENDS["predictive"].name) for kind in BLENDED]
         mean = spent[block]["mean"]
         curve.append(
             [

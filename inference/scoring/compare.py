@@ -17,7 +17,7 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.scoring.document_reader import Reading, read_documents, scored_places
 from bayes_dispatch.inference.scoring.scores import Comparison, Score, ScoredBytes, SystemComparison
-from bayes_dispatch.inference.two_pass.blends import Blend, Particles
+from bayes_dispatch.inference.two_pass.blends import Blend, Particles, as_blend
 from bayes_dispatch.inference.two_pass.filtering import ParticleFilter, predictive
 from bayes_dispatch.inference.two_pass.system import Dispatched, Strategy, System
 from bayes_dispatch.model.backbone import Backbone, Cuttable
@@ -33,7 +33,7 @@ KEPT_AT_ONCE = 2**25  # log-probabilities of the documents that are scored toget
 def compare_blends(
     bundle: System,
     documents: Sequence[Document],
-    blends: Sequence[Blend],
+    blends: Sequence[Blend | str],
     seed: int = 0,
     progress: bool = False,
     strategy: Strategy | None = None,
@@ -42,19 +42,23 @@ def compare_blends(
 
     Args:
         bundle: model, tokenizer, experts and dispatcher. documents: with at least one prompt byte and one scored byte.
-        blends: of different names. seed: of the posterior draws. progress: show a progress bar.
+        blends: all different, or their names (``as_blend``); that of an expert, or ``"base"``, is a blend, too.
+        seed: of the posterior draws. progress: show a progress bar.
         strategy: gives the posterior; the bundle's dispatcher by default.
 
     Raises:
-        ConfigError: no blend, two blends of one name, no document, or one without scored bytes.
-        PromptError: a document without prompt.
+        ConfigError: no blend, two equal blends, no document, or one without scored bytes.
+        UnknownNameError: an unknown name. PromptError: a document without prompt.
     """
-    names = [blend.name for blend in blends]
+    if isinstance(blends, str):
+        raise ConfigError(f"expected a list of blends, got the name {blends!r} alone")
+    chosen = [as_blend(blend, bundle.experts.components) for blend in blends]
+    names = [blend.name for blend in chosen]
     if len(set(names)) < len(names) or not names:
-        raise ConfigError(f"expected blends of different names, got {names or 'none'}")
+        raise ConfigError(f"expected blends that all differ, got {', '.join(names) or 'none'}")
     _check(documents)
     posterior = (strategy or Dispatched()).posterior(bundle, [document.prompt for document in documents], seed)
-    particles = {blend.name: blend.particles(posterior) for blend in blends}
+    particles = {blend.name: blend.particles(posterior) for blend in chosen}
     found = score_together(bundle.model, bundle.experts, documents, particles, progress)
     return Comparison(tuple(score for name in names for score in found[name]))
 
@@ -62,7 +66,7 @@ def compare_blends(
 def compare_systems(
     systems: Mapping[str, System],
     documents: Sequence[Document],
-    blends: Sequence[Blend],
+    blends: Sequence[Blend | str],
     seed: int = 0,
     progress: bool = False,
 ) -> SystemComparison:
@@ -221,9 +225,12 @@ def _distinct(weights: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.
     return list(rows), np.split(np.stack([each.reshape(-1) for each in where]), cuts, axis=1)
 
 
-def _check(documents: Sequence[Document]) -> None:
-    if not documents:
-        raise ConfigError("expected at least one document, got none")
+def _check(documents: Sequence[object]) -> None:
+    if isinstance(documents, str | bytes) or not documents:
+        raise ConfigError(f"expected a list of at least one document, got {repr(documents)[:60]}")
     for index, document in enumerate(documents):
+        if not isinstance(document, Document):
+            expected = f"expected document {index} to be a Document(text, prompt_bytes), whose bytes after the prompt"
+            raise ConfigError(f"{expected} are scored, got {document!r:.40}")
         if not any(stop > start for start, stop in document.ranges):
             raise ConfigError(f"expected document {index} to have scored bytes, got none")

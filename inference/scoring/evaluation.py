@@ -21,11 +21,10 @@ from bayes_dispatch.inference.scoring.compare import compare_blends, score_parti
 from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence
 from bayes_dispatch.inference.scoring.scores import Score
 from bayes_dispatch.inference.two_pass.blends import (
+    DEFAULT_BLEND,
     BestExpert,
-    FixedWeights,
     Particles,
     PosteriorMean,
-    PosteriorPredictive,
     ThompsonSample,
     TopK,
 )
@@ -46,6 +45,7 @@ __all__ = [
 ]
 
 PROMPT_BYTES, TOTAL_BYTES = 128, 256
+BLENDS = (BestExpert(), PosteriorMean(), TopK(2), ThompsonSample(), DEFAULT_BLEND)
 _NAMED = {convention.name: convention for convention in CONVENTIONS}
 
 
@@ -119,20 +119,13 @@ def dispatch_report(
 def pure_report(system: System, domain: Domain, count: int, seed: int) -> dict[str, Any]:
     """Blends on documents of one domain, and how much NLL each loses to the right expert."""
     documents = held_out_documents(domain, count, seed)
-    components = system.experts.components
-    blends = [FixedWeights.vertex(components, domain.name), FixedWeights.vertex(components, BASE), *_blends()]
-    return _versus(compare_blends(system, documents, blends, seed).scores, domain.name)
+    return _versus(compare_blends(system, documents, [domain.name, BASE, *BLENDS], seed).scores, domain.name)
 
 
 def mixed_report(system: System, domain: Domain, count: int, seed: int) -> dict[str, Any]:
     """Blends on documents that mix or switch conventions, and their paired differences to ``PosteriorPredictive``."""
     documents = held_out_documents(domain, count, seed)
-    blends = [FixedWeights.vertex(system.experts.components, BASE), *_blends()]
-    return _versus(compare_blends(system, documents, blends, seed).scores, PosteriorPredictive.name)
-
-
-def _blends() -> list[Any]:
-    return [BestExpert(), PosteriorMean(), TopK(2), ThompsonSample(), PosteriorPredictive(16)]
+    return _versus(compare_blends(system, documents, [BASE, *BLENDS], seed).scores, DEFAULT_BLEND.name)
 
 
 def paired(scores: Sequence[Score], one: str, other: str) -> list[float]:
@@ -152,8 +145,7 @@ def _versus(scores: Sequence[Score], reference: str) -> dict[str, Any]:
             "exact_match": _mean([score.exact_match for score in own]),
             f"nll_minus_{reference}": paired(scores, name, reference),
         }
-    if BestExpert.name in names:
-        report["mean_minus_best"] = paired(scores, PosteriorMean.name, BestExpert.name)
+    report["mean_minus_best"] = paired(scores, PosteriorMean().name, BestExpert().name)
     return report
 
 

@@ -16,6 +16,7 @@ from bayes_dispatch.checks.paired import paired_comparison
 from bayes_dispatch.checks.reliability import confidence_curve
 from bayes_dispatch.dispatcher.arviz_data import to_inference_data
 from bayes_dispatch.errors import ConfigError, UnknownNameError
+from bayes_dispatch.inference.two_pass.blends import full_name
 
 if TYPE_CHECKING:
     import pandas
@@ -108,14 +109,25 @@ class Comparison:
         return tuple(dict.fromkeys(score.blend for score in self.scores))
 
     def of(self, blend: str) -> tuple[Score, ...]:
-        """The scores under one blend, in the order of the documents.
+        """The scores under one blend, in the order of the documents; a name may leave out default settings.
 
         Raises:
             UnknownNameError: it was not compared.
         """
-        if blend not in self.blends:
-            raise UnknownNameError(f"expected a blend of {', '.join(self.blends)}, got {blend!r}")
-        return tuple(score for score in self.scores if score.blend == blend)
+        name = self.named(blend)
+        return tuple(score for score in self.scores if score.blend == name)
+
+    def named(self, blend: str) -> str:
+        """A blend's name in the tables, from any that ``as_blend`` reads.
+
+        Raises:
+            UnknownNameError: it was not compared.
+        """
+        if blend in self.blends:
+            return blend
+        if (name := full_name(blend)) in self.blends:
+            return name
+        raise UnknownNameError(f"expected a blend of {', '.join(self.blends)}, got {blend!r}")
 
     def values(self, blend: str, metric: str) -> Float[np.ndarray, " document"]:
         """One metric under one blend, for each document.
@@ -177,8 +189,7 @@ class Comparison:
         """
         import pandas
 
-        self.of(reference)
-        rows = []
+        reference, rows = self.named(reference), []
         for blend in self.blends:
             if blend != reference:
                 for metric in metrics:

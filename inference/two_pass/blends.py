@@ -2,30 +2,40 @@
 
 A blend answers with *particles*: blend weights, each run as one row of the model, with a prior mass. One particle is a
 plain adapted model. Several are mixed token by token, and the tokens read so far say which of them fit (``filtering``).
+
+A blend is called by its class in snake case, with its settings in parentheses where it has some: ``best_expert``,
+``top_k(2)``, ``posterior_predictive(16)``. ``as_blend`` reads such names.
 """
 
+import ast
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from bayes_dispatch.arguments import simplex
+from bayes_dispatch.arguments import real, simplex, whole
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
-from bayes_dispatch.errors import ConfigError, UnknownNameError
+from bayes_dispatch.errors import BayesDispatchError, ConfigError, UnknownNameError
 
 __all__ = [
+    "ALIASES",
     "BLENDS",
+    "DEFAULT_BLEND",
     "BestExpert",
     "Blend",
     "FixedWeights",
+    "NamedBySettings",
     "Particles",
     "PosteriorMean",
     "PosteriorPredictive",
     "RefinedMean",
     "ThompsonSample",
     "TopK",
-    "blend_by_name",
+    "as_blend",
+    "check_switching",
+    "full_name",
 ]
 
 
@@ -35,11 +45,10 @@ class Particles:
 
     Attributes:
         weights: (prompt, particle, K + 1), each on the simplex.
-        mass: (prompt, particle), prior probabilities, summing to 1 over the particles.
+        mass: (prompt, particle), prior probabilities, summing to 1 over the particles. A document that changes its
+            domain draws the new one from them, too.
         switching: possible values of the probability, at each token, that the document changes its domain; equally
             probable at first, and filtered along with the particles. 0 alone: it never changes.
-        flat: share of equal masses of the vertices (of all particles, where none is one) in the prior that a changed
-            document draws its domain from. It does not depend on how many particles there are besides.
         merge: once the prompt is read, particles are run as one as long as the mixture is expected to change by no
             more than this many nats a token (``merging``); 0 for none.
         refined: once the prompt is read, the particles are replaced by one: their filtered mean.
@@ -54,7 +63,6 @@ class Particles:
     weights: np.ndarray
     mass: np.ndarray
     switching: tuple[float, ...] = (0.0,)
-    flat: float = 0.0
     merge: float = 0.0
     refined: bool = False
     layers: np.ndarray | None = None
@@ -62,6 +70,11 @@ class Particles:
     def __post_init__(self) -> None:
         if self.refined and self.layers is not None:
             raise ConfigError("expected particles of the same weights in every layer to refine, got weights by layer")
+
+    @classmethod
+    def single(cls, weights: np.ndarray) -> "Particles":
+        """One particle for each of the (prompt, K + 1) weights."""
+        return cls(weights[:, None], np.ones((len(weights), 1)))
 
     @property
     def run(self) -> np.ndarray:
@@ -79,33 +92,48 @@ class Blend(Protocol):
     """A way to turn a posterior into particles."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What tables call it; different blends have different names."""
+        ...
 
     def particles(self, posterior: DispatchPosterior) -> Particles:
         """Particles for each prompt of ``posterior``."""
         ...
 
 
+class NamedBySettings:
+    """The name of a dataclass of settings: its class, its first setting, and others where they are not the default."""
+
+    @property
+    def name(self) -> str:
+        """Such as ``best_expert``, ``top_k(2)`` or ``posterior_predictive(16, merge=0.0)``."""
+        shown: list[str] = []
+        for each in fields(self):  # type: ignore[arg-type]  # every class of this kind is a dataclass
+            value = getattr(self, each.name)
+            if each.repr and not shown:
+                shown.append(repr(value))
+            elif each.repr and value != each.default:
+                shown.append(f"{each.name}={value!r}")
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+        return f"{name}({', '.join(shown)})" if shown else name
+
+
 @dataclass(frozen=True)
-class PosteriorMean:
+class PosteriorMean(NamedBySettings):
     """One particle: the posterior mean of the weights."""
 
-    name = "weighted_average"
-
     def particles(self, posterior: DispatchPosterior) -> Particles:
-        return _single(posterior.mean)
+        return Particles.single(posterior.mean)
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(NamedBySettings):
     """One particle: the ``k`` largest components of the posterior mean, renormalised."""
 
     k: int = 2
-    name = "top_k"
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ConfigError(f"expected k of at least 1, got {self.k}")
+        object.__setattr__(self, "k", whole("k", self.k, 1))
 
     def particles(self, posterior: DispatchPosterior) -> Particles:
         mean = posterior.mean
@@ -114,38 +142,44 @@ class TopK:
         kept = np.argsort(-mean, axis=1, kind="stable")[:, : self.k]
         weights = np.zeros_like(mean)
         np.put_along_axis(weights, kept, np.take_along_axis(mean, kept, axis=1), axis=1)
-        return _single(weights / weights.sum(1, keepdims=True))
+        return Particles.single(weights / weights.sum(1, keepdims=True))
 
 
 @dataclass(frozen=True)
-class BestExpert:
+class BestExpert(NamedBySettings):
     """One particle: all weight on the component of the largest posterior mean (hard routing)."""
 
-    name = "max"
-
     def particles(self, posterior: DispatchPosterior) -> Particles:
-        return _single(np.eye(posterior.mean.shape[1])[posterior.mean.argmax(1)])
+        return Particles.single(np.eye(posterior.mean.shape[1])[posterior.mean.argmax(1)])
 
 
 @dataclass(frozen=True)
-class ThompsonSample:
+class ThompsonSample(NamedBySettings):
     """One particle: the first draw of the posterior."""
 
-    name = "thompson"
-
     def particles(self, posterior: DispatchPosterior) -> Particles:
-        return _single(posterior.weights[0])
+        return Particles.single(posterior.weights[0])
 
 
 @dataclass(frozen=True)
 class FixedWeights:
-    """One particle, the same for every prompt; a vertex is a single expert, or base."""
+    """One particle, the same for every prompt; a vertex is a single expert, or base.
+
+    Attributes:
+        weights: (K + 1), on the simplex. name: of the blend; a vertex has that of its component.
+
+    Raises:
+        ConfigError: weights off the simplex.
+    """
 
     weights: tuple[float, ...]
-    name: str = "fixed"
+    name: str = ""
 
     def __post_init__(self) -> None:
         simplex("weights", self.weights)
+        weights = tuple(map(float, self.weights))
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "name", self.name or f"fixed_weights{weights}")
 
     @classmethod
     def vertex(cls, components: Sequence[str], component: str) -> "FixedWeights":
@@ -162,11 +196,23 @@ class FixedWeights:
         prompts, components = posterior.mean.shape
         if len(self.weights) != components:
             raise ConfigError(f"expected {components} weights, got {len(self.weights)}")
-        return _single(np.tile(self.weights, (prompts, 1)))
+        return Particles.single(np.tile(self.weights, (prompts, 1)))
+
+
+def check_switching(rates: Sequence[float]) -> tuple[float, ...]:
+    """Switching rates: see ``Particles``.
+
+    Raises:
+        ConfigError: none, or one outside [0, 1).
+    """
+    found = tuple(real("a switching rate", rate, 0) for rate in rates)
+    if not found or max(found) >= 1:
+        raise ConfigError(f"expected switching rates in [0, 1), got {rates}")
+    return found
 
 
 @dataclass(frozen=True)
-class PosteriorPredictive:
+class PosteriorPredictive(NamedBySettings):
     """Many particles whose predictive distributions are mixed, filtered by every token (DESIGN §8).
 
     With more than K + 1 rows to spend, the vertices (each expert, base) take K + 1 of them, the posterior mean one, and
@@ -175,8 +221,12 @@ class PosteriorPredictive:
 
     Attributes:
         draws: particles in all.
-        switching: see ``Particles``. flat: see ``Particles``.
-        vertex_mass: prior mass of the vertices together. merge: see ``Particles``.
+        switching, merge: see ``Particles``.
+        flat: share of the mass that the vertices have in equal parts, whatever the posterior.
+        vertex_mass: of the rest, that of the vertices together.
+
+    Raises:
+        ConfigError: a setting out of range.
     """
 
     draws: int = 16
@@ -184,18 +234,17 @@ class PosteriorPredictive:
     flat: float = 0.06
     vertex_mass: float = 0.5
     merge: float = 0.003
-    name = "predictive"
 
     def __post_init__(self) -> None:
-        if self.draws < 1:
-            raise ConfigError(f"expected at least 1 particle, got {self.draws}")
-        if not self.switching or not all(0 <= rate < 1 for rate in self.switching):
-            raise ConfigError(f"expected switching rates in [0, 1), got {self.switching}")
-        for field in ("flat", "vertex_mass"):
-            if not 0 <= getattr(self, field) < 1:
-                raise ConfigError(f"expected {field} in [0, 1), got {getattr(self, field)}")
-        if not 0 <= self.merge < float("inf"):
-            raise ConfigError(f"expected a merge of at least 0 nats, got {self.merge}")
+        checked: dict[str, Any] = {"draws": whole("draws", self.draws, 1)}
+        checked["switching"] = check_switching(self.switching)
+        for name in ("flat", "vertex_mass"):
+            if (value := real(name, getattr(self, name), 0)) >= 1:
+                raise ConfigError(f"expected {name} in [0, 1), got {value}")
+            checked[name] = value
+        checked["merge"] = real("merge", self.merge, 0)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
     def particles(self, posterior: DispatchPosterior) -> Particles:
         available, prompts, components = posterior.weights.shape
@@ -205,20 +254,18 @@ class PosteriorPredictive:
         drawn = posterior.weights[: self.draws - fixed].swapaxes(0, 1)  # (prompt, draw, K + 1)
         if not fixed:
             mass = np.full((prompts, self.draws), 1 / self.draws)
-            return Particles(drawn, mass, self.switching, self.flat, self.merge)
+            return Particles(drawn, mass, self.switching, self.merge)
         vertices = np.tile(np.eye(components), (prompts, 1, 1))
         inside = np.full((prompts, self.draws - components), (1 - self.vertex_mass) / (self.draws - components))
+        mass = (1 - self.flat) * np.concatenate([self.vertex_mass * posterior.mean, inside], axis=1)
+        mass[:, :components] += self.flat / components
         return Particles(
-            np.concatenate([vertices, posterior.mean[:, None], drawn], axis=1),
-            np.concatenate([self.vertex_mass * posterior.mean, inside], axis=1),
-            self.switching,
-            self.flat,
-            self.merge,
+            np.concatenate([vertices, posterior.mean[:, None], drawn], axis=1), mass, self.switching, self.merge
         )
 
 
 @dataclass(frozen=True)
-class RefinedMean:
+class RefinedMean(NamedBySettings):
     """One particle: the mean of the particles of ``PosteriorPredictive``, filtered by the prompt.
 
     It costs the predictive's rows to read the prompt, and one row to read it again and to generate. It helps while a
@@ -232,10 +279,11 @@ class RefinedMean:
     switching: tuple[float, ...] = (0.001, 0.01, 0.1)
     flat: float = 0.06
     vertex_mass: float = 0.5
-    name = "refined_mean"
 
     def __post_init__(self) -> None:
-        self._predictive()
+        for name, value in vars(self._predictive()).items():
+            if name != "merge":
+                object.__setattr__(self, name, value)
 
     def particles(self, posterior: DispatchPosterior) -> Particles:
         return replace(self._predictive().particles(posterior), refined=True)
@@ -244,27 +292,59 @@ class RefinedMean:
         return PosteriorPredictive(self.draws, self.switching, self.flat, self.vertex_mass, merge=0.0)
 
 
-def _single(weights: np.ndarray) -> Particles:
-    return Particles(weights[:, None], np.ones((len(weights), 1)))
-
+DEFAULT_BLEND = PosteriorPredictive(16)  # of generation, chats and the shell: it was right most often, see docs/results
 
 BLENDS: dict[str, type] = {
-    blend.name: blend for blend in (PosteriorMean, TopK, BestExpert, ThompsonSample, PosteriorPredictive, RefinedMean)
+    "best_expert": BestExpert,
+    "posterior_mean": PosteriorMean,
+    "top_k": TopK,
+    "thompson_sample": ThompsonSample,
+    "posterior_predictive": PosteriorPredictive,
+    "refined_mean": RefinedMean,
+}
+ALIASES = {  # what they were called before
+    "max": "best_expert",
+    "weighted_average": "posterior_mean",
+    "thompson": "thompson_sample",
+    "predictive": "posterior_predictive",
 }
 
 
-def blend_by_name(name: str, *, top_k: int = 2, draws: int = 16) -> Blend:
-    """The blend of a name that the command line uses.
+def as_blend(blend: Blend | str, components: Sequence[str] = ()) -> Blend:
+    """A blend as it is, or the one of a name: ``"top_k"``, ``"top_k(3)"``, ``"posterior_predictive(16, merge=0.0)"``.
+
+    Args:
+        blend: settings that a name leaves out are the default ones. components: their names are blends, too: all
+            weight on one of them.
 
     Raises:
-        UnknownNameError: the name is none of ``BLENDS``.
+        UnknownNameError: there is no such blend. ConfigError: neither blend nor name, or settings that it has not.
     """
-    if name not in BLENDS:
-        raise UnknownNameError(f"expected a blending mode of {', '.join(BLENDS)}, got {name!r}")
-    match BLENDS[name]:
-        case type() as blend if blend is TopK:
-            return TopK(top_k)
-        case type() as blend if blend in (PosteriorPredictive, RefinedMean):
-            return blend(draws)
-        case blend:
-            return blend()
+    if not isinstance(blend, str):
+        if isinstance(blend, type) or not isinstance(blend, Blend):
+            raise ConfigError(f"expected a blend such as PosteriorPredictive(16), or a name, got {blend!r:.60}")
+        return blend
+    called, bracket, _ = blend.partition("(")
+    kind = BLENDS.get(ALIASES.get(called, called))
+    if kind is None:
+        if blend in components:
+            return FixedWeights.vertex(components, blend)
+        names = ", ".join([*BLENDS, *components])
+        raise UnknownNameError(f"expected a blend of {names}, or an object such as TopK(2), got {blend!r}")
+    try:
+        call = ast.parse(blend if bracket else f"{blend}()", mode="eval").body
+        if not isinstance(call, ast.Call):
+            raise SyntaxError
+        given = [ast.literal_eval(value) for value in call.args]
+        found: Blend = kind(*given, **{str(each.arg): ast.literal_eval(each.value) for each in call.keywords})
+    except (SyntaxError, TypeError, ValueError):
+        raise ConfigError(f"expected a blend written as {kind().name}, got {blend!r}") from None
+    return found
+
+
+def full_name(name: str) -> str:
+    """The name in full of the blend that ``name`` is one of; any other name as it is, such as that of an expert."""
+    try:
+        return as_blend(name).name
+    except BayesDispatchError:
+        return name

@@ -38,12 +38,9 @@ class FilterState(NamedTuple):
     @classmethod
     def prior(cls, particles: Particles) -> "FilterState":
         """Before any token."""
-        pure = (particles.weights.max(-1) == 1).astype(np.float64)
-        pure[~pure.any(1)] = 1.0  # without vertices, all particles
-        target = (1 - particles.flat) * particles.mass + particles.flat * pure / pure.sum(1, keepdims=True)
         rates = torch.tensor(particles.switching, dtype=torch.double)
-        log_target = torch.from_numpy(target).log()
-        return cls(log_target[:, None], log_target, rates, np.array(particles.weights)).forgotten()
+        target = torch.tensor(particles.mass, dtype=torch.double).log()
+        return cls(target[:, None], target, rates, np.array(particles.weights)).forgotten()
 
     def forgotten(self) -> "FilterState":
         """The same particles before any token."""

@@ -66,7 +66,7 @@ class SecondPass:
         request: Request,
         given: DispatchPosterior | None,
     ) -> None:
-        self.prompts = tuple(prompts)
+        self.prompts, self.blend = tuple(prompts), request.blend
         self.weights: dict[int, np.ndarray] = {}
         self.paths: dict[int, np.ndarray] = {}
         self.foreign: set[int] = set()

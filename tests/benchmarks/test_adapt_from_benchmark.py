@@ -90,7 +90,7 @@ def test_the_error_of_the_share_is_that_of_the_bootstrap() -> None:
 
 def made_up(own: float, blended: float, brier: float) -> Scores:
     pair = {"base": [1.0, 2.0], OWN: [1.0 - own, 2.0 - own]}
-    blends = {"base": [2.0, 2.0], "weighted_average": [blended, blended], "predictive": [blended, blended + 0.5]}
+    blends = {"base": [2.0, 2.0], "posterior_mean": [blended] * 2, "posterior_predictive(16)": [blended, blended + 0.5]}
     dispatch = dict.fromkeys(JUDGED, 0.875) | {"Brier, mixes": brier}
     return Scores(dict.fromkeys(NAMES, pair), dict.fromkeys(NAMES, pair), dispatch, dict.fromkeys(BLENDED, blends))
 

@@ -38,11 +38,11 @@ def test_it_scores_as_compare_blends_does() -> None:
     documents = held_out_documents(domain, 3, 5)
     found = blends.judge(bundle, documents, 5)
     ours = compare_blends(bundle, documents, [bd.BestExpert(), bd.PosteriorPredictive(16)], seed=5)
-    for name in ("max", OURS):
+    for name in ("best_expert", OURS):
         np.testing.assert_allclose(found.of(name, "nll"), ours.values(name, "nll"), atol=1e-5)
     best, right = found.of(BEST_FIXED, "nll"), found.of("sort", "nll")
     assert np.isnan(best).tolist() == np.isnan(found.of("64 particles", "nll")).tolist() == [False, False, True]
-    assert (best <= np.minimum(right, found.of("weighted_average", "nll")))[:2].all()
+    assert (best <= np.minimum(right, found.of("posterior_mean", "nll")))[:2].all()
     assert all(found.whole(name) for name in found.names if name not in blends.COSTLY)
     assert not np.allclose(found.of(blends.FIXED, "nll"), found.of(OURS, "nll"), atol=1e-4)
 
@@ -57,19 +57,19 @@ def made_up(nll: dict[str, float], documents: int) -> Scores:
 
 
 def test_tables_say_what_was_measured() -> None:
-    pure = made_up({OURS: 0.5, "sort": 0.25, BEST_FIXED: 0.375, "max": 0.75}, 3)
+    pure = made_up({OURS: 0.5, "sort": 0.25, BEST_FIXED: 0.375, "best_expert": 0.75}, 3)
     mixed = made_up({OURS: 0.5, "base": 0.5, BEST_FIXED: 0.25}, 4)
     first, second, ablations, claims = blends.tables({"sort": pure, "reverse & sort": mixed})
     assert [first.title, second.title] == ["Blends, pure documents", "Blends, mixed documents"]
     rows = {row[0]: row for row in first.rows}
-    assert rows["max"][1:3] == ["0.750", "+0.250 [+0.250, +0.250]"]
+    assert rows["best_expert"][1:3] == ["0.750", "+0.250 [+0.250, +0.250]"]
     assert rows[OURS][1:3] == ["0.500", ""]
     assert ablations.columns[1:] == ["pure", "mixed"]
     assert ablations.rows[0][1] == "+0.500 [+0.500, +0.500]"
     assert claims.rows[0][:4] == [
         "sort",
         "+0.250 [+0.250, +0.250]",
-        "-0.250 [-0.250, -0.250] (max)",
+        "-0.250 [-0.250, -0.250] (best_expert)",
         "+0.125 [+0.125, +0.125]",
     ]
     assert claims.rows[1][1:3] == ["", "+0.000 [+0.000, +0.000] (base)"]

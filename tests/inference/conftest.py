@@ -25,7 +25,6 @@ def explicit_filter() -> Callable[..., SimpleNamespace]:
         weights: np.ndarray,
         mass: np.ndarray,
         switching: tuple[float, ...] = (0.0,),
-        flat: float = 0.0,
     ) -> SimpleNamespace:
         """For T bytes: log-probabilities (T + 1, V), entropy and information (T + 1,), filtered masses (T + 1, S)."""
         ids = torch.tensor([[256, *data]])
@@ -40,11 +39,8 @@ def explicit_filter() -> Callable[..., SimpleNamespace]:
                     for w in weights
                 ]
             )  # (S, 1 + T, V)
-        pure = [w for w in range(len(mass)) if 1.0 in weights[w]] or list(range(len(mass)))
-        target = (1 - flat) * mass
-        target[pure] += flat / len(pure)
         rates = np.array(switching)[:, None]
-        joint = np.tile(target, (len(rates), 1)) / len(rates)  # of rate and particle
+        joint = np.tile(mass, (len(rates), 1)) / len(rates)  # of rate and particle
         masses, mixtures, information = [], [], []
         for t in range(len(data) + 1):
             v = joint.sum(0)
@@ -56,7 +52,7 @@ def explicit_filter() -> Callable[..., SimpleNamespace]:
             if t < len(data):
                 joint = joint * each[:, t, data[t]]
                 joint /= joint.sum()
-                joint = (1 - rates) * joint + rates * joint.sum(1, keepdims=True) * target
+                joint = (1 - rates) * joint + rates * joint.sum(1, keepdims=True) * mass
         p = np.stack(mixtures)
         return SimpleNamespace(
             log_p=np.log(p), entropy=-(p * np.log(p)).sum(1), information=np.array(information), masses=np.stack(masses)

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 from bayes_dispatch.inference.two_pass.blends import (
+    ALIASES,
     BLENDS,
+    DEFAULT_BLEND,
     BestExpert,
     Blend,
     FixedWeights,
@@ -19,7 +21,7 @@ from bayes_dispatch.inference.two_pass.blends import (
     RefinedMean,
     ThompsonSample,
     TopK,
-    blend_by_name,
+    as_blend,
 )
 
 NAMES = ("a", "b", "c", "base")
@@ -66,7 +68,7 @@ def test_laws_of_every_blend(blend: Blend, seed: int, prompts: int) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**31), order=st.permutations(range(4)))
-@pytest.mark.parametrize("blend", [b for b in EVERY if b.name != "predictive"], ids=repr)
+@pytest.mark.parametrize("blend", [b for b in EVERY if not isinstance(b, PosteriorPredictive)], ids=repr)
 def test_permuting_the_experts_permutes_the_weights(blend: Blend, seed: int, order: list[int]) -> None:
     given_posterior = posterior(seed)
     permuted = DispatchPosterior(given_posterior.weights[..., order], tuple(NAMES[k] for k in order))
@@ -107,18 +109,26 @@ class TestPosteriorPredictive:
 
     def test_many_particles_begin_with_the_vertices_and_the_mean(self) -> None:
         given_posterior = posterior(0)
-        particles = PosteriorPredictive(9, vertex_mass=0.4).particles(given_posterior)
+        particles = PosteriorPredictive(9, vertex_mass=0.4, flat=0.2).particles(given_posterior)
         assert particles.mass.shape == (3, 9)
         for i in range(3):
             np.testing.assert_array_equal(particles.weights[i, :4], np.eye(4))
             np.testing.assert_allclose(particles.weights[i, 4], given_posterior.weights[:, i].mean(0))
             np.testing.assert_array_equal(particles.weights[i, 5:], given_posterior.weights[:4, i])
-            np.testing.assert_allclose(particles.mass[i, :4], 0.4 * given_posterior.weights[:, i].mean(0))
-            np.testing.assert_allclose(particles.mass[i, 4:], 0.6 / 5)
+            mean = given_posterior.weights[:, i].mean(0)
+            np.testing.assert_allclose(particles.mass[i, :4], 0.8 * 0.4 * mean + 0.2 / 4)
+            np.testing.assert_allclose(particles.mass[i, 4:], 0.8 * 0.6 / 5)
+
+    def test_draws_of_single_experts_have_nothing_of_the_flat_part(self) -> None:
+        """Where draws are one-hot, each vertex has a fourth of the flat part, once."""
+        even = DispatchPosterior(np.eye(4)[np.arange(64) % 4][:, None], NAMES)
+        particles = PosteriorPredictive(16, flat=0.4).particles(even)
+        np.testing.assert_allclose(particles.mass[0, :4], 0.6 * 0.5 / 4 + 0.4 / 4)
+        np.testing.assert_allclose(particles.mass[0, 4:], 0.6 * 0.5 / 12)
 
     def test_settings_travel_with_the_particles(self) -> None:
-        particles = PosteriorPredictive(5, switching=(0.2, 0.01), flat=0.3).particles(posterior(0))
-        assert (particles.switching, particles.flat) == ((0.2, 0.01), 0.3)
+        particles = PosteriorPredictive(5, switching=(0.2, 0.01), merge=0.5).particles(posterior(0))
+        assert (particles.switching, particles.merge) == ((0.2, 0.01), 0.5)
         assert PosteriorMean().particles(posterior(0)).switching == (0.0,)
 
     def test_too_few_draws(self) -> None:
@@ -150,28 +160,50 @@ class TestFixedWeights:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TopK(0), "k of at least 1, got 0"),
+        (lambda: TopK(0), "k to be a whole number ≥ 1, got 0"),
+        (lambda: TopK(1.5), "k to be a whole number ≥ 1, got 1.5"),
         (lambda: TopK(5).particles(posterior(0)), "k of at most 4 components, got 5"),
-        (lambda: PosteriorPredictive(0), "at least 1 particle, got 0"),
+        (lambda: RefinedMean(0), "draws to be a whole number ≥ 1, got 0"),
         (lambda: PosteriorPredictive(5, switching=(0.1, 1.0)), r"switching rates in \[0, 1\), got \(0.1, 1.0\)"),
         (lambda: PosteriorPredictive(5, switching=()), r"switching rates in \[0, 1\), got \(\)"),
-        (lambda: PosteriorPredictive(5, flat=-0.1), r"flat in \[0, 1\), got -0.1"),
-        (lambda: PosteriorPredictive(5, vertex_mass=float("nan")), r"vertex_mass in \[0, 1\), got nan"),
+        (lambda: PosteriorPredictive(5, flat=1), r"flat in \[0, 1\), got 1.0"),
+        (lambda: PosteriorPredictive(5, vertex_mass=float("nan")), "vertex_mass to be a finite number ≥ 0, got nan"),
+        (lambda: PosteriorPredictive(5, merge=-1), "merge to be a finite number ≥ 0, got -1"),
     ],
 )
-def test_settings_out_of_range(make: Any, message: str) -> None:
+def test_settings_out_of_range(make: Any, message: str, unchecked: None) -> None:
+    assert TopK(np.int64(3)).name == "top_k(3)"  # type: ignore[arg-type]  # NumPy's numbers are numbers
     with pytest.raises(ConfigError, match=message):
         make()
 
 
-def test_names_of_the_command_line() -> None:
-    assert set(BLENDS) == {"weighted_average", "top_k", "max", "thompson", "predictive", "refined_mean"}
-    assert blend_by_name("weighted_average") == PosteriorMean()
-    assert blend_by_name("top_k", top_k=3) == TopK(3)
-    assert blend_by_name("max", top_k=3, draws=7) == BestExpert()
-    assert blend_by_name("thompson") == ThompsonSample()
-    assert blend_by_name("predictive", draws=7) == PosteriorPredictive(7)
-    assert blend_by_name("refined_mean", draws=7) == RefinedMean(7)
-    assert all(blend_by_name(name).name == name for name in BLENDS)
-    with pytest.raises(UnknownNameError, match=r"expected a blending mode of weighted_average, .*, got 'average'"):
-        blend_by_name("average")
+def test_a_name_gives_the_blend_that_has_it() -> None:
+    for blend in (*EVERY, *(kind() for kind in BLENDS.values())):
+        assert as_blend(blend) is blend
+        assert as_blend(blend.name) == blend
+    assert len({blend.name for blend in EVERY}) == len(EVERY)
+    assert [kind().name.partition("(")[0] for kind in BLENDS.values()] == list(BLENDS)
+    assert as_blend("predictive(4, merge=0.0)") == PosteriorPredictive(4, merge=0.0)
+    assert {alias: as_blend(alias) for alias in ALIASES} == {
+        "max": BestExpert(),
+        "weighted_average": PosteriorMean(),
+        "thompson": ThompsonSample(),
+        "predictive": DEFAULT_BLEND,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("average", UnknownNameError, r"expected a blend of best_expert, .*, a, b, c, base, or an object .*'average'"),
+        ("top_k(1.5)", ConfigError, "k to be a whole number ≥ 1, got 1.5"),
+        ("top_k(2, 3)", ConfigError, r"expected a blend written as top_k\(2\), got 'top_k\(2, 3\)'"),
+        ("top_k(", ConfigError, "expected a blend written as"),
+        ("top_k(2) + 1", ConfigError, "expected a blend written as"),
+        ("max(k=exit())", ConfigError, "expected a blend written as best_expert"),
+        (PosteriorMean, ConfigError, "expected a blend such as .*, or a name, got <class"),
+    ],
+)
+def test_what_is_no_blend(name: Any, error: type[Exception], message: str, unchecked: None) -> None:
+    with pytest.raises(error, match=message):
+        as_blend(name, NAMES)

@@ -128,9 +128,7 @@ class SlowChat:
             return self.system.model(ids, adaptation=adaptation).logits.softmax(-1).numpy()
 
     def prior(self, given: Any) -> None:
-        self.weights, mass = given.weights[0], given.mass[0]
-        pure = (self.weights == 1).any(1) if (self.weights == 1).any() else np.ones(len(mass), dtype=bool)
-        self.target = (1 - given.flat) * mass + given.flat * pure / pure.sum()
+        self.weights, self.target = given.weights[0], given.mass[0]
         self.rates = np.array(given.switching)[:, None]
         self.joint = np.tile(self.target, (len(self.rates), 1)) / len(self.rates)
 

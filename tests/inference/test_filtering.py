@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bayes_dispatch.inference.two_pass.blends import Particles
-from bayes_dispatch.inference.two_pass.filtering import FilterState, ParticleFilter, predictive
+from bayes_dispatch.inference.two_pass.filtering import ParticleFilter, predictive
 from bayes_dispatch.model.mambaformer.compiled.switch import tensors_only
 
 seeds = st.integers(0, 2**31)
 
 
-def random_particles(seed: int, prompts: int, count: int, switching: tuple[float, ...], flat: float) -> Particles:
+def random_particles(seed: int, prompts: int, count: int, switching: tuple[float, ...]) -> Particles:
     rng = np.random.default_rng(seed)
     weights, mass = rng.dirichlet(np.ones(4), size=(prompts, count)), rng.dirichlet(np.ones(count), size=prompts)
-    return Particles(weights, mass, switching, flat)
+    return Particles(weights, mass, switching)
 
 
 def enumerate_paths(likelihood: np.ndarray, target: np.ndarray, switching: float) -> tuple[np.ndarray, float]:
@@ -45,14 +45,9 @@ def enumerate_paths(likelihood: np.ndarray, target: np.ndarray, switching: float
     st.integers(1, 3),
     st.integers(1, 3),
     st.lists(st.sampled_from([0.0, 0.01, 0.1, 0.4]), min_size=1, max_size=3, unique=True).map(tuple),
-    st.sampled_from([0.0, 0.3]),
 )
-def test_the_filter_enumerates_all_paths(
-    seed: int, steps: int, count: int, switching: tuple[float, ...], flat: float
-) -> None:
-    particles = random_particles(seed, 2, count, switching, flat)
-    corners = min(seed % 3, count)  # the flat part is theirs, or everybody's where there are none
-    particles.weights[:, :corners] = np.eye(particles.weights.shape[2])[:corners]
+def test_the_filter_enumerates_all_paths(seed: int, steps: int, count: int, switching: tuple[float, ...]) -> None:
+    particles = random_particles(seed, 2, count, switching)
     likelihood = np.random.default_rng(seed + 1).uniform(0.01, 1, size=(2, steps, count))
     weights, evidence = ParticleFilter(particles), torch.zeros(2, dtype=torch.float64)
     for t in range(steps):
@@ -60,28 +55,14 @@ def test_the_filter_enumerates_all_paths(
         evidence += torch.logsumexp(weights.log_weights + step, 1)
         weights.update(step[..., None])
     for n in range(2):
-        target = (1 - flat) * particles.mass[n]
-        target[: corners or count] += flat / (corners or count)
-        joints, totals = zip(*(enumerate_paths(likelihood[n], target, rate) for rate in switching), strict=True)
+        of_rates = (enumerate_paths(likelihood[n], particles.mass[n], rate) for rate in switching)
+        joints, totals = zip(*of_rates, strict=True)
         total = np.mean(totals)  # each rate is as likely as another
         expected = np.mean(joints, axis=0) / total
         np.testing.assert_allclose(weights.log_weights[n].exp(), expected, atol=1e-12)
         np.testing.assert_allclose(weights.log_rates[n].exp(), totals / np.sum(totals), atol=1e-12)
         np.testing.assert_allclose(evidence[n].exp(), total, rtol=1e-10)
         np.testing.assert_allclose(weights.mean()[n], expected @ particles.weights[n], atol=1e-12)
-
-
-def test_the_flat_part_does_not_depend_on_draws() -> None:
-    """With three times as many particles, each vertex has the same mass after a switch."""
-    rng = np.random.default_rng(0)
-    masses = []
-    for draws in (4, 21):
-        weights = np.concatenate([np.eye(3), rng.dirichlet(np.ones(3), draws)])[None]
-        mass = np.concatenate([np.full(3, 0.5 / 3), np.full(draws, 0.5 / draws)])[None]
-        masses.append(FilterState.prior(Particles(weights, mass, (0.1,), 0.3)).target.exp()[0])
-    np.testing.assert_allclose(masses[0][:3], masses[1][:3], atol=1e-12)
-    np.testing.assert_allclose(masses[0][:3], 0.7 * 0.5 / 3 + 0.1, atol=1e-12)
-    assert [float(each.sum()) for each in masses] == pytest.approx([1, 1])
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,7 +72,7 @@ def test_the_compiled_filter_is_that_of_tensors(
 ) -> None:
     """Any shapes and counts, particles of no mass, impossible tokens; in one go or token by token; NaN stays NaN."""
     rng = np.random.default_rng(seed)
-    particles = random_particles(seed, 3, count, switching, 0.3 * (seed % 2))
+    particles = random_particles(seed, 3, count, switching)
     particles.mass[0] = np.eye(count)[0]
     likelihood = torch.from_numpy(rng.normal(size=(3, count, steps)) * 10.0 ** rng.integers(-1, 3))
     likelihood[rng.random(likelihood.shape) < 0.05] = -torch.inf
@@ -131,7 +112,7 @@ def test_the_compiled_mixture_is_that_of_tensors(seed: int, count: int, vocabula
 
 
 def test_prompts_that_read_nothing_keep_their_weights() -> None:
-    particles = random_particles(0, 3, 4, (0.1, 0.3), 0.1)
+    particles = random_particles(0, 3, 4, (0.1, 0.3))
     weights = ParticleFilter(particles)
     before = weights.state.joint.clone()
     likelihood = torch.randn(3, 4, 1, generator=torch.Generator().manual_seed(0))
@@ -140,23 +121,23 @@ def test_prompts_that_read_nothing_keep_their_weights() -> None:
     assert kept.tolist() == [False, True, False]
 
 
-def test_a_particle_of_no_mass_stays_out_until_the_document_may_change() -> None:
-    """Log weights of −∞ harm nothing; with switching, only the flat part of the prior brings the particle back."""
+def test_a_particle_of_no_mass_stays_out() -> None:
+    """Log weights of −∞ harm nothing."""
     mass = np.array([[0.0, 0.5, 0.5]])
     likelihood = torch.tensor([[0.0, -5.0, -6.0]])
-    for switching, flat, back in (((0.0,), 0.0, False), ((0.1,), 0.0, False), ((0.0, 0.1), 0.3, True)):
-        weights = ParticleFilter(Particles(np.eye(3)[None], mass, switching, flat))
+    for switching in ((0.0,), (0.0, 0.1)):
+        weights = ParticleFilter(Particles(np.eye(3)[None], mass, switching))
         for _ in range(3):
             weights.update(likelihood[..., None])
         masses = weights.log_weights.exp()[0]
         assert masses.isfinite().all()
         assert float(masses.sum()) == pytest.approx(1)
-        assert (float(masses[0]) > 0.5) == back
+        assert float(masses[0]) == 0
         assert predictive(weights.log_weights, torch.randn(1, 3, 5).log_softmax(-1)).entropy.isfinite().all()
 
 
 def test_very_unlikely_tokens_do_not_underflow() -> None:
-    weights = ParticleFilter(random_particles(0, 1, 3, (0.0,), 0.0))
+    weights = ParticleFilter(random_particles(0, 1, 3, (0.0,)))
     for _ in range(100):
         weights.update(torch.tensor([[[-900.0], [-1000.0], [-1000.0]]]))
     np.testing.assert_allclose(weights.log_weights.exp(), [[1, 0, 0]], atol=1e-12)

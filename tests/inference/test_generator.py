@@ -163,7 +163,6 @@ def test_every_number_is_that_of_the_filter_written_out(
             particles.weights[i],
             particles.mass[i],
             particles.switching,
-            particles.flat,
         )
         after = slice(len(prompt), len(prompt) + 5)
         log_p = exact.log_p[after]

@@ -127,20 +127,20 @@ def test_scores_are_those_of_the_explicit_filter(
 ) -> None:
     """Beside blends of one set of weights, whose scores stay as they are."""
     fit = fit_of(bundle64)
-    layered = LayeredPredictive(fit, 5, (0.05, 0.001), 0.2, merge=0.0)
+    layered = LayeredPredictive(fit, 5, (0.05, 0.001), merge=0.0)
     scores = compare_blends(bundle64, DOCUMENTS, [layered, PosteriorMean()], seed=3).scores
     by_layer = SimpleNamespace(blend=bundle64.experts.blend_by_layer)
     for n, document in enumerate(DOCUMENTS):
         (found,) = (score for score in scores if score.document == n and score.blend == layered.name)
         exact: Any = explicit_filter(
-            bundle64.model, by_layer, document.data, fit.state[:5, 1:], np.full(5, 0.2), (0.05, 0.001), 0.2
+            bundle64.model, by_layer, document.data, fit.state[:5, 1:], np.full(5, 0.2), (0.05, 0.001)
         )
         places = [i for a, b in document.ranges for i in range(a, b)]
         expected = -np.mean([exact.log_p[i, document.data[i]] for i in places])
         np.testing.assert_allclose(found.nll, expected, atol=1e-9)
         np.testing.assert_allclose(found.mutual_information, exact.information[places].mean(), atol=1e-9)
     alone = compare_blends(bundle64, DOCUMENTS, [PosteriorMean()], seed=3).scores
-    beside = [score for score in scores if score.blend == PosteriorMean.name]
+    beside = [score for score in scores if score.blend == PosteriorMean().name]
     np.testing.assert_allclose([s.nll for s in beside], [s.nll for s in alone], rtol=0, atol=1e-10)
 
 

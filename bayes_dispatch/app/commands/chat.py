@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayes_dispatch.app.commands.terminal import BundleOption, SeedOption, typed, use_one_thread
+from bayes_dispatch.app.commands.terminal import (
+    BLENDS_HELP,
+    BundleOption,
+    SeedOption,
+    typed,
+    use_one_thread,
+    with_options,
+)
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.chat.chat import Chat
@@ -24,11 +31,9 @@ def chat(
         Path | None,
         typer.Option(help="Written after every turn; a chat that is in it goes on, with the settings it began with."),
     ] = None,
-    blending_mode: Annotated[
-        str, typer.Option(help="weighted_average, top_k, max, thompson, predictive or refined_mean.")
-    ] = "predictive",
+    blending_mode: Annotated[str, typer.Option(help=BLENDS_HELP)] = "posterior_predictive",
     top_k: Annotated[int, typer.Option(min=1, help="Components that top_k keeps.")] = 2,
-    draws: Annotated[int, typer.Option(min=1, help="Particles of predictive and refined_mean.")] = 16,
+    draws: Annotated[int, typer.Option(min=1, help="Particles of posterior_predictive and refined_mean.")] = 16,
     threshold: Annotated[
         float, typer.Option(help="Re-adapt when the posterior would predict otherwise by more nats a byte.")
     ] = 0.01,
@@ -46,11 +51,11 @@ def chat(
     bundle: BundleOption = None,
 ) -> None:
     """Reply to each line of stdin; the model goes on right after its last byte. Empty lines are skipped."""
-    from bayes_dispatch.inference.two_pass.blends import blend_by_name
+    from bayes_dispatch.inference.two_pass.blends import as_blend
     from bayes_dispatch.inference.two_pass.prompts import check_ending
     from bayes_dispatch.model.generation.sampling import Sampling
 
-    blend = blend_by_name(blending_mode, top_k=top_k, draws=draws)
+    blend = as_blend(with_options(blending_mode, top_k, draws))
     ending = check_ending(max_new_tokens, typed(stop, escapes))
     Sampling(do_sample=sample, temperature=temperature)
     from bayes_dispatch.app.bundle import load_bundle

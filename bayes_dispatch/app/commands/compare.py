@@ -3,19 +3,20 @@
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from bayes_dispatch.app.commands.terminal import (
+    BLENDS_HELP,
     BundleOption,
     JsonOption,
     SeedOption,
     open_console,
     print_json,
     use_one_thread,
+    with_options,
 )
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 
@@ -24,12 +25,11 @@ if TYPE_CHECKING:
 
     from bayes_dispatch.app.tables import Table
     from bayes_dispatch.inference.scoring.scores import Comparison, SystemComparison
-    from bayes_dispatch.inference.two_pass.blends import Blend
 
 __all__ = ["compare"]
 
 LONGEST = 4096  # bytes of a document
-DEFAULT_BLENDS = ("base", "max", "top_k", "weighted_average", "thompson", "predictive")
+DEFAULT_BLENDS = ("base", "best_expert", "top_k", "posterior_mean", "thompson_sample", "posterior_predictive")
 DEFAULT_DOCUMENTS = 8
 OURS, THEIRS = "bundle", "other"
 
@@ -46,11 +46,12 @@ def compare(
         list[str] | None,
         typer.Option(
             "--blend",
-            help="A blend (weighted_average, top_k, max, thompson, predictive, refined_mean), base, or an expert.",
+            help=f"{BLENDS_HELP} Or base, or an expert.",
         ),
     ] = None,
     reference: Annotated[
-        str | None, typer.Option(help="The blend that others are compared with; default: predictive, or the first.")
+        str | None,
+        typer.Option(help="Blend that others are compared with; default: posterior_predictive, or the first."),
     ] = None,
     other: Annotated[
         Path | None, typer.Option(help="Another bundle's directory: blend by blend, it is compared with --bundle.")
@@ -59,7 +60,7 @@ def compare(
         int | None, typer.Option(min=2, help=f"Of each held-out domain; default: {DEFAULT_DOCUMENTS}.")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Components that top_k keeps.")] = 2,
-    draws: Annotated[int, typer.Option(min=1, help="Particles of predictive and refined_mean.")] = 16,
+    draws: Annotated[int, typer.Option(min=1, help="Particles of posterior_predictive and refined_mean.")] = 16,
     csv: Annotated[Path | None, typer.Option(help="File for a row per document and blend.")] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -68,12 +69,17 @@ def compare(
     """Compare blends on documents: NLL, exact match, calibration, entropy and cost, with paired differences."""
     if jsonl is not None and (sets or documents is not None):
         raise ConfigError(f"expected --jsonl, or --set and --documents, got both: {jsonl} beside held-out documents")
-    names = list(blends or DEFAULT_BLENDS)
+    from bayes_dispatch.inference.two_pass.blends import as_blend, full_name
+
+    compared = [with_options(name, top_k, draws) for name in blends or DEFAULT_BLENDS]
+    names = [full_name(name) for name in compared]
+    reference = None if reference is None else full_name(with_options(reference, top_k, draws))
     if reference is not None and reference not in names:
         raise UnknownNameError(f"expected a --reference of {', '.join(names)}, got {reference!r}")
     if other is not None and reference is not None:
         raise ConfigError(f"expected --reference or --other, got both: {reference} and {other}")
-    against = OURS if other is not None else reference or ("predictive" if "predictive" in names else names[0])
+    usual = full_name(with_options("posterior_predictive", top_k, draws))
+    against = OURS if other is not None else reference or (usual if usual in names else names[0])
     if csv is not None:
         _check_file(csv)
     from bayes_dispatch.app.bundle import load_bundle
@@ -82,7 +88,8 @@ def compare(
     from bayes_dispatch.inference.scoring.held_out import KINDS, held_out_sets
 
     ours, theirs = load_bundle(bundle), None if other is None else load_bundle(other)
-    compared = [_blend(name, ours.experts.components, top_k, draws) for name in names]
+    for name in compared:
+        as_blend(name, ours.experts.components)
     if jsonl is None:
         given = held_out_sets(list(dict.fromkeys(sets or KINDS)), documents or DEFAULT_DOCUMENTS, seed)
     elif len(own := read_documents(jsonl, LONGEST)) < 2:
@@ -109,17 +116,6 @@ def compare(
         _write(csv, frames)
     if as_json:
         print_json({"seed": seed, "reference": against, "sets": printed})
-
-
-def _blend(name: str, components: Sequence[str], top_k: int, draws: int) -> "Blend":
-    from bayes_dispatch.inference.scoring.single_component import SingleComponent
-    from bayes_dispatch.inference.two_pass.blends import BLENDS, blend_by_name
-
-    if name in BLENDS:
-        return blend_by_name(name, top_k=top_k, draws=draws)
-    if name in components:
-        return SingleComponent(name)
-    raise UnknownNameError(f"expected a --blend of {', '.join([*BLENDS, *components])}, got {name!r}")
 
 
 def _summary_table(name: str, summary: "pandas.DataFrame") -> "Table":

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bayes_dispatch.app.commands.terminal import (
+    BLENDS_HELP,
     BundleOption,
     JsonOption,
     SeedOption,
@@ -15,6 +16,7 @@ from bayes_dispatch.app.commands.terminal import (
     print_json,
     typed,
     use_one_thread,
+    with_options,
 )
 from bayes_dispatch.errors import PromptError
 
@@ -30,11 +32,9 @@ def generate(
         list[Path] | None, typer.Option(help="A file whose bytes, all of them, are a prompt; `-` is stdin.")
     ] = None,
     escapes: Annotated[bool, typer.Option("--escapes", help=r"Read \n in --prompt as a newline, and \\ as \.")] = False,
-    blending_mode: Annotated[
-        str, typer.Option(help="weighted_average, top_k, max, thompson, predictive or refined_mean.")
-    ] = "weighted_average",
+    blending_mode: Annotated[str, typer.Option(help=BLENDS_HELP)] = "posterior_predictive",
     top_k: Annotated[int, typer.Option(min=1, help="Components that top_k keeps.")] = 2,
-    draws: Annotated[int, typer.Option(min=1, help="Particles of predictive and refined_mean.")] = 16,
+    draws: Annotated[int, typer.Option(min=1, help="Particles of posterior_predictive and refined_mean.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Bytes to generate.")] = 32,
     stop: Annotated[str | None, typer.Option(help="A text ends with it; --escapes holds for it, too.")] = None,
     sample: Annotated[
@@ -55,10 +55,10 @@ def generate(
     prompts = [*(typed(text, escapes) for text in prompt or ()), *(_read(path) for path in prompt_file or ())]
     if not prompts:
         raise PromptError("expected at least one --prompt or --prompt-file, got none")
-    from bayes_dispatch.inference.two_pass.blends import blend_by_name
+    from bayes_dispatch.inference.two_pass.blends import as_blend
     from bayes_dispatch.inference.two_pass.prompts import check_prompts
 
-    blend = blend_by_name(blending_mode, top_k=top_k, draws=draws)
+    blend = as_blend(with_options(blending_mode, top_k, draws))
     checked = check_prompts(prompts)
     ending = None if stop is None else typed(stop, escapes)
     from bayes_dispatch.app.bundle import load_bundle

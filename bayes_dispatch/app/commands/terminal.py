@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "BLENDS_HELP",
     "BundleOption",
     "JsonOption",
     "OwnJsonlOption",
@@ -26,8 +27,10 @@ __all__ = [
     "print_json",
     "typed",
     "use_one_thread",
+    "with_options",
 ]
 
+BLENDS_HELP = "best_expert, posterior_mean, top_k, thompson_sample, posterior_predictive or refined_mean."
 WIDTH = 130  # of output that goes to no terminal
 
 BundleOption = Annotated[Path | None, typer.Option("--bundle", help="A bundle's directory; default: the shipped one.")]
@@ -88,6 +91,15 @@ def typed(text: str, escapes: bool) -> bytes:
     if escapes:
         text = "\\".join(part.replace("\\n", "\n") for part in text.split("\\\\"))
     return os.fsencode(text)
+
+
+def with_options(blend: str, top_k: int, draws: int) -> str:
+    """The name of a blend with the settings that the options give."""
+    from bayes_dispatch.inference.two_pass.blends import ALIASES
+
+    settings = {"top_k": top_k, "posterior_predictive": draws, "refined_mean": draws}
+    name = ALIASES.get(blend, blend)
+    return f"{name}({settings[name]})" if name in settings else blend
 
 
 def use_one_thread() -> None:

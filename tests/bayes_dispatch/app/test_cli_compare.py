@@ -68,10 +68,10 @@ def test_own_documents(compare: Compare, saved: Path, bundle: Bundle, jsonl: Pat
     assert (code, err) == (0, "")
     found = compare_blends(bundle, OWN, [BestExpert(), PosteriorPredictive(6)], seed=3)
     document = json.loads(out)
-    assert (document["seed"], document["reference"]) == (3, "predictive")
+    assert (document["seed"], document["reference"]) == (3, "posterior_predictive(6)")
     printed = document["sets"]["own.jsonl"]
     assert printed["summary"] == found.summary().to_dict("records")
-    assert printed["differences"] == found.differences("predictive").to_dict("records")
+    assert printed["differences"] == found.differences("predictive(6)").to_dict("records")
     table = pandas.read_csv(tmp_path / "scores.csv")
     assert list(table.columns) == ["set", *found.to_frame().columns]
     pandas.testing.assert_frame_equal(table.drop(columns="set"), found.to_frame())
@@ -92,7 +92,8 @@ def test_held_out_sets_by_name(compare: Compare, saved: Path, bundle: Bundle) ->
         assert document["sets"][name]["summary"][0]["documents"] == 2
     code, out, err = compare(*arguments, "--blend", "base")
     assert (code, err) == (0, "")
-    assert all(word in out for word in ("add", "reverse then sort: minus max", "base", "95% intervals", "2 documents"))
+    words = ("add", "reverse then sort: minus best_expert", "base", "95% intervals", "2 documents")
+    assert all(word in out for word in words)
 
 
 def test_two_bundles(
@@ -109,16 +110,19 @@ def test_two_bundles(
     assert document["sets"]["own.jsonl"]["differences"] == found.differences("bundle").to_dict("records")
     code, out, err = compare(*arguments)
     assert (code, err) == (0, "")
-    assert all(word in out for word in ("bundle max", "other max", "minus bundle"))
+    assert all(word in out for word in ("bundle best_expert", "other best_expert", "minus bundle"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--set", "subtract"], "expected a set of pure, mixed, switching, foreign, reverse, .*got 'subtract'"),
-        (["--blend", "mean"], "expected a --blend of weighted_average, .*, reverse, sort, add, base, got 'mean'"),
-        (["--blend", "max", "--blend", "max", "--set", "add"], "expected blends of different names"),
-        (["--blend", "max", "--reference", "base"], "expected a --reference of max, got 'base'"),
+        (["--blend", "mean"], "expected a blend of best_expert, .*, reverse, sort, add, base, or .*, got 'mean'"),
+        (
+            ["--blend", "max", "--blend", "max", "--set", "add"],
+            "expected blends that all differ, got best_expert, b",
+        ),
+        (["--blend", "max", "--reference", "base"], "expected a --reference of best_expert, got 'base'"),
         (["--other", "nowhere"], "expected a bundle directory, got nowhere"),
         (["--other", "nowhere", "--reference", "max"], "expected --reference or --other, got both"),
         (["--documents", "1"], "got: Invalid value for .--documents.: Input should be greater than or equal to 2"),

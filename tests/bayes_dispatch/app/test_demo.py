@@ -73,7 +73,7 @@ def test_files_and_tables(bundle: Bundle, tmp_path: Path) -> None:
     for prompt in PROMPTS:
         assert prompt.name in printed
         assert prompt.name in report
-    for name in (*bundle.experts.components, "weighted_average", "top_k", "max", "thompson", "predictive"):
+    for name in (*bundle.experts.components, *(blend.name for blend in demo.BLENDS)):
         assert name in report
     assert "](blends.png)" in report
     assert "](forest.png)" in report
