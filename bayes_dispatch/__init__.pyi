@@ -83,7 +83,6 @@ from .inference.scoring.compare import compare_blends as compare_blends
 from .inference.scoring.compare import compare_systems as compare_systems
 from .inference.scoring.scores import Comparison as Comparison
 from .inference.scoring.scores import SystemComparison as SystemComparison
-from .inference.two_pass.blends import DEFAULT_BLEND as DEFAULT_BLEND
 from .inference.two_pass.blends import BestExpert as BestExpert
 from .inference.two_pass.blends import Blend as Blend
 from .inference.two_pass.blends import PosteriorMean as PosteriorMean
