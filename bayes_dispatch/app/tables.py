@@ -209,9 +209,10 @@ def _named(scores: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(values: Sequence[Sequence[float | int]], best: Callable[[list[float]], float]) -> list[Cell]:
-    """Mean ± standard error of each; the best mean, and what prints like it, is marked."""
+    """Mean ± standard error of each; the best mean is marked where no other prints like it."""
     means = [round(value[0], 3) for value in values]
-    return [Cell(_number(v), "best" if mean == best(means) else "plain") for v, mean in zip(values, means, strict=True)]
+    top = best(means) if means.count(best(means)) == 1 else None
+    return [Cell(_number(v), "best" if mean == top else "plain") for v, mean in zip(values, means, strict=True)]
 
 
 def _number(value: Sequence[float | int], signed: bool = False) -> str:
