@@ -82,10 +82,10 @@ class Adaptation:
     def __reduce__(self) -> tuple[type["Adaptation"], tuple[dict[str, Tensor], int]]:
         return Adaptation, ({name: z.detach() for name, z in self.scales.items()}, self.ahead)
 
-    @classmethod
-    def identity(cls) -> "Adaptation":
+    @staticmethod
+    def identity() -> "Adaptation":
         """No adaptation: every matrix keeps its stored weights."""
-        return cls({})
+        return _IDENTITY
 
     @cached_property
     def lowest_block(self) -> float:
@@ -159,4 +159,4 @@ def _hash(named: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-_IDENTITY = Adaptation.identity()
+_IDENTITY = Adaptation({})  # it is asked for at every step

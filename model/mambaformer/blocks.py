@@ -107,23 +107,21 @@ class BlockStack(nn.Module):
         adaptation: Adaptation,
         memory: Memory | None = None,
         *,
-        same_weights: bool = False,
+        weights: object,
         stretch: Stretch | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Blocks and the normalisation over right-padded hidden states, with nothing checked but the scales.
 
         Args:
             tokens: real ones of each row (B,), by which ``cache`` is advanced; ``None`` where all T are.
-            same_weights: no weight has changed since the fingerprint was last asked for.
+            weights: the fingerprint's ``key``, of this model or of a larger one, since which no weight has changed.
             stretch: the blocks to run, those of ``cache``; ``None`` for all, and the normalisation.
         """
         stretch = stretch or self._stretch(range(len(self.blocks)))
         span = Span(tokens) if cache is None else Span(tokens, cache.read, cache.dropped)
         if cache is not None and can_step(x):
-            if not same_weights:
-                self.fingerprint()
             build = partial(self._stepper, stretch, adaptation)
-            stepper = stretch.steppers.of(self._fingerprint.key, adaptation, build)
+            stepper = stretch.steppers.of(weights, adaptation, build)
             self._check_blocks(stretch.blocks, cache, adaptation)
             x = stepper(x, span, cache, memory)
         else:
@@ -136,8 +134,11 @@ class BlockStack(nn.Module):
 
     def _stretch(self, blocks: range) -> Stretch:
         """These blocks, and the normalisation if the last is among them."""
-        self._check_range(blocks)
-        return self._stretches.setdefault(blocks, Stretch(blocks, blocks.stop == len(self.blocks)))
+        known = self._stretches.get(blocks)
+        if known is None:
+            self._check_range(blocks)
+            known = self._stretches.setdefault(blocks, Stretch(blocks, blocks.stop == len(self.blocks)))
+        return known
 
     def _check_range(self, blocks: range) -> None:
         if not blocks or blocks.start < 0 or blocks.stop > len(self.blocks) or blocks.step != 1:
@@ -228,13 +229,15 @@ class BlockStack(nn.Module):
         """``advance``, but ``cache`` is checked."""
         stretch = stretch or self._stretch(range(len(self.blocks)))
         if cache is not None:
-            cache.check_model(self._maker())
+            cache.check_model(self._maker(x.shape[1]))
             if cache.blocks != stretch.blocks:
                 raise StaleCacheError(
                     f"expected a cache of {_named(stretch.blocks)}, got one of {_named(cache.blocks)}"
                 )
             cache.check_room(x.shape[0], x.shape[1] if padding.tokens is None else padding.tokens)
-        return self.advance(x, padding.tokens, cache, adaptation, memory, same_weights=True, stretch=stretch)
+        return self.advance(
+            x, padding.tokens, cache, adaptation, memory, weights=self._fingerprint.key, stretch=stretch
+        )
 
     def _check_adaptation(self, adaptation: Adaptation, batch: int) -> None:
         if not adaptation.scales:
@@ -249,9 +252,10 @@ class BlockStack(nn.Module):
         if x.ndim != 3 or x.shape[0] < 1 or x.shape[1] < 1 or x.shape[2] != width:
             raise TensorError(f"expected hidden states of shape (B, T, {width}) with B, T >= 1, got {tuple(x.shape)}")
 
-    def _maker(self) -> str:
-        """What a cache remembers of the model that made it."""
-        return f"{self.fingerprint()} in {self.dtype}"
+    def _maker(self, tokens: int = 0) -> str:
+        """What a cache remembers of the model that made it; ``tokens`` are about to be read."""
+        own = self._fingerprint.glance(self) if tokens == 1 else self.fingerprint()
+        return f"{own} in {self.dtype}"
 
 
 def _named(blocks: range) -> str:

@@ -1,60 +1,114 @@
 """A hash of a model's weights, kept until one of them changes."""
 
 import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fingerprint"]
+__all__ = ["Fingerprint", "contents"]
 
 
 class Fingerprint:
-    """The hash of all parameters of a module, in float32, so that a float64 copy of a model has the same.
+    """The hash of all parameters and lasting buffers of a module, in float32, so that a float64 copy has the same.
 
-    Changes are seen by the tensors' version counters and places in memory; edits through ``.data``, or
-    of tensors that were made in inference mode, are not.
+    Whatever changed them, ``of`` sees it, since it sums all of their memory: 35 µs for half a million weights in
+    float32, where a prompt of 64 tokens takes 1,400 and a decoded token 80. ``glance``, made for each of those, reads
+    an eighth of each tensor in turn. What changes a whole tensor, as an optimiser does, it sees at once; what changes a
+    few numbers of one, within eight tokens. Off the CPU both see version counters and places in memory alone.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[object, ...] = ()
-        self._value = ""
-        self._slots: list[tuple[dict[str, nn.Parameter | None], str]] = []
-        self._parts: list[tuple[dict[str, nn.Module | None], tuple[nn.Module | None, ...]]] = []
+        self._kept: _Kept | None = None
+        self._turn = 0
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "Fingerprint":
-        return Fingerprint()  # of another module
+    def __reduce__(self) -> tuple[type["Fingerprint"], tuple[()]]:
+        return Fingerprint, ()  # of another module
 
     @property
-    def key(self) -> tuple[object, ...]:
-        """The versions and places of the weights that were hashed last: the same object until they change."""
-        return self._key
+    def key(self) -> object:
+        """What stands for the weights that were hashed last: the same object until they change."""
+        return self._kept
 
     def of(self, module: nn.Module) -> str:
-        """The hash; always of the same module."""
-        if not self._slots or any(tuple(now.values()) != then for now, then in self._parts):
-            # walking the modules takes longer than a cached step should: only if one was replaced
-            self._slots = [(part._parameters, name) for part in module.modules() for name in part._parameters]
-            self._parts = [(part._modules, tuple(part._modules.values())) for part in module.modules() if part._modules]
-        parameters = [parameter for slot, name in self._slots if (parameter := slot[name]) is not None]
-        places = [parameter.data_ptr() for parameter in parameters]
-        key = (parameters[0].dtype, *places, *_versions(parameters))
-        if self._key != key:
-            self._value = _hash(dict(module.named_parameters()))
-            self._key = key
-        return self._value
+        """The hash; always of the same module. Threads may compute it twice, and see it whole."""
+        kept = self._kept
+        found = None if kept is None else kept.tensors()
+        if kept is None or found is None or contents(found) != kept.contents:
+            kept = self._kept = _Kept.of(module)
+        return kept.value
+
+    def glance(self, module: nn.Module) -> str:
+        """The hash, as ``of`` gives it, where only a part of the weights is looked at."""
+        kept, turn = self._kept, self._turn
+        self._turn = (turn + 1) % len(kept.contents) if kept else 0
+        found = None if kept is None else kept.tensors()
+        if kept is None or found is None or contents(found, turn) != kept.contents[turn : turn + 1]:
+            return self.of(module)
+        return kept.value
 
 
-def _versions(parameters: list[nn.Parameter]) -> list[int]:
-    """Counts of changes in place; tensors made in inference mode have none."""
-    try:
-        return [parameter._version for parameter in parameters]
-    except RuntimeError:
-        return [-1 if parameter.is_inference() else parameter._version for parameter in parameters]
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """What is known of a module: where its tensors are, what they were, and their hash."""
+
+    parts: Sequence[tuple[Mapping[str, nn.Module | None], tuple[nn.Module | None, ...]]]
+    slots: Sequence[tuple[Mapping[str, Tensor | None], str]]
+    contents: Sequence[bytes]
+    value: str
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Kept":
+        modules = list(module.modules())
+        parts = [(part._modules, tuple(part._modules.values())) for part in modules if part._modules]
+        slots: list[tuple[Mapping[str, Tensor | None], str]] = []
+        for part in modules:
+            slots += [(part._parameters, name) for name in part._parameters]
+            slots += [(part._buffers, name) for name in part._buffers if name not in part._non_persistent_buffers_set]
+        kept = [tensor for slot, name in slots if (tensor := slot[name]) is not None]
+        return cls(parts, slots, contents(kept), _hash(module))
+
+    def tensors(self) -> list[Tensor] | None:
+        """The present ones, in the same places; ``None`` where modules or names are others."""
+        # walking the modules would take longer than a cached step
+        if any(tuple(now.values()) != then for now, then in self.parts):
+            return None
+        try:
+            return [tensor for slot, name in self.slots if (tensor := slot[name]) is not None]
+        except KeyError:
+            return None
 
 
-def _hash(parameters: dict[str, Tensor]) -> str:
+def contents(tensors: Sequence[Tensor], part: int | None = None) -> Sequence[bytes]:
+    """What tells whether a number in one of these tensors has changed, or in one part of each: for each part."""
+    module = _module()
+    first, parts = (0, module.PARTS) if part is None else (part, 1)
+    near = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors if tensor.is_cpu]
+    memory = np.array([[tensor.data_ptr() for tensor in near], [tensor.nbytes for tensor in near]])
+    sums = np.empty((parts, len(near)), np.uint64)
+    module.checksum(memory, first, sums)
+    more = str(tensors[0].dtype)
+    if len(near) < len(tensors):
+        more += str([(-1 if t.is_inference() else t._version, t.data_ptr()) for t in tensors if not t.is_cpu])
+    return [row.tobytes() + more.encode() for row in sums]
+
+
+@cache
+def _module() -> ModuleType:
+    from bayes_dispatch.model.mambaformer.compiled import checksum  # numba takes long to import
+
+    return checksum
+
+
+def _hash(module: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in parameters.items():
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    lasting = module.state_dict(keep_vars=True).keys()
+    buffers = [(name, buffer) for name, buffer in module.named_buffers() if name in lasting]
+    for name, tensor in [*module.named_parameters(), *buffers]:
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -75,7 +75,7 @@ class TokenModel(BlockStack):
         ``cache`` is of this model as it is and has room, ``adaptation`` is the one that filled it.
         """
         x = self.embedding(tokens[:, None], adaptation.scales.get(EMBEDDING))
-        return self.advance(x, None, cache, adaptation, same_weights=True)[:, 0]
+        return self.advance(x, None, cache, adaptation, weights=self._fingerprint.key)[:, 0]
 
 
 def check_ids(input_ids: Tensor, vocab_size: int) -> None:

@@ -214,7 +214,9 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
     ) -> Tensor:
         """The decoder's last hidden states (B, T, D), with nothing checked, under its own scales ``blocks.i.…``."""
         x = self.embedding(padding.to_right(ids))
-        return padding.restore(self.decoder.advance(x, padding.tokens, cache, adaptation, memory))
+        return padding.restore(
+            self.decoder.advance(x, padding.tokens, cache, adaptation, memory, weights=self._fingerprint.key)
+        )
 
     def _remember(
         self,

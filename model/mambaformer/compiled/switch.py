@@ -1,6 +1,6 @@
 """When the compiled loops of ``kernels`` may take the place of tensor operations, and the arrays that they take."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Array", "Arrays", "Views", "array", "can_compile", "kernels", "tensors_only", "token_counts"]
+__all__ = ["Array", "Views", "array", "can_compile", "kernels", "tensors_only", "token_counts"]
 
 Array = npt.NDArray[Any]
 
@@ -61,24 +61,6 @@ def array(tensor: Tensor) -> Array:
 def token_counts(tokens: Tensor | None, batch: int, length: int) -> Array:
     """New tokens of each row, (B,)."""
     return np.full(batch, length) if tokens is None else tokens.numpy()
-
-
-class Arrays:
-    """Arrays made from a module's weights, kept until one of these changes."""
-
-    def __init__(self) -> None:
-        self._key: tuple[object, ...] = ()
-        self._kept: tuple[Array, ...] = ()
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "Arrays":
-        return Arrays()  # of another module
-
-    def of(self, make: Callable[[], tuple[Array, ...]], *weights: Tensor) -> tuple[Array, ...]:
-        """What ``make`` gives, which reads ``weights``."""
-        key = tuple((-1 if w.is_inference() else w._version, w.data_ptr()) for w in weights)
-        if self._key != key:
-            self._kept, self._key = make(), key
-        return self._kept
 
 
 class Views:

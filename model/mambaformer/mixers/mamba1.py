@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayes_dispatch.model.mambaformer.cache import MambaState
-from bayes_dispatch.model.mambaformer.compiled.switch import Array, Arrays, array, can_compile, kernels, token_counts
+from bayes_dispatch.model.mambaformer.compiled.switch import Array, array, can_compile, kernels, token_counts
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 from bayes_dispatch.model.mambaformer.mixers.convolution import continue_convolution
 from bayes_dispatch.model.mambaformer.mixers.span import Span
@@ -48,7 +48,6 @@ class Mamba1Mixer(nn.Module):
         step = torch.empty(self.d_inner).uniform_(-6.9, -2.3).exp()  # step sizes of .001 to .1, as published
         self.dt_bias = nn.Parameter(step + (-torch.expm1(-step)).log())  # inverse of softplus
         self.D = nn.Parameter(torch.ones(self.d_inner))
-        self._arrays = Arrays()
 
     def init_state(self, batch_size: int, dtype: torch.dtype) -> MambaState:
         """The zero state that every sequence begins with: conv (B, taps − 1, d_inner), ssm (B, N, d_inner)."""
@@ -96,10 +95,6 @@ class Mamba1Mixer(nn.Module):
 
     def arrays(self) -> tuple[Array, ...]:
         """The weights between the products, as the compiled loops take them: taps first, and A itself."""
-        weights = self.conv_weight, self.conv_bias, self.A_log, self.D, self.dt_bias
-        return self._arrays.of(self._make_arrays, *weights)
-
-    def _make_arrays(self) -> tuple[Array, ...]:
         weights = self.conv_weight.t(), self.conv_bias, -self.A_log.exp(), self.D, self.dt_bias
         return tuple(array(weight) for weight in weights)
 

@@ -6,6 +6,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayes_dispatch.errors import TensorError
+from bayes_dispatch.model.mambaformer.fingerprint import contents
 from bayes_dispatch.model.mambaformer.svd.factors import Factors, decompose
 
 __all__ = ["SVDLinear", "SVDMatrix", "of_rows"]
@@ -78,8 +79,7 @@ class SVDMatrix(nn.Module):
         return self.weight + (U * (s * (scales - 1))) @ Vt
 
     def _key(self) -> tuple[object, ...]:
-        W = self.weight
-        return (-1 if W.is_inference() else W._version, W.data_ptr(), W.dtype, W.device)
+        return contents([self.weight]), self.weight.dtype, self.weight.device
 
     def _folding_pays(self, tokens: int) -> bool:
         """Whether building W(z) once takes fewer multiplications than two factored products for each token."""
