@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float
 from scipy.stats import norm, rankdata
 
+from bayes_dispatch.arguments import seed as a_seed
+from bayes_dispatch.arguments import whole
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
@@ -207,7 +209,7 @@ def conditional_posterior(
         given = _arrays(sites)
         precision = given.pop("kappa", None)
         own = (_Data.of(model, prompts, temper), None if precision is None else np.broadcast_to(precision, count))
-        keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(seed), count * chains)))
+        keys = np.asarray(jax.random.key_data(jax.random.split(jax.random.key(a_seed(seed)), count * chains)))
         lanes = jax.tree.map(lambda a: np.repeat(a, chains, axis=0)[:, None], own)  # (N * chain, 1, ·)
         size = MEMORY // ((warmup + draws) * 2 * (model.n_experts + 1))
         parts = [
@@ -266,7 +268,7 @@ def joint_posterior(
             progress_bar=False,
         )
         mcmc.run(
-            jax.random.key(seed),
+            jax.random.key(a_seed(seed)),
             _Structure.of(model),
             data,
             None,
@@ -648,8 +650,8 @@ def _batches(tree: Any, size: int) -> list[Any]:
 
 
 def _check_run(draws: int, chains: int, warmup: int, experts: Sequence[str], model: DispatchModel) -> None:
-    if draws < 4 or chains < 1 or warmup < 1:
-        raise ConfigError(f"expected at least 4 draws, 1 chain and 1 warm-up draw, got {draws}, {chains} and {warmup}")
+    for name, value, least in (("draws", draws, 4), ("chains", chains, 1), ("warmup", warmup, 1)):
+        whole(name, value, least)
     if len(experts) != model.n_experts:
         raise ConfigError(f"expected {model.n_experts} expert names, got {len(experts)}")
 

@@ -18,6 +18,7 @@ from scipy.stats import binom, poisson
 
 from bayes_dispatch.arguments import real, whole
 from bayes_dispatch.arguments import seed as a_seed
+from bayes_dispatch.dispatcher.arrays import short_repr
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, TensorError
 
@@ -58,6 +59,7 @@ class RankUniformity:
     ecdf: np.ndarray
     lower: np.ndarray
     upper: np.ndarray
+    __repr__ = short_repr
 
     @property
     def inside(self) -> bool:
@@ -85,6 +87,7 @@ class SimulationBasedCalibration:
     ranks: np.ndarray
     draws: int
     false_alarm_rate: float
+    __repr__ = short_repr
 
     @property
     def passed(self) -> bool:

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from scipy.stats import beta, binom
 
-from bayes_dispatch.dispatcher.arrays import as_flags, as_values
+from bayes_dispatch.arguments import whole
+from bayes_dispatch.dispatcher.arrays import as_flags, as_values, short_repr
 from bayes_dispatch.errors import ConfigError, TensorError
 
 __all__ = ["Abstention", "RiskCoverage", "abstention_threshold", "risk_coverage"]
@@ -30,6 +31,7 @@ class RiskCoverage:
     risk: np.ndarray
     confidence: np.ndarray
     oracle_risk: np.ndarray
+    __repr__ = short_repr
 
     @property
     def aurc(self) -> float:
@@ -145,10 +147,8 @@ def abstention_threshold(
     wrong = as_flags(errors, "errors", len(confidence))
     if not (0 < risk < 1 and 0 < delta < 1):
         raise ConfigError(f"expected risk and delta between 0 and 1, got {risk} and {delta}")
-    if starts < 1:
-        raise ConfigError(f"expected at least 1 start, got {starts}")
     candidates = _candidates(risk, thresholds)
-    starts = min(starts, len(candidates))
+    starts = min(whole("starts", starts, 1), len(candidates))
     shares = np.zeros(len(candidates))
     shares[np.arange(starts) * len(candidates) // starts] = delta / starts
     order = np.argsort(-confidence)

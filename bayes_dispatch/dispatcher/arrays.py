@@ -6,6 +6,7 @@ Each function takes anything array-like and its name, and returns an array of kn
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from bayes_dispatch.errors import TensorError
 
-__all__ = ["as_flags", "as_labels", "as_points", "as_values"]
+__all__ = ["as_flags", "as_labels", "as_points", "as_values", "short_repr"]
 
 TOLERANCE = 1e-4  # of the sum of a simplex row: float32 and percentages rounded to four digits pass
 
@@ -55,6 +56,17 @@ def as_flags(values: Any, name: str, count: int) -> Bool[np.ndarray, " row"]:
     if array.shape != (count,) or not (array.dtype == bool or np.isin(array, (0, 1)).all()):
         raise TensorError(f"expected {count} booleans as {name}, got {array.dtype} of shape {array.shape}")
     return array.astype(bool)
+
+
+def short_repr(self: Any) -> str:
+    """A dataclass in a line, as its ``__repr__``: arrays of more than eight numbers are shown by their shape."""
+    values = {field.name: getattr(self, field.name) for field in fields(self)}
+    long = {name for name, value in values.items() if isinstance(value, np.ndarray) and value.size > 8}
+    shown = {
+        name: f"{value.dtype}{value.shape}" if name in long else " ".join(repr(value).split())
+        for name, value in values.items()
+    }
+    return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
 
 def _numbers(values: Any, name: str) -> np.ndarray:

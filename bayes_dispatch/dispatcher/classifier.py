@@ -11,12 +11,13 @@ from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 
+from bayes_dispatch.arguments import whole
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.dispatcher.guide.guides import GuideSettings
-from bayes_dispatch.errors import ConfigError, LabelError
+from bayes_dispatch.errors import LabelError
 
 __all__ = ["DispatcherClassifier"]
 
@@ -37,7 +38,7 @@ class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         guide_steps: optimiser steps of the guide.
         simulations: prompts drawn from the fitted program, to train the guide on.
         hidden: width of the guide's hidden layers.
-        random_state: seed, NumPy generator, or ``None`` for another fit each time.
+        random_state: seed, NumPy ``RandomState``, or ``None`` for another fit each time.
 
     Attributes:
         classes_: ``(K,)`` the classes in order; 0 … K−1 where no label was known.
@@ -86,13 +87,16 @@ class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
 
         Raises:
             LabelError: labels of fewer than two classes, or neither labels nor ``n_components``.
-            ConfigError: a setting outside its range.
+            ConfigError: a setting or seed outside its range.
             ValueError: whatever else scikit-learn refuses in ``X`` or ``y``.
         """
         given = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
         X, y = (given, None) if y is None else given
         classes, codes = self._classes(y, len(X))
-        seed = int(check_random_state(self.random_state).randint(2**31 - 1))
+        given_seed = self.random_state
+        if not (given_seed is None or isinstance(given_seed, np.random.RandomState)):
+            given_seed = whole("random_state", given_seed, 0, 2**32 - 1)
+        seed = int(check_random_state(given_seed).randint(2**31 - 1))
         dispatcher = Dispatcher(
             [f"class {label}" for label in classes],  # the prefix lets a class be called "base"
             seed,
@@ -144,9 +148,7 @@ class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
                 return classes, codes
         if self.n_components is None:
             raise LabelError("expected known labels, or n_components classes to find without any, got neither")
-        if self.n_components < 2:
-            raise ConfigError(f"expected n_components ≥ 2, got {self.n_components}")
-        return np.arange(self.n_components), codes
+        return np.arange(whole("n_components", self.n_components, 2)), codes
 
     def _checked(self, X: Any) -> np.ndarray:
         check_is_fitted(self, "dispatcher_")

@@ -25,7 +25,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from bayes_dispatch.dispatcher.arrays import as_values
+from bayes_dispatch.arguments import seed as a_seed
+from bayes_dispatch.arguments import whole
+from bayes_dispatch.dispatcher.arrays import as_values, short_repr
 from bayes_dispatch.errors import ConfigError
 
 __all__ = ["DriftMonitor", "DriftReport", "drift_monitor", "step", "watch"]
@@ -38,7 +40,7 @@ FEWEST = 20
 
 @dataclass(frozen=True, eq=False)
 class DriftMonitor:
-    """What is kept between arrivals.
+    """What is kept between arrivals. It never changes: threads that share one take turns to replace it by the next.
 
     Attributes:
         edges: ``(B−1,)`` increasing; B bins.
@@ -59,6 +61,7 @@ class DriftMonitor:
     arrived: int
     false_alarm_rate: float
     seed: int
+    __repr__ = short_repr
 
     @property
     def alarmed(self) -> bool:
@@ -84,9 +87,9 @@ class DriftMonitor:
                 np.array(numbers["capital"], dtype=np.float64),
                 float(numbers["log_martingale"]),
                 float(numbers["log_highest"]),
-                int(numbers["arrived"]),
+                whole("arrived", numbers["arrived"], 0),
                 float(numbers["false_alarm_rate"]),
-                int(numbers["seed"]),
+                a_seed(numbers["seed"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"expected a drift monitor, got {type(error).__name__}: {error}") from None
@@ -107,6 +110,7 @@ class DriftReport:
     p_values: np.ndarray
     martingale: np.ndarray
     first_alarm: int | None
+    __repr__ = short_repr
 
 
 def drift_monitor(
@@ -132,13 +136,12 @@ def drift_monitor(
     scores = as_values(calibration, "calibration scores")
     if len(scores) < FEWEST:
         raise ConfigError(f"expected at least {FEWEST} calibration scores, got {len(scores)}")
-    if bins < 2:
-        raise ConfigError(f"expected at least 2 bins, got {bins}")
+    bins, seed = whole("bins", bins, 2), a_seed(seed)
     chosen = np.arange(len(scores)) % EDGES_FROM == 0
     edges = np.unique(np.quantile(scores[chosen], np.arange(1, bins) / bins))
     counts = np.bincount(np.searchsorted(edges, scores[~chosen], side="right"), minlength=len(edges) + 1)
     capital = np.full((len(JUMPS), len(STAKES)), 1 / (len(JUMPS) * len(STAKES)))
-    monitor = DriftMonitor(edges, counts, capital, 0.0, 0.0, 0, float(false_alarm_rate), int(seed))
+    monitor = DriftMonitor(edges, counts, capital, 0.0, 0.0, 0, float(false_alarm_rate), seed)
     _check(monitor)
     return monitor
 
@@ -204,8 +207,6 @@ def watch(monitor: DriftMonitor, scores: Float[np.ndarray, " arrival"]) -> tuple
 def _check(monitor: DriftMonitor) -> None:
     if not 0 < monitor.false_alarm_rate < 1:
         raise ConfigError(f"expected a false-alarm rate between 0 and 1, got {monitor.false_alarm_rate}")
-    if monitor.seed < 0 or monitor.arrived < 0:
-        raise ConfigError(f"expected a seed and arrivals ≥ 0, got {monitor.seed} and {monitor.arrived}")
     edges, counts, capital = monitor.edges, monitor.counts, monitor.capital
     if edges.ndim != 1 or not np.isfinite(edges).all() or not (np.diff(edges) > 0).all():
         raise ConfigError("expected finite edges that increase, got others")

@@ -30,6 +30,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from bayes_dispatch.arguments import seed as a_seed
+from bayes_dispatch.arguments import whole
+from bayes_dispatch.dispatcher.arrays import short_repr
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.keys import prompt_keys
@@ -63,6 +66,7 @@ class GateDecision:
     p_values: np.ndarray
     foreign: np.ndarray
     false_alarm_rate: float
+    __repr__ = short_repr
 
     def to_base(self, posterior: DispatchPosterior) -> DispatchPosterior:
         """The posterior with all draws of foreign prompts at the base vertex; the others' draws, and what is known of
@@ -101,6 +105,7 @@ class Gate:
     scores: np.ndarray
     bins: np.ndarray
     groups: np.ndarray
+    __repr__ = short_repr
 
     @classmethod
     def calibrate(
@@ -132,8 +137,9 @@ class Gate:
         kinds = np.zeros(count, np.int64) if groups is None else np.asarray(groups)
         if kinds.shape != (count,) or not np.issubdtype(kinds.dtype, np.integer) or kinds.min(initial=0) < 0:
             raise TensorError(f"expected groups ≥ 0 of {count} prompts, got {kinds.dtype} of shape {kinds.shape}")
-        if count < FEWEST or bins < 1:
-            raise ConfigError(f"expected at least {FEWEST} prompts and 1 bin, got {count} and {bins}")
+        bins, seed = whole("bins", bins, 1), a_seed(seed)
+        if count < FEWEST:
+            raise ConfigError(f"expected at least {FEWEST} prompts, got {count}")
         if min(weights) < 0 or not 0 < sum(weights) < np.inf:
             raise ConfigError(f"expected finite weights of both parts ≥ 0, one above, got {weights}")
         kinds = np.unique(kinds, return_inverse=True)[1]

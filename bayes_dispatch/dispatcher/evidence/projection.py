@@ -94,7 +94,8 @@ def fit_feature_map(
         return FeatureMap(hidden[0], np.zeros((hidden.shape[1], count))), np.zeros((len(hidden), count))
     known = np.isfinite(targets).all(axis=1)
     seen = targets[:, np.nansum(targets, axis=0) > 0] if known.any() else targets[:, :0]
-    if seen.shape[1] < 2 or known.sum() < 4 * settings.folds:
+    spare = known.sum() - seen.shape[1]  # prompts beyond one for each class: without any, nothing is within a class
+    if seen.shape[1] < 2 or known.sum() < 4 * settings.folds or spare < 1:
         return _principal(hidden, settings.dimensions)
     center, spread = hidden[known].mean(axis=0), hidden[known].std(axis=0) + 1e-8
     x, y = (hidden - center) / spread, seen[known]

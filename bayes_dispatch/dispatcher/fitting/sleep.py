@@ -87,7 +87,8 @@ def fit_guide(
                 judged = real.concatenate(300)
             temper = 1.0
             if len(judged[1]):
-                temper = choose_temper(guide, present, simulate_at, *judged, settings.tempers)
+                count = min(JUDGED, settings.simulations)
+                temper = choose_temper(guide, present, simulate_at, *judged, settings.tempers, count)
         simulations = simulate(model, posterior, like, settings.simulations, settings, (temper, temper), DROPOUT)
 
         def pairs(count: int) -> tuple[Tensor, Tensor]:
@@ -219,6 +220,7 @@ def choose_temper(
     prompts: Prompts,
     weights: Float[Tensor, "prompt weight"],
     tempers: tuple[float, float],
+    count: int = JUDGED,
 ) -> float:
     """The τ at which intervals cover the true weights of real prompts as often as those of simulated ones.
 
@@ -234,9 +236,10 @@ def choose_temper(
         prompts: prompts of known mixture, with features as noisy as those of new prompts.
         weights: ``(N, K+1)`` their true weights.
         tempers: smallest and largest τ.
+        count: simulations at each τ, about.
     """
     answer = guide.compiled()
-    repeated = weights.repeat(max(1, JUDGED // len(weights)), 1)
+    repeated = weights.repeat(max(1, count // len(weights)), 1)
     grid = np.linspace(math.log(tempers[0]), math.log(tempers[1]), 7)
 
     def coverage(some: Prompts, truth: Tensor, temper: float) -> float:

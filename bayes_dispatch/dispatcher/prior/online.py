@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float, Int
 
-from bayes_dispatch.dispatcher.arrays import as_labels, as_points, as_values
+from bayes_dispatch.arguments import real, whole
+from bayes_dispatch.dispatcher.arrays import as_labels, as_points, as_values, short_repr
 from bayes_dispatch.dispatcher.prior.moment_filter import (
     FLOOR,
     are_moments,
@@ -64,14 +65,14 @@ class PriorState:
     initial: np.ndarray
     names: tuple[str, ...]
     events: int
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         names = tuple(self.names)
         width = len(names)
         if width < 2 or len(set(names)) < width or names[-1] != "base":
             raise ConfigError(f'expected distinct names of experts and then "base", got {list(names)}')
-        if not isinstance(self.events, int) or self.events < 0:
-            raise ConfigError(f"expected a whole number of events ≥ 0, got {self.events!r}")
+        object.__setattr__(self, "events", whole("events", self.events, 0))
         object.__setattr__(self, "names", names)
         for field, shape in (("mean", (width,)), ("covariance", (width, width)), ("initial", (width,))):
             values = np.array(getattr(self, field), dtype=np.float64)
@@ -153,8 +154,7 @@ def observe(
         raise TensorError(f"expected likelihoods of shape (E, {width}), got shape {given.shape}")
     if not (np.isfinite(given).all() and (given >= 0).all() and (given > 0).any(1).all()):
         raise TensorError("expected finite likelihoods ≥ 0, one of each event > 0, got others")
-    if not 0 < forgetting <= 1:
-        raise ConfigError(f"expected forgetting in (0, 1], got {forgetting}")
+    forgetting = real("forgetting", forgetting, 0, 1, above=True)
     if not 0 <= floor < 1:
         raise ConfigError(f"expected a floor in [0, 1), got {floor}")
     mean, covariance = state.mean, state.covariance

@@ -200,7 +200,7 @@ def test_labels_are_conjugate() -> None:
 def test_errors() -> None:
     model, count = PROGRAMS[0]
     prompts, sites = draw_prompts(model, count, 0), draw_globals(model, 0)
-    with pytest.raises(ConfigError, match="expected at least 4 draws, 1 chain and 1 warm-up draw, got 4, 0 and 1"):
+    with pytest.raises(ConfigError, match="expected chains to be a whole number ≥ 1, got 0"):
         conditional_posterior(model, prompts, NAMES[:2], sites, draws=4, chains=0, warmup=1)
     with pytest.raises(ConfigError, match="expected 2 expert names, got 3"):
         joint_posterior(model, prompts, NAMES[:3])

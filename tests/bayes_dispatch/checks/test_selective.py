@@ -172,7 +172,7 @@ def test_bad_input(unchecked: None) -> None:
         abstention_threshold(half, np.zeros(4), 0.1, 1)
     with pytest.raises(ConfigError, match="expected 2 thresholds in descending order"):
         abstention_threshold(half, np.zeros(4), 0.1, 0.1, [0.1, 0.9])
-    with pytest.raises(ConfigError, match="expected at least 1 start, got 0"):
+    with pytest.raises(ConfigError, match="expected starts to be a whole number ≥ 1, got 0"):
         abstention_threshold(half, np.zeros(4), 0.1, starts=0)
     with pytest.raises(ConfigError, match=r"expected thresholds of shape \(N,\), N ≥ 1, got shape \(0,\)"):
         abstention_threshold(half, np.zeros(4), 0.1, 0.1, [])

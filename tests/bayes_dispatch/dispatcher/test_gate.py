@@ -200,8 +200,8 @@ class TestDecision:
 @pytest.mark.parametrize(
     ("count", "given", "error", "message"),
     [
-        (79, {}, ConfigError, "expected at least 80 prompts and 1 bin, got 79 and 8"),
-        (80, {"bins": 0}, ConfigError, "expected at least 80 prompts and 1 bin, got 80 and 0"),
+        (79, {}, ConfigError, "expected at least 80 prompts, got 79"),
+        (80, {"bins": 0}, ConfigError, "expected bins to be a whole number ≥ 1, got 0"),
         (80, {"groups": np.zeros(79, int)}, TensorError, "expected groups ≥ 0 of 80 prompts"),
         (80, {"groups": np.full(80, -1)}, TensorError, "expected groups ≥ 0 of 80 prompts"),
         (80, {"weights": (0.0, 0.0)}, ConfigError, "expected finite weights"),
