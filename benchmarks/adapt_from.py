@@ -26,7 +26,7 @@ import bayes_dispatch as bd
 from bayes_dispatch.app.tables import Table
 from bayes_dispatch.app.train import TrainingPlan
 from bayes_dispatch.model.adaptation import block_of
-from bayes_dispatch.model.files import read_json, write_json
+from bayes_dispatch.storage import read_json, write_json
 from first_block.costs import costs
 from first_block.measuring import FULL, QUICK, Scores, first_block_system, scored, shipped_scores
 from first_block.reporting import quality_tables, tables

@@ -1,18 +1,12 @@
 """An expert bank as a directory: ``bank.json``, and for each expert a file that is named by its content.
 
 ``bank.json`` alone decides what the bank holds: its base model, the adapted matrices, and name, file, digest and
-metadata of each expert. A save writes new files beside the old ones, then replaces ``bank.json``, then deletes what
-that no longer names. Wherever it is stopped, the directory holds the bank from before or the one from after; files of
-experts that ``bank.json`` does not name are ignored, and deleted by the next save. Saves into one directory wait
-for one another; the bank is then that of the last.
+metadata of each expert.
 """
 
-import fcntl
 import hashlib
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,13 +16,14 @@ import torch
 
 from bayes_dispatch.errors import BayesDispatchError, BundleError, ConfigError, ForeignExpertError, TensorError
 from bayes_dispatch.experts.vectors import ExpertVector, check_expert_name
-from bayes_dispatch.model.files import (
+from bayes_dispatch.storage import (
+    keep_file,
     parse_tensors,
     read_bytes,
     read_json,
+    save_directory,
+    saved_at,
     tensors_as_bytes,
-    write_bytes,
-    write_directory,
     write_json,
 )
 
@@ -37,8 +32,6 @@ __all__ = ["ExpertCheck", "StoredBank", "StoredExpert", "read_bank", "verify_ban
 INDEX = "bank.json"
 FORMAT = 2
 DIGITS = 12  # of the digest, in a file's name
-EXPERT_FILE = re.compile(r"[A-Za-z0-9_-]+\.[0-9a-f]{12}\.safetensors")
-TEMPORARY_FILE = re.compile(r"\.([A-Za-z0-9_-]+\.[0-9a-f]{12}\.safetensors|bank\.json)-.{8}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +53,7 @@ class StoredExpert:
     @property
     def path(self) -> Path:
         """Its file."""
-        return self.directory / _file_name(self.name, self.digest)
+        return saved_at(self.directory) / _file_name(self.name, self.digest)
 
     @cached_property
     def vector(self) -> ExpertVector:
@@ -139,15 +132,16 @@ def write_bank(
     """Make ``directory`` hold this bank; experts that it holds already are neither read nor written.
 
     Raises:
-        BundleError: ``directory`` is a file, or an expert of another directory cannot be read.
+        BundleError: ``directory`` is a file or a link, it holds anything but an earlier bank, or an expert of another
+            directory cannot be read.
     """
-    if directory.exists():
-        if not directory.is_dir():
-            raise BundleError(f"expected a directory at {directory}, got a file")
-        with _alone(directory):
-            return _write(directory.resolve(), base, matrices, experts)
-    with write_directory(directory) as target:
-        _write(target, base, matrices, experts)
+    with save_directory(directory, INDEX) as new:
+        entries = []
+        for expert in experts:
+            digest = _write_expert(directory.resolve(), new, expert)
+            file, metadata = _file_name(expert.name, digest), dict(sorted(expert.metadata.items()))
+            entries.append({"name": expert.name, "file": file, "digest": digest, "metadata": metadata})
+        write_json(new / INDEX, {"format": FORMAT, "base": base, "matrices": dict(matrices), "experts": entries})
 
 
 def read_bank(directory: Path) -> StoredBank:
@@ -157,7 +151,8 @@ def read_bank(directory: Path) -> StoredBank:
         BundleError: it is missing, truncated, edited or of another format.
     """
     directory = directory.resolve()
-    path, index = directory / INDEX, read_json(directory / INDEX)
+    path = saved_at(directory) / INDEX
+    index = read_json(path)
     if isinstance(index, dict) and "format" not in index and "experts" in index:
         raise BundleError(f"expected a bank of format {FORMAT} in {path}, got the older one: train its experts again")
     if not isinstance(index, dict) or type(index.get("format")) is not int or index["format"] != FORMAT:
@@ -203,46 +198,20 @@ def _reason(expert: StoredExpert) -> str | None:
     return None
 
 
-def _write(
-    directory: Path, base: str, matrices: Mapping[str, int], experts: Sequence[ExpertVector | StoredExpert]
-) -> None:
-    entries = []
-    for expert in experts:
-        digest = _write_expert(directory, expert)
-        file, metadata = _file_name(expert.name, digest), dict(sorted(expert.metadata.items()))
-        entries.append({"name": expert.name, "file": file, "digest": digest, "metadata": metadata})
-    write_json(directory / INDEX, {"format": FORMAT, "base": base, "matrices": dict(matrices), "experts": entries})
-    kept = {entry["file"] for entry in entries}
-    for path in directory.iterdir():
-        name = path.name
-        if (EXPERT_FILE.fullmatch(name) and name not in kept) or TEMPORARY_FILE.fullmatch(name):
-            with suppress(OSError):  # the bank is whole already, and the next save tries again
-                path.unlink()
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Wait until no other save is in this directory, and keep others out."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _write_expert(directory: Path, expert: ExpertVector | StoredExpert) -> str:
-    """Have ``directory`` hold an expert's file, and return its digest."""
+def _write_expert(old: Path, new: Path, expert: ExpertVector | StoredExpert) -> str:
+    """Have ``new`` hold an expert's file, which ``old`` may have, and return its digest."""
     if isinstance(expert, StoredExpert):
-        if expert.directory == directory and expert.path.is_file():
+        if expert.directory == old and expert.path.is_file():
+            keep_file(expert.path, new / expert.path.name)
             return expert.digest
         expert = expert.vector
-    tensors = {matrix: scales.detach().cpu().contiguous() for matrix, scales in expert.scales.items()}
-    data = tensors_as_bytes(tensors, {**expert.metadata, "name": expert.name, "base": expert.base})
+    data = tensors_as_bytes(expert.scales, {**expert.metadata, "name": expert.name, "base": expert.base})
     digest = _digest(data)
-    path = directory / _file_name(expert.name, digest)
-    if not path.is_file() or path.read_bytes() != data:
-        write_bytes(path, data)
+    name = _file_name(expert.name, digest)
+    if (old / name).is_file() and (old / name).read_bytes() == data:
+        keep_file(old / name, new / name)
+    else:
+        (new / name).write_bytes(data)
     return digest
 
 

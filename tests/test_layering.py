@@ -129,7 +129,10 @@ def test_rules_catch(module: str, source: str) -> None:
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("experts.bank", "from bayes_dispatch.errors import ConfigError\nfrom bayes_dispatch.model.files import read"),
+        (
+            "experts.bank",
+            "from bayes_dispatch.errors import ConfigError\nimport bayes_dispatch.model.adaptation",
+        ),
         (
             "inference.generator",
             "from bayes_dispatch.experts import bank\nfrom bayes_dispatch.dispatcher import posterior",

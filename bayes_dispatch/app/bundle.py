@@ -16,9 +16,9 @@ from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_eviden
 from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
-from bayes_dispatch.model.files import read_json, write_directory, write_json
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.storage import read_json, save_directory, saved_at, write_json
 
 __all__ = ["SHIPPED", "Bundle", "load_bundle"]
 
@@ -63,8 +63,12 @@ class Bundle:
             self.gate.check_dispatcher(self.dispatcher)
 
     def save(self, directory: str | Path) -> None:
-        """Write everything; an existing directory is replaced only when all is written."""
-        with write_directory(Path(directory)) as target:
+        """Write everything, in the place of an earlier bundle in that directory.
+
+        Raises:
+            BundleError: the directory is a link, or holds anything else.
+        """
+        with save_directory(Path(directory), "bundle.json") as target:
             self.model.save_pretrained(target / "model")
             self.experts.save(target / "experts")
             self.dispatcher.save(target / "dispatcher")
@@ -90,6 +94,7 @@ def load_bundle(directory: str | Path | None = None) -> Bundle:
     directory = SHIPPED if directory is None else Path(directory)
     if not directory.is_dir():
         raise BundleError(f"expected a bundle directory, got {directory}, which is none")
+    directory = saved_at(directory)
     index = read_json(directory / "bundle.json")
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise BundleError(f"expected a bundle of format {FORMAT} in {directory / 'bundle.json'}, got {index!r:.80}")

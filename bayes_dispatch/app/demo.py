@@ -10,7 +10,6 @@ from rich.console import Console
 from bayes_dispatch.app.tables import Cell, Table, visible
 from bayes_dispatch.checks.plots import plot_blend_bars, plot_forest
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
-from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import CONVENTIONS, Convention, Interleaved
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.blends import (
@@ -23,7 +22,7 @@ from bayes_dispatch.inference.two_pass.blends import (
 )
 from bayes_dispatch.inference.two_pass.generation import Generation
 from bayes_dispatch.inference.two_pass.system import System
-from bayes_dispatch.model.files import write_files
+from bayes_dispatch.storage import check_files, write_files
 
 __all__ = ["BLENDS", "PROMPTS", "DemoPrompt", "run_demo"]
 
@@ -31,6 +30,7 @@ BLENDS: Sequence[Blend] = (BestExpert(), TopK(2), PosteriorMean(), ThompsonSampl
 NEW_TOKENS = 24
 SHOWN = 10  # characters of a continuation in a table
 FILES = ("posterior.nc", "forest.png", "blends.png", "report.md")
+TITLE = "# bayes-dispatch: demonstration"
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ PROMPTS: tuple[DemoPrompt, ...] = (
 def run_demo(bundle: System, out: Path, seed: int, console: Console, progress: bool = True) -> list[Path]:
     """Run the demonstration, print its tables, and write ``posterior.nc``, two pictures and ``report.md``.
 
-    The result depends on the bundle and the seed alone. Files enter ``out`` when all are written; others there stay.
+    The result depends on the bundle and the seed alone. Other files in ``out`` stay.
 
     Args:
         bundle: a trained system. out: directory of the files. seed: of posterior draws. console: for the tables.
@@ -121,10 +121,9 @@ def run_demo(bundle: System, out: Path, seed: int, console: Console, progress: b
         The files.
 
     Raises:
-        ConfigError: ``out`` is a file.
+        BundleError: ``out`` is a file, or has files of these names that are of no earlier run.
     """
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"expected a directory for the output, got the file {out}")
+    check_files(out, FILES, TITLE)
     generator = TwoPassGenerator(bundle)
     texts = [prompt.text for prompt in PROMPTS]
     generations = [
@@ -206,7 +205,7 @@ def _short(share: float) -> str:
 def _report(tables: Sequence[Table], settings: str) -> str:
     posterior, answers, prompts = (table.to_markdown() for table in tables)
     parts = [
-        "# bayes-dispatch: demonstration",
+        TITLE,
         settings,
         "The first pass reads each prompt without any expert; the dispatcher answers with a posterior over weights.",
         "![Posterior mean of the weights, a bar for each prompt](blends.png)",
@@ -221,9 +220,8 @@ def _report(tables: Sequence[Table], settings: str) -> str:
 
 
 def _write(out: Path, posterior: DispatchPosterior, report: str) -> list[Path]:
-    """Make all files beside ``out``, then move them there."""
     names = [prompt.name for prompt in PROMPTS]
-    with write_files(out, FILES) as new:
+    with write_files(out, FILES, TITLE) as new:
         posterior.to_netcdf(new / "posterior.nc", names)
         plot_forest(posterior, names).savefig(new / "forest.png")
         plot_blend_bars(posterior, names).savefig(new / "blends.png")

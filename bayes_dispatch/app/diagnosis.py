@@ -28,13 +28,14 @@ from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import FOREIGN_TEXTS, Domain
 from bayes_dispatch.inference.scoring.evidence_sets import foreign_evidence, mixed_evidence, pure_evidence
-from bayes_dispatch.model.files import write_files, write_json
+from bayes_dispatch.storage import write_files, write_json
 
-__all__ = ["FILES", "Diagnosis", "DiagnosisSettings", "diagnose", "diagnosis_tables", "write_diagnosis"]
+__all__ = ["FILES", "TITLE", "Diagnosis", "DiagnosisSettings", "diagnose", "diagnosis_tables", "write_diagnosis"]
 
 PROPOSALS = 1_000  # of each prompt, for importance weights
 CORRECTED_DRAWS = 63  # of them: few, so that next to none repeats
 FILES = ("diagnosis.json", "report.md", "ranks.png", "coverage.png", "reliability.png", "risk_coverage.png")
+TITLE = "# bayes-dispatch: diagnosis"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,16 +263,20 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
 
 
 def write_diagnosis(diagnosis: Diagnosis, out: Path) -> list[Path]:
-    """Write ``FILES``, each renamed when whole, into a directory that is made if need be."""
+    """Write ``FILES`` into a directory that is made if need be; its other files stay.
+
+    Raises:
+        BundleError: as :func:`bayes_dispatch.storage.check_files`.
+    """
     figures = {
         "ranks.png": plot_rank_ecdfs(diagnosis.ranks),
         "coverage.png": plot_coverage(diagnosis.coverage, diagnosis.simulated),
         "reliability.png": plot_reliability(diagnosis.reliability),
         "risk_coverage.png": plot_risk_coverage(diagnosis.risk_coverage, diagnosis.abstention),
     }
-    parts = ["# bayes-dispatch: diagnosis", *(table.to_markdown() for table in diagnosis_tables(diagnosis))]
+    parts = [TITLE, *(table.to_markdown() for table in diagnosis_tables(diagnosis))]
     parts += [f"![{name.partition('.')[0]}]({name})" for name in figures]
-    with write_files(out, FILES) as new:
+    with write_files(out, FILES, TITLE) as new:
         for name, figure in figures.items():
             figure.savefig(new / name)
         write_json(new / "diagnosis.json", diagnosis.to_dict())

@@ -42,11 +42,11 @@ from bayes_dispatch.inference.scoring.evidence_sets import (
     mixed_evidence,
     pure_evidence,
 )
-from bayes_dispatch.model.files import read_json, write_json
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.model.pretraining.run import PretrainingSettings, pretrain
 from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.storage import read_json, write_json
 
 __all__ = ["PLANS", "TrainingPlan", "train_bundle"]
 

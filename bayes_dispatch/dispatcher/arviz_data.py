@@ -5,8 +5,7 @@ Independent draws are one chain: several would fake r-hat ≈ 1.
 
 from __future__ import annotations
 
-import os
-import threading
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import xarray as xr
 from jaxtyping import Float
 
 from bayes_dispatch.errors import TensorError
+from bayes_dispatch.storage import write_output
 
 __all__ = ["DRAWS", "as_dataset", "prompt_names", "to_inference_data", "weight_groups", "write_netcdf"]
 
@@ -86,18 +86,14 @@ def to_inference_data(groups: Mapping[str, xr.Dataset]) -> Any:
 
 
 def write_netcdf(groups: Mapping[str, xr.Dataset] | xr.DataTree, path: Path) -> Path:
-    """Write groups, or arviz data, to a NetCDF file, which appears under its name only when it is whole.
+    """Write groups, or arviz data, to a NetCDF file, as :func:`bayes_dispatch.storage.write_output` writes all.
 
     Args:
         groups: datasets by name, as ``InferenceData`` and ``xarray.DataTree`` are too.
         path: of the file; its folder is made if need be.
     """
     tree = groups if isinstance(groups, xr.DataTree) else xr.DataTree.from_dict(dict(groups))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        tree.to_netcdf(temporary, engine="h5netcdf")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        tree.to_netcdf(Path(directory, "data.nc"), engine="h5netcdf")
+        write_output(path, Path(directory, "data.nc").read_bytes())
     return path

@@ -17,8 +17,8 @@ from bayes_dispatch.inference.scoring.compare import compare_blends, score_toget
 from bayes_dispatch.inference.scoring.evaluation import held_out_documents
 from bayes_dispatch.inference.scoring.held_out import KINDS
 from bayes_dispatch.inference.two_pass.blends import FixedWeights, Particles
-from bayes_dispatch.model.files import read_json, write_json
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.storage import read_json, write_json
 from dispatching.data import Problem, Sizes, shipped
 from dispatching.judging import judge
 from dispatching.methods import Ours

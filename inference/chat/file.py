@@ -1,6 +1,6 @@
 """A conversation in one safetensors file: arrays, and settings as JSON in its header, bound by a digest.
 
-It is written under a temporary name and renamed when whole. It names the weights of the model, the experts and the
+It names the weights of the model, the experts and the
 dispatcher that it belongs to. Caches are not in it: they are made again from the transcript.
 """
 
@@ -19,7 +19,7 @@ from bayes_dispatch.inference.chat.state import ChatSettings, ChatState
 from bayes_dispatch.inference.chat.transcript import Transcript
 from bayes_dispatch.inference.two_pass.blends import BLENDS, Blend, FixedWeights
 from bayes_dispatch.inference.two_pass.filtering import FilterState
-from bayes_dispatch.model.files import parse_tensors, read_bytes, tensors_as_bytes, write_bytes
+from bayes_dispatch.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.two_pass.system import System
@@ -37,8 +37,6 @@ def write_chat(path: Path, system: "System", settings: ChatSettings, state: Chat
         ConfigError: a blend that is none of ``KINDS``. BundleError: ``path`` is a directory.
         OSError: the disk is full, or refuses.
     """
-    if path.is_dir():
-        raise BundleError(f"expected a file at {path}, got a directory")
     blend = settings.blend
     if KINDS.get(type(blend).__name__) is not type(blend):
         raise ConfigError(f"expected a blend of {', '.join(KINDS)} in a chat with a file, got {type(blend).__name__}")
@@ -47,8 +45,8 @@ def write_chat(path: Path, system: "System", settings: ChatSettings, state: Chat
         "transcript": text,
         "own": torch.from_numpy(state.transcript.own),
         "rows": torch.from_numpy(np.ascontiguousarray(state.rows)),
-        "joint": state.filtered.joint[0].contiguous(),
-        "target": state.filtered.target[0].contiguous(),
+        "joint": state.filtered.joint[0],
+        "target": state.filtered.target[0],
         "rates": state.filtered.rates,
         "blends": torch.from_numpy(np.ascontiguousarray(state.filtered.blends[0])),
     }
@@ -59,9 +57,7 @@ def write_chat(path: Path, system: "System", settings: ChatSettings, state: Chat
         "settings": json.dumps(chosen, default=lambda values: values.tolist()),  # of NumPy
         "turns": json.dumps(state.turns),
     }
-    header["digest"] = _digest(header, tensors)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path.resolve(), tensors_as_bytes(tensors, header))  # a link to a file stays a link
+    write_tensors(path, tensors, header)
 
 
 def read_chat(path: Path, system: "System") -> tuple[ChatSettings, ChatState]:
@@ -71,12 +67,9 @@ def read_chat(path: Path, system: "System") -> tuple[ChatSettings, ChatState]:
         BundleError: the file is missing, truncated, edited, no chat, or one with another model, other experts or
             another dispatcher.
     """
-    tensors, header = parse_tensors(read_bytes(path), path)
+    tensors, header = read_tensors(path)
     if header.get("format") != FORMAT:
         raise BundleError(f"expected a file of format {FORMAT!r} in {path}, got {header.get('format')!r}")
-    expected, got = header.pop("digest", None), _digest(header, tensors)
-    if got != expected:
-        raise BundleError(f"expected digest {str(expected)[:12]}… of {path}, got {got[:12]}… (edited)")
     try:
         for name, value in _system(system).items():
             if (saved := json.loads(header["system"])[name]) != value:
@@ -125,11 +118,3 @@ def _system(system: "System") -> dict[str, Any]:
         "scales": digest.hexdigest(),
         "dispatcher": system.dispatcher.state.fingerprint,
     }
-
-
-def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"\0{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

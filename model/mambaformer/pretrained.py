@@ -1,19 +1,29 @@
 """Models on disk: ``config.json`` and ``model.safetensors`` in a directory."""
 
-import json
+import hashlib
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
-import safetensors.torch
+import torch
 from torch import nn
 
 from bayes_dispatch.errors import BundleError, ConfigError
-from bayes_dispatch.model.files import read_json, read_tensors, write_directory
 from bayes_dispatch.model.mambaformer.svd.files import Fingerprinted, load_factors
+from bayes_dispatch.storage import (
+    check_tensors,
+    parse_json,
+    read_bytes,
+    read_tensors,
+    save_directory,
+    saved_at,
+    write_json,
+    write_tensors,
+)
 
 __all__ = ["ModelConfig", "Pretrained"]
 
 M = TypeVar("M", bound="Pretrained")
+DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 @runtime_checkable
@@ -33,28 +43,44 @@ class Pretrained(nn.Module):
     config: Any
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``; an existing directory is replaced once all is written."""
-        with write_directory(Path(directory)) as target:
-            (target / "config.json").write_text(json.dumps(self.config.to_json(), indent=2) + "\n")
-            tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-            safetensors.torch.save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        """Write ``config.json`` and ``model.safetensors``, in the place of an earlier save in that directory.
+
+        Raises:
+            BundleError: the directory is a link, or holds anything else.
+        """
+        with save_directory(Path(directory), "config.json") as new:
+            write_json(new / "config.json", self.config.to_json())
+            header = {"format": "pt", "config": _digest(read_bytes(new / "config.json"))}
+            write_tensors(new / "model.safetensors", self.state_dict(), header)
 
     @classmethod
     def from_pretrained(cls: type[M], directory: str | Path) -> M:
         """Read what ``save_pretrained`` wrote, and factors that lie beside it; nothing is unpickled or executed.
 
+        The model has the dtype that it was saved in, whatever PyTorch's default is.
+
         Raises:
-            BundleError: a file is missing or truncated, or a tensor has another shape or dtype than the configuration
-                says.
+            BundleError: a file is missing, truncated or edited, or a tensor has another shape than the configuration
+                says, or another dtype than the rest.
         """
-        directory = Path(directory)
+        directory = saved_at(Path(directory))
+        file, weights = directory / "config.json", directory / "model.safetensors"
+        data = read_bytes(file)
         try:
-            config = cls.config_class.from_json(read_json(directory / "config.json"))
+            config = cls.config_class.from_json(parse_json(data, file))
         except ConfigError as error:
-            raise BundleError(f"{directory / 'config.json'}: {error}") from None
-        model = cast(Any, cls)(config)
-        expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
-        model.load_state_dict(read_tensors(directory / "model.safetensors", expected))
+            raise BundleError(f"{file}: {error}") from None
+        tensors, header = read_tensors(weights)
+        dtype = next((t.dtype for t in tensors.values() if t.dtype in DTYPES), torch.float32)
+        model = cast(Any, cls)(config).to(dtype)
+        check_tensors(weights, tensors, {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()})
+        if header.get("config", got := _digest(data)) != got:
+            raise BundleError(f"expected in {file} what {weights} was saved with, got another: it was edited")
+        model.load_state_dict(tensors)
         if isinstance(model, Fingerprinted):
             load_factors(model, directory)
         return cast(M, model.eval())
+
+
+def _digest(config: bytes) -> str:
+    return hashlib.sha256(config).hexdigest()

@@ -1,17 +1,17 @@
 """Checkpoints of pre-training: weights, moments of AdamW, and the number of steps done, written whole or not at all."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.model.files import read_json, read_tensors, write_bytes, write_json
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
 from bayes_dispatch.model.pretraining.recipe import Precision, PretrainingSettings
+from bayes_dispatch.storage import check_tensors, parse_json, read_json, read_tensors, write_tensors
 
 __all__ = ["Identity", "load_checkpoint", "save_checkpoint"]
 
@@ -45,10 +45,9 @@ class Identity(NamedTuple):
 def save_checkpoint(
     directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity, step: int
 ) -> None:
-    """Tensors and their step in one file, so that no crash can part them."""
+    """Tensors, their step and what run they are of in one file, so that no crash can part them."""
     tensors = _named_state(model, optimizer) | {"step": torch.tensor(float(step))}
-    write_json(directory / "pretraining.json", identity.to_json())
-    write_bytes(directory / "pretraining.safetensors", safetensors.torch.save(tensors))
+    write_tensors(directory / "pretraining.safetensors", tensors, {"run": json.dumps(identity.to_json())})
 
 
 def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity) -> int:
@@ -64,12 +63,15 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
     file = directory / "pretraining.safetensors"
     if not file.exists():
         return 0
-    if not _is_of(identity, read_json(directory / "pretraining.json")):
+    tensors, header = read_tensors(file)
+    earlier = "run" not in header  # a checkpoint of an earlier version
+    run = read_json(directory / "pretraining.json") if earlier else parse_json(header["run"].encode(), file)
+    if not _is_of(identity, run):
         raise ConfigError(
             f"expected a checkpoint of these settings in {directory}, got one of others: use a new directory"
         )
     expected = {name: (tuple(t.shape), t.dtype) for name, t in _named_state(model, optimizer).items()}
-    tensors = read_tensors(file, expected | {"step": ((), torch.float32)})
+    check_tensors(file, tensors, expected | {"step": ((), torch.float32)})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[f"model.{name}"])

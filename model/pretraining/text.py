@@ -10,7 +10,6 @@ import torch
 import typer
 
 from bayes_dispatch.errors import BayesDispatchError, ConfigError
-from bayes_dispatch.model.files import read_json, write_json
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.model.pretraining.corpus import TextCorpus
@@ -18,12 +17,12 @@ from bayes_dispatch.model.pretraining.processes import is_first
 from bayes_dispatch.model.pretraining.recipe import ComputeSettings, Device, Precision, PretrainingSettings
 from bayes_dispatch.model.pretraining.run import next_token_loss, pack_rows, pretrain
 from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.storage import check_directory, read_json, write_json
 
 __all__ = ["loss_per_byte", "main"]
 
 PROGRAM = "bayes_dispatch.model.pretraining.text"
 JUDGED_ROWS = 256  # at most
-MODEL_FILES = {"config.json", "model.safetensors"}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -71,7 +70,7 @@ def train(
     )
     work = out.with_name(out.name + ".work") if work is None else work
     try:
-        _check_output(out)
+        check_directory(out, "config.json")
         corpus, judge = TextCorpus.read(text).split(held_out) if held_out else (TextCorpus.read(text), None)
         model_config = _config(config)
         _claim(work, corpus)
@@ -106,14 +105,6 @@ def _config(file: Path | None) -> LanguageModelConfig:
     if config.vocab_size < needed:
         raise ConfigError(f"expected a vocab_size of at least {needed}, for bytes, in {file}, got {config.vocab_size}")
     return config
-
-
-def _check_output(out: Path) -> None:
-    """All of ``out`` will be replaced: refuse what is no model."""
-    if out.is_file() or (out.is_dir() and not {file.name for file in out.iterdir()} <= MODEL_FILES):
-        raise ConfigError(
-            f"expected a new directory, or an earlier model to replace, got {out}, which holds other things"
-        )
 
 
 def _claim(work: Path, corpus: TextCorpus) -> None:

@@ -13,7 +13,7 @@ import adapt_from
 import bayes_dispatch as bd
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS
 from bayes_dispatch.inference.scoring.evaluation import expert_report
-from bayes_dispatch.model.files import read_json, write_json
+from bayes_dispatch.storage import read_json, write_json
 from dispatching.data import Sizes, shipped
 from first_block import measuring
 from first_block.costs import Cost, costs

@@ -1,17 +1,16 @@
-"""Banks on disk: a save is whole or did not happen, experts are read one by one, and a damaged one tells why."""
+"""Banks on disk: a save writes what changed, experts are read one by one, and a damaged one alone tells why.
+
+That a save is whole or did not happen: tests/bayes_dispatch/test_storage.py.
+"""
 
 import io
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from hashlib import blake2b
-from itertools import count
 from pathlib import Path
-from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,12 +19,11 @@ from torch import Tensor
 
 from bayes_dispatch.app.bundle import SHIPPED
 from bayes_dispatch.errors import BundleError, ForeignExpertError, TensorError
-from bayes_dispatch.experts import bank_files
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.bank_files import verify_bank
 from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.vectors import ExpertVector
-from bayes_dispatch.model.files import tensors_as_bytes
+from bayes_dispatch.storage import tensors_as_bytes
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -109,29 +107,6 @@ class TestSaving:
         bank.with_expert(replace(bank["add"], name="sort")).save(saved)
         assert file_of(saved, "sort") != before
 
-    def test_saves_into_one_directory_wait_for_one_another(
-        self, bank: ExpertBank, saved: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """Else the second would delete the new files of the first, which then names them in its index."""
-        first, second = (bank.with_expert(replace(bank["add"], name=name)) for name in ("first", "second"))
-        other = Thread(target=second.save, args=(saved,))
-        written, write_json = [], bank_files.write_json
-
-        def write_late(path: Path, index: dict[str, Any]) -> None:
-            written.append(index["experts"][-1]["name"])
-            if len(written) == 1:
-                other.start()
-                other.join(0.3)  # without a lock it is done by then
-                assert written == ["first"]
-            write_json(path, index)
-
-        monkeypatch.setattr(bank_files, "write_json", write_late)
-        first.save(saved)
-        other.join()
-        assert written == ["first", "second"]
-        assert all(check.ok for check in verify_bank(saved))
-        assert_same(ExpertBank.load(saved), second)
-
     def test_an_expert_of_1280_scales_is_at_most_8_kilobytes(self, tmp_path: Path) -> None:
         ExpertBank([random_expert("reversed_add")]).save(tmp_path / "bank")
         assert file_of(tmp_path / "bank", "reversed_add").stat().st_size <= 8_000
@@ -148,21 +123,6 @@ class TestSaving:
         assert_same(ExpertBank.load(saved), changed)
         assert ExpertBank.load(saved).names == ("reverse", "sort", "plus", "more")
 
-    def test_files_of_others_stay_and_orphans_go(self, bank: ExpertBank, saved: Path) -> None:
-        old = file_of(saved, "sort")
-        stale = [
-            saved / f".{old.name}-ab3_d9xy",
-            saved / ".bank.json-ab3_d9xy",
-            saved / "sort.0123456789ab.safetensors",
-        ]
-        others = [saved / "notes.txt", saved / "sort.safetensors", saved / ".hidden"]
-        for file in (*stale, *others):
-            file.write_text("…")
-        assert_same(ExpertBank.load(saved), bank)
-        bank.without("sort").save(saved)
-        assert all(file.exists() for file in others)
-        assert not any(file.exists() for file in (*stale, old))
-
     def test_saving_repairs_files_of_experts_at_hand(self, bank: ExpertBank, saved: Path) -> None:
         file_of(saved, "sort").write_bytes(b"x")
         bank.save(saved)
@@ -175,91 +135,6 @@ class TestSaving:
         with pytest.raises(BundleError, match=r"expected a readable file .*sort.*, got: No such file"):
             bank.without("add").save(saved)
         assert contents(saved) == before
-
-    def test_a_link_to_a_directory_stays_one(self, bank: ExpertBank, saved: Path) -> None:
-        link = saved.with_name("link")
-        link.symlink_to(saved)
-        ExpertBank.load(link).without("sort").save(link)
-        assert link.is_symlink()
-        assert ExpertBank.load(saved).names == ("reverse", "add")
-
-    def test_a_file_in_the_way(self, bank: ExpertBank, tmp_path: Path) -> None:
-        (tmp_path / "bank").write_text("…")
-        with pytest.raises(BundleError, match=r"expected a directory at .*bank, got a file"):
-            bank.save(tmp_path / "bank")
-
-
-class Killed(BaseException):
-    """The process ends here."""
-
-
-class TestCrashes:
-    """Each file operation of a save fails in turn; then the bank is the one from before or the one from after."""
-
-    @staticmethod
-    def fail_at(monkeypatch: pytest.MonkeyPatch, turn: int, error: BaseException) -> list[str]:
-        """Have operation ``turn`` raise; if the process is killed by it, all later ones too. Returns what was done."""
-        done: list[str] = []
-
-        def failing(name: str, really: Callable[..., Any]) -> Callable[..., Any]:
-            def operation(*arguments: Any, **settings: Any) -> Any:
-                if len(done) == turn or (len(done) > turn and isinstance(error, Killed)):
-                    done.append(f"{name} failed")
-                    raise error
-                done.append(name)
-                return really(*arguments, **settings)
-
-            return operation
-
-        operations = ("mkdir", "listdir", "rename", "replace", "unlink", "fsync", "fdopen", "chmod")
-        for name in operations:
-            monkeypatch.setattr(os, name, failing(name, getattr(os, name)))
-        for name in ("mkstemp", "mkdtemp"):
-            monkeypatch.setattr(tempfile, name, failing(name, getattr(tempfile, name)))
-        return done
-
-    @pytest.mark.parametrize("error", [OSError("disk full"), Killed()], ids=["error", "kill"])
-    @pytest.mark.parametrize("existing", [True, False], ids=["existing", "new"])
-    def test_every_operation(self, bank: ExpertBank, tmp_path: Path, error: BaseException, existing: bool) -> None:
-        new = bank.without("sort").renamed("add", "plus").with_expert(replace(bank["add"], name="reverse"))
-        seen = set()
-        for turn in count():
-            directory = tmp_path / str(turn) / "bank"
-            directory.parent.mkdir()
-            if existing:
-                bank.save(directory)
-            with pytest.MonkeyPatch.context() as monkeypatch:
-                done = self.fail_at(monkeypatch, turn, error)
-                with suppress(OSError, Killed):
-                    new.save(directory)
-            whole = not any(operation.endswith("failed") for operation in done)
-            if directory.exists():
-                loaded = ExpertBank.load(directory)
-                seen.add(loaded.names)
-                assert_same(loaded, bank if loaded.names == bank.names else new)
-                assert all(check.ok for check in verify_bank(directory))
-                if "sort" in loaded:
-                    assert existing
-            else:
-                assert not existing
-            new.save(directory)
-            assert_same(ExpertBank.load(directory), new)
-            assert len(contents(directory)) == 1 + len(new)
-            if whole:
-                break
-        assert turn > 10
-        assert seen == ({bank.names, new.names} if existing else {new.names})
-
-    def test_an_old_file_that_cannot_be_deleted_is_no_failure(
-        self, bank: ExpertBank, saved: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def failing(*_: object, **__: object) -> None:
-            raise OSError("busy")
-
-        monkeypatch.setattr(os, "unlink", failing)
-        bank.without("sort").save(saved)
-        assert_same(ExpertBank.load(saved), bank.without("sort"))
-        assert file_of(saved, "sort").exists()
 
 
 class TestReading:

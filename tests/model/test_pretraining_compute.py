@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.model.files import read_tensors
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig, StateSpaceKind
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.model.pretraining.corpus import TextCorpus
@@ -28,6 +27,7 @@ from bayes_dispatch.model.pretraining.run import (
     pretrain,
 )
 from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.storage import read_tensors
 
 CONFIG = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
 SETTINGS = PretrainingSettings(steps=8, batch_size=4, length=24, warmup=4, checkpoint_every=3, seed=3)
@@ -112,7 +112,8 @@ def test_bfloat16_rounds_products_but_neither_loss_nor_weights(
     model = pretrain(CONFIG, CORPUS, SETTINGS, tmp_path, progress=False, compute=ComputeSettings(precision="bfloat16"))
     assert dtypes == {torch.float32}
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert {tensor.dtype for tensor in read_tensors(tmp_path / "pretraining.safetensors").values()} == {torch.float32}
+    tensors, _ = read_tensors(tmp_path / "pretraining.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert not torch.equal(model.embedding.weight, model.embedding.weight.bfloat16().float())
     with torch.no_grad():
         rounded, exact, untrained = (float(loss(m)) for m in (model, plain, MambaFormerForCausalLM(CONFIG)))

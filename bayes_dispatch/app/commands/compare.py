@@ -2,7 +2,6 @@
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -156,24 +155,19 @@ def _check_file(path: Path) -> None:
     """Refuse, before any work, a file that could not be written later."""
     if path.is_dir():
         raise ConfigError(f"expected a file for --csv, got the directory {path}")
-    parent = path.absolute().parent
-    if not parent.is_dir():
+    parent = Path(os.path.realpath(path)).parent
+    if not path.exists() and not parent.is_dir():
         raise ConfigError(f"expected an existing directory for {path}, got {parent}, which is none")
-    try:
-        tempfile.TemporaryFile(dir=parent).close()
-    except OSError as error:
-        raise ConfigError(f"expected a writable place for {path}, got {parent}: {error.strerror}") from None
+    if not os.access(path if path.exists() else parent, os.W_OK):
+        raise ConfigError(f"expected a writable place for {path}, got one that takes no new content")
 
 
 def _write(path: Path, frames: "dict[str, pandas.DataFrame]") -> None:
-    """All rows after a column ``set``; the file appears under its name only when it is whole."""
+    """All rows after a column ``set``."""
     import pandas
+
+    from bayes_dispatch.storage import write_output
 
     table = pandas.concat([frame.assign(set=name) for name, frame in frames.items()], ignore_index=True)
     columns = ["set", *[column for column in table.columns if column != "set"]]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        table[columns].to_csv(temporary, index=False)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_output(path, table[columns].to_csv(index=False).encode())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayes_dispatch.errors import BundleError, ConfigError
+from bayes_dispatch.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -74,16 +74,15 @@ def check_output(path: Path) -> None:
 
 
 def check_new_output(path: Path, index: str) -> None:
-    """Refuse, too, a directory that is to be replaced and holds anything but what has this index.
+    """Refuse, too, a directory that holds anything but an earlier save with this index.
 
     Raises:
-        ConfigError: as :func:`check_output`. BundleError: it holds other files.
+        ConfigError: as :func:`check_output`. BundleError: it is a link, or holds something else.
     """
+    from bayes_dispatch.storage import check_directory
+
     check_output(path)
-    if path.is_dir() and any(path.iterdir()) and not (path / index).is_file():
-        raise BundleError(
-            f"expected a new directory or an earlier output to replace, got {path}, which holds other files"
-        )
+    check_directory(path, index)
 
 
 def typed(text: str, escapes: bool) -> bytes:

@@ -1,5 +1,6 @@
 """Evidence in a NumPy ``.npz`` file of plain arrays: for ``bayes-dispatch fit``, and kept in bundles."""
 
+import io
 import zipfile
 import zlib
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.errors import EvidenceError
+from bayes_dispatch.storage import write_output
 
 __all__ = ["EvidenceFile", "read_evidence", "write_evidence"]
 
@@ -53,5 +55,6 @@ def write_evidence(path: Path, evidence: Evidence) -> None:
     """
     if any(mask.any() for mask in evidence.missing.values()) or evidence.lengths is None:
         raise EvidenceError(f"expected evidence with all views of all prompts for {path}, got missing ones")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, allow_pickle=False, lengths=evidence.lengths, **evidence.views)
+    file = io.BytesIO()
+    np.savez(file, allow_pickle=False, lengths=evidence.lengths, **evidence.views)
+    write_output(path, file.getvalue())

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bayes_dispatch.errors import BundleError
-from bayes_dispatch.model.files import read_tensors, write_tensors
 from bayes_dispatch.model.mambaformer.cache.states import AttentionState, CrossAttentionState, MambaState, State
+from bayes_dispatch.storage import read_tensors, write_tensors
 
 __all__ = ["read_states", "write_states"]
 
@@ -28,8 +27,7 @@ def write_states(path: Path, states: Sequence[State], lengths: dict[str, Tensor]
     """Write states, tensors of one number per row, and what else there is to say about them."""
     tensors = {f"{i}.{name}": tensor for i, state in enumerate(states) for name, tensor in state.tensors().items()}
     kinds = [{"kind": type(state).__name__} | _settings(state) for state in states]
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in (tensors | lengths).items()}
-    write_tensors(path, stored, {"format": FORMAT, "states": json.dumps(kinds), "about": json.dumps(about)})
+    write_tensors(path, tensors | lengths, {"format": FORMAT, "states": json.dumps(kinds), "about": json.dumps(about)})
 
 
 def read_states(path: Path, lengths: Sequence[str]) -> tuple[list[State], dict[str, Tensor], dict[str, Any]]:
@@ -38,10 +36,8 @@ def read_states(path: Path, lengths: Sequence[str]) -> tuple[list[State], dict[s
     Raises:
         BundleError: the file is missing, damaged, or was not written by ``write_states``.
     """
-    tensors = read_tensors(path)
+    tensors, header = read_tensors(path)
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
         if header.get("format") != FORMAT:
             raise ValueError(f"format {header.get('format')!r}")
         about, kinds = json.loads(header["about"]), json.loads(header["states"])
@@ -50,7 +46,7 @@ def read_states(path: Path, lengths: Sequence[str]) -> tuple[list[State], dict[s
         if any(n.shape != (batch,) or n.dtype != torch.int64 or int(n.min()) < 0 for n in numbers.values()):
             raise ValueError("lengths of another shape or below 0")
         states = [_read_state(kind, i, tensors, batch) for i, kind in enumerate(kinds)]
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise BundleError(f"expected a cache ({FORMAT}) in {path}, got: {error}") from None
     if tensors:
         raise BundleError(f"expected no other tensors in the cache {path}, got {', '.join(sorted(tensors)[:4])}")

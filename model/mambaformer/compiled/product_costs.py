@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from bayes_dispatch.errors import BundleError, ConfigError
-from bayes_dispatch.model.files import read_json, write_json
 from bayes_dispatch.model.mambaformer.compiled.switch import kernels
+from bayes_dispatch.storage import read_json, write_json
 
 __all__ = ["ProductCosts", "costs_file", "machine", "measure", "present_costs", "read_costs", "save_costs"]
 

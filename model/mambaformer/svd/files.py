@@ -5,16 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import safetensors
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from bayes_dispatch.errors import BundleError, ConfigError
-from bayes_dispatch.model.files import read_tensors, write_tensors
 from bayes_dispatch.model.mambaformer.svd.embedding import SVDEmbedding
 from bayes_dispatch.model.mambaformer.svd.factors import Factors
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear, SVDMatrix
+from bayes_dispatch.storage import read_tensors, write_tensors
 
 __all__ = ["FACTORS_FILE", "Fingerprinted", "load_factors", "save_factors"]
 
@@ -68,12 +66,10 @@ def load_factors(model: Fingerprinted, directory: str | Path) -> bool:
     path = Path(directory, FACTORS_FILE)
     if not path.is_file():
         return False
-    tensors = read_tensors(path)
+    tensors, metadata = read_tensors(path)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
         errors = {str(name): float(error) for name, error in json.loads(metadata["errors"]).items()}
-    except (SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
+    except (KeyError, ValueError, AttributeError, TypeError) as error:
         raise BundleError(f"expected the errors of decompositions in {path}, got: {error!r:.80}") from None
     if metadata.get("base") != model.fingerprint():
         raise BundleError(f"expected factors of base model {model.fingerprint()} in {path}, got {metadata.get('base')}")

@@ -225,26 +225,6 @@ class TestFiles:
         dispatcher.save(tmp_path / "dispatcher")
         again.check_dispatcher(Dispatcher.load(tmp_path / "dispatcher"))
 
-    @pytest.mark.parametrize("name", ["gate.json", "gate.safetensors"])
-    @pytest.mark.parametrize(
-        "damage",
-        [
-            Path.unlink,
-            lambda path: path.write_bytes(path.read_bytes()[:-3]),
-            lambda path: path.write_bytes(b""),
-            lambda path: path.write_bytes(path.read_bytes().replace(b"2", b"3", 1)),
-            lambda path: path.write_bytes(path.read_bytes() + b"x"),
-        ],
-        ids=["missing", "truncated", "empty", "edited", "longer"],
-    )
-    def test_damage(self, gate: Gate, tmp_path: Path, name: str, damage: Callable[[Path], object]) -> None:
-        gate.save(tmp_path)
-        before = (tmp_path / name).read_bytes()
-        damage(tmp_path / name)
-        assert not (tmp_path / name).exists() or (tmp_path / name).read_bytes() != before
-        with pytest.raises(BundleError, match=r"^expected [^\n]*got [^\n]+$"):
-            Gate.load(tmp_path)
-
     @pytest.mark.parametrize(
         "change",
         [
