@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Settings = Callable[..., dict[str, Any]]
 
-ONE_LINE = r"^expected [^\n]*got [^\n]+$"
+ONE_LINE = r"^expected [^\n]*got[^\n]+$"
 
 
 @pytest.fixture
