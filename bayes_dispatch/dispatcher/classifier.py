@@ -9,7 +9,7 @@ from jaxtyping import Float, Shaped
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 
 from bayes_dispatch.arguments import whole
 from bayes_dispatch.dispatcher.estimator import Dispatcher
@@ -78,20 +78,25 @@ class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         tags.target_tags.required = self.n_components is None
         return tags
 
-    def fit(self, X: Any, y: Any = None) -> DispatcherClassifier:
-        """Fit to vectors, with all, some or no labels.
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> DispatcherClassifier:
+        """Fit to vectors, with all, some or no labels; the order of the rows does not matter.
 
         Args:
             X: ``(N, F)`` finite numbers.
             y: ``(N,)`` classes, ``unlabelled`` where unknown; ``None`` for no labels.
+            sample_weight: ``(N,)`` whole numbers: how often each row counts, 0 for not at all. 1 each by default.
 
         Raises:
-            LabelError: labels of fewer than two classes, or neither labels nor ``n_components``.
+            LabelError: labels of fewer than two classes, neither labels nor ``n_components``, or weights that are no
+                counts.
             ConfigError: a setting or seed outside its range.
             ValueError: whatever else scikit-learn refuses in ``X`` or ``y``.
         """
         given = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
         X, y = (given, None) if y is None else given
+        if sample_weight is not None:
+            rows = np.repeat(np.arange(len(X)), _counts(sample_weight, X))
+            X, y = X[rows], None if y is None else y[rows]
         classes, codes = self._classes(y, len(X))
         given_seed = self.random_state
         if not (given_seed is None or isinstance(given_seed, np.random.RandomState)):
@@ -104,7 +109,8 @@ class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             GuideSettings(hidden=self.hidden, simulations=self.simulations, steps=self.guide_steps),
             FeatureSettings(self.dimensions),
         )
-        self.classes_, self.dispatcher_ = classes, dispatcher.fit(X, codes)
+        order = np.lexsort((codes, *X.T))
+        self.classes_, self.dispatcher_ = classes, dispatcher.fit(X[order], codes[order])
         return self
 
     def predict_proba(self, X: Any) -> Float[np.ndarray, "prompt class"]:
@@ -153,6 +159,15 @@ class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
     def _checked(self, X: Any) -> np.ndarray:
         check_is_fitted(self, "dispatcher_")
         return validate_data(self, X, dtype=np.float64, reset=False)
+
+
+def _counts(sample_weight: Any, X: np.ndarray) -> np.ndarray:
+    weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
+    if (fractions := weights[weights % 1 != 0]).size:
+        raise LabelError(f"expected sample_weight of whole numbers, how often each row counts, got {fractions[0]:g}")
+    if weights.sum() < 2:
+        raise LabelError(f"expected sample_weight that counts at least 2 rows, got {weights.sum():g}")
+    return weights.astype(np.int64)
 
 
 def _without_base(weights: np.ndarray) -> np.ndarray:

@@ -28,7 +28,7 @@ from bayes_dispatch.errors import BayesDispatchError, ConfigError, LabelError
 FAST: dict[str, Any] = {
     "dimensions": 4,
     "svi_steps": 5,
-    "guide_steps": 60,
+    "guide_steps": 100,
     "simulations": 400,
     "hidden": 64,
     "random_state": 0,
@@ -105,6 +105,26 @@ def test_some_labels(blobs: tuple[np.ndarray, np.ndarray]) -> None:
     assert fitted.classes_.tolist() == sorted(NAMES.tolist())
     assert fitted.score(X, NAMES[y]) > 0.9
     assert DispatcherClassifier(**FAST).fit(X, some).classes_.tolist() == sorted([*NAMES.tolist(), "?"])
+
+
+def test_a_weight_says_how_often_a_row_counts(blobs: tuple[np.ndarray, np.ndarray]) -> None:
+    """As if it were there so often, wherever it stands; without weight it may have a class of its own."""
+    X, y = blobs[0][:40], blobs[1][:40]
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 3, 40)
+    weights[0], labels = 0, np.where(np.arange(40) == 0, 7, y)
+    weighted = DispatcherClassifier(**FAST).fit(X, labels, sample_weight=weights)
+    rows = rng.permutation(np.repeat(np.arange(40), weights))
+    repeated = DispatcherClassifier(**FAST).fit(X[rows], y[rows])
+    np.testing.assert_array_equal(weighted.classes_, repeated.classes_)
+    np.testing.assert_array_equal(weighted.predict_proba(X), repeated.predict_proba(X))
+    for bad, message in (
+        (weights / 2, "got 0.5"),
+        (np.eye(40)[0], "counts at least 2 rows, got 1"),
+        (-weights, "egative"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DispatcherClassifier(**FAST).fit(X, y, bad)
 
 
 @pytest.mark.filterwarnings("ignore:The number of unique classes")
