@@ -40,7 +40,6 @@ from .dispatcher.posterior import DispatchPosterior as DispatchPosterior
 from .dispatcher.prior.online import PriorState as PriorState
 from .dispatcher.prior.online import prior_state as prior_state
 from .dispatcher.program.settings import Admixture as Admixture
-from .dispatcher.program.settings import OneLabelMixture as OneLabelMixture
 from .errors import BayesDispatchError as BayesDispatchError
 from .errors import BundleError as BundleError
 from .errors import CacheFullError as CacheFullError

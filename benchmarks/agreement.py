@@ -7,8 +7,8 @@
 ``fixed``: the shipped dispatcher on documents, or one fitted to prompts of a known program, with its globals at their
 medians. ``joint``: a dispatcher that is recalibrated to tens of prompts of three experts, those of a single expert
 labelled, beside NUTS for the globals and the weights of all of them. Serving assumes less of the prior than was fitted
-(its shares, and a range of its precision); the last rows assume all that was fitted, as NUTS does, with globals of SVI,
-of collapsed steps after it, and of NUTS itself.
+(its shares, and a range of its precision); the last rows assume all that was fitted, as NUTS does, with globals of SVI
+and of NUTS itself.
 Kolmogorov–Smirnov distances are means over prompts and components. The floor is that of two runs of NUTS of the same
 length. The guide was trained for the globals' whole posterior and on real prompts too, so its distance is not all its
 own error; resampling is done under the fixed globals. Below a thousandth weights are not told apart by the guide: the
@@ -30,12 +30,11 @@ import bayes_dispatch as bd
 from bayes_dispatch.app.tables import Table
 from bayes_dispatch.checks.reference import joint_posterior
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
-from bayes_dispatch.dispatcher.fitting.collapsed import fit_collapsed
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher
-from bayes_dispatch.dispatcher.fitting.svi import SUPPORTS, SVISettings, isolated
+from bayes_dispatch.dispatcher.fitting.svi import SUPPORTS, isolated
+from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import prompt_generators
 from bayes_dispatch.dispatcher.guide.guides import GuideSettings
-from bayes_dispatch.dispatcher.guide.importance import ImportanceSampler, draw_resampled
-from bayes_dispatch.dispatcher.keys import prompt_keys
+from bayes_dispatch.dispatcher.guide.importance import ImportanceSampler
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS
 from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence, mixed_evidence, pure_evidence
@@ -51,7 +50,6 @@ DIMENSIONS = 4  # of the hidden view then
 LABELLED = 8  # prompts of each of these
 PROJECTED = 60  # others of each, that the projections are of
 PROPOSALS = 400  # under each draw of the globals
-COLLAPSED = 1_000  # steps
 CHAINS = 4
 
 
@@ -136,13 +134,12 @@ def fixed(data: Data, bundle: bd.Bundle, prompts: int, draws: int, seed: int, qu
     count, names = CHAINS * draws, nuts.experts
     seen = state.prompts(evidence)
     answer = state.answer(seen, dispatcher.prior.mean)
-    keys = prompt_keys(seed, len(evidence))
     sampler = ImportanceSampler(state.model, [center], state.temper, dispatcher.guide.kappa)
-    weighted = sampler(answer, seen, dispatcher.prior.mean, 8 * count, keys)
+    weighted = sampler(answer, seen, dispatcher.prior.mean, 8 * count, prompt_generators(seed, len(evidence)))
     found = {
         "NUTS again": floor,
-        "guide alone": DispatchPosterior(answer.draw(count, keys), names),
-        "resampled": DispatchPosterior(draw_resampled(weighted, count, prompt_keys(seed + 1, len(evidence))), names),
+        "guide alone": DispatchPosterior(answer.draw(count, prompt_generators(seed, len(evidence))), names),
+        "resampled": DispatchPosterior(weighted.draw(count, prompt_generators(seed + 1, len(evidence))), names),
     }
     note = f"{prompts} prompts; NUTS: r-hat at most {np.nanmax(nuts.r_hat):.3f}, {nuts.divergences.sum()} divergences."
     return _table(f"Distance to NUTS, globals fixed, {data} evidence, seed {seed}", found, nuts, note)
@@ -160,11 +157,9 @@ def joint(data: Data, bundle: bd.Bundle, prompts: int, draws: int, seed: int, qu
     )
     judged = evidence.select(np.arange(prompts))
     count = CHAINS * draws
-    shares = dispatcher.prior.mean
-    steps = SVISettings(collapsed=20 if quick else COLLAPSED)
-    collapsed, _ = fit_collapsed(state.model, state.globals, seen, state.answer(seen, shares), steps, seed)
+    fitted = state.globals.to(torch.float64)
     with isolated(seed, torch.float64):
-        alone, together = ([each.draw() for _ in range(count)] for each in (state.globals.to(torch.float64), collapsed))
+        alone = [fitted.draw() for _ in range(count)]
     theirs = [{name: torch.as_tensor(nuts.globals[name][row]) for name in alone[0]} for row in range(count)]
     near, rest = (DispatchPosterior(run.weights[:, :prompts], run.experts) for run in (nuts, again))
     found: dict[str, DispatchPosterior] = {
@@ -172,13 +167,12 @@ def joint(data: Data, bundle: bd.Bundle, prompts: int, draws: int, seed: int, qu
         "guide alone, as served": dispatcher.posterior(judged, count, seed),
         "resampled, as served": dispatcher.posterior(judged, count, seed, resample=True, proposals=8 * count),
     }
-    for name, drawn in (("SVI", alone), ("SVI and collapsed steps", together), ("NUTS", theirs)):
+    for name, drawn in (("SVI", alone), ("NUTS", theirs)):
         found[f"resampled, all globals by {name}"] = given_globals(state, judged, near.experts, drawn, seed)
     note = (
         f"{prompts} mixtures, beside {len(evidence) - prompts} labelled prompts; NUTS: r-hat at most "
         f"{np.nanmax(nuts.r_hat[:prompts]):.3f}, {nuts.divergences[0]} divergences. Globals against NUTS (sds between "
-        f"means, ratio of sds), by SVI: {_apart(alone, nuts.globals)}; with collapsed steps: "
-        f"{_apart(together, nuts.globals)}."
+        f"means, ratio of sds), by SVI: {_apart(alone, nuts.globals)}."
     )
     return _table(f"Distance to NUTS, joint with the globals, {data} evidence, seed {seed}", found, near, note)
 
@@ -196,9 +190,9 @@ def given_globals(
     for row, sites in enumerate(drawn):
         kappa, shares = float(sites["kappa"]), sites["pi"].double().numpy()
         sampler = ImportanceSampler(state.model, [sites], state.temper, (kappa, kappa))
-        keys = prompt_keys(seed + 2 * row, count)
-        weighted = sampler(state.answer(prompts, shares), prompts, shares, PROPOSALS, keys)
-        weights.append(draw_resampled(weighted, 1, prompt_keys(seed + 2 * row + 1, count)))
+        own = prompt_generators(seed + row, count)
+        weighted = sampler(state.answer(prompts, shares), prompts, shares, PROPOSALS, own)
+        weights.append(weighted.draw(1, own))
     return DispatchPosterior(np.concatenate(weights), experts)
 
 

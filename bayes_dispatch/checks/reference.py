@@ -452,10 +452,6 @@ class _Structure(NamedTuple):
 
     @classmethod
     def of(cls, model: DispatchModel) -> _Structure:
-        if type(model) is not DispatchModel:
-            raise ConfigError(
-                f"expected an admixture, got {type(model).__name__}, whose posterior is exact without NUTS"
-            )
         views = tuple(TWINS[view.kind](view.width, view.name) for view in model.views)
         prior = model.prior or (*[3.0] * model.n_experts, 1.5)
         families = None if model.families is None else (*model.families, max(model.families) + 1)

@@ -5,6 +5,7 @@ Independent draws are one chain: several would fake r-hat ≈ 1.
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,15 @@ from jaxtyping import Float
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.storage import write_output
 
-__all__ = ["DRAWS", "as_dataset", "prompt_names", "to_inference_data", "weight_groups", "write_netcdf"]
+__all__ = [
+    "DRAWS",
+    "as_dataset",
+    "pareto_smoothed",
+    "prompt_names",
+    "to_inference_data",
+    "weight_groups",
+    "write_netcdf",
+]
 
 DRAWS = ("chain", "draw")
 
@@ -78,10 +87,7 @@ def as_dataset(variables: Mapping[str, Any], coords: Mapping[str, Any]) -> xr.Da
 
 def to_inference_data(groups: Mapping[str, xr.Dataset]) -> Any:
     """Groups as what the installed arviz works on: ``InferenceData`` on 0.x, ``xarray.DataTree`` from 1.0 on."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # 0.23 announces 1.0 at import
-        import arviz as az
-    tree = xr.DataTree.from_dict(dict(groups))
+    tree, az = xr.DataTree.from_dict(dict(groups)), _arviz()
     return az.from_datatree(tree) if hasattr(az, "from_datatree") else tree
 
 
@@ -97,3 +103,22 @@ def write_netcdf(groups: Mapping[str, xr.Dataset] | xr.DataTree, path: Path) -> 
         tree.to_netcdf(Path(directory, "data.nc"), engine="h5netcdf")
         write_output(path, Path(directory, "data.nc").read_bytes())
     return path
+
+
+def pareto_smoothed(
+    log_ratios: Float[np.ndarray, "prompt proposal"],
+) -> tuple[Float[np.ndarray, "prompt proposal"], Float[np.ndarray, " prompt"]]:
+    """Pareto-smoothed normalised log weights for log importance ratios, and k-hat of each row (PSIS)."""
+    if not len(log_ratios):
+        return log_ratios, np.zeros(0)
+    az = _arviz()
+    home = az if hasattr(az, "psislw") else importlib.import_module("arviz_stats.base").array_stats  # 0.x, 1.x
+    log_weights, k_hat = home.psislw(log_ratios.copy())
+    return np.asarray(log_weights), np.asarray(k_hat).reshape(len(log_ratios))
+
+
+def _arviz() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # 0.23 announces 1.0 at import
+        import arviz
+    return arviz

@@ -16,17 +16,16 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 
+from bayes_dispatch.arguments import whole
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher
-from bayes_dispatch.dispatcher.fitting.pipeline import fit_parts, refit_parts
+from bayes_dispatch.dispatcher.fitting.pipeline import TrainingSet, fit_parts, refit_parts
 from bayes_dispatch.dispatcher.fitting.sleep import simulate
 from bayes_dispatch.dispatcher.fitting.svi import FitReport, SVISettings, isolated
-from bayes_dispatch.dispatcher.fitting.training_set import TrainingSet
-from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import DirichletMixtures
+from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import DirichletMixtures, prompt_generators
 from bayes_dispatch.dispatcher.guide.guides import GuideSettings
-from bayes_dispatch.dispatcher.guide.importance import Weighted, draw_resampled
-from bayes_dispatch.dispatcher.keys import prompt_keys, scramble
+from bayes_dispatch.dispatcher.guide.importance import Weighted
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.dispatcher.prior.file import LOCK, update_prior, write_prior
 from bayes_dispatch.dispatcher.prior.online import (
@@ -38,8 +37,7 @@ from bayes_dispatch.dispatcher.prior.online import (
     prior_state,
 )
 from bayes_dispatch.dispatcher.program.observed import Prompts
-from bayes_dispatch.dispatcher.program.one_label import LabelProbabilities
-from bayes_dispatch.dispatcher.program.settings import PROGRAMS, Admixture
+from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.errors import BundleError, ConfigError, NotFittedError, TensorError
 from bayes_dispatch.storage import read_directory, write_directory
 
@@ -47,6 +45,7 @@ __all__ = ["Dispatcher"]
 
 KIND = "dispatcher"
 VERSION = 2
+PROGRAM = "admixture"  # the only one, named in files
 PROPOSALS = 96  # at least, and half as many again as the draws that are taken of them
 
 
@@ -194,12 +193,10 @@ class Dispatcher:
             ConfigError: fewer than one draw or 25 proposals, or another number of seeds than prompts.
         """
         evidence = _as_evidence(X)
-        if draws < 1:
-            raise ConfigError(f"expected at least 1 draw, got {draws}")
-        prompts = self.state.prompts(evidence)
-        return self._posterior(prompts, draws, prompt_keys(seed, len(evidence)), resample, proposals)
+        draws, generators = whole("draws", draws, 1), prompt_generators(seed, len(evidence))
+        return self._posterior(self.state.prompts(evidence), draws, generators, resample, proposals)
 
-    def mixtures_of(self, evidence: Evidence) -> DirichletMixtures | LabelProbabilities:
+    def mixtures_of(self, evidence: Evidence) -> DirichletMixtures:
         """The guide's answer itself: a mixture of Dirichlets for each prompt, in float64."""
         return self.state.answer(self.state.prompts(evidence), self.prior.mean)
 
@@ -207,10 +204,10 @@ class Dispatcher:
         """Weighted proposals of each prompt, as :meth:`posterior` resamples them.
 
         Raises:
-            ConfigError: fewer than 25 proposals, or a one-label program, whose posterior is exact.
+            ConfigError: fewer than 25 proposals.
         """
         evidence = _as_evidence(X)
-        return self._weigh(self.state.prompts(evidence), proposals, prompt_keys(seed, len(evidence)))
+        return self._weigh(self.state.prompts(evidence), proposals, prompt_generators(seed, len(evidence)))
 
     def log_evidence(
         self, X: Evidence | Shaped[np.ndarray, "prompt feature"], seed: int = 0
@@ -221,12 +218,7 @@ class Dispatcher:
         >>> monitor, report = watch(monitor, dispatcher.log_evidence(arriving))     # doctest: +SKIP
         """
         evidence = _as_evidence(X)
-        prompts = self.state.prompts(evidence)
-        answer = self.state.answer(prompts, self.prior.mean)
-        if isinstance(answer, LabelProbabilities):
-            return answer.log_evidence
-        keys = prompt_keys(seed, len(evidence))
-        return self.state.sampler(answer, prompts, self.prior.mean, PROPOSALS, keys).log_evidence
+        return self._weigh(self.state.prompts(evidence), PROPOSALS, prompt_generators(seed, len(evidence))).log_evidence
 
     @property
     def prior(self) -> PriorState:
@@ -368,7 +360,7 @@ class Dispatcher:
                 state.model, state.globals, state.like, count, self.guide, (state.temper,) * 2, 0.0, given, shares
             )
         posterior = self._posterior(
-            drawn.prompts.to(torch.float64), draws, prompt_keys(seed, count), resample, proposals
+            drawn.prompts.to(torch.float64), draws, prompt_generators(seed, count), resample, proposals
         )
         return drawn.weights.numpy().astype(np.float64), posterior
 
@@ -388,8 +380,8 @@ class Dispatcher:
             "experts": list(self.experts),
             "random_state": self.random_state,
             "events": self.prior.events,
+            "kind": PROGRAM,
         }
-        header |= {"kind": next(name for name, each in PROGRAMS.items() if type(self.program) is each)}
         write_directory(Path(directory), KIND, {**header, **settings, **document}, arrays)
 
     @classmethod
@@ -400,8 +392,8 @@ class Dispatcher:
             BundleError: a file is missing, truncated, edited, or of another format.
         """
         document, arrays = read_directory(Path(directory), KIND)
-        if document.get("version") != VERSION:
-            raise BundleError(f"expected a dispatcher of version {VERSION}, got version {document.get('version')}")
+        if (got := (document.get("version"), document.get("kind"))) != (VERSION, PROGRAM):
+            raise BundleError(f"expected a dispatcher of version {VERSION}, an {PROGRAM}, got {got}")
         try:
             dispatcher = cls(
                 document["experts"],
@@ -409,7 +401,7 @@ class Dispatcher:
                 SVISettings(**document["svi"]),
                 GuideSettings(**_tuples(document["guide"])),
                 FeatureSettings(**_tuples(document["features"])),
-                PROGRAMS[document["kind"]](**document["program"]),
+                Admixture(**document["program"]),
             )
         except (AttributeError, KeyError, TypeError, ConfigError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -465,21 +457,23 @@ class Dispatcher:
         return prior_state(self.state.model.prior_of_shares().double().numpy(), (*self.experts, "base"))
 
     def _posterior(
-        self, prompts: Prompts, draws: int, keys: np.ndarray, resample: bool, proposals: int | None
+        self,
+        prompts: Prompts,
+        draws: int,
+        generators: Sequence[np.random.Generator],
+        resample: bool,
+        proposals: int | None,
     ) -> DispatchPosterior:
         names = (*self.experts, "base")
-        if resample and self.state.guide is not None:
-            weighted = self._weigh(prompts, proposals or max(PROPOSALS, -(-3 * draws // 2)), keys)
-            drawn = draw_resampled(weighted, draws, scramble(keys))
-            return DispatchPosterior(drawn, names, weighted.k_hat, weighted.log_evidence)
-        return DispatchPosterior(self.state.answer(prompts, self.prior.mean).draw(draws, keys), names)
+        if not resample:
+            return DispatchPosterior(self.state.answer(prompts, self.prior.mean).draw(draws, generators), names)
+        wanted = max(PROPOSALS, -(-3 * draws // 2)) if proposals is None else proposals
+        weighted = self._weigh(prompts, wanted, generators)
+        return DispatchPosterior(weighted.draw(draws, generators), names, weighted.k_hat, weighted.log_evidence)
 
-    def _weigh(self, prompts: Prompts, proposals: int, keys: np.ndarray) -> Weighted:
-        answer = self.state.answer(prompts, self.prior.mean)
-        if isinstance(answer, LabelProbabilities) or proposals < 25:
-            got = f"{proposals} of {type(self.program).__name__}"
-            raise ConfigError(f"expected at least 25 proposals of an admixture, got {got}")
-        return self.state.sampler(answer, prompts, self.prior.mean, proposals, keys)
+    def _weigh(self, prompts: Prompts, proposals: int, generators: Sequence[np.random.Generator]) -> Weighted:
+        proposals, pi = whole("proposals", proposals, 25), self.prior.mean
+        return self.state.sampler(self.state.answer(prompts, pi), prompts, pi, proposals, generators)
 
 
 def _as_evidence(X: Evidence | np.ndarray) -> Evidence:

@@ -35,9 +35,8 @@ from bayes_dispatch.arguments import whole
 from bayes_dispatch.dispatcher.arrays import short_repr
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
-from bayes_dispatch.dispatcher.keys import prompt_keys
+from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import prompt_generators
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
-from bayes_dispatch.dispatcher.program.one_label import LabelProbabilities
 from bayes_dispatch.errors import BundleError, ConfigError, TensorError
 from bayes_dispatch.storage import read_directory, write_directory
 
@@ -302,11 +301,8 @@ def foreign_parts(
     state = dispatcher.state
     prompts = state.prompts(evidence)
     answer = state.answer(prompts, shares)
-    if isinstance(answer, LabelProbabilities):
-        density = answer.log_evidence
-    else:
-        keys = prompt_keys([0] * len(evidence), len(evidence))  # the same for all: no prompt's score depends on its row
-        density = state.sampler(answer, prompts, shares, PROPOSALS, keys).log_evidence
+    same = prompt_generators([0] * len(evidence), len(evidence))  # no prompt's score depends on its row
+    density = state.sampler(answer, prompts, shares, PROPOSALS, same).log_evidence
     base = np.clip(answer.mean[:, -1], 1e-9, 1 - 1e-9)
     return np.stack([-density, np.log(base / (1 - base))], axis=1)
 

@@ -19,9 +19,9 @@ from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher
 from bayes_dispatch.dispatcher.fitting.svi import isolated
+from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import prompt_generators
 from bayes_dispatch.dispatcher.guide.guides import MixtureGuide
 from bayes_dispatch.dispatcher.guide.importance import Weighted
-from bayes_dispatch.dispatcher.keys import prompt_keys
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 
 __all__ = ["ELBOGuide", "ELBOSettings", "fit_elbo_guide"]
@@ -59,7 +59,7 @@ class ELBOGuide:
 
     def posterior(self, X: Evidence, draws: int, seed: int) -> DispatchPosterior:
         """Draws ``(draw, prompt, K+1)``."""
-        return DispatchPosterior(self._answer(X).draw(draws, prompt_keys(seed, len(X))), self.names)
+        return DispatchPosterior(self._answer(X).draw(draws, prompt_generators(seed, len(X))), self.names)
 
     def predict_proba(self, X: Evidence) -> np.ndarray:
         """``(N, K+1)`` probability that each component has the largest weight."""
@@ -68,7 +68,7 @@ class ELBOGuide:
     def weigh(self, X: Evidence, proposals: int, seed: int) -> Weighted:
         """Weighted proposals: their k-hat tells how far the guide is from the posterior."""
         prompts = self.state.prompts(X)
-        return self.state.sampler(self._answer(X), prompts, self.shares, proposals, prompt_keys(seed, len(X)))
+        return self.state.sampler(self._answer(X), prompts, self.shares, proposals, prompt_generators(seed, len(X)))
 
     def _answer(self, X: Evidence):
         return self.state.answer(self.state.prompts(X), self.shares)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributions import constraints
 from tqdm import tqdm
 
+from bayes_dispatch.dispatcher.arviz_data import pareto_smoothed
 from bayes_dispatch.dispatcher.fitting.svi import isolated
-from bayes_dispatch.dispatcher.guide.importance import pareto_smoothed
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.few_shot.program import FewShotFit, FewShotProgram, log_dirichlet
 from bayes_dispatch.model.frozen import frozen

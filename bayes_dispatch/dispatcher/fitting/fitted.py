@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -16,16 +16,15 @@ from torch import Tensor
 
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureMap
-from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior, isolated
+from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior
 from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import DirichletMixtures
 from bayes_dispatch.dispatcher.guide.encoding import Encoder
 from bayes_dispatch.dispatcher.guide.guides import GuideSettings, MixtureGuide
 from bayes_dispatch.dispatcher.guide.importance import ImportanceSampler
 from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
-from bayes_dispatch.dispatcher.program.one_label import LabelProbabilities, label_probabilities
 from bayes_dispatch.dispatcher.program.views import KINDS, View, floored
-from bayes_dispatch.errors import BundleError, ConfigError, EvidenceError, TensorError
+from bayes_dispatch.errors import BundleError, EvidenceError, TensorError
 
 __all__ = ["FittedDispatcher", "as_prompts"]
 
@@ -38,19 +37,23 @@ class FittedDispatcher:
         model: the generative program.
         globals: its fitted globals.
         feature_maps: by view the affine map of its raw values; views without one are read as they are.
-        guide: the amortised guide; ``None`` for the one-label program, whose posterior is exact.
-        settings: of the guide.
+        guide: the amortised guide.
         temper: the noise temper τ served with.
+        settings: of the guide.
         like: lengths, totals and missing views of training prompts, for simulations.
     """
 
     model: DispatchModel
     globals: GlobalsPosterior
     feature_maps: Mapping[str, FeatureMap]
-    guide: MixtureGuide | None
-    settings: GuideSettings
+    guide: MixtureGuide
     temper: float
+    settings: GuideSettings
     like: Prompts
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is computed from the parts is computed anew where they are sent to."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     @cached_property
     def fingerprint(self) -> str:
@@ -69,8 +72,8 @@ class FittedDispatcher:
     @cached_property
     def draws(self) -> tuple[dict[str, Tensor], ...]:
         """Draws of the globals that serving goes through, always the same."""
-        with isolated(0):
-            return tuple(self.globals.draw() for _ in range(self.settings.global_draws))
+        generator = torch.Generator().manual_seed(0)
+        return tuple(self.globals.draw(generator) for _ in range(self.settings.global_draws))
 
     @cached_property
     def sampler(self) -> ImportanceSampler:
@@ -89,17 +92,13 @@ class FittedDispatcher:
         }
         return as_prompts(self.model, evidence, mapped, torch.float64)
 
-    def answer(self, prompts: Prompts, shares: Float[np.ndarray, " weight"]) -> DirichletMixtures | LabelProbabilities:
-        """The posterior of float64 prompts under ``pi`` = ``shares (K+1,)``: the guide's, or the exact one."""
-        if self.guide is None:
-            return label_probabilities(self.model, self.draws, prompts, shares, self.temper)
+    def answer(self, prompts: Prompts, shares: Float[np.ndarray, " weight"]) -> DirichletMixtures:
+        """The guide's posterior of float64 prompts under ``pi`` = ``shares (K+1,)``."""
         labels = self.model.label_shares(shares)
         return self._network(self.encoder(prompts, self.temper, labels))
 
     @cached_property
     def _network(self) -> Callable[[np.ndarray], DirichletMixtures]:
-        if self.guide is None:
-            raise ConfigError("expected a program with a guide, got the one-label program")
         return self.guide.compiled()
 
     def pack(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -108,10 +107,7 @@ class FittedDispatcher:
         document = {"views": views, "temper": self.temper}
         arrays = {f"globals.loc.{name}": value.numpy() for name, value in self.globals.locations.items()}
         arrays |= {f"globals.scale.{name}": value.numpy() for name, value in self.globals.scales.items()}
-        if self.globals.factor is not None:
-            arrays["globals.factor"] = self.globals.factor.numpy()
-        if self.guide is not None:
-            arrays |= {f"guide.{name}": value.float().numpy() for name, value in self.guide.state_dict().items()}
+        arrays |= {f"guide.{name}": value.float().numpy() for name, value in self.guide.state_dict().items()}
         for name, each in self.feature_maps.items():
             arrays |= {f"features.{name}.center": each.center, f"features.{name}.projection": each.projection}
         arrays |= {"like.lengths": self.like.lengths.numpy()}
@@ -135,13 +131,9 @@ class FittedDispatcher:
         try:
             views = tuple(KINDS[view["kind"]](view["width"], view["name"]) for view in document["views"])
             model = build(views)
-            factor = torch.from_numpy(arrays["globals.factor"]) if "globals.factor" in arrays else None
-            globals_ = GlobalsPosterior(_under(arrays, "globals.loc."), _under(arrays, "globals.scale."), factor)
-            guide = None
-            if any(name.startswith("guide.") for name in arrays):
-                inputs = Encoder(model, globals_.center()).width
-                guide = MixtureGuide(inputs, model.n_experts + 1, settings)
-                guide.load_state_dict(_under(arrays, "guide."))
+            globals_ = GlobalsPosterior(_under(arrays, "globals.loc."), _under(arrays, "globals.scale."))
+            guide = MixtureGuide(Encoder(model, globals_.center()).width, model.n_experts + 1, settings)
+            guide.load_state_dict(_under(arrays, "guide."))
             maps = {
                 name: FeatureMap(arrays[f"features.{name}.center"], arrays[f"features.{name}.projection"])
                 for name in (view.name for view in views)
@@ -152,7 +144,7 @@ class FittedDispatcher:
                 _under(arrays, "like.totals."),
                 _under(arrays, "like.missing."),
             )
-            return cls(model, globals_, maps, guide, settings, float(document["temper"]), like)
+            return cls(model, globals_, maps, guide, float(document["temper"]), settings, like)
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise BundleError(f"expected the arrays of a dispatcher, got {reason}") from None

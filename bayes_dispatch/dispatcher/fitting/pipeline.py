@@ -1,29 +1,26 @@
-"""The fit of a dispatcher, stage by stage: projections, globals by SVI (and collapsed), temper and guide."""
+"""The fit of a dispatcher, stage by stage: projections, globals by SVI, temper and guide."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureMap, FeatureSettings, fit_feature_map
-from bayes_dispatch.dispatcher.fitting.collapsed import check_collapsed, fit_collapsed
-from bayes_dispatch.dispatcher.fitting.concatenations import RealPrompts
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher, as_prompts
-from bayes_dispatch.dispatcher.fitting.sleep import fit_guide
-from bayes_dispatch.dispatcher.fitting.svi import FitReport, SVISettings, fit_globals
-from bayes_dispatch.dispatcher.fitting.training_set import TrainingSet
-from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import DirichletMixtures
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings
-from bayes_dispatch.dispatcher.program.generative import DispatchModel, OneLabelModel
+from bayes_dispatch.dispatcher.fitting.sleep import RealPrompts, fit_guide
+from bayes_dispatch.dispatcher.fitting.svi import FitReport, GlobalsPosterior, SVISettings, fit_globals
+from bayes_dispatch.dispatcher.guide.guides import GuideSettings, MixtureGuide
+from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.dispatcher.program.views import KINDS
-from bayes_dispatch.errors import EvidenceError
+from bayes_dispatch.errors import EvidenceError, TensorError
 
-__all__ = ["fit_parts", "refit_parts"]
+__all__ = ["TrainingSet", "fit_parts", "refit_parts"]
 
 LIKE = 2_000  # prompts whose lengths and totals are kept for simulations
 
@@ -42,6 +39,7 @@ def fit_parts(
 
     Raises:
         EvidenceError: none of the views that the program reads, or a view that next to no prompt has.
+        ConfigError: a fit that diverges.
     """
     maps: dict[str, FeatureMap] = {}
     mapped: dict[str, np.ndarray] = {}
@@ -61,59 +59,98 @@ def fit_parts(
             mapped[name][present] = own  # out-of-fold: as noisy as those of new prompts
         views.append(KINDS[kind](mapped.get(name, values).shape[1], name))
     model = program.model(experts, tuple(views))
-    _check(model, svi)
     every = as_prompts(model, data.evidence, mapped, svi.dtype)
     posterior, report = fit_globals(model, data.observed(every), svi, seed, progress)
-    like = every.select(torch.linspace(0, len(every) - 1, min(len(every), LIKE)).long())
-    parts = FittedDispatcher(model, posterior, maps, None, guide, 1.0, like.to(torch.float32).blank())
-    return _finished(parts, report, data, every, svi, seed, progress)
+    like = every.select(torch.linspace(0, len(every) - 1, min(len(every), LIKE)).long()).to(torch.float32).blank()
+    trained = _guide(model, posterior, like, data, every, guide, seed, progress)
+    return FittedDispatcher(model, posterior, maps, *trained, guide, like), report
 
 
 def refit_parts(
     parts: FittedDispatcher, data: TrainingSet, svi: SVISettings, seed: int, progress: bool
 ) -> tuple[FittedDispatcher, FitReport]:
     """Fit globals, temper and guide to other evidence, from the globals as they are; the projections stay."""
-    _check(parts.model, svi)
     every = parts.prompts(data.evidence).to(svi.dtype)
     start = parts.globals.to(svi.dtype)
     posterior, report = fit_globals(parts.model, data.observed(every), svi, seed, progress, start)
-    return _finished(replace(parts, globals=posterior), report, data, every, svi, seed, progress)
+    guide, temper = _guide(parts.model, posterior, parts.like, data, every, parts.settings, seed, progress)
+    return replace(parts, globals=posterior, guide=guide, temper=temper), report
 
 
-def _check(model: DispatchModel, svi: SVISettings) -> None:
-    """Raise ``ConfigError`` where the program cannot be fitted as these settings ask."""
-    if svi.collapsed:
-        check_collapsed(model)
-
-
-def _finished(
-    parts: FittedDispatcher,
-    report: FitReport,
+def _guide(
+    model: DispatchModel,
+    posterior: GlobalsPosterior,
+    like: Prompts,
     data: TrainingSet,
     every: Prompts,
-    svi: SVISettings,
+    settings: GuideSettings,
     seed: int,
     progress: bool,
-) -> tuple[FittedDispatcher, FitReport]:
-    """The parts with a guide, and where that is asked for with collapsed globals and a guide for these."""
-    if not svi.collapsed:
-        return _with_guide(parts, data, every, seed + 1, progress), report
-    parts = _with_guide(parts, data, every, seed + 1, progress)
-    shares = parts.model.prior_of_shares().double()
-    answer = parts.answer(every.to(torch.float64), (shares / shares.sum()).numpy())
-    assert isinstance(answer, DirichletMixtures)
-    posterior, losses = fit_collapsed(parts.model, parts.globals, data.observed(every), answer, svi, seed + 2, progress)
-    parts = replace(parts, globals=posterior.to(svi.dtype))
-    return _with_guide(parts, data, every, seed + 1, progress), replace(report, collapsed=losses)
-
-
-def _with_guide(
-    parts: FittedDispatcher, data: TrainingSet, every: Prompts, seed: int, progress: bool
-) -> FittedDispatcher:
-    """The parts with a guide and a temper of their own; the one-label program needs neither."""
-    if isinstance(parts.model, OneLabelModel):
-        return parts
+) -> tuple[MixtureGuide, float]:
     real = RealPrompts(every.to(torch.float32), torch.as_tensor(data.targets, dtype=torch.float32))
-    single = parts.globals.to(torch.float32)
-    guide, temper = fit_guide(parts.model, single, parts.like, real, parts.settings, seed, progress)
-    return replace(parts, guide=guide, temper=temper)
+    return fit_guide(model, posterior.to(torch.float32), like, real, settings, seed + 1, progress)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSet:
+    """Evidence of N prompts, and what is known of them.
+
+    Args:
+        evidence: the prompts.
+        labels: ``(N,)`` expert index, −1 where unknown or where the weights are known.
+        known: ``(N, K+1)`` known weights, NaN rows where unknown.
+    """
+
+    evidence: Evidence
+    labels: np.ndarray
+    known: np.ndarray
+
+    @classmethod
+    def of(cls, evidence: Evidence, labels: object, mixtures: object, n_experts: int) -> TrainingSet:
+        """Check labels and mixtures as users give them, ``None`` for none; known mixtures win over labels.
+
+        Raises:
+            TensorError: labels outside −1 … K−1, mixtures off the simplex, or another N.
+        """
+        given = _labels(labels, len(evidence), n_experts)
+        known = _mixtures(mixtures, len(evidence), n_experts + 1)
+        return cls(evidence, np.where(np.isfinite(known).all(1), -1, given), known)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """``(N, K+1)`` known weights, one-hot for labels, NaN rows where neither is known."""
+        out, labelled = self.known.copy(), self.labels >= 0
+        out[labelled] = np.eye(self.known.shape[1])[self.labels[labelled]]
+        return out
+
+    def observed(self, prompts: Prompts) -> Prompts:
+        """The N prompts with their labels and known weights."""
+        known = torch.as_tensor(self.known, dtype=prompts.lengths.dtype)
+        return replace(
+            prompts,
+            labels=torch.from_numpy(self.labels) if (self.labels >= 0).any() else None,
+            known=known if torch.isfinite(known).any() else None,
+        )
+
+
+def _labels(y: object, count: int, n_experts: int) -> np.ndarray:
+    if y is None:
+        return np.full(count, -1)
+    labels = np.asarray(y)
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise TensorError(f"expected {count} integer labels, got {labels.dtype} of shape {labels.shape}")
+    if count and (labels.min() < -1 or labels.max() >= n_experts):
+        raise TensorError(f"expected labels from -1 to {n_experts - 1}, got {labels.min()} to {labels.max()}")
+    return labels.astype(np.int64)
+
+
+def _mixtures(mixtures: object, count: int, width: int) -> np.ndarray:
+    if mixtures is None:
+        return np.full((count, width), np.nan)
+    known = np.array(mixtures, dtype=np.float64)
+    if known.shape != (count, width):
+        raise TensorError(f"expected mixtures of shape {(count, width)}, base last, got {known.shape}")
+    rows = known[~np.isnan(known).all(1)]
+    if not (np.isfinite(rows).all() and (rows >= 0).all() and np.allclose(rows.sum(1), 1, atol=1e-4)):
+        raise TensorError("expected mixtures on the simplex or rows of NaN, got rows that do not sum to 1")
+    return known / known.sum(1, keepdims=True)

@@ -10,23 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bayes_dispatch.dispatcher.fitting.concatenations import RealPrompts
 from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior, isolated
 from bayes_dispatch.dispatcher.guide.encoding import Encoder
 from bayes_dispatch.dispatcher.guide.guides import GuideSettings, MixtureGuide
 from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
 
-__all__ = ["Simulations", "choose_temper", "fit_guide", "simulate", "train_guide"]
+__all__ = ["RealPrompts", "Simulations", "choose_temper", "fit_guide", "simulate", "train_guide"]
 
 DROPOUT = 0.06  # of each view in simulations
 WARM_UP = 0.4  # of the steps come before τ is chosen
@@ -102,6 +102,66 @@ def fit_guide(
 
 
 @dataclass(frozen=True, eq=False)
+class RealPrompts:
+    """A source of real ``(prompts, weights)`` pairs: pure ones, known mixtures, and concatenations of pure ones.
+
+    A concatenation of pieces has their byte-weighted mean of pooled features and the sum of their counts. Exact zeros
+    count as weights below the guide's resolution.
+
+    Args:
+        prompts: the real prompts, every view observed (missing rows masked).
+        weights: ``(N, K+1)`` known weights, one-hot for pure prompts, NaN rows where unknown.
+    """
+
+    prompts: Prompts
+    weights: Tensor
+
+    @cached_property
+    def groups(self) -> tuple[Int[Tensor, " pure"], Int[Tensor, " mixed"]]:
+        """Rows of pure and of mixed prompts."""
+        top = self.weights.nan_to_num().max(-1).values
+        return (top == 1).nonzero().squeeze(-1), ((top > 0) & (top < 1)).nonzero().squeeze(-1)
+
+    @cached_property
+    def _longest(self) -> float:
+        return max(float(self.prompts.lengths.max()), 1.0)
+
+    def __call__(self, count: int) -> tuple[Prompts, Float[Tensor, "prompt weight"]]:
+        """Draw ``count`` prompts with torch's generator, equally pure, mixed and concatenated where there are any."""
+        pure, mixed = self.groups
+        sources = [rows for rows in (pure, mixed) if len(rows)]
+        share = count // (len(sources) + bool(len(pure)))
+        rows = torch.cat([rows[torch.randint(len(rows), (share,))] for rows in sources])
+        taken = self.prompts.select(rows).unlabelled(), self.weights[rows]
+        if not len(pure):
+            return taken
+        joined = self.concatenate(count - len(rows))
+        return Prompts.concatenate([taken[0], joined[0]]), torch.cat([taken[1], joined[1]])
+
+    def concatenate(self, count: int) -> tuple[Prompts, Float[Tensor, "prompt weight"]]:
+        """``count`` concatenations of two or three pure prompts, where possible no longer than the longest prompt."""
+        pure, _ = self.groups
+        pieces = pure[torch.randint(len(pure), (8 * count, 3))]  # (8n, 3)
+        sizes = self.prompts.lengths[pieces].clamp(min=1.0)
+        sizes[torch.rand(len(pieces)) < 0.7, 2] = 0.0
+        fits = sizes.sum(-1) <= self._longest
+        chosen = torch.argsort(fits.int(), descending=True, stable=True)[:count]
+        pieces, sizes = pieces[chosen], sizes[chosen]
+        shares = (sizes / sizes.sum(-1, keepdim=True)).unsqueeze(-1)  # (n, 3, 1)
+        used = sizes > 0
+        prompts = self.prompts
+        unknown = ((prompts.lengths[pieces] == 0) & used).any(-1)
+        lengths = torch.where(unknown, torch.zeros(()), sizes.sum(-1))
+        missing = {name: (mask[pieces] & used).any(-1) for name, mask in prompts.missing.items()}
+        observed = {
+            name: (values[pieces] * (used.unsqueeze(-1) if name in prompts.totals else shares)).sum(1)
+            for name, values in prompts.observed.items()
+        }
+        totals = {name: (values[pieces] * used).sum(-1) for name, values in prompts.totals.items()}
+        return Prompts(lengths, totals, missing, observed), (self.weights[pieces] * shares).sum(1)
+
+
+@dataclass(frozen=True, eq=False)
 class Simulations:
     """Prompts drawn from the program, with the weights and noise tempers they were drawn at.
 
@@ -162,7 +222,7 @@ def simulate(
         with torch.no_grad():
             nodes: Any = poutine.trace(model.sample_prompts).get_trace(sites, blank, tau).nodes
         observed = {view.name: nodes[view.name]["value"] for view in model.views}
-        drawn = _weights_of(nodes, model) if known is None else known
+        drawn = nodes["w"]["value"] if known is None else known
         pieces.append((replace(prompts, observed=observed), drawn, tau, model.label_shares(pi)))
     parts, weights_of, tempers_of, shares_of = zip(*pieces, strict=True)
     return Simulations(Prompts.concatenate(parts), torch.cat(weights_of), torch.cat(tempers_of), torch.cat(shares_of))
@@ -243,9 +303,8 @@ def choose_temper(
     grid = np.linspace(math.log(tempers[0]), math.log(tempers[1]), 7)
 
     def coverage(some: Prompts, truth: Tensor, temper: float) -> float:
-        draws = answer(present(some, temper).double().numpy()).draw(200, np.arange(len(some), dtype=np.uint64))
         known = truth.double().numpy()
-        below = (draws < known).mean(0)[known > 0.02]  # share of draws below the truth
+        below = answer(present(some, temper).double().numpy()).below(known)[known > 0.02]
         return float(np.mean([(np.abs(below - 0.5) <= level / 2).mean() for level in (0.5, 0.7, 0.9)]))
 
     excess = [
@@ -256,11 +315,6 @@ def choose_temper(
     if slope <= 0:  # too few documents to tell
         return float(np.exp(grid[np.argmin(np.abs(excess))]))
     return float(np.exp(np.clip(-intercept / slope, grid[0], grid[-1])))
-
-
-def _weights_of(nodes: Any, model: DispatchModel) -> Float[Tensor, "prompt weight"]:
-    """The weights that a trace of the program drew; the one-label program drew an index."""
-    return nodes["w"]["value"] if "w" in nodes else torch.eye(model.n_experts + 1)[nodes["expert"]["value"]]
 
 
 def _draw_shares(model: DispatchModel, count: int) -> Float[Tensor, "prompt weight"]:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import pyro
 import torch
-from jaxtyping import Float
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_value
 from pyro.nn import PyroModule
 from pyro.optim import ClippedAdam
@@ -24,7 +23,7 @@ from torch.distributions import biject_to, constraints
 from tqdm.auto import tqdm
 
 from bayes_dispatch.dispatcher.guide.guides import AmortisedDirichlet, LocalDirichlet
-from bayes_dispatch.dispatcher.program.generative import DispatchModel, OneLabelModel, label_informed_start
+from bayes_dispatch.dispatcher.program.generative import DispatchModel, label_informed_start
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.errors import ConfigError
 
@@ -44,9 +43,6 @@ class SVISettings:
         batch_size: prompts in each step; all prompts when there are no more.
         rounds: at most so many rounds, each at half the learning rate of the one before, until the loss has converged.
         restarts: seeds to fit from; the fit of the lowest final loss is kept.
-        collapsed: steps of a second stage in which the weights are integrated out and the globals' posterior is a
-            normal of full covariance (``fitting.collapsed``); 0 for none. It is for the posterior of ``pi``
-            and ``kappa``, which SVI alone makes too narrow, and for few prompts; the guide is trained twice.
         precision: of the whole fit, ``"float32"`` or ``"float64"``.
     """
 
@@ -55,15 +51,12 @@ class SVISettings:
     batch_size: int = 4096
     rounds: int = 3
     restarts: int = 1
-    collapsed: int = 0
     precision: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self) -> None:
         sizes = (self.steps, self.batch_size, self.rounds, self.restarts)
         if min(sizes) < 1 or self.learning_rate <= 0:
             raise ConfigError(f"expected positive steps, learning rate, batch size, rounds and restarts, got {self}")
-        if self.collapsed < 0:
-            raise ConfigError(f"expected collapsed steps ≥ 0, got {self.collapsed}")
         if self.precision not in ("float32", "float64"):
             raise ConfigError(f'expected precision "float32" or "float64", got {self.precision!r}')
 
@@ -80,43 +73,24 @@ class GlobalsPosterior:
     Args:
         locations: site → mean.
         scales: site → sd, of the same shape.
-        factor: ``(P, P)`` lower triangle whose product with its transpose is the covariance of all P coordinates, sites
-            in the order of their names; ``None`` where they are independent.
     """
 
     locations: Mapping[str, Tensor]
     scales: Mapping[str, Tensor]
-    factor: Tensor | None = None
-
-    @classmethod
-    def correlated(
-        cls, shapes: Mapping[str, torch.Size], mean: Float[Tensor, " number"], factor: Float[Tensor, "number number"]
-    ) -> GlobalsPosterior:
-        """From the mean and the covariance's factor of all sites' coordinates, in the order of ``shapes``."""
-        sizes = [shape.numel() for shape in shapes.values()]
-        rows = dict(zip(shapes, torch.arange(len(mean)).split(sizes), strict=True))
-        covariance = factor @ factor.T
-        order = torch.cat([rows[name] for name in sorted(rows)])
-        return cls(
-            {name: mean[rows[name]].reshape(shape) for name, shape in shapes.items()},
-            {name: covariance.diagonal()[rows[name]].sqrt().reshape(shape) for name, shape in shapes.items()},
-            torch.linalg.cholesky(covariance[order][:, order]).contiguous(),  # as one from a file
-        )
 
     def to(self, dtype: torch.dtype) -> GlobalsPosterior:
         """The same in another floating-point type."""
         locations = {name: value.to(dtype) for name, value in self.locations.items()}
         scales = {name: value.to(dtype) for name, value in self.scales.items()}
-        return GlobalsPosterior(locations, scales, None if self.factor is None else self.factor.to(dtype))
+        return GlobalsPosterior(locations, scales)
 
-    def draw(self) -> dict[str, Tensor]:
-        """One draw of every site, constrained, from torch's generator; by name, as a file knows no other order."""
-        sites = sorted(self.locations.items())
-        if self.factor is None:
-            return {name: _constrain(name, loc + self.scales[name] * torch.randn_like(loc)) for name, loc in sites}
-        moved = (self.factor * torch.randn(len(self.factor), dtype=self.factor.dtype)).sum(-1)
-        parts = moved.split([loc.numel() for _, loc in sites])
-        return {name: _constrain(name, loc + part.view_as(loc)) for (name, loc), part in zip(sites, parts, strict=True)}
+    def draw(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """One draw of every site, constrained; by name, as a file knows no other order."""
+        drawn = {}
+        for name, loc in sorted(self.locations.items()):
+            noise = torch.randn(loc.shape, dtype=loc.dtype, generator=generator)
+            drawn[name] = _constrain(name, loc + self.scales[name] * noise)
+        return drawn
 
     def center(self) -> dict[str, Tensor]:
         """Every site at its variational median."""
@@ -133,15 +107,12 @@ class FitReport:
             between the last two tenths of the last round.
         change: nats a prompt that it fell between them.
         final: final loss of every restart, nats a prompt.
-        collapsed: ``(steps,)`` negative ELBO per prompt of the collapsed steps, nats; it is another bound than that of
-            ``losses``, and not to be compared with it.
     """
 
     losses: np.ndarray
     converged: bool
     change: float
     final: tuple[float, ...]
-    collapsed: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 SUPPORTS = {"pi": constraints.simplex, "Phi": constraints.simplex, "M": constraints.real, "a": constraints.real}
@@ -205,12 +176,11 @@ def _fit(
 ) -> tuple[GlobalsPosterior, FitReport]:
     guide = _Guide(model, prompts, start)
     decay = 0.1 ** (1 / settings.steps)
-    elbo = TraceEnum_ELBO(max_plate_nesting=1) if isinstance(model, OneLabelModel) else Trace_ELBO()
     losses: list[float] = []
     change, converged = 0.0, False
     for turn in range(settings.rounds):
         rate = settings.learning_rate / 2**turn
-        svi = SVI(model, guide, ClippedAdam({"lr": rate, "lrd": decay, "clip_norm": 10.0}), elbo)
+        svi = SVI(model, guide, ClippedAdam({"lr": rate, "lrd": decay, "clip_norm": 10.0}), Trace_ELBO())
         bar = tqdm(range(settings.steps), desc="globals (SVI)", disable=not progress)
         for step in bar:
             losses.append(svi.step(prompts) / len(prompts))
@@ -252,14 +222,12 @@ class _Guide(PyroModule):
         super().__init__()
         values = {name: value.clone() for name, value in start.items()}  # they are trained in place
         self.globals = AutoNormal(model.sample_globals, init_loc_fn=init_to_value(values=values), init_scale=0.05)
-        if isinstance(model, OneLabelModel):
-            self.local: PyroModule | None = None
-        elif model.batch_size is None:
+        self.local: PyroModule
+        if model.batch_size is None:
             self.local = LocalDirichlet(prompts, model.n_experts + 1)
         else:
             self.local = AmortisedDirichlet(model.views, prompts, model.n_experts + 1, model.batch_size)
 
     def forward(self, prompts: Prompts) -> None:
         self.globals()
-        if self.local is not None:
-            self.local(prompts)
+        self.local(prompts)

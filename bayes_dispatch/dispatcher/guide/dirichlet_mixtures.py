@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Shaped
-from scipy.special import gammainc, gammaln, logsumexp
+from jaxtyping import Float
+from scipy.special import betainc, gammainc, gammaln, logsumexp
 
-from bayes_dispatch.dispatcher.guide.importance_kernels import draw_weights
+from bayes_dispatch import arguments
+from bayes_dispatch.errors import ConfigError
 
-__all__ = ["DirichletMixtures"]
+__all__ = ["RESOLUTION", "DirichletMixtures", "on_simplex", "prompt_generators"]
 
+RESOLUTION = 1e-3  # of weights: evidence hardly tells smaller ones apart
 MEMORY = 2**22  # numbers of a quadrature at a time
-NO_FAMILIES = (np.zeros(0, np.int64), np.zeros((0, 0)))
+
+
+def prompt_generators(seed: int | Sequence[int], count: int) -> list[np.random.Generator]:
+    """A generator for each of N prompts: from one seed and the prompts' rows, or from one seed for each prompt.
+
+    Raises:
+        ConfigError: a seed that is no whole number ≥ 0, or another number of seeds than prompts.
+    """
+    if not isinstance(seed, Sequence | np.ndarray):
+        first = arguments.seed(seed)
+        return [np.random.default_rng(np.random.SeedSequence(first, spawn_key=(row,))) for row in range(count)]
+    if len(seed) != count:
+        raise ConfigError(f"expected one seed, or one for each of {count} prompts, got {len(seed)}")
+    return [np.random.default_rng(arguments.whole("each prompt's seed", each, 0)) for each in seed]
+
+
+def on_simplex(values: Float[np.ndarray, "*some weight"]) -> Float[np.ndarray, "*some weight"]:
+    """Values ≥ 0 divided by their sum."""
+    return values / values.sum(-1, keepdims=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,16 +58,21 @@ class DirichletMixtures:
         means = self.concentration / self.concentration.sum(-1, keepdims=True)
         return (self.shares[..., None] * means).sum(1)
 
-    def draw(self, draws: int, keys: Shaped[np.ndarray, " prompt"]) -> Float[np.ndarray, "draw prompt weight"]:
-        """``(S, N, K+1)`` draws; those of a prompt depend on its own key ``(N,)`` (32 bits) only."""
+    def draw(self, draws: int, generators: Sequence[np.random.Generator]) -> Float[np.ndarray, "draw prompt weight"]:
+        """``(S, N, K+1)`` draws; those of a prompt depend on its own generator only."""
         rows, _, width = self.concentration.shape
-        weights = np.empty((rows, draws, width))
-        families, top = NO_FAMILIES
-        nothing = np.zeros((0, width))
-        draw_weights(
-            keys, self.shares, self.concentration, np.zeros(0), nothing, families, top, weights, np.zeros((0, 0))
-        )
-        return weights.swapaxes(0, 1)
+        logs, edges = np.empty((rows, draws, width)), self.shares.cumsum(1)[:, :-1]
+        for n, random in enumerate(generators):
+            chosen = (random.random(draws)[:, None] >= edges[n]).sum(1)
+            alpha = self.concentration[n, chosen]
+            # A gamma variate of shape a is one of shape a + 1 times u^(1/a): its log never underflows.
+            logs[n] = np.log(random.standard_gamma(alpha + 1)) - random.standard_exponential(alpha.shape) / alpha
+        return on_simplex(np.exp(logs - logs.max(-1, keepdims=True))).swapaxes(0, 1)
+
+    def below(self, weights: Float[np.ndarray, "prompt weight"]) -> Float[np.ndarray, "prompt weight"]:
+        """``(N, K+1)`` probability that each weight is below the given one."""
+        alpha = self.concentration
+        return (self.shares[..., None] * betainc(alpha, alpha.sum(-1, keepdims=True) - alpha, weights[:, None])).sum(1)
 
     def log_prob(self, weights: Float[np.ndarray, "... prompt weight"]) -> Float[np.ndarray, "... prompt"]:
         """Log density of weights ``(·, N, K+1)`` inside the simplex."""

@@ -21,18 +21,17 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import DirichletMixtures
+from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import RESOLUTION, DirichletMixtures
 from bayes_dispatch.dispatcher.guide.encoding import encode
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.views import View
 from bayes_dispatch.errors import ConfigError
 
-__all__ = ["RESOLUTION", "AmortisedDirichlet", "GuideSettings", "LocalDirichlet", "MixtureGuide"]
+__all__ = ["AmortisedDirichlet", "GuideSettings", "LocalDirichlet", "MixtureGuide"]
 
 CONCENTRATION_FLOOR = 0.02  # below it draws sit on corners and gradients explode
 LOG_CONCENTRATIONS = (-12.0, 7.0)  # above the floor
 CLAMP = 10.0  # of standardised inputs
-RESOLUTION = 1e-3  # of weights: evidence hardly tells smaller ones apart
 
 
 @dataclass(frozen=True)

@@ -11,49 +11,68 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Bool, Float
+from scipy.special import gammaln, logsumexp
 from torch import Tensor
 
-from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import NO_FAMILIES, DirichletMixtures
-from bayes_dispatch.dispatcher.guide.importance_kernels import (
-    counts_at_vertices,
-    counts_density,
-    draw_weights,
-    pareto_smooth,
-    probabilities_at_vertices,
-    probabilities_density,
-    resample,
-    vectors_at_vertices,
-    vectors_density,
-)
-from bayes_dispatch.dispatcher.program.generative import DispatchModel
+from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import RESOLUTION, DirichletMixtures, on_simplex
+from bayes_dispatch.dispatcher.program.generative import FLOOR, DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.views import View, site
 
-__all__ = ["ImportanceSampler", "VertexDensities", "Weighted", "draw_resampled", "pareto_smoothed"]
+__all__ = ["ImportanceSampler", "VertexDensities", "Weighted"]
 
 GRID = 8  # precisions of the prior
-MEMORY = 2**22  # numbers of proposals at a time
+MEMORY = 2**22  # numbers at a time
 
 
-class Weighted(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Weighted:
     """Weighted proposals of N prompts.
 
-    Attributes:
+    Args:
         proposals: ``(N, P, K+1)``.
-        log_weights: ``(N, P)`` Pareto-smoothed, normalised.
-        k_hat: ``(N,)`` shape of the ratios' tail; above .7 the weights are not to be trusted.
-        log_evidence: ``(N,)`` log density of the evidence under the fitted program, in nats.
+        log_ratios: ``(N, P)`` log density of the fitted program, evidence included, over that of the proposals.
     """
 
     proposals: np.ndarray
-    log_weights: np.ndarray
-    k_hat: np.ndarray
-    log_evidence: np.ndarray
+    log_ratios: np.ndarray
+
+    @property
+    def log_evidence(self) -> Float[np.ndarray, " prompt"]:
+        """``(N,)`` log density of the evidence under the fitted program, in nats."""
+        return logsumexp(self.log_ratios, axis=1) - math.log(self.log_ratios.shape[1])
+
+    @property
+    def log_weights(self) -> Float[np.ndarray, "prompt proposal"]:
+        """``(N, P)`` Pareto-smoothed, normalised."""
+        return self._smoothed[0]
+
+    @property
+    def k_hat(self) -> Float[np.ndarray, " prompt"]:
+        """``(N,)`` shape of the ratios' tail; above .7 the weights are not to be trusted."""
+        return self._smoothed[1]
+
+    def draw(self, draws: int, generators: Sequence[np.random.Generator]) -> Float[np.ndarray, "draw prompt weight"]:
+        """``(S, N, K+1)`` equally weighted draws, by systematic resampling, in random order."""
+        count, _, width = self.proposals.shape
+        drawn = np.empty((draws, count, width))
+        edges = np.exp(self.log_weights).cumsum(1)[:, :-1]
+        for n, random in enumerate(generators):
+            points = (np.arange(draws) + random.random()) / draws
+            drawn[:, n] = self.proposals[n, random.permutation(np.searchsorted(edges[n], points))]
+        return drawn
+
+    @cached_property
+    def _smoothed(self) -> tuple[np.ndarray, np.ndarray]:
+        from bayes_dispatch.dispatcher.arviz_data import pareto_smoothed  # arviz takes a second or two to import
+
+        return pareto_smoothed(self.log_ratios)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,10 +90,10 @@ class ImportanceSampler:
     sites: Sequence[Mapping[str, Tensor]]
     temper: float
     kappa: tuple[float, float]
-    _tables: dict[str, dict[str, np.ndarray]] = field(init=False, repr=False)
+    _tables: dict[str, _Table] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        tables = {view.name: _tabulate(view, self.sites, self.temper) for view in self.model.views}
+        tables = {view.name: _Table.of(view, self.sites, self.temper) for view in self.model.views}
         object.__setattr__(self, "_tables", tables)
 
     def __call__(
@@ -83,7 +102,7 @@ class ImportanceSampler:
         prompts: Prompts,
         shares: Float[np.ndarray, " weight"],
         proposals: int,
-        keys: Shaped[np.ndarray, " prompt"],
+        generators: Sequence[np.random.Generator],
     ) -> Weighted:
         """Draw and weigh proposals.
 
@@ -92,27 +111,21 @@ class ImportanceSampler:
             prompts: their evidence, float64.
             shares: ``(K+1,)`` ``pi`` of the prior.
             proposals: P for each prompt.
-            keys: ``(N,)`` seeds; a prompt's proposals depend on its own only.
-
-        Returns:
-            The weighted proposals.
+            generators: N; a prompt's proposals depend on its own only.
         """
-        step = max(1, MEMORY // (proposals * (self.model.n_experts + 1)))
+        columns = sum(table.mixed.shape[-1] for table in self._tables.values())
+        step = max(1, MEMORY // (proposals * (self.model.n_experts + 1 + columns)))
         parts = [
             self._weigh(
                 DirichletMixtures(mixtures.shares[rows], mixtures.concentration[rows]),
                 prompts if len(prompts) <= step else prompts.select(torch.from_numpy(rows)),
                 shares,
                 proposals,
-                keys[rows],
+                [generators[row] for row in rows],
             )
             for rows in np.array_split(np.arange(len(prompts)), max(1, -(-len(prompts) // step)))
         ]
-        return (
-            parts[0]
-            if len(parts) == 1
-            else Weighted(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-        )
+        return Weighted(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
 
     def _weigh(
         self,
@@ -120,54 +133,47 @@ class ImportanceSampler:
         prompts: Prompts,
         shares: np.ndarray,
         proposals: int,
-        keys: np.ndarray,
-    ) -> Weighted:
-        count, width = len(prompts), self.model.n_experts + 1
-        weights, ratios = np.empty((count, proposals, width)), np.empty((count, proposals))
+        generators: Sequence[np.random.Generator],
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Proposals ``(N, P, K+1)`` and their log ratios ``(N, P)``.
+
+        Both densities count weights below ``RESOLUTION`` by their probability to be there: the likelihood is flat in
+        them, and the ratio of their densities has no bound. They are then drawn anew from the prior (not with
+        families).
+        """
+        weights = mixtures.draw(proposals, generators).swapaxes(0, 1)
+        small = weights < RESOLUTION
+        logs = np.log(np.maximum(weights, RESOLUTION))
+        with np.errstate(divide="ignore"):
+            mixture = np.log(mixtures.shares)[:, None] + _log_dirichlet(mixtures.concentration, logs, small)
         kappas = np.exp(_middle_points(math.log(self.kappa[0]), math.log(self.kappa[1]), GRID))
-        prior, families, top = _prior(self.model, shares, kappas)
-        draw_weights(keys, mixtures.shares, mixtures.concentration, kappas, prior, families, top, weights, ratios)
-        # The proposals of a prompt go through the draws of the globals in turn, from one that its key chooses.
-        chosen = (keys[:, None].astype(np.int64) + np.arange(proposals)) % len(self.sites)
+        labels = self.model.label_shares(shares)
+        prior = _log_prior(self.model, kappas, labels, weights, logs, small)  # (N, P, J)
+        ratios = logsumexp(prior, axis=-1) - math.log(GRID) - logsumexp(mixture, axis=-1)
+        if self.model.tree is None:
+            weights = _redraw_small(weights, small, prior, kappas[:, None] * labels, generators)
+        # The proposals of a prompt go through the draws of the globals in turn, from one that its generator chooses.
+        first = np.array([random.integers(len(self.sites)) for random in generators])
+        ratios += self._log_likelihood(prompts, weights, (first[:, None] + np.arange(proposals)) % len(self.sites))
+        return weights, ratios
+
+    def _log_likelihood(self, prompts: Prompts, weights: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+        """``(N, P)`` log density of the evidence given weights ``(N, P, K+1)``, each under its chosen globals."""
+        order = np.argsort(chosen, axis=None, kind="stable")  # proposals of the same globals side by side
+        edges = np.searchsorted(chosen.ravel()[order], np.arange(len(self.sites) + 1))
+        raised = weights.reshape(-1, weights.shape[-1])[order] + FLOOR
+        raised /= raised.sum(-1, keepdims=True)
+        rows, globals_ = order // weights.shape[1], chosen.ravel()[order]
+        total = np.zeros(len(order))
         for view in self.model.views:
-            self._add_density(view, prompts, weights, chosen, ratios)
-        highest = ratios.max(1)
-        log_evidence = highest + np.log(np.exp(ratios - highest[:, None]).mean(1))
-        log_weights, k_hat = pareto_smoothed(ratios)
-        return Weighted(weights, log_weights, k_hat, log_evidence)
-
-    def _add_density(
-        self, view: View, prompts: Prompts, weights: np.ndarray, chosen: np.ndarray, out: np.ndarray
-    ) -> None:
-        table, missing = self._tables[view.name], prompts.missing[view.name].numpy()
-        values = prompts.observed[view.name].double()
-        if view.kind in ("vectors", "surprise"):
-            lengths, means, variances = _noise_lengths(view, prompts), table["means"], table["variances"]
-            known = (values.numpy(), missing, lengths, means, variances, table["lt"])
-            vectors_density(weights, chosen, *known, self.temper, out)
-        elif view.kind == "counts":
-            counts_density(weights, chosen, values.numpy(), missing, table["strengths"], table["classes"], out)
-        else:
-            probabilities_density(weights, chosen, values.numpy(), missing, table["strengths"], table["classes"], out)
-
-
-def pareto_smoothed(
-    ratios: Float[np.ndarray, "prompt proposal"],
-) -> tuple[Float[np.ndarray, "prompt proposal"], Float[np.ndarray, " prompt"]]:
-    """Pareto-smoothed normalised log weights for log importance ratios, and k-hat of each row."""
-    log_weights, k_hat = ratios.copy(), np.empty(len(ratios))
-    pareto_smooth(log_weights, k_hat)
-    return log_weights, k_hat
-
-
-def draw_resampled(
-    weighted: Weighted, draws: int, keys: Shaped[np.ndarray, " prompt"]
-) -> Float[np.ndarray, "draw prompt weight"]:
-    """``(S, N, K+1)`` equally weighted draws, by systematic resampling, in random order."""
-    count, _, width = weighted.proposals.shape
-    drawn = np.empty((draws, count, width))
-    resample(keys, weighted.proposals, weighted.log_weights, drawn)
-    return drawn
+            table, mixed = self._tables[view.name], np.empty((len(order), self._tables[view.name].mixed.shape[-1]))
+            for g, (start, end) in enumerate(pairwise(edges)):
+                mixed[start:end] = raised[start:end] @ table.mixed[g]
+            density = table.log_density(prompts, rows, mixed, globals_)
+            total += np.where(prompts.missing[view.name].numpy()[rows], 0.0, density)
+        out = np.empty(len(order))
+        out[order] = total
+        return out.reshape(chosen.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,59 +187,136 @@ class VertexDensities:
 
     views: Sequence[View]
     sites: Mapping[str, Tensor]
-    _tables: dict[str, dict[str, np.ndarray]] = field(init=False, repr=False)
+    _tables: dict[str, _Table] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        tables = {view.name: _tabulate(view, [self.sites], 1.0) for view in self.views}
+        tables = {view.name: _Table.of(view, [self.sites], 1.0) for view in self.views}
         object.__setattr__(self, "_tables", tables)
 
     def __call__(self, prompts: Prompts) -> Float[np.ndarray, "prompt weight"]:
-        """``(N, K+1)`` log density of the evidence at each vertex, nats, up to a constant of the prompt; τ is 1."""
-        out = np.zeros((len(prompts), len(self.sites["pi"])))
+        """``(N, K+1)`` log density of the evidence at each vertex, nats; τ is 1."""
+        out, width = np.zeros((len(prompts), len(self.sites["pi"]))), len(self.sites["pi"])
         for view in self.views:
-            table, missing = self._tables[view.name], prompts.missing[view.name].numpy()
-            values = prompts.observed[view.name].double().numpy()
-            if view.kind in ("vectors", "surprise"):
-                lengths, means, variances = _noise_lengths(view, prompts), table["means"][0], table["variances"][0]
-                vectors_at_vertices(values, missing, lengths, means, variances, float(table["lt"][0]), out)
-            else:
-                add = counts_at_vertices if view.kind == "counts" else probabilities_at_vertices
-                add(values, missing, float(table["strengths"][0]), table["classes"][0], out)
+            table = self._tables[view.name]
+            step = max(1, MEMORY // (width * table.mixed.shape[-1]))
+            present = np.flatnonzero(~prompts.missing[view.name].numpy())
+            for start in range(0, len(present), step):
+                rows = present[start : start + step]
+                out[rows] += table.log_density(prompts, rows[:, None], table.mixed[0], np.zeros((1, 1), np.int64))
         return out
 
 
-def _tabulate(view: View, sites: Sequence[Mapping[str, Tensor]], temper: float) -> dict[str, np.ndarray]:
-    """The globals of a view with base appended, for G draws: ``(G, K+1, ·)`` and ``(G,)``."""
-    bases = view.base()
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """The globals of a view with base appended, for G draws.
 
-    def stack(parameter: str) -> np.ndarray:
-        name = site(view, parameter)
-        values = np.stack([each[name].double().numpy() for each in sites])
-        if name not in bases:
-            return values
-        base = np.broadcast_to(bases[name].double().numpy(), (len(values), 1, values.shape[-1]))
-        return np.ascontiguousarray(np.concatenate([values, base], 1))
+    Args:
+        view: the view.
+        mixed: ``(G, K+1, ·)`` what weights mix: means and then variances, or the chances of classes.
+        strength: ``(G,)`` how fast noise falls with length, or how strongly classes speak.
+        temper: noise temper τ.
+    """
 
-    if view.kind == "vectors":
-        return {"means": stack("M"), "variances": stack("s2"), "lt": stack("lt")}
-    if view.kind == "surprise":
-        return {"means": stack("a"), "variances": stack("a2"), "lt": np.ones(len(sites))}
-    return {"classes": stack("Phi"), "strengths": stack("conc") / temper}
+    view: View
+    mixed: np.ndarray
+    strength: np.ndarray
+    temper: float
+
+    @classmethod
+    def of(cls, view: View, sites: Sequence[Mapping[str, Tensor]], temper: float) -> _Table:
+        def stack(parameter: str) -> np.ndarray:
+            name = site(view, parameter)
+            values = np.stack([each[name].double().numpy() for each in sites])
+            if name not in view.base():
+                return values
+            base = np.broadcast_to(view.base()[name].double().numpy(), (len(values), 1, values.shape[-1]))
+            return np.concatenate([values, base], 1)
+
+        if view.kind == "vectors":
+            return cls(view, np.concatenate([stack("M"), stack("s2")], -1), stack("lt"), temper)
+        if view.kind == "surprise":
+            return cls(view, np.concatenate([stack("a"), stack("a2")], -1), np.ones(len(sites)), temper)
+        return cls(view, stack("Phi"), stack("conc") / temper, temper)
+
+    def log_density(
+        self, prompts: Prompts, rows: np.ndarray, mixed: Float[np.ndarray, "... number"], chosen: np.ndarray
+    ) -> Float[np.ndarray, "..."]:
+        """Log density of the evidence of prompts at ``rows`` for mixed globals, under the chosen strengths.
+
+        Rows, chosen globals, and mixed ones but for their last dimension, are broadcast.
+        """
+        values = prompts.observed[self.view.name].double().numpy()[rows]
+        strength = self.strength[chosen]
+        if self.view.kind in ("vectors", "surprise"):
+            means, variances = np.split(mixed, 2, axis=-1)
+            factor = np.full(np.broadcast_shapes(rows.shape, chosen.shape), self.temper)
+            if self.view.kind == "vectors":
+                lengths = prompts.lengths.double().numpy()[rows]
+                known = (1 + 20 * strength / np.maximum(lengths, 1.0)) / (1 + 0.4 * strength)
+                factor = factor * np.where(lengths > 0, known, 1.0)
+            scaled = variances * factor[..., None]
+            tails = 3.5 * np.log1p((values - means) ** 2 / (6.0 * scaled)) + 0.5 * np.log(scaled)
+            constant = math.lgamma(3.5) - math.lgamma(3.0) - 0.5 * math.log(6.0 * math.pi)
+            return values.shape[-1] * constant - tails.sum(-1)
+        alpha = strength[..., None] * mixed + 1e-3
+        if self.view.kind == "probabilities":
+            return gammaln(alpha.sum(-1)) + ((alpha - 1) * np.log(values) - gammaln(alpha)).sum(-1)
+        total = values.sum(-1)
+        constant = gammaln(total + 1) - gammaln(values + 1).sum(-1)
+        rising = (gammaln(alpha + values) - gammaln(alpha)).sum(-1)
+        return constant + rising + gammaln(alpha.sum(-1)) - gammaln(alpha.sum(-1) + total)
 
 
-def _noise_lengths(view: View, prompts: Prompts) -> Float[np.ndarray, " prompt"]:
-    """The lengths that a view's noise depends on, 0 where on none."""
-    return prompts.lengths.double().numpy() if view.kind == "vectors" else np.zeros(len(prompts))
+def _log_dirichlet(
+    alpha: Float[np.ndarray, "*some part weight"],
+    logs: Float[np.ndarray, "prompt proposal weight"],
+    small: Bool[np.ndarray, "prompt proposal weight"],
+) -> Float[np.ndarray, "prompt proposal part"]:
+    """Log densities of Dirichlets, small weights counting by their probability to be below ``RESOLUTION``."""
+    parts = logs @ (alpha - 1).swapaxes(-1, -2) - small @ np.log(alpha).swapaxes(-1, -2)
+    constant = gammaln(alpha.sum(-1)) - gammaln(alpha).sum(-1)
+    return parts + (constant if alpha.ndim == 2 else constant[:, None])
 
 
-def _prior(model: DispatchModel, shares: np.ndarray, kappas: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The prior's concentrations ``(J, K+1)`` at J precisions, families ``(K+1,)`` and their own ``(J, F)``."""
-    labels = model.label_shares(shares)
+def _log_prior(
+    model: DispatchModel,
+    kappas: np.ndarray,
+    labels: np.ndarray,
+    weights: np.ndarray,
+    logs: np.ndarray,
+    small: np.ndarray,
+) -> Float[np.ndarray, "prompt proposal precision"]:
+    """Log density of the prior at J precisions; a Dirichlet tree's where the program has families."""
     if model.tree is None:
-        return kappas[:, None] * labels, *NO_FAMILIES
-    families = np.array(model.tree)
-    sums = np.bincount(families, labels)
-    return kappas[:, None] * (labels / sums[families]), families, kappas[:, None] * sums
+        return _log_dirichlet(kappas[:, None] * labels, logs, small)
+    member = np.eye(max(model.tree) + 1)[list(model.tree)]  # (K+1, F)
+    top = kappas[:, None] * (labels @ member)  # (J, F)
+    leaves = kappas[:, None] * (labels / (member @ (labels @ member)))
+    inside = leaves @ member
+    sums = weights @ member  # (N, P, F)
+    out = _log_dirichlet(leaves, logs, small) - gammaln(leaves.sum(-1)) + gammaln(top.sum(-1))
+    out += (gammaln(inside) - gammaln(top)).sum(-1) + np.log(np.maximum(sums, RESOLUTION)) @ (top - inside).T
+    # Where all members of a family are small they are as probable as the family is.
+    return out + (sums < RESOLUTION) @ ((np.log(leaves) + gammaln(leaves)) @ member - gammaln(inside) - np.log(top)).T
+
+
+def _redraw_small(
+    weights: np.ndarray,
+    small: np.ndarray,
+    prior: Float[np.ndarray, "prompt proposal precision"],
+    concentration: Float[np.ndarray, "precision weight"],
+    generators: Sequence[np.random.Generator],
+) -> Float[np.ndarray, "prompt proposal weight"]:
+    """Weights below ``RESOLUTION`` drawn from the prior, at a precision drawn by its log density."""
+    count, proposals, width = weights.shape
+    chance = np.exp(prior - prior.max(-1, keepdims=True)).cumsum(-1)
+    uniform = np.array([random.random(proposals) for random in generators]).reshape(count, proposals, 1)
+    precision = (uniform * chance[..., -1:] >= chance[..., :-1]).sum(-1)
+    falls = np.array([random.standard_exponential((proposals, width)) for random in generators])
+    drawn = np.where(small, RESOLUTION * np.exp(-falls.reshape(weights.shape) / concentration[precision]), 0.0)
+    rest = np.where(small, 0.0, weights)
+    left = np.maximum(rest.sum(-1, keepdims=True), 1e-300)  # 0 where a thousand experts or more have small weights
+    return on_simplex(rest * ((1 - drawn.sum(-1, keepdims=True)) / left) + drawn)
 
 
 def _middle_points(low: float, high: float, count: int) -> np.ndarray:

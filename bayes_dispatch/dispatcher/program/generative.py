@@ -11,8 +11,7 @@ expert does::
 
 The views are in ``program.views``. ``temper`` τ is part of the program: it multiplies the noise variance of
 vectors and divides the concentration of counts, because views are not quite independent given ``w``. With families of
-experts both Dirichlets become trees (``program.dirichlet_tree``). :class:`OneLabelModel` is the simpler
-program of a mixture model, for comparison.
+experts both Dirichlets become trees (``program.dirichlet_tree``).
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from bayes_dispatch.dispatcher.program.dirichlet_tree import DirichletTree, fami
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.views import View
 
-__all__ = ["DispatchModel", "OneLabelModel", "floored", "label_informed_start"]
+__all__ = ["DispatchModel", "floored", "label_informed_start"]
 
 FLOOR = 1e-6  # of w inside the likelihoods: keeps scales and concentrations off zero
 PRIOR = (3.0, 1.5)  # concentration of pi for an expert, and for base
@@ -68,18 +67,14 @@ class DispatchModel:
 
     def sample_globals(self) -> dict[str, Tensor]:
         """Draw every global: site → value; per-expert sites have K rows (base is fixed)."""
-        sites = self.sample_shares()
+        kappa = dist.LogNormal(torch.tensor(0.0), 0.7)
+        sites = {"pi": pyro.sample("pi", self.shares_prior()), "kappa": pyro.sample("kappa", kappa)}
         for view in self.views:
             sites |= view.sample_shared()
         with pyro.plate("experts", self.n_experts):
             for view in self.views:
                 sites |= view.sample_experts()
         return sites
-
-    def sample_shares(self) -> dict[str, Tensor]:
-        """Draw the globals of the weights: shares ``pi (K+1,)`` and the prompts' precision ``kappa``."""
-        kappa = dist.LogNormal(torch.tensor(0.0), 0.7)
-        return {"pi": pyro.sample("pi", self.shares_prior()), "kappa": pyro.sample("kappa", kappa)}
 
     def shares_prior(self) -> TorchDistributionMixin:
         """The prior of ``pi``; a family is as likely as an expert, whatever its size."""
@@ -109,7 +104,7 @@ class DispatchModel:
         with pyro.plate("prompts", len(prompts), subsample_size=self.batch_size) as rows:
             batch = prompts if self.batch_size is None or rows is None else prompts.select(rows)
             tau = torch.ones(len(batch)) if temper is None else torch.as_tensor(temper).expand(len(batch))
-            weights = floored(self.sample_weights(sites, batch))
+            weights = floored(self._sample_weights(sites, batch))
             if batch.labels is not None:
                 label = dist.Categorical(probs=weights).mask(batch.labels >= 0)
                 pyro.sample("labels", label, obs=batch.labels.clamp(min=0))
@@ -118,7 +113,7 @@ class DispatchModel:
                 pyro.sample(view.name, likelihood, obs=batch.observed.get(view.name))
         return weights
 
-    def sample_weights(self, sites: Mapping[str, Tensor], prompts: Prompts) -> Float[Tensor, "... weight"]:
+    def _sample_weights(self, sites: Mapping[str, Tensor], prompts: Prompts) -> Float[Tensor, "... weight"]:
         """Draw the weights inside the plate of prompts, ``(N, K+1)``; known ones stay."""
         prior = self.weights_prior(sites).expand([len(prompts)])
         if prompts.known is None:
@@ -166,28 +161,6 @@ class DispatchModel:
         return values
 
 
-@dataclass(frozen=True)
-class OneLabelModel(DispatchModel):
-    """The mixture model: every prompt is one expert's alone, ``w`` one-hot. Its label is summed out in SVI.
-
-    Same views and globals but ``kappa``; prompts of known mixture enter at their weights, which no label explains.
-    """
-
-    def sample_shares(self) -> dict[str, Tensor]:
-        """Draw the shares ``pi (K+1,)``."""
-        return {"pi": pyro.sample("pi", self.shares_prior())}
-
-    def sample_weights(self, sites: Mapping[str, Tensor], prompts: Prompts) -> Float[Tensor, "... weight"]:
-        """One-hot weights of an expert drawn inside the plate of prompts, or of all experts where SVI enumerates."""
-        prior = dist.Categorical(probs=self.label_shares(sites["pi"])).expand([len(prompts)])
-        drawn = pyro.sample("expert", prior, infer={"enumerate": "parallel"})
-        weights = torch.eye(self.n_experts + 1, dtype=sites["pi"].dtype)[drawn]
-        if prompts.known is None:
-            return weights
-        known = torch.isfinite(prompts.known[:, :1])
-        return torch.where(known, prompts.known.nan_to_num(), weights)
-
-
 def label_informed_start(model: DispatchModel, prompts: Prompts) -> dict[str, Tensor]:
     """Values of the globals to start SVI from: moments of the prompts of each expert, by label or known weight.
 
@@ -206,8 +179,6 @@ def label_informed_start(model: DispatchModel, prompts: Prompts) -> dict[str, Te
     if (shares.sum(0) == 0).any():
         shares = shares + _clusters(model, prompts, shares, unknown if unknown.any() else ~unknown)
     start = {"pi": torch.full((count + 1,), 1.0 / (count + 1)), "kappa": torch.tensor(0.5)}
-    if isinstance(model, OneLabelModel):
-        del start["kappa"]
     for view in model.views:
         present = (~prompts.missing[view.name]).float().unsqueeze(-1)
         start |= view.start(prompts.observed[view.name], shares * present + 1e-6)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bayes_dispatch.dispatcher.program.generative import PRIOR, DispatchModel, OneLabelModel
+from bayes_dispatch.dispatcher.program.generative import PRIOR, DispatchModel
 from bayes_dispatch.dispatcher.program.views import KINDS, NAMED_KINDS, View
 from bayes_dispatch.errors import ConfigError, EvidenceError
 
-__all__ = ["PROGRAMS", "Admixture", "OneLabelMixture"]
+__all__ = ["Admixture"]
 
 # Names of the program itself, and of the dimensions of its draws.
 RESERVED = {"w", "pi", "kappa", "labels", "expert", "experts", "prompts", "base", "chain", "draw", "prompt"}
@@ -97,18 +97,3 @@ class Admixture:
         keys = [("family", family[name]) if name in family else ("expert", name) for name in experts]
         numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         return tuple(numbers[key] for key in keys)
-
-
-@dataclass(frozen=True)
-class OneLabelMixture(Admixture):
-    """Every prompt is one expert's alone (``generative.OneLabelModel``): a mixture model.
-
-    It is there to compare with. Its posterior draws are one-hot, and exact without a guide.
-    """
-
-    def model(self, experts: Sequence[str], views: tuple[View, ...]) -> DispatchModel:
-        """The Pyro program for these experts and views."""
-        return OneLabelModel(len(experts), views, None, self._prior(experts), self._families(experts))
-
-
-PROGRAMS: dict[str, type[Admixture]] = {"admixture": Admixture, "one_label": OneLabelMixture}

@@ -24,7 +24,7 @@ from torch import Tensor
 from bayes_dispatch.checks import reference
 from bayes_dispatch.checks.reference import ReferencePosterior, conditional_posterior, joint_posterior, log_density
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
-from bayes_dispatch.dispatcher.program.generative import DispatchModel, OneLabelModel
+from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.views import KINDS, floored
 from bayes_dispatch.errors import ConfigError, MissingDependencyError, TensorError
@@ -143,12 +143,6 @@ def test_every_view_has_a_twin() -> None:
         for name in ("other", kind):
             model = DispatchModel(2, (view(3, name),))
             assert set(reference.TWINS[kind](3, name).globals) == draw_globals(model, 0).keys() - {"pi", "kappa"}
-
-
-def test_the_one_label_program_has_no_twin() -> None:
-    model = OneLabelModel(2, program(2, hidden=2).views)
-    with pytest.raises(ConfigError, match=r"expected an admixture, got OneLabelModel"):
-        log_density(model, draw_prompts(model, 3, 0), {})
 
 
 def test_log_density_wants_every_site() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
-from bayes_dispatch.dispatcher.fitting.concatenations import RealPrompts
+from bayes_dispatch.dispatcher.fitting.sleep import RealPrompts
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings, fit_globals, isolated
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.errors import ConfigError, EvidenceError, TensorError

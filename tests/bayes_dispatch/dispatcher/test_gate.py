@@ -13,7 +13,6 @@ from scipy.stats import betabinom
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.gate import Gate, foreign_parts
-from bayes_dispatch.dispatcher.program.settings import OneLabelMixture
 from bayes_dispatch.errors import BundleError, ConfigError, NotFittedError, TensorError
 from bayes_dispatch.storage import read_directory, write_directory
 
@@ -126,16 +125,6 @@ class TestPower:
         for column, weights in enumerate(((1.0, 0.0), (0.0, 2.0))):
             scores = Gate.calibrate(dispatcher, held_out, weights=weights).foreignness(dispatcher, fresh)
             np.testing.assert_array_equal(scores[of_one_length].argsort(), parts[of_one_length, column].argsort())
-
-    def test_the_one_label_program_has_a_gate_too(self, settings: Callable[..., dict[str, Any]]) -> None:
-        labels = np.random.default_rng(0).integers(3, size=200)
-        hidden = MEANS[labels] + 0.5 * np.random.default_rng(1).normal(size=(200, 6))
-        dispatcher = Dispatcher(EXPERTS, **settings(svi=50), program=OneLabelMixture()).fit(hidden, labels)
-        fresh = MEANS[labels] + 0.5 * np.random.default_rng(2).normal(size=(200, 6))
-        gate = Gate.calibrate(dispatcher, Evidence.from_array(fresh))
-        assert gate.edges.size == 0
-        far = Evidence.from_array(4 * np.random.default_rng(3).normal(size=(40, 6)))
-        assert gate.decide(dispatcher, far).foreign.mean() > 0.9
 
 
 class TestPrompts:

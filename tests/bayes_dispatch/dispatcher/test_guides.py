@@ -1,4 +1,5 @@
-"""Guides: mixtures of Dirichlets against closed forms and Monte Carlo, and the trained one against exact inference."""
+"""Guides. Laws: mixtures of Dirichlets have their closed forms; a prompt's draws are its own; the network's density is
+the mixture's; a batch is its rows; the trained guide has exact means and is calibrated."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -12,9 +13,9 @@ from scipy.special import logsumexp
 
 from bayes_dispatch.dispatcher.fitting.sleep import simulate, train_guide
 from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior, isolated
-from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import DirichletMixtures
+from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import RESOLUTION, DirichletMixtures, prompt_generators
 from bayes_dispatch.dispatcher.guide.encoding import Encoder, encode
-from bayes_dispatch.dispatcher.guide.guides import RESOLUTION, GuideSettings, LocalDirichlet, MixtureGuide
+from bayes_dispatch.dispatcher.guide.guides import GuideSettings, LocalDirichlet, MixtureGuide
 from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.views import CountsView, VectorsView
@@ -31,32 +32,30 @@ def mixtures(rows: int = 8, components: int = 3, weights: int = 4, seed: int = 0
     return DirichletMixtures(rng.dirichlet(np.ones(components), rows), concentration)
 
 
-def keys(rows: int, seed: int = 0) -> np.ndarray:
-    return np.arange(rows, dtype=np.uint64) + np.uint64(1_000 * seed)
-
-
 def test_draws_have_the_exact_mean() -> None:
     """20,000 draws of 8 mixtures within 5 standard errors of the closed form: 32 comparisons, false alarm < 1e-4."""
     guide, draws = mixtures(), 20_000
-    drawn = guide.draw(draws, keys(8))
+    drawn = guide.draw(draws, prompt_generators(range(8), 8))
     assert drawn.shape == (draws, 8, 4)
     np.testing.assert_allclose(drawn.sum(-1), 1, atol=1e-12)
     assert (drawn >= 0).all()
     assert (np.abs(drawn.mean(0) - guide.mean) < 5 * drawn.std(0) / draws**0.5).all()
+    at = drawn[0]  # and the exact chance of being below some weights
+    assert (np.abs((drawn < at).mean(0) - guide.below(at)) < 5 * 0.5 / draws**0.5).all()
 
 
 def test_draws_follow_their_distribution() -> None:
     """The first weight of a single Dirichlet is Beta: a Kolmogorov–Smirnov test at level 1e-4, fixed seed."""
     for alpha in ([0.02, 0.05, 0.9], [0.15, 0.19, 0.3], [0.5, 1.5, 3.0], [40.0, 10.0, 5.0]):
         guide = DirichletMixtures(np.ones((1, 1)), np.array([[alpha]]))
-        first = guide.draw(5_000, keys(1))[:, 0, 0]
+        first = guide.draw(5_000, prompt_generators(range(1), 1))[:, 0, 0]
         assert stats.kstest(first, stats.beta(alpha[0], sum(alpha[1:])).cdf).pvalue > 1e-4
 
 
 def test_probability_best_is_that_of_draws() -> None:
     """Quadrature within 5 standard errors of 20,000 draws, and .004 of its own; false alarm < 1e-4, fixed seed."""
     guide, draws = mixtures(), 20_000
-    best = guide.draw(draws, keys(8)).argmax(-1)
+    best = guide.draw(draws, prompt_generators(range(8), 8)).argmax(-1)
     shares = np.stack([(best == k).mean(0) for k in range(4)], -1)
     got = guide.probability_best()
     np.testing.assert_allclose(got.sum(-1), 1, atol=1e-12)
@@ -75,12 +74,28 @@ def test_probability_best_in_closed_form(scale: float) -> None:
 def test_a_prompts_draws_are_its_own() -> None:
     """They depend on its mixture and its key, neither on the others nor on their number."""
     guide = mixtures()
-    all_draws = guide.draw(5, keys(8))
+    all_draws = guide.draw(5, prompt_generators(range(8), 8))
     rows = [6, 1]
     some = DirichletMixtures(guide.shares[rows], guide.concentration[rows])
-    drawn = some.draw(5, keys(8)[rows])
+    drawn = some.draw(5, prompt_generators([6, 1], 2))
     assert np.array_equal(drawn, all_draws[:, rows])
-    assert not np.array_equal(guide.draw(5, keys(8, seed=1)), all_draws)
+    assert not np.array_equal(guide.draw(5, prompt_generators(range(20, 28), 8)), all_draws)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_generator_is_of_its_own_seed_or_row() -> None:
+    """Also of seeds that fit into no signed integer, which NumPy would join to floats."""
+    seeds = [3, 2**63 + 5, 2**64 - 1, 0, 2**63 + 4]
+    first = [each.random() for each in prompt_generators(seeds, 5)]
+    assert [prompt_generators([seed], 1)[0].random() for seed in seeds] == first
+    rows = [
+        [each.random() for each in prompt_generators(np.int64(seed), count)] for seed, count in ((7, 9), (7, 4), (8, 9))
+    ]
+    assert rows[0][:4] == rows[1]
+    assert len({*first, *rows[0], *rows[2]}) == 23
+    for seed, count in ((-1, 3), (1.5, 3), (True, 3), ([1, -2], 2), ([1, 2.0], 2), ([1], 2)):
+        with pytest.raises(ConfigError, match=r"^expected [^\n]*got [^\n]+$"):
+            prompt_generators(seed, count)  # type: ignore[arg-type]
 
 
 VIEWS = (VectorsView(2), CountsView(3))

@@ -1,20 +1,15 @@
-"""Other programs than the default: the one-label mixture, families, priors, and views of any name."""
+"""Other programs than the default: families, priors, and views of any name."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
-from scipy import stats
 
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
-from bayes_dispatch.dispatcher.program.generative import OneLabelModel
-from bayes_dispatch.dispatcher.program.observed import Prompts
-from bayes_dispatch.dispatcher.program.one_label import label_probabilities
-from bayes_dispatch.dispatcher.program.settings import Admixture, OneLabelMixture
-from bayes_dispatch.dispatcher.program.views import CountsView, VectorsView
+from bayes_dispatch.dispatcher.program.settings import Admixture
+from bayes_dispatch.dispatcher.program.views import VectorsView
 from bayes_dispatch.errors import ConfigError, EvidenceError
 
 if TYPE_CHECKING:
@@ -92,44 +87,6 @@ def test_each_view_speaks(kind: str, many_views: "tuple[Sample, Evidence]", sett
         pure = present & (sample.labels >= 0)
         right = dispatcher.predict_proba(evidence).argmax(1) == sample.labels
         assert right[pure].mean() > 0.7
-
-
-def test_one_label(many_views: "tuple[Sample, Evidence]", settings: "Settings", tmp_path: "Path") -> None:
-    """Pure prompts are recognised, draws are one-hot, and mixed prompts are not told from pure ones."""
-    sample, evidence = many_views
-    dispatcher = Dispatcher(NAMES, **settings(svi=60), program=OneLabelMixture())
-    dispatcher.fit(evidence, sample.labels)
-    probabilities = dispatcher.predict_proba(evidence)
-    assert (probabilities.argmax(1) == sample.labels)[sample.labels >= 0].mean() > 0.9
-    draws = dispatcher.posterior(evidence, draws=500).weights
-    assert set(np.unique(draws)) == {0.0, 1.0}
-    np.testing.assert_allclose(draws.mean(0), probabilities, atol=5 * 0.5 / 500**0.5)
-    check(dispatcher, evidence, tmp_path)
-    with pytest.raises(ConfigError, match=ONE_LINE):
-        dispatcher.weigh(evidence, 100)
-
-
-def test_one_label_posterior_by_hand() -> None:
-    """Bayes' rule with SciPy's densities, for each prompt on its own."""
-    model = OneLabelModel(2, (VectorsView(1), CountsView(2)))
-    site = {"M": [[1.0], [-1.0]], "s2": [[0.2], [0.5]], "lt": 12.0, "Phi": [[0.9, 0.1], [0.2, 0.8]], "conc": 20.0}
-    sites = {name: torch.tensor(value, dtype=torch.float64) for name, value in site.items()}
-    hidden, counts = torch.tensor([[0.3], [-2.0]]).double(), torch.tensor([[3.0, 1.0], [0.0, 5.0]]).double()
-    missing = {"hidden": torch.tensor([False, False]), "counts": torch.tensor([False, True])}
-    prompts = Prompts(
-        torch.tensor([50.0, 0.0]).double(), {"counts": counts.sum(-1)}, missing, {"hidden": hidden, "counts": counts}
-    )
-    found = label_probabilities(model, [sites], prompts, np.array([0.5, 0.3, 0.2]), 1.0)
-    prior = 0.95 * np.array([0.5, 0.3, 0.2]) + 0.05 / 3
-    for n in range(2):
-        joint = prior.copy()
-        for k, (mean, variance, share) in enumerate([(1, 0.2, 0.9), (-1, 0.5, 0.2), (0, 1, 0.5)]):
-            joint[k] *= stats.t(6, mean, variance**0.5).pdf(float(hidden[n]))
-            if n == 0:
-                alpha = 20 * np.array([share, 1 - share]) + 1e-3
-                joint[k] *= stats.dirichlet_multinomial(alpha, 4).pmf([3, 1])
-        np.testing.assert_allclose(found.mean[n], joint / joint.sum(), rtol=1e-4)
-        assert found.log_evidence[n] == pytest.approx(np.log(joint.sum()), abs=1e-4)
 
 
 def test_families_and_priors(many_views: "tuple[Sample, Evidence]", settings: "Settings", tmp_path: "Path") -> None:

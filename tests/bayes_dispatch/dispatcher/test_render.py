@@ -4,7 +4,7 @@ import pyro
 import pytest
 import torch
 
-from bayes_dispatch.dispatcher.program.generative import DispatchModel, OneLabelModel
+from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.views import CountsView, ProbabilitiesView, SurpriseView, VectorsView
 
@@ -19,26 +19,25 @@ def prompts() -> Prompts:
 
 
 @pytest.mark.parametrize(
-    ("model", "latent"),
-    [
-        (DispatchModel(2, VIEWS), "w"),
-        (DispatchModel(3, VIEWS, families=(0, 0, 1)), "w"),
-        (OneLabelModel(2, VIEWS), "expert"),
-    ],
+    "model", [DispatchModel(2, VIEWS), DispatchModel(3, VIEWS, families=(0, 0, 1))], ids=["plain", "families"]
 )
-def test_program_as_a_graph(model: DispatchModel, latent: str) -> None:
+def test_program_as_a_graph(model: DispatchModel) -> None:
     source = pyro.render_model(model, model_args=(prompts(),)).source
     edges = {"M": "hidden", "s2": "hidden", "lt": "hidden", "Phi": "counts", "conc": "counts", "a": "surprise"}
-    edges |= {"a2": "surprise", "classifier_Phi": "classifier", "classifier_conc": "classifier", "pi": latent}
+    edges |= {
+        "a2": "surprise",
+        "classifier_Phi": "classifier",
+        "classifier_conc": "classifier",
+        "pi": "w",
+        "kappa": "w",
+    }
     expected = {(parent, child) for parent, child in edges.items()}
-    expected |= {(latent, child) for child in ("hidden", "counts", "surprise", "classifier", "labels")}
-    if latent == "w":
-        expected.add(("kappa", "w"))
+    expected |= {("w", child) for child in ("hidden", "counts", "surprise", "classifier", "labels")}
     lines = [line.split() for line in source.splitlines()]
     assert {(line[0], line[2]) for line in lines if line[1:2] == ["->"]} == expected
     blocks = [block.partition("}")[0].split("cluster_")[1] for block in source.split("subgraph")[1:]]
     inside = {block.split()[0]: block for block in blocks}
     assert set(inside) == {"experts", "prompts"}
     assert all(f"\t{site} [" in inside["experts"] for site in ("M", "s2", "Phi", "a", "a2", "classifier_Phi"))
-    assert all(f"\t{site} [" in inside["prompts"] for site in (latent, "labels", *(view.name for view in VIEWS)))
+    assert all(f"\t{site} [" in inside["prompts"] for site in ("w", "labels", *(view.name for view in VIEWS)))
     assert inside["prompts"].count("fillcolor=gray") == 5  # the views and the labels are observed

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from bayes_dispatch.dispatcher.fitting import sleep
-from bayes_dispatch.dispatcher.fitting.concatenations import RealPrompts
-from bayes_dispatch.dispatcher.fitting.sleep import fit_guide, simulate
+from bayes_dispatch.dispatcher.fitting.sleep import RealPrompts, fit_guide, simulate
 from bayes_dispatch.dispatcher.fitting.svi import isolated
 from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 
