@@ -73,32 +73,6 @@ class BlockStack(nn.Module):
         """Of the weights, and so of hidden states, logits and, by default, cached states."""
         return self.norm.weight.dtype
 
-    def run_blocks(
-        self,
-        x: Float[Tensor, "B T D"],
-        span: Span,
-        start: int,
-        stop: int,
-        *,
-        cache: Cache | None,
-        adaptation: Adaptation,
-        memory: Memory | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """Run blocks ``start`` to ``stop`` − 1 over right-padded hidden states."""
-        if cache is not None:
-            self._check_blocks(range(start, stop), cache, adaptation)
-        scales = self._scales(adaptation)
-        saving = self.gradient_checkpointing and self.training and cache is None
-        for index in range(start, stop):
-            state = None if cache is None else cache.states[index - cache.first]
-            if saving:
-                x = cast(
-                    Tensor, checkpoint(self.blocks[index], x, span, scales[index], None, memory, use_reentrant=False)
-                )
-            else:
-                x = self.blocks[index](x, span, scales[index], state, memory)
-        return x
-
     def advance(
         self,
         x: Float[Tensor, "B T D"],
@@ -119,14 +93,20 @@ class BlockStack(nn.Module):
         """
         stretch = stretch or self._stretch(range(len(self.blocks)))
         span = Span(tokens) if cache is None else Span(tokens, cache.read, cache.dropped)
+        if cache is not None:
+            cache.begin([adaptation.digest(index) for index in stretch.blocks])
         if cache is not None and can_step(x):
             build = partial(self._stepper, stretch, adaptation)
-            stepper = stretch.steppers.of(weights, adaptation, build)
-            self._check_blocks(stretch.blocks, cache, adaptation)
-            x = stepper(x, span, cache, memory)
+            x = stretch.steppers.of(weights, adaptation, build)(x, span, cache, memory)
         else:
-            blocks = stretch.blocks.start, stretch.blocks.stop
-            x = self.run_blocks(x, span, *blocks, cache=cache, adaptation=adaptation, memory=memory)
+            scales = self._scales(adaptation)
+            saving = self.gradient_checkpointing and self.training and cache is None
+            for place, index in enumerate(stretch.blocks):
+                block, state = self.blocks[index], None if cache is None else cache.states[place]
+                if saving:
+                    x = cast(Tensor, checkpoint(block, x, span, scales[index], None, memory, use_reentrant=False))
+                else:
+                    x = block(x, span, scales[index], state, memory)
             x = self.norm(x) if stretch.normalised else x
         if cache is not None:
             cache.advance(x.shape[1] if tokens is None else tokens)
@@ -149,11 +129,6 @@ class BlockStack(nn.Module):
         blocks = [cast(Block, self.blocks[index]) for index in stretch.blocks]
         own = [scales[index] for index in stretch.blocks]
         return Stepper(blocks, self.norm if stretch.normalised else None, own, adaptation.ahead)
-
-    def _check_blocks(self, blocks: range, cache: Cache, adaptation: Adaptation) -> None:
-        """Before any block changes its state: raise if one was filled under other scales."""
-        for index in blocks:
-            cache.check_block(index, adaptation.digest(index))  # the embedding, which block 0 reads, counts as its own
 
     def _scales(self, adaptation: Adaptation) -> list[dict[str, Tensor]]:
         """The scales of each block, by the names that its mixer knows."""
@@ -229,7 +204,10 @@ class BlockStack(nn.Module):
         """``advance``, but ``cache`` is checked."""
         stretch = stretch or self._stretch(range(len(self.blocks)))
         if cache is not None:
-            cache.check_model(self._maker(x.shape[1]))
+            empty = (
+                isinstance(cache.read, int) and cache.read == 0
+            )  # made just now: ``init_cache`` looked at all weights
+            cache.check_model(self._maker(glance=empty or x.shape[1] == 1))
             if cache.blocks != stretch.blocks:
                 raise StaleCacheError(
                     f"expected a cache of {_named(stretch.blocks)}, got one of {_named(cache.blocks)}"
@@ -252,9 +230,9 @@ class BlockStack(nn.Module):
         if x.ndim != 3 or x.shape[0] < 1 or x.shape[1] < 1 or x.shape[2] != width:
             raise TensorError(f"expected hidden states of shape (B, T, {width}) with B, T >= 1, got {tuple(x.shape)}")
 
-    def _maker(self, tokens: int = 0) -> str:
-        """What a cache remembers of the model that made it; ``tokens`` are about to be read."""
-        own = self._fingerprint.glance(self) if tokens == 1 else self.fingerprint()
+    def _maker(self, glance: bool = False) -> str:
+        """What a cache remembers of the model that made it."""
+        own = self._fingerprint.glance(self) if glance else self.fingerprint()
         return f"{own} in {self.dtype}"
 
 

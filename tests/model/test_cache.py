@@ -1,4 +1,5 @@
-"""Continuing from a cache equals reading everything at once, however the sequence is cut and padded."""
+"""Laws: continuing from a cache equals reading everything at once, however the sequence is cut and padded; a cache of
+other weights or scales, or one whose change was interrupted, is refused."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from bayes_dispatch.errors import BayesDispatchError, CacheFullError, ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.cache import Cache
+from bayes_dispatch.model.mambaformer.compiled.switch import tensors_only
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 
 if TYPE_CHECKING:
@@ -257,3 +259,79 @@ class TestErrors:
     def test_sizes(self, model64: "MambaFormerForCausalLM", size: tuple[int, int]) -> None:
         with pytest.raises(ConfigError, match="a batch and a length of at least 1"):
             model64.init_cache(*size)
+
+
+class TestInterruptions:
+    """A change takes effect whole, or the cache says that it is spoilt."""
+
+    @pytest.mark.parametrize("length", [1, 3])
+    @pytest.mark.parametrize("block", [0, 1, 2])
+    def test_a_forward_that_stops_half_way(self, make_model: MakeModel, block: int, length: int) -> None:
+        model, ids = make_model(dtype=torch.float64), tokens(0, 2, 8)
+        new = ids[:, 8 - length :]
+
+        def stop(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        with torch.no_grad(), tensors_only():
+            cache = model.init_cache(2, 16)
+            model(ids, cache=cache)
+            hook = model.blocks[block].register_forward_hook(stop)
+            with pytest.raises(KeyboardInterrupt):
+                model(new, cache=cache)
+            hook.remove()
+            assert cache.info().lengths == (8, 8)
+            for use in (
+                lambda: model(new, cache=cache),
+                lambda: cache.reorder([0]),
+                lambda: cache.expand(2),
+                lambda: cache.prune(2),
+                lambda: cache.reserve(32),
+                cache.clone,
+                lambda: cache.save("never"),
+            ):
+                with pytest.raises(StaleCacheError, match="got one that was interrupted as it changed: reset it"):
+                    use()
+            cache.reset()
+            torch.testing.assert_close(model(ids, cache=cache).logits, model(ids).logits, rtol=0, atol=1e-10)
+
+    def test_refused_arguments_spoil_nothing(self, model64: "MambaFormerForCausalLM") -> None:
+        with torch.no_grad():
+            cache = model64.init_cache(2, 8)
+            model64(tokens(0, 2, 4), cache=cache)
+            for refused in (
+                lambda: model64(tokens(0, 2, 9), cache=cache),
+                lambda: model64(tokens(0, 2, 1), cache=cache, adaptation=scales(model64)),
+                lambda: cache.reorder([2]),
+            ):
+                with pytest.raises(BayesDispatchError):
+                    refused()
+            model64(tokens(1, 2, 4), cache=cache)
+
+    def test_no_memory_to_grow(self, model64: "MambaFormerForCausalLM", monkeypatch: pytest.MonkeyPatch) -> None:
+        cache = model64.init_cache(2, 4, grow=True)
+        monkeypatch.setattr(torch.nn.functional, "pad", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            cache.reserve(8)
+        with pytest.raises(StaleCacheError, match="interrupted"), torch.no_grad():
+            model64(tokens(0, 2, 2), cache=cache)
+
+    @pytest.mark.parametrize("change", ["none", "reorder", "prune", "reset"])
+    def test_inference_mode_may_end(self, model64: "MambaFormerForCausalLM", change: str) -> None:
+        """What was made in it is continued outside, with gradients and without."""
+        ids, new = tokens(0, 2, 6), tokens(1, 2, 2)
+        changes: dict[str, Callable[[Cache], object]] = {
+            "none": lambda c: c,
+            "reorder": lambda c: c.reorder([0, 1]),
+            "prune": lambda c: c.prune(20),
+            "reset": lambda c: (c.reset(), model64(ids, cache=c)),
+        }
+        for mode in (torch.no_grad, torch.enable_grad):
+            with torch.inference_mode():
+                cache = model64.init_cache(2, 16)
+                model64(ids, cache=cache)
+            with mode():
+                changes[change](cache)
+                got = model64(new, cache=cache).logits
+                expected = model64(torch.cat([ids, new], 1)).logits[:, -2:]
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-10)

@@ -49,6 +49,9 @@ class Cache:
     Each row has a length of its own: padding never enters a state. The cache remembers the model and, block by block
     and row by row, the scales that made it; continuing under others raises ``StaleCacheError``.
 
+    What changes it takes effect whole. Where it is interrupted half-way, by Ctrl-C, an error or for want of memory, the
+    cache is spoilt: all but ``reset`` and ``info`` raise ``StaleCacheError`` from then on.
+
     Attributes:
         states: one ``State`` per block. first: index of the first of these blocks in the model.
         capacity: most tokens that attention keeps in order; ``None`` where every state is of bounded size.
@@ -73,6 +76,8 @@ class Cache:
         self._read: int | Tensor = 0  # tokens read: one number while all rows agree
         self._dropped: int | Tensor = 0  # of those, the ones that attention has forgotten
         self._made_by: list[Digest | None] = [None] * len(self.states)
+        self._changing = False  # begun, and not ended: spoilt, unless that goes on
+        self._inference = torch.is_inference_mode_enabled()  # the mode of the latest change
 
     @property
     def blocks(self) -> range:
@@ -111,10 +116,13 @@ class Cache:
 
     def reset(self) -> None:
         """Forget everything; the memory stays."""
+        self._changing = False
+        self.begin()
         for state in self.states:
             state.clear()
         self._read = self._dropped = 0
         self._made_by = [None] * len(self.states)
+        self._changing = False
 
     def reorder(self, indices: Sequence[int] | Int[Tensor, " R"]) -> "Cache":
         """Make row ``indices[r]`` the new row r, in place: to permute, repeat or drop rows, as a beam search does.
@@ -131,6 +139,7 @@ class Cache:
             got = f"{int(index.min())} … {int(index.max())}"
             raise TensorError(f"expected indices of rows 0 … {self.batch_size - 1} of this cache, got {got}")
         rows = index.tolist()
+        self.begin()
         for state, made_by in zip(self.states, self._made_by, strict=True):
             adapted = isinstance(made_by, tuple) and tuple(made_by[row] for row in rows) != made_by
             if adapted or not (isinstance(state, CrossAttentionState) and state.unchanged_by(index)):
@@ -142,6 +151,7 @@ class Cache:
         if isinstance(self._dropped, Tensor):
             self._dropped = _one_number(self._dropped[index])
         self._made_by = [tuple(d[row] for row in rows) if isinstance(d, tuple) else d for d in self._made_by]
+        self._changing = False
         return self
 
     def expand(self, copies: int) -> "Cache":
@@ -160,9 +170,10 @@ class Cache:
 
     def clone(self) -> "Cache":
         """An independent copy."""
+        self.check_whole()
         states = [state.copy() for state in self.states]
         copy = Cache(states, self.batch_size, self.capacity, self._model, self.grow, self.first)
-        copy._read, copy._dropped, copy._made_by = self._read, self._dropped, list(self._made_by)
+        copy._read, copy._dropped, copy._made_by = self._read, self._dropped, self._made_by
         return copy
 
     def prune(self, keep: int, sinks: int = 0) -> None:
@@ -181,14 +192,17 @@ class Cache:
         excess = (held - keep - sinks).clamp(min=0)
         if not ordered or not bool(excess.any()):
             return
+        self.begin()
         place = torch.arange(int((held - excess).max()))
         index = place + torch.where(place[None] < sinks, 0, excess[:, None])
         for state in ordered:
             state.gather(index.clamp(max=state.slots - 1).to(state.keys.device))
         self._dropped = _one_number(self._per_row(self._dropped) + excess)
+        self._changing = False
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file, whole or not at all."""
+        self.check_whole()
         lengths = {"read": self.lengths, "dropped": self._per_row(self._dropped)}
         about = {name: getattr(self, name) for name in ("batch_size", "capacity", "grow", "first")}
         write_states(Path(path), self.states, lengths, about | {"model": self._model, "made_by": self._made_by})
@@ -214,10 +228,12 @@ class Cache:
         """Make room for ``capacity`` tokens of each row, where there is less."""
         if self.capacity is None or capacity <= self.capacity:
             return
-        self.capacity = capacity
+        self.begin()
         for state in self.states:
             if isinstance(state, AttentionState):
                 state.reserve(capacity)
+        self.capacity = capacity
+        self._changing = False
 
     def check_room(self, batch_size: int, tokens: int | Tensor) -> None:
         """Raise unless ``batch_size`` is the cache's and each row has room for its ``tokens`` (B,); or grow."""
@@ -238,24 +254,48 @@ class Cache:
         if model != self._model:
             raise StaleCacheError(f"expected a cache of model {model}, got one of model {self._model}")
 
-    def check_block(self, block: int, digest: Digest) -> None:
-        """Raise ``StaleCacheError`` if block ``block`` was filled under other scales; else remember these."""
-        made_by = self._made_by[block - self.first]
-        if made_by is None:
-            self._made_by[block - self.first] = digest
-        elif made_by is not digest and self._rows(made_by) != self._rows(digest):
-            row = next(b for b in range(self.batch_size) if self._rows(made_by)[b] != self._rows(digest)[b])
-            expected, got = self._rows(made_by)[row] or "none", self._rows(digest)[row] or "none"
-            raise StaleCacheError(
-                f"expected the scales that filled block {block} ({expected}) for row {row}, got others ({got})"
-            )
+    def check_whole(self) -> None:
+        """Raise ``StaleCacheError`` if a change was interrupted."""
+        if self._changing:
+            raise StaleCacheError("expected a whole cache, got one that was interrupted as it changed: reset it")
+
+    def begin(self, scales: Sequence[Digest] | None = None) -> None:
+        """Before anything changes a state: until the change has ended, as by ``advance``, the cache is spoilt.
+
+        Args:
+            scales: digests of those that each block is about to read with; they are remembered.
+
+        Raises:
+            StaleCacheError: it is spoilt already, or a block was filled under other scales.
+        """
+        self.check_whole()
+        if scales is not None:
+            for block, made_by, digest in zip(self.blocks, self._made_by, scales, strict=True):
+                if made_by is not None and made_by is not digest:
+                    self._check_block(block, self._rows(made_by), self._rows(digest))
+            self._made_by = [made_by or digest for made_by, digest in zip(self._made_by, scales, strict=True)]
+        self._changing = True
+        here = torch.is_inference_mode_enabled()
+        if self._inference and not here:
+            for state in self.states:
+                state.leave_inference_mode()
+        self._inference = here
 
     def advance(self, tokens: int | Tensor) -> None:
-        """Count ``tokens`` (B,) more for each row, after all blocks have read them."""
+        """Count ``tokens`` (B,) more for each row, after all blocks have read them, and end the change."""
         if isinstance(tokens, Tensor):
             tokens = _one_number(tokens.cpu())
         total = self._read + tokens
         self._read = _one_number(total) if isinstance(total, Tensor) else total
+        self._changing = False
+
+    def _check_block(self, block: int, made_by: tuple[str, ...], digests: tuple[str, ...]) -> None:
+        for row, (expected, got) in enumerate(zip(made_by, digests, strict=True)):
+            if expected != got:
+                raise StaleCacheError(
+                    f"expected the scales that filled block {block} ({expected or 'none'}) for row {row}, "
+                    f"got others ({got or 'none'})"
+                )
 
     def _rows(self, digest: Digest) -> tuple[str, ...]:
         return digest if isinstance(digest, tuple) else (digest,) * self.batch_size

@@ -36,6 +36,10 @@ class State:
         for name, tensor in self.tensors().items():
             setattr(self, name, change(tensor))
 
+    def leave_inference_mode(self) -> None:
+        """Make what was made in inference mode, and can be changed only there, anew."""
+        self.apply(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
     def clear(self) -> None:
         """Forget everything; the memory stays."""
         self.apply(lambda tensor: tensor.detach().zero_())
