@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.errors import TensorError
 
 __all__ = ["Adaptation", "Tensors", "block_of"]
 
@@ -49,22 +49,16 @@ class Adaptation:
     Attributes:
         scales: for each adapted matrix, its scales, shape (rank,) for one set that all rows share, or (B, rank) for one
             set per row of the batch; matrices that are not named keep their own weights.
-        ahead: tokens that will be decoded one by one under these scales, as far as is known; 0 where nobody knows. It
-            may decide how they are multiplied (``product_costs``), not what they mean.
         rows: B for per-row scales, ``None`` for shared ones.
 
     Raises:
         TensorError: scales of mixed kinds, of another number of rows, or not finite.
-        ConfigError: fewer than 0 tokens ahead.
     """
 
     scales: Mapping[str, Tensor]
-    ahead: int = 0
     rows: int | None = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.ahead < 0:
-            raise ConfigError(f"expected at least 0 tokens ahead, got {self.ahead}")
         kinds = {tuple(scales.shape[:-1]) for scales in self.scales.values()}
         if len(kinds) > 1 or any(not 1 <= scales.ndim <= 2 for scales in self.scales.values()):
             raise TensorError(
@@ -79,8 +73,8 @@ class Adaptation:
         if not isinstance(self.scales, Tensors):
             object.__setattr__(self, "scales", Tensors(self.scales))
 
-    def __reduce__(self) -> tuple[type["Adaptation"], tuple[dict[str, Tensor], int]]:
-        return Adaptation, ({name: z.detach() for name, z in self.scales.items()}, self.ahead)
+    def __reduce__(self) -> tuple[type["Adaptation"], tuple[dict[str, Tensor]]]:
+        return Adaptation, ({name: z.detach() for name, z in self.scales.items()},)
 
     @staticmethod
     def identity() -> "Adaptation":
@@ -92,25 +86,12 @@ class Adaptation:
         """The first block that has a scaled matrix; infinity without any."""
         return float(min(map(block_of, self.scales), default=float("inf")))
 
-    def expecting(self, tokens: int) -> "Adaptation":
-        """The same scales, with so many tokens ahead.
-
-        Raises:
-            ConfigError: fewer than 0.
-        """
-        if tokens == self.ahead:
-            return self
-        latest = self.__dict__.get("_latest")
-        if latest is None or latest.ahead != tokens:  # once for calls that expect the same: steppers know it again
-            latest = self.__dict__["_latest"] = Adaptation(self.scales, tokens)
-        return latest
-
     def select(self, rows: Sequence[int] | Tensor) -> "Adaptation":
         """The scales of some rows, in that order; shared scales stay shared."""
         if self.rows is None:
             return self
         index = torch.as_tensor(rows)
-        return Adaptation({name: scales[index] for name, scales in self.scales.items()}, self.ahead)
+        return Adaptation({name: scales[index] for name, scales in self.scales.items()})
 
     def part(self, name: str) -> "Adaptation":
         """The scales of the matrices in one part of a model, ``name.…``, under their names within it."""
@@ -129,7 +110,7 @@ class Adaptation:
         for name, scales in self.scales.items():
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = scales
-        return {part: Adaptation(scales, self.ahead) for part, scales in parts.items()}
+        return {part: Adaptation(scales) for part, scales in parts.items()}
 
     @cached_property
     def _digests(self) -> Mapping[int | None, Digest]:  # once: every cached step asks

@@ -31,14 +31,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def no_measured_costs() -> Iterator[None]:
-    """What this machine's user has measured decides nothing in tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BAYES_DISPATCH_COSTS", "off")
-        yield
-
-
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Without the tests' own type checks: what a user meets who passes a wrong type."""

@@ -50,18 +50,14 @@ class ChatCaches:
         """Of all states and caches."""
         return self.conversation.nbytes + (0 if self._reader is None else self._reader.nbytes)
 
-    def adapt(self, particles: Particles, transcript: Transcript, ahead: int) -> None:
-        """Read all that the conversation has read under new particles, the user's bytes filtering them.
-
-        Args:
-            ahead: bytes of the reply, at most; later ones may follow under the same particles.
-        """
+    def adapt(self, particles: Particles, transcript: Transcript) -> None:
+        """Read all that the conversation has read under new particles, the user's bytes filtering them."""
         evidence = np.concatenate([[False], ~transcript.own])
-        self.decoding, self.rows = self._begin(particles, evidence, ahead), particles.weights[0]
+        self.decoding, self.rows = self._begin(particles, evidence), particles.weights[0]
         self.decoding.read_prompts(measured=particles.merge > 0)
         if particles.refined:
             mean = Particles(self.decoding.weights[:, None], np.ones((1, 1)))
-            self.decoding, self.rows = self._begin(mean, evidence, ahead), mean.weights[0]
+            self.decoding, self.rows = self._begin(mean, evidence), mean.weights[0]
             self.decoding.read_prompts()
         elif particles.merge > 0:
             self.rows = self.rows[self.decoding.merge(particles.merge)[0]]
@@ -71,17 +67,17 @@ class ChatCaches:
         self.conversation.read(transcript)
         self._read_on(np.ones(len(self.conversation.ids), dtype=bool))
 
-    def go_on(self, state: ChatState, heard: int, ahead: int) -> None:
+    def go_on(self, state: ChatState, heard: int) -> None:
         """Read all that is new to the particles of ``state``, which are made again where there are none.
 
         Args:
-            heard: bytes at the end that the user has said since; they filter the particles. ahead: see ``adapt``.
+            heard: bytes at the end that the user has said since; they filter the particles.
         """
         count = len(self.conversation.ids)
         evidence = np.arange(count) >= count - heard
         if self._reader is None:
             particles = Particles(state.rows[None], np.full((1, len(state.rows)), 1 / len(state.rows)))
-            self.decoding, self.rows = self._begin(particles, evidence, ahead), state.rows
+            self.decoding, self.rows = self._begin(particles, evidence), state.rows
             self.decoding.filtered = state.filtered
             self.decoding.read_prompts()
             return
@@ -99,13 +95,13 @@ class ChatCaches:
         self.decoding.read_on(self._read, ids, torch.from_numpy(evidence[None, new]))
         self._read = count
 
-    def _begin(self, particles: Particles, evidence: np.ndarray, ahead: int) -> Decoding:
+    def _begin(self, particles: Particles, evidence: np.ndarray) -> Decoding:
         if self._reader is not None:
             self._replaced += self._reader.evaluated
         text = self.conversation
         self._read = len(text.ids)
         self._room = min(2 * self._read, self._capacity)
         experts = self._system.experts
-        self._reader = CachedReader(self._cut, experts, particles, text.prefix, [0], self._room, ahead=ahead)
+        self._reader = CachedReader(self._cut, experts, particles, text.prefix, [0], self._room)
         ids, lengths = torch.tensor([text.ids]), torch.tensor([self._read])
         return Decoding(self._reader, particles, ids, lengths, torch.from_numpy(evidence[None]))

@@ -205,9 +205,9 @@ class Chat:
             )
         adapted = state.turns == 0 or divergence > settings.threshold
         if adapted:
-            caches.adapt(candidate, transcript, room)
+            caches.adapt(candidate, transcript)
         else:
-            caches.go_on(state, len(data), room)
+            caches.go_on(state, len(data))
         tell(logger, logging.DEBUG, "turn dispatched", lambda: self._dispatched(posterior, divergence))
         tell(logger, logging.DEBUG, "turn read", lambda: self._read(caches, adapted, before - len(state.transcript)))
         return Reply(

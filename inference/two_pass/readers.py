@@ -68,7 +68,6 @@ class CachedReader:
         cut: the model. experts: to blend. particles: of N prompts. prefix: the prompts below the cut; their states are
             not touched. row: (N,) which row of ``prefix`` each prompt is; the same one for equal prompts.
         capacity: tokens that a prompt and what follows it may have, unless ``lengthen`` makes more room.
-        ahead: tokens that will follow the prompts, as far as is known (``Adaptation.ahead``).
     """
 
     def __init__(
@@ -79,10 +78,8 @@ class CachedReader:
         prefix: Prefix,
         row: Sequence[int],
         capacity: int,
-        ahead: int = 0,
     ) -> None:
         self.evaluated = 0
-        self._ahead = ahead
         self._cut = cut
         self._prefix = prefix
         self._row = list(row)
@@ -96,7 +93,7 @@ class CachedReader:
         weights = torch.tensor(blends).to(cut.model.dtype)
         # one row is as good as scales that all rows share, which may be folded into a matrix
         blend = experts.blend if particles.layers is None else experts.blend_by_layer
-        self._adaptation = blend(weights if len(weights) > 1 else weights[0]).expecting(ahead)
+        self._adaptation = blend(weights if len(weights) > 1 else weights[0])
         self._below = prefix.cache
         self._above = cut.cache_above(len(weights), capacity)
         self._separate = False  # whether each prompt has rows of its own
@@ -157,7 +154,7 @@ class CachedReader:
                 index[n, s] = place[row]
         if rows != list(range(len(self._owner))):
             self._above.reorder(rows)
-            self._adaptation = self._adaptation.select(rows).expecting(self._ahead)
+            self._adaptation = self._adaptation.select(rows)
         self._index, self._owner = index, torch.tensor(owner)
 
     def _give_rows(self) -> None:
@@ -173,7 +170,7 @@ class CachedReader:
             owner.extend([n] * len(own))
         if rows != list(range(len(self._owner))):
             self._above.reorder(rows)
-            self._adaptation = self._adaptation.select(rows).expecting(self._ahead)
+            self._adaptation = self._adaptation.select(rows)
         if self._below is not None:
             self._below = self._below.select(self._row)
         self._index, self._owner, self._separate = index, torch.tensor(owner), True

@@ -222,8 +222,7 @@ class SecondPass:
         reader: Reader
         if self._request.use_cache:
             capacity = ids.shape[1] + self._request.max_new_tokens
-            ahead = self._request.max_new_tokens
-            reader = CachedReader(self._cut, system.experts, particles, prefix, rows, capacity, ahead=ahead)
+            reader = CachedReader(self._cut, system.experts, particles, prefix, rows, capacity)
         else:
             reader = UncachedReader(system.model, system.experts, particles, ids, lengths)
         return Decoding(reader, particles, ids, lengths), reader

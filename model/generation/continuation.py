@@ -90,7 +90,7 @@ class CachedContinuation:
         self._model = model
         self._prompt = ids, tokens
         self._capacity = ids.shape[1] + room
-        self._adaptation = adaptation if adaptation.ahead else adaptation.expecting(room)
+        self._adaptation = adaptation
         self._scales = list(range(ids.shape[0]))  # which row of the scales each row has
         self._cache: Cache
 

@@ -128,7 +128,7 @@ class BlockStack(nn.Module):
         scales = self._scales(adaptation)
         blocks = [cast(Block, self.blocks[index]) for index in stretch.blocks]
         own = [scales[index] for index in stretch.blocks]
-        return Stepper(blocks, self.norm if stretch.normalised else None, own, adaptation.ahead)
+        return Stepper(blocks, self.norm if stretch.normalised else None, own)
 
     def _scales(self, adaptation: Adaptation) -> list[dict[str, Tensor]]:
         """The scales of each block, by the names that its mixer knows."""

@@ -17,7 +17,6 @@ from bayes_dispatch.app.commands.chat import chat
 from bayes_dispatch.app.commands.compare import compare
 from bayes_dispatch.app.commands.experts import experts
 from bayes_dispatch.app.commands.generate import generate
-from bayes_dispatch.app.commands.measure import measure
 from bayes_dispatch.app.commands.terminal import (
     BundleOption,
     JsonOption,
@@ -43,7 +42,6 @@ app = typer.Typer(
 app.add_typer(experts, name="experts")
 app.command()(compare)
 app.command()(chat)
-app.command()(measure)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

@@ -13,7 +13,6 @@ from torch import Tensor
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.block import Block
 from bayes_dispatch.model.mambaformer.cache import AttentionState, Cache, CrossAttentionState, MambaState, State
-from bayes_dispatch.model.mambaformer.compiled.product_costs import present_costs
 from bayes_dispatch.model.mambaformer.compiled.switch import Array, array, can_compile, kernels
 from bayes_dispatch.model.mambaformer.mixers import (
     CrossAttention,
@@ -47,12 +46,10 @@ class Stepper:
 
     Args:
         blocks: to run, one after the other. norm: after the last. scales: of each block.
-        ahead: tokens that are expected; where that pays (``product_costs``), matrices are built under their scales.
     """
 
-    def __init__(self, blocks: Sequence[Block], norm: RMSNorm | None, scales: Sequence[Scales], ahead: int = 0) -> None:
-        fold = ahead > 0 and _folding_pays(blocks, scales, ahead)
-        self._blocks = [(block, z, _step(block, z, fold)) for block, z in zip(blocks, scales, strict=True)]
+    def __init__(self, blocks: Sequence[Block], norm: RMSNorm | None, scales: Sequence[Scales]) -> None:
+        self._blocks = [(block, z, _step(block, z)) for block, z in zip(blocks, scales, strict=True)]
         self._norm = None if norm is None else _arguments(norm)
 
     def __call__(
@@ -103,20 +100,7 @@ class Steppers:
         return kept[1]
 
 
-def _folding_pays(blocks: Sequence[Block], scales: Sequence[Scales], ahead: int) -> bool:
-    """Whether the costs of this machine are known and say so; only scales that are the same for all rows can fold."""
-    costs = present_costs()
-    if costs is None:
-        return False
-    pairs = zip(blocks, scales, strict=True)
-    scaled = [(getattr(block.mixer, name), z) for block, own in pairs for name, z in own.items()]
-    if any(z.ndim == 2 and len(z) > 1 for _, z in scaled):
-        return False
-    whole = [linear.weight for linear, z in scaled if z.shape[-1] == linear.rank]
-    return costs.folding_pays([tuple(W.shape) for W in whole], whole[0].element_size() if whole else 0, ahead)
-
-
-def _step(block: Block, scales: Scales, fold: bool) -> Step | None:
+def _step(block: Block, scales: Scales) -> Step | None:
     """The step of a block, where it is compiled."""
     mixer = block.mixer
     if any(z.ndim == 2 and z.shape[1] < getattr(mixer, name).rank for name, z in scales.items()):
@@ -124,7 +108,7 @@ def _step(block: Block, scales: Scales, fold: bool) -> Step | None:
     norm = _arguments(block.norm)
 
     def matrices(*names: str) -> list[tuple[Array, Array, Array]]:
-        return [_matrix(getattr(mixer, name), scales.get(name), fold) for name in names]
+        return [_matrix(getattr(mixer, name), scales.get(name)) for name in names]
 
     dtype = block.norm.weight.dtype
     if type(mixer) is Mamba1Mixer:
@@ -192,9 +176,9 @@ def _feed_forward(*arguments: object) -> Step:
     return run
 
 
-def _matrix(linear: SVDLinear, z: Tensor | None, fold: bool) -> tuple[Array, Array, Array]:
+def _matrix(linear: SVDLinear, z: Tensor | None) -> tuple[Array, Array, Array]:
     """As compiled functions take it: W and two empty arrays, or U, s z (1 or B, rank) and Vᵀ."""
-    if z is None or fold or z.shape[-1] < linear.rank:
+    if z is None or z.shape[-1] < linear.rank:
         weight = array(linear.weight if z is None else linear.folded(z.reshape(-1)))
         return weight, weight[:0], weight[:0]
     U, s, Vt, _ = linear.factors()

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -102,21 +101,6 @@ def test_json_has_all_that_was_asked(saved: Path, capfd: pytest.CaptureFixture[s
     found = json.loads(run(capfd, *arguments, "--blending-mode", "top_k", "--top-k", "1", "--max-new-tokens", "2")[1])
     asked = {"seed": 0, "max_new_tokens": 2, "stop": "\n", "sample": False, "temperature": 1.0, "abstain": False}
     assert found.items() >= (asked | {"false_alarm_rate": None, "blend_settings": {"k": 1}}).items()
-
-
-@pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("content", [None, "{"], ids=["missing", "damaged"])
-def test_a_warning_is_one_line(
-    content: str | None, saved: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """Costs that the user named and that cannot be used: the text is generated without them."""
-    file = tmp_path / "costs.json"
-    if content is not None:
-        file.write_text(content)
-    monkeypatch.setenv("BAYES_DISPATCH_COSTS", str(file))
-    code, out, err = run(capfd, "generate", "--bundle", saved, "--prompt", "kfpa>", "--json", "--max-new-tokens", "2")
-    assert (code, len(json.loads(out)["texts"])) == (0, 1)
-    assert re.fullmatch(rf"bayes-dispatch: warning: expected .*{file}.*makes a new one\n", err)
 
 
 def test_sampling_depends_on_the_seed(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
