@@ -130,7 +130,6 @@ class CachedReader:
             self._give_rows()
         x = self._cut.below(tokens[:, None], None, self._below)
         self.evaluated += len(tokens) * self._cut.block
-        self._ahead = max(0, self._ahead - 1)
         return self._spread(self._run(x[self._owner], torch.ones(len(self._owner), dtype=torch.long)))[:, :, 0]
 
     def keep(self, prompts: Sequence[int], particles: Kept) -> None:
