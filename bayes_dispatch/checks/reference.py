@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -178,25 +178,19 @@ def conditional_posterior(
     temper: float | Float[torch.Tensor, " prompt"] = 1.0,
     kappa: tuple[float, float] = (0.2, 4.0),
 ) -> ReferencePosterior:
-    """NUTS for the weights of each prompt under fixed globals, for any program: see :func:`reference_posterior`.
+    """NUTS for the weights of each prompt under fixed globals, for any program.
 
     Args:
         model: the program.
         prompts: N prompts with every view of the program observed (or missing), labels and known weights.
         experts: K names, without base.
         sites: values of all globals; ``kappa`` may be ``(N,)``, or lack.
-        draws: of each chain, after warm-up.
-        chains: for each prompt.
-        warmup: draws that adapt step size and mass, and are dropped.
-        seed: of all randomness.
+        draws, chains, warmup, seed: as in :func:`reference_posterior`.
         temper: noise temper τ, scalar or ``(N,)``.
         kappa: range of the precision where ``sites`` has none, log-uniform for each prompt.
 
-    Returns:
-        The draws with their diagnostics.
-
     Raises:
-        ConfigError: fewer than 4 draws, no chain or warm-up, or another number of names than experts.
+        ConfigError: numbers outside their ranges, or another number of names than experts.
         TensorError: a view is not observed, or a global has no value.
     """
     _check_run(draws, chains, warmup, experts, model)
@@ -219,10 +213,8 @@ def conditional_posterior(
         weights, diverging, steps = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(3))
     weights = weights[: len(keys), :, 0].reshape(count, chains * draws, -1).swapaxes(0, 1)
     diverging, steps = (a[: len(keys)].reshape(count, -1) for a in (diverging, steps))
-    weights = _with_known(weights, prompts)
-    return ReferencePosterior(
-        weights, (*experts, "base"), chains=chains, divergences=diverging.sum(1), steps=steps.mean(1)
-    )
+    found = {"divergences": diverging.sum(1), "steps": steps.mean(1)}
+    return ReferencePosterior(_with_known(weights, prompts), (*experts, "base"), chains=chains, **found)
 
 
 def joint_posterior(
@@ -238,43 +230,25 @@ def joint_posterior(
     """NUTS for globals and weights together, for tens of prompts: one chain moves all of them.
 
     Args:
-        model: the program.
-        prompts: observed evidence, with labels and known weights where there are any.
-        experts: K names, without base.
-        draws: of each chain, after warm-up.
+        model, prompts, experts, temper: as in :func:`conditional_posterior`.
+        draws, warmup, seed: as in :func:`reference_posterior`.
         chains: each starts at the label-informed start of SVI, jittered weights aside.
-        warmup: draws that adapt step size and mass, and are dropped.
-        seed: of all randomness.
-        temper: noise temper τ.
 
     Returns:
         The draws of weights and globals with their diagnostics.
 
     Raises:
-        ConfigError: fewer than 4 draws, no chain or warm-up, or another number of names than experts.
-        TensorError: a view is not observed.
+        ConfigError, TensorError: as :func:`conditional_posterior`.
     """
     _check_run(draws, chains, warmup, experts, model)
     with jax.enable_x64(True):
         data = _Data.of(model, prompts, temper)
         start = _arrays(label_informed_start(model, _in_default_dtype(prompts)))
         kernel = NUTS(_program, init_strategy=init_to_value(values=start), target_accept_prob=0.9, max_tree_depth=8)
-        mcmc = MCMC(
-            kernel,
-            num_warmup=warmup,
-            num_samples=draws,
-            num_chains=chains,
-            chain_method="vectorized",
-            progress_bar=False,
-        )
-        mcmc.run(
-            jax.random.key(a_seed(seed)),
-            _Structure.of(model),
-            data,
-            None,
-            _boosted,
-            extra_fields=("diverging", "num_steps"),
-        )
+        run = {"num_warmup": warmup, "num_samples": draws, "num_chains": chains, "chain_method": "vectorized"}
+        mcmc = MCMC(kernel, **run, progress_bar=False)
+        arguments = (_Structure.of(model), data, None, _boosted)
+        mcmc.run(jax.random.key(a_seed(seed)), *arguments, extra_fields=("diverging", "num_steps"))
         samples = {name: np.asarray(value) for name, value in mcmc.get_samples().items()}
         fields = {name: np.asarray(value) for name, value in mcmc.get_extra_fields().items()}
     weights = _with_known(samples.pop("w"), prompts)
@@ -319,75 +293,60 @@ class _Data(NamedTuple):
         )
 
 
-@runtime_checkable
-class _View(Protocol):
-    """The twin of :class:`bayes_dispatch.dispatcher.program.generative.View`."""
+@dataclass(frozen=True)
+class _View:
+    """The twin of :class:`bayes_dispatch.dispatcher.program.views.View`; the name is that of its evidence and site."""
 
-    @property
-    def name(self) -> str:
-        """The key of its evidence and of its site."""
+    width: int
+    name: str
+
+    def experts(self) -> dict[str, dist.Distribution]:
+        """Priors of each expert's globals."""
+        raise NotImplementedError
+
+    def shared(self) -> dict[str, dist.Distribution]:
+        """Priors of the globals that all experts share."""
+        return {}
+
+    def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
+        """The distribution ``(N,) | (width,)`` of the view's evidence given weights ``(N, K+1)``."""
+        raise NotImplementedError
+
+    def site(self, parameter: str) -> str:
+        return parameter if self.name in ("hidden", "counts", "surprise") else f"{self.name}_{parameter}"
 
     @property
     def globals(self) -> tuple[str, ...]:
         """The names of its globals' sites."""
+        return tuple(map(self.site, (*self.experts(), *self.shared())))
 
-    def sample_experts(self) -> dict[str, Any]:
-        """Draw the globals of each expert, inside the plate of experts: site → ``(K, ·)``."""
+    def sample(self, priors: Mapping[str, dist.Distribution]) -> dict[str, Any]:
+        return {self.site(name): numpyro.sample(self.site(name), prior) for name, prior in priors.items()}
 
-    def sample_shared(self) -> dict[str, Any]:
-        """Draw the globals that all experts share: site → scalar."""
-
-    def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
-        """The distribution ``(N,) | (width,)`` of the view's evidence given weights ``(N, K+1)``."""
+    def normal(self, means: str, variances: str, log_variance: float) -> dict[str, dist.Distribution]:
+        spread = dist.LogNormal(jnp.full(self.width, log_variance), 1.0).to_event(1)
+        return {means: dist.Normal(jnp.zeros(self.width), 1.0).to_event(1), variances: spread}
 
 
-@dataclass(frozen=True)
-class _VectorsView:
-    width: int
-    name: str = "hidden"
+class _VectorsView(_View):
+    def experts(self) -> dict[str, dist.Distribution]:
+        return self.normal("M", "s2", -3.0)
 
-    @property
-    def globals(self) -> tuple[str, ...]:
-        return tuple(_site(self.name, parameter) for parameter in ("M", "s2", "lt"))
-
-    def sample_experts(self) -> dict[str, Any]:
-        means, variances, _ = self.globals
-        normal = dist.Normal(jnp.zeros(self.width), 1.0).to_event(1)
-        spread = dist.LogNormal(jnp.full(self.width, -3.0), 1.0).to_event(1)
-        return {means: numpyro.sample(means, normal), variances: numpyro.sample(variances, spread)}
-
-    def sample_shared(self) -> dict[str, Any]:
-        lt = self.globals[2]
-        return {lt: numpyro.sample(lt, dist.LogNormal(2.5, 1.0))}
+    def shared(self) -> dict[str, dist.Distribution]:
+        return {"lt": dist.LogNormal(2.5, 1.0)}
 
     def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
         means, variances, lt = (sites[name] for name in self.globals)
-        base = weights[:, -1:]
         location = weights[:, :-1] @ means  # (N, D); base has mean 0, variance 1
-        variance = weights[:, :-1] @ variances + base
+        variance = weights[:, :-1] @ variances + weights[:, -1:]
         known = (1 + 20 * lt / jnp.maximum(data.lengths, 1.0)) / (1 + 0.4 * lt)
         factor = jnp.where(data.lengths > 0, known, 1.0)
-        scale = jnp.sqrt(variance * (data.temper * factor)[:, None])
-        return dist.StudentT(6.0, location, scale).to_event(1)
+        return dist.StudentT(6.0, location, jnp.sqrt(variance * (data.temper * factor)[:, None])).to_event(1)
 
 
-@dataclass(frozen=True)
-class _SurpriseView:
-    width: int
-    name: str = "surprise"
-
-    @property
-    def globals(self) -> tuple[str, ...]:
-        return tuple(_site(self.name, parameter) for parameter in ("a", "a2"))
-
-    def sample_experts(self) -> dict[str, Any]:
-        means, variances = self.globals
-        normal = dist.Normal(jnp.zeros(self.width), 1.0).to_event(1)
-        spread = dist.LogNormal(jnp.full(self.width, -1.0), 1.0).to_event(1)
-        return {means: numpyro.sample(means, normal), variances: numpyro.sample(variances, spread)}
-
-    def sample_shared(self) -> dict[str, Any]:
-        return {}
+class _SurpriseView(_View):
+    def experts(self) -> dict[str, dist.Distribution]:
+        return self.normal("a", "a2", -1.0)
 
     def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
         means, variances = (sites[name] for name in self.globals)
@@ -396,22 +355,12 @@ class _SurpriseView:
         return dist.StudentT(6.0, location, jnp.sqrt(variance * data.temper[:, None])).to_event(1)
 
 
-@dataclass(frozen=True)
-class _CountsView:
-    width: int
-    name: str = "counts"
+class _CountsView(_View):
+    def experts(self) -> dict[str, dist.Distribution]:
+        return {"Phi": dist.Dirichlet(jnp.full(self.width, 0.7))}
 
-    @property
-    def globals(self) -> tuple[str, ...]:
-        return tuple(_site(self.name, parameter) for parameter in ("Phi", "conc"))
-
-    def sample_experts(self) -> dict[str, Any]:
-        phi = self.globals[0]
-        return {phi: numpyro.sample(phi, dist.Dirichlet(jnp.full(self.width, 0.7)))}
-
-    def sample_shared(self) -> dict[str, Any]:
-        conc = self.globals[1]
-        return {conc: numpyro.sample(conc, dist.LogNormal(3.0, 1.0))}
+    def shared(self) -> dict[str, dist.Distribution]:
+        return {"conc": dist.LogNormal(3.0, 1.0)}
 
     def concentration(self, sites: Sites, weights: Any, data: _Data) -> Any:
         phi, conc = (sites[name] for name in self.globals)
@@ -422,24 +371,17 @@ class _CountsView:
         return dist.DirichletMultinomial(self.concentration(sites, weights, data), data.totals[self.name])
 
 
-@dataclass(frozen=True)
 class _ProbabilitiesView(_CountsView):
-    name: str = "classifier"
-
     def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
         return dist.Dirichlet(self.concentration(sites, weights, data))
 
 
-TWINS: dict[str, Callable[[int, str], _View]] = {
+TWINS: dict[str, type[_View]] = {
     "vectors": _VectorsView,
     "counts": _CountsView,
     "probabilities": _ProbabilitiesView,
     "surprise": _SurpriseView,
 }
-
-
-def _site(view: str, parameter: str) -> str:
-    return parameter if view in ("hidden", "counts", "surprise") else f"{view}_{parameter}"
 
 
 class _Structure(NamedTuple):
@@ -541,10 +483,10 @@ def _sample_globals(structure: _Structure) -> dict[str, Any]:
         "kappa": numpyro.sample("kappa", dist.LogNormal(0.0, 0.7)),
     }
     for view in views:
-        sites |= view.sample_shared()
+        sites |= view.sample(view.shared())
     with numpyro.plate("experts", n_experts):
         for view in views:
-            sites |= view.sample_experts()
+            sites |= view.sample(view.experts())
     return sites
 
 
