@@ -93,6 +93,13 @@ class TestSaving:
             got = getattr(again, blend.__name__)(weights)
             assert all(torch.equal(z, got.scales[name]) for name, z in blend(weights).scales.items())
 
+    def test_one_tensor_may_scale_two_matrices(self, tmp_path: Path) -> None:
+        whole = torch.linspace(0.5, 1.5, 256)
+        scales = {"blocks.0.mixer.in_proj": whole, "blocks.1.mixer.in_proj": whole, "blocks.2.mixer.in_proj": whole[:9]}
+        bank = ExpertBank([ExpertVector("one", scales, "0f")])
+        bank.save(tmp_path / "bank")
+        assert_same(ExpertBank.load(tmp_path / "bank"), bank)
+
     def test_the_same_bank_is_the_same_files(self, saved: Path, tmp_path: Path) -> None:
         again = ExpertBank.load(saved)
         again.save(tmp_path / "copy")

@@ -186,7 +186,10 @@ class TestCacheOperations:
         self.check(model, cache.expand(2), adaptation, [0, 0, 1, 1, 2, 2])
         self.check(model, copied, adaptation, [0, 1, 2])
 
-    def test_save_and_load(self, model: "MambaFormerForSeq2Seq", tmp_path: Path) -> None:
+    @pytest.mark.parametrize("n_pairs", [1, 2])
+    def test_save_and_load(self, make_seq2seq: MakeSeq2Seq, n_pairs: int, tmp_path: Path) -> None:
+        """Two pairs have two blocks of cross-attention, which share the mask of their source."""
+        model = make_seq2seq(n_kv_heads=1, n_pairs=n_pairs)
         cache, adaptation = self.filled(model)
         cache.save(tmp_path / "cache.safetensors")
         self.check(model, Cache.load(tmp_path / "cache.safetensors"), adaptation, [0, 1, 2])

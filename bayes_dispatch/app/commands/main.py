@@ -222,10 +222,12 @@ def diagnose(
     """
     check_output(out)
     from bayes_dispatch.app.bundle import load_bundle
-    from bayes_dispatch.app.diagnosis import DiagnosisSettings, diagnosis_tables, write_diagnosis
+    from bayes_dispatch.app.diagnosis import FILES, TITLE, DiagnosisSettings, diagnosis_tables, write_diagnosis
     from bayes_dispatch.app.diagnosis import diagnose as run
     from bayes_dispatch.app.held_out import read_own
+    from bayes_dispatch.storage import check_files
 
+    check_files(out, FILES, TITLE)
     own = read_own(text or (), jsonl or ())
     settings = DiagnosisSettings(simulations=simulations, mixtures=mixtures, prompts=prompts, risk=risk, seed=seed)
     use_one_thread()
@@ -248,7 +250,7 @@ def fit(
     seed: SeedOption = 0,
 ) -> None:
     """Fit a dispatcher to evidence of your own."""
-    check_output(out)
+    check_new_output(out, "dispatcher.json")
     from bayes_dispatch.dispatcher.estimator import Dispatcher
     from bayes_dispatch.dispatcher.evidence.files import read_evidence
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 
 from bayes_dispatch.app import bundle as bundle_module
 from bayes_dispatch.app.bundle import Bundle, load_bundle
@@ -89,6 +90,26 @@ def test_round_trip(bundle: Bundle, pristine: Path) -> None:
     for name in ("token_ids", "log_probabilities", "weights", "predictive_entropy", "mutual_information"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
     np.testing.assert_array_equal(ours.posterior.weights, theirs.posterior.weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_default_dtype_does_not_matter(
+    bundle: Bundle, bundle64: Bundle, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Nor what dtype the model has: a bundle comes back as it was, and says the same."""
+    whole = bundle if dtype == torch.float32 else bundle64
+    given: dict[str, Any] = {"blend": PosteriorPredictive(4), "max_new_tokens": 5, "seed": 4}
+    expected = TwoPassGenerator(whole).generate(["kfpa>apfk\nbcde>"], **given)
+    whole.save(tmp_path / "bundle")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = load_bundle(tmp_path / "bundle")
+        found = TwoPassGenerator(again).generate(["kfpa>apfk\nbcde>"], **given)
+    finally:
+        torch.set_default_dtype(before)
+    assert found.texts == expected.texts
+    np.testing.assert_allclose(found.posterior.weights, expected.posterior.weights, atol=1e-5)
 
 
 def test_its_files_are_json_and_safetensors_alone(pristine: Path) -> None:

@@ -61,6 +61,7 @@ def jsonl(tmp_path: Path) -> Path:
 
 
 def test_own_documents(compare: Compare, saved: Path, bundle: Bundle, jsonl: Path, tmp_path: Path) -> None:
+    (tmp_path / "scores.csv").symlink_to("scores.far")
     code, out, err = compare(
         *("--bundle", saved, "--jsonl", jsonl, "--blend", "max", "--blend", "predictive", "--draws", "6"),
         *("--seed", "3", "--json", "--csv", tmp_path / "scores.csv"),
@@ -76,7 +77,8 @@ def test_own_documents(compare: Compare, saved: Path, bundle: Bundle, jsonl: Pat
     assert list(table.columns) == ["set", *found.to_frame().columns]
     pandas.testing.assert_frame_equal(table.drop(columns="set"), found.to_frame())
     assert set(table["set"]) == {"own.jsonl"}
-    assert [path.name for path in tmp_path.iterdir() if "scores" in path.name] == ["scores.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir() if "scores" in path.name) == ["scores.csv", "scores.far"]
+    assert (tmp_path / "scores.csv").is_symlink()
 
 
 def test_held_out_sets_by_name(compare: Compare, saved: Path, bundle: Bundle) -> None:

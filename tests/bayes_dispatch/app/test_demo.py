@@ -13,8 +13,8 @@ from rich.console import Console
 
 from bayes_dispatch.app import demo
 from bayes_dispatch.app.bundle import Bundle
-from bayes_dispatch.app.demo import FILES, PROMPTS, run_demo
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.app.demo import FILES, PROMPTS, TITLE, run_demo
+from bayes_dispatch.errors import BundleError
 from bayes_dispatch.experts.domains import held_out
 
 RULES = {
@@ -93,11 +93,15 @@ def test_same_seed_same_files(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_other_files_stay(bundle: Bundle, tmp_path: Path) -> None:
+    """Of other names; one of a name of ours is replaced where it is of an earlier demonstration."""
     (tmp_path / "notes").write_text("mine")
-    (tmp_path / "report.md").write_text("old")
+    (tmp_path / "report.md").write_text("mine")
+    with pytest.raises(BundleError, match=r"expected no report\.md in .*, or that of an earlier run"):
+        run(bundle, tmp_path)
+    (tmp_path / "report.md").write_text(f"{TITLE}\nold")
     run(bundle, tmp_path)
     assert (tmp_path / "notes").read_text() == "mine"
-    assert (tmp_path / "report.md").read_text() != "old"
+    assert "old" not in (tmp_path / "report.md").read_text()
     assert sorted(os.listdir(tmp_path)) == sorted([*FILES, "notes"])
 
 
@@ -113,7 +117,7 @@ def test_an_error_leaves_nothing(bundle: Bundle, tmp_path: Path, monkeypatch: py
 
 def test_output_that_is_a_file(bundle: Bundle, tmp_path: Path) -> None:
     (tmp_path / "output").write_text("mine")
-    with pytest.raises(ConfigError, match=r"expected a directory .* got the file"):
+    with pytest.raises(BundleError, match=r"expected a directory .* got a file"):
         run(bundle, tmp_path / "output")
 
 
