@@ -90,9 +90,9 @@ from .inference.two_pass.blends import RefinedMean as RefinedMean
 from .inference.two_pass.blends import ThompsonSample as ThompsonSample
 from .inference.two_pass.blends import TopK as TopK
 from .inference.two_pass.blends import as_blend as as_blend
-from .inference.two_pass.cost import Cost as Cost
 from .inference.two_pass.first_pass import FirstPass as FirstPass
 from .inference.two_pass.first_pass import first_pass as first_pass
+from .inference.two_pass.generation import Cost as Cost
 from .inference.two_pass.generation import Generation as Generation
 from .inference.two_pass.generation import Streamed as Streamed
 from .model.adaptation import Adaptation as Adaptation

@@ -23,8 +23,8 @@ from bayes_dispatch.app.tables import Table
 from bayes_dispatch.inference.scoring.evaluation import held_out_documents
 from bayes_dispatch.inference.scoring.held_out import KINDS
 from bayes_dispatch.inference.two_pass.blends import Particles
+from bayes_dispatch.inference.two_pass.first_pass import read_prefix
 from bayes_dispatch.inference.two_pass.particles import Decoding
-from bayes_dispatch.inference.two_pass.prefix import read_prefix
 from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.inference.two_pass.system import Dispatched, cut_of
 from bayes_dispatch.model.generation.sampling import Sampling
@@ -71,10 +71,10 @@ def read_on(
     rows = list(range(len(prompts)))
     reader = CachedReader(cut, bundle.experts, particles, prefix, rows, capacity)
     decoding = Decoding(reader, particles, prefix.ids, prefix.tokens)
-    decoding.read_prompts(measured=tolerance > 0)
+    kl = decoding.read_prompts(measured=tolerance > 0)
     left = [particles.mass.shape[1]] * len(prompts)
-    if tolerance > 0:
-        left = [len(kept) for kept in decoding.merge(tolerance)]
+    if kl is not None:
+        left = [len(kept) for kept in decoding.merge(kl, tolerance)]
     nll = np.zeros(len(prompts))
     for t, ids in enumerate(after.unbind(1)):
         token = decoding.choose(Told(ids=ids), [])

@@ -12,10 +12,9 @@ from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.two_pass.blends import DEFAULT_BLEND, Blend, as_blend
 from bayes_dispatch.inference.two_pass.generation import Generation, Streamed
-from bayes_dispatch.inference.two_pass.prompts import check_ending, check_prompts
-from bayes_dispatch.inference.two_pass.second_pass import Request, SecondPass
-from bayes_dispatch.inference.two_pass.system import Strategy, System, cut_of, gate_of
-from bayes_dispatch.model.generation.sampling import Sampling
+from bayes_dispatch.inference.two_pass.prompts import Stop, Writing
+from bayes_dispatch.inference.two_pass.second_pass import GenerationRequest, SecondPass
+from bayes_dispatch.inference.two_pass.system import Strategy, System, cut_of
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.chat.chat import Chat
@@ -52,7 +51,7 @@ class TwoPassGenerator:
         do_sample: bool = False,
         temperature: float = 1.0,
         seed: int | None = None,
-        stop: str | bytes | None = None,
+        stop: Stop = None,
         own_evidence: bool = True,
         strategy: Strategy | None = None,
         false_alarm_rate: float | None = None,
@@ -68,7 +67,7 @@ class TwoPassGenerator:
             max_new_tokens: bytes to generate, 1 to 65,536. do_sample, temperature: see ``Sampling``; greedy by default.
             seed: of posterior draws and sampling; ``None`` for a fresh one. A prompt's result does not depend on the
                 prompts beside it, except that copies of a prompt draw differently.
-            stop: bytes with which a text ends.
+            stop: bytes with which a text ends; a list for any of several.
             own_evidence: whether generated tokens filter the particles, as those of the prompt do: the joint predictive
                 of all tokens, where they are drawn from it. If not, the weights stay as the prompt left them.
             strategy: gives the posterior; the system's dispatcher by default. What it costs is not counted.
@@ -81,26 +80,15 @@ class TwoPassGenerator:
         Raises:
             PromptError: see ``check_prompts``. ConfigError: a setting out of range. UnknownNameError: of a blend.
         """
-        run = self._run(
-            prompts,
-            blend=blend,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            seed=seed,
-            stop=stop,
-            own_evidence=own_evidence,
-            strategy=strategy,
-            use_cache=use_cache,
-            false_alarm_rate=false_alarm_rate,
-            abstain=abstain,
-        )
-        count = len(run.prompts)
+        writing, named = Writing.of(max_new_tokens, do_sample, temperature, stop), self._named(blend)
+        request = GenerationRequest(named, writing, seed, own_evidence, strategy, false_alarm_rate, abstain, use_cache)
+        run = SecondPass(self.bundle, self._cut, prompts, request)
+        count, max_new_tokens = len(run.prompts), writing.max_new_tokens
         ids = np.full((count, max_new_tokens), self.bundle.tokenizer.pad_token_id)
         numbers = np.full((3, count, max_new_tokens), np.nan)
         lengths = np.zeros(count, dtype=int)
         paths: list[list[np.ndarray]] = [[] for _ in range(count)]
-        with tqdm(total=count * max_new_tokens, desc=run.blend.name, disable=not progress) as bar:
+        with tqdm(total=count * max_new_tokens, desc=named.name, disable=not progress) as bar:
             for token, chosen, _ in run.tokens():
                 place = chosen, lengths[chosen]
                 ids[place] = token.ids
@@ -116,7 +104,7 @@ class TwoPassGenerator:
             token_ids=ids,
             log_probabilities=numbers[0],
             posterior=run.posterior(range(count)),
-            blend=run.blend.name,
+            blend=named.name,
             weights=np.stack([run.weights[n] for n in range(count)]),
             predictive_entropy=numbers[1],
             mutual_information=numbers[2],
@@ -136,7 +124,7 @@ class TwoPassGenerator:
         do_sample: bool = False,
         temperature: float = 1.0,
         seed: int | None = None,
-        stop: str | bytes | None = None,
+        stop: Stop = None,
         own_evidence: bool = True,
         strategy: Strategy | None = None,
         false_alarm_rate: float | None = None,
@@ -150,20 +138,9 @@ class TwoPassGenerator:
         Raises:
             PromptError, ConfigError: see ``generate``.
         """
-        run = self._run(
-            prompts,
-            blend=blend,
-            max_new_tokens=max_new_tokens,
-            do_sample=do_sample,
-            temperature=temperature,
-            seed=seed,
-            stop=stop,
-            own_evidence=own_evidence,
-            strategy=strategy,
-            use_cache=True,
-            false_alarm_rate=false_alarm_rate,
-            abstain=abstain,
-        )
+        writing, named = Writing.of(max_new_tokens, do_sample, temperature, stop), self._named(blend)
+        request = GenerationRequest(named, writing, seed, own_evidence, strategy, false_alarm_rate, abstain)
+        run = SecondPass(self.bundle, self._cut, prompts, request)
         return self._stream(run)
 
     def chat(
@@ -192,8 +169,7 @@ class TwoPassGenerator:
         from bayes_dispatch.inference.chat.chat import Chat
         from bayes_dispatch.inference.chat.state import ChatSettings
 
-        chosen = as_blend(blend, self.bundle.experts.components)
-        settings = ChatSettings(chosen, seed, threshold, max_context, own_evidence)
+        settings = ChatSettings(self._named(blend), seed, threshold, max_context, own_evidence)
         chat = Chat(self.bundle, settings, None if file is None else Path(file))
         if file is not None:
             if Path(file).exists():
@@ -237,44 +213,5 @@ class TwoPassGenerator:
                     p_value=run.p_values.get(int(n), float("nan")),
                 )
 
-    def _run(
-        self,
-        prompts: Sequence[str | bytes],
-        *,
-        blend: Blend | str,
-        max_new_tokens: int,
-        do_sample: bool,
-        temperature: float,
-        seed: int | None,
-        stop: str | bytes | None,
-        own_evidence: bool,
-        strategy: Strategy | None,
-        use_cache: bool,
-        false_alarm_rate: float | None,
-        abstain: bool,
-    ) -> SecondPass:
-        """Check everything, and give what will run."""
-        sampling = Sampling(do_sample=do_sample, temperature=temperature)
-        ending = check_ending(max_new_tokens, stop)
-        if seed is None:
-            seed = int(np.random.SeedSequence().generate_state(1)[0])
-        data = check_prompts(prompts)
-        request = Request(
-            blend=as_blend(blend, self.bundle.experts.components),
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop=ending,
-            own_evidence=own_evidence,
-            use_cache=use_cache,
-            seed=seed,
-            false_alarm_rate=false_alarm_rate,
-            abstain=abstain,
-        )
-        if false_alarm_rate is not None:
-            gate = gate_of(self.bundle)
-            gate.check_rate(false_alarm_rate)
-            gate.check_dispatcher(self.bundle.dispatcher)
-        elif abstain:
-            raise ConfigError("expected a false_alarm_rate to abstain at, got None")
-        given = None if strategy is None else strategy.posterior(self.bundle, prompts, seed)
-        return SecondPass(self.bundle, self._cut, data, request, given)
+    def _named(self, blend: Blend | str) -> Blend:
+        return as_blend(blend, self.bundle.experts.components)

@@ -54,13 +54,13 @@ class ChatCaches:
         """Read all that the conversation has read under new particles, the user's bytes filtering them."""
         evidence = np.concatenate([[False], ~transcript.own])
         self.decoding, self.rows = self._begin(particles, evidence), particles.weights[0]
-        self.decoding.read_prompts(measured=particles.merge > 0)
+        kl = self.decoding.read_prompts(measured=particles.merge > 0)
         if particles.refined:
-            mean = Particles(self.decoding.weights[:, None], np.ones((1, 1)))
+            mean = Particles.single(self.decoding.weights)
             self.decoding, self.rows = self._begin(mean, evidence), mean.weights[0]
             self.decoding.read_prompts()
-        elif particles.merge > 0:
-            self.rows = self.rows[self.decoding.merge(particles.merge)[0]]
+        elif kl is not None:
+            self.rows = self.rows[self.decoding.merge(kl, particles.merge)[0]]
 
     def write(self, transcript: Transcript) -> None:
         """Read what the model has written since, which filters the particles of this reply."""

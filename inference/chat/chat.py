@@ -19,9 +19,10 @@ memory is bounded for every model.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,17 +34,16 @@ from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.chat.caches import ChatCaches
 from bayes_dispatch.inference.chat.divergence import expected_divergence
 from bayes_dispatch.inference.chat.file import write_chat
-from bayes_dispatch.inference.chat.reply import Reply, Request
+from bayes_dispatch.inference.chat.reply import Reply
 from bayes_dispatch.inference.chat.state import ChatSettings, ChatState, Turn
 from bayes_dispatch.inference.chat.transcript import Transcript
-from bayes_dispatch.inference.two_pass.cost import Cost
 from bayes_dispatch.inference.two_pass.events import tell
 from bayes_dispatch.inference.two_pass.filtering import ParticleFilter
-from bayes_dispatch.inference.two_pass.generation import Streamed
+from bayes_dispatch.inference.two_pass.generation import Cost, Streamed
 from bayes_dispatch.inference.two_pass.particles import Token
-from bayes_dispatch.inference.two_pass.prompts import check_ending, check_turn
+from bayes_dispatch.inference.two_pass.prompts import Stop, Writing, check_turn
 from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, cut_of
-from bayes_dispatch.model.generation.sampling import Sampling, row_generators, row_seeds
+from bayes_dispatch.model.generation.sampling import row_generators, row_seeds
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.two_pass.system import System
@@ -75,7 +75,7 @@ class Chat:
         self._cut = cut_of(system)
         self._state = ChatState.empty(len(system.experts.components)) if state is None else state
         self._caches: ChatCaches | None = None
-        self._answering = False
+        self._answering = Lock()
 
     @property
     def transcript(self) -> Transcript:
@@ -104,22 +104,27 @@ class Chat:
         *,
         do_sample: bool = False,
         temperature: float = 1.0,
-        stop: str | bytes | None = "\n",
+        stop: Stop = "\n",
     ) -> Turn:
         """Read a turn of the user's, and reply.
 
         Args:
             text: at least 1 byte of UTF-8. It comes directly after what was said before: a chat adds no separators.
             max_new_tokens: most bytes of the reply. do_sample, temperature: see ``Sampling``; greedy by default.
-            stop: bytes with which the reply ends; ``None`` for none.
+            stop: bytes with which the reply ends; a list for any of several, ``None`` for none.
 
         Raises:
             PromptError: text that is empty, no UTF-8, or too long for ``max_context`` with its reply.
             ConfigError: a setting out of range, a blend by layer, or a stream of this chat has not ended.
             TensorError, EvidenceError: the model gives NaN. OSError: the chat's file cannot be written.
         """
-        for _ in self.stream(text, max_new_tokens, do_sample=do_sample, temperature=temperature, stop=stop):
-            pass
+        reply = self.stream(text, max_new_tokens, do_sample=do_sample, temperature=temperature, stop=stop)
+        try:
+            for _ in reply:
+                pass
+        except BaseException as error:  # between two bytes, too
+            reply.throw(error)
+            raise
         assert self.turn is not None
         return self.turn
 
@@ -130,8 +135,8 @@ class Chat:
         *,
         do_sample: bool = False,
         temperature: float = 1.0,
-        stop: str | bytes | None = "\n",
-    ) -> Iterator[Streamed]:
+        stop: Stop = "\n",
+    ) -> Generator[Streamed, None, None]:
         """What ``say`` gives with the same arguments, byte by byte as they come; then ``turn`` has all of it.
 
         Nothing is read before the first byte is asked for. A stream that is closed ends the reply there.
@@ -139,11 +144,10 @@ class Chat:
         Raises:
             PromptError, ConfigError, TensorError, EvidenceError, OSError: see ``say``.
         """
-        sampling = Sampling(do_sample=do_sample, temperature=temperature)
-        request = Request(max_new_tokens, sampling, check_ending(max_new_tokens, stop))
-        self.settings.check_reply(max_new_tokens)
-        data = check_turn(text, self.settings.max_context - max_new_tokens)
-        return self._answer(data, request)
+        writing = Writing.of(max_new_tokens, do_sample, temperature, stop)
+        self.settings.check_reply(writing.max_new_tokens)
+        data = check_turn(text, self.settings.max_context - writing.max_new_tokens)
+        return self._answer(data, writing)
 
     def save(self, path: str | Path) -> None:
         """Write what ``TwoPassGenerator.resume_chat`` goes on from, whole or not at all.
@@ -153,19 +157,19 @@ class Chat:
         """
         write_chat(Path(path), self._system, self.settings, self._state)
 
-    def _answer(self, data: bytes, request: Request) -> Iterator[Streamed]:
-        if self._answering:
+    def _answer(self, data: bytes, writing: Writing) -> Generator[Streamed, None, None]:
+        if not self._answering.acquire(blocking=False):
             raise ConfigError("expected one reply at a time, got a turn before the stream of the last one has ended")
-        self._answering, ended = True, False
+        ended = False
         try:
             with torch.no_grad():
-                reply, caches = self._hear(data, request.max_new_tokens)
+                reply, caches = self._hear(data, writing.max_new_tokens)
             seed = self.settings.seed + 2 * self.turns + 1
             generators = row_generators(seed, [reply.transcript.data])
             while not ended:
                 with torch.no_grad():
-                    token = caches.decoding.choose(request.sampling, generators)
-                    last = self._write(reply, caches, token, request)
+                    token = caches.decoding.choose(writing.sampling, generators)
+                    last = self._write(reply, caches, token, writing)
                 if last:
                     ended = True
                     self._end(reply, caches)
@@ -178,7 +182,7 @@ class Chat:
             self._caches = None
             raise
         finally:
-            self._answering = False
+            self._answering.release()
 
     def _hear(self, data: bytes, room: int) -> tuple[Reply, ChatCaches]:
         """Read the user's turn, under new particles if it must be."""
@@ -226,10 +230,10 @@ class Chat:
             ),
         ), caches
 
-    def _write(self, reply: Reply, caches: ChatCaches, token: Token, request: Request) -> bool:
+    def _write(self, reply: Reply, caches: ChatCaches, token: Token, writing: Writing) -> bool:
         """Go on with a token of the reply; whether it is the last one, which is read along with the next turn."""
         reply.add(token)
-        if request.ends(reply.data):
+        if writing.ends(reply.data):
             caches.decoding.append(token.ids, last=True)
             return True
         evaluated = caches.evaluated

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.inference.chat.transcript import Transcript
-from bayes_dispatch.inference.two_pass.first_pass import RESIDUAL_FLOOR, evidence_of
-from bayes_dispatch.inference.two_pass.prefix import Prefix
+from bayes_dispatch.inference.two_pass.first_pass import RESIDUAL_FLOOR, Prefix, evidence_of
 from bayes_dispatch.model.parts import CutModel
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from torch import Tensor
 from bayes_dispatch.inference.chat.transcript import Transcript
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.filtering import FilterState, ParticleFilter
-from bayes_dispatch.inference.two_pass.prefix import Prefix, read_prefix
+from bayes_dispatch.inference.two_pass.first_pass import Prefix, read_prefix
 from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.model.parts import CutModel
 

@@ -1,34 +1,18 @@
 """A reply of a chat while it is written."""
 
 import codecs
-from dataclasses import dataclass
 
 import numpy as np
 
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.inference.chat.state import Turn
 from bayes_dispatch.inference.chat.transcript import Transcript
-from bayes_dispatch.inference.two_pass.cost import Cost
 from bayes_dispatch.inference.two_pass.filtering import FilterState
-from bayes_dispatch.inference.two_pass.generation import Streamed
+from bayes_dispatch.inference.two_pass.generation import Cost, Streamed
 from bayes_dispatch.inference.two_pass.particles import Token
-from bayes_dispatch.model.generation.sampling import Sampling
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
-__all__ = ["Reply", "Request"]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a reply shall be: see ``Chat.say``."""
-
-    max_new_tokens: int
-    sampling: Sampling
-    stop: bytes | None
-
-    def ends(self, data: bytes) -> bool:
-        """Whether a reply of these bytes is whole."""
-        return len(data) == self.max_new_tokens or (self.stop is not None and data.endswith(self.stop))
+__all__ = ["Reply"]
 
 
 class Reply:

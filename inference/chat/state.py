@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from bayes_dispatch.arguments import seed, whole
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.chat.transcript import Transcript
 from bayes_dispatch.inference.two_pass.blends import Blend
-from bayes_dispatch.inference.two_pass.cost import Cost
 from bayes_dispatch.inference.two_pass.filtering import FilterState
+from bayes_dispatch.inference.two_pass.generation import Cost
 
 __all__ = ["ChatSettings", "ChatState", "Turn"]
 
@@ -40,12 +41,10 @@ class ChatSettings:
     own_evidence: bool = False
 
     def __post_init__(self) -> None:
-        if self.seed < 0:
-            raise ConfigError(f"expected a seed of at least 0, got {self.seed}")
+        object.__setattr__(self, "seed", seed(self.seed))
         if not self.threshold >= 0:
             raise ConfigError(f"expected a threshold of at least 0 nats, got {self.threshold}")
-        if not 2 <= self.max_context <= MAX_CONTEXT:
-            raise ConfigError(f"expected a max_context of 2 to {MAX_CONTEXT} bytes, got {self.max_context}")
+        object.__setattr__(self, "max_context", whole("max_context", self.max_context, 2, MAX_CONTEXT))
 
     def check_reply(self, max_new_tokens: int) -> None:
         """Raise ``ConfigError`` unless a reply of so many bytes leaves room for what it replies to."""

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from bayes_dispatch.arguments import seed as checked_seed
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
@@ -57,7 +58,9 @@ def compare_blends(
     if len(set(names)) < len(names) or not names:
         raise ConfigError(f"expected blends that all differ, got {', '.join(names) or 'none'}")
     _check(documents)
-    posterior = (strategy or Dispatched()).posterior(bundle, [document.prompt for document in documents], seed)
+    posterior = (strategy or Dispatched()).posterior(
+        bundle, [document.prompt for document in documents], checked_seed(seed)
+    )
     particles = {blend.name: blend.particles(posterior) for blend in chosen}
     found = score_together(bundle.model, bundle.experts, documents, particles, progress)
     return Comparison(tuple(score for name in names for score in found[name]))

@@ -1,4 +1,7 @@
-"""The first pass: the unadapted model reads the prompts and yields evidence about which experts would serve them."""
+"""The first pass: the unadapted model reads the prompts and yields evidence about which experts would serve them.
+
+What it has read below the first adapted block, the second pass uses again (``Prefix``; DESIGN §5).
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +16,11 @@ from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.inference.two_pass.likelihood import mean_log_likelihood
 from bayes_dispatch.inference.two_pass.prompts import check_prompts
 from bayes_dispatch.model.backbone import Backbone, CausalLMOutput
+from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.parts import CutModel
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
-__all__ = ["TOKEN_CLASSES", "FirstPass", "evidence_of", "first_pass", "pool", "token_counts"]
+__all__ = ["TOKEN_CLASSES", "FirstPass", "Prefix", "evidence_of", "first_pass", "pool", "read_prefix", "token_counts"]
 
 # Classes of bytes whose counts are evidence; a byte belongs to the first class that holds it, others to "other".
 TOKEN_CLASSES: dict[str, bytes] = {
@@ -92,6 +96,43 @@ def first_pass(
             rows[i] = {name: values[row] for name, values in pooled.items()}
     views = {name: np.stack([rows[i][name] for i in range(len(checked))]) for name in rows[0]}
     return FirstPass(tuple(checked), evidence_of(checked, views))
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """U prompts below the cut of a model.
+
+    Attributes:
+        ids: (U, T) tokens, right-padded: the beginning token and the prompt's bytes. tokens: (U,), real ones.
+        x: (U, T, D), or the tokens themselves: what the blocks above the cut read.
+        cache: of the blocks below, which have read them; ``None`` where there are none.
+    """
+
+    ids: Int[Tensor, "U T"]
+    tokens: Int[Tensor, " U"]
+    x: Int[Tensor, "U T"] | Float[Tensor, "U T D"]
+    cache: Cache | None
+
+    def select(self, rows: Sequence[int]) -> "Prefix":
+        """Some rows, in that order."""
+        if list(rows) == list(range(len(self.tokens))):
+            return self
+        index = torch.tensor(rows)
+        tokens = self.tokens[index]
+        width = int(tokens.max())
+        cache = None if self.cache is None else self.cache.select(index)
+        return Prefix(self.ids[index, :width], tokens, self.x[index, :width], cache)
+
+
+def read_prefix(cut: CutModel, tokenizer: ByteTokenizer, prompts: Sequence[bytes], capacity: int) -> Prefix:
+    """Read prompts below the cut.
+
+    Args:
+        capacity: tokens that the states have room for, those of the prompts included.
+    """
+    ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *prompt] for prompt in prompts])
+    cache = cut.cache_below(len(prompts), capacity)
+    return Prefix(ids, mask.sum(1), cut.below(ids, mask, cache), cache)
 
 
 def evidence_of(prompts: Sequence[bytes], views: Mapping[str, np.ndarray]) -> Evidence:

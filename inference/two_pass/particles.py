@@ -12,7 +12,7 @@ from bayes_dispatch.errors import TensorError
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.filtering import FilterState, ParticleFilter, predictive
 from bayes_dispatch.inference.two_pass.merging import divergences, representatives
-from bayes_dispatch.inference.two_pass.readers import Reader
+from bayes_dispatch.inference.two_pass.readers import ParticleReader
 from bayes_dispatch.model.generation.sampling import Sampling
 
 __all__ = ["Decoding", "Token"]
@@ -54,7 +54,7 @@ class Decoding:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: ParticleReader,
         particles: Particles,
         ids: Int[Tensor, "N T"],
         lengths: Int[Tensor, " N"],
@@ -64,7 +64,6 @@ class Decoding:
         self._filter = ParticleFilter(particles)
         self._ids, self._lengths, self._evidence = ids, lengths, evidence
         self._alone = particles.mass.shape[1] == 1
-        self._kl = np.zeros((len(ids), particles.mass.shape[1], particles.mass.shape[1]))
         self._following: Float[Tensor, "N S V"]
         self._mean: np.ndarray | None = None  # of the present weights, where it has been asked for
         self.path = np.empty((ids.shape[1], len(ids), particles.weights.shape[2]))
@@ -86,19 +85,26 @@ class Decoding:
         self._filter.state = state
         self._mean = None
 
-    def read_prompts(self, measured: bool = False) -> None:
-        """Read the prompts, and filter the particles by each of their bytes; where ``measured``, for ``merge``."""
+    def read_prompts(self, measured: bool = False) -> Float[np.ndarray, "N S S"] | None:
+        """Read the prompts, and filter the particles by each of their bytes.
+
+        Returns:
+            Where ``measured`` and there are particles to compare: for ``merge``, by how many nats a token their
+            predictives diverged at the end of the prompts.
+        """
         self.path[:] = self.weights
         if self._alone:  # nothing to filter
             self._following = self._reader.read_ends()
-            return
+            return None
         following: Tensor | None = None
+        count = self._filter.log_weights.shape[1]
+        kl = np.zeros((len(self._ids), count, count))
         for start in range(0, self._ids.shape[1], PREFILL_CHUNK):
             after = self._reader.read_prompts(start, start + PREFILL_CHUNK)  # (N, S, t, V)
             place = torch.arange(start, start + after.shape[2])
             if measured and bool((self._lengths.min() - MEASURED < place[-1] + 1).any()):
                 counted = (place < self._lengths[:, None]) & (place >= self._lengths[:, None] - MEASURED)
-                self._kl += divergences(after, counted)
+                kl += divergences(after, counted)
             first = 1 if following is None else 0  # the beginning token is no evidence
             tokens = self._ids[:, start + first : start + after.shape[2]]
             counts = place[first:] < self._lengths[:, None]
@@ -111,6 +117,7 @@ class Decoding:
             following = ends if following is None else torch.where(last[:, None, None] >= 0, ends, following)
         assert following is not None
         self._following = following
+        return kl / np.minimum(self._lengths.numpy(), MEASURED)[:, None, None] if measured else None
 
     def read_on(self, start: int, ids: Int[Tensor, "N t"], evidence: Bool[Tensor, "N t"]) -> None:
         """Read more of prompts that the reader has been given longer, all of them to one length.
@@ -125,17 +132,17 @@ class Decoding:
                 self._count(self._following, after, ids[:, part], evidence[:, part])
             self._following = after[:, :, -1]
 
-    def merge(self, tolerance: float) -> list[list[int]]:
+    def merge(self, kl: Float[np.ndarray, "N S S"], tolerance: float) -> list[list[int]]:
         """Run particles as one; the mixture changes by at most ``tolerance`` nats a token (``merging``).
+
+        Args:
+            kl: what ``read_prompts`` measured.
 
         Returns:
             The particles that are left of each prompt, by their old indices.
         """
-        if self._alone:
-            return [[0]] * len(self._ids)
-        counts = np.minimum(self._lengths.numpy(), MEASURED)[:, None, None]
         v = self._filter.log_weights.exp().numpy()
-        chosen = [representatives(own, kl, tolerance) for own, kl in zip(v, self._kl / counts, strict=True)]
+        chosen = [representatives(own, each, tolerance) for own, each in zip(v, kl, strict=True)]
         left = self._filter.merge(np.stack(chosen))
         self._mean = None
         self._reader.keep(range(len(left)), left)

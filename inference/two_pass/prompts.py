@@ -1,11 +1,16 @@
-"""Checks on prompts, where they enter."""
+"""What is asked for: prompts, and how their continuations are written; checked where they enter."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import ConfigError, PromptError
+from bayes_dispatch.model.generation.sampling import Sampling
 from bayes_dispatch.model.tokenizer import utf8
 
-__all__ = ["MAX_PROMPT_BYTES", "check_ending", "check_prompts", "check_turn"]
+__all__ = ["MAX_PROMPT_BYTES", "Stop", "Writing", "check_prompts", "check_turn"]
+
+Stop = str | bytes | Sequence[str | bytes] | None  # what a text ends with: a list for any of several
 
 MAX_PROMPT_BYTES = 4096
 MAX_NEW_TOKENS = 65_536  # memory is set aside for them
@@ -49,14 +54,31 @@ def check_turn(text: str | bytes, most: int) -> bytes:
     return data
 
 
-def check_ending(max_new_tokens: int, stop: str | bytes | None) -> bytes | None:
-    """The bytes that end a text.
+@dataclass(frozen=True)
+class Writing:
+    """How a text is written.
 
-    Raises:
-        ConfigError: no room for a token, or too much, or a stop without bytes.
+    Attributes:
+        max_new_tokens: bytes, at most. sampling: how each is chosen. stops: the text ends with any of these.
     """
-    if not 1 <= max_new_tokens <= MAX_NEW_TOKENS:
-        raise ConfigError(f"expected max_new_tokens of at least 1 and at most {MAX_NEW_TOKENS}, got {max_new_tokens}")
-    if stop is not None and not stop:
-        raise ConfigError("expected stop to have at least one byte, got none")
-    return None if stop is None else utf8(stop)
+
+    max_new_tokens: int
+    sampling: Sampling
+    stops: tuple[bytes, ...]
+
+    @classmethod
+    def of(cls, max_new_tokens: int, do_sample: bool, temperature: float, stop: Stop) -> "Writing":
+        """From the arguments of ``TwoPassGenerator.generate``.
+
+        Raises:
+            ConfigError: a setting out of range, or a stop that is no text, or has no bytes.
+        """
+        stops = [stop] if isinstance(stop, str | bytes) else [] if stop is None else stop
+        if not isinstance(stops, Sequence) or not all(isinstance(each, str | bytes) and each for each in stops):
+            raise ConfigError(f"expected stop to be a text of at least one byte, or a list of such, got {stop!r:.60}")
+        most = whole("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
+        return cls(most, Sampling(do_sample=do_sample, temperature=temperature), tuple(map(utf8, stops)))
+
+    def ends(self, data: bytes | bytearray) -> bool:
+        """Whether a text of these bytes is whole."""
+        return len(data) >= self.max_new_tokens or data.endswith(self.stops)

@@ -14,17 +14,17 @@ from torch import Tensor
 
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.two_pass.blends import Particles
-from bayes_dispatch.inference.two_pass.prefix import Prefix
+from bayes_dispatch.inference.two_pass.first_pass import Prefix
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.model.parts import CutModel
 
-__all__ = ["CachedReader", "Reader", "UncachedReader"]
+__all__ = ["CachedReader", "ParticleReader", "UncachedReader"]
 
 Kept = Sequence[Sequence[int]]  # for each prompt that stays, the particles that do
 
 
 @runtime_checkable
-class Reader(Protocol):
+class ParticleReader(Protocol):
     """Reads the prompts of a batch under all particles, and then what follows them.
 
     Attributes:

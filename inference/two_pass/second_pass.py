@@ -10,19 +10,21 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
+from bayes_dispatch.arguments import seed
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.two_pass.blends import Blend, Particles
-from bayes_dispatch.inference.two_pass.cost import Cost
 from bayes_dispatch.inference.two_pass.events import tell
-from bayes_dispatch.inference.two_pass.first_pass import evidence_of, first_pass, pool
+from bayes_dispatch.inference.two_pass.first_pass import Prefix, evidence_of, first_pass, pool, read_prefix
+from bayes_dispatch.inference.two_pass.generation import Cost
 from bayes_dispatch.inference.two_pass.particles import Decoding, Token
-from bayes_dispatch.inference.two_pass.prefix import Prefix, read_prefix
-from bayes_dispatch.inference.two_pass.readers import CachedReader, Reader, UncachedReader
-from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, System, gate_of
-from bayes_dispatch.model.generation.sampling import Sampling, row_generators, row_seeds
+from bayes_dispatch.inference.two_pass.prompts import Writing, check_prompts
+from bayes_dispatch.inference.two_pass.readers import CachedReader, ParticleReader, UncachedReader
+from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, Strategy, System, gate_of
+from bayes_dispatch.model.generation.sampling import row_generators, row_seeds
 from bayes_dispatch.model.parts import CutModel
 
-__all__ = ["Request", "SecondPass"]
+__all__ = ["GenerationRequest", "SecondPass"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,51 +33,71 @@ TOKENS_AT_ONCE = 65536  # of prompts whose first pass runs together: it bounds w
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked of all prompts: see ``TwoPassGenerator.generate``."""
+class GenerationRequest:
+    """What is asked of all prompts: see ``TwoPassGenerator.generate``.
+
+    Attributes:
+        seed: ``None`` becomes a fresh one.
+
+    Raises:
+        ConfigError: a seed that is none, or a rate at which to abstain is missing.
+    """
 
     blend: Blend
-    max_new_tokens: int
-    sampling: Sampling
-    stop: bytes | None
-    own_evidence: bool
-    use_cache: bool
-    seed: int
+    writing: Writing
+    seed: int | None
+    own_evidence: bool = True
+    strategy: Strategy | None = None
     false_alarm_rate: float | None = None
     abstain: bool = False
+    use_cache: bool = True
+
+    def __post_init__(self) -> None:
+        given = int(np.random.SeedSequence().generate_state(1)[0]) if self.seed is None else seed(self.seed)
+        object.__setattr__(self, "seed", given)
+        if self.abstain and self.false_alarm_rate is None:
+            raise ConfigError("expected a false_alarm_rate to abstain at, got None")
 
 
 class SecondPass:
     """One call of ``generate``: a lazy stream of tokens, and what is known of the prompts so far.
 
     Args:
-        system: model, tokenizer, experts and dispatcher. cut: its model. prompts: checked.
-        request: the settings. given: the posterior of all prompts, where the dispatcher shall not be asked.
+        system: model, tokenizer, experts and dispatcher. cut: its model. prompts, request: what is asked.
 
     Attributes:
         weights: by prompt (K + 1,), filtered means when it had been read. paths: by prompt (bytes, K + 1), before each
             of its bytes. cost: so far.
         foreign: the prompts that the gate sent to base. p_values: by prompt, of the gate, where it was asked.
+
+    Raises:
+        PromptError: see ``check_prompts``. ConfigError: the system has no gate for a false-alarm rate, or not for it.
     """
 
     def __init__(
         self,
         system: System,
         cut: CutModel,
-        prompts: Sequence[bytes],
-        request: Request,
-        given: DispatchPosterior | None,
+        prompts: Sequence[str | bytes],
+        request: GenerationRequest,
     ) -> None:
-        self.prompts, self.blend = tuple(prompts), request.blend
+        self.prompts = tuple(check_prompts(prompts))
         self.weights: dict[int, np.ndarray] = {}
         self.paths: dict[int, np.ndarray] = {}
         self.foreign: set[int] = set()
         self.p_values: dict[int, float] = {}
         self.cost = Cost(cut.depth)
-        self._system, self._cut, self._request, self._given = system, cut, request, given
+        self._system, self._cut, self._request = system, cut, request
+        if request.false_alarm_rate is not None:
+            gate = gate_of(system)
+            gate.check_rate(request.false_alarm_rate)
+            gate.check_dispatcher(system.dispatcher)
+        asked = request.strategy
+        self._given = None if asked is None else asked.posterior(system, prompts, request.seed)
         self._draws: dict[int, DispatchPosterior] = {}
-        self._seeds = row_seeds(request.seed, prompts)
-        self._generators = row_generators(request.seed + 1, prompts)
+        assert request.seed is not None
+        self._seeds = row_seeds(request.seed, self.prompts)
+        self._generators = row_generators(request.seed + 1, self.prompts)
 
     def posterior(self, prompts: Sequence[int]) -> DispatchPosterior:
         """The posterior of some prompts that have been dispatched."""
@@ -119,7 +141,7 @@ class SecondPass:
         distinct = list(dict.fromkeys(self.prompts[n] for n in group))
         row = {prompt: place for place, prompt in enumerate(distinct)}
         rows = [row[self.prompts[n]] for n in group]
-        capacity = max(map(len, distinct)) + 1 + self._request.max_new_tokens
+        capacity = max(map(len, distinct)) + 1 + self._request.writing.max_new_tokens
         with torch.no_grad():
             prefix = read_prefix(self._cut, self._system.tokenizer, distinct, capacity)
             own = sum(len(self.prompts[n]) + 1 for n in group)
@@ -164,24 +186,19 @@ class SecondPass:
     def _decode(
         self, group: list[int], prefix: Prefix, rows: list[int], particles: Particles
     ) -> Iterator[tuple[Token, np.ndarray, np.ndarray]]:
-        request = self._request
+        writing = self._request.writing
         own = sorted(set(rows))
         prefix, rows = prefix.select(own), [own.index(row) for row in rows]
         with torch.no_grad():
-            decoding, reader = self._begin(prefix, rows, particles)
-            decoding.read_prompts(measured=particles.merge > 0)
-            self._count(prefill=reader.evaluated)
+            decoding, reader, kl = self._read(prefix, rows, particles)
             weights = decoding.weights
             for place, n in enumerate(group):
                 self.weights[n] = weights[place]
                 self.paths[n] = decoding.path[: len(self.prompts[n]), place]
             if particles.refined:
-                mean = Particles(weights[:, None], np.ones((len(group), 1)))
-                decoding, reader = self._begin(prefix, rows, mean)
-                decoding.read_prompts()
-                self._count(prefill=reader.evaluated)
-            elif particles.merge > 0:
-                decoding.merge(particles.merge)
+                decoding, reader, _ = self._read(prefix, rows, Particles.single(weights))
+            elif kl is not None:
+                decoding.merge(kl, particles.merge)
         tell(
             logger,
             logging.DEBUG,
@@ -190,42 +207,42 @@ class SecondPass:
         )
         live = np.array(group)
         written = {n: bytearray() for n in group}
-        for step in range(request.max_new_tokens):
-            final = step + 1 == request.max_new_tokens
+        while len(live):
             with torch.no_grad():
-                token = decoding.choose(request.sampling, [self._generators[n] for n in live])
+                token = decoding.choose(writing.sampling, [self._generators[n] for n in live])
             for n, each in zip(live, token.ids, strict=True):
                 written[n].append(int(each))
-            ended = np.array([final or (request.stop is not None and written[n].endswith(request.stop)) for n in live])
+            ended = np.array([writing.ends(written[n]) for n in live])
             going = np.flatnonzero(~ended)
             if len(going):
                 with torch.no_grad():
                     before = reader.evaluated
                     if len(going) < len(live):
                         decoding.keep(going.tolist())
-                    decoding.append(token.ids[going], request.own_evidence)
+                    decoding.append(token.ids[going], self._request.own_evidence)
                     self._count(decode=reader.evaluated - before, new_tokens=len(going))
             if ended.any():
                 tell(logger, logging.DEBUG, "ended", partial(_of_ended, live[ended], going))
             yield token, live, ended
             live = live[going]
-            if not len(live):
-                return
 
-    def _begin(self, prefix: Prefix, rows: list[int], particles: Particles) -> tuple[Decoding, Reader]:
+    def _read(
+        self, prefix: Prefix, rows: list[int], particles: Particles
+    ) -> tuple[Decoding, ParticleReader, np.ndarray | None]:
+        """Read the ``rows`` of ``prefix`` under particles; and how these diverge, where they may be merged."""
         system = self._system
-        ids, lengths = (
-            (prefix.ids, prefix.tokens)
-            if rows == list(range(len(prefix.ids)))
-            else (prefix.ids[rows], prefix.tokens[rows])
-        )
-        reader: Reader
+        whole = rows == list(range(len(prefix.ids)))
+        ids, lengths = (prefix.ids, prefix.tokens) if whole else (prefix.ids[rows], prefix.tokens[rows])
+        reader: ParticleReader
         if self._request.use_cache:
-            capacity = ids.shape[1] + self._request.max_new_tokens
+            capacity = ids.shape[1] + self._request.writing.max_new_tokens
             reader = CachedReader(self._cut, system.experts, particles, prefix, rows, capacity)
         else:
             reader = UncachedReader(system.model, system.experts, particles, ids, lengths)
-        return Decoding(reader, particles, ids, lengths), reader
+        decoding = Decoding(reader, particles, ids, lengths)
+        kl = decoding.read_prompts(measured=particles.merge > 0)
+        self._count(prefill=reader.evaluated)
+        return decoding, reader, kl
 
     def _count(self, **evaluations: int) -> None:
         self.cost = self.cost + Cost(self._cut.depth, **evaluations)

@@ -23,8 +23,7 @@ from bayes_dispatch.inference.two_pass.blends import (
     ThompsonSample,
     TopK,
 )
-from bayes_dispatch.inference.two_pass.first_pass import first_pass
-from bayes_dispatch.inference.two_pass.prefix import read_prefix
+from bayes_dispatch.inference.two_pass.first_pass import first_pass, read_prefix
 from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.inference.two_pass.system import cut_of, dispatch
 

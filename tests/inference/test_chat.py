@@ -1,5 +1,6 @@
 """A chat is what recomputing everything from scratch at every turn gives; its memory is bounded."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -10,9 +11,17 @@ import pytest
 import torch
 
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
-from bayes_dispatch.errors import BayesDispatchError, ConfigError, EvidenceError, PromptError, TensorError
+from bayes_dispatch.errors import (
+    BayesDispatchError,
+    ConfigError,
+    EvidenceError,
+    PromptError,
+    TensorError,
+    UnknownNameError,
+)
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.blends import (
+    BestExpert,
     Blend,
     FixedWeights,
     PosteriorMean,
@@ -345,13 +354,13 @@ def test_bad_turns_change_nothing(cut64: "Bundle", monkeypatch: pytest.MonkeyPat
         (b"a\xff", {}, PromptError, "expected UTF-8 text, got byte 0xff at position 1"),
         ("\ud800", {}, PromptError, "lone surrogate"),
         (3, {}, PromptError, "expected a turn to be text, got int"),
-        ("a", {"stop": ""}, ConfigError, "expected stop to have at least one byte"),
+        ("a", {"stop": ""}, ConfigError, "expected stop to be a text of at least one byte"),
         ("a", {"temperature": 0.0}, ConfigError, "temperature"),
     ]
     for text, given, error, message in cases:
         with pytest.raises(error, match=message):
             chat.say(text, 4, **given)
-    with pytest.raises(ConfigError, match="expected max_new_tokens of at least 1"):
+    with pytest.raises(ConfigError, match="expected max_new_tokens to be a whole number from 1"):
         chat.say("a", 0)
     nans: list[tuple[str, type[BayesDispatchError], str]] = [
         ("below", EvidenceError, "expected finite numbers in 'hidden', got nan"),
@@ -369,10 +378,54 @@ def test_bad_turns_change_nothing(cut64: "Bundle", monkeypatch: pytest.MonkeyPat
     assert (chat.turns, chat.transcript.data) == (2, untouched.transcript.data)
 
 
+def test_an_interrupted_turn_changes_nothing(cut64: "Bundle", monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever Ctrl-C comes: amid the model's blocks, or between two bytes of ``say``."""
+    generator = TwoPassGenerator(cut64)
+    chat, untouched = (generator.chat(blend=UNMERGED) for _ in range(2))
+    for each in (chat, untouched):
+        each.say(SAID[0], 4)
+    above = MambaFormerForCausalLM.above
+    for stop_at in (0, 1, 3):
+        calls = iter(range(100))
+
+        def interrupted(*given: Any, _calls: Any = calls, _at: int = stop_at, **named: Any) -> Any:
+            found = above(*given, **named)
+            if next(_calls) == _at:
+                raise KeyboardInterrupt
+            return found
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MambaFormerForCausalLM, "above", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                chat.say(SAID[2], 6, stop=None)
+    lines = iter(range(100))
+
+    def in_say(frame: Any, event: str, argument: Any) -> Any:
+        if event == "line" and next(lines) == 5:
+            raise KeyboardInterrupt
+        return in_say
+
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, argument: in_say if frame.f_code.co_name == "say" else None)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            chat.say(SAID[2], 6, stop=None)
+    finally:
+        sys.settrace(before)
+    assert (chat.turns, chat.transcript.data) == (1, untouched.transcript.data)
+    one, other = (each.say(SAID[2], 4) for each in (chat, untouched))
+    assert one.text == other.text
+    np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-10)
+
+
 def test_settings_are_checked(bundle: "Bundle") -> None:
     generator = TwoPassGenerator(bundle)
+    with pytest.raises(UnknownNameError, match=r"expected a blend of best_expert, .*, base, or .*, got 'mean'"):
+        generator.chat(blend="mean")
+    assert generator.chat(blend="max").settings.blend == BestExpert()
+    assert generator.chat().settings.blend == PosteriorPredictive(16)
     for name, value in (("threshold", -1.0), ("threshold", float("nan")), ("max_context", 1), ("seed", -1)):
-        with pytest.raises(ConfigError, match=f"expected a {name}"):
+        with pytest.raises(ConfigError, match=f"expected (a )?{name}"):
             generator.chat(**{"blend": PosteriorMean(), name: value})
 
 

@@ -9,9 +9,9 @@ import torch
 
 from bayes_dispatch.dispatcher.evidence.functions import LogLikelihoods, read
 from bayes_dispatch.errors import ForeignExpertError, PromptError
-from bayes_dispatch.inference.two_pass import expert_likelihood
-from bayes_dispatch.inference.two_pass.expert_likelihood import ExpertLogLikelihoods
+from bayes_dispatch.inference.two_pass import likelihood
 from bayes_dispatch.inference.two_pass.first_pass import first_pass
+from bayes_dispatch.inference.two_pass.likelihood import ExpertLogLikelihoods
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
@@ -48,7 +48,7 @@ def one_by_one(model: Any, bank: "ExpertBank", prompt: str) -> list[float]:
 def test_a_batch_is_one_by_one(
     score: ExpertLogLikelihoods, monkeypatch: pytest.MonkeyPatch, tokens_at_once: int
 ) -> None:
-    monkeypatch.setattr(expert_likelihood, "TOKENS_AT_ONCE", tokens_at_once)
+    monkeypatch.setattr(likelihood, "TOKENS_AT_ONCE", tokens_at_once)
     expected = [one_by_one(score.model, score.experts, prompt) for prompt in PROMPTS]
     np.testing.assert_allclose(score(PROMPTS), expected, rtol=0, atol=1e-10)
     order = [3, 0, 4, 2, 1]

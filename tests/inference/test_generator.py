@@ -253,10 +253,13 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("bad", "message"),
         [
-            ({"max_new_tokens": 0}, "max_new_tokens of at least 1 and at most 65536, got 0"),
+            ({"max_new_tokens": 0}, "max_new_tokens to be a whole number from 1 to 65536, got 0"),
             ({"temperature": 0.0}, "temperature above 0"),
             ({"blend": PosteriorPredictive(100)}, "posterior of at least 95 draws, got 64"),
             ({"blend": TopK(9)}, "k of at most 4"),
+            ({"seed": -1}, "seed to be a whole number from 0"),
+            ({"stop": ["a", ""]}, "stop to be a text of at least one byte, or a list of such, got"),
+            ({"abstain": True}, "expected a false_alarm_rate to abstain at"),
         ],
     )
     def test_settings(self, bundle: "Bundle", bad: dict[str, Any], message: str) -> None:

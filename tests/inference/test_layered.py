@@ -22,7 +22,7 @@ from bayes_dispatch.inference.few_shot.strategies import Given
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.scoring.compare import compare_blends, score_together
 from bayes_dispatch.inference.two_pass.blends import FixedWeights, Particles, PosteriorMean, PosteriorPredictive
-from bayes_dispatch.inference.two_pass.prefix import read_prefix
+from bayes_dispatch.inference.two_pass.first_pass import read_prefix
 from bayes_dispatch.inference.two_pass.readers import CachedReader, UncachedReader
 from bayes_dispatch.inference.two_pass.second_pass import _on_base
 from bayes_dispatch.inference.two_pass.system import cut_of

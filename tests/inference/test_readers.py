@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference.two_pass.blends import Particles
-from bayes_dispatch.inference.two_pass.prefix import read_prefix
-from bayes_dispatch.inference.two_pass.readers import CachedReader, Reader, UncachedReader
+from bayes_dispatch.inference.two_pass.first_pass import read_prefix
+from bayes_dispatch.inference.two_pass.readers import CachedReader, ParticleReader, UncachedReader
 from bayes_dispatch.model.parts import CutModel
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
@@ -36,7 +36,9 @@ def experts_from(model: "MambaFormerForCausalLM", block: int) -> ExpertBank:
     )
 
 
-def both(model: "MambaFormerForCausalLM", block: int, prompts: list[bytes], weights: np.ndarray) -> list[Reader]:
+def both(
+    model: "MambaFormerForCausalLM", block: int, prompts: list[bytes], weights: np.ndarray
+) -> list[ParticleReader]:
     """The fast reader, copies of a prompt sharing its prefix, and the slow one."""
     tokenizer, bank = ByteTokenizer(), experts_from(model, block)
     particles = Particles(weights, np.full(weights.shape[:2], 1 / weights.shape[1]))

@@ -52,12 +52,11 @@ def chat(
 ) -> None:
     """Reply to each line of stdin; the model goes on right after its last byte. Empty lines are skipped."""
     from bayes_dispatch.inference.two_pass.blends import as_blend
-    from bayes_dispatch.inference.two_pass.prompts import check_ending
-    from bayes_dispatch.model.generation.sampling import Sampling
+    from bayes_dispatch.inference.two_pass.prompts import Writing
 
     blend = as_blend(with_options(blending_mode, top_k, draws))
-    ending = check_ending(max_new_tokens, typed(stop, escapes))
-    Sampling(do_sample=sample, temperature=temperature)
+    ending = typed(stop, escapes)
+    Writing.of(max_new_tokens, sample, temperature, ending)
     from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.inference.generator import TwoPassGenerator
 
