@@ -200,7 +200,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("cut64", {"blend": UNMERGED, "threshold": 0.0}),
     ("bundle64", {"blend": UNMERGED, "threshold": float("inf")}),
     ("cut64", {"blend": UNMERGED, "threshold": float("inf"), "own_evidence": True}),
-    ("cut64", {"blend": PosteriorMean(), "threshold": 0.002}),
+    ("cut64", {"blend": PosteriorMean(), "threshold": 0.05}),
     ("cut64", {"blend": RefinedMean(6), "threshold": 0.2}),
     ("bundle64", {"blend": UNMERGED, "threshold": float("inf"), "max_context": 32}),
     ("cut64", {"blend": UNMERGED, "threshold": 0.01, "max_context": 32}),
