@@ -34,7 +34,8 @@ def blocks(page: str, language: str) -> str:
 
 
 def commands() -> list[list[str]]:
-    lines = "".join(blocks(page, "sh") for page in PAGES).replace("\\\n", " ").splitlines()
+    lines = "".join(blocks(page, "sh") for page in PAGES).splitlines()
+    lines += [line[2:] for page in PAGES for line in blocks(page, "console").splitlines() if line.startswith("$ ")]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -65,6 +66,14 @@ def test_shell_commands_parse() -> None:
         while hasattr(group, "commands"):
             group, words = group.commands[words[0]], words[1:]
         group.make_context(command[1], words)
+
+
+def test_console_shows_what_is_printed(tmp_path: Path) -> None:
+    command, _, shown = blocks("shell", "console").partition("\n")
+    run = [sys.executable, "-m", "bayes_dispatch", *shlex.split(command)[2:]]
+    done = subprocess.run(run, cwd=tmp_path, env=os.environ | {"COLUMNS": "80"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert shape(done.stdout) == shape(shown)
 
 
 def test_make_targets_exist() -> None:
