@@ -139,7 +139,7 @@ def write_files(directory: Path, names: Collection[str], title: str) -> Iterator
     check_files(directory, names, title)
     with tempfile.TemporaryDirectory() as new:
         yield Path(new)
-        for name in names:
+        for name in sorted(names, key=lambda name: name != "report.md"):  # by which a stopped run is known
             write_output(directory / name, Path(new, name).read_bytes())
 
 
@@ -173,15 +173,15 @@ def save_directory(path: Path, index: str) -> Iterator[Path]:
     Raises:
         BundleError: as :func:`check_directory`.
     """
-    check_directory(path, index)
+    _check_place(path)
     made = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
     path = path.resolve()
     try:
         with _alone(path):
+            check_directory(path, index)
             if (path / FINISHED).is_dir():
                 _settle(path, index)
-            check_directory(path, index)  # again: another save may have been waited for
             new = path / UNFINISHED
             if new.exists():
                 shutil.rmtree(new)
@@ -209,15 +209,11 @@ def check_directory(path: Path, index: str) -> None:
     Raises:
         BundleError: it is a file, a link, or holds something else; that is named.
     """
-    if path.is_symlink():
-        raise BundleError(f"expected a directory at {path}, got a link: name what it links to, {path.readlink()}")
-    if path.exists() and not path.is_dir():
-        raise BundleError(f"expected a directory at {path}, got a file")
+    _check_place(path)
     ours = _contents(path, index) | _names(path / FINISHED)
-    ours |= {f"{folder}/" for name in ours for folder in Path(name).parents}  # where a stopped save left them empty
-    if foreign := sorted(_entries(path) - ours):
+    if foreign := _foreign(path, ours | {f"{folder}/" for name in ours for folder in Path(name).parents}):
         expected = f"expected {path} to be new, empty or an earlier save (with {index}) alone"
-        raise BundleError(f"{expected}, got other things in it: {foreign[0]}")
+        raise BundleError(f"{expected}, got other things in it: {foreign}")
 
 
 def saved_at(path: Path) -> Path:
@@ -431,6 +427,13 @@ def _alone(directory: Path) -> Iterator[bool]:
         os.close(handle)
 
 
+def _check_place(path: Path) -> None:
+    if path.is_symlink():
+        raise BundleError(f"expected a directory at {path}, got a link: name what it links to, {path.readlink()}")
+    if path.exists() and not path.is_dir():
+        raise BundleError(f"expected a directory at {path}, got a file")
+
+
 def _settle(path: Path, index: str) -> None:
     """Put the files of a finished save in their places; until all are there, they are read where they are."""
     new, link = path / FINISHED, path / TEMPORARY
@@ -466,23 +469,19 @@ def _names(path: Path) -> set[str]:
     return {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
 
 
-def _entries(path: Path) -> set[str]:
-    """All that lies in a directory, however deep, but for unfinished saves; what is no file has another name."""
-    found = set()
+def _foreign(path: Path, ours: Collection[str]) -> str | None:
+    """The first thing in a directory that is none of these files and folders; unfinished saves do not count."""
     for folder, folders, files in os.walk(path):
-        here = Path(folder)
-        if here == path:
-            folders[:] = [name for name in folders if name not in (UNFINISHED, FINISHED)]
-            files = [name for name in files if name != TEMPORARY]
-        elif not folders and not files:
-            found.add(here.relative_to(path).as_posix() + "/")
-        for name in (*folders, *files):
-            whole = (here / name).relative_to(path).as_posix()
-            if (here / name).is_symlink():
-                found.add(f"{whole} (a link)")
-            elif name in files:
-                found.add(whole if (here / name).is_file() else f"{whole} (no file)")
-    return found
+        for name in sorted((*files, *folders)):
+            each, short = Path(folder, name), Path(folder, name).relative_to(path).as_posix()
+            if short in (UNFINISHED, FINISHED, TEMPORARY):
+                continue
+            if each.is_symlink():
+                return f"{short} (a link)"
+            if (f"{short}/" if name in folders else short) not in ours or not (name in folders or each.is_file()):
+                return short
+        folders[:] = [name for name in folders if name not in (UNFINISHED, FINISHED)]
+    return None
 
 
 def _of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
