@@ -123,7 +123,7 @@ def test_drift_shows_and_is_mended(own: Dispatcher, make_sample: "Callable[..., 
     _, report = watch(monitor, own.log_evidence(ordinary.evidence))
     assert report.first_alarm is None
     views = later.evidence.views
-    shifted = Evidence({**views, "hidden": views["hidden"] + 1.0}, later.evidence.lengths, later.evidence.missing)
+    shifted = Evidence({**views, "hidden": views["hidden"] + 2.0}, later.evidence.lengths, later.evidence.missing)
     _, report = watch(monitor, own.log_evidence(shifted))
     assert report.first_alarm is not None
     own.svi = settings(svi=150)["svi"]
