@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float
 
 from bayes_dispatch.inference.chat.conversation import Conversation
-from bayes_dispatch.inference.chat.state import ChatState
-from bayes_dispatch.inference.chat.transcript import Transcript
+from bayes_dispatch.inference.chat.state import ChatState, Transcript
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.particles import Decoding
 from bayes_dispatch.inference.two_pass.readers import CachedReader

@@ -35,8 +35,7 @@ from bayes_dispatch.inference.chat.caches import ChatCaches
 from bayes_dispatch.inference.chat.divergence import expected_divergence
 from bayes_dispatch.inference.chat.file import write_chat
 from bayes_dispatch.inference.chat.reply import Reply
-from bayes_dispatch.inference.chat.state import ChatSettings, ChatState, Turn
-from bayes_dispatch.inference.chat.transcript import Transcript
+from bayes_dispatch.inference.chat.state import ChatSettings, ChatState, Transcript, Turn
 from bayes_dispatch.inference.two_pass.events import tell
 from bayes_dispatch.inference.two_pass.filtering import ParticleFilter
 from bayes_dispatch.inference.two_pass.generation import Cost, Streamed

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
-from bayes_dispatch.inference.chat.transcript import Transcript
+from bayes_dispatch.inference.chat.state import Transcript
 from bayes_dispatch.inference.two_pass.first_pass import RESIDUAL_FLOOR, Prefix, evidence_of
 from bayes_dispatch.model.parts import CutModel
 

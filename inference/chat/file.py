@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from bayes_dispatch.errors import BayesDispatchError, BundleError, ConfigError
-from bayes_dispatch.inference.chat.state import ChatSettings, ChatState
-from bayes_dispatch.inference.chat.transcript import Transcript
+from bayes_dispatch.inference.chat.state import ChatSettings, ChatState, Transcript
 from bayes_dispatch.inference.two_pass.blends import BLENDS, Blend, FixedWeights
 from bayes_dispatch.inference.two_pass.filtering import FilterState
 from bayes_dispatch.storage import read_tensors, write_tensors

@@ -5,8 +5,7 @@ import codecs
 import numpy as np
 
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
-from bayes_dispatch.inference.chat.state import Turn
-from bayes_dispatch.inference.chat.transcript import Transcript
+from bayes_dispatch.inference.chat.state import Transcript, Turn
 from bayes_dispatch.inference.two_pass.filtering import FilterState
 from bayes_dispatch.inference.two_pass.generation import Cost, Streamed
 from bayes_dispatch.inference.two_pass.particles import Token

@@ -1,4 +1,4 @@
-"""What a conversation is between its turns, what it was asked to be, and what each turn gives."""
+"""What a conversation is between its turns: what was said, what it was asked to be, and what each turn gives."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,11 @@ import torch
 from bayes_dispatch.arguments import seed, whole
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.inference.chat.transcript import Transcript
 from bayes_dispatch.inference.two_pass.blends import Blend
 from bayes_dispatch.inference.two_pass.filtering import FilterState
 from bayes_dispatch.inference.two_pass.generation import Cost
 
-__all__ = ["ChatSettings", "ChatState", "Turn"]
+__all__ = ["ChatSettings", "ChatState", "Transcript", "Turn"]
 
 
 MAX_CONTEXT = 1_048_576  # memory is set aside for it
@@ -51,6 +50,49 @@ class ChatSettings:
         if max_new_tokens >= self.max_context:
             most = f"expected max_new_tokens of less than max_context, {self.max_context} bytes"
             raise ConfigError(f"{most}, got {max_new_tokens}")
+
+
+@dataclass(frozen=True, eq=False)
+class Transcript:
+    """The bytes of a conversation in order, without anything between the turns.
+
+    Attributes:
+        data: T bytes. own: (T,), true for those that the model wrote, false for the user's.
+    """
+
+    data: bytes
+    own: np.ndarray
+
+    @classmethod
+    def empty(cls) -> "Transcript":
+        return cls(b"", np.zeros(0, dtype=bool))
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @property
+    def user(self) -> bytes:
+        """The user's bytes alone."""
+        return np.frombuffer(self.data, dtype=np.uint8)[~self.own].tobytes()
+
+    def followed_by(self, data: bytes, own: bool) -> "Transcript":
+        """With more bytes of one of the two at its end."""
+        return Transcript(self.data + data, np.concatenate([self.own, np.full(len(data), own)]))
+
+    def last(self, most: int) -> "Transcript":
+        """The last bytes, at most ``most``, from the beginning of a line where one begins in the first half of them.
+
+        Else from the beginning of a character.
+        """
+        start = max(0, len(self) - most)
+        if start > 0:
+            newline = self.data.find(b"\n", start - 1, start + most // 2)
+            if newline >= 0:
+                start = newline + 1
+            else:
+                while start < len(self) and self.data[start] & 0xC0 == 0x80:  # amid a character of UTF-8
+                    start += 1
+        return Transcript(self.data[start:], self.own[start:])
 
 
 @dataclass(frozen=True, eq=False)

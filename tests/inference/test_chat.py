@@ -197,16 +197,12 @@ def assert_turn(turn: "Turn", slow: dict[str, Any]) -> None:
 
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("bundle64", {"blend": UNMERGED, "threshold": 0.0}),
-    ("cut64", {"blend": UNMERGED, "threshold": 0.0}),
-    ("bundle64", {"blend": UNMERGED, "threshold": float("inf")}),
     ("cut64", {"blend": UNMERGED, "threshold": float("inf"), "own_evidence": True}),
     ("cut64", {"blend": PosteriorMean(), "threshold": 0.05}),
     ("cut64", {"blend": RefinedMean(6), "threshold": 0.2}),
     ("bundle64", {"blend": UNMERGED, "threshold": float("inf"), "max_context": 32}),
     ("cut64", {"blend": UNMERGED, "threshold": 0.01, "max_context": 32}),
-    ("embedded64", {"blend": UNMERGED, "threshold": 0.0}),
     ("embedded64", {"blend": RefinedMean(6), "threshold": float("inf")}),
-    ("embedded64", {"blend": UNMERGED, "threshold": float("inf"), "max_context": 32}),
 ]
 
 
@@ -431,7 +427,7 @@ def test_settings_are_checked(bundle: "Bundle") -> None:
 
 def test_evidence_of_one_turn_is_the_first_pass(bundle64: "Bundle", cut64: "Bundle") -> None:
     from bayes_dispatch.inference.chat.conversation import Conversation
-    from bayes_dispatch.inference.chat.transcript import Transcript
+    from bayes_dispatch.inference.chat.state import Transcript
 
     text = Transcript.empty().followed_by((SAID[0] * 30).encode(), own=False)
     for system, block in ((cut64, 1), (bundle64, 0)):

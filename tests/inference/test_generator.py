@@ -14,7 +14,6 @@ from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass import particles as decoding_module
 from bayes_dispatch.inference.two_pass import second_pass as second_pass_module
 from bayes_dispatch.inference.two_pass.blends import (
-    BestExpert,
     Blend,
     FixedWeights,
     PosteriorMean,
@@ -30,11 +29,7 @@ if TYPE_CHECKING:
 
 PROMPTS = ["kfpa>apfk\nbcde>", "9", "37+58=95\n12+11=23\n44+44="]
 EVERY: list[Blend] = [
-    PosteriorMean(),
-    TopK(2),
-    BestExpert(),
-    ThompsonSample(),
-    FixedWeights((0.2, 0.0, 0.5, 0.3)),
+    PosteriorMean(),  # as any other of one particle
     PosteriorPredictive(3, merge=0.0),
     PosteriorPredictive(6, merge=0.0),
     PosteriorPredictive(6, switching=(0.0,), flat=0.0, merge=0.0),
@@ -72,10 +67,14 @@ def test_cached_is_uncached_is_one_by_one(bundle64: "Bundle", blend: Blend) -> N
 
 
 @fast
-@pytest.mark.parametrize("blend", [PosteriorMean(), PosteriorPredictive(6, merge=0.0)], ids=repr)
-def test_sampling_too(bundle64: "Bundle", blend: Blend) -> None:
+def test_sampling_too(bundle64: "Bundle") -> None:
     generator = TwoPassGenerator(bundle64)
-    given: dict[str, Any] = {"blend": blend, "max_new_tokens": 8, "do_sample": True, "temperature": 1.5}
+    given: dict[str, Any] = {
+        "blend": PosteriorPredictive(6, merge=0.0),
+        "max_new_tokens": 8,
+        "do_sample": True,
+        "temperature": 1.5,
+    }
     cached = generator.generate(PROMPTS, **given, seed=1)
     assert_same(generator.generate(PROMPTS, **given, seed=1, use_cache=False), cached)
     for i, prompt in enumerate(PROMPTS):
@@ -86,8 +85,8 @@ def test_sampling_too(bundle64: "Bundle", blend: Blend) -> None:
     )
 
 
-@pytest.mark.parametrize("blend", [PosteriorMean(), PosteriorPredictive(5, merge=0.0)], ids=repr)
-def test_prompts_longer_than_a_chunk(bundle64: "Bundle", blend: Blend) -> None:
+def test_prompts_longer_than_a_chunk(bundle64: "Bundle") -> None:
+    blend = PosteriorPredictive(5, merge=0.0)
     prompts = ["37+58=95\n" * 32, "bcde>", "abcd>dcba\n" * 26]
     assert [len(prompt) // decoding_module.PREFILL_CHUNK for prompt in prompts] == [1, 0, 1]
     generator = TwoPassGenerator(bundle64)
@@ -97,7 +96,7 @@ def test_prompts_longer_than_a_chunk(bundle64: "Bundle", blend: Blend) -> None:
 
 
 @fast
-@every_blend
+@pytest.mark.parametrize("blend", [EVERY[0], EVERY[2]], ids=repr)
 @pytest.mark.usefixtures("short_chunks")
 def test_float32_parts_only_where_logits_tie(bundle: "Bundle", blend: Blend) -> None:
     """Where two runs first differ, the two best tokens are within 1e-3 of each other; before, all agrees."""
@@ -118,7 +117,7 @@ def test_float32_parts_only_where_logits_tie(bundle: "Bundle", blend: Blend) -> 
     assert agreed > 30  # of 48
 
 
-@pytest.mark.parametrize("rows", [1, 7, 12])
+@pytest.mark.parametrize("rows", [1, 12])
 def test_the_number_of_rows_at_once_does_not_matter(
     bundle64: "Bundle", monkeypatch: pytest.MonkeyPatch, rows: int
 ) -> None:
@@ -193,9 +192,8 @@ def np_to_torch(values: np.ndarray) -> Any:
     return torch.from_numpy(values)
 
 
-@pytest.mark.parametrize("blend", [ThompsonSample(), PosteriorPredictive(6)], ids=repr)
-def test_the_seed_decides(bundle64: "Bundle", blend: Blend) -> None:
-    generator = TwoPassGenerator(bundle64)
+def test_the_seed_decides(bundle64: "Bundle") -> None:
+    generator, blend = TwoPassGenerator(bundle64), PosteriorPredictive(6)
     one, again = (generator.generate(PROMPTS[:2], blend=blend, max_new_tokens=2, seed=5) for _ in range(2))
     assert_same(one, again)
     np.testing.assert_array_equal(one.posterior.weights, again.posterior.weights)

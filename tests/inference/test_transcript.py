@@ -2,7 +2,7 @@
 
 import pytest
 
-from bayes_dispatch.inference.chat.transcript import Transcript
+from bayes_dispatch.inference.chat.state import Transcript
 
 
 @pytest.mark.parametrize(
