@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 
+from bayes_dispatch.arguments import seed as a_seed
 from bayes_dispatch.arguments import whole
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
@@ -77,11 +78,12 @@ class Dispatcher:
     _prior_file: Path | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.experts, str):
+            raise ConfigError(f"expected a list of expert names, got the text {self.experts!r}")
         self.experts = tuple(self.experts)
         if len(self.experts) < 2 or len(set(self.experts)) < len(self.experts) or "base" in self.experts:
             raise ConfigError(f'expected at least two distinct expert names, none "base", got {list(self.experts)}')
-        if self.random_state < 0:
-            raise ConfigError(f"expected random_state ≥ 0, got {self.random_state}")
+        self.random_state = a_seed(self.random_state, "random_state")
         self.program.check_experts(self.experts)
 
     @property
@@ -355,7 +357,7 @@ class Dispatcher:
         state = self.state
         given = None if weights is None else torch.as_tensor(np.asarray(weights), dtype=torch.float32)
         shares = torch.tensor(self.prior.mean, dtype=torch.float32)
-        with isolated(seed):
+        with isolated(a_seed(seed)):
             drawn = simulate(
                 state.model, state.globals, state.like, count, self.guide, (state.temper,) * 2, 0.0, given, shares
             )

@@ -16,6 +16,7 @@ from bayes_dispatch.errors import EvidenceError
 
 __all__ = ["Evidence"]
 
+LARGEST = 1e30  # of what is read: larger numbers are a mistake, and their squares overflow
 LENGTHS = "lengths"  # the key of ``missing`` for prompts of unknown length
 
 
@@ -31,7 +32,7 @@ class Evidence:
             holds is ignored, and stored as zeros.
 
     Raises:
-        EvidenceError: NaN, infinite or negative entries that are not missing, or views of different N.
+        EvidenceError: NaN, infinite, absurdly large or negative entries that are not missing, or views of different N.
 
     Example:
         >>> evidence = Evidence({"hidden": np.eye(3)}, lengths=np.array([32, 64, 128]))
@@ -158,10 +159,10 @@ def _check(name: str, values: np.ndarray, missing: np.ndarray | None, *, non_neg
     """Refuse what is not finite (or negative) outside the missing rows, and zero the missing rows, in place."""
     if missing is not None:
         values[missing] = 0.0
-    finite = np.isfinite(values)
-    if not finite.all():
-        where = tuple(int(i) for i in np.argwhere(~finite)[0])
-        raise EvidenceError(f"expected finite numbers in {name!r}, got {values[where]} at {where}")
+    sound = np.abs(values) <= LARGEST  # NaN is not
+    if not sound.all():
+        where = tuple(int(i) for i in np.argwhere(~sound)[0])
+        raise EvidenceError(f"expected finite numbers up to {LARGEST:g} in {name!r}, got {values[where]} at {where}")
     if non_negative and (values < 0).any():
         where = tuple(int(i) for i in np.argwhere(values < 0)[0])
         raise EvidenceError(f"expected non-negative numbers in {name!r}, got {values[where]} at {where}")

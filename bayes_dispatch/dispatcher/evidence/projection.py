@@ -21,9 +21,10 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.model_selection import KFold
 
+from bayes_dispatch.arguments import real, whole
 from bayes_dispatch.errors import ConfigError, TensorError
 
-__all__ = ["FeatureMap", "FeatureSettings", "fit_feature_map"]
+__all__ = ["FeatureMap", "FeatureSettings", "fit_feature_map", "spread_of"]
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,11 @@ class FeatureSettings:
     penalties: tuple[float, ...] = (1.0, 10.0, 100.0, 1e3, 1e4)
 
     def __post_init__(self) -> None:
-        if self.dimensions < 1:
-            raise ConfigError(f"expected dimensions ≥ 1, got {self.dimensions}")
-        if self.folds < 2:
-            raise ConfigError(f"expected folds ≥ 2, got {self.folds}")
-        if not self.penalties or min(self.penalties) <= 0:
-            raise ConfigError(f"expected positive penalties, got {self.penalties}")
+        object.__setattr__(self, "dimensions", whole("dimensions", self.dimensions, 1))
+        object.__setattr__(self, "folds", whole("folds", self.folds, 2))
+        object.__setattr__(self, "penalties", tuple(real("a penalty", each, 0, above=True) for each in self.penalties))
+        if not self.penalties:
+            raise ConfigError("expected at least one penalty, got none")
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,13 +97,13 @@ def fit_feature_map(
     spare = known.sum() - seen.shape[1]  # prompts beyond one for each class: without any, nothing is within a class
     if seen.shape[1] < 2 or known.sum() < 4 * settings.folds or spare < 1:
         return _principal(hidden, settings.dimensions)
-    center, spread = hidden[known].mean(axis=0), hidden[known].std(axis=0) + 1e-8
+    center, spread = hidden[known].mean(axis=0), spread_of(hidden[known])
     x, y = (hidden - center) / spread, seen[known]
     penalty = RidgeCV(list(settings.penalties)).fit(x[known], y).alpha_
     coefficients = Ridge(penalty).fit(x[known], y).coef_.T  # (F, K')
     scores = x @ coefficients  # (N, K')
     rows = np.flatnonzero(known)
-    for train, test in KFold(settings.folds, shuffle=True, random_state=random_state).split(rows):
+    for train, test in KFold(settings.folds, shuffle=True, random_state=random_state % 2**32).split(rows):
         fold = Ridge(penalty).fit(x[rows[train]], y[train])
         scores[rows[test]] = fold.predict(x[rows[test]]) - y.mean(axis=0)
 
@@ -121,6 +121,13 @@ def fit_feature_map(
         directions, features = np.hstack([directions, extra]), np.hstack([features, x @ extra])
     scale = features[known].std(axis=0).max()
     return FeatureMap(center, directions / spread[:, None] / scale), features / scale
+
+
+def spread_of(values: Float[np.ndarray, "prompt raw"]) -> Float[np.ndarray, " raw"]:
+    """``(F,)`` the sd of each column, whatever its unit; of one that varies within rounding alone, its size."""
+    size = np.abs(values).max(axis=0)
+    spread = values.std(axis=0)
+    return np.where(spread > 1e-9 * size, spread, np.where(size > 0, size, 1.0))
 
 
 def _residual_directions(x: np.ndarray, y: np.ndarray, directions: np.ndarray, count: int) -> np.ndarray:

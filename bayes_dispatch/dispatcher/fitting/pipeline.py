@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
-from bayes_dispatch.dispatcher.evidence.projection import FeatureMap, FeatureSettings, fit_feature_map
+from bayes_dispatch.dispatcher.evidence.projection import FeatureMap, FeatureSettings, fit_feature_map, spread_of
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher, as_prompts
 from bayes_dispatch.dispatcher.fitting.sleep import RealPrompts, fit_guide
 from bayes_dispatch.dispatcher.fitting.svi import FitReport, GlobalsPosterior, SVISettings, fit_globals
@@ -25,6 +25,7 @@ __all__ = ["TrainingSet", "fit_parts", "refit_parts"]
 LIKE = 2_000  # prompts whose lengths and totals are kept for simulations
 
 
+@torch.inference_mode(False)  # tensors made there have no gradients, ever
 def fit_parts(
     experts: Sequence[str],
     program: Admixture,
@@ -53,7 +54,7 @@ def fit_parts(
             if kind == "vectors":
                 maps[name], own = fit_feature_map(values[present], data.targets[present], features, seed)
             else:
-                center, spread = values[present].mean(0), values[present].std(0) + 1e-8
+                center, spread = values[present].mean(0), spread_of(values[present])
                 maps[name], own = FeatureMap(center, np.diag(1 / spread)), (values[present] - center) / spread
             mapped[name] = maps[name](values)
             mapped[name][present] = own  # out-of-fold: as noisy as those of new prompts
@@ -66,6 +67,7 @@ def fit_parts(
     return FittedDispatcher(model, posterior, maps, *trained, guide, like), report
 
 
+@torch.inference_mode(False)
 def refit_parts(
     parts: FittedDispatcher, data: TrainingSet, svi: SVISettings, seed: int, progress: bool
 ) -> tuple[FittedDispatcher, FitReport]:

@@ -20,7 +20,7 @@ from pyro import poutine
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior, isolated
+from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior, finite, isolated
 from bayes_dispatch.dispatcher.guide.encoding import Encoder
 from bayes_dispatch.dispatcher.guide.guides import GuideSettings, MixtureGuide
 from bayes_dispatch.dispatcher.program.generative import DispatchModel
@@ -269,7 +269,7 @@ def train_guide(
         torch.nn.utils.clip_grad_norm_(guide.parameters(), 5.0)
         optimiser.step()
         schedule.step()
-        losses.append(float(loss.detach()))
+        losses.append(finite(float(loss.detach()), len(losses), learning_rate))
     return np.array(losses)
 
 

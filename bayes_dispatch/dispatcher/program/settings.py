@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from bayes_dispatch.arguments import real
 from bayes_dispatch.dispatcher.program.generative import PRIOR, DispatchModel
 from bayes_dispatch.dispatcher.program.views import KINDS, NAMED_KINDS, View
 from bayes_dispatch.errors import ConfigError, EvidenceError
@@ -50,8 +51,7 @@ class Admixture:
         if self.views is not None and not self.views:
             raise ConfigError("expected at least one view, got none")
         for name, value in (self.prior or {}).items():
-            if not 0 < value < float("inf"):
-                raise ConfigError(f"expected a positive concentration of {name!r}, got {value}")
+            real(f"the concentration of {name!r}", value, 0, above=True)
 
     def check_experts(self, experts: Sequence[str]) -> None:
         """Refuse names that are no experts.
