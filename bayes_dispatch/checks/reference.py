@@ -26,6 +26,7 @@ from bayes_dispatch.arguments import seed as a_seed
 from bayes_dispatch.arguments import whole
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.fitting.svi import ALONE
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.dispatcher.program.generative import DispatchModel, label_informed_start
 from bayes_dispatch.dispatcher.program.observed import Prompts
@@ -114,7 +115,7 @@ def log_density(
     Raises:
         TensorError: a view is not observed, or a site has no value.
     """
-    with jax.enable_x64(True):
+    with ALONE, jax.enable_x64(True):  # NumPyro has one stack of handlers, as Pyro
         fixed = None if given is None else _arrays(given)
         return float(_log_density(_Structure.of(model), _Data.of(model, prompts, temper), _arrays(values), fixed))
 
@@ -199,7 +200,7 @@ def conditional_posterior(
     if set(sites) - {"kappa"} != names:
         raise TensorError(f"expected values of the globals {sorted(names)}, got {sorted(sites)}")
     count = len(prompts)
-    with jax.enable_x64(True):
+    with ALONE, jax.enable_x64(True):  # NumPyro has one stack of handlers, as Pyro
         given = _arrays(sites)
         precision = given.pop("kappa", None)
         own = (_Data.of(model, prompts, temper), None if precision is None else np.broadcast_to(precision, count))
@@ -241,7 +242,7 @@ def joint_posterior(
         ConfigError, TensorError: as :func:`conditional_posterior`.
     """
     _check_run(draws, chains, warmup, experts, model)
-    with jax.enable_x64(True):
+    with ALONE, jax.enable_x64(True):  # NumPyro has one stack of handlers, as Pyro
         data = _Data.of(model, prompts, temper)
         start = _arrays(label_informed_start(model, _in_default_dtype(prompts)))
         kernel = NUTS(_program, init_strategy=init_to_value(values=start), target_accept_prob=0.9, max_tree_depth=8)

@@ -162,7 +162,8 @@ def _check(name: str, values: np.ndarray, missing: np.ndarray | None, *, non_neg
     sound = np.abs(values) <= LARGEST  # NaN is not
     if not sound.all():
         where = tuple(int(i) for i in np.argwhere(~sound)[0])
-        raise EvidenceError(f"expected finite numbers up to {LARGEST:g} in {name!r}, got {values[where]} at {where}")
+        wanted = f"numbers within ±{LARGEST:g}" if np.isfinite(values[where]) else "finite numbers"
+        raise EvidenceError(f"expected {wanted} in {name!r}, got {values[where]} at {where}")
     if non_negative and (values < 0).any():
         where = tuple(int(i) for i in np.argwhere(values < 0)[0])
         raise EvidenceError(f"expected non-negative numbers in {name!r}, got {values[where]} at {where}")

@@ -256,7 +256,7 @@ def train_guide(
     optimiser = torch.optim.Adam(guide.parameters(), lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     n_real = round(settings.real_share * settings.batch_size) if real is not None else 0
-    losses = []
+    losses: list[float] = []
     for _ in tqdm(range(steps), desc=progress, disable=progress is None):
         rows = torch.randint(len(targets), (settings.batch_size - n_real,))
         batch, weights = inputs[rows], targets[rows]

@@ -131,8 +131,9 @@ def _constrain(name: str, value: Tensor) -> Tensor:
 
 @contextmanager
 def isolated(seed: int, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Run alone, with torch's generator at ``seed``, a default dtype, gradients, and module-local Pyro parameters; leave
-    global state as it was.
+    """Run alone, with torch's generator at ``seed``, a default dtype, gradients, and module-local Pyro parameters.
+
+    Global state is left as it was.
 
     All work with Pyro goes through here, one thread at a time: Pyro keeps one stack of handlers for the process. What
     Pyro validates is off: evidence is checked where it enters, and float32 shares of many classes sum to 1 ± 1e-5.
@@ -160,7 +161,7 @@ def finite(loss: float, step: int, rate: float) -> float:
         ConfigError: it is NaN or infinite.
     """
     if not math.isfinite(loss):
-        raise ConfigError(f"expected a learning rate at which the fit does not diverge, got {rate}: {loss} at step {step}")
+        raise ConfigError(f"expected a learning rate at which the loss is finite, got {rate}: {loss} at step {step}")
     return loss
 
 

@@ -96,7 +96,7 @@ class VectorsView:
         return _sample(self, lt=dist.LogNormal(torch.tensor(2.5), 1.0))
 
     def base(self) -> dict[str, Tensor]:
-        return _named(self, M=torch.zeros(self.width), s2=torch.ones(self.width))
+        return _constants(self, M=0.0, s2=1.0)
 
     def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
         means, variances = _moments(values, shares)
@@ -131,7 +131,7 @@ class SurpriseView:
         return {}
 
     def base(self) -> dict[str, Tensor]:
-        return _named(self, a=torch.full((self.width,), 4.0), a2=torch.full((self.width,), 9.0))
+        return _constants(self, a=4.0, a2=9.0)
 
     def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
         means, variances = _moments(values, shares)
@@ -161,7 +161,7 @@ class _ClassesView:
         return _sample(self, conc=dist.LogNormal(torch.tensor(3.0), 1.0))
 
     def base(self) -> dict[str, Tensor]:
-        return _named(self, Phi=torch.full((self.width,), 1.0 / self.width))
+        return _constants(self, Phi=1.0 / self.width)
 
 
 @dataclass(frozen=True)
@@ -235,6 +235,13 @@ def floored(probabilities: Tensor) -> Tensor:
 
 def _named(view: Named, **values: Tensor) -> dict[str, Tensor]:
     return {site(view, parameter): value for parameter, value in values.items()}
+
+
+def _constants(view: View | _ClassesView, **values: float) -> dict[str, Tensor]:
+    """In float64, whatever torch's default type, which other threads may change."""
+    return _named(
+        view, **{name: torch.full((view.width,), value, dtype=torch.float64) for name, value in values.items()}
+    )
 
 
 def _sample(view: Named, **priors: TorchDistributionMixin) -> dict[str, Tensor]:

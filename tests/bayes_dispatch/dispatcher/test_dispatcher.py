@@ -111,8 +111,11 @@ def test_unfitted(call: str, tmp_path: "Path") -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [(["a"],), ([],), (["a", "a"],), (["a", "base"],), (["a", "b"], -1)], ids=lambda a: str(a)
+    "arguments",
+    [(["a"],), ([],), (["a", "a"],), (["a", "base"],), ("abc",), (["a", "b"], -1), (["a", "b"], 1.5)],
+    ids=lambda a: str(a),
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_dispatchers(arguments: tuple[Any, ...]) -> None:
     with pytest.raises(ConfigError, match=ONE_LINE):
         Dispatcher(*arguments)

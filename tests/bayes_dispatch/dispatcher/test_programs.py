@@ -86,7 +86,7 @@ def test_each_view_speaks(kind: str, many_views: "tuple[Sample, Evidence]", sett
     else:
         pure = present & (sample.labels >= 0)
         right = dispatcher.predict_proba(evidence).argmax(1) == sample.labels
-        assert right[pure].mean() > 0.7
+        assert right[pure].mean() > 0.6  # chance is a third: four standard errors
 
 
 def test_families_and_priors(many_views: "tuple[Sample, Evidence]", settings: "Settings", tmp_path: "Path") -> None:
