@@ -1,7 +1,9 @@
-"""The SVD linear map: without scales the stored matrix, with scales U diag(s z) Vᵀ, however it is computed."""
+"""Laws of the SVD linear map: without scales the stored matrix, with scales U diag(s z) Vᵀ, however it is computed."""
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
 
 
@@ -127,3 +131,30 @@ def test_factors_made_in_inference_mode_can_be_trained_through() -> None:
     z.requires_grad_()
     linear(normal(2, 5, 9), z).sum().backward()
     assert z.grad is not None
+
+
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("embedding", [False, True])
+def test_rows_of_ones_are_the_plain_model(make_model: Any, mixer: Any, embedding: bool) -> None:
+    """To the last bit where all rows are, and in a mixed batch as nearly as a product of other rows allows."""
+    model = make_model(replace(MambaFormerConfig.tiny(), mixer=mixer))
+    ids = torch.arange(18).view(3, 6)
+    ranks = model.adaptable() | (model.adaptable_on_request() if embedding else {})
+    for other, tolerance in ((1.0, 0.0), (1.3, 2e-6)):
+        z = torch.tensor([1.0, other, 1.0])
+        rows = Adaptation({name: z[:, None].expand(3, rank) for name, rank in ranks.items()})
+        with torch.no_grad():
+            plain, adapted = model.init_cache(3, 8), model.init_cache(3, 8)
+            for new in (ids, ids[:, :1]):  # a prompt, and a compiled step
+                expected = model(new, cache=plain).logits
+                got = model(new, cache=adapted, adaptation=rows).logits
+                torch.testing.assert_close(got[[0, 2]], expected[[0, 2]], rtol=0, atol=tolerance)
+                assert torch.equal(got[1], expected[1]) == (other == 1)
+
+
+def test_scales_of_ones_have_gradients() -> None:
+    """Training begins there."""
+    linear, z = SVDLinear(4, 3), torch.ones(3, requires_grad=True)
+    linear(torch.randn(1, 2, 4), z).square().sum().backward()
+    assert z.grad is not None
+    assert bool((z.grad != 0).all())

@@ -35,7 +35,7 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 Array = Any  # numba infers what its functions take
-Matrix = tuple[Array, Array, Array]  # as ``product`` takes it
+Matrix = tuple[Array, Array, Array, Array, Array]  # as ``product`` takes it
 
 TILE = 64  # tokens whose activations stay in a processor's cache
 CHANNELS = 128  # of a selective scan, likewise
@@ -490,12 +490,36 @@ def attend_across(queries: Array, keys: Array, values: Array, visible: Array, ou
 
 
 @loop
-def product(x: Array, weight: Array, scaled: Array, right: Array) -> Array:
+def product(x: Array, weight: Array, scaled: Array, right: Array, stored: Array, plain: Array) -> Array:
     """Rows x (B, K) times a matrix, for few rows: it is read once, and memory is what that waits for.
 
     The matrix is ``weight`` (O, K), or, where ``scaled`` (1 or B, r) is not empty, U diag(scaled) Vᵀ with U ``weight``
-    and Vᵀ ``right``.
+    and Vᵀ ``right``. Where ``plain`` (B,) is not empty, its rows are multiplied by ``stored`` (O, K), and ``scaled`` is
+    that of the others.
     """
+    if len(plain) == 0:
+        return _product(x, weight, scaled, right)
+    own, others = np.flatnonzero(plain), np.flatnonzero(~plain)
+    out = np.empty((len(x), len(weight)), x.dtype)
+    y = _product(_rows(x, own), stored, scaled[:0], right)
+    for i in range(len(own)):
+        out[own[i]] = y[i]
+    y = _product(_rows(x, others), weight, scaled, right)
+    for i in range(len(others)):
+        out[others[i]] = y[i]
+    return out
+
+
+@loop
+def _rows(x: Array, index: Array) -> Array:
+    out = np.empty((len(index), x.shape[1]), x.dtype)
+    for i in range(len(index)):
+        out[i] = x[index[i]]
+    return out
+
+
+@loop
+def _product(x: Array, weight: Array, scaled: Array, right: Array) -> Array:
     if x.shape[1] != (right if len(scaled) > 0 else weight).shape[1]:
         raise TensorError(OTHER_SHAPE)
     if len(scaled) > 0:
@@ -538,7 +562,7 @@ def _add(x: Array, y: Array) -> None:
 
 
 # The steps below are whole blocks for one more token of few rows: x (B, D) becomes x + mixer(norm(x)). Each matrix
-# comes as the three arrays that ``product`` takes; the other arguments are those of the functions above.
+# comes as the five arrays that ``product`` takes; the other arguments are those of the functions above.
 
 
 @loop

@@ -33,6 +33,7 @@ MOST_KEPT = 16  # steppers of adaptations that are still in use, each with matri
 
 Scales = Mapping[str, Tensor]
 Places = tuple[Array, Array, Array]  # what ``Span.places`` gives
+Matrix = tuple[Array, Array, Array, Array, Array]  # what ``product`` takes
 Step = Callable[[Array, Places, State], bool]  # whether it knew what to do with the state
 
 
@@ -107,7 +108,7 @@ def _step(block: Block, scales: Scales) -> Step | None:
         return None  # other scales in each row of the largest singular values alone: no whole decomposition for them
     norm = _arguments(block.norm)
 
-    def matrices(*names: str) -> list[tuple[Array, Array, Array]]:
+    def matrices(*names: str) -> list[Matrix]:
         return [_matrix(getattr(mixer, name), scales.get(name)) for name in names]
 
     dtype = block.norm.weight.dtype
@@ -176,10 +177,17 @@ def _feed_forward(*arguments: object) -> Step:
     return run
 
 
-def _matrix(linear: SVDLinear, z: Tensor | None) -> tuple[Array, Array, Array]:
-    """As compiled functions take it: W and two empty arrays, or U, s z (1 or B, rank) and Vᵀ."""
-    if z is None or z.shape[-1] < linear.rank:
-        weight = array(linear.weight if z is None else linear.folded(z.reshape(-1)))
-        return weight, weight[:0], weight[:0]
+def _matrix(linear: SVDLinear, z: Tensor | None) -> Matrix:
+    """As ``product`` takes it: W alone, or U, s z and Vᵀ, and W for the rows whose scales are all 1."""
+    nobody = np.empty(0, np.bool_)
+    plain = z is None or bool((z == 1).all())
+    if z is None or plain or z.shape[-1] < linear.rank:
+        weight = array(linear.weight if z is None or plain else linear.folded(z.reshape(-1)))
+        return weight, weight[:0], weight[:0], weight[:0], nobody
     U, s, Vt, _ = linear.factors()
-    return array(U), array((s * z).reshape(-1, linear.rank)), array(Vt)
+    z = z.reshape(-1, linear.rank)
+    ones = (z == 1).all(dim=1)
+    stored = array(linear.weight)
+    if not bool(ones.any()):
+        return array(U), array(s * z), array(Vt), stored[:0], nobody
+    return array(U), array(s * z[~ones]), array(Vt), stored, array(ones)

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bayes_dispatch.model.mambaformer.svd.linear import SVDMatrix, of_rows
+from bayes_dispatch.model.mambaformer.svd.linear import SVDMatrix, by_row, of_rows
 
 __all__ = ["EMBEDDING", "SVDEmbedding"]
 
@@ -39,6 +39,10 @@ class SVDEmbedding(SVDMatrix):
         U, s, Vt, _ = self.factors(scales.shape[-1])
         if len(s) < self.rank:
             return F.embedding(ids, self.weight) + (F.embedding(ids, U) * of_rows(s * (scales - 1))) @ Vt
-        if scales.ndim == 1 and ids.numel() > len(U):  # more tokens than rows of E
-            return F.embedding(ids, (U * (s * scales)) @ Vt)
-        return (F.embedding(ids, U) * of_rows(s * scales)) @ Vt
+
+        def scaled(ids: Tensor, z: Tensor) -> Tensor:
+            if z.ndim == 1 and ids.numel() > len(U):  # more tokens than rows of E
+                return F.embedding(ids, (U * (s * z)) @ Vt)
+            return (F.embedding(ids, U) * of_rows(s * z)) @ Vt
+
+        return by_row(ids, scales, lambda ids: F.embedding(ids, self.weight), scaled)

@@ -1,5 +1,7 @@
 """Matrices whose singular values can be scaled from call to call (Singular Value Fine-tuning, arXiv 2501.06252)."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -9,11 +11,13 @@ from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.mambaformer.fingerprint import contents
 from bayes_dispatch.model.mambaformer.svd.factors import Factors, decompose
 
-__all__ = ["SVDLinear", "SVDMatrix", "of_rows"]
+__all__ = ["SVDLinear", "SVDMatrix", "by_row", "of_rows"]
 
 
 class SVDMatrix(nn.Module):
     """``W(z) = U diag(s * z) Vᵀ``, applied without being built where that is cheaper.
+
+    Where all scales of a row are 1 it is the stored W, to the last bit: recomposing it would move logits by 1e-5.
 
     The published implementation also multiplies by ``Σ s / Σ (s * z)``; we do not, so that blending scales is the same
     as blending the adapted matrices. Fewer scales than the rank are those of the largest singular values; the others
@@ -49,9 +53,13 @@ class SVDMatrix(nn.Module):
         if len(s) < self.rank:
             change = s * (scales - 1)
             return F.linear(x, self.weight) + F.linear(F.linear(x, Vt) * of_rows(change), U)
-        if scales.ndim == 1 and self._folding_pays(x.shape[0] * x.shape[1]):
-            return F.linear(x, (U * (s * scales)) @ Vt)
-        return F.linear(F.linear(x, Vt) * of_rows(s * scales), U)
+
+        def scaled(x: Tensor, z: Tensor) -> Tensor:
+            if z.ndim == 1 and self._folding_pays(x.shape[0] * x.shape[1]):
+                return F.linear(x, (U * (s * z)) @ Vt)
+            return F.linear(F.linear(x, Vt) * of_rows(s * z), U)
+
+        return by_row(x, scales, lambda x: F.linear(x, self.weight), scaled)
 
     def check_scales(self, scales: Tensor, rows: int) -> None:
         """Raise ``TensorError`` unless these are scales for all rows, or for each of them."""
@@ -96,6 +104,26 @@ class SVDLinear(SVDMatrix):
     ) -> Float[Tensor, "B T out_features"]:
         """``product``: arguments and errors are its own."""
         return self.product(x, scales)
+
+
+def by_row(
+    x: Tensor, scales: Tensor, plain: Callable[[Tensor], Tensor], scaled: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """``plain`` of the rows of ``x`` whose scales are all 1, and ``scaled`` of the others with theirs.
+
+    Where gradients flow through the scales, or a compiler traces, all rows are ``scaled``.
+    """
+    if torch.compiler.is_compiling() or (scales.requires_grad and torch.is_grad_enabled()):
+        return scaled(x, scales)
+    ones = (scales == 1).all(dim=-1)
+    if not bool(ones.any()):
+        return scaled(x, scales)
+    if bool(ones.all()):
+        return plain(x)
+    y = scaled(x[~ones], scales[~ones])
+    out = y.new_empty(len(x), *y.shape[1:])
+    out[~ones], out[ones] = y, plain(x[ones]).to(y.dtype)
+    return out
 
 
 def of_rows(values: Tensor) -> Tensor:
