@@ -38,7 +38,7 @@ class ClassifierOutput(NamedTuple):
     pooled: Float[Tensor, "B D"]
 
 
-class Reader(TokenModel, Pretrained):
+class PoolingModel(TokenModel, Pretrained):
     """Reads whole rows and pools them: what the heads below share."""
 
     config: FeatureExtractorConfig
@@ -64,7 +64,7 @@ class Reader(TokenModel, Pretrained):
         return Features(hidden if real is None else hidden.masked_fill(~real[..., None], 0), pooled)
 
 
-class MambaFormerForFeatureExtraction(Reader):
+class MambaFormerForFeatureExtraction(PoolingModel):
     """Features of each token and of each row.
 
     Example:
@@ -98,7 +98,7 @@ class MambaFormerForFeatureExtraction(Reader):
         return self._features(input_ids, attention_mask, adaptation)
 
 
-class MambaFormerForSequenceClassification(Reader):
+class MambaFormerForSequenceClassification(PoolingModel):
     """A label for each row, from its pooled features.
 
     Example:

@@ -1,9 +1,9 @@
 """Generation: greedy, sampled and beam search over any model that continues sequences."""
 
 from bayes_dispatch.model.generation.continuation import (
+    Beginning,
     CachedContinuation,
     Continuation,
-    Prompts,
     UncachedContinuation,
 )
 from bayes_dispatch.model.generation.decoding import Generated, Step
@@ -14,7 +14,7 @@ __all__ = [
     "Continuation",
     "Generated",
     "GenerationMixin",
-    "Prompts",
+    "Beginning",
     "Step",
     "UncachedContinuation",
 ]

@@ -6,15 +6,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bayes_dispatch.model.generation.continuation import Prompts
-from bayes_dispatch.model.generation.decoding import Generated, log_probabilities, seen_tokens
+from bayes_dispatch.model.generation.continuation import Beginning
+from bayes_dispatch.model.generation.decoding import Generated, check_numbers, log_probabilities, seen_tokens
 from bayes_dispatch.model.generation.sampling import penalise_repetition
 from bayes_dispatch.model.generation.settings import GenerationSettings
 
 __all__ = ["beam_search"]
 
 
-def beam_search(prompts: Prompts, settings: GenerationSettings) -> Generated:
+def beam_search(prompts: Beginning, settings: GenerationSettings) -> Generated:
     """The best hypothesis that beam search finds for each row.
 
     At each step the ``num_beams`` most probable hypotheses of a prompt that have not ended are kept. One that ends is
@@ -56,7 +56,7 @@ class _Search:
         running: which P of the batch these are. done: hypotheses set aside for each prompt of the batch, best first.
     """
 
-    def __init__(self, prompts: Prompts, settings: GenerationSettings) -> None:
+    def __init__(self, prompts: Beginning, settings: GenerationSettings) -> None:
         batch = prompts.ids.shape[0]
         self.running = list(range(batch))
         self.done: list[list[_Hypothesis]] = [[] for _ in range(batch)]
@@ -67,16 +67,19 @@ class _Search:
         self._tokens = prompts.ids.new_empty(batch, 0)  # (P W, t), the new ones
         self._log_probabilities = log_probabilities(logits[:, :0])  # (P W, t), of those
         self._totals = logits.new_zeros(batch, 1, dtype=torch.double)  # (P, W), ranked by; −∞ where there are fewer
-        penalised = settings.repetition_penalty != 1
+        penalised = settings.penalty != 1
         self._seen = seen_tokens(prompts, logits.shape[1]) if penalised else None  # (P W, V)
 
     def advance(self) -> None:
         """Extend the hypotheses by one token, and see which prompts are done."""
         settings, beams = self._settings, self._settings.num_beams
         own = log_probabilities(self._logits)
+        check_numbers(own)
         ranked = own
         if self._seen is not None:
-            ranked = log_probabilities(penalise_repetition(self._logits, self._seen, settings.repetition_penalty))
+            ranked = log_probabilities(penalise_repetition(self._logits, self._seen, settings.penalty))
+        if settings.ends and self._tokens.shape[1] < settings.min_new_tokens:
+            ranked = ranked.index_fill(1, torch.tensor(settings.ends, device=ranked.device), -torch.inf)
         prompts, vocab = len(self.running), own.shape[1]
         totals = (self._totals.view(-1, 1) + ranked).view(prompts, -1)  # (P, W V), of all extensions
         count, length = min(beams, totals.shape[1]), self._tokens.shape[1] + 1
@@ -134,12 +137,11 @@ class _Search:
 
     def _ends(self, vocab: int) -> Tensor | None:
         """(P W, V), true where a token would end a hypothesis; ``None`` where none can."""
-        eos, stops, tokens = self._settings.eos_token_id, self._settings.stop_sequences, self._tokens
-        if eos is None and not stops:
+        eos, stops, tokens = self._settings.ends, self._settings.stops, self._tokens
+        if not (eos or stops) or tokens.shape[1] + 1 < self._settings.min_new_tokens:
             return None
         ends = torch.zeros(tokens.shape[0], vocab, dtype=torch.bool, device=tokens.device)
-        if eos is not None:
-            ends[:, eos] = True
+        ends[:, list(eos)] = True
         for *head, last in stops:
             if len(head) <= tokens.shape[1]:
                 recent = tokens[:, tokens.shape[1] - len(head) :]

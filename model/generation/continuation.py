@@ -12,7 +12,7 @@ from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.padding import Padding
 
-__all__ = ["CachedContinuation", "Continuation", "LanguageModel", "Prompts", "UncachedContinuation"]
+__all__ = ["CachedContinuation", "Continuation", "LanguageModel", "Beginning", "UncachedContinuation"]
 
 
 @runtime_checkable
@@ -37,7 +37,7 @@ class Continuation(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Prompts:
+class Beginning:
     """What generation begins with: B rows, and what the loops know of them.
 
     Attributes:

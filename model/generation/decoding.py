@@ -9,11 +9,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bayes_dispatch.model.generation.continuation import Prompts
+from bayes_dispatch.errors import TensorError
+from bayes_dispatch.model.generation.continuation import Beginning
 from bayes_dispatch.model.generation.sampling import penalise_repetition, row_generators
 from bayes_dispatch.model.generation.settings import GenerationSettings
 
-__all__ = ["Generated", "Step", "decode", "decode_scored", "log_probabilities", "seen_tokens", "steps"]
+__all__ = ["Generated", "Step", "check_numbers", "decode", "decode_scored", "log_probabilities", "seen_tokens", "steps"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ class Step(NamedTuple):
     finished: Bool[Tensor, " B"]
 
 
-def decode(prompts: Prompts, settings: GenerationSettings, seed: int | None) -> Int[Tensor, "B T_new"]:
+def decode(prompts: Beginning, settings: GenerationSettings, seed: int | None) -> Int[Tensor, "B T_new"]:
     """The new tokens of each row."""
     with torch.inference_mode():
         rows = Rows(prompts, settings, seed)
@@ -54,7 +55,7 @@ def decode(prompts: Prompts, settings: GenerationSettings, seed: int | None) -> 
     return ids.clone()  # no inference tensor: a caller may train on it
 
 
-def decode_scored(prompts: Prompts, settings: GenerationSettings, seed: int | None) -> Generated:
+def decode_scored(prompts: Beginning, settings: GenerationSettings, seed: int | None) -> Generated:
     """``decode`` with log-probabilities and lengths."""
     tokens, values, finished = (
         torch.stack(column, dim=1) for column in zip(*steps(prompts, settings, seed), strict=True)
@@ -62,7 +63,7 @@ def decode_scored(prompts: Prompts, settings: GenerationSettings, seed: int | No
     return Generated(tokens, values, 1 + (~finished[:, :-1]).sum(1))
 
 
-def steps(prompts: Prompts, settings: GenerationSettings, seed: int | None) -> Iterator[Step]:
+def steps(prompts: Beginning, settings: GenerationSettings, seed: int | None) -> Iterator[Step]:
     """What ``decode`` computes, one step at a time."""
     with torch.inference_mode():
         rows = Rows(prompts, settings, seed)
@@ -81,7 +82,13 @@ def log_probabilities(logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def seen_tokens(prompts: Prompts, vocab_size: int) -> Bool[Tensor, "B V"]:
+def check_numbers(log_probabilities: Float[Tensor, "R V"]) -> None:
+    """Raise ``TensorError`` where no token can be chosen, or ranked, since a weight or a scale was no finite number."""
+    if bool(log_probabilities.isnan().any()):
+        raise TensorError("expected logits that are numbers, got NaN: a weight or a scale is no finite number")
+
+
+def seen_tokens(prompts: Beginning, vocab_size: int) -> Bool[Tensor, "B V"]:
     """Which tokens of the vocabulary the rows of ``prompts.ids`` hold."""
     ids, tokens = prompts.ids, prompts.tokens
     seen = torch.zeros(ids.shape[0], vocab_size, dtype=torch.bool, device=ids.device)
@@ -98,13 +105,14 @@ class Rows:
         running: the rows that go on. finished: whether each row of the batch has ended.
     """
 
-    def __init__(self, prompts: Prompts, settings: GenerationSettings, seed: int | None) -> None:
+    def __init__(self, prompts: Beginning, settings: GenerationSettings, seed: int | None) -> None:
         batch = prompts.ids.shape[0]
         self.running = list(range(batch))
         self.finished = [False] * batch
         self._prompts = prompts
         self._settings = settings
-        sampled = settings.sampling.do_sample
+        self._made = 0  # tokens of each row
+        sampled = settings.do_sample
         self._generators: list[np.random.Generator] = row_generators(seed, prompts.content) if sampled else []
         self._seen: Tensor | None = None
         self._recent: list[list[int]] = [[] for _ in range(batch)]  # new tokens of the rows evaluated, for stops
@@ -117,10 +125,15 @@ class Rows:
         if self.running is not self._evaluated:
             self._leave()
         continuation = self._prompts.continuation
-        logits = continuation.start() if self._tokens is None else continuation.step(self._tokens)
+        if self._tokens is None:
+            logits = continuation.start()
+            check_numbers(log_probabilities(logits))
+        else:
+            logits = continuation.step(self._tokens)
         tokens = self._choose(logits)
         self._tokens = tokens
-        if self._settings.eos_token_id is not None or self._settings.stop_sequences:
+        self._made += 1
+        if self._settings.ends or self._settings.stops:
             self._end(tokens.tolist())
         return tokens, logits
 
@@ -131,23 +144,28 @@ class Rows:
         return values.new_full((len(self.finished),), fill).index_copy_(0, self._places, values)
 
     def _choose(self, logits: Tensor) -> Tensor:
-        penalty, sampling = self._settings.repetition_penalty, self._settings.sampling
-        if penalty == 1:
-            return sampling.choose(logits, self._generators)
-        if self._seen is None:
-            self._seen = seen_tokens(self._prompts, logits.shape[1]).to(logits.device)
-        tokens = sampling.choose(penalise_repetition(logits, self._seen, penalty), self._generators)
-        self._seen.scatter_(1, tokens[:, None], True)
+        settings = self._settings
+        if settings.penalty != 1:
+            if self._seen is None:
+                self._seen = seen_tokens(self._prompts, logits.shape[1]).to(logits.device)
+            logits = penalise_repetition(logits, self._seen, settings.penalty)
+        if settings.ends and self._made < settings.min_new_tokens:
+            logits = logits.index_fill(1, torch.tensor(settings.ends, device=logits.device), -torch.inf)
+        tokens = settings.choose(logits, self._generators)
+        if self._seen is not None:
+            self._seen.scatter_(1, tokens[:, None], True)
         return tokens
 
     def _end(self, tokens: list[int]) -> None:
         """Note which rows end with these tokens."""
-        eos, stops = self._settings.eos_token_id, self._settings.stop_sequences
-        ended = [r for r, token in enumerate(tokens) if token == eos] if eos in tokens else []
+        ends, stops = self._settings.ends, self._settings.stops
+        ended = [r for r, token in enumerate(tokens) if token in ends]
         if stops:
             for r, (recent, token) in enumerate(zip(self._recent, tokens, strict=True)):
                 recent.append(token)
-                if any(token == stop[-1] and tuple(recent[-len(stop) :]) == stop for stop in stops):
+                if self._made >= self._settings.min_new_tokens and any(
+                    token == stop[-1] and tuple(recent[-len(stop) :]) == stop for stop in stops
+                ):
                     ended.append(r)
         if ended:
             for r in ended:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.arguments import real, whole
 
 __all__ = ["Sampling", "penalise_repetition", "row_generators", "row_seeds"]
 
@@ -37,14 +37,13 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ConfigError(f"expected a temperature above 0, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"expected top_k of at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"expected top_p in (0, 1], got {self.top_p}")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise ConfigError(f"expected min_p in [0, 1], got {self.min_p}")
+        real("temperature", self.temperature, 0, above=True)
+        if self.top_k is not None:
+            whole("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            real("top_p", self.top_p, 0, 1, above=True)
+        if self.min_p is not None:
+            real("min_p", self.min_p, 0, 1)
 
     def choose(self, logits: Float[Tensor, "B V"], generators: Sequence[np.random.Generator]) -> Int[Tensor, " B"]:
         """The next token of each row; drawing uses one uniform number of the row's own generator.

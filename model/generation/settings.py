@@ -1,70 +1,105 @@
 """What generation is asked for, checked once."""
 
-import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Required, TypedDict
 
+from bayes_dispatch.arguments import real, whole
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.model.generation.sampling import Sampling
 
-__all__ = ["NO_TOKEN", "GenerationSettings"]
+__all__ = ["NO_TOKEN", "GenerationOptions", "GenerationSettings"]
 
 NO_TOKEN = -1  # what fills a row that has ended where there is no end token
 
 
+class GenerationOptions(TypedDict, total=False):
+    """The arguments of ``generate`` that ``GenerationSettings`` explains and checks."""
+
+    max_new_tokens: Required[int]
+    min_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    num_beams: int
+    length_penalty: float
+    eos_token_id: int | Sequence[int] | None
+    stop_sequences: Sequence[Sequence[int]] | None
+
+
 @dataclass(frozen=True, kw_only=True)
-class GenerationSettings:
-    """Settings of greedy and sampled generation and of beam search.
+class GenerationSettings(Sampling):
+    """Settings of greedy and sampled generation, which are those of ``Sampling`` and these, and of beam search.
 
     Attributes:
-        max_new_tokens: tokens to add at most. sampling: how each is chosen.
-        repetition_penalty: see ``penalise_repetition``; 1 for none.
-        num_beams: hypotheses that are kept at each step; 1 for none but the chosen.
+        max_new_tokens: tokens to add at most.
+        min_new_tokens: no end token is chosen before a row has so many others, and no stop sequence ends it before.
+        repetition_penalty: applied before all filters; see ``penalise_repetition``.
+        num_beams: hypotheses that are kept at each step; above 1, beam search, which is deterministic.
         length_penalty: hypotheses are ranked by their total log-probability / length ** length_penalty: 0 for totals,
-            1 for means; more prefers longer ones. Used by beam search.
-        eos_token_id: a row ends with it.
-        stop_sequences: a row ends when its new tokens end with one of them.
+            1 for means; more prefers longer ones, less than 0 shorter ones. Used by beam search.
+        eos_token_id: a row that yields it, or one of them, has ended, and is filled with the first from there on.
+        stop_sequences: a row has ended when its new tokens end with one of these, which stays in the output; the
+            prompt's last tokens do not count. Without ``eos_token_id``, −1 follows, which is no token.
+        ends, stops: the last two, as tuples.
 
     Raises:
         ConfigError: a setting outside its range, or beams that are sampled.
     """
 
     max_new_tokens: int
-    sampling: Sampling = Sampling()  # noqa: RUF009 (it is frozen)
-    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    repetition_penalty: float | None = None
     num_beams: int = 1
     length_penalty: float = 1.0
-    eos_token_id: int | None = None
-    stop_sequences: tuple[tuple[int, ...], ...] = ()
+    eos_token_id: int | Sequence[int] | None = None
+    stop_sequences: Sequence[Sequence[int]] | None = None
+    ends: tuple[int, ...] = field(init=False)
+    stops: tuple[tuple[int, ...], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"expected a whole number as {name} of at least 1, got {value!r}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ConfigError(f"expected a finite repetition_penalty above 0, got {self.repetition_penalty}")
-        if not 0 <= self.length_penalty < float("inf"):
-            raise ConfigError(f"expected a finite length_penalty of at least 0, got {self.length_penalty}")
-        if self.num_beams > 1 and self.sampling.do_sample:
+        super().__post_init__()
+        whole("max_new_tokens", self.max_new_tokens, 1)
+        whole("min_new_tokens", self.min_new_tokens, 0, self.max_new_tokens)
+        whole("num_beams", self.num_beams, 1)
+        real("length_penalty", self.length_penalty, -10, 10)  # powers of any length stay finite
+        if self.repetition_penalty is not None:
+            real("repetition_penalty", self.repetition_penalty, 0, above=True)
+        if self.num_beams > 1 and self.do_sample:
             raise ConfigError(f"expected do_sample=False with beams, got do_sample=True and {self.num_beams} beams")
+        eos = self.eos_token_id
+        ends = () if eos is None else _tokens("eos_token_id", eos if hasattr(eos, "__len__") else [eos])
+        if isinstance(self.stop_sequences, str | bytes):
+            raise ConfigError(f"expected stop_sequences to be sequences of tokens, got {self.stop_sequences!r}")
+        stops = tuple(_tokens("stop_sequences", stop) for stop in self.stop_sequences or ())
+        if () in stops:
+            raise ConfigError("expected at least one token in each stop sequence, got an empty one")
+        object.__setattr__(self, "ends", ends)
+        object.__setattr__(self, "stops", stops)
+
+    @property
+    def penalty(self) -> float:
+        """Of repetition; 1 for none."""
+        return self.repetition_penalty or 1.0
 
     @property
     def fill(self) -> int:
         """What follows the last token of a row that has ended."""
-        return NO_TOKEN if self.eos_token_id is None else self.eos_token_id
+        return self.ends[0] if self.ends else NO_TOKEN
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ``ConfigError`` for ids outside the vocabulary, or more beams than there are continuations."""
-        ending = [token for stop in self.stop_sequences for token in stop]
-        if self.eos_token_id is not None:
-            ending.append(self.eos_token_id)
-        for token in ending:
-            if not 0 <= token < vocab_size:
+        for token in [*self.ends, *(token for stop in self.stops for token in stop)]:
+            if token >= vocab_size:
                 raise ConfigError(
                     f"expected eos_token_id and stop_sequences of tokens in 0 … {vocab_size - 1}, got {token}"
                 )
-        steps = min(self.max_new_tokens, self.num_beams.bit_length())  # enough: 2 ** bit_length exceeds num_beams
+        if self.min_new_tokens and len(set(self.ends)) == vocab_size:
+            raise ConfigError("expected a token that ends no row, as min_new_tokens asks for some, got none")
+        steps = min(self.max_new_tokens, int(self.num_beams).bit_length())  # enough: 2 ** bit_length exceeds num_beams
         if self.num_beams > vocab_size**steps:
             raise ConfigError(
                 f"expected at most {vocab_size**steps} beams, as {vocab_size} tokens make no more continuations of "
@@ -72,16 +107,7 @@ class GenerationSettings:
             )
 
 
-def read_stop_sequences(stop_sequences: Sequence[Sequence[int]] | None) -> tuple[tuple[int, ...], ...]:
-    """Stop sequences as tuples.
-
-    Raises:
-        ConfigError: an empty one, or one that is no sequence of whole numbers.
-    """
-    try:
-        stops = tuple(tuple(operator.index(token) for token in stop) for stop in stop_sequences or ())
-    except TypeError:
-        raise ConfigError(f"expected stop_sequences that are sequences of token ids, got {stop_sequences!r}") from None
-    if () in stops:
-        raise ConfigError("expected at least one token in each stop sequence, got an empty one")
-    return stops
+def _tokens(name: str, given: object) -> tuple[int, ...]:
+    if isinstance(given, str) or not hasattr(given, "__iter__"):
+        raise ConfigError(f"expected {name} to be token ids, got {given!r}")
+    return tuple(whole(f"each token of {name}", token, 0) for token in given)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.backbone import CausalLMOutput
-from bayes_dispatch.model.generation import CachedContinuation, GenerationMixin, Prompts, UncachedContinuation
+from bayes_dispatch.model.generation import Beginning, CachedContinuation, GenerationMixin, UncachedContinuation
 from bayes_dispatch.model.mambaformer.block import Block
 from bayes_dispatch.model.mambaformer.blocks import MambaFormer
 from bayes_dispatch.model.mambaformer.cache import Cache
@@ -118,7 +118,7 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         max_new_tokens: int,
         use_cache: bool,
         adaptation: Adaptation | None,
-    ) -> Prompts:
+    ) -> Beginning:
         """What ``generate`` begins with: see ``GenerationMixin``."""
         adaptation = adaptation or Adaptation.identity()
         check_ids(input_ids, self.vocab_size)
@@ -130,4 +130,4 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         lengths = [ids.shape[1]] * ids.shape[0] if padding.tokens is None else padding.tokens.tolist()
         content = [row[:n].numpy().tobytes() for row, n in zip(ids.cpu(), lengths, strict=True)]
         kind = CachedContinuation if use_cache else UncachedContinuation
-        return Prompts(kind(self, ids, padding.tokens, max_new_tokens - 1, adaptation), content, ids, padding.tokens)
+        return Beginning(kind(self, ids, padding.tokens, max_new_tokens - 1, adaptation), content, ids, padding.tokens)

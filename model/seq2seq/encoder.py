@@ -16,12 +16,12 @@ from bayes_dispatch.model.mambaformer.mixers import BidirectionalAttention
 from bayes_dispatch.model.mambaformer.mixers.bidirectional import BidirectionalMixer
 from bayes_dispatch.model.mambaformer.padding import Padding
 
-__all__ = ["Encoder", "Input", "check_source", "makers", "source_of"]
+__all__ = ["BidirectionalStack", "Input", "check_source", "makers", "source_of"]
 
 DIGEST = 16  # bytes
 
 
-class Encoder(BlockStack):
+class BidirectionalStack(BlockStack):
     """Bidirectional blocks over hidden states: attention to all tokens, and state-space scans in both directions."""
 
     def __init__(self, backbone: MambaFormerConfig) -> None:

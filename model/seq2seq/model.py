@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.generation import CachedContinuation, GenerationMixin, Prompts
+from bayes_dispatch.model.generation import Beginning, CachedContinuation, GenerationMixin
 from bayes_dispatch.model.mambaformer.blocks import BlockStack, check_adaptation
 from bayes_dispatch.model.mambaformer.cache import Cache, CrossAttentionState
 from bayes_dispatch.model.mambaformer.config import Seq2SeqConfig
@@ -23,7 +23,7 @@ from bayes_dispatch.model.mambaformer.padding import Padding, check_padding
 from bayes_dispatch.model.mambaformer.pretrained import Pretrained
 from bayes_dispatch.model.mambaformer.token_model import check_ids
 from bayes_dispatch.model.seq2seq.conditioned import ConditionedDecoder, UncachedConditioned
-from bayes_dispatch.model.seq2seq.encoder import Encoder, Input, check_source, makers, source_of
+from bayes_dispatch.model.seq2seq.encoder import BidirectionalStack, Input, check_source, makers, source_of
 
 __all__ = ["MambaFormerForSeq2Seq", "Seq2SeqOutput"]
 
@@ -63,7 +63,7 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         width = config.decoder.d_model
         self.embedding = nn.Embedding(config.vocab_size, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        self.encoder = Encoder(config.encoder)
+        self.encoder = BidirectionalStack(config.encoder)
         self.decoder = BlockStack(config.decoder)
         self.head = None if config.tie_embeddings else nn.Linear(width, config.vocab_size, bias=False)
         self._fingerprint = Fingerprint()
@@ -191,7 +191,7 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         max_new_tokens: int,
         use_cache: bool,
         adaptation: Adaptation | None,
-    ) -> Prompts:
+    ) -> Beginning:
         """What ``generate`` begins with: the start token, and an encoder that will read the prompts once."""
         adaptation = adaptation or Adaptation.identity()
         given = self._check_input(input_ids, attention_mask, None)
@@ -203,7 +203,7 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         )
         kind = CachedContinuation if use_cache else UncachedConditioned
         continuation = kind(decoder, start, None, max_new_tokens - 1, adaptation.part("decoder"))
-        return Prompts(continuation, given.contents(), start)
+        return Beginning(continuation, given.contents(), start)
 
     def _encode(self, given: Input, adaptation: Adaptation, source: Tensor | None) -> Memory:
         hidden, visible = self.encoder(self.embedding(given.ids), given.padding, adaptation.part("encoder"))

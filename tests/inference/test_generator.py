@@ -252,7 +252,7 @@ class TestErrors:
         ("bad", "message"),
         [
             ({"max_new_tokens": 0}, "max_new_tokens to be a whole number from 1 to 65536, got 0"),
-            ({"temperature": 0.0}, "temperature above 0"),
+            ({"temperature": 0.0}, "temperature to be a finite number > 0"),
             ({"blend": PosteriorPredictive(100)}, "posterior of at least 95 draws, got 64"),
             ({"blend": TopK(9)}, "k of at most 4"),
             ({"seed": -1}, "seed to be a whole number from 0"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.model.generation import Generated, Prompts
+from bayes_dispatch.model.generation import Beginning, Generated
 from bayes_dispatch.model.generation.beams import beam_search
 from bayes_dispatch.model.generation.decoding import decode_scored
 from bayes_dispatch.model.generation.settings import GenerationSettings
@@ -49,10 +49,10 @@ def toy_logits(row: Row, vocab: int) -> Tensor:
     return torch.from_numpy(2 * np.random.default_rng(row).normal(size=vocab))
 
 
-def toy_prompts(prompts: Sequence[int], vocab: int) -> tuple[Toy, Prompts]:
+def toy_prompts(prompts: Sequence[int], vocab: int) -> tuple[Toy, Beginning]:
     toy = Toy(prompts, vocab)
     ids = torch.tensor([[prompt % vocab] for prompt in prompts])
-    return toy, Prompts(toy, [b"%d" % prompt for prompt in prompts], ids)
+    return toy, Beginning(toy, [b"%d" % prompt for prompt in prompts], ids)
 
 
 def toy_log_probabilities(prompt: int, new: Row, vocab: int) -> Tensor:
@@ -62,8 +62,15 @@ def toy_log_probabilities(prompt: int, new: Row, vocab: int) -> Tensor:
 
 
 def ends(new: Row, setting: GenerationSettings) -> bool:
-    stops = [(setting.eos_token_id,), *setting.stop_sequences]
-    return any(new[-len(stop) :] == stop for stop in stops)
+    """An end token is none before ``min_new_tokens`` others, a stop sequence is none before so many tokens with it."""
+    if new[-1] in setting.ends:
+        return len(new) > setting.min_new_tokens
+    return len(new) >= setting.min_new_tokens and any(new[-len(stop) :] == stop for stop in setting.stops)
+
+
+def chosen(new: Row, setting: GenerationSettings) -> bool:
+    """Whether the last token may be."""
+    return new[-1] not in setting.ends or len(new) > setting.min_new_tokens
 
 
 def plain_beam_search(prompt: int, vocab: int, setting: GenerationSettings) -> Row:
@@ -76,6 +83,7 @@ def plain_beam_search(prompt: int, vocab: int, setting: GenerationSettings) -> R
             (total + float(log_probability), (*row, token))
             for total, row in live
             for token, log_probability in enumerate(toy_logits((prompt, *row), vocab).log_softmax(-1))
+            if chosen((*row, token), setting)
         ]
         longer.sort(reverse=True)
         done += [(total / length**power, row) for total, row in longer[:beams] if ends(row, setting)]
@@ -97,12 +105,14 @@ ENDINGS: list[dict[str, Any]] = [
     {"eos_token_id": 0},
     {"stop_sequences": ((1, 2), (2,))},
     {"eos_token_id": 1, "stop_sequences": ((0, 0), (2, 0))},
+    {"eos_token_id": [2, 0]},
+    {"eos_token_id": [1], "stop_sequences": ((0,), (2, 0)), "min_new_tokens": 2},
 ]
 
 
 @fast
 @pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("length_penalty", [-2.0, 0.0, 1.0])
 def test_as_many_beams_as_continuations_find_the_best_of_all(ending: dict[str, Any], length_penalty: float) -> None:
     vocab, length = 3, 4
     setting = GenerationSettings(
@@ -116,6 +126,8 @@ def test_as_many_beams_as_continuations_find_the_best_of_all(ending: dict[str, A
         for new in itertools.chain.from_iterable(
             itertools.product(range(vocab), repeat=n) for n in range(1, length + 1)
         ):
+            if not all(chosen(new[:n], setting) for n in range(1, len(new) + 1)):
+                continue
             if any(ends(new[:n], setting) for n in range(1, len(new))) or (
                 len(new) < length and not ends(new, setting)
             ):
@@ -125,7 +137,7 @@ def test_as_many_beams_as_continuations_find_the_best_of_all(ending: dict[str, A
         assert row == best[1]
         assert torch.allclose(scores[: len(row)], toy_log_probabilities(prompt, row, vocab), atol=1e-12)
         lengths.add(len(row))
-    if length_penalty == 0:
+    if length_penalty == 0 and "min_new_tokens" not in ending:
         assert bool(ending) == (len(lengths) > 1)  # or the test would say little
 
 
@@ -136,7 +148,7 @@ def test_as_many_beams_as_continuations_find_the_best_of_all(ending: dict[str, A
     st.integers(2, 6),
     st.sampled_from(ENDINGS),
     st.integers(1, 8),
-    st.sampled_from([0.0, 0.5, 1.0, 3.0]),
+    st.sampled_from([-1.0, 0.0, 0.5, 3.0]),
     st.integers(3, 5),
 )
 def test_equals_a_plain_beam_search(
@@ -152,7 +164,7 @@ def test_equals_a_plain_beam_search(
     assert found.ids.shape[1] == int(found.lengths.max()) <= length
     for prompt, row, ids, scores in zip(prompts, rows_of(found), found.ids, found.log_probabilities, strict=True):
         assert torch.allclose(scores[: len(row)], toy_log_probabilities(prompt, row, vocab), atol=1e-12)
-        assert (ids[len(row) :] == ending.get("eos_token_id", -1)).all()
+        assert (ids[len(row) :] == setting.fill).all()
         assert (scores[len(row) :] == 0).all()
 
 
@@ -245,11 +257,14 @@ def test_more_beams_than_the_vocabulary_has_tokens() -> None:
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        ({"num_beams": 0}, "num_beams of at least 1, got 0"),
+        ({"num_beams": 0}, "num_beams to be a whole number ≥ 1, got 0"),
         ({"num_beams": 259, "max_new_tokens": 1}, "at most 258 beams.*got 259"),
         ({"num_beams": 2, "do_sample": True}, "do_sample=False with beams"),
-        ({"num_beams": 2, "length_penalty": -0.1}, "length_penalty of at least 0, got -0.1"),
-        ({"num_beams": 2, "length_penalty": float("nan")}, "length_penalty of at least 0, got nan"),
+        ({"num_beams": 2, "length_penalty": -11.0}, "length_penalty to be a finite number ≥ -10 and ≤ 10, got -11"),
+        (
+            {"num_beams": 2, "length_penalty": float("nan")},
+            "length_penalty to be a finite number ≥ -10 and ≤ 10, got nan",
+        ),
     ],
 )
 def test_bad_settings(model: "MambaFormerForCausalLM", bad: dict[str, Any], message: str) -> None:

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -207,23 +208,26 @@ def test_what_fills_a_row_that_has_ended(generator: "MambaFormerForCausalLM") ->
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        ({"max_new_tokens": 0}, ConfigError, "max_new_tokens of at least 1, got 0"),
-        ({"max_new_tokens": 1.5}, ConfigError, "a whole number as max_new_tokens .* got 1.5"),
-        ({"temperature": 0.0}, ConfigError, "temperature above 0, got 0.0"),
-        ({"temperature": float("nan")}, ConfigError, "temperature above 0, got nan"),
-        ({"top_k": 0}, ConfigError, "top_k of at least 1, got 0"),
-        ({"top_p": 0.0}, ConfigError, r"top_p in \(0, 1\], got 0.0"),
-        ({"top_p": 1.5}, ConfigError, r"top_p in \(0, 1\], got 1.5"),
-        ({"min_p": 1.5}, ConfigError, r"min_p in \[0, 1\], got 1.5"),
-        ({"repetition_penalty": 0.0}, ConfigError, "repetition_penalty above 0, got 0.0"),
-        ({"repetition_penalty": -1.0}, ConfigError, "repetition_penalty above 0, got -1.0"),
-        ({"repetition_penalty": float("inf")}, ConfigError, "finite repetition_penalty above 0, got inf"),
+        ({"max_new_tokens": 0}, ConfigError, "max_new_tokens to be a whole number ≥ 1, got 0"),
+        ({"max_new_tokens": 1.5}, ConfigError, "max_new_tokens to be a whole number ≥ 1, got 1.5"),
+        ({"temperature": 0.0}, ConfigError, "temperature to be a finite number > 0, got 0.0"),
+        ({"temperature": float("nan")}, ConfigError, "temperature to be a finite number > 0, got nan"),
+        ({"top_k": 0}, ConfigError, "top_k to be a whole number ≥ 1, got 0"),
+        ({"top_p": 0.0}, ConfigError, "top_p to be a finite number > 0 and ≤ 1, got 0.0"),
+        ({"top_p": 1.5}, ConfigError, "top_p to be a finite number > 0 and ≤ 1, got 1.5"),
+        ({"min_p": 1.5}, ConfigError, "min_p to be a finite number ≥ 0 and ≤ 1, got 1.5"),
+        ({"repetition_penalty": 0.0}, ConfigError, "repetition_penalty to be a finite number > 0, got 0.0"),
+        ({"repetition_penalty": float("inf")}, ConfigError, "repetition_penalty to be a finite number > 0, got inf"),
         ({"eos_token_id": 258}, ConfigError, "tokens in 0 … 257, got 258"),
-        ({"eos_token_id": -1}, ConfigError, "tokens in 0 … 257, got -1"),
+        ({"eos_token_id": [3, -1]}, ConfigError, "each token of eos_token_id to be a whole number ≥ 0, got -1"),
+        ({"eos_token_id": 1.5}, ConfigError, "each token of eos_token_id to be a whole number ≥ 0, got 1.5"),
+        ({"eos_token_id": range(258), "min_new_tokens": 1}, ConfigError, "a token that ends no row"),
+        ({"min_new_tokens": 3}, ConfigError, "min_new_tokens to be a whole number from 0 to 2, got 3"),
+        ({"seed": -1}, ConfigError, "seed to be a whole number"),
         ({"stop_sequences": [[1, 999]]}, ConfigError, "tokens in 0 … 257, got 999"),
         ({"stop_sequences": [[1], []]}, ConfigError, "at least one token in each stop sequence"),
-        ({"stop_sequences": [1, 2]}, ConfigError, r"sequences of token ids, got \[1, 2\]"),
-        ({"stop_sequences": ["ab"]}, ConfigError, r"sequences of token ids, got \['ab'\]"),
+        ({"stop_sequences": [1, 2]}, ConfigError, r"stop_sequences to be token ids, got 1"),
+        ({"stop_sequences": ["ab"]}, ConfigError, "stop_sequences to be token ids, got 'ab'"),
         ({"input_ids": torch.tensor([[1, 258]])}, TensorError, "input_ids in 0 … 257, got 1 … 258"),
         ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, TensorError, r"got \(0, 3\)"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, TensorError, r"got \(1, 0\)"),
@@ -246,3 +250,24 @@ def test_bad_arguments(
     for call in (model.generate, model.generate_with_log_probabilities, model.stream):
         with pytest.raises(error, match=message):
             call(ids, **options)
+
+
+@fast
+@pytest.mark.parametrize("way", [{}, {"do_sample": True}, {"num_beams": 2}])
+def test_weights_that_are_no_numbers_are_one_error(make_model: MakeModel, way: dict[str, Any]) -> None:
+    broken = make_model(MambaFormerConfig.tiny())
+    with torch.no_grad():
+        broken.norm.weight[0] = torch.nan
+    for call in (broken.generate, broken.generate_with_log_probabilities):
+        with pytest.raises(TensorError, match="expected logits that are numbers, got NaN"):
+            call(torch.tensor([[256, 1]]), max_new_tokens=2, eos_token_id=3, **way)
+
+
+@fast
+def test_whole_numbers_of_numpy_and_torch_are_whole_numbers(model: "MambaFormerForCausalLM") -> None:
+    ids, one = torch.tensor([[256, 1, 2]]), np.int64(1)
+    plain = {"max_new_tokens": 3, "min_new_tokens": 1, "top_k": 9, "eos_token_id": [5, 6], "seed": 1}
+    given = {"max_new_tokens": 3 * one, "min_new_tokens": one, "top_k": 9 * one, "seed": one}
+    for eos in (np.array([5, 6]), torch.tensor([5, 6]), (5 * one, 6 * one)):
+        got = model.generate(ids, do_sample=True, eos_token_id=eos, **given)
+        assert torch.equal(got, model.generate(ids, do_sample=True, **plain))

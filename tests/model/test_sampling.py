@@ -82,7 +82,7 @@ def test_min_p_of_one_leaves_the_most_probable() -> None:
 
 @pytest.mark.parametrize("bad", [-0.1, 1.1, float("nan")])
 def test_bad_min_p(bad: float) -> None:
-    with pytest.raises(ConfigError, match=rf"min_p in \[0, 1\], got {bad}"):
+    with pytest.raises(ConfigError, match=rf"min_p to be a finite number ≥ 0 and ≤ 1, got {bad}"):
         Sampling(min_p=bad)
 
 

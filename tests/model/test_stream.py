@@ -72,14 +72,15 @@ tokens = st.integers(0, VOCAB - 1)
 endings = st.fixed_dictionaries(
     {},
     optional={
-        "eos_token_id": tokens,
+        "eos_token_id": tokens | st.lists(tokens, max_size=3),
+        "min_new_tokens": st.integers(0, 2),
         "stop_sequences": st.lists(st.lists(tokens, min_size=1, max_size=3), max_size=3),
     },
 )
 ways = st.one_of(
     st.fixed_dictionaries({}, optional={"repetition_penalty": st.floats(0.5, 3)}),
     st.fixed_dictionaries(
-        {"num_beams": st.integers(2, 4), "length_penalty": st.sampled_from([0.0, 1.0])},
+        {"num_beams": st.integers(2, 4), "length_penalty": st.sampled_from([-1.0, 1.0])},
         optional={"repetition_penalty": st.floats(0.5, 3)},
     ),
     st.fixed_dictionaries(
@@ -128,26 +129,30 @@ def test_every_way_agrees(
     assert result.ids.shape[1] == int(result.lengths.max())
     if "num_beams" not in way:
         assert same(result, gathered(list(model.stream(ids, **given))))
-    stops = [tuple(stop) for stop in ending.get("stop_sequences", [])]
-    if "eos_token_id" in ending:
-        stops.append((ending["eos_token_id"],))
+    stops, least = [tuple(stop) for stop in ending.get("stop_sequences", [])], ending.get("min_new_tokens", 0)
+    eos = ending.get("eos_token_id", [])
+    eos = [eos] if isinstance(eos, int) else eos
     for b, (prompt, n) in enumerate(zip(prompts, result.lengths.tolist(), strict=True)):
         own = None if adaptation is None else adaptation.select([b])
         new = result.ids[b, :n].tolist()
         if prompts.count(prompt) == 1:  # copies draw differently
             alone = model.generate_with_log_probabilities(torch.tensor([prompt]), adaptation=own, **options)
             assert alone.ids[0].tolist() == new
-        ended = [any(tuple(new[:t][-len(stop) :]) == stop for stop in stops) for t in range(1, n + 1)]
+        ended = [
+            new[t - 1] in eos or (t >= least and any(tuple(new[:t][-len(stop) :]) == stop for stop in stops))
+            for t in range(1, n + 1)
+        ]
+        assert not set(new[:least]) & set(eos)
         assert not any(ended[:-1])
         assert ended[-1] or n == length
-        assert (result.ids[b, n:] == ending.get("eos_token_id", -1)).all()
+        assert (result.ids[b, n:] == [*eos, -1][0]).all()
         with torch.no_grad():
             logits = model(torch.tensor([prompt + new]), adaptation=own).logits[0, len(prompt) - 1 : -1]
         expected = logits.log_softmax(-1).gather(-1, torch.tensor(new)[:, None])[:, 0]
         assert torch.allclose(result.log_probabilities[b, :n], expected, rtol=0, atol=1e-10)
         assert (result.log_probabilities[b, n:] == 0).all()
         if "num_beams" not in way and "do_sample" not in way:
-            assert new == plain_greedy(model, prompt, n, way.get("repetition_penalty", 1.0), own)
+            assert new == plain_greedy(model, prompt, n, way.get("repetition_penalty", 1.0), own, eos, least)
 
 
 def gathered(steps: list[Step]) -> Generated:
@@ -159,13 +164,21 @@ def gathered(steps: list[Step]) -> Generated:
 
 @torch.no_grad()
 def plain_greedy(
-    model: "MambaFormerForCausalLM", prompt: list[int], length: int, penalty: float, adaptation: Adaptation | None
+    model: "MambaFormerForCausalLM",
+    prompt: list[int],
+    length: int,
+    penalty: float,
+    adaptation: Adaptation | None,
+    eos: list[int],
+    least: int,
 ) -> list[int]:
     row = list(prompt)
-    for _ in range(length):
+    for made in range(length):
         logits = model(torch.tensor([row]), adaptation=adaptation).logits[0, -1]
         for token in set(row):
             logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        if made < least:
+            logits[eos] = -torch.inf
         row.append(int(logits.argmax()))
     return row[len(prompt) :]
 

@@ -88,7 +88,7 @@ def test_what_is_shown(talk: Talk) -> None:
         (b"", ("--threshold", "-1"), "expected a threshold of at least 0 nats, got -1.0"),
         (b"", ("--max-context", "5"), "expected max_new_tokens of less than max_context, 5 bytes, got 5"),
         (b"", ("--blending-mode", "none"), "expected a blend of best_expert"),
-        (b"", ("--temperature", "0"), "expected a temperature above 0, got 0.0"),
+        (b"", ("--temperature", "0"), "expected temperature to be a finite number > 0, got 0.0"),
         (b"", ("--state", "."), "expected a readable file ., got: Is a directory"),
         (b"", ("--bundle", "none"), "expected a bundle directory, got none"),
     ],
