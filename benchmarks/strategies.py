@@ -29,7 +29,7 @@ from bayes_dispatch.experts.training import ExpertSettings, train_expert
 from bayes_dispatch.inference.few_shot.categories import CategoryDomain
 from bayes_dispatch.inference.few_shot.methods import CrossEntropy, ImportanceSampling
 from bayes_dispatch.inference.few_shot.strategies import AskedExpert, AskedModel, Classified, FewShot, Given
-from bayes_dispatch.inference.scoring.compare import score_particles
+from bayes_dispatch.inference.scoring.compare import score_together
 from bayes_dispatch.inference.scoring.evaluation import MIXED_SETS, held_out_documents
 from bayes_dispatch.inference.two_pass.blends import Blend
 from bayes_dispatch.inference.two_pass.system import Dispatched, Strategy
@@ -135,8 +135,10 @@ def judge(
     posterior = strategy.posterior(bundle, [document.prompt for document in documents], seed)
     seconds = (time.process_time() - start) / len(documents)
     found = {}
-    for blend in blends:
-        scores = score_particles(bundle.model, bundle.experts, documents, blend.particles(posterior), blend.name)
+    particles = {blend.name: blend.particles(posterior) for blend in blends}
+    for blend, scores in zip(
+        blends, score_together(bundle.model, bundle.experts, documents, particles).values(), strict=True
+    ):
         label = strategy.name if blend is blends[0] else f"{strategy.name}, filtered predictive"
         found[label] = Judged(
             np.array([score.nll for score in scores]),

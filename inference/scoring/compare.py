@@ -25,7 +25,7 @@ from bayes_dispatch.model.backbone import Backbone, Cuttable
 from bayes_dispatch.model.parts import CutModel
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
-__all__ = ["compare_blends", "compare_systems", "score_particles", "score_together"]
+__all__ = ["compare_blends", "compare_systems", "score_together"]
 
 KEPT_AT_ONCE = 2**25  # log-probabilities of the documents that are scored together
 
@@ -90,18 +90,6 @@ def compare_systems(
     return SystemComparison(
         {name: compare_blends(system, documents, blends, seed, progress) for name, system in systems.items()}
     )
-
-
-def score_particles(
-    model: Backbone,
-    experts: ExpertBank,
-    documents: Sequence[Document],
-    particles: Particles,
-    name: str,
-    progress: bool = False,
-) -> list[Score]:
-    """Score documents under given particles, whatever they come from; ``name`` stands for the blend."""
-    return score_together(model, experts, documents, {name: particles}, progress)[name]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains import CONVENTIONS, Domain, Interleaved
 from bayes_dispatch.experts.vectors import BASE
-from bayes_dispatch.inference.scoring.compare import compare_blends, score_particles
+from bayes_dispatch.inference.scoring.compare import compare_blends, score_together
 from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence
 from bayes_dispatch.inference.scoring.scores import Score
 from bayes_dispatch.inference.two_pass.blends import (
@@ -69,15 +69,12 @@ def held_out_documents(domain: Domain, count: int, seed: int) -> list[Document]:
 def expert_report(model: Backbone, experts: ExpertBank, domain: Domain, count: int, seed: int) -> dict[str, Any]:
     """Base and every expert on one domain: NLL of the scored bytes (nats) and exact match, with standard errors."""
     documents = held_out_documents(domain, count, seed)
-    report = {}
-    for component, weights in zip(experts.components, np.eye(len(experts.components)), strict=True):
-        particles = Particles(np.tile(weights, (count, 1, 1)), np.ones((count, 1)))
-        scores = score_particles(model, experts, documents, particles, component)
-        report[component] = {
-            "nll": _mean([score.nll for score in scores]),
-            "exact_match": _mean([score.exact_match for score in scores]),
-        }
-    return report
+    vertices = zip(experts.components, np.eye(len(experts.components)), strict=True)
+    particles = {component: Particles.single(np.tile(weights, (count, 1))) for component, weights in vertices}
+    return {
+        component: {name: _mean([getattr(score, name) for score in scores]) for name in ("nll", "exact_match")}
+        for component, scores in score_together(model, experts, documents, particles).items()
+    }
 
 
 def dispatch_report(

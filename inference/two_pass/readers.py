@@ -127,52 +127,33 @@ class CachedReader:
 
     def read(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S V"]:
         if not self._separate:
-            self._give_rows()
+            prompts, particles = self._index.shape
+            self.keep(range(prompts), [range(particles)] * prompts)
         x = self._cut.below(tokens[:, None], None, self._below)
         self.evaluated += len(tokens) * self._cut.block
         return self._spread(self._run(x[self._owner], torch.ones(len(self._owner), dtype=torch.long)))[:, :, 0]
 
     def keep(self, prompts: Sequence[int], particles: Kept) -> None:
-        if not self._separate:
-            self._give_rows()
-        if self._below is not None and list(prompts) != list(range(len(self._row))):
-            self._below.reorder(prompts)
-        self._row = [self._row[prompt] for prompt in prompts]
+        """Give each prompt that stays rows of its own, as many as it has distinct particles, and drop all others."""
+        if self._below is not None:
+            below = [self._row[prompt] for prompt in prompts]
+            if not self._separate:
+                self._below = self._below.select(below)  # the prefix keeps its own
+            elif below != self._row:
+                self._below.reorder(below)
         width = max(len(chosen) for chosen in particles)
-        rows: list[int] = []
-        place: dict[int, int] = {}
+        place: dict[tuple[int, int], int] = {}  # of prompt and former row
         index = torch.empty(len(prompts), width, dtype=torch.long)
-        owner = []
         for n, (prompt, chosen) in enumerate(zip(prompts, particles, strict=True)):
             for s in range(width):
                 row = int(self._index[prompt, chosen[s] if s < len(chosen) else chosen[0]])
-                if row not in place:
-                    place[row] = len(rows)
-                    rows.append(row)
-                    owner.append(n)
-                index[n, s] = place[row]
+                index[n, s] = place.setdefault((n, row), len(place))
+        rows = [row for _, row in place]
         if rows != list(range(len(self._owner))):
             self._above.reorder(rows)
             self._adaptation = self._adaptation.select(rows)
-        self._index, self._owner = index, torch.tensor(owner)
-
-    def _give_rows(self) -> None:
-        """Give each prompt rows of its own, as many as it has distinct particles."""
-        prompts = len(self._index)
-        rows: list[int] = []
-        owner: list[int] = []
-        index = torch.empty_like(self._index)
-        for n in range(prompts):
-            own = self._index[n].unique()
-            index[n] = torch.searchsorted(own, self._index[n]) + len(rows)
-            rows.extend(own.tolist())
-            owner.extend([n] * len(own))
-        if rows != list(range(len(self._owner))):
-            self._above.reorder(rows)
-            self._adaptation = self._adaptation.select(rows)
-        if self._below is not None:
-            self._below = self._below.select(self._row)
-        self._index, self._owner, self._separate = index, torch.tensor(owner), True
+        self._index, self._owner = index, torch.tensor([n for n, _ in place])
+        self._row, self._separate = list(range(len(prompts))), True
 
     def _run(self, x: Tensor, tokens: Int[Tensor, " R"], last: Tensor | None = None) -> Float[Tensor, "R t V"]:
         """Log-probabilities of all rows."""
