@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.frozen import frozen
 from bayes_dispatch.model.parts import CutModel
 
 if TYPE_CHECKING:
@@ -167,3 +169,14 @@ def test_what_cannot_be_cut_is_refused(make_model: MakeModel) -> None:
     assert CutModel(Whole(), 0).depth == 3
     with pytest.raises(ConfigError, match="expected a model that can be cut before block 1, got a Whole"):
         CutModel(Whole(), 1)
+
+
+def test_threads_may_freeze_a_model_together(make_model: Any) -> None:
+    """Its weights want gradients again once the last has ended, and not before."""
+    model, one, other = make_model(), ExitStack(), ExitStack()
+    one.enter_context(frozen(model))
+    other.enter_context(frozen(model))
+    one.close()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    other.close()
+    assert all(parameter.requires_grad for parameter in model.parameters())
