@@ -1,6 +1,8 @@
 """Features and labels of whole rows: pooled over real tokens alone, adapted, trained, saved."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -275,3 +277,35 @@ def test_configurations_survive_json() -> None:
         FeatureExtractorConfig(backbone=backbone, vocab_size=9),
     ):
         assert type(config).from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+HEADS_COMPILED = """
+import torch
+from bayes_dispatch.model.heads import MambaFormerForSequenceClassification
+from bayes_dispatch.model.mambaformer.config import (
+    ClassifierConfig, LanguageModelConfig, MambaFormerConfig, Seq2SeqConfig
+)
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.seq2seq.model import MambaFormerForSeq2Seq
+
+torch.manual_seed(0)
+backbone, ids = MambaFormerConfig.tiny(), torch.randint(0, 258, (2, 5))
+for head, *given in (
+    (MambaFormerForSequenceClassification(ClassifierConfig(backbone=backbone, vocab_size=258, num_labels=3)), ids),
+    (MambaFormerForCausalLM(LanguageModelConfig(backbone=backbone, vocab_size=258)), ids),
+    (MambaFormerForSeq2Seq(Seq2SeqConfig.symmetric(backbone, vocab_size=258, start_token_id=256)), ids, ids),
+):
+    expected, got = head(*given).logits, torch.compile(head, backend="eager")(*given).logits
+    weights = list(head.parameters())
+    for one, other in zip(*(torch.autograd.grad(x.square().sum(), weights) for x in (expected, got)), strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    print("the same")
+"""
+
+
+@pytest.mark.slow
+def test_compiled_by_torch_each_head_gives_the_same() -> None:
+    """In values and gradients; in a process without the tests' type checks, which torch.compile cannot read."""
+    done = subprocess.run([sys.executable, "-c", HEADS_COMPILED], capture_output=True, text=True, check=False)
+    assert done.stdout.split("\n").count("the same") == 3, done.stderr
