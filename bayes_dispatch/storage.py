@@ -14,7 +14,7 @@ import stat
 import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -162,10 +162,10 @@ def check_files(directory: Path, names: Collection[str], title: str) -> None:
 def save_directory(path: Path, index: str) -> Iterator[Path]:
     """A new directory to fill, whose files take the place of those of an earlier save in ``path`` after the block.
 
-    Whatever stops it, the process killed included, ``saved_at`` then gives the old save or the new one, whole. The
-    block's files are made inside ``path``, under a hidden name; one rename makes them what is read; then they are
-    linked under their own names, and only then is the hidden name given up. How the block writes does not matter: all
-    of it reaches the disk before the rename. Saves into one directory take turns.
+    Whatever stops it, the process killed included, ``saved_at`` then gives the old save or the new one, whole; a
+    directory that was not there appears when it is whole. The block's files are made under a hidden name; one rename
+    makes them what is read; then they are linked under their own names, and only then is the hidden name given up. How
+    the block writes does not matter: all of it reaches the disk before the rename. Saves into one directory take turns.
 
     Args:
         path: the directory. index: the file that tells what the save consists of; a key of ``CONTENTS``.
@@ -174,33 +174,32 @@ def save_directory(path: Path, index: str) -> Iterator[Path]:
         BundleError: as :func:`check_directory`.
     """
     _check_place(path)
-    made = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
     path = path.resolve()
-    try:
-        with _alone(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as locks:
+        if not path.exists():
+            locks.enter_context(_alone(path.parent))
+        there = path.exists()  # another save may have been waited for
+        if there:
+            locks.enter_context(_alone(path))
             check_directory(path, index)
             if (path / FINISHED).is_dir():
                 _settle(path, index)
-            new = path / UNFINISHED
-            if new.exists():
-                shutil.rmtree(new)
-            new.mkdir()
-            try:
-                yield new
-                for each in (*new.rglob("*"), new):
-                    sync(each)
-                new.rename(path / FINISHED)
-            except BaseException:
-                shutil.rmtree(new, ignore_errors=True)
-                raise
+        new = path / UNFINISHED if there else path.with_name(f".{path.name}{UNFINISHED}")
+        if new.exists():
+            shutil.rmtree(new)
+        new.mkdir()
+        try:
+            yield new
+            for each in (*new.rglob("*"), new):
+                sync(each)
+            new.rename(path / FINISHED if there else path)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+        if there:
             _settle(path, index)
-    except BaseException:
-        if made:
-            with suppress(OSError):  # it holds something
-                path.rmdir()
-        raise
-    sync(path.parent)
+        sync(path.parent)
 
 
 def check_directory(path: Path, index: str) -> None:

@@ -368,7 +368,7 @@ def fail_at(patch: pytest.MonkeyPatch, turn: int, error: BaseException) -> list[
 @pytest.mark.parametrize("error", [OSError("disk full"), Killed()], ids=["error", "kill"])
 @pytest.mark.parametrize("existing", [True, False], ids=["existing", "new"])
 def test_a_save_that_is_stopped_anywhere(tmp_path: Path, error: BaseException, existing: bool) -> None:
-    """Each operation fails in turn. A new directory may be there without a save, which is no earlier one."""
+    """Each operation fails in turn. A new directory is there when it is whole, and what was left is used up."""
     seen = set()
     for turn in count():
         path = tmp_path / str(turn) / "kept"
@@ -378,19 +378,20 @@ def test_a_save_that_is_stopped_anywhere(tmp_path: Path, error: BaseException, e
             done = fail_at(patch, turn, error)
             with suppress(OSError, Killed):
                 save(path, "new")
-        if existing or saved_at(path).joinpath("bundle.json").exists():
+        if path.exists():
             seen.add(load(path))
+            (path / "note").mkdir()  # whatever was stopped, this is no part of it
+            refused(lambda path=path: save(path, "newer"), "got other things in it: note")
+            (path / "note").rmdir()
         else:
-            assert contents(path) == {} or isinstance(error, Killed)
-        (path / "note").mkdir(parents=True)  # whatever it is, it is no part of a save
-        refused(lambda path=path: save(path, "newer"), "got other things in it: note")
-        (path / "note").rmdir()
+            assert not existing
         save(path, "newer")
         assert load(path) == "newer"
         assert sorted(contents(path)) == ["bundle.json", "more", "part/a"]
+        assert os.listdir(path.parent) == ["kept"]
         if not any(operation.endswith("failed") for operation in done):
             break
-    assert turn > 15
+    assert turn > (15 if existing else 8)
     assert seen == ({"old", "new"} if existing else {"new"})
 
 
