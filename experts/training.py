@@ -142,7 +142,7 @@ def train_expert(
     kept = _Best(model, domain, settings)
     with frozen(model):
         steps = 0
-        for step in tqdm(range(settings.steps), f"expert {domain.name}", disable=not progress):
+        for step in tqdm(range(settings.steps), f"expert {domain.name}", disable=None if progress else True):
             if kept.is_over(step, scales):
                 break
             for group in optimizer.param_groups:

@@ -88,7 +88,7 @@ class TwoPassGenerator:
         numbers = np.full((3, count, max_new_tokens), np.nan)
         lengths = np.zeros(count, dtype=int)
         paths: list[list[np.ndarray]] = [[] for _ in range(count)]
-        with tqdm(total=count * max_new_tokens, desc=named.name, disable=not progress) as bar:
+        with tqdm(total=count * max_new_tokens, desc=named.name, disable=None if progress else True) as bar:
             for token, chosen, _ in run.tokens():
                 place = chosen, lengths[chosen]
                 ids[place] = token.ids

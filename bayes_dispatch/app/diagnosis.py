@@ -30,7 +30,16 @@ from bayes_dispatch.experts.domains import FOREIGN_TEXTS, Domain
 from bayes_dispatch.inference.scoring.evidence_sets import foreign_evidence, mixed_evidence, pure_evidence
 from bayes_dispatch.storage import write_files, write_json
 
-__all__ = ["FILES", "TITLE", "Diagnosis", "DiagnosisSettings", "diagnose", "diagnosis_tables", "write_diagnosis"]
+__all__ = [
+    "FILES",
+    "TITLE",
+    "Diagnosis",
+    "DiagnosisSettings",
+    "HeldOutDiagnosis",
+    "diagnose",
+    "diagnosis_tables",
+    "write_diagnosis",
+]
 
 PROPOSALS = 1_000  # of each prompt, for importance weights
 CORRECTED_DRAWS = 63  # of them: few, so that next to none repeats
@@ -75,15 +84,10 @@ class DiagnosisSettings:
 
 
 @dataclass(frozen=True, eq=False)
-class Diagnosis:
-    """What was found.
+class HeldOutDiagnosis:
+    """What held-out prompts of the experts' domains tell.
 
     Attributes:
-        settings: what was asked for.
-        unjudged: experts of which there is no held-out text: they compete for the prompts of the others, and the
-            simulations are of them too, but no prompt is theirs.
-        ranks: simulation-based calibration: the guide against the program that it answers for.
-        corrected: the same with the guide's draws resampled by importance, from ``PROPOSALS`` of each prompt.
         k_hat: share of prompts whose importance weights can be trusted (k-hat below .7): of mixtures, and by length.
         coverage, simulated: of intervals on held-out mixtures, and on simulations at the same weights.
         pure: accuracy, ECE, Brier score and log loss of ``predict_proba`` on held-out prompts of one domain, by length.
@@ -92,10 +96,6 @@ class Diagnosis:
         foreign: how well the weight of base tells foreign prompts from those of the experts' domains.
     """
 
-    settings: DiagnosisSettings
-    unjudged: tuple[str, ...]
-    ranks: SimulationBasedCalibration
-    corrected: SimulationBasedCalibration
     k_hat: Mapping[str, float]
     coverage: CoverageCurve
     simulated: CoverageCurve
@@ -114,7 +114,7 @@ class Diagnosis:
         return count / len(self.risk_coverage.risk), float(self.risk_coverage.risk[count - 1]) if count else 0.0
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in the report, as JSON values."""
+        """As JSON values."""
         curves = {
             name: {
                 "levels": c.levels.tolist(),
@@ -124,10 +124,6 @@ class Diagnosis:
             for name, c in (("found", self.coverage), ("simulated", self.simulated))
         }
         return {
-            "settings": asdict(self.settings),
-            "unjudged": list(self.unjudged),
-            "ranks": _verdicts(self.ranks),
-            "corrected_ranks": _verdicts(self.corrected),
             "k_hat_below_0.7": dict(self.k_hat),
             "coverage": curves,
             "pure": {str(length): dict(scores) for length, scores in self.pure.items()},
@@ -135,6 +131,35 @@ class Diagnosis:
             "abstention": None if self.abstention is None else asdict(self.abstention) | {"served_after": self.served},
             "foreign_auroc": asdict(self.foreign),
         }
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """What was found.
+
+    Attributes:
+        settings: what was asked for.
+        unjudged: experts of which there is no held-out text: they compete for the prompts of the others, and the
+            simulations are of them too, but no prompt is theirs.
+        ranks: simulation-based calibration: the guide against the program that it answers for.
+        corrected: the same with the guide's draws resampled by importance, from ``PROPOSALS`` of each prompt.
+        held_out: ``None`` where fewer than two experts have held-out text: then simulations alone were judged.
+    """
+
+    settings: DiagnosisSettings
+    unjudged: tuple[str, ...]
+    ranks: SimulationBasedCalibration
+    corrected: SimulationBasedCalibration
+    held_out: HeldOutDiagnosis | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in the report, as JSON values."""
+        return {
+            "settings": asdict(self.settings),
+            "unjudged": list(self.unjudged),
+            "ranks": _verdicts(self.ranks),
+            "corrected_ranks": _verdicts(self.corrected),
+        } | ({} if self.held_out is None else self.held_out.to_dict())
 
 
 def diagnose(
@@ -148,20 +173,30 @@ def diagnose(
     Args:
         bundle: whose dispatcher it is. settings: how much to measure. progress: show progress bars.
         own: text of experts from a user's files, by their names; of others the project has its own. Experts without
-            any are not judged.
+            any are not judged, and with fewer than two that have some, simulations alone are.
 
     Raises:
         UnknownNameError: text of an expert that the bundle does not have.
-        ConfigError: held-out text of fewer than two experts.
     """
     settings = settings or DiagnosisSettings()
     known, names = held_out_domains(bundle, own or {}), bundle.experts.names
-    if len(known) < 2:
-        raise ConfigError(f"expected held-out text of at least two experts of {', '.join(names)}, got {len(known)}")
+    dispatcher, seed = bundle.dispatcher, settings.seed
+    return Diagnosis(
+        settings,
+        tuple(name for name in names if name not in known),
+        simulation_based_calibration(dispatcher, settings.simulations, settings.draws, seed),
+        simulation_based_calibration(_Resampled(dispatcher), settings.simulations, CORRECTED_DRAWS, seed),
+        _judge(bundle, settings, known, progress) if len(known) > 1 else None,
+    )
+
+
+def _judge(
+    bundle: Bundle, settings: DiagnosisSettings, known: Mapping[str, Domain], progress: bool
+) -> HeldOutDiagnosis:
+    """On held-out prompts of these experts."""
+    names = bundle.experts.names
     domains, places, count = list(known.values()), [names.index(name) for name in known], len(names)
     model, dispatcher, seed, block = bundle.model, bundle.dispatcher, settings.seed, bundle.experts.adapt_from
-    ranks = simulation_based_calibration(dispatcher, settings.simulations, settings.draws, seed)
-    corrected = simulation_based_calibration(_Resampled(dispatcher), settings.simulations, CORRECTED_DRAWS, seed)
     mixed = mixed_evidence(
         model, domains, settings.mixtures, settings.mixture_lengths, "held_out", seed, progress, block
     )
@@ -193,11 +228,7 @@ def diagnose(
         dispatcher.posterior(evidence, draws=settings.draws, seed=seed).mean[:, -1]
         for evidence in (found.evidence, foreign.evidence)
     ]
-    return Diagnosis(
-        settings,
-        tuple(name for name in names if name not in known),
-        ranks,
-        corrected,
+    return HeldOutDiagnosis(
         k_hat,
         coverage,
         simulated,
@@ -216,26 +247,27 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
         [c.component, *_verdict(c), *_verdict(d)]
         for c, d in zip(ranks.components, diagnosis.corrected.components, strict=True)
     ]
-    settings = diagnosis.settings
+    settings, held_out = diagnosis.settings, diagnosis.held_out
     note = f"{settings.simulations} simulations; false-alarm rate {ranks.false_alarm_rate:g} for all together."
+    if held_out is None:
+        note += " No prompt was judged: that takes held-out text of two experts or more (--text NAME=FILE)."
+    columns = ["component", "guide", "by", "resampled", "by"]
+    tables = [Table("Ranks of true weights among posterior draws", columns, verdicts, note)]
+    return tables if held_out is None else [*tables, *_held_out_tables(held_out, settings, diagnosis.unjudged)]
+
+
+def _held_out_tables(found: HeldOutDiagnosis, settings: DiagnosisSettings, unjudged: tuple[str, ...]) -> list[Table]:
+    curves = found.coverage, found.simulated
     levels = [
-        [f"{level:.0%}", f"{value:.3f} ± {se:.3f}", f"{other:.3f} ± {other_se:.3f}"]
-        for level, value, se, other, other_se in zip(
-            diagnosis.coverage.levels,
-            diagnosis.coverage.values,
-            diagnosis.coverage.standard_errors,
-            diagnosis.simulated.values,
-            diagnosis.simulated.standard_errors,
-            strict=True,
-        )
+        [f"{level:.0%}", *(f"{curve.values[n]:.3f} ± {curve.standard_errors[n]:.3f}" for curve in curves)]
+        for n, level in enumerate(found.coverage.levels)
     ]
-    names = list(next(iter(diagnosis.pure.values())))
-    scores = [[f"{length} bytes", *(f"{row[name]:.4f}" for name in names)] for length, row in diagnosis.pure.items()]
-    foreign, curve, rule = diagnosis.foreign, diagnosis.risk_coverage, diagnosis.abstention
-    served, unjudged = diagnosis.served, ", ".join(diagnosis.unjudged)
-    judged = f"Without prompts of {unjudged}, of which no held-out text was given." if unjudged else ""
+    names = list(next(iter(found.pure.values())))
+    scores = [[f"{length} bytes", *(f"{row[name]:.4f}" for name in names)] for length, row in found.pure.items()]
+    foreign, curve, rule, served = found.foreign, found.risk_coverage, found.abstention, found.served
+    judged = f"Without prompts of {', '.join(unjudged)}, of which no held-out text was given." if unjudged else ""
     trust = [
-        *([f"k-hat below .7: {name}", f"{share:.3f}"] for name, share in diagnosis.k_hat.items()),
+        *([f"k-hat below .7: {name}", f"{share:.3f}"] for name, share in found.k_hat.items()),
         ["AURC (above the oracle's)", f"{curve.aurc:.5f} ({curve.excess_aurc:.5f})"],
         ["AUROC of the base weight on foreign text", f"{foreign.value:.4f} ± {foreign.standard_error:.4f}"],
         [
@@ -244,44 +276,36 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
         ],
         ["served, and wrong, on the other half", "–" if served is None else f"{served[0]:.3f}, {served[1]:.4f}"],
     ]
+    holds = f"The threshold holds with probability {1 - settings.delta:g}."
     return [
-        Table(
-            "Ranks of true weights among posterior draws",
-            ["component", "guide", "by", "resampled", "by"],
-            verdicts,
-            note,
-        ),
         Table("Coverage of intervals on held-out mixtures", ["nominal", "found", "on simulations"], levels, judged),
         Table("P(best) on held-out prompts of one domain", ["length", *names], scores, judged),
-        Table(
-            "When to trust it",
-            ["", "found"],
-            trust,
-            f"The threshold holds with probability {1 - diagnosis.settings.delta:g}.",
-        ),
+        Table("When to trust it", ["", "found"], trust, holds),
     ]
 
 
 def write_diagnosis(diagnosis: Diagnosis, out: Path) -> list[Path]:
-    """Write ``FILES`` into a directory that is made if need be; its other files stay.
+    """Write the report, its numbers and its pictures into a directory that is made if need be; its other files stay.
 
     Raises:
         BundleError: as :func:`bayes_dispatch.storage.check_files`.
     """
-    figures = {
-        "ranks.png": plot_rank_ecdfs(diagnosis.ranks),
-        "coverage.png": plot_coverage(diagnosis.coverage, diagnosis.simulated),
-        "reliability.png": plot_reliability(diagnosis.reliability),
-        "risk_coverage.png": plot_risk_coverage(diagnosis.risk_coverage, diagnosis.abstention),
-    }
+    figures, held_out = {"ranks.png": plot_rank_ecdfs(diagnosis.ranks)}, diagnosis.held_out
+    if held_out is not None:
+        figures |= {
+            "coverage.png": plot_coverage(held_out.coverage, held_out.simulated),
+            "reliability.png": plot_reliability(held_out.reliability),
+            "risk_coverage.png": plot_risk_coverage(held_out.risk_coverage, held_out.abstention),
+        }
+    files = ["diagnosis.json", "report.md", *figures]
     parts = [TITLE, *(table.to_markdown() for table in diagnosis_tables(diagnosis))]
     parts += [f"![{name.partition('.')[0]}]({name})" for name in figures]
-    with write_files(out, FILES, TITLE) as new:
+    with write_files(out, files, TITLE) as new:
         for name, figure in figures.items():
             figure.savefig(new / name)
         write_json(new / "diagnosis.json", diagnosis.to_dict())
         (new / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return [out / name for name in FILES]
+    return [out / name for name in files]
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
-"""An expert from a user's own text, added to a bundle whose dispatcher is fitted again to know it.
+"""Experts from a user's own texts, in a bundle whose dispatcher is fitted again to know them.
 
 The dispatcher is fitted on evidence of all experts. What the project makes itself is made again; of experts from a
 user's earlier texts, which are not kept, the bundle holds the evidence.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -14,22 +14,26 @@ import numpy as np
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
-from bayes_dispatch.errors import ConfigError, RewardError, UnknownNameError
+from bayes_dispatch.errors import ConfigError, RewardError, TensorError, UnknownNameError
 from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, Checked, Domain
 from bayes_dispatch.experts.domains.own import OwnPrompts, Reward, Rewarded, read_jsonl, read_prompts, read_text
 from bayes_dispatch.experts.objectives import Likelihood, Objective, Reinforce
 from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, train_expert
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence, base_evidence, mixed_evidence, pure_evidence
+from bayes_dispatch.inference.two_pass.first_pass import first_pass
 
 __all__ = [
     "RefitSettings",
     "add_expert",
+    "add_experts",
+    "check_texts",
     "import_reward",
     "objective_by_name",
     "own_settings",
     "read_domain",
     "train_own_expert",
+    "with_dispatcher",
 ]
 
 
@@ -119,8 +123,7 @@ def train_own_expert(bundle: Bundle, domain: Domain, settings: ExpertSettings, p
         progress: show a progress bar.
 
     Raises:
-        ConfigError: the domain cannot serve the objective, no expert can have its name, or there is neither text nor
-            evidence of another expert to fit the dispatcher.
+        ConfigError: the domain cannot serve the objective, or no expert can have its name.
         RewardError: the user's function fails.
     """
     ExpertVector(domain.name, bundle.experts[bundle.experts.names[0]].scales, bundle.experts.base)  # refuses bad names
@@ -128,7 +131,6 @@ def train_own_expert(bundle: Bundle, domain: Domain, settings: ExpertSettings, p
         raise ConfigError(
             f"expected the objective reinforce for a reward, got {type(settings.objective).__name__.lower()}"
         )
-    _check_texts(bundle, domain.name)
     return train_expert(bundle.model, domain, settings, progress, bundle.experts.matrices)
 
 
@@ -140,22 +142,39 @@ def add_expert(
     progress: bool = False,
     announce: Callable[[str], object] = lambda text: None,
 ) -> Bundle:
-    """A bundle with one expert more, or another of the same name; its dispatcher is fitted again.
+    """``add_experts`` for one, beside all that the bundle has."""
+    return add_experts(bundle, {expert.name: (expert, domain)}, bundle.experts.names, settings, progress, announce)
+
+
+def add_experts(
+    bundle: Bundle,
+    new: Mapping[str, tuple[ExpertVector, Domain]],
+    keep: Collection[str],
+    settings: RefitSettings,
+    progress: bool = False,
+    announce: Callable[[str], object] = lambda text: None,
+) -> Bundle:
+    """A bundle with new experts, or others of the same names; its dispatcher is fitted to all of them, once.
 
     Args:
-        bundle: what there is. expert: the new one. domain: its text. settings: evidence to fit on.
-        progress: show progress bars. announce: called with a line of text where evidence is lacking.
+        bundle: what there is. new: name → expert and its text. keep: experts of the bundle that stay.
+        settings: evidence to fit on. progress: show progress bars. announce: called with a line of text where evidence
+            is lacking.
 
     Raises:
         ConfigError: there is neither text nor evidence of one of the experts.
     """
+    check_texts(bundle, [name for name in keep if name not in new])
     model, lengths, seed = bundle.model, settings.prompt_lengths, settings.seed
-    bank = bundle.experts.with_expert(expert)
-    kept = {name: evidence for name, evidence in bundle.evidence.items() if name != expert.name}
+    bank = bundle.experts
+    for expert, _ in new.values():
+        bank = bank.with_expert(expert)
+    for name in [name for name in bundle.experts.names if name not in new and name not in keep]:
+        bank = bank.without(name)
+    kept = {name: evidence for name, evidence in bundle.evidence.items() if name in keep and name not in new}
     builtin = {known.name: known for known in EXPERT_DOMAINS}
-    _check_texts(bundle, expert.name)
     texts: dict[str, Domain] = {
-        name: domain if name == expert.name else builtin[bank.metadata[name]["domain"]]
+        name: new[name][1] if name in new else builtin[bank.metadata[name]["domain"]]
         for name in bank.names
         if name not in kept
     }
@@ -172,20 +191,56 @@ def add_expert(
         parts.append(mixed.among(places, count))
     parts.append(base_evidence(model, BASE_TEXTS, count, settings.pure_prompts, lengths, "train", seed, block))
     parts += [_labelled(evidence, bank.names.index(name), count) for name, evidence in kept.items()]
+    own = {name: pure.evidence.select(pure.labels == list(texts).index(name)) for name in new}
     known = KnownEvidence.concatenate(parts)
-    old = bundle.dispatcher
-    dispatcher = Dispatcher(bank.names, seed, old.svi, old.guide, old.features, old.program)
-    dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=progress)
-    own = pure.evidence.select(pure.labels == list(texts).index(expert.name))
-    return Bundle(model, bank, dispatcher, evidence={**kept, expert.name: own})
+    dispatcher = _fitted(bundle.dispatcher, bank.names, known.evidence, known.labels, known.mixtures, seed, progress)
+    return Bundle(model, bank, dispatcher, evidence=kept | own)
 
 
-def _check_texts(bundle: Bundle, new: str) -> None:
-    """Refuse experts, other than the new one, of which there is neither text nor evidence."""
+def with_dispatcher(
+    bundle: Bundle,
+    evidence: Evidence,
+    labels: np.ndarray | None,
+    mixtures: np.ndarray | None,
+    seed: int,
+    progress: bool = False,
+) -> Bundle:
+    """The bundle with a dispatcher that is fitted to other evidence; without its gate, which knew the old one.
+
+    Raises:
+        TensorError: evidence that the bundle's first pass does not give.
+    """
+    seen = first_pass(bundle.model, bundle.tokenizer, ["a"], block=bundle.experts.adapt_from).evidence
+    for name, view in evidence.views.items():
+        if name not in seen.views or view.shape[1] != seen.views[name].shape[1]:
+            widths = ", ".join(f"{name} (N, {view.shape[1]})" for name, view in seen.views.items())
+            raise TensorError(
+                f"expected evidence as this bundle's first pass gives it, {widths}; got {name} {view.shape}"
+            )
+    dispatcher = _fitted(bundle.dispatcher, bundle.experts.names, evidence, labels, mixtures, seed, progress)
+    return replace(bundle, dispatcher=dispatcher, gate=None, report={})
+
+
+def check_texts(bundle: Bundle, kept: Collection[str]) -> None:
+    """Refuse experts of which there is neither text nor evidence to fit a dispatcher on."""
     builtin = {known.name for known in EXPERT_DOMAINS}
-    for name, told in bundle.experts.metadata.items():
-        if name != new and name not in bundle.evidence and told.get("domain") not in builtin:
+    for name in kept:
+        if name not in bundle.evidence and bundle.experts.metadata[name].get("domain") not in builtin:
             raise ConfigError(f"expected text or evidence of every expert to fit the dispatcher, got none of {name}")
+
+
+def _fitted(
+    old: Dispatcher,
+    names: Sequence[str],
+    evidence: Evidence,
+    labels: np.ndarray | None,
+    mixtures: np.ndarray | None,
+    seed: int,
+    progress: bool,
+) -> Dispatcher:
+    """A dispatcher with the settings of another."""
+    new = Dispatcher(names, seed, old.svi, old.guide, old.features, old.program)
+    return new.fit(evidence, labels, mixtures, progress=progress)
 
 
 def _labelled(evidence: Evidence, label: int, experts: int) -> KnownEvidence:

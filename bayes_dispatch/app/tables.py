@@ -86,7 +86,7 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
     """The tables of a bundle's report; a part that was not measured has none.
 
     Raises:
-        BundleError: the report is empty, or none that ``bayes-dispatch train`` made.
+        BundleError: a part of the report is none that ``bayes-dispatch train`` made.
     """
     parts: dict[str, Callable[[Any], list[Table]]] = {
         "experts": _experts,
@@ -96,12 +96,9 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
         "switching": lambda part: _blended(part, "Documents that switch convention half-way"),
     }
     try:
-        tables = [table for name, make in parts.items() if name in report for table in make(report[name])]
+        return [table for name, make in parts.items() if name in report for table in make(report[name])]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise BundleError(f"expected the report of a training run in the bundle, got another: {error!r:.80}") from None
-    if not tables:
-        raise BundleError("expected a bundle with the report of its training, got one without")
-    return tables
 
 
 def report_markdown(report: Mapping[str, Any]) -> str:

@@ -276,7 +276,7 @@ def _in_processes(
     with ProcessPoolExecutor(processes, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures: Iterable[Any] = as_completed([pool.submit(work, *job) for job in jobs])
         try:
-            for future in tqdm(futures, title, total=len(jobs), disable=not progress):
+            for future in tqdm(futures, title, total=len(jobs), disable=None if progress else True):
                 future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)  # else an error, or Ctrl-C, would wait for all jobs that are queued

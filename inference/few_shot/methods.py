@@ -78,7 +78,7 @@ class SequentialMonteCarlo:
     @torch.no_grad()
     def infer(self, program: FewShotProgram, seed: int, progress: bool = False) -> FewShotFit:
         """Draws, with the evidence."""
-        with isolated(seed), tqdm(desc=self.name, total=100, disable=not progress, unit="%") as bar:
+        with isolated(seed), tqdm(desc=self.name, total=100, disable=None if progress else True, unit="%") as bar:
             state = program.draw(self.particles)
             likelihood = program.log_likelihood(state)
             power, log_evidence, evaluations, precision = 0.0, 0.0, self.particles, 30.0
@@ -141,7 +141,7 @@ class VariationalInference:
             optimizer = ClippedAdam({"lr": self.learning_rate, "lrd": decay, "clip_norm": 10.0})
             elbo = Trace_ELBO(num_particles=self.particles, vectorize_particles=True, max_plate_nesting=0)
             svi = SVI(program, guide, optimizer, elbo)
-            for _ in tqdm(range(self.steps), self.name, disable=not progress):
+            for _ in tqdm(range(self.steps), self.name, disable=None if progress else True):
                 svi.step()
             with torch.no_grad():
                 state = guide.draw(self.draws)
@@ -178,7 +178,7 @@ class CrossEntropy:
         shape = (program.rows, len(program.concentration))
         with isolated(seed):
             mean, spread = torch.zeros(shape).double(), torch.full(shape, self.spread).double()
-            for _ in tqdm(range(self.iterations), self.name, disable=not progress):
+            for _ in tqdm(range(self.iterations), self.name, disable=None if progress else True):
                 logits = mean + spread * torch.randn(self.population, *shape).double()
                 best = program.log_likelihood(logits.softmax(-1)).topk(self.elite).indices
                 mean, spread = logits[best].mean(0), logits[best].std(0) + 1e-3

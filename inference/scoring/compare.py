@@ -120,7 +120,7 @@ def score_together(
     cut = CutModel(model, experts.adapt_from if isinstance(model, Cuttable) else 0)
     weights, places = _distinct(_alike([each.run for each in particles.values()]))
     scores: dict[str, list[Score]] = {name: [] for name in particles}
-    with tqdm(total=len(documents), desc="documents", disable=not progress) as bar:
+    with tqdm(total=len(documents), desc="documents", disable=None if progress else True) as bar:
         for part in _groups(documents, [len(own) for own in weights]):
             group = documents[part]
             readings = read_documents(cut, experts, group, weights[part])

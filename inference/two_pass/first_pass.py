@@ -85,7 +85,7 @@ def first_pass(
     cut = CutModel(model, block)
     order = sorted(range(len(checked)), key=lambda i: len(checked[i]))  # similar lengths run together
     rows: dict[int, dict[str, np.ndarray]] = {}
-    for start in tqdm(range(0, len(order), batch_size), "first pass", disable=not progress):
+    for start in tqdm(range(0, len(order), batch_size), "first pass", disable=None if progress else True):
         batch = order[start : start + batch_size]
         ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *checked[i]] for i in batch])
         if block:

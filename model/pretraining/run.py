@@ -164,7 +164,8 @@ def _train(run: Run, worker: Worker) -> None:
             block.compile(dynamic=False)
     parameters = list(model.parameters())
     shown = run.progress and worker.rank == 0
-    bar = tqdm(range(start, settings.steps), "pre-training", initial=start, total=settings.steps, disable=not shown)
+    hidden = None if shown else True  # None: hidden where stderr is no terminal
+    bar = tqdm(range(start, settings.steps), "pre-training", initial=start, total=settings.steps, disable=hidden)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(step, settings.steps, settings.warmup, settings.flat)

@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bayes_dispatch.app.commands.terminal import (
-    BLENDS_HELP,
+    BlendOption,
     BundleOption,
+    DrawsOption,
+    SampleOption,
     SeedOption,
+    TemperatureOption,
+    TopKOption,
+    refuse_unused,
+    refuse_unused_settings,
     typed,
     use_one_thread,
     with_options,
@@ -27,24 +33,27 @@ __all__ = ["chat"]
 
 
 def chat(
+    context: typer.Context,
     state: Annotated[
         Path | None,
         typer.Option(help="Written after every turn; a chat that is in it goes on, with the settings it began with."),
     ] = None,
-    blending_mode: Annotated[str, typer.Option(help=BLENDS_HELP)] = "posterior_predictive",
-    top_k: Annotated[int, typer.Option(min=1, help="Components that top_k keeps.")] = 2,
-    draws: Annotated[int, typer.Option(min=1, help="Particles of posterior_predictive and refined_mean.")] = 16,
+    blend: BlendOption = "posterior_predictive",
+    top_k: TopKOption = 2,
+    draws: DrawsOption = 16,
     threshold: Annotated[
-        float, typer.Option(help="Re-adapt when the posterior would predict otherwise by more nats a byte.")
+        float,
+        typer.Option(
+            help="Choose the experts anew once what you said changes the predictions by more nats a byte than this; "
+            "0: after every line."
+        ),
     ] = 0.01,
-    max_context: Annotated[int, typer.Option(min=2, help="Bytes that are remembered.")] = 4096,
+    max_context: Annotated[int, typer.Option(min=2, help="Bytes of the conversation that are remembered.")] = 4096,
     escapes: Annotated[bool, typer.Option("--escapes", help=r"Read \n in lines and --stop as a newline.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most bytes of a reply.")] = 64,
     stop: Annotated[str, typer.Option(help="A reply ends with it; default: a newline.", show_default=False)] = "\n",
-    sample: Annotated[
-        bool, typer.Option("--sample", help="Draw from the predictive distribution; default: greedy.")
-    ] = False,
-    temperature: Annotated[float, typer.Option(help="Of --sample.")] = 1.0,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = 1.0,
     seed: SeedOption = 0,
     show_experts: Annotated[bool, typer.Option("--show-experts", help="Show the weights after each reply.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document a turn, each on a line.")] = False,
@@ -54,7 +63,9 @@ def chat(
     from bayes_dispatch.inference.two_pass.blends import as_blend
     from bayes_dispatch.inference.two_pass.prompts import Writing
 
-    blend = as_blend(with_options(blending_mode, top_k, draws))
+    refuse_unused_settings(context, [blend])
+    refuse_unused(context, {"temperature": sample}, "with --sample")
+    chosen = as_blend(with_options(blend, top_k, draws))
     ending = typed(stop, escapes)
     Writing.of(max_new_tokens, sample, temperature, ending)
     from bayes_dispatch.app.bundle import load_bundle
@@ -64,8 +75,13 @@ def chat(
     generator = TwoPassGenerator(load_bundle(bundle))
     if state is not None and state.exists():
         conversation = generator.resume_chat(state)
+        kept = conversation.settings
+        asked = {"blend": chosen.name, "threshold": threshold, "max_context": max_context, "seed": seed}
+        began = {"blend": kept.blend.name, **{name: getattr(kept, name) for name in list(asked)[1:]}}
+        for name, value in asked.items():
+            refuse_unused(context, {name: began[name] == value}, f"{began[name]}, as the chat in {state} began")
     else:
-        conversation = generator.chat(blend=blend, seed=seed, threshold=threshold, max_context=max_context, file=state)
+        conversation = generator.chat(blend=chosen, seed=seed, threshold=threshold, max_context=max_context, file=state)
     conversation.settings.check_reply(max_new_tokens)
     for line in _lines(escapes):
         written = ""

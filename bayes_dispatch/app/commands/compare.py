@@ -10,10 +10,13 @@ import typer
 from bayes_dispatch.app.commands.terminal import (
     BLENDS_HELP,
     BundleOption,
+    DrawsOption,
     JsonOption,
     SeedOption,
+    TopKOption,
     open_console,
     print_json,
+    refuse_unused_settings,
     use_one_thread,
     with_options,
 )
@@ -34,6 +37,7 @@ OURS, THEIRS = "bundle", "other"
 
 
 def compare(
+    context: typer.Context,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", help="Held-out documents: pure, mixed, switching, foreign, or one domain; default: all."),
@@ -45,22 +49,22 @@ def compare(
         list[str] | None,
         typer.Option(
             "--blend",
-            help=f"{BLENDS_HELP} Or base, or an expert.",
+            help=f"{BLENDS_HELP} Or base, or the name of an expert. Repeatable; default: six of them.",
         ),
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(help="Blend that others are compared with; default: posterior_predictive, or the first."),
+        typer.Option(help="The blend that the others are compared with; default: posterior_predictive, or the first."),
     ] = None,
     other: Annotated[
-        Path | None, typer.Option(help="Another bundle's directory: blend by blend, it is compared with --bundle.")
+        Path | None, typer.Option(help="Directory of another bundle, to compare with --bundle under each blend.")
     ] = None,
     documents: Annotated[
-        int | None, typer.Option(min=2, help=f"Of each held-out domain; default: {DEFAULT_DOCUMENTS}.")
+        int | None, typer.Option(min=2, help=f"How many of each held-out domain; default: {DEFAULT_DOCUMENTS}.")
     ] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="Components that top_k keeps.")] = 2,
-    draws: Annotated[int, typer.Option(min=1, help="Particles of posterior_predictive and refined_mean.")] = 16,
-    csv: Annotated[Path | None, typer.Option(help="File for a row per document and blend.")] = None,
+    top_k: TopKOption = 2,
+    draws: DrawsOption = 16,
+    csv: Annotated[Path | None, typer.Option(help="Write a row for each document and blend to this file.")] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     bundle: BundleOption = None,
@@ -68,6 +72,7 @@ def compare(
     """Compare blends on documents: NLL, exact match, calibration, entropy and cost, with paired differences."""
     if jsonl is not None and (sets or documents is not None):
         raise ConfigError(f"expected --jsonl, or --set and --documents, got both: {jsonl} beside held-out documents")
+    refuse_unused_settings(context, blends or DEFAULT_BLENDS)
     from bayes_dispatch.inference.two_pass.blends import as_blend, full_name
 
     compared = [with_options(name, top_k, draws) for name in blends or DEFAULT_BLENDS]

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bayes_dispatch.app.commands.terminal import (
-    BLENDS_HELP,
+    BlendOption,
     BundleOption,
+    DrawsOption,
     JsonOption,
+    SampleOption,
     SeedOption,
+    TemperatureOption,
+    TopKOption,
     open_console,
     print_json,
+    refuse_unused,
+    refuse_unused_settings,
     typed,
     use_one_thread,
     with_options,
@@ -27,27 +33,35 @@ __all__ = ["generate"]
 
 
 def generate(
-    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; give it again for more.")] = None,
+    context: typer.Context,
+    prompt: Annotated[list[str] | None, typer.Option(help="A text to continue; repeat the option for more.")] = None,
     prompt_file: Annotated[
-        list[Path] | None, typer.Option(help="A file whose bytes, all of them, are a prompt; `-` is stdin.")
+        list[Path] | None, typer.Option(help="A file to continue, read whole; `-` is stdin.")
     ] = None,
     escapes: Annotated[bool, typer.Option("--escapes", help=r"Read \n in --prompt as a newline, and \\ as \.")] = False,
-    blending_mode: Annotated[str, typer.Option(help=BLENDS_HELP)] = "posterior_predictive",
-    top_k: Annotated[int, typer.Option(min=1, help="Components that top_k keeps.")] = 2,
-    draws: Annotated[int, typer.Option(min=1, help="Particles of posterior_predictive and refined_mean.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Bytes to generate.")] = 32,
-    stop: Annotated[str | None, typer.Option(help="A text ends with it; --escapes holds for it, too.")] = None,
-    sample: Annotated[
-        bool, typer.Option("--sample", help="Draw from the predictive distribution; default: greedy.")
-    ] = False,
-    temperature: Annotated[float, typer.Option(help="Of --sample.")] = 1.0,
+    blend: BlendOption = "posterior_predictive",
+    top_k: TopKOption = 2,
+    draws: DrawsOption = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most bytes to write after each prompt.")] = 32,
+    stop: Annotated[
+        str | None, typer.Option(help="End a text once it has written this; --escapes holds for it, too.")
+    ] = None,
+    sample: SampleOption = False,
+    temperature: TemperatureOption = 1.0,
     false_alarm_rate: Annotated[
         float | None,
-        typer.Option(help="Send prompts that the gate finds foreign to base, this share of others at most."),
+        typer.Option(
+            help="Ask the gate, and use no expert for prompts unlike all they know. At most this share of prompts "
+            "that an expert does know is taken for such."
+        ),
     ] = None,
-    abstain: Annotated[bool, typer.Option("--abstain", help="Generate nothing for them instead.")] = False,
+    abstain: Annotated[
+        bool, typer.Option("--abstain", help="With --false-alarm-rate: write nothing for such prompts.")
+    ] = False,
     seed: SeedOption = 0,
-    show_experts: Annotated[bool, typer.Option("--show-experts", help="Show the weight of every expert.")] = False,
+    show_experts: Annotated[
+        bool, typer.Option("--show-experts", help="Show each expert's weight below the text (--json always has them).")
+    ] = False,
     as_json: JsonOption = False,
     bundle: BundleOption = None,
 ) -> None:
@@ -55,10 +69,14 @@ def generate(
     prompts = [*(typed(text, escapes) for text in prompt or ()), *(_read(path) for path in prompt_file or ())]
     if not prompts:
         raise PromptError("expected at least one --prompt or --prompt-file, got none")
+    refuse_unused_settings(context, [blend])
+    refuse_unused(context, {"temperature": sample}, "with --sample")
+    refuse_unused(context, {"abstain": false_alarm_rate is not None}, "with --false-alarm-rate")
+    refuse_unused(context, {"escapes": bool(prompt) or stop is not None}, "with --prompt or --stop")
     from bayes_dispatch.inference.two_pass.blends import as_blend
     from bayes_dispatch.inference.two_pass.prompts import check_prompts
 
-    blend = as_blend(with_options(blending_mode, top_k, draws))
+    chosen = as_blend(with_options(blend, top_k, draws))
     checked = check_prompts(prompts)
     ending = None if stop is None else typed(stop, escapes)
     from bayes_dispatch.app.bundle import load_bundle
@@ -67,7 +85,7 @@ def generate(
     use_one_thread()
     generation = TwoPassGenerator(load_bundle(bundle)).generate(
         checked,
-        blend=blend,
+        blend=chosen,
         max_new_tokens=max_new_tokens,
         do_sample=sample,
         temperature=temperature,
@@ -79,7 +97,7 @@ def generate(
     )
     if as_json:
         asked = {
-            "blend_settings": vars(blend),
+            "blend_settings": vars(chosen),
             "seed": seed,
             "max_new_tokens": max_new_tokens,
             "stop": None if ending is None else ending.decode(errors="backslashreplace"),

@@ -27,9 +27,10 @@ from bayes_dispatch.app.commands.terminal import (
     check_output,
     open_console,
     print_json,
+    refuse_unused,
     use_one_thread,
 )
-from bayes_dispatch.app.commands.train_expert import train_expert
+from bayes_dispatch.app.commands.train_expert import train_expert, train_experts
 from bayes_dispatch.errors import BayesDispatchError, UnknownNameError
 
 __all__ = ["app", "main"]
@@ -92,15 +93,22 @@ def _tell(kind: str, message: str) -> None:
     print(f"bayes-dispatch: {kind}: {line}", file=sys.stderr)
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _show_version(asked: bool) -> bool:
+    if asked:
         from importlib import metadata
 
         print(f"bayes-dispatch {metadata.version('bayes-dispatch')}")
         raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """Options before the command."""
 
 
 @app.command()
@@ -151,6 +159,7 @@ def train(
 
 
 app.command()(train_expert)
+app.command()(train_experts)
 app.command()(generate)
 
 
@@ -187,6 +196,7 @@ def calibrate_gate(
 
 @app.command()
 def report(
+    context: typer.Context,
     bundle: BundleOption = None,
     as_json: JsonOption = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
@@ -195,8 +205,9 @@ def report(
     from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.app.tables import report_markdown
 
+    refuse_unused(context, {"markdown": not as_json}, "without --json")
     measured = load_bundle(bundle).report
-    if markdown and not as_json:
+    if markdown:
         return print(report_markdown(measured))
     _print_report(measured, as_json)
 
@@ -242,30 +253,38 @@ def diagnose(
 
 @app.command()
 def fit(
-    evidence: Annotated[Path, typer.Option(help="An .npz file of hidden, counts, lengths, labels and mixtures.")],
-    expert_names: Annotated[
-        str, typer.Option("--experts", help="Names, with commas; labels are their numbers from 0.")
+    evidence: Annotated[
+        Path,
+        typer.Option(help="An .npz file of hidden, counts, lengths, labels and mixtures, as in a first pass."),
     ],
-    out: Annotated[Path, typer.Option(help="Directory of the fitted dispatcher.")],
+    out: Annotated[Path, typer.Option(help="Directory of the new bundle; it may be that of the old one.")],
+    bundle: BundleOption = None,
     seed: SeedOption = 0,
 ) -> None:
-    """Fit a dispatcher to evidence of your own."""
-    check_new_output(out, "dispatcher.json")
-    from bayes_dispatch.dispatcher.estimator import Dispatcher
+    """Fit a bundle's dispatcher again, to evidence of your own, and write the bundle with it.
+
+    Labels are the numbers of the bundle's experts from 0, and -1 where unknown. The bundle's gate was calibrated for
+    the old dispatcher and is left out: calibrate-gate makes another.
+    """
+    check_new_output(out, "bundle.json")
+    from bayes_dispatch.app.bundle import load_bundle
+    from bayes_dispatch.app.own_expert import with_dispatcher
     from bayes_dispatch.dispatcher.evidence.files import read_evidence
 
     use_one_thread()
     known = read_evidence(evidence)
-    dispatcher = Dispatcher([name.strip() for name in expert_names.split(",")], seed)
-    dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=sys.stderr.isatty()).save(out)
-    print(f"{out}: a dispatcher over {', '.join(dispatcher.experts)}, fitted on {len(known.evidence)} prompts")
+    new = with_dispatcher(load_bundle(bundle), known.evidence, known.labels, known.mixtures, seed, progress=True)
+    new.save(out)
+    print(f"{out}: a dispatcher over {', '.join(new.experts.names)}, fitted on {len(known.evidence)} prompts")
 
 
 def _print_report(report: Any, as_json: bool) -> None:
     from bayes_dispatch.app.tables import report_tables
 
-    tables, console = report_tables(report), open_console()
     if as_json:
         return print_json(dict(report))
+    tables, console = report_tables(report), open_console()
+    if not tables:
+        print("Nothing was measured when this bundle was made. `bayes-dispatch diagnose` judges its dispatcher.")
     for table in tables:
         console.print(table.to_rich())

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,25 +17,48 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLENDS_HELP",
+    "BlendOption",
     "BundleOption",
+    "DrawsOption",
     "JsonOption",
     "OwnJsonlOption",
     "OwnTextOption",
+    "SampleOption",
     "SeedOption",
+    "TemperatureOption",
+    "TopKOption",
     "check_new_output",
     "check_output",
     "open_console",
     "print_json",
+    "refuse_unused",
+    "refuse_unused_settings",
     "typed",
     "use_one_thread",
     "with_options",
 ]
 
-BLENDS_HELP = "best_expert, posterior_mean, top_k, thompson_sample, posterior_predictive or refined_mean."
+BLENDS_HELP = (
+    "How the experts are blended: posterior_predictive, refined_mean, posterior_mean, best_expert, top_k or "
+    "thompson_sample; settings may follow, as in top_k(3)."
+)
 WIDTH = 130  # of output that goes to no terminal
 
-BundleOption = Annotated[Path | None, typer.Option("--bundle", help="A bundle's directory; default: the shipped one.")]
-SeedOption = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+BlendOption = Annotated[str, typer.Option("--blend", "--blending-mode", help=BLENDS_HELP)]
+TopKOption = Annotated[int, typer.Option(min=1, help="How many experts the blend top_k keeps.")]
+DrawsOption = Annotated[
+    int, typer.Option(min=1, help="How many draws of the weights posterior_predictive and refined_mean run.")
+]
+SampleOption = Annotated[
+    bool, typer.Option("--sample", help="Draw each byte at random; without it the most probable one is taken.")
+]
+TemperatureOption = Annotated[float, typer.Option(help="With --sample: below 1 fewer surprises, above 1 more.")]
+BundleOption = Annotated[
+    Path | None, typer.Option("--bundle", help="Directory of the bundle to use; without it, the one that ships.")
+]
+SeedOption = Annotated[
+    int, typer.Option(min=0, help="Makes random choices repeatable: the same number gives the same result.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, on stdout.")]
 OwnTextOption = Annotated[
     list[str] | None,
@@ -44,6 +68,34 @@ OwnJsonlOption = Annotated[
     list[str] | None,
     typer.Option("--jsonl", help='name=path, likewise, of lines {"prompt": …, "answer": …}, or of prompts alone.'),
 ]
+
+
+def refuse_unused(context: typer.Context, used: Mapping[str, bool], why: str) -> None:
+    """Refuse options that were given and that would do nothing.
+
+    Args:
+        context: of the command. used: parameter → whether it does something. why: what it would need.
+
+    Raises:
+        ConfigError: one was given and does nothing.
+    """
+    for name, does in used.items():
+        source = context.get_parameter_source(name)
+        if not does and source is not None and source.name != "DEFAULT":
+            raise ConfigError(f"expected --{name.replace('_', '-')} {why}, got it without")
+
+
+def refuse_unused_settings(context: typer.Context, blends: Iterable[str]) -> None:
+    """Refuse ``--top-k`` and ``--draws`` beside blends that have no such setting, or that state it themselves."""
+    from bayes_dispatch.inference.two_pass.blends import ALIASES
+
+    names = {ALIASES.get(blend, blend) for blend in blends}
+    refuse_unused(context, {"top_k": "top_k" in names}, "with the blend top_k")
+    refuse_unused(
+        context,
+        {"draws": not names.isdisjoint({"posterior_predictive", "refined_mean"})},
+        "with the blend posterior_predictive or refined_mean",
+    )
 
 
 def open_console() -> "Console":

@@ -1,8 +1,9 @@
-"""``bayes-dispatch train-expert``: an expert on a user's own file, and a bundle that has it."""
+"""``bayes-dispatch train-expert`` and ``train-experts``: experts on a user's own files, and a bundle that has them."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,40 +14,61 @@ from bayes_dispatch.app.commands.terminal import (
     SeedOption,
     check_new_output,
     print_json,
+    refuse_unused,
     use_one_thread,
 )
 from bayes_dispatch.errors import ConfigError
 
-__all__ = ["train_expert"]
+if TYPE_CHECKING:
+    from bayes_dispatch.experts.domains import Domain
+    from bayes_dispatch.experts.training import ExpertSettings
+
+__all__ = ["train_expert", "train_experts"]
+
+StepsOption = Annotated[
+    int | None, typer.Option(min=1, help="Most training steps; default: 160, fewer where nothing more is learnt.")
+]
 
 
 def train_expert(
-    name: Annotated[str, typer.Option(help="Of the expert: letters, digits, _ and -.")],
+    context: typer.Context,
+    name: Annotated[str, typer.Option(help="What to call the expert: letters, digits, _ and -.")],
     out: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
-    text: Annotated[Path | None, typer.Option(help="A UTF-8 text; with --reward a prompt on each line.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A UTF-8 text to learn from; with --reward a prompt on each line.")
+    ] = None,
     jsonl: Annotated[
         Path | None, typer.Option(help='Lines of {"prompt": …, "answer": …}; with --reward answers may be left out.')
     ] = None,
     reward: Annotated[
         str | None,
         typer.Option(
-            help="package:function of (prompt, answer) to a number. It is imported, which runs it; data never run."
+            help="Your own judge of answers, package:function of (prompt, answer) to a number. It is imported, so it "
+            "runs your code."
         ),
     ] = None,
     objective: Annotated[
-        str | None, typer.Option(help="likelihood or reinforce; default: reinforce with --reward, else likelihood.")
+        str | None,
+        typer.Option(
+            help="likelihood (learn the text) or reinforce (try answers, learn from those that are right); default: "
+            "reinforce with --reward, else likelihood."
+        ),
     ] = None,
-    kl: Annotated[float, typer.Option(help="Penalty on leaving the base model, of reinforce.")] = 0.2,
-    answer_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a sampled answer, of reinforce.")] = 16,
-    steps: Annotated[int | None, typer.Option(min=1, help="At most; default: 160.")] = None,
+    kl: Annotated[float, typer.Option(help="With reinforce: how much it costs to leave the base model.")] = 0.2,
+    answer_bytes: Annotated[int, typer.Option(min=1, help="With reinforce: most bytes of an answer it tries.")] = 16,
+    steps: StepsOption = None,
     refit: Annotated[
-        bool, typer.Option(help="Fit the dispatcher again and write a bundle; else write the experts alone.")
+        bool,
+        typer.Option(help="Fit the dispatcher again and write a bundle; with --no-refit write the experts alone."),
     ] = True,
     bundle: BundleOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an expert on a file of yours, and write a bundle that has it, its dispatcher fitted again."""
+    """Train an expert on a file of yours, and write a bundle that has it beside the others.
+
+    The dispatcher of the bundle is fitted again, so that it knows the new text.
+    """
     check_new_output(out, "bundle.json" if refit else "bank.json")
     if not refit and is_of_a_bundle(out):
         raise ConfigError(f"expected a directory for experts alone, got that of a bundle's: {out}")
@@ -54,26 +76,79 @@ def train_expert(
 
     function = None if reward is None else import_reward(reward)
     named = objective or ("likelihood" if reward is None else "reinforce")
+    refuse_unused(context, dict.fromkeys(("kl", "answer_bytes"), named == "reinforce"), "with the objective reinforce")
     settings = own_settings(objective_by_name(named, kl=kl, answer_bytes=answer_bytes), steps, seed)
     domain = read_domain(name, text, jsonl, function, settings.length - 1)
-    from bayes_dispatch.app.bundle import load_bundle
-    from bayes_dispatch.app.own_expert import RefitSettings, add_expert, train_own_expert
+    _train([domain], settings, None, out, refit, bundle, as_json)
 
-    def announce(line: str) -> None:
-        print(line, file=sys.stderr)
+
+def train_experts(
+    out: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
+    text: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: an expert's name and the UTF-8 text it learns. Repeatable.")
+    ] = None,
+    jsonl: Annotated[
+        list[str] | None,
+        typer.Option(help='NAME=FILE, likewise, of lines {"prompt": …, "answer": …}. Repeatable.'),
+    ] = None,
+    keep_experts: Annotated[
+        bool,
+        typer.Option("--keep-experts", help="Keep the experts of --bundle; without it yours are the only ones."),
+    ] = False,
+    steps: StepsOption = None,
+    bundle: BundleOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Train an expert on each of several files of yours, and write a bundle of them with one dispatcher for all."""
+    check_new_output(out, "bundle.json")
+    from bayes_dispatch.app.held_out import read_own
+    from bayes_dispatch.app.own_expert import own_settings
+    from bayes_dispatch.experts.domains.own import OwnPrompts
+    from bayes_dispatch.experts.objectives import Likelihood
+
+    domains = read_own(text or (), jsonl or ())
+    if not domains:
+        raise ConfigError("expected at least one --text or --jsonl of NAME=FILE, got none")
+    if mute := [name for name, domain in domains.items() if isinstance(domain, OwnPrompts)]:
+        raise ConfigError(f'expected an "answer" in each line of the files, got none for {", ".join(mute)}')
+    _train(list(domains.values()), own_settings(Likelihood(), steps, seed), keep_experts, out, True, bundle, as_json)
+
+
+def _train(
+    domains: "Sequence[Domain]",
+    settings: "ExpertSettings",
+    keep_experts: bool | None,
+    out: Path,
+    refit: bool,
+    bundle: Path | None,
+    as_json: bool,
+) -> None:
+    """Train an expert for each domain, join them to those that stay, and write and tell what came out."""
+    from bayes_dispatch.app.bundle import load_bundle
+    from bayes_dispatch.app.own_expert import RefitSettings, add_experts, check_texts, train_own_expert
 
     use_one_thread()
-    old, progress = load_bundle(bundle), sys.stderr.isatty()
-    expert = train_own_expert(old, domain, settings, progress)
+    old, names = load_bundle(bundle), [domain.name for domain in domains]
+    keep = [] if keep_experts is False else [name for name in old.experts.names if name not in names]
     if refit:
-        new = add_expert(old, expert, domain, RefitSettings(seed=seed), progress, announce)
+        check_texts(old, keep)  # before training, which takes minutes
+    trained = {domain.name: (train_own_expert(old, domain, settings, progress=True), domain) for domain in domains}
+    if refit:
+        refitting = RefitSettings(seed=settings.seed)
+        new = add_experts(old, trained, keep, refitting, True, lambda line: print(line, file=sys.stderr))
         new.save(out)
         experts = new.experts
     else:
-        experts = old.experts.with_expert(expert)
+        experts = old.experts
+        for expert, _ in trained.values():
+            experts = experts.with_expert(expert)
         experts.save(out)
+    told = {name: dict(expert.metadata) for name, (expert, _) in trained.items()}
     if as_json:
-        return print_json({"out": str(out), "name": name, "experts": list(experts.names), **expert.metadata})
-    told = expert.metadata
-    scores = f"score {told['validation']} at step {told['best_step']}, of base {told['base_validation']}"
-    print(f"{out}: experts {', '.join(experts.names)}; {name} by {named}: {scores}")
+        one = {"name": names[0], **told[names[0]]} if keep_experts is None else {"trained": told}
+        return print_json({"out": str(out), "experts": list(experts.names), **one})
+    print(f"{out}: experts {', '.join(experts.names)}")
+    for name, found in told.items():
+        step = f"at step {found['best_step']}"
+        print(f"{name} by {found['objective']}: score {found['validation']} {step}, of base {found['base_validation']}")

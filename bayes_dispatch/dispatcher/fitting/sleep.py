@@ -257,7 +257,7 @@ def train_guide(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     n_real = round(settings.real_share * settings.batch_size) if real is not None else 0
     losses: list[float] = []
-    for _ in tqdm(range(steps), desc=progress, disable=progress is None):
+    for _ in tqdm(range(steps), desc=progress, disable=True if progress is None else None):
         rows = torch.randint(len(targets), (settings.batch_size - n_real,))
         batch, weights = inputs[rows], targets[rows]
         if real is not None and n_real:

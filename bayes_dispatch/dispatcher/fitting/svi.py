@@ -210,7 +210,7 @@ def _fit(
     for turn in range(settings.rounds):
         rate = settings.learning_rate / 2**turn
         svi = SVI(model, guide, ClippedAdam({"lr": rate, "lrd": decay, "clip_norm": 10.0}), Trace_ELBO())
-        bar = tqdm(range(settings.steps), desc="globals (SVI)", disable=not progress)
+        bar = tqdm(range(settings.steps), desc="globals (SVI)", disable=None if progress else True)
         for step in bar:
             losses.append(finite(svi.step(prompts) / len(prompts), len(losses), rate))
             if step % 50 == 0:

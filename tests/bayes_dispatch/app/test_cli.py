@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bayes_dispatch.app.bundle import SHIPPED, Bundle
+import bayes_dispatch
+from bayes_dispatch.app.bundle import SHIPPED, Bundle, load_bundle
 from bayes_dispatch.app.commands import main as cli
 from bayes_dispatch.app.tables import report_markdown, report_tables
 from bayes_dispatch.errors import BundleError
@@ -62,7 +63,7 @@ def test_help_loads_nothing_heavy() -> None:
         "finally:\n    print(*{name.split('.')[0] for name in sys.modules}, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "--blending-mode" in done.stdout
+    assert "--blend" in done.stdout
     assert HEAVY & set(done.stderr.split()) == set()
 
 
@@ -135,27 +136,49 @@ def test_prompt_from_file_and_stdin(saved: Path) -> None:
     assert json.loads(done.stdout)["prompts"] == ["grün\n", "kfpa>"]
 
 
-def test_fit(bundle: Bundle, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Arrays of the file reach `fit`, and what it fitted is saved."""
+def test_fit_gives_a_bundle_that_generates(saved: Path, bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its dispatcher is that of the file's evidence and labels; and no progress bar goes to what is no terminal."""
     from bayes_dispatch.dispatcher.estimator import Dispatcher
+    from bayes_dispatch.inference.two_pass.first_pass import first_pass
 
-    rng = np.random.default_rng(0)
-    given = {"hidden": rng.normal(size=(8, 5)), "lengths": np.arange(8) + 20, "labels": np.arange(8) % 2}
-    np.savez("evidence.npz", **given)
-    seen = {}
-
-    def fit(self: Dispatcher, X: Any, y: Any, mixtures: Any, progress: bool) -> Dispatcher:
-        seen.update(hidden=X.views["hidden"], lengths=X.lengths, labels=y, mixtures=mixtures, experts=self.experts)
-        return bundle.dispatcher
-
-    monkeypatch.setattr(Dispatcher, "fit", fit)
-    code, _, err = run(capfd, "fit", "--evidence", "evidence.npz", "--experts", "left, right", "--out", "fitted")
+    texts, labels = [["ab>ba\n", "1+2=3\n", "x y z\n"][n % 3] * (1 + n % 4) for n in range(30)], np.arange(30) % 3
+    evidence = first_pass(bundle.model, bundle.tokenizer, texts).evidence
+    np.savez("evidence.npz", labels=labels, lengths=evidence.lengths, **evidence.views)
+    code, _, err = run(capfd, "fit", "--evidence", "evidence.npz", "--bundle", saved, "--out", "new", "--seed", "5")
     assert (code, err) == (0, "")
-    assert seen.pop("mixtures") is None
-    assert seen.pop("experts") == ("left", "right")
-    for name, array in given.items():
-        np.testing.assert_array_equal(seen[name], array)
-    assert Dispatcher.load("fitted").experts == bundle.dispatcher.experts
+    old = bundle.dispatcher
+    expected = Dispatcher(old.experts, 5, old.svi, old.guide, old.features, old.program).fit(evidence, labels)
+    np.testing.assert_allclose(load_bundle("new").dispatcher.predict_proba(evidence), expected.predict_proba(evidence))
+    assert run(capfd, "generate", "--bundle", "new", "--prompt", "ab>", "--max-new-tokens", "2")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["generate", "--prompt", "a", "--top-k", "2"], "--top-k with the blend top_k"),
+        (["generate", "--prompt", "a", "--blend", "top_k", "--draws", "4"], "--draws with the blend posterior_pre"),
+        (["generate", "--prompt", "a", "--temperature", "2"], "--temperature with --sample"),
+        (["generate", "--prompt", "a", "--abstain"], "--abstain with --false-alarm-rate"),
+        (["generate", "--prompt-file", __file__, "--escapes"], "--escapes with --prompt or --stop"),
+        (["chat", "--temperature", "2"], "--temperature with --sample"),
+        (["chat", "--blend", "max", "--draws", "2"], "--draws with the blend posterior_predictive"),
+        (["compare", "--blend", "max", "--blend", "thompson", "--top-k", "2"], "--top-k with the blend top_k"),
+        (["train-expert", "--name", "a", "--text", __file__, "--out", "new", "--kl", "1"], "--kl with the objective"),
+        (["report", "--json", "--markdown"], "--markdown without --json"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_would_do_nothing(arguments: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capfd, *arguments)
+    assert_one_line(code, out, err)
+    assert f"expected {told}" in err
+
+
+def test_version() -> None:
+    """As a shell gives it."""
+    done = shell("--version")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == f"bayes-dispatch {bayes_dispatch.__version__}\n"
 
 
 def test_report_of_the_shipped_bundle(capfd: pytest.CaptureFixture[str]) -> None:
@@ -170,7 +193,7 @@ def test_report_of_the_shipped_bundle(capfd: pytest.CaptureFixture[str]) -> None
     assert run(capfd, "report", "--markdown") == (0, report_markdown(report) + "\n", "")
 
 
-@pytest.mark.parametrize("report", [{}, {"note": "tiny"}, {"experts": 3}, {"experts": {"add": {}}}, {"dispatch": {}}])
+@pytest.mark.parametrize("report", [{"experts": 3}, {"experts": {"add": {}}}, {"dispatch": {}}])
 def test_report_of_another_kind(report: dict[str, Any]) -> None:
     with pytest.raises(BundleError, match=r"expected .* got"):
         report_tables(report)
@@ -193,7 +216,7 @@ BAD_INPUT = {
     "top-k too large": ["--prompt", "a", "--blending-mode", "top_k", "--top-k", "9"],
     "no draws": ["--prompt", "a", "--blending-mode", "predictive", "--draws", "0"],
     "too many draws": ["--prompt", "a", "--blending-mode", "predictive", "--draws", "1000"],
-    "NaN temperature": ["--prompt", "a", "--temperature", "nan"],
+    "NaN temperature": ["--prompt", "a", "--sample", "--temperature", "nan"],
     "temperature 0": ["--prompt", "a", "--sample", "--temperature", "0"],
     "no new tokens": ["--prompt", "a", "--max-new-tokens", "0"],
     "no number": ["--prompt", "a", "--max-new-tokens", "ten"],
@@ -231,9 +254,13 @@ def test_bad_generate_input_is_one_line(arguments: list[str], saved: Path, capfd
         ["train", "--processes", "0"],
         ["train", "--out", str(Path(__file__).parent)],
         ["train", "--work", __file__],
-        ["fit", "--evidence", "nowhere", "--experts", "a,b", "--out", "fitted"],
-        ["fit", "--evidence", __file__, "--experts", "a,b", "--out", "fitted"],
-        ["fit", "--experts", "a,b", "--out", "fitted"],
+        ["fit", "--evidence", "nowhere", "--out", "fitted"],
+        ["fit", "--evidence", __file__, "--out", "fitted"],
+        ["fit", "--out", "fitted"],
+        ["train-experts", "--out", "new"],
+        ["train-experts", "--out", "new", "--text", "mine"],
+        ["train-experts", "--out", "new", "--text", "mine=nowhere.txt"],
+        ["train-experts", "--out", __file__, "--text", f"mine={__file__}"],
     ],
     ids=" ".join,
 )
@@ -243,7 +270,10 @@ def test_bad_input_of_other_commands_is_one_line(arguments: list[str], capfd: py
 
 
 def test_report_that_was_not_measured(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert_one_line(*run(capfd, "report", "--bundle", saved))
+    """A bundle that was put together by hand is as good as any."""
+    code, out, err = run(capfd, "report", "--bundle", saved)
+    assert (code, err) == (0, "")
+    assert out.startswith("Nothing was measured")
 
 
 @pytest.mark.parametrize("file", ["model/model.safetensors", "dispatcher/dispatcher.safetensors", "bundle.json"])
@@ -262,23 +292,26 @@ def test_truncated_bundle_is_one_line(file: str, saved: Path, capfd: pytest.Capt
         {"labels": np.zeros(3, int)},
         {"hidden": np.full((3, 2), np.nan)},
         {"hidden": np.zeros((3, 2)), "weights": np.zeros(3)},
-        {"hidden": np.zeros((3, 2)), "labels": np.array([0, 1, 2])},
-        {"hidden": np.zeros((3, 2)), "labels": np.zeros(2, int)},
+        {"hidden": np.zeros((3, 2))},
+        {"hidden": np.zeros((30, 16)), "labels": np.arange(30) % 4},
+        {"hidden": np.zeros((30, 16)), "labels": np.zeros(2, int)},
         {"hidden": np.array([[{}]], dtype=object)},
         {"hidden": np.array([["a"]])},
     ],
-    ids=["empty", "no view", "NaN", "unknown name", "label range", "label count", "pickled", "text"],
+    ids=["empty", "no view", "NaN", "unknown name", "width", "label range", "label count", "pickled", "text"],
 )
-def test_bad_evidence_is_one_line(arrays: dict[str, np.ndarray], capfd: pytest.CaptureFixture[str]) -> None:
+def test_bad_evidence_is_one_line(
+    arrays: dict[str, np.ndarray], saved: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     np.savez("evidence.npz", **arrays)
-    assert_one_line(*run(capfd, "fit", "--evidence", "evidence.npz", "--experts", "a,b", "--out", "fitted"))
+    assert_one_line(*run(capfd, "fit", "--evidence", "evidence.npz", "--bundle", saved, "--out", "fitted"))
     assert os.listdir() == ["evidence.npz"]
 
 
-def test_truncated_evidence_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+def test_truncated_evidence_is_one_line(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     np.savez("evidence.npz", hidden=np.zeros((30, 20)))
     os.truncate("evidence.npz", 2000)
-    assert_one_line(*run(capfd, "fit", "--evidence", "evidence.npz", "--experts", "a,b", "--out", "fitted"))
+    assert_one_line(*run(capfd, "fit", "--evidence", "evidence.npz", "--bundle", saved, "--out", "fitted"))
 
 
 def test_bytes_that_are_no_utf8(saved: Path) -> None:

@@ -41,14 +41,14 @@ def test_numbers_are_of_held_out_prompts(bundle: Bundle, found: Diagnosis) -> No
     domains = [names[name] for name in bundle.experts.names]
     known = pure_evidence(bundle.model, domains, 20, (24, 24), "held_out", 3 + 24)
     probabilities = bundle.dispatcher.predict_proba(known.evidence)
-    assert found.pure[24]["accuracy"] == (probabilities.argmax(1) == known.labels).mean()
-    assert found.pure[24]["ECE"] == expected_calibration_error(probabilities, known.labels)
-    assert found.reliability.counts.sum() == 2 * 20 * len(domains)
-    assert len(found.risk_coverage.risk) == 20 * len(domains)
+    assert found.held_out.pure[24]["accuracy"] == (probabilities.argmax(1) == known.labels).mean()
+    assert found.held_out.pure[24]["ECE"] == expected_calibration_error(probabilities, known.labels)
+    assert found.held_out.reliability.counts.sum() == 2 * 20 * len(domains)
+    assert len(found.held_out.risk_coverage.risk) == 20 * len(domains)
     assert [c.component for c in found.ranks.components] == [*bundle.experts.names, "base"]
     assert found.ranks.ranks.shape == (40, len(domains) + 1)
-    assert found.coverage.levels.tolist() == found.simulated.levels.tolist()
-    assert (found.foreign.inside, found.foreign.outside % 20) == (20 * len(domains), 0)
+    assert found.held_out.coverage.levels.tolist() == found.held_out.simulated.levels.tolist()
+    assert (found.held_out.foreign.inside, found.held_out.foreign.outside % 20) == (20 * len(domains), 0)
 
 
 def test_same_seed_same_numbers(bundle: Bundle, found: Diagnosis) -> None:
@@ -60,11 +60,11 @@ def test_share_served_by_a_threshold(found: Diagnosis) -> None:
     confidence, wrong = np.array([0.9, 0.8, 0.7, 0.6]), np.array([False, True, False, True])
     curve = risk_coverage(confidence, wrong)
     rule = Abstention(threshold=0.7, risk=0.5, delta=0.1, count=4, served=3, errors=1, upper_bound=0.4)
-    assert replace(found, risk_coverage=curve, abstention=rule).served == (0.75, pytest.approx(1 / 3))
-    assert replace(found, risk_coverage=curve, abstention=replace(rule, threshold=0.95)).served == (0, 0)
-    none = replace(found, risk_coverage=curve, abstention=None)
+    assert replace(found.held_out, risk_coverage=curve, abstention=rule).served == (0.75, pytest.approx(1 / 3))
+    assert replace(found.held_out, risk_coverage=curve, abstention=replace(rule, threshold=0.95)).served == (0, 0)
+    none = replace(found.held_out, risk_coverage=curve, abstention=None)
     assert none.served is None
-    assert "none certified" in diagnosis_tables(none)[-1].to_markdown()
+    assert "none certified" in diagnosis_tables(replace(found, held_out=none))[-1].to_markdown()
 
 
 def test_files(found: Diagnosis, tmp_path: Path) -> None:
@@ -111,11 +111,13 @@ class TestExpertsOfAUser:
     def test_without_their_text_they_are_not_judged_but_compete(self, own: Bundle, tmp_path: Path) -> None:
         found = diagnose(own, SETTINGS)
         assert found.unjudged == ("sort",)
-        assert len(found.risk_coverage.risk) == 20 * 2
+        assert len(found.held_out.risk_coverage.risk) == 20 * 2
         named = {domain.name: domain for domain in EXPERT_DOMAINS}
         known = pure_evidence(own.model, [named["reverse"], named["add"]], 20, (24, 24), "held_out", 3 + 24)
         best = own.dispatcher.predict_proba(known.evidence).argmax(1)
-        assert found.pure[24]["accuracy"] == (best == np.array([0, 2])[known.labels]).mean()  # of reverse, sort, add
+        assert (
+            found.held_out.pure[24]["accuracy"] == (best == np.array([0, 2])[known.labels]).mean()
+        )  # of reverse, sort, add
         assert [c.component for c in found.ranks.components] == ["reverse", "sort", "add", "base"]
         assert "Without prompts of sort" in diagnosis_tables(found)[1].to_markdown()
         assert json.loads(json.dumps(found.to_dict()))["unjudged"] == ["sort"]
@@ -124,15 +126,23 @@ class TestExpertsOfAUser:
     def test_with_their_text_they_are(self, own: Bundle, found: Diagnosis) -> None:
         mine = diagnose(own, SETTINGS, own={"sort": MINE})
         assert mine.unjudged == ()
-        assert len(mine.risk_coverage.risk) == 20 * 3
-        assert mine.pure != found.pure  # those are of the convention
+        assert len(mine.held_out.risk_coverage.risk) == 20 * 3
+        assert mine.held_out.pure != found.held_out.pure  # those are of the convention
 
     def test_bad_text(self, own: Bundle) -> None:
         with pytest.raises(UnknownNameError, match="expected text of the experts reverse, sort, add, got some of mine"):
             diagnose(own, SETTINGS, own={"mine": MINE})
-        every = dict.fromkeys(("sort", "add"), own.evidence["sort"])
-        with pytest.raises(ConfigError, match=r"expected held-out text of at least two experts .* got 1"):
-            diagnose(replace(own, evidence=every), SETTINGS)
+
+    def test_without_text_of_two_simulations_alone_are_judged(
+        self, own: Bundle, found: Diagnosis, tmp_path: Path
+    ) -> None:
+        """As for a bundle that was put together by hand."""
+        mine = diagnose(replace(own, evidence=dict.fromkeys(("sort", "add"), own.evidence["sort"])), SETTINGS)
+        assert mine.unjudged == ("sort", "add")
+        assert mine.held_out is None
+        assert (mine.ranks.ranks == found.ranks.ranks).all()
+        assert [path.name for path in write_diagnosis(mine, tmp_path)] == ["diagnosis.json", "report.md", "ranks.png"]
+        assert "No prompt was judged" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.slow
@@ -158,4 +168,4 @@ def test_an_expert_under_another_name_is_judged_on_what_it_was_trained_on(bundle
     dispatcher._prior = replace(bundle.dispatcher.prior, names=(*names, "base"))
     again = diagnose(replace(bundle, experts=ExpertBank(renamed), dispatcher=dispatcher), SETTINGS)
     assert again.unjudged == ()
-    assert again.pure == found.pure
+    assert again.held_out.pure == found.held_out.pure

@@ -159,8 +159,24 @@ class TestCommand:
     def test_a_text_replaces_an_earlier_bundle(self, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
         code, out, err = run(capfd, "--name", "things", "--text", "text.txt", "--bundle", saved, "--out", saved)
         assert (code, err) == (0, "")
-        assert out.startswith(f"{saved}: experts reverse, sort, add, things; things by likelihood: score ")
+        assert out.startswith(f"{saved}: experts reverse, sort, add, things\nthings by likelihood: score ")
         assert set(load_bundle(saved).evidence) == {"things"}
+
+    def test_several_at_once(self, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        """One dispatcher over them alone; the others only where they are asked for."""
+        given = ["--jsonl", "times=pairs.jsonl", "--text", "things=text.txt", "--bundle", str(saved), "--steps", "2"]
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["train-experts", *given, "--out", "new", "--json"])
+        out, err = capfd.readouterr()
+        assert (exit_.value.code, err) == (0, "")
+        told = json.loads(out)
+        assert sorted(told["experts"]) == sorted(told["trained"]) == ["things", "times"]
+        new = load_bundle("new")
+        assert set(new.experts.names) == set(new.dispatcher.experts) == set(new.evidence) == {"things", "times"}
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["train-experts", *given, "--out", "more", "--keep-experts"])
+        assert exit_.value.code == 0
+        assert set(load_bundle("more").experts.names) == {"reverse", "sort", "add", "things", "times"}
 
     @pytest.mark.slow
     def test_a_damaged_piece_of_evidence_is_refused(self, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -211,6 +227,7 @@ class TestCommand:
             ["--jsonl", "text.txt"],
             ["--jsonl", "unanswered.jsonl"],
             ["--text", "text.txt", "--objective", "guess"],
+            ["--text", "text.txt", "--kl", "1"],
             ["--text", "text.txt", "--objective", "reinforce", "--kl", "-1"],
             ["--text", "text.txt", "--steps", "0"],
             ["--text", "text.txt", "--name", "base"],
