@@ -19,11 +19,11 @@ from bayes_dispatch.app.commands.terminal import (
     TemperatureOption,
     TopKOption,
     refuse_unused,
-    refuse_unused_settings,
     typed,
     use_one_thread,
     with_options,
 )
+from bayes_dispatch.errors import ConfigError
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.chat.chat import Chat
@@ -33,28 +33,29 @@ __all__ = ["chat"]
 
 
 def chat(
-    context: typer.Context,
     state: Annotated[
         Path | None,
         typer.Option(help="Written after every turn; a chat that is in it goes on, with the settings it began with."),
     ] = None,
-    blend: BlendOption = "posterior_predictive",
-    top_k: TopKOption = 2,
-    draws: DrawsOption = 16,
+    blend: BlendOption | None = None,
+    top_k: TopKOption = None,
+    draws: DrawsOption = None,
     threshold: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Choose the experts anew once what you said changes the predictions by more nats a byte than this; "
-            "0: after every line."
+            "0: after every line; default: .01."
         ),
-    ] = 0.01,
-    max_context: Annotated[int, typer.Option(min=2, help="Bytes of the conversation that are remembered.")] = 4096,
+    ] = None,
+    max_context: Annotated[
+        int | None, typer.Option(min=2, help="Bytes of the conversation that are remembered; default: 4096.")
+    ] = None,
     escapes: Annotated[bool, typer.Option("--escapes", help=r"Read \n in lines and --stop as a newline.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most bytes of a reply.")] = 64,
     stop: Annotated[str, typer.Option(help="A reply ends with it; default: a newline.", show_default=False)] = "\n",
     sample: SampleOption = False,
-    temperature: TemperatureOption = 1.0,
-    seed: SeedOption = 0,
+    temperature: TemperatureOption = None,
+    seed: SeedOption | None = None,
     show_experts: Annotated[bool, typer.Option("--show-experts", help="Show the weights after each reply.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document a turn, each on a line.")] = False,
     bundle: BundleOption = None,
@@ -63,9 +64,10 @@ def chat(
     from bayes_dispatch.inference.two_pass.blends import as_blend
     from bayes_dispatch.inference.two_pass.prompts import Writing
 
-    refuse_unused_settings(context, [blend])
-    refuse_unused(context, {"temperature": sample}, "with --sample")
-    chosen = as_blend(with_options(blend, top_k, draws))
+    (named,) = with_options([blend or "posterior_predictive"], top_k, draws)
+    refuse_unused("--temperature", temperature, sample, "with --sample")
+    temperature = 1.0 if temperature is None else temperature
+    chosen = as_blend(named)
     ending = typed(stop, escapes)
     Writing.of(max_new_tokens, sample, temperature, ending)
     from bayes_dispatch.app.bundle import load_bundle
@@ -76,12 +78,18 @@ def chat(
     if state is not None and state.exists():
         conversation = generator.resume_chat(state)
         kept = conversation.settings
-        asked = {"blend": chosen.name, "threshold": threshold, "max_context": max_context, "seed": seed}
-        began = {"blend": kept.blend.name, **{name: getattr(kept, name) for name in list(asked)[1:]}}
+        asked = {"blend": blend and chosen.name, "threshold": threshold, "max_context": max_context, "seed": seed}
+        began = {"blend": kept.blend.name} | {
+            name: getattr(kept, name) for name in ("threshold", "max_context", "seed")
+        }
         for name, value in asked.items():
-            refuse_unused(context, {name: began[name] == value}, f"{began[name]}, as the chat in {state} began")
+            if value is not None and value != began[name]:
+                option = f"--{name.replace('_', '-')}"
+                raise ConfigError(f"expected {option} {began[name]}, with which the chat in {state} began, got {value}")
     else:
-        conversation = generator.chat(blend=chosen, seed=seed, threshold=threshold, max_context=max_context, file=state)
+        given = {"seed": seed, "threshold": threshold, "max_context": max_context}
+        settings = {name: value for name, value in given.items() if value is not None}
+        conversation = generator.chat(blend=chosen, file=state, **settings)  # type: ignore[arg-type]
     conversation.settings.check_reply(max_new_tokens)
     for line in _lines(escapes):
         written = ""

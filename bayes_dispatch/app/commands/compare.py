@@ -16,7 +16,6 @@ from bayes_dispatch.app.commands.terminal import (
     TopKOption,
     open_console,
     print_json,
-    refuse_unused_settings,
     use_one_thread,
     with_options,
 )
@@ -37,7 +36,6 @@ OURS, THEIRS = "bundle", "other"
 
 
 def compare(
-    context: typer.Context,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", help="Held-out documents: pure, mixed, switching, foreign, or one domain; default: all."),
@@ -62,8 +60,8 @@ def compare(
     documents: Annotated[
         int | None, typer.Option(min=2, help=f"How many of each held-out domain; default: {DEFAULT_DOCUMENTS}.")
     ] = None,
-    top_k: TopKOption = 2,
-    draws: DrawsOption = 16,
+    top_k: TopKOption = None,
+    draws: DrawsOption = None,
     csv: Annotated[Path | None, typer.Option(help="Write a row for each document and blend to this file.")] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -72,17 +70,18 @@ def compare(
     """Compare blends on documents: NLL, exact match, calibration, entropy and cost, with paired differences."""
     if jsonl is not None and (sets or documents is not None):
         raise ConfigError(f"expected --jsonl, or --set and --documents, got both: {jsonl} beside held-out documents")
-    refuse_unused_settings(context, blends or DEFAULT_BLENDS)
-    from bayes_dispatch.inference.two_pass.blends import as_blend, full_name
+    from bayes_dispatch.inference.two_pass.blends import ALIASES, DEFAULT_BLEND, as_blend, full_name
 
-    compared = [with_options(name, top_k, draws) for name in blends or DEFAULT_BLENDS]
+    compared = with_options(blends or DEFAULT_BLENDS, top_k, draws)
     names = [full_name(name) for name in compared]
-    reference = None if reference is None else full_name(with_options(reference, top_k, draws))
+    settings = dict(zip([ALIASES.get(name, name) for name in blends or DEFAULT_BLENDS], names, strict=True))
+    if reference is not None:  # as it was named, or in full
+        reference = settings.get(ALIASES.get(reference, reference)) or full_name(reference)
     if reference is not None and reference not in names:
         raise UnknownNameError(f"expected a --reference of {', '.join(names)}, got {reference!r}")
     if other is not None and reference is not None:
         raise ConfigError(f"expected --reference or --other, got both: {reference} and {other}")
-    usual = full_name(with_options("posterior_predictive", top_k, draws))
+    usual = settings.get("posterior_predictive", DEFAULT_BLEND.name)
     against = OURS if other is not None else reference or (usual if usual in names else names[0])
     if csv is not None:
         _check_file(csv)

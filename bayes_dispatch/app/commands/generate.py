@@ -19,7 +19,6 @@ from bayes_dispatch.app.commands.terminal import (
     open_console,
     print_json,
     refuse_unused,
-    refuse_unused_settings,
     typed,
     use_one_thread,
     with_options,
@@ -33,21 +32,20 @@ __all__ = ["generate"]
 
 
 def generate(
-    context: typer.Context,
     prompt: Annotated[list[str] | None, typer.Option(help="A text to continue; repeat the option for more.")] = None,
     prompt_file: Annotated[
         list[Path] | None, typer.Option(help="A file to continue, read whole; `-` is stdin.")
     ] = None,
     escapes: Annotated[bool, typer.Option("--escapes", help=r"Read \n in --prompt as a newline, and \\ as \.")] = False,
     blend: BlendOption = "posterior_predictive",
-    top_k: TopKOption = 2,
-    draws: DrawsOption = 16,
+    top_k: TopKOption = None,
+    draws: DrawsOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most bytes to write after each prompt.")] = 32,
     stop: Annotated[
         str | None, typer.Option(help="End a text once it has written this; --escapes holds for it, too.")
     ] = None,
     sample: SampleOption = False,
-    temperature: TemperatureOption = 1.0,
+    temperature: TemperatureOption = None,
     false_alarm_rate: Annotated[
         float | None,
         typer.Option(
@@ -69,14 +67,15 @@ def generate(
     prompts = [*(typed(text, escapes) for text in prompt or ()), *(_read(path) for path in prompt_file or ())]
     if not prompts:
         raise PromptError("expected at least one --prompt or --prompt-file, got none")
-    refuse_unused_settings(context, [blend])
-    refuse_unused(context, {"temperature": sample}, "with --sample")
-    refuse_unused(context, {"abstain": false_alarm_rate is not None}, "with --false-alarm-rate")
-    refuse_unused(context, {"escapes": bool(prompt) or stop is not None}, "with --prompt or --stop")
+    (named,) = with_options([blend], top_k, draws)
+    refuse_unused("--temperature", temperature, sample, "with --sample")
+    refuse_unused("--abstain", abstain, false_alarm_rate is not None, "with --false-alarm-rate")
+    refuse_unused("--escapes", escapes, bool(prompt) or stop is not None, "with --prompt or --stop")
+    temperature = 1.0 if temperature is None else temperature
     from bayes_dispatch.inference.two_pass.blends import as_blend
     from bayes_dispatch.inference.two_pass.prompts import check_prompts
 
-    chosen = as_blend(with_options(blend, top_k, draws))
+    chosen = as_blend(named)
     checked = check_prompts(prompts)
     ending = None if stop is None else typed(stop, escapes)
     from bayes_dispatch.app.bundle import load_bundle

@@ -196,7 +196,6 @@ def calibrate_gate(
 
 @app.command()
 def report(
-    context: typer.Context,
     bundle: BundleOption = None,
     as_json: JsonOption = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
@@ -205,7 +204,7 @@ def report(
     from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.app.tables import report_markdown
 
-    refuse_unused(context, {"markdown": not as_json}, "without --json")
+    refuse_unused("--markdown", markdown, not as_json, "without --json")
     measured = load_bundle(bundle).report
     if markdown:
         return print(report_markdown(measured))

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +32,6 @@ __all__ = [
     "open_console",
     "print_json",
     "refuse_unused",
-    "refuse_unused_settings",
     "typed",
     "use_one_thread",
     "with_options",
@@ -45,14 +44,19 @@ BLENDS_HELP = (
 WIDTH = 130  # of output that goes to no terminal
 
 BlendOption = Annotated[str, typer.Option("--blend", "--blending-mode", help=BLENDS_HELP)]
-TopKOption = Annotated[int, typer.Option(min=1, help="How many experts the blend top_k keeps.")]
+TopKOption = Annotated[
+    int | None, typer.Option(min=1, help="With the blend top_k: how many experts it keeps; default: 2.")
+]
 DrawsOption = Annotated[
-    int, typer.Option(min=1, help="How many draws of the weights posterior_predictive and refined_mean run.")
+    int | None,
+    typer.Option(min=1, help="With posterior_predictive or refined_mean: how many draws of the weights; default: 16."),
 ]
 SampleOption = Annotated[
     bool, typer.Option("--sample", help="Draw each byte at random; without it the most probable one is taken.")
 ]
-TemperatureOption = Annotated[float, typer.Option(help="With --sample: below 1 fewer surprises, above 1 more.")]
+TemperatureOption = Annotated[
+    float | None, typer.Option(help="With --sample: below 1 fewer surprises, above 1 more; default: 1.")
+]
 BundleOption = Annotated[
     Path | None, typer.Option("--bundle", help="Directory of the bundle to use; without it, the one that ships.")
 ]
@@ -70,32 +74,34 @@ OwnJsonlOption = Annotated[
 ]
 
 
-def refuse_unused(context: typer.Context, used: Mapping[str, bool], why: str) -> None:
-    """Refuse options that were given and that would do nothing.
+def refuse_unused(option: str, value: object, used: bool, needs: str) -> None:
+    """Refuse an option that was given and that would do nothing.
 
     Args:
-        context: of the command. used: parameter → whether it does something. why: what it would need.
+        option: as it is typed. value: what was given; ``None`` or ``False`` for nothing.
+        used: whether it does something. needs: what it would need.
 
     Raises:
-        ConfigError: one was given and does nothing.
+        ConfigError: it was given and does nothing.
     """
-    for name, does in used.items():
-        source = context.get_parameter_source(name)
-        if not does and source is not None and source.name != "DEFAULT":
-            raise ConfigError(f"expected --{name.replace('_', '-')} {why}, got it without")
+    if not used and value is not None and value is not False:
+        raise ConfigError(f"expected {option} {needs}, got it without")
 
 
-def refuse_unused_settings(context: typer.Context, blends: Iterable[str]) -> None:
-    """Refuse ``--top-k`` and ``--draws`` beside blends that have no such setting, or that state it themselves."""
+def with_options(blends: Sequence[str], top_k: int | None, draws: int | None) -> list[str]:
+    """Names of blends with the settings that ``--top-k`` and ``--draws`` give; settings in a name stay.
+
+    Raises:
+        ConfigError: an option was given that none of the blends takes.
+    """
     from bayes_dispatch.inference.two_pass.blends import ALIASES
 
-    names = {ALIASES.get(blend, blend) for blend in blends}
-    refuse_unused(context, {"top_k": "top_k" in names}, "with the blend top_k")
-    refuse_unused(
-        context,
-        {"draws": not names.isdisjoint({"posterior_predictive", "refined_mean"})},
-        "with the blend posterior_predictive or refined_mean",
-    )
+    names = [ALIASES.get(blend, blend) for blend in blends]
+    sampled = ("posterior_predictive", "refined_mean")
+    refuse_unused("--top-k", top_k, "top_k" in names, "with the blend top_k")
+    refuse_unused("--draws", draws, not set(sampled).isdisjoint(names), f"with the blend {' or '.join(sampled)}")
+    settings = {"top_k": 2 if top_k is None else top_k, **dict.fromkeys(sampled, 16 if draws is None else draws)}
+    return [f"{name}({settings[name]})" if name in settings else name for name in names]
 
 
 def open_console() -> "Console":
@@ -142,15 +148,6 @@ def typed(text: str, escapes: bool) -> bytes:
     if escapes:
         text = "\\".join(part.replace("\\n", "\n") for part in text.split("\\\\"))
     return os.fsencode(text)
-
-
-def with_options(blend: str, top_k: int, draws: int) -> str:
-    """The name of a blend with the settings that the options give."""
-    from bayes_dispatch.inference.two_pass.blends import ALIASES
-
-    settings = {"top_k": top_k, "posterior_predictive": draws, "refined_mean": draws}
-    name = ALIASES.get(blend, blend)
-    return f"{name}({settings[name]})" if name in settings else blend
 
 
 def use_one_thread() -> None:

@@ -31,7 +31,6 @@ StepsOption = Annotated[
 
 
 def train_expert(
-    context: typer.Context,
     name: Annotated[str, typer.Option(help="What to call the expert: letters, digits, _ and -.")],
     out: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
     text: Annotated[
@@ -54,8 +53,12 @@ def train_expert(
             "reinforce with --reward, else likelihood."
         ),
     ] = None,
-    kl: Annotated[float, typer.Option(help="With reinforce: how much it costs to leave the base model.")] = 0.2,
-    answer_bytes: Annotated[int, typer.Option(min=1, help="With reinforce: most bytes of an answer it tries.")] = 16,
+    kl: Annotated[
+        float | None, typer.Option(help="With reinforce: how much it costs to leave the base model; default: .2.")
+    ] = None,
+    answer_bytes: Annotated[
+        int | None, typer.Option(min=1, help="With reinforce: most bytes of an answer it tries; default: 16.")
+    ] = None,
     steps: StepsOption = None,
     refit: Annotated[
         bool,
@@ -76,8 +79,10 @@ def train_expert(
 
     function = None if reward is None else import_reward(reward)
     named = objective or ("likelihood" if reward is None else "reinforce")
-    refuse_unused(context, dict.fromkeys(("kl", "answer_bytes"), named == "reinforce"), "with the objective reinforce")
-    settings = own_settings(objective_by_name(named, kl=kl, answer_bytes=answer_bytes), steps, seed)
+    for option, value in (("--kl", kl), ("--answer-bytes", answer_bytes)):
+        refuse_unused(option, value, named == "reinforce", "with the objective reinforce")
+    asked = objective_by_name(named, kl=0.2 if kl is None else kl, answer_bytes=answer_bytes or 16)
+    settings = own_settings(asked, steps, seed)
     domain = read_domain(name, text, jsonl, function, settings.length - 1)
     _train([domain], settings, None, out, refit, bundle, as_json)
 
