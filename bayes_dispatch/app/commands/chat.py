@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bayes_dispatch.app.commands.terminal import (
-    BlendOption,
+    BLENDS_HELP,
+    SEED_HELP,
     BundleOption,
     DrawsOption,
     SampleOption,
-    SeedOption,
     TemperatureOption,
     TopKOption,
     refuse_unused,
@@ -37,7 +37,7 @@ def chat(
         Path | None,
         typer.Option(help="Written after every turn; a chat that is in it goes on, with the settings it began with."),
     ] = None,
-    blend: BlendOption | None = None,
+    blend: Annotated[str | None, typer.Option("--blend", "--blending-mode", help=BLENDS_HELP)] = None,
     top_k: TopKOption = None,
     draws: DrawsOption = None,
     threshold: Annotated[
@@ -55,7 +55,7 @@ def chat(
     stop: Annotated[str, typer.Option(help="A reply ends with it; default: a newline.", show_default=False)] = "\n",
     sample: SampleOption = False,
     temperature: TemperatureOption = None,
-    seed: SeedOption | None = None,
+    seed: Annotated[int | None, typer.Option(min=0, help=SEED_HELP)] = None,
     show_experts: Annotated[bool, typer.Option("--show-experts", help="Show the weights after each reply.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document a turn, each on a line.")] = False,
     bundle: BundleOption = None,

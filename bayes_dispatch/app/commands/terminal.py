@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BLENDS_HELP",
+    "SEED_HELP",
     "BlendOption",
     "BundleOption",
     "DrawsOption",
@@ -60,9 +61,8 @@ TemperatureOption = Annotated[
 BundleOption = Annotated[
     Path | None, typer.Option("--bundle", help="Directory of the bundle to use; without it, the one that ships.")
 ]
-SeedOption = Annotated[
-    int, typer.Option(min=0, help="Makes random choices repeatable: the same number gives the same result.")
-]
+SEED_HELP = "Makes random choices repeatable: the same number gives the same result."
+SeedOption = Annotated[int, typer.Option(min=0, help=SEED_HELP)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, on stdout.")]
 OwnTextOption = Annotated[
     list[str] | None,

@@ -60,15 +60,18 @@ def test_a_chat_as_json(talk: Talk, bundle: Bundle) -> None:
 
 
 def test_a_state_goes_on(talk: Talk) -> None:
-    """Stopped after a line and started again, whatever the options of a new chat say."""
+    """Stopped after a line and started again, with the settings it began with; others are refused."""
     lines = [b"ab>ba\n", b"bc>\n", b"1+2=\n"]
     whole = talk(b"".join(lines), "--json", "--sample", "--seed", "2")[1].splitlines()
     given = ("--json", "--sample", "--state", "state/chat")
-    parts = [talk(lines[0], *given, "--seed", "2"), talk(lines[1], *given, "--seed", "9"), talk(lines[2], *given)]
+    parts = [talk(lines[0], *given, "--seed", "2"), talk(lines[1], *given, "--seed", "2"), talk(lines[2], *given)]
     for part, expected in zip(parts, map(json.loads, whole), strict=True):
         found = json.loads(part[1])
         assert (found["turn"], found["text"]) == (expected["turn"], expected["text"])
         np.testing.assert_allclose(found["weights"], expected["weights"], atol=1e-4)
+    code, out, err = talk(b"ab>\n", *given, "--seed", "9")
+    assert (code, out) == (2, "")
+    assert "expected --seed 2, with which the chat in state/chat began, got 9" in err
 
 
 def test_what_is_shown(talk: Talk) -> None:
@@ -88,7 +91,7 @@ def test_what_is_shown(talk: Talk) -> None:
         (b"", ("--threshold", "-1"), "expected a threshold of at least 0 nats, got -1.0"),
         (b"", ("--max-context", "5"), "expected max_new_tokens of less than max_context, 5 bytes, got 5"),
         (b"", ("--blending-mode", "none"), "expected a blend of best_expert"),
-        (b"", ("--temperature", "0"), "expected temperature to be a finite number > 0, got 0.0"),
+        (b"", ("--sample", "--temperature", "0"), "expected temperature to be a finite number > 0, got 0.0"),
         (b"", ("--state", "."), "expected a readable file ., got: Is a directory"),
         (b"", ("--bundle", "none"), "expected a bundle directory, got none"),
     ],
