@@ -64,6 +64,7 @@ def chat(
     from bayes_dispatch.inference.two_pass.blends import as_blend
     from bayes_dispatch.inference.two_pass.prompts import Writing
 
+    as_blend(blend or "posterior_predictive")  # is it one?
     (named,) = with_options([blend or "posterior_predictive"], top_k, draws)
     refuse_unused("--temperature", temperature, sample, "with --sample")
     temperature = 1.0 if temperature is None else temperature

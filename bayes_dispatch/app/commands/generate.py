@@ -67,12 +67,14 @@ def generate(
     prompts = [*(typed(text, escapes) for text in prompt or ()), *(_read(path) for path in prompt_file or ())]
     if not prompts:
         raise PromptError("expected at least one --prompt or --prompt-file, got none")
+    from bayes_dispatch.inference.two_pass.blends import as_blend
+
+    as_blend(blend)  # is it one?
     (named,) = with_options([blend], top_k, draws)
     refuse_unused("--temperature", temperature, sample, "with --sample")
     refuse_unused("--abstain", abstain, false_alarm_rate is not None, "with --false-alarm-rate")
     refuse_unused("--escapes", escapes, bool(prompt) or stop is not None, "with --prompt or --stop")
     temperature = 1.0 if temperature is None else temperature
-    from bayes_dispatch.inference.two_pass.blends import as_blend
     from bayes_dispatch.inference.two_pass.prompts import check_prompts
 
     chosen = as_blend(named)
