@@ -144,7 +144,8 @@ def _dispatch(part: Mapping[str, Any]) -> list[Table]:
         [f"{length} bytes", *_numbers([scores["dispatcher"], scores["logistic_regression"]], best=max)]
         for length, scores in part["accuracy"].items()
     ]
-    found, simulated = part["coverage_90"]["found"], part["coverage_90"]["simulated"]
+    coverage = part["coverage_90"]
+    found, simulated = coverage["found"], coverage.get("simulated") or coverage["attainable"]  # its name before 0.2
     calibration: Rows = [
         ["coverage of 90% intervals", _number(found)],
         ["the same on simulations from the fitted model", _number(simulated)],

@@ -6,6 +6,7 @@ Each function takes anything array-like and its name, and returns an array of kn
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -60,13 +61,18 @@ def as_flags(values: Any, name: str, count: int) -> Bool[np.ndarray, " row"]:
 
 def short_repr(self: Any) -> str:
     """A dataclass in a line, as its ``__repr__``: arrays of more than eight numbers are shown by their shape."""
-    values = {field.name: getattr(self, field.name) for field in fields(self)}
-    long = {name for name, value in values.items() if isinstance(value, np.ndarray) and value.size > 8}
-    shown = {
-        name: f"{value.dtype}{value.shape}" if name in long else " ".join(repr(value).split())
-        for name, value in values.items()
-    }
-    return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
+    shown = (f"{field.name}={_shown(getattr(self, field.name))}" for field in fields(self))
+    return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, np.ndarray) and value.size > 8:
+        return f"{value.dtype}{value.shape}"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {_shown(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, (tuple, list)) and any(isinstance(each, np.ndarray) for each in value):
+        return f"({', '.join(map(_shown, value))})"
+    return " ".join(repr(value).split())
 
 
 def _numbers(values: Any, name: str) -> np.ndarray:

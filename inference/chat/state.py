@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from bayes_dispatch.arguments import seed, whole
+from bayes_dispatch.dispatcher.arrays import short_repr
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.two_pass.blends import Blend
@@ -149,3 +150,5 @@ class Turn:
     adapted: bool
     forgotten: int
     cost: Cost
+
+    __repr__ = short_repr

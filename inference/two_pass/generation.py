@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bayes_dispatch.dispatcher.arrays import short_repr
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 
 __all__ = ["Cost", "Generation", "Streamed"]
@@ -95,6 +96,8 @@ class Generation:
     cost: Cost
     fallback: np.ndarray
     p_values: np.ndarray
+
+    __repr__ = short_repr
 
     @property
     def aleatoric_entropy(self) -> np.ndarray:

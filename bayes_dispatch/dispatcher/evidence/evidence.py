@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from bayes_dispatch.dispatcher.arrays import short_repr
 from bayes_dispatch.errors import EvidenceError
 
 __all__ = ["Evidence"]
@@ -43,6 +44,8 @@ class Evidence:
     views: Mapping[str, np.ndarray]
     lengths: np.ndarray | None = None
     missing: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if not self.views:
