@@ -43,10 +43,9 @@ class ImportanceSampling:
         if self.proposals < 25 or self.draws < 1:
             raise ConfigError(f"expected at least 25 proposals and 1 draw, got {self.proposals} and {self.draws}")
 
-    @torch.no_grad()
     def infer(self, program: FewShotProgram, seed: int, progress: bool = False) -> FewShotFit:
         """Draws, with ``k_hat`` and the evidence."""
-        with isolated(seed):
+        with isolated(seed), torch.no_grad():
             state = program.draw(self.proposals)
             ratios = program.log_likelihood(state)
             weights, k_hat = _smoothed(ratios)
@@ -75,10 +74,10 @@ class SequentialMonteCarlo:
         if self.particles < 8 or not 0 < self.keep < 1 or self.moves < 1:
             raise ConfigError(f"expected at least 8 particles, 0 < keep < 1 and at least 1 move, got {self}")
 
-    @torch.no_grad()
     def infer(self, program: FewShotProgram, seed: int, progress: bool = False) -> FewShotFit:
         """Draws, with the evidence."""
-        with isolated(seed), tqdm(desc=self.name, total=100, disable=None if progress else True, unit="%") as bar:
+        bar = tqdm(desc=self.name, total=100, disable=None if progress else True, unit="%")
+        with isolated(seed), torch.no_grad(), bar:
             state = program.draw(self.particles)
             likelihood = program.log_likelihood(state)
             power, log_evidence, evaluations, precision = 0.0, 0.0, self.particles, 30.0
@@ -172,11 +171,10 @@ class CrossEntropy:
         if not 2 <= self.elite <= self.population or self.iterations < 1 or self.spread <= 0:
             raise ConfigError(f"expected 2 ≤ elite ≤ population, iterations and a positive spread, got {self}")
 
-    @torch.no_grad()
     def infer(self, program: FewShotProgram, seed: int, progress: bool = False) -> FewShotFit:
         """One draw: the weights at the mean of the last Gaussian."""
         shape = (program.rows, len(program.concentration))
-        with isolated(seed):
+        with isolated(seed), torch.no_grad():
             mean, spread = torch.zeros(shape).double(), torch.full(shape, self.spread).double()
             for _ in tqdm(range(self.iterations), self.name, disable=None if progress else True):
                 logits = mean + spread * torch.randn(self.population, *shape).double()
