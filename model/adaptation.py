@@ -102,7 +102,7 @@ class Adaptation:
 
         One for all rows, or one for each row; a row has the hash that its scales would have if they were shared.
         """
-        return self._digests.get(block, "")
+        return self._whole if block is None else self._digests.get(block, "")
 
     @cached_property
     def _parts(self) -> Mapping[str, "Adaptation"]:  # once: every cached step asks
@@ -113,17 +113,21 @@ class Adaptation:
         return {part: Adaptation(scales) for part, scales in parts.items()}
 
     @cached_property
-    def _digests(self) -> Mapping[int | None, Digest]:  # once: every cached step asks
-        blocks: dict[int | None, dict[str, Tensor]] = {}
+    def _digests(self) -> Mapping[int, Digest]:  # once: every cached step asks
+        blocks: dict[int, dict[str, Tensor]] = {}
         for name in sorted(self.scales):
-            scales = self.scales[name].detach().cpu()
-            blocks.setdefault(None, {})[name] = blocks.setdefault(block_of(name), {})[name] = scales
+            blocks.setdefault(block_of(name), {})[name] = self.scales[name]
+        return {block: self._digest(named) for block, named in blocks.items()}
+
+    @cached_property
+    def _whole(self) -> Digest:
+        return self._digest({name: self.scales[name] for name in sorted(self.scales)}) if self.scales else ""
+
+    def _digest(self, named: Mapping[str, Tensor]) -> Digest:
+        near = {name: scales.detach().cpu() for name, scales in named.items()}
         if self.rows is None:
-            return {block: _hash(named) for block, named in blocks.items()}
-        rows = range(self.rows)
-        return {
-            block: tuple(_hash({n: z[row] for n, z in own.items()}) for row in rows) for block, own in blocks.items()
-        }
+            return _hash(near)
+        return tuple(_hash({name: scales[row] for name, scales in near.items()}) for row in range(self.rows))
 
 
 def block_of(matrix: str) -> int:

@@ -45,11 +45,17 @@ class Fingerprint:
     def glance(self, module: nn.Module) -> str:
         """The hash, as ``of`` gives it, where only a part of the weights is looked at."""
         kept, turn = self._kept, self._turn
-        self._turn = (turn + 1) % len(kept.contents) if kept else 0
-        found = None if kept is None else kept.tensors()
-        if kept is None or found is None or contents(found, turn) != kept.contents[turn : turn + 1]:
+        if kept is None:
             return self.of(module)
-        return kept.value
+        self._turn = (turn + 1) % len(kept.contents)
+        found = kept.tensors()
+        if found is None or [tensor.data_ptr() for tensor in found] != kept.places:
+            return self.of(module)
+        if kept.memory is None:  # not all of it on the CPU
+            same = contents(found, turn) == kept.contents[turn : turn + 1]
+        else:
+            same = kept.contents[turn].startswith(_sums(kept.memory, turn, 1).tobytes())
+        return kept.value if same else self.of(module)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +65,8 @@ class _Kept:
     parts: Sequence[tuple[Mapping[str, nn.Module | None], tuple[nn.Module | None, ...]]]
     slots: Sequence[tuple[Mapping[str, Tensor | None], str]]
     contents: Sequence[bytes]
+    places: list[int]
+    memory: np.ndarray | None
     value: str
 
     @classmethod
@@ -70,7 +78,9 @@ class _Kept:
             slots += [(part._parameters, name) for name in part._parameters]
             slots += [(part._buffers, name) for name in part._buffers if name not in part._non_persistent_buffers_set]
         kept = [tensor for slot, name in slots if (tensor := slot[name]) is not None]
-        return cls(parts, slots, contents(kept), _hash(module))
+        plain = all(tensor.is_cpu and tensor.is_contiguous() for tensor in kept)
+        places = [tensor.data_ptr() for tensor in kept]
+        return cls(parts, slots, contents(kept), places, _memory(kept) if plain else None, _hash(module))
 
     def tensors(self) -> list[Tensor] | None:
         """The present ones, in the same places; ``None`` where modules or names are others."""
@@ -85,16 +95,24 @@ class _Kept:
 
 def contents(tensors: Sequence[Tensor], part: int | None = None) -> Sequence[bytes]:
     """What tells whether a number in one of these tensors has changed, or in one part of each: for each part."""
-    module = _module()
-    first, parts = (0, module.PARTS) if part is None else (part, 1)
+    first, parts = (0, _module().PARTS) if part is None else (part, 1)
     near = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors if tensor.is_cpu]
-    memory = np.array([[tensor.data_ptr() for tensor in near], [tensor.nbytes for tensor in near]])
-    sums = np.empty((parts, len(near)), np.uint64)
-    module.checksum(memory, first, sums)
+    sums = _sums(_memory(near), first, parts)
     more = str(tensors[0].dtype)
     if len(near) < len(tensors):
         more += str([(-1 if t.is_inference() else t._version, t.data_ptr()) for t in tensors if not t.is_cpu])
     return [row.tobytes() + more.encode() for row in sums]
+
+
+def _memory(tensors: Sequence[Tensor]) -> np.ndarray:
+    """Where contiguous tensors are, and how many bytes they have."""
+    return np.array([[tensor.data_ptr() for tensor in tensors], [tensor.nbytes for tensor in tensors]])
+
+
+def _sums(memory: np.ndarray, first: int, parts: int) -> np.ndarray:
+    sums = np.empty((parts, memory.shape[1]), np.uint64)
+    _module().checksum(memory, first, sums)
+    return sums
 
 
 @cache

@@ -494,44 +494,21 @@ def product(x: Array, weight: Array, scaled: Array, right: Array, stored: Array,
     """Rows x (B, K) times a matrix, for few rows: it is read once, and memory is what that waits for.
 
     The matrix is ``weight`` (O, K), or, where ``scaled`` (1 or B, r) is not empty, U diag(scaled) Vᵀ with U ``weight``
-    and Vᵀ ``right``. Where ``plain`` (B,) is not empty, its rows are multiplied by ``stored`` (O, K), and ``scaled`` is
-    that of the others.
+    and Vᵀ ``right``. The rows whose numbers are in ``plain`` are multiplied by ``stored`` (O, K) itself.
     """
-    if len(plain) == 0:
-        return _product(x, weight, scaled, right)
-    own, others = np.flatnonzero(plain), np.flatnonzero(~plain)
-    out = np.empty((len(x), len(weight)), x.dtype)
-    y = _product(_rows(x, own), stored, scaled[:0], right)
-    for i in range(len(own)):
-        out[own[i]] = y[i]
-    y = _product(_rows(x, others), weight, scaled, right)
-    for i in range(len(others)):
-        out[others[i]] = y[i]
-    return out
-
-
-@loop
-def _rows(x: Array, index: Array) -> Array:
-    out = np.empty((len(index), x.shape[1]), x.dtype)
-    for i in range(len(index)):
-        out[i] = x[index[i]]
-    return out
-
-
-@loop
-def _product(x: Array, weight: Array, scaled: Array, right: Array) -> Array:
     if x.shape[1] != (right if len(scaled) > 0 else weight).shape[1]:
         raise TensorError(OTHER_SHAPE)
+    inner = np.empty((len(x), len(right)), x.dtype)
     if len(scaled) > 0:
-        inner = np.empty((len(x), len(right)), x.dtype)
         _rows_times(x, right, inner)
         for b in range(len(x)):
             row, factors = inner[b], scaled[b % len(scaled)]
             for r in range(len(right)):
                 row[r] *= factors[r]
-        x = inner
     out = np.empty((len(x), len(weight)), x.dtype)
-    _rows_times(x, weight, out)
+    _rows_times(inner if len(scaled) > 0 else x, weight, out)
+    for b in plain:
+        _rows_times(x[b : b + 1], stored, out[b : b + 1])
     return out
 
 

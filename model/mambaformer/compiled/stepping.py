@@ -179,15 +179,11 @@ def _feed_forward(*arguments: object) -> Step:
 
 def _matrix(linear: SVDLinear, z: Tensor | None) -> Matrix:
     """As ``product`` takes it: W alone, or U, s z and Vᵀ, and W for the rows whose scales are all 1."""
-    nobody = np.empty(0, np.bool_)
+    nobody = np.empty(0, np.int64)
     plain = z is None or bool((z == 1).all())
     if z is None or plain or z.shape[-1] < linear.rank:
         weight = array(linear.weight if z is None or plain else linear.folded(z.reshape(-1)))
         return weight, weight[:0], weight[:0], weight[:0], nobody
     U, s, Vt, _ = linear.factors()
     z = z.reshape(-1, linear.rank)
-    ones = (z == 1).all(dim=1)
-    stored = array(linear.weight)
-    if not bool(ones.any()):
-        return array(U), array(s * z), array(Vt), stored[:0], nobody
-    return array(U), array(s * z[~ones]), array(Vt), stored, array(ones)
+    return array(U), array(s * z), array(Vt), array(linear.weight), array((z == 1).all(dim=1).nonzero()[:, 0])
