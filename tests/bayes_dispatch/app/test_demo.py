@@ -41,6 +41,13 @@ def run(bundle: Bundle, out: Path, seed: int = 0) -> str:
     return console.file.getvalue()
 
 
+@pytest.fixture(scope="module")
+def first(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A demonstration: where its files are, and what it printed."""
+    out = tmp_path_factory.mktemp("demo") / "deep" / "output"
+    return out, run(bundle, out)
+
+
 def test_prompts_are_of_all_kinds() -> None:
     assert len(PROMPTS) >= 10
     assert len({prompt.name for prompt in PROMPTS}) == len(PROMPTS)
@@ -64,9 +71,8 @@ def test_answers_follow_the_conventions(prompt: demo.DemoPrompt) -> None:
     assert len({RULES[rival](question) for rival in rivals}) == 3
 
 
-def test_files_and_tables(bundle: Bundle, tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "output"
-    printed = run(bundle, out)
+def test_files_and_tables(bundle: Bundle, first: tuple[Path, str]) -> None:
+    out, printed = first
     assert sorted(os.listdir(out)) == sorted(FILES)
     assert os.listdir(out.parent) == ["output"]
     report = (out / "report.md").read_text(encoding="utf-8")
@@ -85,24 +91,20 @@ def test_files_and_tables(bundle: Bundle, tmp_path: Path) -> None:
         np.testing.assert_allclose(posterior.weights.sum("expert"), 1, atol=1e-6)
 
 
-def test_same_seed_same_files(bundle: Bundle, tmp_path: Path) -> None:
-    assert run(bundle, tmp_path / "one") == run(bundle, tmp_path / "two")
-    run(bundle, tmp_path / "other", seed=1)
-    report = {name: (tmp_path / name / "report.md").read_text() for name in ("one", "two", "other")}
-    assert report["one"] == report["two"] != report["other"]
-
-
-def test_other_files_stay(bundle: Bundle, tmp_path: Path) -> None:
-    """Of other names; one of a name of ours is replaced where it is of an earlier demonstration."""
+def test_seeds_decide_and_other_files_stay(bundle: Bundle, first: tuple[Path, str], tmp_path: Path) -> None:
+    """The same seed gives the same; a file of a name of ours is replaced where it is of an earlier demonstration."""
     (tmp_path / "notes").write_text("mine")
-    (tmp_path / "report.md").write_text("mine")
+    report = tmp_path / "report.md"
+    report.write_text("mine")
     with pytest.raises(BundleError, match=r"expected no report\.md in .*, or that of an earlier run"):
         run(bundle, tmp_path)
-    (tmp_path / "report.md").write_text(f"{TITLE}\nold")
-    run(bundle, tmp_path)
+    report.write_text(f"{TITLE}\nold")
+    assert run(bundle, tmp_path) == first[1]
+    assert report.read_text() == (first[0] / "report.md").read_text()
     assert (tmp_path / "notes").read_text() == "mine"
-    assert "old" not in (tmp_path / "report.md").read_text()
     assert sorted(os.listdir(tmp_path)) == sorted([*FILES, "notes"])
+    run(bundle, tmp_path, seed=1)
+    assert report.read_text() != (first[0] / "report.md").read_text()
 
 
 def test_an_error_leaves_nothing(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
