@@ -10,6 +10,7 @@ import numpy as np
 
 from bayes_dispatch.errors import ConfigError
 
+MOST = 2**63 - 1  # that generators and ranges take
 SLACK = 1e-4  # by which weights may miss a sum of 1; of numbers of half precision, 100 times as much
 
 
@@ -54,7 +55,22 @@ def seed(value: object, name: str = "seed") -> int:
     Raises:
         ConfigError: likewise.
     """
-    return whole(name, value, 0, 2**63 - 1)
+    return whole(name, value, 0, MOST)
+
+
+def set_whole(settings: object, **at_least: int) -> None:
+    """Check fields of a frozen dataclass, and keep them as Python's whole numbers.
+
+    Args:
+        settings: whose they are; its ``seed``, if it has one, is checked, too. at_least: the fields, and their bounds.
+
+    Raises:
+        ConfigError: likewise.
+    """
+    for name, least in at_least.items():
+        object.__setattr__(settings, name, whole(name, getattr(settings, name), least, MOST))
+    if hasattr(settings, "seed"):
+        object.__setattr__(settings, "seed", seed(settings.seed))
 
 
 def simplex(name: str, value: object) -> np.ndarray:

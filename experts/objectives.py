@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bayes_dispatch.arguments import real, set_whole, whole
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Checked, Domain
@@ -66,8 +67,7 @@ class Likelihood:
     question_weight: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 0 <= self.question_weight <= 1:
-            raise ConfigError(f"expected question_weight in 0 … 1, got {self.question_weight}")
+        real("question_weight", self.question_weight, 0, 1)
 
     def judge(
         self, model: Backbone, adaptation: Adaptation, domain: Domain, documents: Sequence[Document], seed: int
@@ -99,12 +99,9 @@ class Reinforce:
     answer_bytes: int = 16
 
     def __post_init__(self) -> None:
-        if self.samples < 2:
-            raise ConfigError(f"expected at least 2 samples, each other's baseline, got {self.samples}")
-        if not 0 <= self.kl < float("inf"):
-            raise ConfigError(f"expected a finite kl of at least 0, got {self.kl}")
-        if not 1 <= self.answer_bytes <= LONGEST_ANSWER:
-            raise ConfigError(f"expected answer_bytes of 1 to {LONGEST_ANSWER}, got {self.answer_bytes}")
+        set_whole(self, samples=2)  # each other's baseline
+        real("kl", self.kl, 0)
+        whole("answer_bytes", self.answer_bytes, 1, LONGEST_ANSWER)
 
     def judge(
         self, model: Backbone, adaptation: Adaptation, domain: Domain, documents: Sequence[Document], seed: int

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bayes_dispatch.arguments import real, set_whole
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Domain, Split
@@ -43,8 +44,7 @@ class EarlyStopping:
     split: Split = "train"
 
     def __post_init__(self) -> None:
-        if min(self.every, self.patience, self.documents) < 1:
-            raise ConfigError(f"expected every, patience and documents of at least 1, got {self}")
+        set_whole(self, every=1, patience=1, documents=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class ExpertSettings:
         rank: scales of each matrix, at most, those of its largest singular values; ``None`` for all.
 
     Raises:
-        ConfigError: an ``adapt_from`` below 0, or a rank below 1.
+        ConfigError: a number that is not whole, or outside its bounds.
     """
 
     steps: int = 80
@@ -79,10 +79,11 @@ class ExpertSettings:
     rank: int | None = None
 
     def __post_init__(self) -> None:
-        if self.adapt_from < 0 or (self.rank is not None and self.rank < 1):
-            raise ConfigError(
-                f"expected adapt_from of at least 0 and a rank of at least 1, got {self.adapt_from} and {self.rank}"
-            )
+        set_whole(self, steps=1, batch_size=1, length=1, adapt_from=0)
+        if self.rank is not None:
+            set_whole(self, rank=1)
+        real("learning_rate", self.learning_rate, 0, above=True)
+        real("decay", self.decay, 0)
 
     def adapted(
         self, adaptable: Mapping[str, int], on_request: Mapping[str, int] = MappingProxyType({})

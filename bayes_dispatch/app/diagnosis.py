@@ -11,6 +11,7 @@ from sklearn.metrics import log_loss
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.held_out import held_out_domains
 from bayes_dispatch.app.tables import Cell, Table
+from bayes_dispatch.arguments import set_whole
 from bayes_dispatch.checks.calibration_plots import plot_coverage, plot_rank_ecdfs, plot_reliability, plot_risk_coverage
 from bayes_dispatch.checks.coverage import CoverageCurve, coverage_curve, simulated_coverage
 from bayes_dispatch.checks.detection import AUROC, ood_auroc
@@ -58,8 +59,7 @@ class DiagnosisSettings:
         draws: posterior draws of each prompt. risk, delta: of the certified threshold. seed: of everything random.
 
     Raises:
-        ConfigError: fewer than 20 prompts of a kind or 19 draws, no length, a negative seed, or a risk or delta outside
-            0 to 1.
+        ConfigError: fewer than 20 prompts of a kind or 19 draws, no length, or a risk or delta outside 0 to 1.
     """
 
     simulations: int = 1000
@@ -73,14 +73,11 @@ class DiagnosisSettings:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        least = min(self.simulations, self.mixtures, self.prompts)
+        set_whole(self, simulations=20, mixtures=20, prompts=20, draws=19)
         if not (0 < self.risk < 1 and 0 < self.delta < 1):
             raise ConfigError(f"expected risk and delta between 0 and 1, got {self.risk} and {self.delta}")
         if not self.lengths or min(self.lengths) < 1:
             raise ConfigError(f"expected at least one length of prompts, none below 1, got {self.lengths}")
-        if least < 20 or self.draws < 19 or self.seed < 0:
-            got = f"{least}, {self.draws} and {self.seed}"
-            raise ConfigError(f"expected at least 20 prompts of each kind, 19 draws and a seed ≥ 0, got {got}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from bayes_dispatch.app.bundle import Bundle
+from bayes_dispatch.arguments import set_whole
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.errors import ConfigError, RewardError, TensorError, UnknownNameError
@@ -44,12 +45,18 @@ class RefitSettings:
     Attributes:
         pure_prompts: of each expert. mixed_prompts: of known mixture. prompt_lengths: shortest and longest, in bytes.
         seed: of the prompts and of the fit.
+
+    Raises:
+        ConfigError: a number that is not whole, or outside its bounds.
     """
 
     pure_prompts: int = 150
     mixed_prompts: int = 500
     prompt_lengths: tuple[int, int] = (16, 256)
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        set_whole(self, pure_prompts=1, mixed_prompts=1)
 
 
 def objective_by_name(name: str, *, kl: float, answer_bytes: int) -> Objective:

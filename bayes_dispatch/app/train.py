@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm
 
 from bayes_dispatch.app.bundle import Bundle, load_bundle
+from bayes_dispatch.arguments import set_whole
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.dispatcher.gate import Gate
@@ -80,6 +81,10 @@ class TrainingPlan:
     judged_prompts: int = 100
     judged_mixtures: int = 2000
     judged_documents: int = 64
+
+    def __post_init__(self) -> None:
+        set_whole(self, pure_prompts=1, mixed_prompts=1, judged_prompts=1, judged_mixtures=1, judged_documents=1)
+        set_whole(self, gate_pure_prompts=1, gate_mixed_prompts=1)
 
     def with_seed(self, seed: int) -> "TrainingPlan":
         """The same plan under another seed."""

@@ -54,7 +54,9 @@ class Sampling:
         if not self.do_sample:
             return logits.argmax(-1)
         probabilities, tokens = (
-            (logits.double() / self.temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+            ((logits - logits.amax(-1, keepdim=True)).double() / self.temperature)  # 0 / T is finite for every T > 0
+            .softmax(-1)
+            .sort(dim=-1, descending=True, stable=True)
         )
         if self.top_k is not None:
             probabilities[:, self.top_k :] = 0

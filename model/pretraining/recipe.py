@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 
+from bayes_dispatch.arguments import real, set_whole
 from bayes_dispatch.errors import ConfigError
 
 __all__ = ["ComputeSettings", "Device", "Precision", "PretrainingSettings", "schedule"]
@@ -26,6 +27,9 @@ class PretrainingSettings:
         learning_rate: its peak, after ``warmup`` steps; flat until the share ``flat`` of all steps, then a cosine to 0.
         weight_decay: on matrices only. clip: largest gradient norm. seed: of initial weights and batches.
         checkpoint_every: steps between checkpoints.
+
+    Raises:
+        ConfigError: a number that is not whole, or outside its bounds.
     """
 
     steps: int
@@ -38,6 +42,13 @@ class PretrainingSettings:
     clip: float = 1.0
     seed: int = 0
     checkpoint_every: int = 250
+
+    def __post_init__(self) -> None:
+        set_whole(self, steps=1, batch_size=1, length=1, warmup=0, checkpoint_every=1)
+        real("learning_rate", self.learning_rate, 0, above=True)
+        real("flat", self.flat, 0, 1)
+        real("weight_decay", self.weight_decay, 0)
+        real("clip", self.clip, 0, above=True)
 
 
 @dataclass(frozen=True, kw_only=True)

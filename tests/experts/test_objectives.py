@@ -245,12 +245,15 @@ def test_a_true_answer_is_rewarded(base: "MambaFormerForCausalLM", monkeypatch: 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Likelihood(question_weight=1.5), "expected question_weight in 0 … 1, got 1.5"),
-        (lambda: Reinforce(samples=1), "expected at least 2 samples, .* got 1"),
-        (lambda: Reinforce(kl=-0.1), "expected a finite kl of at least 0, got -0.1"),
-        (lambda: Reinforce(kl=float("nan")), "expected a finite kl of at least 0, got nan"),
-        (lambda: Reinforce(answer_bytes=0), "expected answer_bytes of 1 to 4096, got 0"),
-        (lambda: EarlyStopping(every=0), "expected every, patience and documents of at least 1, got"),
+        (
+            lambda: Likelihood(question_weight=1.5),
+            "expected question_weight to be a finite number ≥ 0 and .*, got 1.5",
+        ),
+        (lambda: Reinforce(samples=1), "expected samples to be a whole number from 2 to .*, got 1"),
+        (lambda: Reinforce(kl=-0.1), "expected kl to be a finite number ≥ 0, got -0.1"),
+        (lambda: Reinforce(kl=float("nan")), "expected kl to be a finite number ≥ 0, got nan"),
+        (lambda: Reinforce(answer_bytes=0), "expected answer_bytes to be a whole number from 1 to 4096, got 0"),
+        (lambda: EarlyStopping(every=0), "expected every to be a whole number from 1 to .*, got 0"),
     ],
 )
 def test_bad_settings(make: Callable[[], object], message: str) -> None:

@@ -247,9 +247,15 @@ def test_matrices_that_are_not_there() -> None:
         ExpertSettings(matrices=("q_proj",)).adapted(ADAPTABLE)
     with pytest.raises(ConfigError, match="expected a matrix from block 2 on"):
         ExpertSettings(adapt_from=2).adapted(ADAPTABLE)
-    for wrong in ({"adapt_from": -1}, {"rank": 0}):
-        with pytest.raises(ConfigError, match="expected adapt_from of at least 0"):
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_out_of_bounds() -> None:
+    for wrong in ({"adapt_from": -1}, {"rank": 0}, {"steps": 2**70}, {"steps": 1.5}, {"seed": -1}, {"seed": True}):
+        with pytest.raises(ConfigError, match=f"expected {next(iter(wrong))} to be a whole number"):
             ExpertSettings(**wrong)
+    with pytest.raises(ConfigError, match="expected learning_rate to be a finite number > 0, got nan"):
+        ExpertSettings(learning_rate=float("nan"))
 
 
 def test_a_part_is_trained_and_the_rest_stays(base: "MambaFormerForCausalLM") -> None:

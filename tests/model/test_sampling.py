@@ -74,6 +74,13 @@ def test_the_check_would_notice_a_small_error() -> None:
     assert p_value({"temperature": 1.1}, distribution()) < FALSE_ALARM
 
 
+def test_the_least_temperature_takes_the_mode() -> None:
+    """Where logits divided by it are too large for any number."""
+    logits = torch.tensor(LOGITS)[None].float() + 5
+    drawn = Sampling(do_sample=True, temperature=5e-324).choose(logits, [np.random.default_rng(0)])
+    assert drawn.tolist() == [int(LOGITS.argmax())]
+
+
 def test_min_p_of_one_leaves_the_most_probable() -> None:
     logits = torch.from_numpy(LOGITS).expand(50, -1)
     drawn = Sampling(do_sample=True, temperature=9.0, min_p=1.0).choose(logits, [np.random.default_rng(0)] * 50)

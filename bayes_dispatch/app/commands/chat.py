@@ -67,6 +67,7 @@ def chat(
     as_blend(blend or "posterior_predictive")  # is it one?
     (named,) = with_options([blend or "posterior_predictive"], top_k, draws)
     refuse_unused("--temperature", temperature, sample, "with --sample")
+    refuse_unused("--show-experts", show_experts, not as_json, "without --json, which always has them")
     temperature = 1.0 if temperature is None else temperature
     chosen = as_blend(named)
     ending = typed(stop, escapes)
@@ -79,7 +80,8 @@ def chat(
     if state is not None and state.exists():
         conversation = generator.resume_chat(state)
         kept = conversation.settings
-        asked = {"blend": blend and chosen.name, "threshold": threshold, "max_context": max_context, "seed": seed}
+        named_blend = chosen.name if (blend, top_k, draws) != (None, None, None) else None
+        asked = {"blend": named_blend, "threshold": threshold, "max_context": max_context, "seed": seed}
         began = {"blend": kept.blend.name} | {
             name: getattr(kept, name) for name in ("threshold", "max_context", "seed")
         }

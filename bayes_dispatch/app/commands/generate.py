@@ -58,7 +58,7 @@ def generate(
     ] = False,
     seed: SeedOption = 0,
     show_experts: Annotated[
-        bool, typer.Option("--show-experts", help="Show each expert's weight below the text (--json always has them).")
+        bool, typer.Option("--show-experts", help="Show each expert's weight below the text.")
     ] = False,
     as_json: JsonOption = False,
     bundle: BundleOption = None,
@@ -72,6 +72,7 @@ def generate(
     as_blend(blend)  # is it one?
     (named,) = with_options([blend], top_k, draws)
     refuse_unused("--temperature", temperature, sample, "with --sample")
+    refuse_unused("--show-experts", show_experts, not as_json, "without --json, which always has them")
     refuse_unused("--abstain", abstain, false_alarm_rate is not None, "with --false-alarm-rate")
     refuse_unused("--escapes", escapes, bool(prompt) or stop is not None, "with --prompt or --stop")
     temperature = 1.0 if temperature is None else temperature

@@ -206,8 +206,8 @@ def report(
 
     refuse_unused("--markdown", markdown, not as_json, "without --json")
     measured = load_bundle(bundle).report
-    if markdown:
-        return print(report_markdown(measured))
+    if markdown and (tables := report_markdown(measured)):
+        return print(tables)
     _print_report(measured, as_json)
 
 

@@ -160,7 +160,9 @@ def test_fit_gives_a_bundle_that_generates(saved: Path, bundle: Bundle, capfd: p
         (["generate", "--prompt", "a", "--temperature", "2"], "--temperature with --sample"),
         (["generate", "--prompt", "a", "--abstain"], "--abstain with --false-alarm-rate"),
         (["generate", "--prompt-file", __file__, "--escapes"], "--escapes with --prompt or --stop"),
+        (["generate", "--prompt", "a", "--json", "--show-experts"], "--show-experts without --json"),
         (["chat", "--temperature", "2"], "--temperature with --sample"),
+        (["chat", "--json", "--show-experts"], "--show-experts without --json"),
         (["chat", "--blend", "max", "--draws", "2"], "--draws with the blend posterior_predictive"),
         (["compare", "--blend", "max", "--blend", "thompson", "--top-k", "2"], "--top-k with the blend top_k"),
         (["train-expert", "--name", "a", "--text", __file__, "--out", "new", "--kl", "1"], "--kl with the objective"),
@@ -252,6 +254,8 @@ def test_bad_generate_input_is_one_line(arguments: list[str], saved: Path, capfd
         ["diagnose", "--jsonl", f"add={__file__}"],
         ["train", "--plan", "quick"],
         ["train", "--processes", "0"],
+        ["train", "--seed", str(2**70)],
+        ["train-experts", "--out", "new", "--text", f"mine={__file__}", "--steps", str(2**70)],
         ["train", "--out", str(Path(__file__).parent)],
         ["train", "--work", __file__],
         ["fit", "--evidence", "nowhere", "--out", "fitted"],
@@ -274,6 +278,7 @@ def test_report_that_was_not_measured(saved: Path, capfd: pytest.CaptureFixture[
     code, out, err = run(capfd, "report", "--bundle", saved)
     assert (code, err) == (0, "")
     assert out.startswith("Nothing was measured")
+    assert run(capfd, "report", "--bundle", saved, "--markdown") == (0, out, "")
 
 
 @pytest.mark.parametrize("file", ["model/model.safetensors", "dispatcher/dispatcher.safetensors", "bundle.json"])

@@ -72,6 +72,9 @@ def test_a_state_goes_on(talk: Talk) -> None:
     code, out, err = talk(b"ab>\n", *given, "--seed", "9")
     assert (code, out) == (2, "")
     assert "expected --seed 2, with which the chat in state/chat began, got 9" in err
+    code, out, err = talk(b"ab>\n", *given, "--draws", "9")
+    assert (code, out) == (2, "")
+    assert "expected --blend posterior_predictive(6), with which" in err
 
 
 def test_what_is_shown(talk: Talk) -> None:
