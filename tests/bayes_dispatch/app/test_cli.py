@@ -1,5 +1,6 @@
 """The command line: results, and one line with exit code 2 on bad input."""
 
+import io
 import json
 import os
 import shutil
@@ -129,11 +130,13 @@ def test_control_characters_are_shown_not_sent(saved: Path, capfd: pytest.Captur
     assert "\x1b" not in out
 
 
-def test_prompt_from_file_and_stdin(saved: Path) -> None:
+def test_prompt_from_file_and_stdin(
+    saved: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     Path("prompt").write_text("grün\n", encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"kfpa>")))
     arguments = ("generate", "--bundle", saved, "--prompt-file", "prompt", "--prompt-file", "-", "--json")
-    done = shell(*arguments, input=b"kfpa>", check=True)
-    assert json.loads(done.stdout)["prompts"] == ["grün\n", "kfpa>"]
+    assert json.loads(run(capfd, *arguments)[1])["prompts"] == ["grün\n", "kfpa>"]
 
 
 def test_fit_gives_a_bundle_that_generates(saved: Path, bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
@@ -319,13 +322,14 @@ def test_truncated_evidence_is_one_line(saved: Path, capfd: pytest.CaptureFixtur
     assert_one_line(*run(capfd, "fit", "--evidence", "evidence.npz", "--bundle", saved, "--out", "fitted"))
 
 
-def test_bytes_that_are_no_utf8(saved: Path) -> None:
-    """In a file and as an argument; the exit code and streams of a real process."""
+def test_bytes_that_are_no_utf8(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In a file; and as an argument, in a real process, with its exit code and streams."""
     Path("prompt").write_bytes(b"ab\xff")
-    for arguments in (("--prompt-file", "prompt"), ("--prompt", b"ab\xff")):
-        done = shell("generate", "--bundle", saved, *arguments)
-        assert_one_line(done.returncode, done.stdout.decode(), done.stderr.decode())
-        assert b"0xff at position 2" in done.stderr
+    done = shell("generate", "--bundle", saved, "--prompt", b"ab\xff")
+    real = done.returncode, done.stdout.decode(), done.stderr.decode()
+    for code, out, err in (real, run(capfd, "generate", "--bundle", saved, "--prompt-file", "prompt")):
+        assert_one_line(code, out, err)
+        assert "0xff at position 2" in err
 
 
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
@@ -348,8 +352,10 @@ def test_reader_that_leaves(saved: Path) -> None:
     assert process.wait() == 1
 
 
-def test_terminal_without_unicode(saved: Path) -> None:
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = shell("generate", "--bundle", saved, "--prompt", "grün", "--show-experts", env=environment)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert b"gr\\xfcn" in done.stdout
+def test_terminal_without_unicode(
+    saved: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert run(capfd, "generate", "--bundle", saved, "--prompt", "grün", "--show-experts") == (0, "", "")
+    assert b"gr\\xfcn" in terminal.buffer.getvalue()  # type: ignore[attr-defined]
