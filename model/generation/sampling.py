@@ -54,7 +54,7 @@ class Sampling:
         if not self.do_sample:
             return logits.argmax(-1)
         probabilities, tokens = (
-            ((logits - logits.amax(-1, keepdim=True)).double() / self.temperature)  # 0 / T is finite for every T > 0
+            ((logits.double() - logits.amax(-1, keepdim=True)) / self.temperature)  # 0 / T is finite for every T > 0
             .softmax(-1)
             .sort(dim=-1, descending=True, stable=True)
         )
