@@ -106,7 +106,7 @@ def contents(tensors: Sequence[Tensor], part: int | None = None) -> Sequence[byt
 
 def _memory(tensors: Sequence[Tensor]) -> np.ndarray:
     """Where contiguous tensors are, and how many bytes they have."""
-    return np.array([[tensor.data_ptr() for tensor in tensors], [tensor.nbytes for tensor in tensors]])
+    return np.array([[tensor.data_ptr() for tensor in tensors], [tensor.nbytes for tensor in tensors]], np.int64)
 
 
 def _sums(memory: np.ndarray, first: int, parts: int) -> np.ndarray:

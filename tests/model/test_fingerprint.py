@@ -125,3 +125,20 @@ def test_every_bit_counts(data: st.DataObject) -> None:
     assert after != before
     assert [row for part in range(PARTS) for row in contents(tensors, part)] == list(after)
     assert contents([tensor.mT for tensor in tensors]) == contents([tensor.mT.contiguous() for tensor in tensors])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", [3, 64, 4096, 2**16])
+def test_patterns_do_not_cancel(dtype: torch.dtype, size: int) -> None:
+    """What changes every number alike: signs, and powers of two, which change the same bits everywhere."""
+    tensor = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+    seen = [contents([tensor])]
+    for change in (lambda w: w.neg_(), lambda w: w.mul_(2), lambda w: w.mul_(4), lambda w: w.mul_(0.5)):
+        change(tensor.data)
+        seen.append(contents([tensor]))
+    assert len({tuple(each) for each in seen}) == len(seen)
+
+
+def test_tensors_elsewhere() -> None:
+    """Off the CPU nothing is read."""
+    assert contents([torch.empty(3, device="meta")]) == contents([torch.empty(3, device="meta")])

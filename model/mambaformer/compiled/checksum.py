@@ -35,8 +35,8 @@ _array_of: Any = numba.carray  # type: ignore[attr-defined]
 def checksum(memory: Array, first: int, sums: Array) -> None:
     """``sums[p, k]`` of part ``first + p`` of the memory at address ``memory[0, k]``, of ``memory[1, k]`` bytes.
 
-    Words are summed with odd factors that differ from place to place, modulo 2⁶⁴: another value of any one word is
-    another sum, and so are, but for one case in about 2⁶⁴, other values of several.
+    Words are mixed with their place and summed, modulo 2⁶⁴. Mixing is one to one: another value of any one word is
+    another sum. It keeps no pattern: doubled numbers or other signs, which change all words alike, do not cancel.
     """
     for k in range(memory.shape[1]):
         size = memory[1, k]
@@ -51,5 +51,7 @@ def checksum(memory: Array, first: int, sums: Array) -> None:
                 start, stop = (first + p) * len(words) // PARTS, (first + p + 1) * len(words) // PARTS
             piece, total = words[start:stop], rest
             for i in range(len(piece)):  # from 0: an index that may be negative takes ten times as long
-                total += piece[i] * np.uint64(2 * i + 1)
+                value = piece[i] ^ np.uint64(i) * np.uint64(0x9E3779B97F4A7C15)
+                value = (value ^ value >> np.uint64(29)) * np.uint64(0xD6E8FEB86659FD93)
+                total += value ^ value >> np.uint64(32)
             sums[p, k] = total
