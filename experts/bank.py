@@ -219,13 +219,18 @@ class ExpertBank(Mapping[str, ExpertVector]):
 
     def _check(self, weights: Weights, shape: tuple[int, ...]) -> Tensor:
         """Weights of this shape, or of one such for each row."""
-        got = tuple(weights.shape) if isinstance(weights, Tensor) else np.shape(weights)
+        try:
+            got = tuple(weights.shape) if isinstance(weights, Tensor) else np.shape(weights)
+        except ValueError:
+            raise TensorError(f"expected weights in rows of one length, got {weights!r:.80}") from None
         if len(got) not in (len(shape), len(shape) + 1) or got[-len(shape) :] != shape:
             expected = ", ".join(map(str, shape))
             alone = f"({expected}{',' * (len(shape) == 1)})"
             raise TensorError(f"expected weights of shape {alone} or (B, {expected}), got {got}")
         found = simplex("weights", weights)
-        return weights if isinstance(weights, Tensor) else torch.tensor(found, dtype=torch.get_default_dtype())
+        if isinstance(weights, Tensor) and weights.is_floating_point():
+            return weights
+        return torch.tensor(found, dtype=torch.get_default_dtype())
 
     def _blend(self, weights: Tensor, place: range) -> Tensor:
         """``z(w)`` (*B, place), for weights (*B, K + 1); those scales of all matrices, in order, that ``place`` tells.

@@ -324,16 +324,16 @@ def as_blend(blend: Blend | str, components: Sequence[str] = ()) -> Blend:
         if isinstance(blend, type) or not isinstance(blend, Blend):
             raise ConfigError(f"expected a blend such as PosteriorPredictive(16), or a name, got {blend!r:.60}")
         return blend
+    if blend in components:
+        return FixedWeights.vertex(components, blend)
     called, bracket, _ = blend.partition("(")
     kind = BLENDS.get(ALIASES.get(called, called))
     if kind is None:
-        if blend in components:
-            return FixedWeights.vertex(components, blend)
         names = ", ".join([*BLENDS, *components])
         raise UnknownNameError(f"expected a blend of {names}, or an object such as TopK(2), got {blend!r}")
     try:
         call = ast.parse(blend if bracket else f"{blend}()", mode="eval").body
-        if not isinstance(call, ast.Call):
+        if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
             raise SyntaxError
         given = [ast.literal_eval(value) for value in call.args]
         found: Blend = kind(*given, **{str(each.arg): ast.literal_eval(each.value) for each in call.keywords})

@@ -24,7 +24,7 @@ def check_prompts(prompts: Sequence[str | bytes]) -> list[bytes]:
     """
     if isinstance(prompts, str | bytes):
         raise PromptError(f"expected a list of prompts, got a single {type(prompts).__name__}")
-    if not prompts:
+    if not len(prompts):
         raise PromptError("expected at least one prompt, got none")
     checked = []
     for index, prompt in enumerate(prompts):

@@ -207,3 +207,9 @@ def test_a_name_gives_the_blend_that_has_it() -> None:
 def test_what_is_no_blend(name: Any, error: type[Exception], message: str, unchecked: None) -> None:
     with pytest.raises(error, match=message):
         as_blend(name, NAMES)
+
+
+def test_an_expert_of_a_former_name_is_itself() -> None:
+    assert as_blend("max", ("max", "base")).name != "best_expert"
+    with pytest.raises(ConfigError, match=r"expected a blend written as top_k\(2\), got 'top_k\(2\)\(3\)'"):
+        as_blend("top_k(2)(3)")

@@ -295,6 +295,39 @@ class TestInterruptions:
             cache.reset()
             torch.testing.assert_close(model(ids, cache=cache).logits, model(ids).logits, rtol=0, atol=1e-10)
 
+    @pytest.mark.parametrize("change", ["reorder", "reserve"])
+    def test_a_change_of_shape_that_stops_half_way(
+        self, make_model: MakeModel, change: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It is spoilt, and whole again once it is reset: no block has another shape than the others."""
+        model, ids = make_model(dtype=torch.float64), tokens(0, 2, 4)
+        with torch.no_grad():
+            cache = model.init_cache(2, 8)
+            model(ids, cache=cache)
+            left = [2]
+
+            def stops(done: Callable[..., Any]) -> Callable[..., Any]:
+                def run(*given: Any) -> Any:
+                    left[0] -= 1
+                    if left[0] < 0:
+                        raise KeyboardInterrupt
+                    return done(*given)
+
+                return run
+
+            with monkeypatch.context() as patched:
+                if change == "reorder":
+                    patched.setattr(torch.Tensor, "index_select", stops(torch.Tensor.index_select))
+                else:
+                    left[0] = 1
+                    patched.setattr("torch.nn.functional.pad", stops(torch.nn.functional.pad))
+                with pytest.raises(KeyboardInterrupt):
+                    cache.reorder([0, 1, 1, 0]) if change == "reorder" else cache.reserve(32)
+            with pytest.raises(StaleCacheError, match="reset it"):
+                model(ids, cache=cache)
+            cache.reset()
+            torch.testing.assert_close(model(ids, cache=cache).logits, model(ids).logits, rtol=0, atol=1e-10)
+
     def test_refused_arguments_spoil_nothing(self, model64: "MambaFormerForCausalLM") -> None:
         with torch.no_grad():
             cache = model64.init_cache(2, 8)

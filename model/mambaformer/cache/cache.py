@@ -1,6 +1,7 @@
 """The cache of a model: one state per block, the number of tokens read by each row, and what made them."""
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,11 +141,13 @@ class Cache:
             raise TensorError(f"expected indices of rows 0 … {self.batch_size - 1} of this cache, got {got}")
         rows = index.tolist()
         self.begin()
-        for state, made_by in zip(self.states, self._made_by, strict=True):
+        states = [copy(state) for state in self.states]  # that share tensors, until all the new ones are there
+        for state, made_by in zip(states, self._made_by, strict=True):
             adapted = isinstance(made_by, tuple) and tuple(made_by[row] for row in rows) != made_by
             if adapted or not (isinstance(state, CrossAttentionState) and state.unchanged_by(index)):
                 state.apply(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
         index = index.cpu().long()
+        self.states = states
         self._batch_size = index.numel()
         if isinstance(self._read, Tensor):
             self._read = _one_number(self._read[index])
@@ -172,9 +175,9 @@ class Cache:
         """An independent copy."""
         self.check_whole()
         states = [state.copy() for state in self.states]
-        copy = Cache(states, self.batch_size, self.capacity, self._model, self.grow, self.first)
-        copy._read, copy._dropped, copy._made_by = self._read, self._dropped, self._made_by
-        return copy
+        other = Cache(states, self.batch_size, self.capacity, self._model, self.grow, self.first)
+        other._read, other._dropped, other._made_by = self._read, self._dropped, self._made_by
+        return other
 
     def prune(self, keep: int, sinks: int = 0) -> None:
         """Let attention forget all but the first ``sinks`` and the last ``keep`` tokens of each row, to make room.
@@ -229,10 +232,11 @@ class Cache:
         if self.capacity is None or capacity <= self.capacity:
             return
         self.begin()
-        for state in self.states:
+        states = [copy(state) for state in self.states]
+        for state in states:
             if isinstance(state, AttentionState):
                 state.reserve(capacity)
-        self.capacity = capacity
+        self.states, self.capacity = states, capacity
         self._changing = False
 
     def check_room(self, batch_size: int, tokens: int | Tensor) -> None:

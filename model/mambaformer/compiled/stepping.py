@@ -95,8 +95,8 @@ class Steppers:
             kept = weights, build()
             with self._lock:
                 self._kept.pop(adapted, None)
-                while len(self._kept) >= MOST_KEPT:
-                    del self._kept[next(iter(self._kept))]
+                for old in list(self._kept)[: 1 - MOST_KEPT]:  # any of them may go meanwhile, with its last user
+                    self._kept.pop(old, None)
                 self._kept[adapted] = kept
         return kept[1]
 
