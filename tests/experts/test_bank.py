@@ -431,11 +431,8 @@ def test_whole_numbers_and_truth_values_are_weights(bank: ExpertBank) -> None:
     """As the same numbers with a point are."""
     width = len(bank.components)
     expected = bank.blend(torch.eye(width)[1])
-    for given in (
-        torch.eye(width, dtype=torch.int64)[1],
-        torch.eye(width, dtype=torch.bool)[1],
-        [0, 1] + [0] * (width - 2),
-    ):
-        assert all(torch.equal(z, expected.scales[name]) for name, z in bank.blend(given).scales.items())
+    whole, truths = torch.eye(width, dtype=torch.int64)[1], torch.eye(width, dtype=torch.bool)[1]
+    for weights in (whole, truths, whole.tolist()):
+        assert all(torch.equal(z, expected.scales[name]) for name, z in bank.blend(weights).scales.items())
     with pytest.raises(TensorError, match=r"expected weights in rows of one length, got \[\[1\.0\], \[0\.5"):
         bank.blend([[1.0], [0.5, 0.5]])
