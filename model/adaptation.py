@@ -4,13 +4,15 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
 
-__all__ = ["Adaptation", "Tensors", "block_of"]
+__all__ = ["Adaptation", "Delta", "Tensors", "block_of"]
 
 Digest = str | tuple[str, ...]  # of scales: one for all rows, or one for each; empty where there are none
 
@@ -39,6 +41,35 @@ class Tensors(Mapping[str, Tensor]):
     __hash__ = None  # type: ignore[assignment]
 
 
+class Delta(NamedTuple):
+    """What is added to a matrix: ``y = W x + up (c * (down x))``, a diagonal between two factors.
+
+    Attributes:
+        up: (out, r). down: (r, in). c: (r,) for all rows, or (B, r) for each row of the batch.
+    """
+
+    up: Float[Tensor, "out r"]
+    down: Float[Tensor, "r in"]
+    c: Float[Tensor, "*B r"]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What is added for inputs (B, …, in), or for tokens (B, …) of an embedding."""
+        inner = x @ self.down.T if x.is_floating_point() else self.down.T[x]
+        c = self.c if self.c.ndim == 1 else self.c.reshape(len(self.c), *[1] * (inner.ndim - 2), -1)
+        return (inner * c) @ self.up.T
+
+    def select(self, rows: Sequence[int] | Tensor) -> "Delta":
+        """That of some rows; shared ones stay shared."""
+        return self if self.c.ndim == 1 else self._replace(c=self.c[torch.as_tensor(rows, device=self.c.device)])
+
+    @classmethod
+    def joined(cls, deltas: Sequence["Delta"]) -> "Delta":
+        """Their sum."""
+        rows = max((delta.c.shape[:-1] for delta in deltas), key=len)
+        c = torch.cat([delta.c.expand(*rows, delta.c.shape[-1]) for delta in deltas], -1)
+        return cls(torch.cat([delta.up for delta in deltas], 1), torch.cat([delta.down for delta in deltas]), c)
+
+
 @dataclass(frozen=True, eq=False)
 class Adaptation:
     """Singular-value scales ``z`` by matrix name: ``W(z) = U diag(s * z) Vᵀ`` (Transformer², arXiv 2501.06252).
@@ -56,10 +87,12 @@ class Adaptation:
     """
 
     scales: Mapping[str, Tensor]
+    deltas: Mapping[str, Delta] = field(default_factory=dict)
     rows: int | None = field(init=False)
 
     def __post_init__(self) -> None:
         kinds = {tuple(scales.shape[:-1]) for scales in self.scales.values()}
+        kinds |= {tuple(delta.c.shape[:-1]) for delta in self.deltas.values()}
         if len(kinds) > 1 or any(not 1 <= scales.ndim <= 2 for scales in self.scales.values()):
             raise TensorError(
                 "expected scales of shape (rank,) or all of shape (B, rank), got shapes "

@@ -1,5 +1,6 @@
 """What experts and inference need to know of a language model, whichever it is."""
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -9,7 +10,93 @@ from torch import Tensor
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.cache import Cache
 
-__all__ = ["Backbone", "CausalLMOutput", "Cuttable"]
+__all__ = ["Backbone", "CausalLMOutput", "Cuttable", "Read", "Session", "Tokens"]
+
+
+class Tokens(NamedTuple):
+    """A text in tokens.
+
+    Attributes:
+        ids: what begins every text, then the text. spans: of each id its first byte in the text and the one after its
+            last; empty for what begins it.
+    """
+
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+
+class Read(NamedTuple):
+    """What R rows gave for T tokens each, where the tokens stand; at padding there is no meaning.
+
+    Attributes:
+        own: log-probability of each token given all before it; NaN for the first one that the session reads; ``None``
+            where it was not asked for, or no head runs. after: log-probabilities after the last tokens of each row.
+        hidden: what comes out of the blocks; of the last block after the normalisation that precedes the head.
+    """
+
+    own: Float[Tensor, "R T"] | None
+    after: Float[Tensor, "R t V"] | None
+    hidden: Float[Tensor, "R T D"]
+
+
+@runtime_checkable
+class Session(Protocol):
+    """R rows of tokens that a model reads, and reads on. Rows may be dropped, repeated and permuted between reads.
+
+    A read takes effect whole; after one that was interrupted the session refuses all further ones.
+
+    Attributes:
+        evaluated: how often a block has run on a token, padding left out.
+    """
+
+    evaluated: int
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def lengths(self) -> Int[Tensor, " R"]:
+        """Tokens read by each row."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that is kept."""
+        ...
+
+    def read(
+        self,
+        ids: Int[Tensor, "R T"],
+        tokens: Int[Tensor, " R"] | None = None,
+        x: Float[Tensor, "R T D"] | None = None,
+        *,
+        own: bool = False,
+        tail: int = 1,
+    ) -> Read:
+        """Read further tokens of each row.
+
+        Args:
+            ids: right-padded. tokens: how many are real; ``None`` where all T are.
+            x: what comes into the first of these blocks, where that is not the model's first.
+            own: give the log-probability of each token. tail: after how many of the last tokens to give all.
+
+        Raises:
+            TensorError: shapes that do not fit. CacheFullError: more tokens than there is room for.
+            StaleCacheError: an earlier read was interrupted.
+        """
+        ...
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Make row ``rows[r]`` the new row r, with its adaptation."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> "Session":
+        """A session of its own that goes on from these rows; this one stays as it is."""
+        ...
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for so many tokens of each row in all."""
+        ...
 
 
 class CausalLMOutput(NamedTuple):

@@ -1,0 +1,271 @@
+"""Any causal language model of the transformers library as a ``Backbone``."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from inspect import signature
+from pathlib import Path
+from typing import Any
+from weakref import finalize
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of
+from bayes_dispatch.model.transformers.parts import ModelParts
+from bayes_dispatch.model.transformers.session import TransformersSession
+from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
+
+__all__ = ["TransformersBackbone"]
+
+_running: ContextVar[tuple[object, Mapping[str, Delta]]] = ContextVar("running")
+
+PROBE = 12  # tokens of the check of what a model can do
+
+
+class TransformersBackbone:
+    """A language model whose linear layers and embeddings can be adapted, row by row of a batch.
+
+    Args:
+        model: any ``AutoModelForCausalLM``, on its device and in its dtype; it is put into evaluation.
+        tokenizer: its fast tokenizer. name: where it comes from, a path or a name.
+
+    Attributes:
+        tokenizer: see ``TransformersTokenizer``. depth: blocks. cuts: whether its blocks can run in two parts.
+        continues: whether it reads several tokens at once from a state that it kept; if not, it reads them one by one.
+
+    Raises:
+        ConfigError: blocks that cannot be found, a tokenizer that does not fit.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str = "") -> None:
+        self.model = model.eval()
+        self.name = name
+        self.parts = ModelParts(model)
+        self.depth = self.parts.depth
+        embedding = model.get_input_embeddings()
+        assert isinstance(embedding, nn.Embedding)
+        self.vocab_size = embedding.num_embeddings
+        ends = model.generation_config.eos_token_id if model.generation_config else None
+        ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
+        self.tokenizer = TransformersTokenizer(tokenizer, self.vocab_size, [*ends, *_ends(tokenizer)])
+        parameters = signature(model.base_model.forward).parameters
+        self.positions = "position_ids" in parameters
+        self._modules = {name: module for name, module in model.named_modules() if _shape(module)}
+        self._factors: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        for path, module in self._modules.items():
+            handle = module.register_forward_hook(_adding(self, path))
+            finalize(self, handle.remove)
+        self._called = self._probe_calls()
+        self.continues, self.cuts = self._probe_reading()
+
+    @classmethod
+    def load(
+        cls, path: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
+    ) -> "TransformersBackbone":
+        """A model and its tokenizer from a directory, or from the hub under a name that is no directory.
+
+        Nothing of the directory is executed, and no pickle is read.
+
+        Raises:
+            ConfigError: there is no causal language model, or the device is not there.
+        """
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            raise ConfigError(f"expected a device of this machine, got {device}, and there is no CUDA")
+        local = Path(path).is_dir()
+        if local and not (Path(path) / "config.json").is_file():
+            raise ConfigError(f"expected a model's directory with a config.json, got {path}")
+        options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+        try:
+            config = AutoConfig.from_pretrained(path, **options)
+            if type(config) not in AutoModelForCausalLM._model_mapping:
+                raise ConfigError(f"expected a causal language model, got {type(config).__name__} in {path}")
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options).to(device)
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"expected a causal language model in {path}, got {_line(error)}") from None
+        return cls(model, tokenizer, str(path))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return self.model.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the embedding, where tokens go."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that it was made for; ``None`` where there is no bound."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def fingerprint(self) -> str:
+        """A hash of all weights: equal for equal weights only."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in self.model.state_dict().items():
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each matrix that a delta may be added to, in order; an embedding is (width, tokens)."""
+        return {name: _shape(self._modules[name]) for name in self._called}
+
+    def adaptable(self) -> dict[str, int]:
+        """Rank of each matrix that singular-value scales adapt unless told otherwise: linear layers within blocks."""
+        inside = f"{_path_of(self.model, self.parts)}."
+        return {name: min(shape) for name, shape in self.linears().items() if name.startswith(inside)}
+
+    def block_of(self, matrix: str) -> int:
+        """The block that a matrix is in; one after all blocks counts as the last's, one before them as the first's."""
+        return block_of(matrix) if matrix in self.adaptable() else 0
+
+    def cut(self, matrices: Sequence[str]) -> int:
+        """How many blocks can run once for all adaptations of these matrices."""
+        return min(map(self.block_of, matrices), default=0) if self.cuts else 0
+
+    def open(
+        self, rows: int, capacity: int, adaptation: Adaptation | None = None, blocks: range | None = None
+    ) -> TransformersSession:
+        """See ``Backbone``."""
+        chosen = range(self.depth) if blocks is None else blocks
+        if chosen != range(self.depth) and not self.cuts:
+            raise ConfigError(f"expected all {self.depth} blocks of a model that cannot be cut, got {chosen}")
+        return TransformersSession(self, rows, capacity, self.deltas(adaptation, rows), chosen)
+
+    def deltas(self, adaptation: Adaptation | None, rows: int | None = None) -> dict[str, Delta]:
+        """What an adaptation adds to each matrix, on this device and in this dtype.
+
+        Raises:
+            TensorError: matrices, ranks or rows that the model does not have.
+        """
+        found: dict[str, Delta] = {}
+        if adaptation is None:
+            return found
+        if adaptation.rows not in (None, rows):
+            raise TensorError(f"expected scales of {rows} rows, got {adaptation.rows}")
+        shapes = self.linears()
+        for name, delta in adaptation.deltas.items():
+            if shapes.get(name) != (delta.up.shape[0], delta.down.shape[1]):
+                got = delta.up.shape[0], delta.down.shape[1]
+                raise TensorError(f"expected a delta of {name} of shape {shapes.get(name)}, got {got}")
+            found[name] = Delta(*(each.to(self.device, self.dtype) for each in delta))
+        for name, scales in adaptation.scales.items():
+            if name not in shapes or scales.shape[-1] != min(shapes[name]):
+                raise TensorError(f"expected scales of {name} for a matrix {shapes.get(name)}, got {scales.shape[-1]}")
+            left, values, right = self.factors(name)
+            own = Delta(left, right, values * (scales.to(self.device, self.dtype) - 1))
+            found[name] = own if name not in found else Delta.joined([found[name], own])
+        return found
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """U (out, r), s (r,) and Vᵀ (r, in) of a matrix; computed once, in float32 or better."""
+        if name not in self._factors:
+            weight = _matrix(self._modules[name])
+            with torch.no_grad():
+                wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+                factors = torch.linalg.svd(wide, full_matrices=False)
+            self._factors[name] = tuple(each.to(self.dtype) for each in factors)  # type: ignore[assignment]
+        return self._factors[name]
+
+    @contextmanager
+    def adding(self, deltas: Mapping[str, Delta]) -> Iterator[None]:
+        """Add deltas to the matrices of whatever this thread runs of the model."""
+        token = _running.set((self, deltas))
+        try:
+            yield
+        finally:
+            _running.reset(token)
+
+    def _probe_calls(self) -> list[str]:
+        """Matrices that the model multiplies by calling their module once a token: those that a delta reaches."""
+        calls: dict[str, int] = {}
+        handles = [
+            module.register_forward_hook(lambda m, inputs, output, name=name: _count(calls, name, inputs[0]))
+            for name, module in self._modules.items()
+        ]
+        try:
+            with torch.inference_mode():
+                self.model(input_ids=torch.zeros(3, 2, dtype=torch.long, device=self.device), use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [name for name in self._modules if calls.get(name) == 1]
+
+    def _probe_reading(self) -> tuple[bool, bool]:
+        """Whether chunks, and parts, give what the whole model gives."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.vocab_size, (1, PROBE), generator=generator).to(self.device)
+        self.continues = self.cuts = True
+        with torch.inference_mode():
+            logits = self.model(input_ids=ids, use_cache=False).logits[:, -1]
+            # what rounding may do: recurrent blocks of that library compute in float32 whatever the model's dtype
+            slack = max(300 * torch.finfo(torch.float32).eps, 4 * torch.finfo(self.dtype).eps) * (1 + logits.abs().max())
+
+            def same(after: Tensor) -> bool:
+                return bool((after[:, -1] - logits.to(after.dtype).log_softmax(-1)).abs().max() <= slack)
+
+            session = self.open(1, PROBE)
+            session.read(ids[:, : PROBE // 2])
+            continues = same(session.read(ids[:, PROBE // 2 :]).after)
+            self.continues = continues
+            for cut in {1, self.depth // 2, self.depth - 1} - {0, self.depth}:
+                below, above = self.open(1, PROBE, blocks=range(cut)), self.open(1, PROBE, blocks=range(cut, self.depth))
+                for part in (ids[:, : PROBE // 2], ids[:, PROBE // 2 :]):
+                    after = above.read(part, x=below.read(part).hidden).after
+                if not same(after):
+                    return continues, False
+        return continues, self.depth > 1
+
+
+def _adding(backbone: TransformersBackbone, name: str) -> Any:
+    owner = id(backbone)
+
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        running = _running.get(None)
+        if running is None or id(running[0]) != owner:
+            return None
+        delta = running[1].get(name)
+        return None if delta is None else output + delta(inputs[0]).to(output.dtype)
+
+    return add
+
+
+def _count(calls: dict[str, int], name: str, x: Tensor) -> None:
+    calls[name] = calls.get(name, 0) + (1 if x.shape[0] == 3 else 2)  # rows are still there
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):  # quantised ones, too
+        return int(module.out_features), int(module.in_features)
+    return None
+
+
+def _matrix(module: nn.Module) -> Tensor:
+    weight = module.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        raise ConfigError(f"expected a matrix of numbers for singular values, got a {type(module).__name__}")
+    return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight
+
+
+def _path_of(model: PreTrainedModel, parts: ModelParts) -> str:
+    base = next(name for name, module in model.named_modules() if module is model.base_model)
+    return f"{base}.{parts.blocks}" if base else parts.blocks
+
+
+def _ends(tokenizer: Any) -> list[int]:
+    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

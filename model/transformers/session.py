@@ -1,0 +1,205 @@
+"""Rows that a transformers model reads on: its cache, padding on the left, and what experts add."""
+
+from collections.abc import Sequence
+from copy import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from bayes_dispatch.errors import CacheFullError, StaleCacheError, TensorError
+from bayes_dispatch.model.adaptation import Delta
+from bayes_dispatch.model.backbone import Read
+
+if TYPE_CHECKING:
+    from bayes_dispatch.model.transformers.backbone import TransformersBackbone
+
+__all__ = ["TransformersSession"]
+
+TOKENS_AT_ONCE = 4096  # rows times tokens that run together
+LOGITS_AT_ONCE = 2**24  # numbers: 64 MiB
+
+
+class TransformersSession:
+    """See ``model.backbone.Session``.
+
+    Rows end together: the first read puts the padding of shorter ones on the left, where no state remembers it.
+    """
+
+    def __init__(
+        self, backbone: "TransformersBackbone", rows: int, capacity: int, deltas: dict[str, Delta], blocks: range
+    ) -> None:
+        self.capacity = capacity
+        self.evaluated = 0
+        self._backbone, self._deltas, self._blocks = backbone, deltas, blocks
+        self._cache: Any = DynamicCache(config=backbone.model.config)
+        if blocks.start:  # masks are made for the first layer of a kind, which must be one that runs
+            layers = self._cache.layers
+            for place in range(blocks.start):
+                same = (layer for layer in layers[blocks.start :] if type(layer) is type(layers[place]))
+                layers[place] = next(same, layers[place])
+        self._rows, self._read = rows, 0  # slots read, padding among them
+        self._pads: Int[Tensor, " R"] = torch.zeros(rows, dtype=torch.long, device=backbone.device)
+        self._before: Float[Tensor, "R V"] | None = None
+        self._changing = False
+
+    @property
+    def rows(self) -> int:
+        return self._rows
+
+    @property
+    def lengths(self) -> Int[Tensor, " R"]:
+        return self._read - self._pads
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for layer in self._layers() for _, tensor in _tensors(layer))
+
+    def read(
+        self,
+        ids: Int[Tensor, "R T"],
+        tokens: Int[Tensor, " R"] | None = None,
+        x: Float[Tensor, "R T D"] | None = None,
+        *,
+        own: bool = False,
+        tail: int = 1,
+    ) -> Read:
+        self._check(ids, tokens)
+        width = ids.shape[1]
+        ids = ids.to(self._backbone.device)
+        shift = None  # (R,), to the right
+        if tokens is not None and bool((tokens < width).any()):
+            shift = (width - tokens).to(ids.device)
+            ids = _rolled(ids, shift)
+            x = None if x is None else _rolled(x, shift)
+            self._pads = shift
+        self._changing = True
+        hidden = self._run(ids, x)
+        self._read += width
+        self.evaluated += int(width * self._rows - (0 if shift is None else int(shift.sum()))) * len(self._blocks)
+        found = Read(None, None, hidden)
+        if self._blocks.stop == self._backbone.depth:
+            found = self._head(ids, hidden, own, min(tail, width))
+        self._changing = False
+        if shift is None:
+            return found
+        back = [None if each is None else _rolled(each, -shift) for each in (found.own, found.hidden)]
+        return Read(back[0], found.after, back[1])
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._whole()
+        self._changing = True
+        index = torch.as_tensor(rows, dtype=torch.long, device=self._pads.device)
+        for layer in self._layers():
+            layer.reorder_cache(index)
+        self._select(index)
+        self._changing = False
+
+    def select(self, rows: Sequence[int]) -> "TransformersSession":
+        self._whole()
+        index = torch.as_tensor(rows, dtype=torch.long, device=self._pads.device)
+        twin, own = copy(self), {}
+        twin._cache = copy(self._cache)
+        twin._cache.layers = [own.setdefault(id(layer), _copied(layer, index)) for layer in self._cache.layers]
+        twin._select(index)
+        return twin
+
+    def reserve(self, capacity: int) -> None:
+        self.capacity = max(self.capacity, capacity)
+
+    def _select(self, index: Tensor) -> None:
+        self._rows = len(index)
+        self._pads = self._pads[index]
+        self._before = None if self._before is None else self._before[index]
+        self._deltas = {name: delta.select(index) for name, delta in self._deltas.items()}
+
+    def _run(self, ids: Tensor, x: Tensor | None) -> Float[Tensor, "R T D"]:
+        width, chunks = ids.shape[1], []
+        step = max(1, TOKENS_AT_ONCE // self._rows)
+        start = 0
+        padded = bool(self._pads.any())
+        while start < width:
+            read = self._read + start
+            stop = min(width, start + (1 if read and not self._backbone.continues else step))
+            if not read and not self._backbone.continues:
+                stop = width
+            places = torch.arange(read, self._read + stop, device=ids.device)
+            seen = torch.arange(self._read + stop, device=ids.device)
+            arguments: dict[str, Any] = {"cache": self._cache, "use_cache": True}
+            if padded:
+                arguments["attention_mask"] = (seen >= self._pads[:, None]).long()
+            if self._backbone.positions:
+                arguments["position_ids"] = (places - self._pads[:, None]).clamp(min=0)
+            part = slice(start, stop)
+            with self._backbone.adding(self._deltas):
+                chunks.append(
+                    self._backbone.parts.run(self._blocks, ids[:, part], None if x is None else x[:, part], **arguments)
+                )
+            start = stop
+        return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1)
+
+    def _head(self, ids: Tensor, hidden: Tensor, own: bool, tail: int) -> Read:
+        width = ids.shape[1]
+        said: list[Tensor] = []
+        if own:
+            first = hidden.new_full((self._rows, 1), torch.nan, dtype=torch.promote_types(hidden.dtype, torch.float32))
+            said.append(first if self._before is None else self._before.gather(1, ids[:, :1]))
+            step = max(1, LOGITS_AT_ONCE // (self._rows * self._backbone.vocab_size))
+            for start in range(0, width - 1, step):
+                part = slice(start, min(start + step, width - 1))
+                following = ids[:, part.start + 1 : part.stop + 1, None]
+                said.append(self._log_probabilities(hidden[:, part]).gather(2, following)[..., 0])
+        after = self._log_probabilities(hidden[:, -tail:])
+        self._before = after[:, -1]
+        return Read(torch.cat(said, 1) if own else None, after, hidden)
+
+    def _log_probabilities(self, hidden: Tensor) -> Float[Tensor, "R t V"]:
+        with self._backbone.adding(self._deltas):
+            logits = self._backbone.parts.logits(hidden)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+    def _check(self, ids: Tensor, tokens: Tensor | None) -> None:
+        self._whole()
+        if ids.ndim != 2 or ids.shape[0] != self._rows or not ids.shape[1]:
+            raise TensorError(f"expected tokens (R, T) of {self._rows} rows, got shape {tuple(ids.shape)}")
+        if tokens is not None and bool((tokens < ids.shape[1]).any()):
+            if self._read:
+                raise TensorError(f"expected as many tokens of each row once some have been read, got {tokens.tolist()}")
+            if not bool((tokens >= 1).all()):
+                raise TensorError(f"expected at least one token of each row, got {tokens.tolist()}")
+        if self._read + ids.shape[1] > self.capacity:
+            raise CacheFullError(f"expected at most {self.capacity} tokens, got {self._read + ids.shape[1]}")
+
+    def _whole(self) -> None:
+        if self._changing:
+            raise StaleCacheError("expected a session whose last read ended, got one that was interrupted")
+
+    def _layers(self) -> list[Any]:
+        """Those that run, once each."""
+        return list(self._cache.layers[self._blocks.start : self._blocks.stop])
+
+
+def _rolled(values: Tensor, shift: Int[Tensor, " R"]) -> Tensor:
+    """Each row moved to the right by its shift; what leaves on one side comes in on the other."""
+    width = values.shape[1]
+    index = (torch.arange(width, device=values.device) - shift[:, None]) % width
+    return values.gather(1, index.reshape(*index.shape, *[1] * (values.ndim - 2)).expand_as(values))
+
+
+def _tensors(layer: Any) -> list[tuple[str, Tensor]]:
+    found = []
+    for name, value in vars(layer).items():
+        each = value.items() if isinstance(value, dict) else [("", value)]
+        found += [(f"{name}{key}", tensor) for key, tensor in each if isinstance(tensor, Tensor)]
+    return found
+
+
+def _copied(layer: Any, index: Tensor) -> Any:
+    twin = copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            setattr(twin, name, dict(value))
+    twin.reorder_cache(index)
+    return twin
