@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -78,6 +79,7 @@ class Adaptation:
     flow through the copies.
 
     Attributes:
+        deltas: what is added to matrices; their factors are shared, not copied, and not to be changed.
         scales: for each adapted matrix, its scales, shape (rank,) for one set that all rows share, or (B, rank) for one
             set per row of the batch; matrices that are not named keep their own weights.
         rows: B for per-row scales, ``None`` for shared ones.
@@ -98,16 +100,19 @@ class Adaptation:
                 "expected scales of shape (rank,) or all of shape (B, rank), got shapes "
                 f"{sorted({tuple(scales.shape) for scales in self.scales.values()})}"
             )
-        if self.scales and not torch.cat([z.flatten() for z in self.scales.values()]).isfinite().all():
-            name = next(name for name, z in self.scales.items() if not z.isfinite().all())
+        numbers = [*self.scales.items(), *((name, delta.c) for name, delta in self.deltas.items())]
+        if numbers and not torch.cat([z.flatten() for _, z in numbers]).isfinite().all():
+            name = next(name for name, z in numbers if not z.isfinite().all())
             raise TensorError(f"expected finite scales for {name}, got NaN or infinite ones")
         (kind,) = kinds or {()}
         object.__setattr__(self, "rows", kind[0] if kind else None)
         if not isinstance(self.scales, Tensors):
             object.__setattr__(self, "scales", Tensors(self.scales))
+        object.__setattr__(self, "deltas", MappingProxyType(dict(self.deltas)))
 
-    def __reduce__(self) -> tuple[type["Adaptation"], tuple[dict[str, Tensor]]]:
-        return Adaptation, ({name: z.detach() for name, z in self.scales.items()},)
+    def __reduce__(self) -> tuple[type["Adaptation"], tuple[dict[str, Tensor], dict[str, Delta]]]:
+        deltas = {name: Delta(*(each.detach() for each in delta)) for name, delta in self.deltas.items()}
+        return Adaptation, ({name: z.detach() for name, z in self.scales.items()}, deltas)
 
     @staticmethod
     def identity() -> "Adaptation":
@@ -116,15 +121,16 @@ class Adaptation:
 
     @cached_property
     def lowest_block(self) -> float:
-        """The first block that has a scaled matrix; infinity without any."""
-        return float(min(map(block_of, self.scales), default=float("inf")))
+        """The first block that has an adapted matrix; infinity without any."""
+        return float(min(map(block_of, [*self.scales, *self.deltas]), default=float("inf")))
 
     def select(self, rows: Sequence[int] | Tensor) -> "Adaptation":
         """The scales of some rows, in that order; shared scales stay shared."""
         if self.rows is None:
             return self
         index = torch.as_tensor(rows)
-        return Adaptation({name: scales[index] for name, scales in self.scales.items()})
+        deltas = {name: delta.select(index) for name, delta in self.deltas.items()}
+        return Adaptation({name: scales[index] for name, scales in self.scales.items()}, deltas)
 
     def part(self, name: str) -> "Adaptation":
         """The scales of the matrices in one part of a model, ``name.…``, under their names within it."""

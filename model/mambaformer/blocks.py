@@ -218,6 +218,10 @@ class BlockStack(nn.Module):
         )
 
     def _check_adaptation(self, adaptation: Adaptation, batch: int) -> None:
+        if adaptation.deltas:
+            raise TensorError(
+                f"expected singular-value scales for a MambaFormer, got a delta of {next(iter(adaptation.deltas))}"
+            )
         if not adaptation.scales:
             return
         asked = adaptation, batch, self.dtype

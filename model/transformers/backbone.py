@@ -1,13 +1,9 @@
 """Any causal language model of the transformers library as a ``Backbone``."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from inspect import signature
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +18,6 @@ from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
 
 __all__ = ["TransformersBackbone"]
 
-_running: ContextVar[tuple[object, Mapping[str, Delta]]] = ContextVar("running")
-
 PROBE = 12  # tokens of the check of what a model can do
 
 
@@ -36,7 +30,6 @@ class TransformersBackbone:
 
     Attributes:
         tokenizer: see ``TransformersTokenizer``. depth: blocks. cuts: whether its blocks can run in two parts.
-        continues: whether it reads several tokens at once from a state that it kept; if not, it reads them one by one.
 
     Raises:
         ConfigError: blocks that cannot be found, a tokenizer that does not fit.
@@ -47,21 +40,13 @@ class TransformersBackbone:
         self.name = name
         self.parts = ModelParts(model)
         self.depth = self.parts.depth
-        embedding = model.get_input_embeddings()
-        assert isinstance(embedding, nn.Embedding)
-        self.vocab_size = embedding.num_embeddings
+        self.vocab_size = self.parts.vocab_size
         ends = model.generation_config.eos_token_id if model.generation_config else None
         ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
         self.tokenizer = TransformersTokenizer(tokenizer, self.vocab_size, [*ends, *_ends(tokenizer)])
-        parameters = signature(model.base_model.forward).parameters
-        self.positions = "position_ids" in parameters
-        self._modules = {name: module for name, module in model.named_modules() if _shape(module)}
         self._factors: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        for path, module in self._modules.items():
-            handle = module.register_forward_hook(_adding(self, path))
-            finalize(self, handle.remove)
         self._called = self._probe_calls()
-        self.continues, self.cuts = self._probe_reading()
+        self.parts.continues, self.cuts = self._probe_reading()
 
     @classmethod
     def load(
@@ -84,7 +69,8 @@ class TransformersBackbone:
             config = AutoConfig.from_pretrained(path, **options)
             if type(config) not in AutoModelForCausalLM._model_mapping:
                 raise ConfigError(f"expected a causal language model, got {type(config).__name__} in {path}")
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options).to(device)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+            nn.Module.to(model, device)
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"expected a causal language model in {path}, got {_line(error)}") from None
@@ -98,7 +84,12 @@ class TransformersBackbone:
     @property
     def device(self) -> torch.device:
         """Of the embedding, where tokens go."""
-        return self.model.get_input_embeddings().weight.device
+        return self.parts.device
+
+    @property
+    def continues(self) -> bool:
+        """Whether it reads several tokens at once from a state that it kept; if not, it reads them one by one."""
+        return self.parts.continues
 
     @property
     def longest(self) -> int | None:
@@ -115,7 +106,7 @@ class TransformersBackbone:
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each matrix that a delta may be added to, in order; an embedding is (width, tokens)."""
-        return {name: _shape(self._modules[name]) for name in self._called}
+        return {name: self.parts.shapes[name] for name in self._called}
 
     def adaptable(self) -> dict[str, int]:
         """Rank of each matrix that singular-value scales adapt unless told otherwise: linear layers within blocks."""
@@ -137,7 +128,7 @@ class TransformersBackbone:
         chosen = range(self.depth) if blocks is None else blocks
         if chosen != range(self.depth) and not self.cuts:
             raise ConfigError(f"expected all {self.depth} blocks of a model that cannot be cut, got {chosen}")
-        return TransformersSession(self, rows, capacity, self.deltas(adaptation, rows), chosen)
+        return TransformersSession(self.parts, rows, capacity, self.deltas(adaptation, rows), chosen)
 
     def deltas(self, adaptation: Adaptation | None, rows: int | None = None) -> dict[str, Delta]:
         """What an adaptation adds to each matrix, on this device and in this dtype.
@@ -167,28 +158,19 @@ class TransformersBackbone:
     def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """U (out, r), s (r,) and Vᵀ (r, in) of a matrix; computed once, in float32 or better."""
         if name not in self._factors:
-            weight = _matrix(self._modules[name])
+            weight = _matrix(self.parts.matrices[name])
             with torch.no_grad():
                 wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
                 factors = torch.linalg.svd(wide, full_matrices=False)
-            self._factors[name] = tuple(each.to(self.dtype) for each in factors)  # type: ignore[assignment]
+            self._factors[name] = tuple(each.to(self.dtype) for each in factors)
         return self._factors[name]
-
-    @contextmanager
-    def adding(self, deltas: Mapping[str, Delta]) -> Iterator[None]:
-        """Add deltas to the matrices of whatever this thread runs of the model."""
-        token = _running.set((self, deltas))
-        try:
-            yield
-        finally:
-            _running.reset(token)
 
     def _probe_calls(self) -> list[str]:
         """Matrices that the model multiplies by calling their module once a token: those that a delta reaches."""
         calls: dict[str, int] = {}
         handles = [
             module.register_forward_hook(lambda m, inputs, output, name=name: _count(calls, name, inputs[0]))
-            for name, module in self._modules.items()
+            for name, module in self.parts.matrices.items()
         ]
         try:
             with torch.inference_mode():
@@ -196,27 +178,34 @@ class TransformersBackbone:
         finally:
             for handle in handles:
                 handle.remove()
-        return [name for name in self._modules if calls.get(name) == 1]
+        return [name for name in self.parts.matrices if calls.get(name) == 1]
 
     def _probe_reading(self) -> tuple[bool, bool]:
         """Whether chunks, and parts, give what the whole model gives."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(self.vocab_size, (1, PROBE), generator=generator).to(self.device)
-        self.continues = self.cuts = True
+        self.cuts = True
         with torch.inference_mode():
             logits = self.model(input_ids=ids, use_cache=False).logits[:, -1]
             # what rounding may do: recurrent blocks of that library compute in float32 whatever the model's dtype
-            slack = max(300 * torch.finfo(torch.float32).eps, 4 * torch.finfo(self.dtype).eps) * (1 + logits.abs().max())
+            slack = max(300 * torch.finfo(torch.float32).eps, 4 * torch.finfo(self.dtype).eps) * (
+                1 + logits.abs().max()
+            )
 
-            def same(after: Tensor) -> bool:
-                return bool((after[:, -1] - logits.to(after.dtype).log_softmax(-1)).abs().max() <= slack)
+            def same(after: Tensor | None) -> bool:
+                return after is not None and bool(
+                    (after[:, -1] - logits.to(after.dtype).log_softmax(-1)).abs().max() <= slack
+                )
 
             session = self.open(1, PROBE)
             session.read(ids[:, : PROBE // 2])
             continues = same(session.read(ids[:, PROBE // 2 :]).after)
-            self.continues = continues
+            self.parts.continues = continues
             for cut in {1, self.depth // 2, self.depth - 1} - {0, self.depth}:
-                below, above = self.open(1, PROBE, blocks=range(cut)), self.open(1, PROBE, blocks=range(cut, self.depth))
+                below, above = (
+                    self.open(1, PROBE, blocks=range(cut)),
+                    self.open(1, PROBE, blocks=range(cut, self.depth)),
+                )
                 for part in (ids[:, : PROBE // 2], ids[:, PROBE // 2 :]):
                     after = above.read(part, x=below.read(part).hidden).after
                 if not same(after):
@@ -224,31 +213,8 @@ class TransformersBackbone:
         return continues, self.depth > 1
 
 
-def _adding(backbone: TransformersBackbone, name: str) -> Any:
-    owner = id(backbone)
-
-    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        running = _running.get(None)
-        if running is None or id(running[0]) != owner:
-            return None
-        delta = running[1].get(name)
-        return None if delta is None else output + delta(inputs[0]).to(output.dtype)
-
-    return add
-
-
 def _count(calls: dict[str, int], name: str, x: Tensor) -> None:
     calls[name] = calls.get(name, 0) + (1 if x.shape[0] == 3 else 2)  # rows are still there
-
-
-def _shape(module: nn.Module) -> tuple[int, int] | None:
-    if isinstance(module, Conv1D):
-        return module.nf, module.nx
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim, module.num_embeddings
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):  # quantised ones, too
-        return int(module.out_features), int(module.in_features)
-    return None
 
 
 def _matrix(module: nn.Module) -> Tensor:

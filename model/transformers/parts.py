@@ -4,22 +4,27 @@ A part is a shallow copy of the model whose list of blocks has others in places.
 through a context variable, so that threads share parts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from copy import copy
+from inspect import signature
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.pytorch_utils import Conv1D
 
 from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.model.adaptation import Delta
 
 __all__ = ["ModelParts"]
 
 _entering: ContextVar[Tensor] = ContextVar("entering")
+_adding: ContextVar[tuple[object, Mapping[str, Delta]]] = ContextVar("adding")
 
 
 class ModelParts:
@@ -29,7 +34,10 @@ class ModelParts:
         model: with one list of ``num_hidden_layers`` blocks.
 
     Attributes:
-        depth: how many blocks it has.
+        depth: how many blocks it has. blocks: where they are in the inner model. vocab_size: rows of the embedding.
+        positions: whether it is told where tokens are. continues: whether it reads several tokens at once from a state
+            that it kept; whoever finds that it does not sets it.
+        matrices, shapes: modules that multiply by a matrix, by name, and (out, in) of each.
 
     Raises:
         ConfigError: there is no such list.
@@ -49,9 +57,21 @@ class ModelParts:
                 f"expected a model with a list of its {self.depth} blocks, got {type(model).__name__}, which has none"
             )
         self.blocks = lists[0]
-        self._layers = list(self._inner.get_submodule(self.blocks))
+        self._layers = list(self._inner.get_submodule(self.blocks).children())
         self._returned = self._returned_by_blocks()
         self._parts: dict[tuple[int, int], nn.Module] = {}
+        embedding = model.get_input_embeddings()
+        if not isinstance(embedding, nn.Embedding):
+            raise ConfigError(f"expected a model with an embedding, got {type(model).__name__}, which has none")
+        self.vocab_size = embedding.num_embeddings
+        self._embedding = embedding
+        self.continues = True
+        self.positions = "position_ids" in signature(self._inner.forward).parameters
+        found = {name: (module, _shape(module)) for name, module in model.named_modules()}
+        self.matrices = {name: module for name, (module, shape) in found.items() if shape}
+        self.shapes = {name: shape for name, (_, shape) in found.items() if shape}
+        for name, module in self.matrices.items():
+            finalize(self, module.register_forward_hook(_added_by(id(self), name)).remove)
         self._head = _with_child(model, _name_of(model, self._inner), _Given(self._inner, None))
 
     def run(self, blocks: range, ids: Tensor, x: Tensor | None, **arguments: Any) -> Tensor:
@@ -76,6 +96,25 @@ class ModelParts:
         """(B, T, D), normalised, to (B, T, V), with all that the model does to its logits."""
         with _value(hidden):
             return self._head(inputs_embeds=hidden, use_cache=False).logits
+
+    @property
+    def config(self) -> Any:
+        """The model's."""
+        return self._model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Of the embedding, where tokens go."""
+        return self._embedding.weight.device
+
+    @contextmanager
+    def adding(self, deltas: Mapping[str, Delta]) -> Iterator[None]:
+        """Add deltas to the matrices of whatever this thread runs of the model."""
+        token = _adding.set((id(self), deltas))
+        try:
+            yield
+        finally:
+            _adding.reset(token)
 
     def _returned_by_blocks(self) -> int | None:
         """How many values a block returns, of which the hidden states are the first; ``None`` for these alone."""
@@ -154,8 +193,27 @@ class _Output(BaseModelOutput):
 class _Given(_Elsewhere):
     """Stands for all that is below the head."""
 
-    def forward(self, *_: Any, **__: Any) -> _Output:
+    def forward(self, *_: Any, **__: Any) -> _Output:  # type: ignore[override]
         return _Output(last_hidden_state=_entering.get())
+
+
+def _added_by(owner: int, name: str) -> Any:
+    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        by, deltas = _adding.get((None, {}))
+        delta = deltas.get(name) if by == owner else None
+        return None if delta is None else output + delta(inputs[0]).to(output.dtype)
+
+    return add
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim, module.num_embeddings
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):  # quantised ones, too
+        return int(getattr(module, "out_features")), int(getattr(module, "in_features"))  # noqa: B009
+    return None
 
 
 def _left(inner: nn.Module, **arguments: Any) -> Tensor:

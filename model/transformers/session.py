@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -12,9 +12,7 @@ from transformers import DynamicCache
 from bayes_dispatch.errors import CacheFullError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Delta
 from bayes_dispatch.model.backbone import Read
-
-if TYPE_CHECKING:
-    from bayes_dispatch.model.transformers.backbone import TransformersBackbone
+from bayes_dispatch.model.transformers.parts import ModelParts
 
 __all__ = ["TransformersSession"]
 
@@ -28,20 +26,18 @@ class TransformersSession:
     Rows end together: the first read puts the padding of shorter ones on the left, where no state remembers it.
     """
 
-    def __init__(
-        self, backbone: "TransformersBackbone", rows: int, capacity: int, deltas: dict[str, Delta], blocks: range
-    ) -> None:
+    def __init__(self, parts: ModelParts, rows: int, capacity: int, deltas: dict[str, Delta], blocks: range) -> None:
         self.capacity = capacity
         self.evaluated = 0
-        self._backbone, self._deltas, self._blocks = backbone, deltas, blocks
-        self._cache: Any = DynamicCache(config=backbone.model.config)
+        self._parts, self._deltas, self._blocks = parts, deltas, blocks
+        self._cache: Any = DynamicCache(config=parts.config)
         if blocks.start:  # masks are made for the first layer of a kind, which must be one that runs
             layers = self._cache.layers
             for place in range(blocks.start):
                 same = (layer for layer in layers[blocks.start :] if type(layer) is type(layers[place]))
                 layers[place] = next(same, layers[place])
         self._rows, self._read = rows, 0  # slots read, padding among them
-        self._pads: Int[Tensor, " R"] = torch.zeros(rows, dtype=torch.long, device=backbone.device)
+        self._pads: Int[Tensor, " R"] = torch.zeros(rows, dtype=torch.long, device=parts.device)
         self._before: Float[Tensor, "R V"] | None = None
         self._changing = False
 
@@ -68,7 +64,7 @@ class TransformersSession:
     ) -> Read:
         self._check(ids, tokens)
         width = ids.shape[1]
-        ids = ids.to(self._backbone.device)
+        ids = ids.to(self._parts.device)
         shift = None  # (R,), to the right
         if tokens is not None and bool((tokens < width).any()):
             shift = (width - tokens).to(ids.device)
@@ -80,13 +76,13 @@ class TransformersSession:
         self._read += width
         self.evaluated += int(width * self._rows - (0 if shift is None else int(shift.sum()))) * len(self._blocks)
         found = Read(None, None, hidden)
-        if self._blocks.stop == self._backbone.depth:
+        if self._blocks.stop == self._parts.depth:
             found = self._head(ids, hidden, own, min(tail, width))
         self._changing = False
         if shift is None:
             return found
-        back = [None if each is None else _rolled(each, -shift) for each in (found.own, found.hidden)]
-        return Read(back[0], found.after, back[1])
+        own_back = None if found.own is None else _rolled(found.own, -shift)
+        return Read(own_back, found.after, _rolled(found.hidden, -shift))
 
     def keep(self, rows: Sequence[int]) -> None:
         self._whole()
@@ -100,9 +96,10 @@ class TransformersSession:
     def select(self, rows: Sequence[int]) -> "TransformersSession":
         self._whole()
         index = torch.as_tensor(rows, dtype=torch.long, device=self._pads.device)
-        twin, own = copy(self), {}
+        copies = {id(layer): _copied(layer, index) for layer in self._layers()}
+        twin = copy(self)
         twin._cache = copy(self._cache)
-        twin._cache.layers = [own.setdefault(id(layer), _copied(layer, index)) for layer in self._cache.layers]
+        twin._cache.layers = [copies.get(id(layer), layer) for layer in self._cache.layers]
         twin._select(index)
         return twin
 
@@ -122,20 +119,20 @@ class TransformersSession:
         padded = bool(self._pads.any())
         while start < width:
             read = self._read + start
-            stop = min(width, start + (1 if read and not self._backbone.continues else step))
-            if not read and not self._backbone.continues:
+            stop = min(width, start + (1 if read and not self._parts.continues else step))
+            if not read and not self._parts.continues:
                 stop = width
             places = torch.arange(read, self._read + stop, device=ids.device)
             seen = torch.arange(self._read + stop, device=ids.device)
             arguments: dict[str, Any] = {"cache": self._cache, "use_cache": True}
             if padded:
                 arguments["attention_mask"] = (seen >= self._pads[:, None]).long()
-            if self._backbone.positions:
+            if self._parts.positions:
                 arguments["position_ids"] = (places - self._pads[:, None]).clamp(min=0)
             part = slice(start, stop)
-            with self._backbone.adding(self._deltas):
+            with self._parts.adding(self._deltas):
                 chunks.append(
-                    self._backbone.parts.run(self._blocks, ids[:, part], None if x is None else x[:, part], **arguments)
+                    self._parts.run(self._blocks, ids[:, part], None if x is None else x[:, part], **arguments)
                 )
             start = stop
         return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1)
@@ -146,7 +143,7 @@ class TransformersSession:
         if own:
             first = hidden.new_full((self._rows, 1), torch.nan, dtype=torch.promote_types(hidden.dtype, torch.float32))
             said.append(first if self._before is None else self._before.gather(1, ids[:, :1]))
-            step = max(1, LOGITS_AT_ONCE // (self._rows * self._backbone.vocab_size))
+            step = max(1, LOGITS_AT_ONCE // (self._rows * self._parts.vocab_size))
             for start in range(0, width - 1, step):
                 part = slice(start, min(start + step, width - 1))
                 following = ids[:, part.start + 1 : part.stop + 1, None]
@@ -156,8 +153,8 @@ class TransformersSession:
         return Read(torch.cat(said, 1) if own else None, after, hidden)
 
     def _log_probabilities(self, hidden: Tensor) -> Float[Tensor, "R t V"]:
-        with self._backbone.adding(self._deltas):
-            logits = self._backbone.parts.logits(hidden)
+        with self._parts.adding(self._deltas):
+            logits = self._parts.logits(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def _check(self, ids: Tensor, tokens: Tensor | None) -> None:
@@ -166,7 +163,9 @@ class TransformersSession:
             raise TensorError(f"expected tokens (R, T) of {self._rows} rows, got shape {tuple(ids.shape)}")
         if tokens is not None and bool((tokens < ids.shape[1]).any()):
             if self._read:
-                raise TensorError(f"expected as many tokens of each row once some have been read, got {tokens.tolist()}")
+                raise TensorError(
+                    f"expected as many tokens of each row once some have been read, got {tokens.tolist()}"
+                )
             if not bool((tokens >= 1).all()):
                 raise TensorError(f"expected at least one token of each row, got {tokens.tolist()}")
         if self._read + ids.shape[1] > self.capacity:
