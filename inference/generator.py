@@ -1,6 +1,5 @@
 """Two-pass generation: read the prompt, dispatch, and generate under the blended experts."""
 
-import codecs
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,12 +61,13 @@ class TwoPassGenerator:
         """Continue each prompt under its blended experts.
 
         Args:
-            prompts: 1 to 4,096 bytes of UTF-8 each.
+            prompts: UTF-8, with room for what follows in what the model can read.
             blend: how the posterior becomes particles, or its name (``as_blend``); also an expert's, or ``"base"``.
-            max_new_tokens: bytes to generate, 1 to 65,536. do_sample, temperature: see ``Sampling``; greedy by default.
+            max_new_tokens: tokens to generate, 1 to 65,536; for our own model these are bytes.
+            do_sample, temperature: see ``Sampling``; greedy by default.
             seed: of posterior draws and sampling; ``None`` for a fresh one. A prompt's result does not depend on the
                 prompts beside it, except that copies of a prompt draw differently.
-            stop: bytes with which a text ends; a list for any of several.
+            stop: a text with which each ends; a list for any of several.
             own_evidence: whether generated tokens filter the particles, as those of the prompt do: the joint predictive
                 of all tokens, where they are drawn from it. If not, the weights stay as the prompt left them.
             strategy: gives the posterior; the system's dispatcher by default. What it costs is not counted.
@@ -89,7 +89,7 @@ class TwoPassGenerator:
         lengths = np.zeros(count, dtype=int)
         paths: list[list[np.ndarray]] = [[] for _ in range(count)]
         with tqdm(total=count * max_new_tokens, desc=named.name, disable=None if progress else True) as bar:
-            for token, chosen, _ in run.tokens():
+            for token, chosen, _, _ in run.tokens():
                 place = chosen, lengths[chosen]
                 ids[place] = token.ids
                 numbers[:, *place] = token.log_probabilities, token.entropy, token.mutual_information
@@ -97,10 +97,9 @@ class TwoPassGenerator:
                 for n, own in zip(chosen, token.weights, strict=True):
                     paths[n].append(own)
                 bar.update(len(chosen))
-        own = (row[:length] for row, length in zip(ids.tolist(), lengths, strict=True))
         return Generation(
             prompts=run.prompts,
-            texts=tuple(self.bundle.tokenizer.decode(row) for row in own),
+            texts=tuple(run.texts.get(n, "") for n in range(count)),
             token_ids=ids,
             log_probabilities=numbers[0],
             posterior=run.posterior(range(count)),
@@ -192,16 +191,15 @@ class TwoPassGenerator:
         return Chat(self.bundle, settings, Path(file), state)
 
     def _stream(self, run: SecondPass) -> Iterator[Streamed]:
-        decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in run.prompts]
         posteriors: dict[int, DispatchPosterior] = {}
-        for token, chosen, ended in run.tokens():
+        for token, chosen, ended, pieces in run.tokens():
             for i, n in enumerate(chosen):
                 last = bool(ended[i])
                 if n not in posteriors:
                     posteriors[n] = run.posterior([n])
                 yield Streamed(
                     prompt=int(n),
-                    text=decoders[n].decode(bytes([token.ids[i]]), final=last),
+                    text=pieces[i],
                     token_id=int(token.ids[i]),
                     log_probability=float(token.log_probabilities[i]),
                     predictive_entropy=float(token.entropy[i]),

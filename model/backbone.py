@@ -1,16 +1,16 @@
 """What experts and inference need to know of a language model, whichever it is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.cache import Cache
 
-__all__ = ["Backbone", "CausalLMOutput", "Cuttable", "Read", "Session", "Tokens"]
+__all__ = ["Backbone", "CausalLMOutput", "Read", "Session", "TextStream", "Tokenizer", "Tokens"]
 
 
 class Tokens(NamedTuple):
@@ -86,6 +86,10 @@ class Session(Protocol):
         """
         ...
 
+    def after(self, hidden: Float[Tensor, "R t D"]) -> Float[Tensor, "R t V"]:
+        """Log-probabilities of what follows hidden states that a read gave; for sessions with the last block."""
+        ...
+
     def keep(self, rows: Sequence[int]) -> None:
         """Make row ``rows[r]`` the new row r, with its adaptation."""
         ...
@@ -108,70 +112,114 @@ class CausalLMOutput(NamedTuple):
 
 
 @runtime_checkable
-class Backbone(Protocol):
-    """A causal language model with adaptable matrices and an explicit cache."""
+class Tokenizer(Protocol):
+    """Text to tokens and back.
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights, logits and cached states."""
+    Attributes:
+        vocab_size: V. pad_token_id: fills rows. ends: ids with which a text ends; they have no text of their own.
+        continues: (V,), which ids may be chosen to continue a text.
+    """
+
+    vocab_size: int
+    pad_token_id: int
+    ends: frozenset[int]
+    continues: Bool[Tensor, " V"]
+
+    def tokenize(self, text: str | bytes, begin: bool = True) -> Tokens:
+        """Ids and spans of a text.
+
+        Args:
+            begin: put what begins every text first; not where this goes on from other tokens.
+
+        Raises:
+            PromptError: it is no UTF-8.
+        """
         ...
 
-    def __call__(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        *,
-        attention_mask: Int[Tensor, "B T"] | None = None,
-        cache: Cache | None = None,
-        adaptation: Adaptation | None = None,
-    ) -> CausalLMOutput:
-        """Run the whole model over the tokens that follow those in ``cache``."""
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; special ones have none, bytes that are no UTF-8 become U+FFFD."""
         ...
 
-    def init_cache(self, batch_size: int, max_length: int) -> Cache:
-        """An empty cache for ``batch_size`` rows of up to ``max_length`` tokens."""
-        ...
-
-    def adaptable(self) -> dict[str, int]:
-        """The name and rank of each matrix that experts adapt unless told otherwise, in order."""
-        ...
-
-    def fingerprint(self) -> str:
-        """A hash of the weights: equal for equal weights only."""
+    def stream(self, context: Sequence[int]) -> "TextStream":
+        """The text that further ids add to that of ``context``."""
         ...
 
 
 @runtime_checkable
-class Cuttable(Protocol):
-    """A causal language model whose blocks can also run in two parts."""
+class TextStream(Protocol):
+    """Text of tokens as they come."""
 
-    def below(
-        self,
-        block: int,
-        input_ids: Int[Tensor, "B T"],
-        *,
-        attention_mask: Int[Tensor, "B T"] | None = None,
-        cache: Cache | None = None,
-    ) -> Float[Tensor, "B T D"]:
-        """The hidden states that come into ``block``; ``cache`` is of the blocks before it."""
+    def add(self, token: int) -> str:
+        """What there is to say after one more token; what could still change, such as half a character, waits."""
         ...
 
-    def above(
-        self,
-        block: int,
-        x: Int[Tensor, "B T"] | Float[Tensor, "B T D"],
-        *,
-        attention_mask: Int[Tensor, "B T"] | None = None,
-        cache: Cache | None = None,
-        adaptation: Adaptation | None = None,
-        last: Int[Tensor, " B"] | None = None,
-    ) -> Float[Tensor, "B t V"]:
-        """Logits: run ``block`` and all after it on what ``below`` gave; ``cache`` is of these blocks.
+    def end(self) -> str:
+        """What still waited."""
+        ...
 
-        Block 0 runs on tokens, too: the embedding of each row may be adapted.
-        With ``last`` (B,) those of one place of each row alone, (B, 1, V).
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A causal language model whose matrices can be adapted, row by row.
+
+    Attributes:
+        depth: blocks. vocab_size: of its logits. longest: tokens that it was made for, ``None`` without a bound.
+        cuts: whether its blocks can run in two parts, below and above any block. continues: whether it reads several
+            tokens at once from what it kept; if not, it reads them one by one.
+    """
+
+    depth: int
+    vocab_size: int
+
+    @property
+    def longest(self) -> int | None: ...
+    @property
+    def cuts(self) -> bool: ...
+    @property
+    def continues(self) -> bool: ...
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and hidden states."""
+        ...
+
+    def open(
+        self, rows: int, capacity: int, adaptation: Adaptation | None = None, blocks: range | None = None
+    ) -> Session:
+        """An empty session.
+
+        Args:
+            rows: R. capacity: tokens that each row has room for. adaptation: shared, or of R rows; ``None`` for base.
+            blocks: which run, all by default. A session of blocks from 0 up to ``cut`` gives, as ``Read.hidden``, what
+                one from there to the last block reads as ``x``.
+
+        Raises:
+            ConfigError: blocks that there are not, or a part of a model that cannot be cut.
+            TensorError: an adaptation that does not fit.
         """
         ...
 
-    def init_cache(self, batch_size: int, max_length: int, *, blocks: range | None = None) -> Cache:
-        """An empty cache of some blocks, all by default."""
+    def score(
+        self, ids: Int[Tensor, "R T"], tokens: Int[Tensor, " R"] | None = None, adaptation: Adaptation | None = None
+    ) -> Float[Tensor, "R T"]:
+        """Log-probability of each token given all before it, NaN for the first; nothing is kept, gradients flow.
+
+        Args:
+            ids: right-padded; at padding there is no meaning. tokens: real ones of each row. adaptation: see ``open``.
+        """
+        ...
+
+    def cut(self, matrices: Iterable[str]) -> int:
+        """How many blocks run the same under all adaptations of these matrices; 0 where the model cannot be cut."""
+        ...
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each matrix that can be adapted, by name."""
+        ...
+
+    def adaptable(self) -> dict[str, int]:
+        """The name and rank of each matrix that singular-value scales adapt unless told otherwise, in order."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of the weights: equal for equal weights only."""
         ...

@@ -1,11 +1,14 @@
 """Byte-level tokens: ids 0–255 are the bytes of UTF-8 text, then two special tokens."""
 
+import codecs
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from bayes_dispatch.errors import PromptError, TensorError
+from bayes_dispatch.model.backbone import Tokens
 
 __all__ = ["ByteTokenizer"]
 
@@ -20,6 +23,22 @@ class ByteTokenizer:
     bos_token_id = 256
     pad_token_id = 257
     vocab_size = 258
+    ends: frozenset[int] = frozenset()
+    continues: Bool[Tensor, " V"] = torch.arange(258) < 256
+
+    def tokenize(self, text: str | bytes, begin: bool = True) -> Tokens:
+        """The bytes of ``text``, each with its place, after the beginning token unless told otherwise.
+
+        Raises:
+            PromptError: ``text`` is not UTF-8.
+        """
+        data = utf8(text)
+        spans = tuple((n, n + 1) for n in range(len(data)))
+        return Tokens((self.bos_token_id, *data), ((0, 0), *spans)) if begin else Tokens(tuple(data), spans)
+
+    def stream(self, context: Sequence[int]) -> "ByteStream":
+        """The text that further bytes add; what came before does not matter, as texts break between characters."""
+        return ByteStream()
 
     def encode(self, text: str | bytes) -> list[int]:
         """The beginning token and the bytes of ``text``.
@@ -59,6 +78,21 @@ class ByteTokenizer:
         if any(not 0 <= value < self.vocab_size for value in values):
             raise TensorError(f"expected ids in 0 … {self.vocab_size - 1}, got {min(values)} … {max(values)}")
         return bytes(value for value in values if value < 256).decode("utf-8", errors="replace")
+
+
+class ByteStream:
+    """Bytes as text, once a character is whole; bytes that are none become U+FFFD."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """What there is to say after one more byte."""
+        return self._decoder.decode(bytes([token]))
+
+    def end(self) -> str:
+        """What still waited."""
+        return self._decoder.decode(b"", final=True)
 
 
 def utf8(text: str | bytes) -> bytes:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from bayes_dispatch.errors import PromptError, TensorError
 from bayes_dispatch.experts.bank import ExpertBank
-from bayes_dispatch.inference.two_pass.likelihood import log_likelihood_of
+from bayes_dispatch.inference.two_pass.first_pass import padded
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import Backbone
+from bayes_dispatch.model.backbone import Backbone, Tokenizer
 from bayes_dispatch.model.tokenizer import ByteTokenizer, utf8
 
 __all__ = ["MAX_PAIR_BYTES", "AnswerLikelihood", "check_pairs"]
@@ -42,22 +42,26 @@ class AnswerLikelihood:
         model: Backbone,
         experts: ExpertBank,
         pairs: Sequence[tuple[str | bytes, str | bytes]],
-        tokenizer: ByteTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         experts.check_base(model)
         self.pairs = check_pairs(pairs)
         tokenizer = tokenizer or ByteTokenizer()
         self.model, self.experts, self.components = model, experts, experts.components
-        rows = [[tokenizer.bos_token_id, *prompt, *answer] for prompt, answer in self.pairs]
-        self._ids, self._mask = tokenizer.pad(rows)
-        self._counted = torch.zeros(self._ids.shape[0], self._ids.shape[1] - 1)
-        for row, (prompt, answer) in enumerate(self.pairs):
-            self._counted[row, len(prompt) : len(prompt) + len(answer)] = 1.0
+        asked = [tokenizer.tokenize(prompt).ids for prompt, _ in self.pairs]
+        rows = [
+            (*ids, *tokenizer.tokenize(answer, begin=False).ids)
+            for ids, (_, answer) in zip(asked, self.pairs, strict=True)
+        ]
+        self._ids, self._tokens = padded(rows, tokenizer.pad_token_id)
+        places = torch.arange(self._ids.shape[1])
+        begins = torch.tensor([max(1, len(ids)) for ids in asked])  # the very first token has no probability
+        self._counted = (places >= begins[:, None]) & (places < self._tokens[:, None])
         self.layers = experts.layers
 
     @property
-    def answer_bytes(self) -> int:
-        """How many bytes the likelihood counts."""
+    def answer_tokens(self) -> int:
+        """How many tokens the likelihood counts."""
         return int(self._counted.sum())
 
     def __call__(self, weights: Float[Tensor, "P *layers components"]) -> Float[Tensor, " P"]:
@@ -87,10 +91,10 @@ class AnswerLikelihood:
     def _score(self, weights: Tensor) -> Tensor:
         particles, pairs = len(weights), len(self._ids)
         adaptation = self._blend(weights.to(self.model.dtype).repeat_interleave(pairs, 0))
-        ids, mask = self._ids.repeat(particles, 1), self._mask.repeat(particles, 1)  # (P pairs, T)
-        logits = self.model(ids, attention_mask=mask, adaptation=adaptation).logits
-        scores = log_likelihood_of(logits, ids, self._counted.repeat(particles, 1))
-        return scores.unflatten(0, (particles, pairs))
+        ids, tokens = self._ids.repeat(particles, 1), self._tokens.repeat(particles)  # (P pairs, T)
+        said = self.model.score(ids, tokens, adaptation).double()
+        counted = self._counted.repeat(particles, 1).to(said.device)
+        return said.masked_fill(~counted, 0.0).sum(1).cpu().unflatten(0, (particles, pairs))
 
     def _blend(self, weights: Tensor) -> Adaptation:
         if weights.ndim == 2:

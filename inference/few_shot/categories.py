@@ -9,11 +9,10 @@ from jaxtyping import Float
 
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains import Domain, Split
-from bayes_dispatch.inference.two_pass.likelihood import log_likelihood_of
-from bayes_dispatch.inference.two_pass.prompts import check_prompts
+from bayes_dispatch.inference.two_pass.first_pass import padded
+from bayes_dispatch.inference.two_pass.prompts import check_prompts, tokenized
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import Backbone
-from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.model.backbone import Backbone, Tokenizer
 
 __all__ = ["QUESTION", "CategoryDomain", "category_text", "name_probabilities"]
 
@@ -54,7 +53,7 @@ def category_text(name: str) -> str:
 @torch.no_grad()
 def name_probabilities(
     model: Backbone,
-    tokenizer: ByteTokenizer,
+    tokenizer: Tokenizer,
     prompts: Sequence[str | bytes],
     names: Sequence[str],
     adaptation: Adaptation | None,
@@ -62,27 +61,27 @@ def name_probabilities(
     """How likely each name is as the answer, normalised over the names.
 
     Args:
-        model, tokenizer: of a bundle. prompts: 1 to 4,096 bytes each. names: the answers.
+        model, tokenizer: of a bundle. prompts: UTF-8. names: the answers.
         adaptation: one set of scales for the model, or ``None``.
 
     Raises:
         PromptError: see ``check_prompts``.
     """
     checked = check_prompts(prompts)
-    answers = [name.encode() for name in names]
-    order = sorted(range(len(checked)), key=lambda i: -len(checked[i]))
-    scores = np.empty((len(checked), len(names)))
-    longest = max(map(len, answers)) + len(QUESTION)
+    answers = [tokenizer.tokenize(name, begin=False).ids for name in names]
+    question = tokenizer.tokenize(QUESTION, begin=False).ids
+    asked = [(*text.ids, *question) for text in tokenized(tokenizer, checked, model.longest)]
+    order = sorted(range(len(asked)), key=lambda i: -len(asked[i]))
+    scores = np.empty((len(asked), len(names)))
+    longest = max(map(len, answers))
     while order:
-        at_once = max(1, TOKENS_AT_ONCE // (len(names) * (1 + longest + len(checked[order[0]]))))
+        at_once = max(1, TOKENS_AT_ONCE // (len(names) * (longest + len(asked[order[0]]))))
         batch, order = order[:at_once], order[at_once:]
-        asked = [[tokenizer.bos_token_id, *checked[i], *QUESTION.encode()] for i in batch]
-        ids, mask = tokenizer.pad([[*row, *answer] for row in asked for answer in answers])
-        counted = torch.zeros(ids.shape[0], ids.shape[1] - 1)
-        for place, row in enumerate(asked):
-            for which, answer in enumerate(answers):
-                counted[place * len(answers) + which, len(row) - 1 : len(row) - 1 + len(answer)] = 1.0
-        logits = model(ids, attention_mask=mask, adaptation=adaptation).logits
-        scores[batch] = log_likelihood_of(logits, ids, counted).reshape(len(batch), -1).cpu().numpy()
+        ids, tokens = padded([(*asked[i], *answer) for i in batch for answer in answers], tokenizer.pad_token_id)
+        begins = torch.tensor([len(asked[i]) for i in batch]).repeat_interleave(len(names))
+        places = torch.arange(ids.shape[1])
+        said = model.score(ids, tokens, adaptation).double().cpu()
+        counted = (places >= begins[:, None]) & (places < tokens[:, None])
+        scores[batch] = said.masked_fill(~counted, 0.0).sum(1).reshape(len(batch), -1).numpy()
     weights = np.exp(scores - scores.max(1, keepdims=True))
     return weights / weights.sum(1, keepdims=True)

@@ -83,7 +83,7 @@ class Classified:
     name: str = "classifier"
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
-        evidence = first_pass(system.model, system.tokenizer, prompts, block=cut_of(system).block).evidence
+        evidence = first_pass(system.model, system.tokenizer, prompts, block=cut_of(system)).evidence
         shares = np.asarray(self.classify(evidence))
         return one_hot_draws(shares, system.experts.components, row_seeds(seed, check_prompts(prompts)))
 

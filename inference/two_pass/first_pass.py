@@ -13,16 +13,23 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
-from bayes_dispatch.inference.two_pass.likelihood import mean_log_likelihood
-from bayes_dispatch.inference.two_pass.prompts import check_prompts
-from bayes_dispatch.model.backbone import Backbone, CausalLMOutput
-from bayes_dispatch.model.mambaformer.cache import Cache
-from bayes_dispatch.model.parts import CutModel
-from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.inference.two_pass.prompts import check_prompts, tokenized
+from bayes_dispatch.model.backbone import Backbone, Read, Session, Tokenizer, Tokens
 
-__all__ = ["TOKEN_CLASSES", "FirstPass", "Prefix", "evidence_of", "first_pass", "pool", "read_prefix", "token_counts"]
+__all__ = [
+    "TOKEN_CLASSES",
+    "FirstPass",
+    "Prefix",
+    "class_counts",
+    "evidence_of",
+    "first_pass",
+    "padded",
+    "pool",
+    "read_prefix",
+    "surprise_of",
+]
 
-# Classes of bytes whose counts are evidence; a byte belongs to the first class that holds it, others to "other".
+# Classes of bytes; a byte belongs to the first class that holds it, others to "other".
 TOKEN_CLASSES: dict[str, bytes] = {
     "digit": b"0123456789",
     "a-p": b"abcdefghijklmnop",
@@ -64,7 +71,7 @@ class FirstPass:
 @torch.no_grad()
 def first_pass(
     model: Backbone,
-    tokenizer: ByteTokenizer,
+    tokenizer: Tokenizer,
     prompts: Sequence[str | bytes],
     batch_size: int = 32,
     progress: bool = False,
@@ -73,7 +80,7 @@ def first_pass(
     """Read prompts of any lengths with the unadapted model.
 
     Args:
-        model, tokenizer: of a bundle. prompts: 1 to 4,096 bytes of UTF-8 each.
+        model, tokenizer: of a bundle. prompts: UTF-8, as long as the model can read.
         batch_size: prompts that run at once; it does not change the result. progress: show a progress bar.
         block: the first adapted one: only the blocks before it run, as the second pass goes on from there. With 0 all
             do.
@@ -82,20 +89,28 @@ def first_pass(
         PromptError: see ``check_prompts``. ConfigError: the model has no such block, or cannot be cut there.
     """
     checked = check_prompts(prompts)
-    cut = CutModel(model, block)
-    order = sorted(range(len(checked)), key=lambda i: len(checked[i]))  # similar lengths run together
+    texts = tokenized(tokenizer, checked, model.longest)
+    order = sorted(range(len(checked)), key=lambda i: len(texts[i].ids))  # similar lengths run together
     rows: dict[int, dict[str, np.ndarray]] = {}
     for start in tqdm(range(0, len(order), batch_size), "first pass", disable=None if progress else True):
         batch = order[start : start + batch_size]
-        ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *checked[i]] for i in batch])
-        if block:
-            pooled = {"hidden": pool(cut.below(ids, mask, None), mask.sum(1))}
-        else:
-            pooled = _pool_output(model(ids, attention_mask=mask), ids, mask)
-        for row, i in enumerate(batch):
-            rows[i] = {name: values[row] for name, values in pooled.items()}
+        ids, tokens = padded([texts[i].ids for i in batch], tokenizer.pad_token_id)
+        rows.update(zip(batch, _pooled(model, ids, tokens, block), strict=True))
     views = {name: np.stack([rows[i][name] for i in range(len(checked))]) for name in rows[0]}
-    return FirstPass(tuple(checked), evidence_of(checked, views))
+    return FirstPass(tuple(checked), evidence_of(checked, texts, views))
+
+
+def _pooled(
+    model: Backbone, ids: Int[Tensor, "B T"], tokens: Int[Tensor, " B"], block: int
+) -> list[dict[str, np.ndarray]]:
+    """The views of each row that are read off the model."""
+    blocks = range(block) if block else range(model.depth)
+    read = model.open(len(ids), ids.shape[1], blocks=blocks).read(ids, tokens, own=not block)
+    means = pool(read.hidden, tokens)
+    if read.own is None:
+        return [{"hidden": mean} for mean in means]
+    surprise = surprise_of(read, tokens)
+    return [{"hidden": mean, "surprise": pair} for mean, pair in zip(means, surprise, strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,15 +118,16 @@ class Prefix:
     """U prompts below the cut of a model.
 
     Attributes:
-        ids: (U, T) tokens, right-padded: the beginning token and the prompt's bytes. tokens: (U,), real ones.
-        x: (U, T, D), or the tokens themselves: what the blocks above the cut read.
-        cache: of the blocks below, which have read them; ``None`` where there are none.
+        ids: (U, T) tokens, right-padded. tokens: (U,), real ones.
+        x: (U, T, D), what the blocks above the cut read. below: the session of those under it, which has read the
+            prompts. Both are ``None`` where nothing is below. cut: how many blocks are.
     """
 
     ids: Int[Tensor, "U T"]
     tokens: Int[Tensor, " U"]
-    x: Int[Tensor, "U T"] | Float[Tensor, "U T D"]
-    cache: Cache | None
+    x: Float[Tensor, "U T D"] | None
+    below: Session | None
+    cut: int = 0
 
     def select(self, rows: Sequence[int]) -> "Prefix":
         """Some rows, in that order."""
@@ -120,48 +136,76 @@ class Prefix:
         index = torch.tensor(rows)
         tokens = self.tokens[index]
         width = int(tokens.max())
-        cache = None if self.cache is None else self.cache.select(index)
-        return Prefix(self.ids[index, :width], tokens, self.x[index, :width], cache)
+        below = None if self.below is None else self.below.select(rows)
+        x = None if self.x is None else self.x[index, :width]
+        return Prefix(self.ids[index, :width], tokens, x, below, self.cut)
 
 
-def read_prefix(cut: CutModel, tokenizer: ByteTokenizer, prompts: Sequence[bytes], capacity: int) -> Prefix:
+def read_prefix(model: Backbone, cut: int, texts: Sequence[Sequence[int]], pad: int, capacity: int) -> Prefix:
     """Read prompts below the cut.
 
     Args:
+        cut: blocks that are below it. texts: ids of each prompt. pad: fills rows.
         capacity: tokens that the states have room for, those of the prompts included.
     """
-    ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *prompt] for prompt in prompts])
-    cache = cut.cache_below(len(prompts), capacity)
-    return Prefix(ids, mask.sum(1), cut.below(ids, mask, cache), cache)
+    ids, tokens = padded(texts, pad)
+    if not cut:
+        return Prefix(ids, tokens, None, None)
+    below = model.open(len(ids), capacity, blocks=range(cut))
+    return Prefix(ids, tokens, below.read(ids, tokens).hidden, below, cut)
 
 
-def evidence_of(prompts: Sequence[bytes], views: Mapping[str, np.ndarray]) -> Evidence:
-    """Evidence of what was pooled over prompts, their bytes and their lengths."""
-    counts = np.stack([token_counts(data) for data in prompts])
+def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:
+    """Right-padded ids, and how many of each row are real."""
+    tokens = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(tokens.max())), pad)
+    for row, own in zip(ids, rows, strict=True):
+        row[: len(own)] = torch.tensor(own)
+    return ids, tokens
+
+
+def evidence_of(prompts: Sequence[bytes], texts: Sequence[Tokens], views: Mapping[str, np.ndarray]) -> Evidence:
+    """Evidence of what was pooled over prompts, their tokens and their lengths in bytes."""
+    counts = np.stack([class_counts(data, text) for data, text in zip(prompts, texts, strict=True)])
     lengths = np.array([len(data) for data in prompts], dtype=float)
     return Evidence({"hidden": views["hidden"], "counts": counts} | dict(views), lengths)
 
 
-def pool(hidden: Float[Tensor, "B T D"], tokens: Int[Tensor, " B"]) -> Float[np.ndarray, "B D"]:
-    """Means of right-padded hidden states over the bytes of each row: all real tokens (B,) but the first."""
-    real = (torch.arange(1, hidden.shape[1]) < tokens[:, None])[..., None].to(hidden)
-    return ((hidden[:, 1:] * real).sum(1) / real.sum(1)).double().cpu().numpy()
+def class_counts(data: bytes, text: Tokens) -> np.ndarray:
+    """(C,) how many tokens fall into each class of ``TOKEN_CLASSES``, then the others.
 
-
-def _pool_output(output: CausalLMOutput, ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]) -> dict[str, np.ndarray]:
-    """The views ``hidden`` and ``surprise``."""
-    hidden = output.hidden[:, 1:]  # (B, T, D) of the bytes
-    real = mask[:, 1:, None].to(hidden)
-    means = (hidden * real).sum(1) / real.sum(1)
-    nll = -mean_log_likelihood(output.logits, ids, mask)
-    pairs = torch.stack([nll, _log_residual(hidden, means, real).double()], -1)
-    return {"hidden": means.double().cpu().numpy(), "surprise": pairs.cpu().numpy()}
-
-
-def token_counts(data: bytes) -> np.ndarray:
-    """(C,) how many bytes fall into each class of ``TOKEN_CLASSES``, then the others."""
-    classes = _CLASS_OF[np.frombuffer(data, dtype=np.uint8)]
+    A token is of the class of its first byte, or of the one after a space that begins it.
+    """
+    starts = np.array(
+        [start + (data[start : start + 1] == b" " and stop > start + 1) for start, stop in text.spans if stop > start],
+        dtype=int,
+    )
+    classes = _CLASS_OF[np.frombuffer(data, dtype=np.uint8)[starts]]
     return np.bincount(classes, minlength=len(TOKEN_CLASSES) + 1).astype(float)
+
+
+def pool(hidden: Float[Tensor, "B T D"], tokens: Int[Tensor, " B"]) -> Float[np.ndarray, "B D"]:
+    """Means of right-padded hidden states over all real tokens (B,) of each row but the first, or of that alone."""
+    real = _after_first(hidden, tokens)
+    return ((hidden * real).sum(1) / real.sum(1)).double().cpu().numpy()
+
+
+def surprise_of(read: Read, tokens: Int[Tensor, " B"]) -> Float[np.ndarray, "B 2"]:
+    """Mean negative log-likelihood of a token, and log of the mean squared distance of hidden states from their mean.
+
+    The distance is no less than the floor's; a row of one token has a likelihood of 1.
+    """
+    assert read.own is not None
+    real = _after_first(read.hidden, tokens)
+    means = (read.hidden * real).sum(1) / real.sum(1)
+    said = torch.where((real[..., 0] > 0) & read.own.isfinite(), read.own.double(), 0.0)
+    nll = -said.sum(1) / real.sum((1, 2)).double()
+    return torch.stack([nll, _log_residual(read.hidden, means, real).double()], -1).cpu().numpy()
+
+
+def _after_first(hidden: Float[Tensor, "B T D"], tokens: Int[Tensor, " B"]) -> Float[Tensor, "B T 1"]:
+    places, counts = torch.arange(hidden.shape[1], device=hidden.device), tokens.to(hidden.device)[:, None]
+    return ((places < counts) & ((places > 0) | (counts == 1)))[..., None].to(hidden)
 
 
 def _log_residual(

@@ -5,18 +5,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Float
 
 from bayes_dispatch.experts.bank import ExpertBank
-from bayes_dispatch.inference.two_pass.prompts import check_prompts
-from bayes_dispatch.model.backbone import Backbone
-from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.inference.two_pass.first_pass import padded
+from bayes_dispatch.inference.two_pass.prompts import check_prompts, tokenized
+from bayes_dispatch.model.backbone import Backbone, Tokenizer
 
-__all__ = ["ExpertLogLikelihoods", "log_likelihood_of", "mean_log_likelihood"]
+__all__ = ["ExpertLogLikelihoods"]
 
-POSITIONS_AT_ONCE = 256  # bounds the memory that normalising the logits takes beside the logits themselves
 TOKENS_AT_ONCE = 8192  # of one batch: rows times the longest of them, which bounds the memory of the logits
 
 
@@ -38,14 +35,14 @@ class ExpertLogLikelihoods:
 
     model: Backbone
     experts: ExpertBank
-    tokenizer: ByteTokenizer
+    tokenizer: Tokenizer
 
     def __post_init__(self) -> None:
         self.experts.check_base(self.model)
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Float[np.ndarray, "prompt component"]:
-        """Score prompts of at most 4,096 bytes each.
+        """Score prompts, as long as the model can read.
 
         Returns:
             (N, K + 1), base last; a row of NaN for an empty prompt, which has no bytes to average over.
@@ -63,46 +60,18 @@ class ExpertLogLikelihoods:
     def _score(self, prompts: list[bytes]) -> np.ndarray:
         copies = len(self.experts.components)
         vertices = torch.eye(copies, dtype=self.model.dtype)
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # similar lengths run together
+        texts = [text.ids for text in tokenized(self.tokenizer, prompts, self.model.longest)]
+        order = sorted(range(len(prompts)), key=lambda i: -len(texts[i]))  # similar lengths run together
         scores = np.empty((len(prompts), copies))
         while order:
-            at_once = max(1, TOKENS_AT_ONCE // (copies * (1 + len(prompts[order[0]]))))
+            at_once = max(1, TOKENS_AT_ONCE // (copies * len(texts[order[0]])))
             batch, order = order[:at_once], order[at_once:]
-            ids, mask = self.tokenizer.pad([[self.tokenizer.bos_token_id, *prompts[i]] for i in batch])
-            ids, mask = ids.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)  # (B (K + 1), T)
+            ids, tokens = padded([texts[i] for i in batch], self.tokenizer.pad_token_id)
+            ids, tokens = ids.repeat_interleave(copies, 0), tokens.repeat_interleave(copies, 0)  # (B (K + 1), T)
             adaptation = self.experts.blend(vertices.repeat(len(batch), 1))
-            logits = self.model(ids, attention_mask=mask, adaptation=adaptation).logits
-            scores[batch] = mean_log_likelihood(logits, ids, mask).reshape(-1, copies).cpu().numpy()
+            said = self.model.open(len(ids), ids.shape[1], adaptation).read(ids, tokens, own=True).own
+            assert said is not None
+            real = (torch.arange(ids.shape[1]) < tokens[:, None]).to(said.device) & said.isfinite()
+            total = torch.where(real, said, 0.0).double().sum(1).reshape(-1, copies).cpu().numpy()
+            scores[batch] = total / np.array([len(prompts[i]) for i in batch])[:, None]
         return scores
-
-
-def mean_log_likelihood(
-    logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"], mask: Int[Tensor, "B T"]
-) -> Float[Tensor, " B"]:
-    """Mean log-probability per token of each row, its first token being given, in nats.
-
-    Args:
-        logits: of the token after each one, as the model returns them.
-        ids: right-padded tokens, at least two in each row. mask: 1 where there is a token.
-    """
-    total = torch.zeros(len(ids), dtype=torch.float64, device=logits.device)
-    for start in range(0, ids.shape[1] - 1, POSITIONS_AT_ONCE):
-        stop = min(start + POSITIONS_AT_ONCE, ids.shape[1] - 1)
-        part = logits[:, start:stop]
-        part = part.to(torch.promote_types(part.dtype, torch.float32))
-        following = slice(start + 1, stop + 1)
-        own = part.gather(2, ids[:, following, None])[..., 0] - part.logsumexp(-1)  # (B, t)
-        total += own.double().masked_fill(mask[:, following] == 0, 0.0).sum(1)
-    return total / (mask.sum(1) - 1)
-
-
-def log_likelihood_of(
-    logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"], counted: Float[Tensor, "B T-1"]
-) -> Float[Tensor, " B"]:
-    """Log-probability of the tokens of each row that are ``counted`` (1, else 0), in nats, float64; differentiable.
-
-    Args:
-        logits: of the token after each one. ids: the tokens. counted: for all tokens but the first.
-    """
-    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    return -(losses.double() * counted).sum(1)

@@ -17,9 +17,7 @@ from bayes_dispatch.model.generation.sampling import Sampling
 
 __all__ = ["Decoding", "Token"]
 
-PREFILL_CHUNK = 256  # tokens that are read at once, which bounds the memory of their logits
 MEASURED = 32  # tokens at the end of a prompt on which divergences of particles are measured
-BYTES = 256  # only they continue a text; the special tokens never occur after its beginning
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +43,9 @@ class Decoding:
 
     Args:
         reader: of the prompts under these particles. particles: of the prompts.
+        continues: (V,), which tokens may be chosen.
         ids: (N, T) tokens of the prompts, right-padded. lengths: (N,), how many are real.
-        evidence: (N, T), which of them filter the particles; all but the beginning token by default.
+        evidence: (N, T), which of them filter the particles; all but the first by default.
 
     Attributes:
         path: (T, N, K + 1), the filtered mean of the blend weights after each token of the prompts.
@@ -56,13 +55,14 @@ class Decoding:
         self,
         reader: ParticleReader,
         particles: Particles,
+        continues: Bool[Tensor, " V"],
         ids: Int[Tensor, "N T"],
         lengths: Int[Tensor, " N"],
         evidence: Bool[Tensor, "N T"] | None = None,
     ) -> None:
         self._reader = reader
         self._filter = ParticleFilter(particles)
-        self._ids, self._lengths, self._evidence = ids, lengths, evidence
+        self._ids, self._lengths, self._evidence, self._continues = ids, lengths, evidence, continues
         self._alone = particles.mass.shape[1] == 1
         self._following: Float[Tensor, "N S V"]
         self._mean: np.ndarray | None = None  # of the present weights, where it has been asked for
@@ -86,51 +86,39 @@ class Decoding:
         self._mean = None
 
     def read_prompts(self, measured: bool = False) -> Float[np.ndarray, "N S S"] | None:
-        """Read the prompts, and filter the particles by each of their bytes.
+        """Read the prompts, and filter the particles by each of their tokens.
 
         Returns:
             Where ``measured`` and there are particles to compare: for ``merge``, by how many nats a token their
             predictives diverged at the end of the prompts.
         """
         self.path[:] = self.weights
-        if self._alone:  # nothing to filter
-            self._following = self._reader.read_ends()
+        measured = measured and not self._alone
+        said = self._reader.read_prompts(own=not self._alone, tail=MEASURED if measured else 1)
+        self._following = said.after[:, :, -1]
+        if said.own is None:  # nothing to filter
             return None
-        following: Tensor | None = None
-        count = self._filter.log_weights.shape[1]
-        kl = np.zeros((len(self._ids), count, count))
-        for start in range(0, self._ids.shape[1], PREFILL_CHUNK):
-            after = self._reader.read_prompts(start, start + PREFILL_CHUNK)  # (N, S, t, V)
-            place = torch.arange(start, start + after.shape[2])
-            if measured and bool((self._lengths.min() - MEASURED < place[-1] + 1).any()):
-                counted = (place < self._lengths[:, None]) & (place >= self._lengths[:, None] - MEASURED)
-                kl += divergences(after, counted)
-            first = 1 if following is None else 0  # the beginning token is no evidence
-            tokens = self._ids[:, start + first : start + after.shape[2]]
-            counts = place[first:] < self._lengths[:, None]
-            if self._evidence is not None:
-                counts &= self._evidence[:, start + first : start + after.shape[2]]
-            after_each = self._count(following, after, tokens, counts)
-            self.path[start + first : start + after.shape[2]] = self._filter.means(after_each).swapaxes(0, 1)
-            last = (self._lengths - 1 - start).clamp(max=after.shape[2] - 1)
-            ends = after[torch.arange(len(last)), :, last.clamp(min=0)]
-            following = ends if following is None else torch.where(last[:, None, None] >= 0, ends, following)
-        assert following is not None
-        self._following = following
-        return kl / np.minimum(self._lengths.numpy(), MEASURED)[:, None, None] if measured else None
+        place = torch.arange(self._ids.shape[1])
+        counts = (place < self._lengths[:, None]) & (place > 0)  # nothing is said of the first one
+        if self._evidence is not None:
+            counts &= self._evidence
+        self.path[:] = self._filter.means(self._update(said.own.nan_to_num(nan=0.0), counts)).swapaxes(0, 1)
+        if not measured:
+            return None
+        tail = said.after.shape[2]
+        counted = torch.arange(tail) >= tail - self._lengths[:, None]
+        return divergences(said.after, counted) / np.minimum(self._lengths.numpy(), tail)[:, None, None]
 
-    def read_on(self, start: int, ids: Int[Tensor, "N t"], evidence: Bool[Tensor, "N t"]) -> None:
+    def read_on(self, ids: Int[Tensor, "N t"], evidence: Bool[Tensor, "N t"]) -> None:
         """Read more of prompts that the reader has been given longer, all of them to one length.
 
         Args:
-            start: tokens read so far. ids: those from there on. evidence: which of them filter the particles.
+            ids: what is new. evidence: which of them filter the particles.
         """
-        for begin in range(0, ids.shape[1], PREFILL_CHUNK):
-            part = slice(begin, begin + PREFILL_CHUNK)
-            after = self._reader.read_prompts(start + begin, min(start + begin + PREFILL_CHUNK, start + ids.shape[1]))
-            if not self._alone:
-                self._count(self._following, after, ids[:, part], evidence[:, part])
-            self._following = after[:, :, -1]
+        said = self._reader.read_prompts(own=not self._alone)
+        self._following = said.after[:, :, -1]
+        if said.own is not None:
+            self._update(said.own, evidence)
 
     def merge(self, kl: Float[np.ndarray, "N S S"], tolerance: float) -> list[list[int]]:
         """Run particles as one; the mixture changes by at most ``tolerance`` nats a token (``merging``).
@@ -160,10 +148,10 @@ class Decoding:
         mixed = predictive(self._filter.log_weights, self._following)
         if bool(mixed.log_probabilities.isnan().any()):
             raise TensorError("expected finite log-probabilities from the model, got NaN")
-        ids = sampling.choose(mixed.log_probabilities[:, :BYTES], generators)
+        ids = sampling.choose(mixed.log_probabilities.masked_fill(~self._continues, -torch.inf), generators)
         chosen = mixed.log_probabilities.gather(1, ids[:, None])[:, 0]
         if not bool(chosen.isfinite().all()):
-            raise TensorError("expected a finite log-probability of the next byte from the model, got infinity")
+            raise TensorError("expected a finite log-probability of the next token from the model, got infinity")
         values = ids, chosen, mixed.entropy, mixed.mutual_information
         tokens, log_p, entropy, information = (each.cpu().numpy() for each in values)
         return Token(tokens, log_p, entropy, information, self.weights, self._reader.rows)
@@ -181,20 +169,6 @@ class Decoding:
             self._update(_of(self._following[:, :, None], token[:, None]))
         if not last:
             self._following = self._reader.read(token)
-
-    def _count(
-        self,
-        before: Float[Tensor, "N S V"] | None,
-        after: Float[Tensor, "N S t V"],
-        tokens: Int[Tensor, "N T"],
-        counts: Bool[Tensor, "N T"],
-    ) -> Float[Tensor, "N T S"]:
-        """Filter by tokens that were predicted ``before`` the first, if it is one of them, and ``after`` each."""
-        inner = after[:, :, : after.shape[2] - 1]
-        if before is None:
-            return self._update(_of(inner, tokens), counts)
-        likelihood = torch.cat([_of(before[:, :, None], tokens[:, :1]), _of(inner, tokens[:, 1:])], 2)
-        return self._update(likelihood, counts)
 
     def _update(
         self, log_likelihood: Float[Tensor, "N S T"], counts: Bool[Tensor, "N T"] | None = None

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import ConfigError, PromptError
+from bayes_dispatch.model.backbone import Tokenizer, Tokens
 from bayes_dispatch.model.generation.sampling import Sampling
 from bayes_dispatch.model.tokenizer import utf8
 
-__all__ = ["MAX_PROMPT_BYTES", "Stop", "Writing", "check_prompts", "check_turn"]
+__all__ = ["Stop", "Writing", "Written", "check_prompts", "check_turn", "tokenized"]
 
 Stop = str | bytes | Sequence[str | bytes] | None  # what a text ends with: a list for any of several
 
-MAX_PROMPT_BYTES = 4096
 MAX_NEW_TOKENS = 65_536  # memory is set aside for them
 
 
@@ -20,7 +20,7 @@ def check_prompts(prompts: Sequence[str | bytes]) -> list[bytes]:
     """The prompts' bytes.
 
     Raises:
-        PromptError: no prompts, or one that is empty, longer than ``MAX_PROMPT_BYTES``, or no UTF-8.
+        PromptError: no prompts, or one that is empty or no UTF-8.
     """
     if isinstance(prompts, str | bytes):
         raise PromptError(f"expected a list of prompts, got a single {type(prompts).__name__}")
@@ -34,10 +34,29 @@ def check_prompts(prompts: Sequence[str | bytes]) -> list[bytes]:
             data = utf8(prompt)
         except PromptError as error:
             raise PromptError(f"prompt {index}: {error}") from None
-        if not 1 <= len(data) <= MAX_PROMPT_BYTES:
-            raise PromptError(f"expected prompt {index} to have 1 to {MAX_PROMPT_BYTES} bytes, got {len(data)}")
+        if not data:
+            raise PromptError(f"expected prompt {index} to have at least 1 byte, got none")
         checked.append(data)
     return checked
+
+
+def tokenized(tokenizer: Tokenizer, prompts: Sequence[bytes], longest: int | None, room: int = 0) -> list[Tokens]:
+    """Prompts in tokens.
+
+    Args:
+        longest: that the model can read, if there is a bound. room: how many are to follow.
+
+    Raises:
+        PromptError: one has more of them than the model can read with those that follow.
+    """
+    found = [tokenizer.tokenize(prompt) for prompt in prompts]
+    for index, text in enumerate(found):
+        if not text.ids:
+            raise PromptError(f"expected prompt {index} to have at least one token, got none")
+        if longest is not None and len(text.ids) + room > longest:
+            most = f"at most {longest} tokens" + (f" with the {room} that follow" if room else "")
+            raise PromptError(f"expected prompt {index} to have {most}, got {len(text.ids)}")
+    return found
 
 
 def check_turn(text: str | bytes, most: int) -> bytes:
@@ -59,12 +78,12 @@ class Writing:
     """How a text is written.
 
     Attributes:
-        max_new_tokens: bytes, at most. sampling: how each is chosen. stops: the text ends with any of these.
+        max_new_tokens: at most. sampling: how each is chosen. stops: the text ends with any of these.
     """
 
     max_new_tokens: int
     sampling: Sampling
-    stops: tuple[bytes, ...]
+    stops: tuple[str, ...]
 
     @classmethod
     def of(cls, max_new_tokens: int, do_sample: bool, temperature: float, stop: Stop) -> "Writing":
@@ -77,8 +96,37 @@ class Writing:
         if not isinstance(stops, Sequence) or not all(isinstance(each, str | bytes) and each for each in stops):
             raise ConfigError(f"expected stop to be a text of at least one byte, or a list of such, got {stop!r:.60}")
         most = whole("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
-        return cls(most, Sampling(do_sample=do_sample, temperature=temperature), tuple(map(utf8, stops)))
+        return cls(
+            most, Sampling(do_sample=do_sample, temperature=temperature), tuple(utf8(each).decode() for each in stops)
+        )
 
-    def ends(self, data: bytes | bytearray) -> bool:
-        """Whether a text of these bytes is whole."""
-        return len(data) >= self.max_new_tokens or data.endswith(self.stops)
+
+class Written:
+    """A text while it is written, token by token.
+
+    Args:
+        tokenizer: of the tokens. context: those before it. writing: how it ends.
+
+    Attributes:
+        text: so far, up to and with a stop. piece: what the last token added to it. ids: of its tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int], writing: Writing) -> None:
+        self.text = self.piece = ""
+        self.ids: list[int] = []
+        self._ends, self._stream, self._writing = tokenizer.ends, tokenizer.stream(context), writing
+
+    def add(self, token: int) -> bool:
+        """Go on with one more token; whether the text is whole with it."""
+        self.ids.append(token)
+        ended = token in self._ends or len(self.ids) >= self._writing.max_new_tokens
+        self.piece = "" if token in self._ends else self._stream.add(token)
+        if ended:
+            self.piece += self._stream.end()
+        before = len(self.text)
+        self.text += self.piece
+        for stop in self._writing.stops:
+            if (place := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0:
+                self.text, ended = self.text[: place + len(stop)], True
+        self.piece = self.text[before:]
+        return ended

@@ -4,8 +4,8 @@ What is below the first adapted block is the same for all particles of a prompt,
 prompts are one row until the prompts have been read.
 """
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -14,39 +14,48 @@ from torch import Tensor
 
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.two_pass.blends import Particles
-from bayes_dispatch.inference.two_pass.first_pass import Prefix
-from bayes_dispatch.model.backbone import Backbone
-from bayes_dispatch.model.parts import CutModel
+from bayes_dispatch.inference.two_pass.first_pass import Prefix, padded
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.backbone import Backbone, Read
 
-__all__ = ["CachedReader", "ParticleReader", "UncachedReader"]
+__all__ = ["CachedReader", "ParticleReader", "Said", "UncachedReader"]
 
 Kept = Sequence[Sequence[int]]  # for each prompt that stays, the particles that do
 
 
-@runtime_checkable
-class ParticleReader(Protocol):
-    """Reads the prompts of a batch under all particles, and then what follows them.
+class Said(NamedTuple):
+    """What S particles of N prompts say of T tokens.
 
     Attributes:
-        evaluated: how often a block has run on a token, padding left out.
+        own: log-probability of each token given all before it; NaN for the first of all. ``None`` where nobody asked.
+        after: log-probabilities after the last tokens of each prompt.
     """
 
-    evaluated: int
+    own: Float[Tensor, "N S T"] | None
+    after: Float[Tensor, "N S t V"]
+
+
+@runtime_checkable
+class ParticleReader(Protocol):
+    """Reads the prompts of a batch under all particles, and then what follows them."""
+
+    @property
+    def evaluated(self) -> int:
+        """How often a block has run on a token, padding left out."""
+        ...
 
     @property
     def rows(self) -> int:
         """Rows of the model that are run: distinct particles of all prompts."""
         ...
 
-    def read_prompts(self, start: int, stop: int) -> Float[Tensor, "N S t V"]:
-        """Log-probabilities after the tokens ``start`` to ``stop`` − 1 of the prompts; parts come one after the other.
+    def read_prompts(self, own: bool, tail: int = 1) -> Said:
+        """Read the prompts, or what is new in them.
 
-        Tokens are counted from the beginning token. Where a prompt has ended there is no meaning in them.
+        Args:
+            own: give the log-probability of each token. tail: after how many of the last tokens to give all; where a
+                prompt has fewer, the first of these have no meaning.
         """
-        ...
-
-    def read_ends(self) -> Float[Tensor, "N S V"]:
-        """Log-probabilities after the whole prompts alone, instead of ``read_prompts``."""
         ...
 
     def read(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S V"]:
@@ -62,25 +71,24 @@ class ParticleReader(Protocol):
 
 
 class CachedReader:
-    """Reads on from cached states.
+    """Reads on in sessions of the model.
 
     Args:
-        cut: the model. experts: to blend. particles: of N prompts. prefix: the prompts below the cut; their states are
-            not touched. row: (N,) which row of ``prefix`` each prompt is; the same one for equal prompts.
+        model, experts: to blend. particles: of N prompts.
+        prefix: the prompts below the cut; its session stays as it is.
+        row: (N,) which row of ``prefix`` each prompt is; the same one for equal prompts.
         capacity: tokens that a prompt and what follows it may have, unless ``lengthen`` makes more room.
     """
 
     def __init__(
         self,
-        cut: CutModel,
+        model: Backbone,
         experts: ExpertBank,
         particles: Particles,
         prefix: Prefix,
         row: Sequence[int],
         capacity: int,
     ) -> None:
-        self.evaluated = 0
-        self._cut = cut
         self._prefix = prefix
         self._row = list(row)
         # rows of the model: distinct particles of distinct prompts
@@ -90,13 +98,19 @@ class CachedReader:
         self._index = torch.tensor([[place.setdefault(key, len(place)) for key in of_prompt] for of_prompt in keys])
         self._owner = torch.tensor([own for own, _ in place])  # row of the prefix, and later prompt, of each row
         blends = np.stack([np.frombuffer(each).reshape(doubles.shape[2:]) for _, each in place])
-        weights = torch.tensor(blends).to(cut.model.dtype)
+        weights = torch.tensor(blends).to(model.dtype)
         # one row is as good as scales that all rows share, which may be folded into a matrix
-        blend = experts.blend if particles.layers is None else experts.blend_by_layer
-        self._adaptation = blend(weights if len(weights) > 1 else weights[0])
-        self._below = prefix.cache
-        self._above = cut.cache_above(len(weights), capacity)
+        adaptation = blended(experts, particles)(weights if len(weights) > 1 else weights[0])
+        self._below = prefix.below
+        cut = 0 if prefix.x is None else prefix.cut
+        self._above = model.open(len(weights), capacity, adaptation, range(cut, model.depth))
+        self._evaluated_below = 0
+        self._read = 0  # tokens of the prompts
         self._separate = False  # whether each prompt has rows of its own
+
+    @property
+    def evaluated(self) -> int:
+        return self._above.evaluated + self._evaluated_below
 
     @property
     def rows(self) -> int:
@@ -104,7 +118,7 @@ class CachedReader:
 
     @property
     def nbytes(self) -> int:
-        """Of the caches above the cut."""
+        """Of the sessions above the cut."""
         return self._above.nbytes
 
     def lengthen(self, prefix: Prefix, capacity: int) -> None:
@@ -116,22 +130,23 @@ class CachedReader:
         self._prefix = prefix
         self._above.reserve(capacity)
 
-    def read_prompts(self, start: int, stop: int) -> Float[Tensor, "N S t V"]:
-        x = self._prefix.x[self._owner, start:stop]
-        tokens = (self._prefix.tokens - start).clamp(0, x.shape[1])[self._owner]
-        return self._spread(self._run(x, tokens))
-
-    def read_ends(self) -> Float[Tensor, "N S V"]:
-        tokens = self._prefix.tokens[self._owner]
-        return self._spread(self._run(self._prefix.x[self._owner], tokens, tokens - 1))[:, :, 0]
+    def read_prompts(self, own: bool, tail: int = 1) -> Said:
+        prefix, owner, new = self._prefix, self._owner, slice(self._read, self._prefix.ids.shape[1])
+        self._read = new.stop
+        x = None if prefix.x is None else prefix.x[owner, new]
+        tokens = None if new.start else prefix.tokens[owner]
+        return self._spread(self._above.read(prefix.ids[owner, new], tokens, x, own=own, tail=tail))
 
     def read(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S V"]:
         if not self._separate:
             prompts, particles = self._index.shape
             self.keep(range(prompts), [range(particles)] * prompts)
-        x = self._cut.below(tokens[:, None], None, self._below)
-        self.evaluated += len(tokens) * self._cut.block
-        return self._spread(self._run(x[self._owner], torch.ones(len(self._owner), dtype=torch.long)))[:, :, 0]
+        ids, x = tokens[:, None], None
+        if self._below is not None:
+            before = self._below.evaluated
+            x = self._below.read(ids).hidden[self._owner]
+            self._evaluated_below += self._below.evaluated - before
+        return self._spread(self._above.read(ids[self._owner], None, x)).after[:, :, 0]
 
     def keep(self, prompts: Sequence[int], particles: Kept) -> None:
         """Give each prompt that stays rows of its own, as many as it has distinct particles, and drop all others."""
@@ -140,7 +155,7 @@ class CachedReader:
             if not self._separate:
                 self._below = self._below.select(below)  # the prefix keeps its own
             elif below != self._row:
-                self._below.reorder(below)
+                self._below.keep(below)
         width = max(len(chosen) for chosen in particles)
         place: dict[tuple[int, int], int] = {}  # of prompt and former row
         index = torch.empty(len(prompts), width, dtype=torch.long)
@@ -150,32 +165,25 @@ class CachedReader:
                 index[n, s] = place.setdefault((n, row), len(place))
         rows = [row for _, row in place]
         if rows != list(range(len(self._owner))):
-            self._above.reorder(rows)
-            self._adaptation = self._adaptation.select(rows)
+            self._above.keep(rows)
         self._index, self._owner = index, torch.tensor([n for n, _ in place])
         self._row, self._separate = list(range(len(prompts))), True
 
-    def _run(self, x: Tensor, tokens: Int[Tensor, " R"], last: Tensor | None = None) -> Float[Tensor, "R t V"]:
-        """Log-probabilities of all rows."""
-        width = x.shape[1]
-        ragged = bool((tokens < width).any())
-        mask = (torch.arange(width) < tokens[:, None]).long() if ragged else None
-        self.evaluated += int(tokens.sum()) * (self._cut.depth - self._cut.block)
-        return self._cut.above(x, mask, self._above, self._adaptation, last).log_softmax(-1)
-
-    def _spread(self, rows: Float[Tensor, "R t V"]) -> Float[Tensor, "N S t V"]:
+    def _spread(self, read: Read) -> Said:
         """The particles of each prompt, from their rows."""
+        assert read.after is not None
         prompts, width = self._index.shape
-        if prompts * width == len(rows) and bool((self._index.flatten() == torch.arange(len(rows))).all()):
-            return rows.unflatten(0, (prompts, width))
-        return rows[self._index]
+        if prompts * width == self.rows and bool((self._index.flatten() == torch.arange(self.rows)).all()):
+            shape = (prompts, width)
+            return Said(None if read.own is None else read.own.unflatten(0, shape), read.after.unflatten(0, shape))
+        return Said(None if read.own is None else read.own[self._index], read.after[self._index])
 
 
 class UncachedReader:
     """The slow reference: keeps the tokens, and reads all of them again each time under every particle.
 
     Args:
-        model: the whole. experts: to blend. particles: of N prompts. ids: (N, T) tokens of the prompts, right-padded.
+        model, experts: to blend. particles: of N prompts. ids: (N, T) tokens of the prompts, right-padded.
         tokens: (N,), how many are real.
     """
 
@@ -189,7 +197,7 @@ class UncachedReader:
     ) -> None:
         self.evaluated = 0
         self._model = model
-        self._blend = experts.blend if particles.layers is None else experts.blend_by_layer
+        self._blend = blended(experts, particles)
         self._weights = torch.tensor(particles.run)  # a copy: a posterior's own draws are read-only
         self._seen = [row[:count] for row, count in zip(ids.tolist(), tokens.tolist(), strict=True)]
 
@@ -197,17 +205,20 @@ class UncachedReader:
     def rows(self) -> int:
         return self._weights.shape[0] * self._weights.shape[1]
 
-    def read_prompts(self, start: int, stop: int) -> Float[Tensor, "N S t V"]:
-        return self._all()[:, :, start:stop]
-
-    def read_ends(self) -> Float[Tensor, "N S V"]:
-        last = torch.tensor([len(row) - 1 for row in self._seen])
-        return self._all()[torch.arange(len(last)), :, last]
+    def read_prompts(self, own: bool, tail: int = 1) -> Said:
+        shape = tuple(self._weights.shape[:2])
+        ids, tokens = (each.repeat_interleave(shape[1], 0) for each in padded(self._seen, 0))
+        adaptation = self._blend(self._weights.flatten(0, 1).to(self._model.dtype))
+        session = self._model.open(len(ids), ids.shape[1], adaptation)
+        read = session.read(ids, tokens, own=own, tail=tail)
+        self.evaluated += session.evaluated
+        assert read.after is not None
+        return Said(None if read.own is None else read.own.unflatten(0, shape), read.after.unflatten(0, shape))
 
     def read(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S V"]:
         for row, token in zip(self._seen, tokens.tolist(), strict=True):
             row.append(token)
-        return self.read_ends()
+        return self.read_prompts(own=False).after[:, :, 0]
 
     def keep(self, prompts: Sequence[int], particles: Kept) -> None:
         width = max(len(chosen) for chosen in particles)
@@ -215,16 +226,7 @@ class UncachedReader:
         self._seen = [self._seen[prompt] for prompt in prompts]
         self._weights = self._weights[torch.tensor(list(prompts))[:, None], torch.tensor(filled)]
 
-    def _all(self) -> Float[Tensor, "N S T V"]:
-        shape = self._weights.shape[:2]
-        width = max(len(row) for row in self._seen)
-        padded = torch.zeros(len(self._seen), width, dtype=torch.long)
-        mask = torch.zeros_like(padded)
-        for i, row in enumerate(self._seen):
-            padded[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        adaptation = self._blend(self._weights.flatten(0, 1).to(self._model.dtype))
-        ids, real = (each.repeat_interleave(shape[1], 0) for each in (padded, mask))
-        self.evaluated += int(real.sum()) * CutModel(self._model, 0).depth
-        logits = self._model(ids, attention_mask=real, adaptation=adaptation).logits
-        return logits.log_softmax(-1).unflatten(0, tuple(shape))
+
+def blended(experts: ExpertBank, particles: Particles) -> Callable[[Tensor], Adaptation]:
+    """How weights of rows become their adaptation: the same in all layers, or each with its own."""
+    return experts.blend if particles.layers is None else experts.blend_by_layer

@@ -18,15 +18,16 @@ from bayes_dispatch.inference.two_pass.events import tell
 from bayes_dispatch.inference.two_pass.first_pass import Prefix, evidence_of, first_pass, pool, read_prefix
 from bayes_dispatch.inference.two_pass.generation import Cost
 from bayes_dispatch.inference.two_pass.particles import Decoding, Token
-from bayes_dispatch.inference.two_pass.prompts import Writing, check_prompts
+from bayes_dispatch.inference.two_pass.prompts import Writing, Written, check_prompts, tokenized
 from bayes_dispatch.inference.two_pass.readers import CachedReader, ParticleReader, UncachedReader
 from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, Strategy, System, gate_of
 from bayes_dispatch.model.generation.sampling import row_generators, row_seeds
-from bayes_dispatch.model.parts import CutModel
 
 __all__ = ["GenerationRequest", "SecondPass"]
 
 logger = logging.getLogger(__name__)
+
+Step = tuple[Token, np.ndarray, np.ndarray, list[str]]
 
 ROWS_AT_ONCE = 64  # rows (prompts times particles) of one batch; prompts whose first pass runs together
 TOKENS_AT_ONCE = 65536  # of prompts whose first pass runs together: it bounds what is kept of them
@@ -63,11 +64,12 @@ class SecondPass:
     """One call of ``generate``: a lazy stream of tokens, and what is known of the prompts so far.
 
     Args:
-        system: model, tokenizer, experts and dispatcher. cut: its model. prompts, request: what is asked.
+        system: model, tokenizer, experts and dispatcher. cut: blocks of its model that no expert adapts.
+        prompts, request: what is asked.
 
     Attributes:
-        weights: by prompt (K + 1,), filtered means when it had been read. paths: by prompt (bytes, K + 1), before each
-            of its bytes. cost: so far.
+        weights: by prompt (K + 1,), filtered means when it had been read. paths: by prompt (tokens − 1, K + 1), before
+            each of its tokens but the first. texts: by prompt, what has been written. cost: so far.
         foreign: the prompts that the gate sent to base. p_values: by prompt, of the gate, where it was asked.
 
     Raises:
@@ -77,16 +79,18 @@ class SecondPass:
     def __init__(
         self,
         system: System,
-        cut: CutModel,
+        cut: int,
         prompts: Sequence[str | bytes],
         request: GenerationRequest,
     ) -> None:
         self.prompts = tuple(check_prompts(prompts))
         self.weights: dict[int, np.ndarray] = {}
         self.paths: dict[int, np.ndarray] = {}
+        self.texts: dict[int, str] = {}
         self.foreign: set[int] = set()
         self.p_values: dict[int, float] = {}
-        self.cost = Cost(cut.depth)
+        self._texts = tokenized(system.tokenizer, self.prompts, system.model.longest, request.writing.max_new_tokens)
+        self.cost = Cost(system.model.depth)
         self._system, self._cut, self._request = system, cut, request
         if request.false_alarm_rate is not None:
             gate = gate_of(system)
@@ -111,8 +115,8 @@ class SecondPass:
         k_hat, evidence = [part.k_hat for part in parts], [part.log_evidence for part in parts]
         return DispatchPosterior(weights, parts[0].experts, joined(k_hat), joined(evidence))
 
-    def tokens(self) -> Iterator[tuple[Token, np.ndarray, np.ndarray]]:
-        """Each next token of some prompts, the indices (n,) of these, and whether each has ended with it (n,)."""
+    def tokens(self) -> Iterator[Step]:
+        """Each next token of some prompts, the indices (n,) of these, whether each has ended, and the text it adds."""
         try:
             for group in self._groups():
                 yield from self._generate(group)
@@ -127,36 +131,38 @@ class SecondPass:
 
     def _groups(self) -> Iterator[list[int]]:
         """Prompts whose first pass runs together; copies of one are neighbours."""
-        order = sorted(range(len(self.prompts)), key=lambda n: (len(self.prompts[n]), self.prompts[n]))
+        lengths = [len(text.ids) for text in self._texts]
+        order = sorted(range(len(self.prompts)), key=lambda n: (lengths[n], self.prompts[n]))
         group: list[int] = []
         for n in order:
-            full = len(group) == ROWS_AT_ONCE or (len(group) + 1) * (len(self.prompts[n]) + 1) > TOKENS_AT_ONCE
+            full = len(group) == ROWS_AT_ONCE or (len(group) + 1) * lengths[n] > TOKENS_AT_ONCE
             if group and full:
                 yield group
                 group = []
             group.append(n)
         yield group
 
-    def _generate(self, group: list[int]) -> Iterator[tuple[Token, np.ndarray, np.ndarray]]:
-        distinct = list(dict.fromkeys(self.prompts[n] for n in group))
-        row = {prompt: place for place, prompt in enumerate(distinct)}
-        rows = [row[self.prompts[n]] for n in group]
-        capacity = max(map(len, distinct)) + 1 + self._request.writing.max_new_tokens
+    def _generate(self, group: list[int]) -> Iterator[Step]:
+        first = {self.prompts[n]: n for n in reversed(group)}  # of equal prompts
+        distinct = list(dict.fromkeys(first[self.prompts[n]] for n in group))
+        rows = [distinct.index(first[self.prompts[n]]) for n in group]
+        texts = [self._texts[n].ids for n in distinct]
+        capacity = max(map(len, texts)) + self._request.writing.max_new_tokens
         with torch.no_grad():
-            prefix = read_prefix(self._cut, self._system.tokenizer, distinct, capacity)
-            own = sum(len(self.prompts[n]) + 1 for n in group)
-            self._count(prompt_tokens=own, prefill=int(prefix.tokens.sum()) * self._cut.block)
+            prefix = read_prefix(self._system.model, self._cut, texts, self._system.tokenizer.pad_token_id, capacity)
+            own = sum(len(self._texts[n].ids) for n in group)
+            self._count(prompt_tokens=own, prefill=int(prefix.tokens.sum()) * self._cut)
             posterior = self._dispatch(group, distinct, rows, prefix)
         for place, n in enumerate(group):
             self._draws[n] = posterior.select([place])
-        tell(logger, logging.DEBUG, "prefix read", lambda: _of_prefix(prefix, len(group), self._cut.block))
+        tell(logger, logging.DEBUG, "prefix read", lambda: _of_prefix(prefix, len(group), self._cut))
         tell(logger, logging.DEBUG, "dispatched", lambda: _of_posterior(group, posterior, self.foreign))
         foreign = np.array([n in self.foreign for n in group])
         particles = _on_base(self._request.blend.particles(posterior), foreign)
         if self._request.abstain and foreign.any():
             for n in np.array(group)[foreign]:
                 self.weights[n] = np.eye(particles.weights.shape[2])[-1]
-                self.paths[n] = np.tile(self.weights[n], (len(self.prompts[n]), 1))
+                self.paths[n] = np.tile(self.weights[n], (len(self._texts[n].ids) - 1, 1))
             left = np.flatnonzero(~foreign)
             group, rows, particles = [group[i] for i in left], [rows[i] for i in left], particles.select(left)
         at_once = max(1, ROWS_AT_ONCE // particles.mass.shape[1])
@@ -164,15 +170,17 @@ class SecondPass:
             chosen = slice(start, start + at_once)
             yield from self._decode(group[chosen], prefix, rows[chosen], particles.select(chosen))
 
-    def _dispatch(self, group: list[int], distinct: list[bytes], rows: list[int], prefix: Prefix) -> DispatchPosterior:
+    def _dispatch(self, group: list[int], distinct: list[int], rows: list[int], prefix: Prefix) -> DispatchPosterior:
         rate = self._request.false_alarm_rate
         if self._given is not None and rate is None:
             return self._given.select(group)
-        if self._cut.block:
-            found = evidence_of(distinct, {"hidden": pool(prefix.x, prefix.tokens)})
+        prompts = [self.prompts[n] for n in distinct]
+        if prefix.x is not None:
+            views = {"hidden": pool(prefix.x, prefix.tokens)}
+            found = evidence_of(prompts, [self._texts[n] for n in distinct], views)
         else:
-            found = first_pass(self._system.model, self._system.tokenizer, distinct).evidence
-            self._count(first_pass=int(prefix.tokens.sum()) * self._cut.depth)
+            found = first_pass(self._system.model, self._system.tokenizer, prompts).evidence
+            self._count(first_pass=int(prefix.tokens.sum()) * self._system.model.depth)
         evidence = found.select(np.array(rows))
         if rate is not None:
             decision = gate_of(self._system).decide(self._system.dispatcher, evidence, rate)
@@ -183,9 +191,7 @@ class SecondPass:
         seeds = [self._seeds[n] for n in group]
         return self._system.dispatcher.posterior(evidence, draws=POSTERIOR_DRAWS, seed=seeds)
 
-    def _decode(
-        self, group: list[int], prefix: Prefix, rows: list[int], particles: Particles
-    ) -> Iterator[tuple[Token, np.ndarray, np.ndarray]]:
+    def _decode(self, group: list[int], prefix: Prefix, rows: list[int], particles: Particles) -> Iterator[Step]:
         writing = self._request.writing
         own = sorted(set(rows))
         prefix, rows = prefix.select(own), [own.index(row) for row in rows]
@@ -194,7 +200,7 @@ class SecondPass:
             weights = decoding.weights
             for place, n in enumerate(group):
                 self.weights[n] = weights[place]
-                self.paths[n] = decoding.path[: len(self.prompts[n]), place]
+                self.paths[n] = decoding.path[: len(self._texts[n].ids) - 1, place]
             if particles.refined:
                 decoding, reader, _ = self._read(prefix, rows, Particles.single(weights))
             elif kl is not None:
@@ -206,13 +212,13 @@ class SecondPass:
             lambda: {"prompts": group, "rows": reader.rows, "of": particles.mass.size},
         )
         live = np.array(group)
-        written = {n: bytearray() for n in group}
+        written = {n: Written(self._system.tokenizer, self._texts[n].ids, writing) for n in group}
         while len(live):
             with torch.no_grad():
                 token = decoding.choose(writing.sampling, [self._generators[n] for n in live])
-            for n, each in zip(live, token.ids, strict=True):
-                written[n].append(int(each))
-            ended = np.array([writing.ends(written[n]) for n in live])
+            ended = np.array([written[n].add(int(each)) for n, each in zip(live, token.ids, strict=True)])
+            self.texts.update((int(n), written[n].text) for n in live)
+            pieces = [written[n].piece for n in live]
             going = np.flatnonzero(~ended)
             if len(going):
                 with torch.no_grad():
@@ -223,7 +229,7 @@ class SecondPass:
                     self._count(decode=reader.evaluated - before, new_tokens=len(going))
             if ended.any():
                 tell(logger, logging.DEBUG, "ended", partial(_of_ended, live[ended], going))
-            yield token, live, ended
+            yield token, live, ended, pieces
             live = live[going]
 
     def _read(
@@ -236,16 +242,16 @@ class SecondPass:
         reader: ParticleReader
         if self._request.use_cache:
             capacity = ids.shape[1] + self._request.writing.max_new_tokens
-            reader = CachedReader(self._cut, system.experts, particles, prefix, rows, capacity)
+            reader = CachedReader(system.model, system.experts, particles, prefix, rows, capacity)
         else:
             reader = UncachedReader(system.model, system.experts, particles, ids, lengths)
-        decoding = Decoding(reader, particles, ids, lengths)
+        decoding = Decoding(reader, particles, system.tokenizer.continues, ids, lengths)
         kl = decoding.read_prompts(measured=particles.merge > 0)
         self._count(prefill=reader.evaluated)
         return decoding, reader, kl
 
     def _count(self, **evaluations: int) -> None:
-        self.cost = self.cost + Cost(self._cut.depth, **evaluations)
+        self.cost = self.cost + Cost(self._system.model.depth, **evaluations)
 
 
 def _on_base(particles: Particles, foreign: Bool[np.ndarray, " N"]) -> Particles:
@@ -258,7 +264,7 @@ def _on_base(particles: Particles, foreign: Bool[np.ndarray, " N"]) -> Particles
 
 
 def _of_prefix(prefix: Prefix, prompts: int, block: int) -> dict[str, Any]:
-    held = 0 if prefix.cache is None else prefix.cache.nbytes
+    held = 0 if prefix.below is None else prefix.below.nbytes
     return {"prompts": prompts, "distinct": len(prefix.tokens), "below_block": block, "cache_bytes": held}
 
 

@@ -11,10 +11,8 @@ from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.two_pass.first_pass import first_pass
-from bayes_dispatch.model.backbone import Backbone, Cuttable
+from bayes_dispatch.model.backbone import Backbone, Tokenizer
 from bayes_dispatch.model.generation.sampling import row_seeds
-from bayes_dispatch.model.parts import CutModel
-from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 __all__ = ["POSTERIOR_DRAWS", "Dispatched", "Strategy", "System", "cut_of", "dispatch", "gate_of"]
 
@@ -28,7 +26,7 @@ class System(Protocol):
     @property
     def model(self) -> Backbone: ...
     @property
-    def tokenizer(self) -> ByteTokenizer: ...
+    def tokenizer(self) -> Tokenizer: ...
     @property
     def experts(self) -> ExpertBank: ...
     @property
@@ -47,9 +45,9 @@ def gate_of(system: System) -> Gate:
     return gate
 
 
-def cut_of(system: System) -> CutModel:
-    """The system's model, cut before the first adapted block where it can be."""
-    return CutModel(system.model, system.experts.adapt_from if isinstance(system.model, Cuttable) else 0)
+def cut_of(system: System) -> int:
+    """How many blocks of the system's model run the same under all blends of its experts."""
+    return system.model.cut(system.experts.matrices)
 
 
 def dispatch(system: System, prompts: Sequence[str | bytes], seed: int | None) -> tuple[DispatchPosterior, Evidence]:
@@ -58,7 +56,7 @@ def dispatch(system: System, prompts: Sequence[str | bytes], seed: int | None) -
     Raises:
         PromptError: see ``first_pass``.
     """
-    passed = first_pass(system.model, system.tokenizer, prompts, block=cut_of(system).block)
+    passed = first_pass(system.model, system.tokenizer, prompts, block=cut_of(system))
     seeds = row_seeds(seed, passed.prompts)
     return system.dispatcher.posterior(passed.evidence, draws=POSTERIOR_DRAWS, seed=seeds), passed.evidence
 

@@ -1,11 +1,14 @@
 """The MambaFormer (arXiv 2402.04248): a Mamba block, then pairs of attention and Mamba blocks, as a language model."""
 
+from collections.abc import Iterable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bayes_dispatch.errors import TensorError
-from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.adaptation import Adaptation, block_of
 from bayes_dispatch.model.backbone import CausalLMOutput
 from bayes_dispatch.model.generation import Beginning, CachedContinuation, GenerationMixin, UncachedContinuation
 from bayes_dispatch.model.mambaformer.block import Block
@@ -14,6 +17,7 @@ from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
 from bayes_dispatch.model.mambaformer.padding import check_padding
 from bayes_dispatch.model.mambaformer.pretrained import Pretrained
+from bayes_dispatch.model.mambaformer.session import MambaFormerSession
 from bayes_dispatch.model.mambaformer.svd.embedding import EMBEDDING
 from bayes_dispatch.model.mambaformer.token_model import TokenModel, check_ids
 
@@ -30,10 +34,13 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
     """
 
     config_class = LanguageModelConfig
+    cuts = continues = True
+    longest = None
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__(config.backbone, config.vocab_size)
         self.config = config
+        self.depth = len(self.blocks)
         self.head = None if config.tie_embeddings else nn.Linear(config.backbone.d_model, config.vocab_size, bias=False)
 
     def forward(
@@ -73,9 +80,28 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         """The logits (B, T, V) that ``forward`` gives, from the hidden states that come into ``block``.
 
         Args:
+            x, cache: see ``upper``. last: (B,) the one place of each row whose logits are wanted: (B, 1, V).
+
+        Raises:
+            TensorError, CacheFullError, StaleCacheError: see ``upper``.
+        """
+        hidden = self.upper(block, x, attention_mask=attention_mask, cache=cache, adaptation=adaptation)
+        return self.logits(hidden if last is None else hidden[torch.arange(len(hidden)), last][:, None], adaptation)
+
+    def upper(
+        self,
+        block: int,
+        x: Int[Tensor, "B T"] | Float[Tensor, "B T D"],
+        *,
+        attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"] | None = None,
+        cache: Cache | None = None,
+        adaptation: Adaptation | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """The last hidden states, normalised, from those that come into ``block``.
+
+        Args:
             x: what ``below`` gave; for block 0 tokens will do, too, and where the embedding is adapted only they will.
             cache: one of ``init_cache(…, blocks=range(block, …))``, up to the last block.
-            last: (B,) the one place of each row whose logits are wanted: (B, 1, V).
 
         Raises:
             TensorError: hidden states, ids, a mask or scales of the wrong shape, or scales of what is below.
@@ -98,8 +124,36 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
                 raise TensorError(f"expected tokens, whose embedding is adapted, got {x.dtype} of {tuple(x.shape)}")
             padding = check_padding(attention_mask, (x.shape[0], x.shape[1]), at_least=1 if cache is None else 0)
             x = padding.to_right(x)
-        hidden = padding.restore(self._run(x, padding, cache, adaptation, stretch=stretch))
-        return self.logits(hidden if last is None else hidden[torch.arange(len(hidden)), last][:, None], adaptation)
+        return padding.restore(self._run(x, padding, cache, adaptation, stretch=stretch))
+
+    def open(
+        self, rows: int, capacity: int, adaptation: Adaptation | None = None, blocks: range | None = None
+    ) -> MambaFormerSession:
+        """See ``model.backbone.Backbone``."""
+        chosen = range(self.depth) if blocks is None else blocks
+        cache = self.init_cache(rows, capacity, blocks=chosen)
+        return MambaFormerSession(self, cache, adaptation or Adaptation.identity(), chosen, self.depth)
+
+    def score(
+        self, ids: Int[Tensor, "R T"], tokens: Int[Tensor, " R"] | None = None, adaptation: Adaptation | None = None
+    ) -> Float[Tensor, "R T"]:
+        """See ``model.backbone.Backbone``."""
+        mask = None if tokens is None else (torch.arange(ids.shape[1], device=ids.device) < tokens[:, None]).long()
+        logits = self(ids, attention_mask=mask, adaptation=adaptation).logits[:, :-1]
+        said = -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        return torch.cat([said.new_full((len(ids), 1), torch.nan), said], 1)
+
+    def cut(self, matrices: Iterable[str]) -> int:
+        """How many blocks can run once for all adaptations of these matrices."""
+        return min(map(block_of, matrices), default=0)
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each matrix that can be adapted."""
+        found: dict[str, tuple[int, int]] = {}
+        for name in self.adaptable() | self.adaptable_on_request():
+            out, width = self.get_submodule(name).weight.shape  # type: ignore[misc]
+            found[name] = int(out), int(width)
+        return found
 
     def logits(self, hidden: Float[Tensor, "B T D"], adaptation: Adaptation | None = None) -> Float[Tensor, "B T V"]:
         """The next-token head, with nothing checked; scales of the embedding are those of a tied head.

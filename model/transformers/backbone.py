@@ -1,19 +1,22 @@
 """Any causal language model of the transformers library as a ``Backbone``."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of
 from bayes_dispatch.model.transformers.parts import ModelParts
-from bayes_dispatch.model.transformers.session import TransformersSession
+from bayes_dispatch.model.transformers.session import LOGITS_AT_ONCE, TransformersSession
 from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
 
 __all__ = ["TransformersBackbone"]
@@ -117,7 +120,7 @@ class TransformersBackbone:
         """The block that a matrix is in; one after all blocks counts as the last's, one before them as the first's."""
         return block_of(matrix) if matrix in self.adaptable() else 0
 
-    def cut(self, matrices: Sequence[str]) -> int:
+    def cut(self, matrices: Iterable[str]) -> int:
         """How many blocks can run once for all adaptations of these matrices."""
         return min(map(self.block_of, matrices), default=0) if self.cuts else 0
 
@@ -129,6 +132,36 @@ class TransformersBackbone:
         if chosen != range(self.depth) and not self.cuts:
             raise ConfigError(f"expected all {self.depth} blocks of a model that cannot be cut, got {chosen}")
         return TransformersSession(self.parts, rows, capacity, self.deltas(adaptation, rows), chosen)
+
+    def score(
+        self, ids: Tensor, tokens: Tensor | None = None, adaptation: Adaptation | None = None
+    ) -> Float[Tensor, "R T"]:
+        """See ``Backbone``."""
+        ids = ids.to(self.device)
+        mask = (
+            None if tokens is None else torch.arange(ids.shape[1], device=self.device) < tokens.to(self.device)[:, None]
+        )
+        deltas, said = self.deltas(adaptation, len(ids)), []
+        with self.parts.adding(deltas):
+            arguments = {} if mask is None else {"attention_mask": mask.long()}
+            hidden = self.parts.run(range(self.depth), ids, None, use_cache=False, **arguments)
+            step = max(1, LOGITS_AT_ONCE // (len(ids) * self.vocab_size))
+            for start in range(0, ids.shape[1] - 1, step):
+                stop = min(start + step, ids.shape[1] - 1)
+                piece = hidden[:, start:stop], ids[:, start + 1 : stop + 1]
+                said.append(
+                    checkpoint(self._said, *piece, deltas, use_reentrant=False)
+                    if torch.is_grad_enabled()
+                    else self._said(*piece, deltas)
+                )
+        first = hidden.new_full((len(ids), 1), torch.nan, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        return torch.cat([first, *said], 1)
+
+    def _said(self, hidden: Tensor, following: Tensor, deltas: Mapping[str, Delta]) -> Tensor:
+        with self.parts.adding(deltas):
+            logits = self.parts.logits(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return -cross_entropy(logits.transpose(1, 2), following, reduction="none")
 
     def deltas(self, adaptation: Adaptation | None, rows: int | None = None) -> dict[str, Delta]:
         """What an adaptation adds to each matrix, on this device and in this dtype.

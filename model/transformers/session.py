@@ -147,12 +147,12 @@ class TransformersSession:
             for start in range(0, width - 1, step):
                 part = slice(start, min(start + step, width - 1))
                 following = ids[:, part.start + 1 : part.stop + 1, None]
-                said.append(self._log_probabilities(hidden[:, part]).gather(2, following)[..., 0])
-        after = self._log_probabilities(hidden[:, -tail:])
+                said.append(self.after(hidden[:, part]).gather(2, following)[..., 0])
+        after = self.after(hidden[:, -tail:])
         self._before = after[:, -1]
         return Read(torch.cat(said, 1) if own else None, after, hidden)
 
-    def _log_probabilities(self, hidden: Tensor) -> Float[Tensor, "R t V"]:
+    def after(self, hidden: Float[Tensor, "R t D"]) -> Float[Tensor, "R t V"]:
         with self._parts.adding(self._deltas):
             logits = self._parts.logits(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

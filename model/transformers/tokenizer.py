@@ -48,7 +48,7 @@ class TransformersTokenizer:
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.prefix = tuple(self._before(tokenizer))
 
-    def encode(self, text: str | bytes) -> Tokens:
+    def tokenize(self, text: str | bytes, begin: bool = True) -> Tokens:
         """Ids and spans of ``text``: first what begins every text of this model, then what is said.
 
         Special tokens that are written out in the text are text.
@@ -62,7 +62,8 @@ class TransformersTokenizer:
         )
         at = [0, *accumulate(len(character.encode()) for character in given)]
         spans = [(at[start], at[stop]) for start, stop in found["offset_mapping"]]
-        return Tokens((*self.prefix, *found["input_ids"]), (*[(0, 0)] * len(self.prefix), *spans))
+        prefix = self.prefix if begin else ()
+        return Tokens((*prefix, *found["input_ids"]), (*[(0, 0)] * len(prefix), *spans))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids without special tokens; bytes that are no UTF-8 become U+FFFD."""

@@ -28,7 +28,7 @@ from bayes_dispatch.inference.two_pass.blends import (
     PosteriorPredictive,
     RefinedMean,
 )
-from bayes_dispatch.inference.two_pass.first_pass import first_pass, token_counts
+from bayes_dispatch.inference.two_pass.first_pass import class_counts, first_pass
 from bayes_dispatch.inference.two_pass.system import cut_of
 from bayes_dispatch.model.generation.sampling import row_generators, row_seeds
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -115,7 +115,7 @@ class SlowChat:
     def evidence(self) -> Evidence:
         model, block = self.system.model, cut_of(self.system).block
         ids, user = torch.tensor([[256, *self.data]]), np.flatnonzero(~np.array(self.own))
-        counts = token_counts(bytes(self.data[t] for t in user))[None]
+        counts = class_counts(bytes(self.data[t] for t in user))[None]
         lengths = np.array([float(len(user))])
         with torch.no_grad():
             if block:

@@ -1,0 +1,131 @@
+"""Rows that a MambaFormer reads on: see ``model.backbone.Session``."""
+
+from collections.abc import Sequence
+from copy import copy
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bayes_dispatch.errors import TensorError
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.backbone import Read
+from bayes_dispatch.model.mambaformer.cache import Cache
+
+__all__ = ["MambaFormerSession"]
+
+LOGITS_AT_ONCE = 2**20  # numbers: 4 MiB, which stay in the processor's caches
+
+
+@runtime_checkable
+class _Blocks(Protocol):
+    """The parts of a MambaFormer that a session calls."""
+
+    def below(
+        self, block: int, input_ids: Tensor, *, attention_mask: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor: ...
+
+    def upper(
+        self,
+        block: int,
+        x: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        adaptation: Adaptation | None = None,
+    ) -> Tensor: ...
+
+    def logits(self, hidden: Tensor, adaptation: Adaptation | None = None) -> Tensor: ...
+
+
+class MambaFormerSession:
+    """See ``model.backbone.Session``.
+
+    Args:
+        model: the network. cache: empty, of the blocks that run. adaptation: of its rows.
+        blocks: which run; the head does, too, where the last one is among them. depth: blocks of the model.
+    """
+
+    def __init__(self, model: _Blocks, cache: Cache, adaptation: Adaptation, blocks: range, depth: int) -> None:
+        self.evaluated = 0
+        self._model, self._cache, self._adaptation, self._blocks = model, cache, adaptation, blocks
+        self._whole = blocks.stop == depth
+        self._before: Float[Tensor, "R V"] | None = None
+
+    @property
+    def rows(self) -> int:
+        return self._cache.batch_size
+
+    @property
+    def lengths(self) -> Int[Tensor, " R"]:
+        return self._cache.lengths
+
+    @property
+    def nbytes(self) -> int:
+        return self._cache.nbytes
+
+    def read(
+        self,
+        ids: Int[Tensor, "R T"],
+        tokens: Int[Tensor, " R"] | None = None,
+        x: Float[Tensor, "R T D"] | None = None,
+        *,
+        own: bool = False,
+        tail: int = 1,
+    ) -> Read:
+        width = ids.shape[1]
+        counts = None if tokens is None or bool((tokens == width).all()) else tokens
+        if counts is not None and bool((counts < 1).any()):
+            raise TensorError(f"expected at least one token of each row, got {counts.tolist()}")
+        mask = None if counts is None else (torch.arange(width) < counts[:, None]).long()
+        hidden = self._run(ids, x, mask)
+        self.evaluated += (ids.numel() if counts is None else int(counts.sum())) * len(self._blocks)
+        if not self._whole:
+            return Read(None, None, hidden)
+        said = self._own(ids, hidden) if own else None
+        tail = min(tail, width)
+        if counts is None:
+            after = self.after(hidden[:, width - tail :])
+        else:
+            places = (counts[:, None] - tail + torch.arange(tail)).clamp(min=0)
+            after = self.after(hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2])))
+        self._before = after[:, -1]
+        return Read(said, after, hidden)
+
+    def after(self, hidden: Float[Tensor, "R t D"]) -> Float[Tensor, "R t V"]:
+        return self._model.logits(hidden, self._adaptation).log_softmax(-1)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        self._cache.reorder(rows)
+        self._select(rows)
+
+    def select(self, rows: Sequence[int]) -> "MambaFormerSession":
+        twin = copy(self)
+        twin._cache = self._cache.select(torch.as_tensor(rows))
+        twin._select(rows)
+        return twin
+
+    def reserve(self, capacity: int) -> None:
+        self._cache.reserve(capacity)
+
+    def _select(self, rows: Sequence[int]) -> None:
+        self._adaptation = self._adaptation.select(rows)
+        self._before = None if self._before is None else self._before[torch.as_tensor(rows)]
+
+    def _run(self, ids: Tensor, x: Tensor | None, mask: Tensor | None) -> Float[Tensor, "R T D"]:
+        if not self._whole:
+            return self._model.below(self._blocks.stop, ids, attention_mask=mask, cache=self._cache)
+        given = ids if x is None else x
+        return self._model.upper(
+            self._blocks.start, given, attention_mask=mask, cache=self._cache, adaptation=self._adaptation
+        )
+
+    def _own(self, ids: Tensor, hidden: Tensor) -> Float[Tensor, "R T"]:
+        rows, width = ids.shape
+        first = hidden.new_full((rows, 1), torch.nan) if self._before is None else self._before.gather(1, ids[:, :1])
+        said, step = [first], max(1, LOGITS_AT_ONCE // (rows * 256))
+        for start in range(0, width - 1, step):
+            stop = min(start + step, width - 1)
+            said.append(self.after(hidden[:, start:stop]).gather(2, ids[:, start + 1 : stop + 1, None])[..., 0])
+        return torch.cat(said, 1)
