@@ -17,7 +17,6 @@ from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError, NotFittedError
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.blends import PosteriorPredictive
-from bayes_dispatch.model.mambaformer.svd.files import save_factors
 
 if TYPE_CHECKING:
     from bayes_dispatch.experts.bank import ExpertBank
@@ -156,10 +155,13 @@ class TestDamage:
         edit(saved, change)
         refused(saved, "expected .* got")
 
-    def test_factors_that_are_not_listed(self, saved: Path) -> None:
-        save_factors(load_bundle(saved).model, saved / "model")
-        with pytest.raises(BundleError, match=r"expected no other files of the model in .*factors"):
-            load_bundle(saved)
+    @pytest.mark.parametrize("name", ["model/factors.safetensors", "experts/a", "dispatcher/a", "gate/gate.json"])
+    def test_files_that_are_not_listed(self, saved: Path, name: str) -> None:
+        (saved / name).parent.mkdir(exist_ok=True)
+        (saved / name).with_name(".DS_Store").write_text("icons")  # which a file manager leaves
+        load_bundle(saved)
+        (saved / name).write_text("x")
+        refused(saved, f"expected no other files of its parts in .*, got {name}")
 
     @pytest.mark.parametrize("content", ["[]", "null", '"text"', "{}", "{'a': 1}"])
     def test_a_list_that_is_none(self, saved: Path, content: str) -> None:

@@ -1,7 +1,6 @@
 """Held-out text of experts, the project's and a user's own; the gate calibrated on it, as bundles keep it."""
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,13 +102,6 @@ class TestGate:
         np.testing.assert_array_equal(
             again.gate.p_values(again.dispatcher, evidence), gated.gate.p_values(gated.dispatcher, evidence)
         )
-
-    def test_a_bundle_without_one(self, bundle: Bundle, gated: Bundle, tmp_path: Path) -> None:
-        """As all were before; a directory of another's gate that is not listed is no part of it."""
-        bundle.save(tmp_path / "plain")
-        gated.save(tmp_path / "gated")
-        shutil.copytree(tmp_path / "gated" / "gate", tmp_path / "plain" / "gate")
-        assert load_bundle(tmp_path / "plain").gate is None
 
     @pytest.mark.parametrize("name", ["gate.json", "gate.safetensors"])
     def test_damage(self, gated: Bundle, tmp_path: Path, name: str) -> None:
