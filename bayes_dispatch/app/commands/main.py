@@ -204,7 +204,7 @@ def report(
     from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.app.tables import report_markdown
 
-    refuse_unused("--markdown", markdown, not as_json, "without --json")
+    refuse_unused("--markdown", markdown, not as_json, "without --json", "both")
     measured = load_bundle(bundle).report
     if markdown and (tables := report_markdown(measured)):
         return print(tables)

@@ -178,6 +178,36 @@ class TestCommand:
         assert exit_.value.code == 0
         assert set(load_bundle("more").experts.names) == {"reverse", "sort", "add", "things", "times"}
 
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (
+                ["--text", "one=text.txt"],
+                "expected at least two experts, another file or --keep-experts, got one alone",
+            ),
+            (["--text", "a/b=text.txt", "--jsonl", "two=pairs.jsonl"], "expected an expert name of letters,"),
+            (["--text", "base=text.txt", "--keep-experts"], "expected an expert name of letters,"),
+            (
+                ["--text", "one=text.txt", "--jsonl", "two=long.jsonl"],
+                "expected at most 63 bytes in line 1 of long.jsonl",
+            ),
+        ],
+    )
+    def test_what_would_be_refused_later_is_refused_before_training(
+        self,
+        given: list[str],
+        message: str,
+        saved: Path,
+        capfd: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.delattr(own_expert, "train_expert")
+        Path("long.jsonl").write_text('{"prompt": "a", "answer": "' + "b" * 80 + '"}\n' * 20)
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["train-experts", *given, "--bundle", str(saved), "--out", "new"])
+        assert exit_.value.code == 2
+        assert capfd.readouterr().err.startswith(f"bayes-dispatch: error: {message}")
+
     @pytest.mark.slow
     def test_a_damaged_piece_of_evidence_is_refused(self, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
         run(capfd, "--name", "things", "--text", "text.txt", "--bundle", saved, "--out", "new")
