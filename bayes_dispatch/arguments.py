@@ -40,7 +40,7 @@ def real(
     """
     try:
         found = math.nan if isinstance(value, (bool, str, bytes)) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found) or found > at_most or found < at_least or (above and found == at_least):
         low = "" if at_least == -math.inf else f" {'>' if above else '≥'} {at_least:g}"
@@ -88,7 +88,7 @@ def simplex(name: str, value: object) -> np.ndarray:
             slack *= 100 if getattr(value, "itemsize", 4) < 4 else 1
             value = tensor().cpu().double().numpy()
         found = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"expected {name} to be numbers, got {value!r:.80}") from None
     if not np.isfinite(found).all():
         raise ConfigError(f"expected finite {name}, got NaN or infinite ones")

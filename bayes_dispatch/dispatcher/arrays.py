@@ -1,7 +1,7 @@
 """Arrays that users pass to the statistics of :mod:`bayes_dispatch.checks`, checked once where they enter.
 
 Each function takes anything array-like and its name, and returns an array of known dtype and shape or raises
-:class:`TensorError`.
+:class:`TensorError`. What keeps arrays is :class:`Frozen`.
 """
 
 from __future__ import annotations
@@ -15,14 +15,22 @@ from jaxtyping import Bool, Float, Int
 
 from bayes_dispatch.errors import TensorError
 
-__all__ = ["as_flags", "as_labels", "as_points", "as_values", "short_repr"]
+__all__ = ["Frozen", "as_flags", "as_labels", "as_numbers", "as_points", "as_values", "short_repr"]
 
 TOLERANCE = 1e-4  # of the sum of a simplex row: float32 and percentages rounded to four digits pass
 
 
+def as_numbers(values: Any, name: str) -> np.ndarray:
+    """A copy in float64, of any shape."""
+    try:
+        return np.array(values, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise TensorError(f"expected numbers as {name}, got {type(values).__name__} that holds others") from None
+
+
 def as_values(values: Any, name: str, count: int | None = None) -> Float[np.ndarray, " value"]:
     """At least one finite number, in float64; exactly ``count`` of them where that is given."""
-    array = _numbers(values, name)
+    array = as_numbers(values, name)
     wanted = "(N,), N ≥ 1" if count is None else f"({count},)"
     if array.ndim != 1 or len(array) == 0 or len(array) != (len(array) if count is None else count):
         raise TensorError(f"expected {name} of shape {wanted}, got shape {array.shape}")
@@ -33,7 +41,7 @@ def as_values(values: Any, name: str, count: int | None = None) -> Float[np.ndar
 
 def as_points(values: Any, name: str) -> Float[np.ndarray, "row class"]:
     """At least one row on the simplex, in float64."""
-    array = _numbers(values, name)
+    array = as_numbers(values, name)
     if array.ndim != 2 or 0 in array.shape:
         raise TensorError(f"expected {name} of shape (N, classes), N ≥ 1, got shape {array.shape}")
     if not (np.isfinite(array).all() and (array >= 0).all() and np.allclose(array.sum(1), 1, atol=TOLERANCE)):
@@ -59,6 +67,25 @@ def as_flags(values: Any, name: str, count: int) -> Bool[np.ndarray, " row"]:
     return array.astype(bool)
 
 
+class Frozen:
+    """Of dataclasses that no one changes: nor are their arrays to be written to, in a copy or another process either.
+
+    They are frozen by ``self.__setstate__(vars(self))`` once all have been checked, and again where one is unpickled.
+    """
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _freeze(state)
+        vars(self).update(state)
+
+
+def _freeze(values: Mapping[str, Any]) -> None:
+    for value in values.values():
+        if isinstance(value, np.ndarray):
+            value.setflags(write=False)
+        elif isinstance(value, Mapping):
+            _freeze(value)
+
+
 def short_repr(self: Any) -> str:
     """A dataclass in a line, as its ``__repr__``: arrays of more than eight numbers are shown by their shape."""
     shown = (f"{field.name}={_shown(getattr(self, field.name))}" for field in fields(self))
@@ -73,10 +100,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, (tuple, list)) and any(isinstance(each, np.ndarray) for each in value):
         return f"({', '.join(map(_shown, value))})"
     return " ".join(repr(value).split())
-
-
-def _numbers(values: Any, name: str) -> np.ndarray:
-    try:
-        return np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise TensorError(f"expected numbers as {name}, got {type(values).__name__} that holds others") from None

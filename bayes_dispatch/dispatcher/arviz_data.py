@@ -112,8 +112,10 @@ def pareto_smoothed(
     if not len(log_ratios):
         return log_ratios, np.zeros(0)
     az = _arviz()
-    home = az if hasattr(az, "psislw") else importlib.import_module("arviz_stats.base").array_stats  # 0.x, 1.x
-    log_weights, k_hat = home.psislw(log_ratios.copy())
+    if hasattr(az, "psislw"):  # 0.x
+        log_weights, k_hat = az.psislw(log_ratios.copy())
+    else:  # 1.x, which takes log likelihoods: the ratios of leave-one-out are their negatives
+        log_weights, k_hat = importlib.import_module("arviz_stats.base").array_stats.psislw(-log_ratios)
     return np.asarray(log_weights), np.asarray(k_hat).reshape(len(log_ratios))
 
 

@@ -86,6 +86,10 @@ class Dispatcher:
         self.random_state = a_seed(self.random_state, "random_state")
         self.program.check_experts(self.experts)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy keeps a prior of its own: that of the file counts the events of one dispatcher alone."""
+        return vars(self) | {"_prior_file": None}
+
     @property
     def fitted(self) -> bool:
         """Whether ``fit`` or ``load`` has run."""
@@ -322,7 +326,7 @@ class Dispatcher:
         """
         with LOCK:
             self._prior = update_prior(path, self.prior, self.state.fingerprint, lambda prior: prior)
-            self._prior_file = Path(path)
+            self._prior_file = Path(path).absolute()
             return self._prior
 
     def predict_proba(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, "prompt weight"]:

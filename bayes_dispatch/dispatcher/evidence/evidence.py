@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from bayes_dispatch.dispatcher.arrays import short_repr
+from bayes_dispatch.dispatcher.arrays import Frozen, short_repr
 from bayes_dispatch.errors import EvidenceError
 
 __all__ = ["Evidence"]
@@ -22,7 +22,7 @@ LENGTHS = "lengths"  # the key of ``missing`` for prompts of unknown length
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class Evidence(Frozen):
     """Named first-pass features of N prompts.
 
     Args:
@@ -75,12 +75,10 @@ class Evidence:
             known = lengths[~missing[LENGTHS]] if LENGTHS in missing else lengths
             if (known == 0).any():
                 raise EvidenceError("expected lengths of at least 1 token, got 0")
-        arrays = [*views.values(), *missing.values()] + ([] if lengths is None else [lengths])
-        for array in arrays:
-            array.setflags(write=False)
         object.__setattr__(self, "views", views)
         object.__setattr__(self, "lengths", lengths)
         object.__setattr__(self, "missing", missing)
+        self.__setstate__(vars(self))
 
     @classmethod
     def from_array(cls, hidden: Shaped[np.ndarray, "prompt feature"]) -> Evidence:
@@ -147,7 +145,7 @@ class Evidence:
 def _numbers(name: str, values: object) -> np.ndarray:
     try:
         return np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise EvidenceError(f"expected numbers in {name!r}, got {type(values).__name__} that holds others") from None
 
 

@@ -117,7 +117,7 @@ def table(name: str, values: Any, rows: int) -> Float[np.ndarray, "prompt width"
     """
     try:
         array = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise EvidenceError(f"expected numbers in {name!r}, got {type(values).__name__} that holds others") from None
     if array.ndim != 2 or len(array) != rows or array.shape[1] == 0:
         raise EvidenceError(f"expected view {name!r} of shape ({rows}, width), got shape {array.shape}")

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bayes_dispatch.arguments import real, whole
-from bayes_dispatch.dispatcher.arrays import as_labels, as_points, as_values, short_repr
+from bayes_dispatch.dispatcher.arrays import Frozen, as_labels, as_points, as_values, short_repr
 from bayes_dispatch.dispatcher.prior.moment_filter import (
     FLOOR,
     are_moments,
@@ -45,7 +45,7 @@ ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class PriorState:
+class PriorState(Frozen):
     """Mean and covariance of ``pi`` after some events; those of ``Dirichlet(initial)`` before the first.
 
     Args:
@@ -78,8 +78,8 @@ class PriorState:
             values = np.array(getattr(self, field), dtype=np.float64)
             if values.shape != shape or not np.isfinite(values).all():
                 raise ConfigError(f"expected a finite {field} of shape {shape}, got shape {values.shape} or others")
-            values.setflags(write=False)
             object.__setattr__(self, field, values)
+        self.__setstate__(vars(self))
         if not (self.initial > 0).all():
             raise ConfigError(f"expected initial concentrations > 0, got {self.initial.tolist()}")
         spread = np.trace(self.covariance)

@@ -1,5 +1,6 @@
 """Evidence: checked once where it enters; selecting and concatenating are those of its rows."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -98,12 +99,13 @@ def test_evidence_is_its_own() -> None:
     hidden += 1
     lengths += 1
     mask[:] = False
-    assert evidence.views["hidden"].sum() == 0
-    assert evidence.known_lengths().tolist() == [1, 1]
-    assert evidence.is_missing("hidden").tolist() == [False, True]
-    for array in (evidence.views["hidden"], evidence.lengths, evidence.missing["hidden"]):
-        with pytest.raises(ValueError, match="read-only"):
-            array[0] = 1
+    for sent in (evidence, pickle.loads(pickle.dumps(evidence))):
+        assert sent.views["hidden"].sum() == 0
+        assert sent.known_lengths().tolist() == [1, 1]
+        assert sent.is_missing("hidden").tolist() == [False, True]
+        for array in (sent.views["hidden"], sent.lengths, sent.missing["hidden"]):
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 1
 
 
 ones = np.ones((3, 2))
@@ -120,6 +122,7 @@ ones = np.ones((3, 2))
         ({"hidden": ones[0]}, None, {}),
         ({"hidden": ones[:, :0]}, None, {}),
         ({"hidden": np.array([["a", "b"]])}, None, {}),
+        ({"hidden": np.array([[10**400]])}, None, {}),
         ({"hidden": ones}, np.ones(2), {}),
         ({"hidden": ones}, np.ones((3, 1)), {}),
         ({"hidden": ones}, np.array([1, 0, 2]), {}),
