@@ -134,7 +134,8 @@ def write_files(directory: Path, names: Collection[str], title: str) -> Iterator
     Other files in ``directory`` stay, and all do if the block ends with an error.
 
     Args:
-        directory: made if need be. names: of the files. title: first line of ``report.md``, one of them.
+        directory: made if need be. names: of the files; those of an earlier run that the block does not make go.
+        title: first line of ``report.md``, one of them.
 
     Raises:
         BundleError: as :func:`check_files`.
@@ -143,7 +144,10 @@ def write_files(directory: Path, names: Collection[str], title: str) -> Iterator
     with tempfile.TemporaryDirectory() as new:
         yield Path(new)
         for name in sorted(names, key=lambda name: name != "report.md"):  # by which a stopped run is known
-            write_output(directory / name, Path(new, name).read_bytes())
+            if Path(new, name).exists():
+                write_output(directory / name, Path(new, name).read_bytes())
+            else:
+                (directory / name).unlink(missing_ok=True)
 
 
 def check_files(directory: Path, names: Collection[str], title: str) -> None:

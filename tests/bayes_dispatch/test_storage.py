@@ -205,9 +205,10 @@ class TestOutput:
 
 
 def test_reports_replace_reports_alone(tmp_path: Path) -> None:
-    def write(text: str, title: str = "# Ours") -> None:
+    def write(text: str, title: str = "# Ours", picture: bool = True) -> None:
         with write_files(tmp_path / "out", ["a.png", "report.md"], title) as new:
-            (new / "a.png").write_text(text)
+            if picture:
+                (new / "a.png").write_text(text)
             (new / "report.md").write_text(f"{title}\n{text}")
 
     write("old")
@@ -217,7 +218,9 @@ def test_reports_replace_reports_alone(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == after
     refused(lambda: write("other", "# Another"), r"expected no a\.png in .*out, or that of an earlier run")
     assert contents(tmp_path / "out") == after
-    (tmp_path / "out" / "report.md").unlink()
+    write("less", picture=False)
+    assert contents(tmp_path / "out") == {"report.md": "# Ours\nless", "note": "mine"}
+    (tmp_path / "out" / "report.md").rename(tmp_path / "out" / "a.png")
     refused(lambda: write("again"), r"expected no a\.png in")
 
 

@@ -95,9 +95,7 @@ def _tell(kind: str, message: str) -> None:
 
 def _show_version(asked: bool) -> bool:
     if asked:
-        from importlib import metadata
-
-        print(f"bayes-dispatch {metadata.version('bayes-dispatch')}")
+        print(f"bayes-dispatch {sys.modules['bayes_dispatch'].__version__}")  # of what runs, whatever is installed
         raise typer.Exit
     return asked
 
