@@ -68,7 +68,7 @@ class ReferencePosterior(DispatchPosterior):
         globals: site → ``(chain * draw, ·)`` draws of the globals that were free.
 
     Raises:
-        TensorError: another shape, or rows off the simplex.
+        TensorError, ConfigError: as :class:`DispatchPosterior`.
     """
 
     divergences: np.ndarray = field(default_factory=lambda: np.zeros(0, int))

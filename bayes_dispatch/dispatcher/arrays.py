@@ -13,19 +13,21 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from bayes_dispatch.errors import TensorError
+from bayes_dispatch.errors import BayesDispatchError, TensorError
 
-__all__ = ["Frozen", "as_flags", "as_labels", "as_numbers", "as_points", "as_values", "short_repr"]
+__all__ = ["Frozen", "as_flags", "as_labels", "as_numbers", "as_points", "as_rows", "as_values", "short_repr"]
 
 TOLERANCE = 1e-4  # of the sum of a simplex row: float32 and percentages rounded to four digits pass
 
 
-def as_numbers(values: Any, name: str) -> np.ndarray:
-    """A copy in float64, of any shape."""
+def as_numbers(
+    values: Any, name: str, dtype: Any = np.float64, error: type[BayesDispatchError] = TensorError
+) -> np.ndarray:
+    """A copy of any shape, in float64; in a type of its own where ``dtype`` is ``None``."""
     try:
-        return np.array(values, dtype=np.float64)
+        return np.array(values, dtype=dtype)
     except (TypeError, ValueError, OverflowError):
-        raise TensorError(f"expected numbers as {name}, got {type(values).__name__} that holds others") from None
+        raise error(f"expected numbers as {name}, got {type(values).__name__} that holds others") from None
 
 
 def as_values(values: Any, name: str, count: int | None = None) -> Float[np.ndarray, " value"]:
@@ -49,19 +51,32 @@ def as_points(values: Any, name: str) -> Float[np.ndarray, "row class"]:
     return array
 
 
-def as_labels(labels: Any, count: int, classes: int) -> Int[np.ndarray, " row"]:
-    """``count`` integers from 0 to ``classes`` − 1."""
-    array = np.asarray(labels)
+def as_labels(labels: Any, count: int | None, classes: int, least: int = 0) -> Int[np.ndarray, " row"]:
+    """``count`` integers from ``least`` to ``classes`` − 1; at least one where ``count`` is ``None``."""
+    array = as_numbers(labels, "labels", None)
+    if count is None and array.size == 0:
+        raise TensorError("expected at least 1 label, got none")
+    count = array.size if count is None else count
     if array.shape != (count,) or not np.issubdtype(array.dtype, np.integer):
         raise TensorError(f"expected {count} integer labels, got {array.dtype} of shape {array.shape}")
-    if array.min() < 0 or array.max() >= classes:
-        raise TensorError(f"expected labels from 0 to {classes - 1}, got {array.min()} to {array.max()}")
+    if count and (array.min() < least or array.max() >= classes):
+        raise TensorError(f"expected labels from {least} to {classes - 1}, got {array.min()} to {array.max()}")
     return array.astype(np.int64)
+
+
+def as_rows(indices: Any, count: int, error: type[BayesDispatchError] = TensorError) -> Int[np.ndarray, "..."]:
+    """The rows of ``count`` that integers, a slice or a mask stand for, in that order."""
+    if isinstance(indices, list | tuple):
+        indices = as_numbers(indices, "indices", None if indices else int, error)
+    try:
+        return np.atleast_1d(np.arange(count)[indices])
+    except IndexError as problem:
+        raise error(f"expected indices of {count} prompts, got {problem}") from None
 
 
 def as_flags(values: Any, name: str, count: int) -> Bool[np.ndarray, " row"]:
     """``count`` booleans; zeros and ones pass for them."""
-    array = np.asarray(values)
+    array = as_numbers(values, name, None)
     if array.shape != (count,) or not (array.dtype == bool or np.isin(array, (0, 1)).all()):
         raise TensorError(f"expected {count} booleans as {name}, got {array.dtype} of shape {array.shape}")
     return array.astype(bool)

@@ -38,6 +38,8 @@ def prompt_names(prompts: Sequence[str] | None, count: int) -> list[Any]:
     Raises:
         TensorError: another number of names, or one of them twice.
     """
+    if isinstance(prompts, str):
+        raise TensorError(f"expected {count} prompt names, got the text {prompts!r}")
     names: list[Any] = list(range(count)) if prompts is None else list(prompts)
     if len(names) != count:
         raise TensorError(f"expected {count} prompt names, got {len(names)}")

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from bayes_dispatch.arguments import number, shown, whole
 from bayes_dispatch.arguments import seed as a_seed
-from bayes_dispatch.arguments import whole
 from bayes_dispatch.dispatcher.arrays import as_values, short_repr
 from bayes_dispatch.errors import ConfigError
 
@@ -88,7 +88,7 @@ class DriftMonitor:
                 float(numbers["log_martingale"]),
                 float(numbers["log_highest"]),
                 whole("arrived", numbers["arrived"], 0),
-                float(numbers["false_alarm_rate"]),
+                _rate(numbers["false_alarm_rate"]),
                 a_seed(numbers["seed"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -141,7 +141,7 @@ def drift_monitor(
     edges = np.unique(np.quantile(scores[chosen], np.arange(1, bins) / bins))
     counts = np.bincount(np.searchsorted(edges, scores[~chosen], side="right"), minlength=len(edges) + 1)
     capital = np.full((len(JUMPS), len(STAKES)), 1 / (len(JUMPS) * len(STAKES)))
-    monitor = DriftMonitor(edges, counts, capital, 0.0, 0.0, 0, float(false_alarm_rate), seed)
+    monitor = DriftMonitor(edges, counts, capital, 0.0, 0.0, 0, _rate(false_alarm_rate), seed)
     _check(monitor)
     return monitor
 
@@ -204,9 +204,13 @@ def watch(monitor: DriftMonitor, scores: Float[np.ndarray, " arrival"]) -> tuple
     return monitor, DriftReport(np.array(p_values), martingale, int(over[0]) if len(over) else None)
 
 
+def _rate(false_alarm_rate: object) -> float:
+    if not 0 < number(false_alarm_rate) < 1:
+        raise ConfigError(f"expected a false-alarm rate between 0 and 1, got {shown(false_alarm_rate)}")
+    return number(false_alarm_rate)
+
+
 def _check(monitor: DriftMonitor) -> None:
-    if not 0 < monitor.false_alarm_rate < 1:
-        raise ConfigError(f"expected a false-alarm rate between 0 and 1, got {monitor.false_alarm_rate}")
     edges, counts, capital = monitor.edges, monitor.counts, monitor.capital
     if edges.ndim != 1 or not np.isfinite(edges).all() or not (np.diff(edges) > 0).all():
         raise ConfigError("expected finite edges that increase, got others")

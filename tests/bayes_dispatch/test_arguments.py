@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 
-from bayes_dispatch.arguments import real, seed, simplex, whole
+from bayes_dispatch.arguments import real, seed, several, simplex, whole
 from bayes_dispatch.errors import ConfigError
 
 
@@ -38,3 +39,22 @@ def test_what_is_no_number_within_bounds(value: object) -> None:
 def test_what_is_no_weights(value: object) -> None:
     with pytest.raises(ConfigError, match=r"^expected w to be numbers, got [^\n]+$|^expected finite w, got"):
         simplex("w", value)
+
+
+def test_sums_of_half_precision_may_miss_by_more() -> None:
+    """Whose numbers they are: NumPy's as torch's."""
+    for kind in (np.float16, np.float32):
+        rough = np.array([0.334, 0.333, 0.334], dtype=kind)
+        for value in (rough, torch.from_numpy(rough)):
+            if kind == np.float16:
+                assert simplex("w", value).shape == (3,)
+            else:
+                with pytest.raises(ConfigError, match=r"expected w that sum to 1, got a sum of 1\.001"):
+                    simplex("w", value)
+
+
+@pytest.mark.parametrize("value", ["ab", 3, None, (1, 2, 3), np.zeros(3), np.array(1)])
+def test_what_is_no_list_of_two(value: object) -> None:
+    assert several("x", np.arange(2), 2) == [0, 1]
+    with pytest.raises(ConfigError, match=r"^expected x to be a list of 2, got [^\n]+$"):
+        several("x", value, 2)

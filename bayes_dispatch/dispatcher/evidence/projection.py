@@ -21,7 +21,7 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge, RidgeCV
 from sklearn.model_selection import KFold
 
-from bayes_dispatch.arguments import real, whole
+from bayes_dispatch.arguments import real, several, whole
 from bayes_dispatch.errors import ConfigError, TensorError
 
 __all__ = ["FeatureMap", "FeatureSettings", "fit_feature_map", "spread_of"]
@@ -44,7 +44,11 @@ class FeatureSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dimensions", whole("dimensions", self.dimensions, 1))
         object.__setattr__(self, "folds", whole("folds", self.folds, 2))
-        object.__setattr__(self, "penalties", tuple(real("a penalty", each, 0, above=True) for each in self.penalties))
+        object.__setattr__(
+            self,
+            "penalties",
+            tuple(real("a penalty", each, 0, above=True) for each in several("penalties", self.penalties)),
+        )
         if not self.penalties:
             raise ConfigError("expected at least one penalty, got none")
 

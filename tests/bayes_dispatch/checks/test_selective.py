@@ -170,6 +170,8 @@ def test_bad_input(unchecked: None) -> None:
         abstention_threshold(half, half, 0.1)
     with pytest.raises(ConfigError, match=r"expected risk and delta between 0 and 1, got 0\.1 and 1"):
         abstention_threshold(half, np.zeros(4), 0.1, 1)
+    with pytest.raises(ConfigError, match=r"expected risk and delta between 0 and 1, got 'a' and None"):
+        abstention_threshold(half, np.zeros(4), "a", None)
     with pytest.raises(ConfigError, match="expected 2 thresholds in descending order"):
         abstention_threshold(half, np.zeros(4), 0.1, 0.1, [0.1, 0.9])
     with pytest.raises(ConfigError, match="expected starts to be a whole number ≥ 1, got 0"):

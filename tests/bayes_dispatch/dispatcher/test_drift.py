@@ -152,7 +152,7 @@ def test_bad_input(unchecked: None, monitor: DriftMonitor) -> None:
         drift_monitor(np.zeros(19))
     with pytest.raises(TensorError, match="expected finite calibration scores, got 1 that are NaN or infinite"):
         drift_monitor(np.append(np.zeros(30), np.nan))
-    for rate in (0.0, 1.0, np.nan):
+    for rate in (0.0, 1.0, np.nan, "a", None):
         with pytest.raises(ConfigError, match="expected a false-alarm rate between 0 and 1, got"):
             drift_monitor(np.zeros(30), rate)
     with pytest.raises(ConfigError, match="expected bins to be a whole number ≥ 2, got 1"):

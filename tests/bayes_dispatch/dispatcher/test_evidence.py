@@ -132,14 +132,18 @@ ones = np.ones((3, 2))
         ({"hidden": ones}, None, {"lengths": np.zeros(3, bool)}),
         ({"hidden": ones}, None, {"hidden": np.zeros(2, bool)}),
         ({"hidden": ones}, None, {"hidden": np.zeros(3)}),
+        ({"hidden": ones}, None, {"hidden": [[True], [True, False]]}),
+        ({"hidden": ones}, None, [np.zeros(3, bool)]),
+        ([ones], None, {}),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_evidence(views: dict[str, np.ndarray], lengths: np.ndarray | None, missing: dict[str, np.ndarray]) -> None:
     with pytest.raises(EvidenceError, match=r"^expected .*got [^\n]+$"):
         Evidence(views, lengths, missing)
 
 
-@pytest.mark.parametrize("indices", [[3], np.array([-4]), np.array([0.5]), [True, False]])
+@pytest.mark.parametrize("indices", [[3], np.array([-4]), np.array([0.5]), [True, False], "a"])
 def test_bad_indices(indices: object) -> None:
     with pytest.raises(EvidenceError, match=r"^expected indices of 3 prompts, got [^\n]+$"):
         Evidence.from_array(ones).select(indices)

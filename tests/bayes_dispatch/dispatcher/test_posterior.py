@@ -73,6 +73,9 @@ def test_select(posterior: DispatchPosterior) -> None:
     assert np.array_equal(posterior.select([2, 0]).weights, posterior.weights[:, [2, 0]])
     assert np.array_equal(posterior.select(slice(1, 3)).weights, posterior.weights[:, 1:3])
     assert posterior.select([1]).experts == NAMES
+    for rows in ([4], [-5], [True]):
+        with pytest.raises(TensorError, match=r"expected indices of 4 prompts, got [^\n]+$"):
+            posterior.select(rows)
 
 
 def test_its_arrays_are_its_own(posterior: DispatchPosterior) -> None:
@@ -121,8 +124,9 @@ def test_bad_statistics(given: dict[str, Any], error: type[Exception], message: 
         DispatchPosterior(third, NAMES, **given)
 
 
-@pytest.mark.parametrize("probability", [0.0, 1.0, -0.5, 90.0, float("nan")])
-def test_bad_intervals(posterior: DispatchPosterior, probability: float) -> None:
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("probability", [0.0, 1.0, -0.5, 90.0, float("nan"), "a", None, [0.5, 0.9]])
+def test_bad_intervals(posterior: DispatchPosterior, probability: Any) -> None:
     with pytest.raises(ConfigError, match="expected a probability between 0 and 1, got"):
         posterior.interval(probability)
 
@@ -144,6 +148,8 @@ def test_arviz(posterior: DispatchPosterior) -> None:
             call(["a"])
         with pytest.raises(TensorError, match="expected unique prompt names, got 'b' 2 times"):
             call(["a", "b", "b", "c"])
+        with pytest.raises(TensorError, match="expected 4 prompt names, got the text 'abcd'"):
+            call("abcd")
 
 
 def test_arviz_reads_it(posterior: DispatchPosterior) -> None:
