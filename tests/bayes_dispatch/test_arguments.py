@@ -1,4 +1,5 @@
-"""What passes as a whole number, a number and a seed, and what is refused in one line."""
+"""What passes as a whole number, a number, a seed and weights, of Python and of NumPy, and what is refused in one
+line."""
 
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
-"""Banks on disk: a save writes what changed, experts are read one by one, and a damaged one alone tells why.
-
-That a save is whole or did not happen: tests/bayes_dispatch/test_storage.py.
-"""
+"""Banks on disk: loading gives back what was saved, a save writes what changed, experts are read one by one, and a
+damaged one alone tells why. That a save is whole or did not happen: tests/bayes_dispatch/test_storage.py."""
 
 import io
 import json

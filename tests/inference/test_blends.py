@@ -1,4 +1,5 @@
-"""What every blend promises, and what each is for."""
+"""What every blend promises: weights on the simplex, for each prompt alone, permuted with the experts. How particles
+are drawn and weighed; blends that equal others; names and settings, and which are refused."""
 
 from typing import Any
 

@@ -1,4 +1,5 @@
-"""A chat is what recomputing everything from scratch at every turn gives; its memory is bounded."""
+"""A chat is what recomputing everything at every turn gives, and its memory is bounded; a stream is what `say` gives.
+A turn that fails changes nothing, own bytes are no evidence, bad settings are refused."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""Weights by layer run as the model whose layers are blended so; with equal layers they are ordinary weights."""
+"""Weights by layer run as the model whose layers are blended so; equal layers are ordinary weights. Scores, fits and
+foreign prompts go by layer, too; what does not fit is refused."""
 
 from collections.abc import Callable
 from dataclasses import replace

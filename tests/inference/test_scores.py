@@ -1,4 +1,5 @@
-"""Tables of scores say what the single bytes say: means, pooled calibration, paired differences, arviz data."""
+"""Tables of scores say what the single bytes say: means, pooled calibration, paired differences, arviz data. What was
+not compared is refused."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""Strategies of dispatch: one contract for all, and each against what it is meant to compute."""
+"""One contract for all strategies of dispatch: prompts do not meet, weights are weights. Each is what it is meant to
+compute."""
 
 from collections.abc import Callable
 from typing import Any

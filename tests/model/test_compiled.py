@@ -1,4 +1,5 @@
-"""The compiled loops of the CPU give what tensor operations give, for every mixer, padding, adaptation and cache."""
+"""Compiled loops of the CPU give what tensor operations give, for every mixer, padding, length, adaptation and cache,
+and follow the weights. States of wrong sizes are refused; without gradients alone are they used."""
 
 import copy
 import io

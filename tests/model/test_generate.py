@@ -1,4 +1,5 @@
-"""Generation: with and without a cache, in a batch and one by one, greedy and sampled; how rows end."""
+"""Generation is the same with and without a cache, in a batch and one by one; greedy takes the best logit, seeds
+decide, rows end with end tokens or stop sequences. Padding counts for nothing, and bad arguments are refused."""
 
 import itertools
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""Features and labels of whole rows: pooled over real tokens alone, adapted, trained, saved."""
+"""Features and labels of whole rows: pooled over real tokens alone, as the language model's hidden states say,
+adapted, trained, compiled, saved. What does not fit a head is refused."""
 
 import json
 import subprocess

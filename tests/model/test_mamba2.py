@@ -1,4 +1,5 @@
-"""The Mamba-2 mixer's ways through a text: whole, in pieces, token by token, ragged, in less precision."""
+"""The Mamba-2 mixer is the same whole, in pieces, token by token and ragged, with gradients and without; in less
+precision it is close. Steps follow the weights."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING

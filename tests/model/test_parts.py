@@ -1,4 +1,5 @@
-"""A model cut between two blocks is the whole model, with caches and without, however the text is cut and padded."""
+"""A model cut between two blocks is the whole model, with caches and without, however the text is cut and padded;
+what is below an adaptation outlasts it. Threads may cut at once; what cannot be cut is refused."""
 
 import copy
 import pickle

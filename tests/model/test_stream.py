@@ -1,4 +1,5 @@
-"""Streams and log-probabilities: what ``generate`` gives, token by token, and how probable each is."""
+"""Streams and log-probabilities are what `generate` gives, token by token, in every way to generate. Rows that end
+are not evaluated, and a caller's modes stay."""
 
 import itertools
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,5 @@
-"""An adapted embedding is the dense one rebuilt: in the lookup, in a tied head, in whole models, cached and not."""
+"""An adapted embedding is the dense one rebuilt: in the lookup, in a tied head, in whole models, cached, cut and
+generating. Its gradients are right, and other scales are refused."""
 
 import copy
 from collections.abc import Callable

@@ -1,4 +1,5 @@
-"""Laws of the SVD linear map: without scales the stored matrix, with scales U diag(s z) Vᵀ, however it is computed."""
+"""The SVD linear map is the stored matrix without scales or with ones, and U diag(s z) Vᵀ with scales, however it is
+computed. Factors follow the weight and its dtype."""
 
 import copy
 from collections.abc import Callable

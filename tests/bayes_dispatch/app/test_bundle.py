@@ -1,4 +1,5 @@
-"""A bundle gives back what was saved, and refuses, in one line, whatever was touched."""
+"""A bundle gives back what was saved, whatever the default dtype, in the same files. Parts of two bundles, files that
+are not listed and edited lists are refused in a line; other damage: tests/test_damage.py."""
 
 import hashlib
 import json

@@ -1,4 +1,5 @@
-"""The command line: results, and one line with exit code 2 on bad input."""
+"""The command line prints what it was asked for, to any terminal, and loads little for help. Bad input, options that
+would do nothing, and warnings are one line; bad input ends with code 2."""
 
 import io
 import json
@@ -6,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -340,6 +342,21 @@ def test_bytes_that_are_no_utf8(saved: Path, capfd: pytest.CaptureFixture[str]) 
     for code, out, err in (real, run(capfd, "generate", "--bundle", saved, "--prompt-file", "prompt")):
         assert_one_line(code, out, err)
         assert "0xff at position 2" in err
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line(saved: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of whatever we call, here the stream that is read; what was asked for is done."""
+
+    class Old(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            warnings.warn("this stream\n is \x1b old", stacklevel=1)
+            return super().read(size)
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Old(b"kfpa>")))
+    code, out, err = run(capfd, "generate", "--bundle", saved, "--prompt-file", "-", "--json", "--max-new-tokens", "2")
+    assert (code, json.loads(out)["prompts"]) == (0, ["kfpa>"])
+    assert err == "bayes-dispatch: warning: this stream is \\x1b old\n"
 
 
 def test_interrupt(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

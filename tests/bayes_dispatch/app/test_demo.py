@@ -1,4 +1,5 @@
-"""The demonstration: its prompts, its files, and what the shipped model makes of them."""
+"""The demonstration: its prompts follow their conventions, its files are whole or not there, and seeds decide. The
+shipped model dispatches its prompts rightly."""
 
 import io
 import os

@@ -1,4 +1,5 @@
-"""The diagnosis of a bundle: its numbers are those of the calibration functions, its files are whole."""
+"""The diagnosis of a bundle: its numbers are those of the checks on held-out prompts, by its seed, and its files are
+whole. Experts without text compete unjudged; bad settings and text are refused."""
 
 import json
 from dataclasses import replace

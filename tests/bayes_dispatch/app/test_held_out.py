@@ -1,4 +1,5 @@
-"""Held-out text of experts, the project's and a user's own; the gate calibrated on it, as bundles keep it."""
+"""Held-out text of experts is what they were not trained on, the project's and a user's own. The gate is calibrated
+on it in two groups, and a bundle keeps its gate; another dispatcher's is refused."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""An expert of a user's own joins a bundle: by Python and by the command line."""
+"""An expert of a user's own joins a bundle and is dispatched to, by Python and by the command line; the others stay.
+What cannot join is refused in a line, before training."""
 
 import json
 import sys

@@ -1,4 +1,5 @@
-"""The shipped bundle: cached generation is uncached generation, and a batch is one prompt at a time."""
+"""The shipped bundle: cached generation is uncached generation, and a batch is one prompt at a time, token by token
+in float64."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""The estimator: its draws, its probabilities, and one clear line on bad input."""
+"""The estimator's draws and probabilities agree, belong to each prompt alone, and follow the seed; no evidence is
+uncertainty, simulations are of the program. Bad input is one clear line."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any

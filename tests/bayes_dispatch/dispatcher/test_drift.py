@@ -1,4 +1,5 @@
-"""The drift monitor: uniform p-values and few alarms while nothing changes, an alarm soon after something does."""
+"""The drift monitor: p-values are uniform and alarms as rare as stated while nothing changes; a shift is found soon,
+and the alarm stays. A stream can be cut, stored and resumed."""
 
 import json
 

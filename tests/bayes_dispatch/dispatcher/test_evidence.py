@@ -1,4 +1,5 @@
-"""Evidence: checked once where it enters; selecting and concatenating are those of its rows."""
+"""Evidence is checked once where it enters, and is its own; selecting and concatenating are those of its rows; its
+files give it back."""
 
 import pickle
 from pathlib import Path

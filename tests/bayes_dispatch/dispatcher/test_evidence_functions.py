@@ -1,4 +1,5 @@
-"""A view is a property of the prompt; a function of any kind is read alike."""
+"""A view is a property of the prompt, by a function of any kind: words, similarities, classifiers and likelihoods say
+what they are called. Nothing found is missing; errors pass through, and bad input is refused."""
 
 from __future__ import annotations
 

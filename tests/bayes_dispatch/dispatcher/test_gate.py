@@ -1,4 +1,5 @@
-"""The gate keeps its false-alarm rate at every length and in every group, finds foreign prompts, is read as saved."""
+"""The gate keeps its false-alarm rate at every length and in every group, and finds foreign prompts, which go to
+base. It is read as saved, one by one is all at once, and feedback moves nothing."""
 
 from __future__ import annotations
 

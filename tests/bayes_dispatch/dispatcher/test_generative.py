@@ -1,4 +1,5 @@
-"""The generative program, against densities written by hand and by SciPy."""
+"""The generative program's densities are those written by hand and by SciPy; labels alone are conjugate, missing is
+absent, mini-batches are unbiased, and the order of experts does not matter."""
 
 from collections.abc import Mapping
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""The dispatcher online: labels and rewards change what it serves at once, its prior outlives it, and drift shows."""
+"""The dispatcher online: labels and rewards change what it serves at once, none is lost between threads, its prior
+outlives it and belongs to one fit, and drift shows."""
 
 import copy
 import pickle
