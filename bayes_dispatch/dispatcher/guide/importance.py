@@ -23,7 +23,7 @@ from torch import Tensor
 from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import RESOLUTION, DirichletMixtures, on_simplex
 from bayes_dispatch.dispatcher.program.generative import FLOOR, DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
-from bayes_dispatch.dispatcher.program.views import View, site
+from bayes_dispatch.dispatcher.program.views import View
 
 __all__ = ["ImportanceSampler", "VertexDensities", "Weighted"]
 
@@ -224,19 +224,14 @@ class _Table:
 
     @classmethod
     def of(cls, view: View, sites: Sequence[Mapping[str, Tensor]], temper: float) -> _Table:
-        def stack(parameter: str) -> np.ndarray:
-            name = site(view, parameter)
-            values = np.stack([each[name].double().numpy() for each in sites])
-            if name not in view.base():
-                return values
-            base = np.broadcast_to(view.base()[name].double().numpy(), (len(values), 1, values.shape[-1]))
-            return np.concatenate([values, base], 1)
-
-        if view.kind == "vectors":
-            return cls(view, np.concatenate([stack("M"), stack("s2")], -1), stack("lt"), temper)
+        doubles = [{name: value.double() for name, value in each.items()} for each in sites]
+        columns = [[view.with_base(each, parameter).numpy() for each in doubles] for parameter in view.constants]
+        mixed = np.concatenate([np.stack(column) for column in columns], -1)
         if view.kind == "surprise":
-            return cls(view, np.concatenate([stack("a"), stack("a2")], -1), np.ones(len(sites)), temper)
-        return cls(view, stack("Phi"), stack("conc") / temper, temper)
+            return cls(view, mixed, np.ones(len(sites)), temper)
+        shared = view.site("lt" if view.kind == "vectors" else "conc")
+        strength = np.stack([each[shared].numpy() for each in doubles])
+        return cls(view, mixed, strength if view.kind == "vectors" else strength / temper, temper)
 
     def log_density(
         self, prompts: Prompts, rows: np.ndarray, mixed: Float[np.ndarray, "... number"], chosen: np.ndarray
