@@ -34,6 +34,10 @@ class Fingerprint:
         """What stands for the weights that were hashed last: the same object until they change."""
         return self._kept
 
+    def maker(self, module: nn.Module, dtype: torch.dtype, glance: bool = False) -> str:
+        """What a cache remembers of the model that made it: the hash, by a glance or not, and the dtype."""
+        return f"{self.glance(module) if glance else self.of(module)} in {dtype}"
+
     def of(self, module: nn.Module) -> str:
         """The hash; always of the same module. Threads may compute it twice, and see it whole."""
         kept = self._kept

@@ -3,6 +3,7 @@ and follow the weights. States of wrong sizes are refused; without gradients alo
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.mambaformer.compiled.stepping import MOST_ROWS
+from bayes_dispatch.model.mambaformer.compiled.stepping import MOST_KEPT, MOST_ROWS, Stepper, Steppers
 from bayes_dispatch.model.mambaformer.compiled.switch import kernels, tensors_only
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 
@@ -342,3 +343,44 @@ def test_without_a_directory_to_keep_programs_in() -> None:
     double = kernels().compile_with()(made["double"])
     assert double(3.5) == 7.0
     assert double.signatures
+
+
+def test_steps_are_built_once() -> None:
+    """For each adaptation, whose takes turns, and anew for other weights; what nobody holds goes."""
+    steppers, built = Steppers(), 0
+
+    def build() -> Stepper:
+        nonlocal built
+        built += 1
+        return Stepper([], None, [])
+
+    weights, adaptations = object(), [Adaptation({"a": torch.ones(2)}) for _ in range(MOST_KEPT)]
+    first = [steppers.of(weights, adaptation, build) for adaptation in adaptations]
+    assert [steppers.of(weights, adaptation, build) for adaptation in adaptations] == first
+    assert built == MOST_KEPT
+    assert steppers.of(weights, Adaptation.identity(), build) is steppers.of(weights, Adaptation({}), build)
+    assert built == MOST_KEPT + 1  # one for all that scale nothing
+    again = [steppers.of(weights, adaptation, build) for adaptation in reversed(adaptations)][::-1]
+    assert again[1:] == first[1:]
+    assert again[0] is not first[0]  # it had gone, as the oldest
+    assert steppers.of(object(), adaptations[5], build) is not first[5]
+    for same in (copy.deepcopy(steppers), pickle.loads(pickle.dumps(steppers))):
+        assert same.of(weights, adaptations[3], build) is not first[3]
+
+
+def test_adaptations_that_take_turns_build_their_steps_once(
+    models: Callable[[str, torch.dtype], "MambaFormerForCausalLM"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, built, build = models("mamba2", torch.float32), [], Stepper.__init__
+
+    def counted(self: Stepper, *arguments: Any) -> None:
+        built.append(self)
+        build(self, *arguments)
+
+    monkeypatch.setattr(Stepper, "__init__", counted)
+    turns = [(scales(model, 1, seed), model.init_cache(1, 16)) for seed in range(3)]
+    with torch.inference_mode():
+        for _ in range(4):
+            for adaptation, cache in turns:
+                model(tokens(0, 1, 1), cache=cache, adaptation=adaptation)
+    assert len(built) == len(turns)

@@ -2,6 +2,7 @@
 decide, rows end with end tokens or stop sequences. Padding counts for nothing, and bad arguments are refused."""
 
 import itertools
+import pydoc
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.generation.settings import GenerationOptions
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 
 if TYPE_CHECKING:
@@ -262,6 +264,32 @@ def test_weights_that_are_no_numbers_are_one_error(make_model: MakeModel, way: d
     for call in (broken.generate, broken.generate_with_log_probabilities):
         with pytest.raises(TensorError, match="expected logits that are numbers, got NaN"):
             call(torch.tensor([[256, 1]]), max_new_tokens=2, eos_token_id=3, **way)
+
+
+@fast
+@pytest.mark.parametrize("way", [{}, {"do_sample": True}, {"num_beams": 2}, {"use_cache": False}])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_logits_that_are_no_numbers_later_on_are_the_same_error(
+    make_model: MakeModel, way: dict[str, Any], bad: float
+) -> None:
+    """The prompt is read well; what comes first brings in the bad number."""
+    broken, ids = make_model(MambaFormerConfig.tiny(), tie_embeddings=False), torch.tensor([[256, 1]])
+    first = broken.generate(ids, max_new_tokens=1, seed=0, **way)
+    others = torch.ones(broken.vocab_size, dtype=torch.bool)
+    others[ids] = False
+    with torch.no_grad():
+        broken.embedding.weight[others] = bad
+    assert torch.equal(broken.generate(ids, max_new_tokens=1, seed=0, **way), first)
+    for call in (broken.generate, broken.generate_with_log_probabilities):
+        with pytest.raises(TensorError, match="expected logits that are numbers, got NaN") as error:
+            call(ids, max_new_tokens=3, seed=0, **way)
+        assert "\n" not in str(error.value)
+
+
+@fast
+def test_help_names_every_option(model: "MambaFormerForCausalLM") -> None:
+    text = pydoc.render_doc(model.generate)
+    assert [name for name in GenerationOptions.__annotations__ if f"``{name}``" not in text] == []
 
 
 @fast

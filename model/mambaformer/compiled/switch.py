@@ -1,4 +1,4 @@
-"""When the compiled loops of ``kernels`` may take the place of tensor operations, and the arrays that they take."""
+"""The one switch between compiled loops and tensor operations, and tensors as the arrays that the loops take."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
