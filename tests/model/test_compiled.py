@@ -35,7 +35,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "window": {"blocks": ("attention", "mamba1"), "positions": "rotary", "attention_window": 4},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +86,18 @@ def assert_equal_runs(
         torch.testing.assert_close(got.tensors(), wanted.tensors(), **tolerance)
 
 
-@pytest.mark.parametrize("adapted", ["stored", "shared", "per row"])
-@pytest.mark.parametrize("rows", [1, 3, MOST_ROWS + 1])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "adapted"),
+    [
+        (torch.float64, 1, "shared"),
+        (torch.float64, 3, "stored"),
+        (torch.float64, MOST_ROWS + 1, "per row"),
+        (torch.float32, 1, "stored"),
+        (torch.float32, 3, "per row"),
+        (torch.float32, MOST_ROWS + 1, "shared"),
+    ],
+)
 @every_kind
-@both_dtypes
 def test_a_prompt_and_steps_after_it(
     models: Callable[..., "MambaFormerForCausalLM"], kind: str, dtype: torch.dtype, rows: int, adapted: str
 ) -> None:
@@ -253,7 +260,7 @@ def test_autograd_knows_of_changed_states(models: Callable[..., "MambaFormerForC
         product.backward()
 
 
-@both_dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exponential_functions(dtype: torch.dtype) -> None:
     """To a few units in the last place, from underflow to saturation; NaN stays NaN."""
     numba = pytest.importorskip("numba")
@@ -311,9 +318,10 @@ def test_hooks_are_called_with_tensors_only(models: Callable[..., "MambaFormerFo
     assert called == [1]
 
 
-@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, MOST_ROWS + 1])
+@pytest.mark.parametrize(
+    ("rows", "padded", "kv_dtype"),
+    [(1, False, None), (1, True, torch.int8), (3, True, None), (MOST_ROWS + 1, True, torch.int8)],
+)
 def test_a_decoder_with_cross_attention(
     make_seq2seq: Callable[..., Any], rows: int, padded: bool, kv_dtype: torch.dtype | None
 ) -> None:

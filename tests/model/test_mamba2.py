@@ -51,24 +51,11 @@ def states_close(got: MambaState, expected: MambaState) -> None:
     close(got.ssm, expected.ssm)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 11])
-def test_without_gradients_it_is_the_same(make_mixer: MakeMixer, groups: int, length: int) -> None:
-    mixer, x = make_mixer(groups=groups), inputs(length)
-    recorded_state, plain_state = (mixer.init_state(2, torch.float64) for _ in range(2))
-    recorded = mixer(x, Span(), {}, recorded_state)
-    with torch.no_grad():
-        plain = mixer(x, Span(), {}, plain_state)
-        close(mixer(x, Span(), {}), plain)
-    close(recorded, plain)
-    states_close(recorded_state, plain_state)
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     parts=st.lists(st.integers(1, 9), min_size=1, max_size=6),
     recording=st.booleans(),
-    groups=st.sampled_from([1, 2]),
+    groups=st.sampled_from([1, 2, 4]),
     taps=st.sampled_from([2, 4]),
     tokens=st.sampled_from([1, 12, 100]),
 )

@@ -64,11 +64,13 @@ def assert_one_line(code: int, out: str, err: str) -> None:
 def test_help_loads_nothing_heavy() -> None:
     code = (
         "import sys\nfrom bayes_dispatch.app.commands import main as cli\n"
-        "try:\n    cli.main(['generate', '--help'])\n"
-        "finally:\n    print(*{name.split('.')[0] for name in sys.modules}, file=sys.stderr)"
+        "for command in ('generate', 'chat'):\n"
+        "    try:\n        cli.main([command, '--help'])\n    except SystemExit:\n        pass\n"
+        "print(*{name.split('.')[0] for name in sys.modules}, file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert "--blend" in done.stdout
+    assert "--show-experts" in done.stdout
+    assert "--state" in done.stdout
     assert HEAVY & set(done.stderr.split()) == set()
 
 
@@ -296,10 +298,10 @@ def test_report_that_was_not_measured(saved: Path, capfd: pytest.CaptureFixture[
     assert run(capfd, "report", "--bundle", saved, "--markdown") == (0, out, "")
 
 
-@pytest.mark.parametrize("file", ["model/model.safetensors", "dispatcher/dispatcher.safetensors", "bundle.json"])
-def test_truncated_bundle_is_one_line(file: str, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_truncated_bundle_is_one_line(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """And nothing is written. Other damage: tests/test_damage.py."""
     shutil.copytree(saved, "broken")
-    os.truncate(f"broken/{file}", (saved / file).stat().st_size // 2)
+    os.truncate("broken/model/model.safetensors", 2000)
     for command in (["generate", "--prompt", "a"], ["demo", "--out", "output"]):
         assert_one_line(*run(capfd, *command, "--bundle", "broken"))
     assert os.listdir() == ["broken"]
@@ -308,17 +310,13 @@ def test_truncated_bundle_is_one_line(file: str, saved: Path, capfd: pytest.Capt
 @pytest.mark.parametrize(
     "arrays",
     [
-        {},
-        {"labels": np.zeros(3, int)},
         {"hidden": np.full((3, 2), np.nan)},
-        {"hidden": np.zeros((3, 2)), "weights": np.zeros(3)},
         {"hidden": np.zeros((3, 2))},
         {"hidden": np.zeros((30, 16)), "labels": np.arange(30) % 4},
         {"hidden": np.zeros((30, 16)), "labels": np.zeros(2, int)},
-        {"hidden": np.array([[{}]], dtype=object)},
         {"hidden": np.array([["a"]])},
     ],
-    ids=["empty", "no view", "NaN", "unknown name", "width", "label range", "label count", "pickled", "text"],
+    ids=["NaN", "width", "label range", "label count", "text"],
 )
 def test_bad_evidence_is_one_line(
     arrays: dict[str, np.ndarray], saved: Path, capfd: pytest.CaptureFixture[str]
@@ -326,12 +324,6 @@ def test_bad_evidence_is_one_line(
     np.savez("evidence.npz", **arrays)
     assert_one_line(*run(capfd, "fit", "--evidence", "evidence.npz", "--bundle", saved, "--out", "fitted"))
     assert os.listdir() == ["evidence.npz"]
-
-
-def test_truncated_evidence_is_one_line(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    np.savez("evidence.npz", hidden=np.zeros((30, 20)))
-    os.truncate("evidence.npz", 2000)
-    assert_one_line(*run(capfd, "fit", "--evidence", "evidence.npz", "--bundle", saved, "--out", "fitted"))
 
 
 def test_bytes_that_are_no_utf8(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:

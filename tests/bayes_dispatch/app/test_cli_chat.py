@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -103,20 +102,3 @@ def test_bad_input(talk: Talk, told: bytes, arguments: tuple[str, ...], message:
     code, out, err = talk(told, *arguments)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"bayes-dispatch: error: {message}")
-
-
-def test_a_damaged_state_is_refused(talk: Talk) -> None:
-    assert talk(b"ab>\n", "--state", "chat")[0] == 0
-    data = Path("chat").read_bytes()
-    Path("chat").write_bytes(data[:-3])
-    code, out, err = talk(b"ab>\n", "--state", "chat")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert "expected a whole safetensors file chat" in err
-
-
-def test_help_loads_nothing_heavy() -> None:
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "bayes_dispatch", "chat", "--help"], capture_output=True, text=True
-    )
-    assert "--state" in done.stdout
-    assert not any(f"| {name}\n" in done.stderr for name in ("torch", "numpy", "pyro"))
