@@ -26,7 +26,6 @@ from bayes_dispatch.inference.two_pass.first_pass import first_pass
 
 __all__ = [
     "RefitSettings",
-    "add_expert",
     "add_experts",
     "check_texts",
     "import_reward",
@@ -139,18 +138,6 @@ def train_own_expert(bundle: Bundle, domain: Domain, settings: ExpertSettings, p
             f"expected the objective reinforce for a reward, got {type(settings.objective).__name__.lower()}"
         )
     return train_expert(bundle.model, domain, settings, progress, bundle.experts.matrices)
-
-
-def add_expert(
-    bundle: Bundle,
-    expert: ExpertVector,
-    domain: Domain,
-    settings: RefitSettings,
-    progress: bool = False,
-    announce: Callable[[str], object] = lambda text: None,
-) -> Bundle:
-    """``add_experts`` for one, beside all that the bundle has."""
-    return add_experts(bundle, {expert.name: (expert, domain)}, bundle.experts.names, settings, progress, announce)
 
 
 def add_experts(

@@ -21,7 +21,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from bayes_dispatch.arguments import real, several, whole
+from bayes_dispatch.arguments import real, set_whole, several
 from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import RESOLUTION, DirichletMixtures
 from bayes_dispatch.dispatcher.guide.encoding import encode
 from bayes_dispatch.dispatcher.program.observed import Prompts
@@ -64,8 +64,7 @@ class GuideSettings:
     tempers: tuple[float, float] = (0.5, 4.0)
 
     def __post_init__(self) -> None:
-        for name in ("components", "hidden", "simulations", "global_draws", "steps", "batch_size"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        set_whole(self, components=1, hidden=1, simulations=1, global_draws=1, steps=1, batch_size=1)
         object.__setattr__(self, "learning_rate", real("learning_rate", self.learning_rate, 0, above=True))
         object.__setattr__(self, "real_share", real("real_share", self.real_share, 0))
         if self.real_share >= 1:

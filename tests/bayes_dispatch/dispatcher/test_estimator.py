@@ -201,8 +201,8 @@ def test_a_saved_dispatcher_gives_the_same_probabilities(
             "expected random_state to be a whole number from 0 .*, got -1",
         ),
         ({"random_state": 1.5}, [0, 1] * 75, ConfigError, "expected random_state to be a whole number .*, got 1.5"),
-        ({"dimensions": 0}, [0, 1] * 75, ConfigError, "expected dimensions to be a whole number ≥ 1, got 0"),
-        ({"svi_steps": 0}, [0, 1] * 75, ConfigError, "expected steps to be a whole number ≥ 1"),
+        ({"dimensions": 0}, [0, 1] * 75, ConfigError, "expected dimensions to be a whole number from 1 .*, got 0"),
+        ({"svi_steps": 0}, [0, 1] * 75, ConfigError, "expected steps to be a whole number from 1 "),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
