@@ -229,7 +229,10 @@ def joint_posterior(
     _check_run(draws, chains, warmup, experts, model)
     with ALONE, jax.enable_x64(True):  # NumPyro has one stack of handlers, as Pyro
         data = _Data.of(model, prompts, temper)
-        start = _arrays(label_informed_start(model, _in_default_dtype(prompts)))
+        kind = torch.get_default_dtype()
+        known = None if prompts.known is None else prompts.known.to(kind)
+        seen = replace(prompts.to(kind), labels=prompts.labels, known=known)
+        start = _arrays(label_informed_start(model, seen))
         kernel = NUTS(_program, init_strategy=init_to_value(values=start), target_accept_prob=0.9, max_tree_depth=8)
         run = {"num_warmup": warmup, "num_samples": draws, "num_chains": chains, "chain_method": "vectorized"}
         mcmc = MCMC(kernel, **run, progress_bar=False)
@@ -239,15 +242,9 @@ def joint_posterior(
         fields = {name: np.asarray(value) for name, value in mcmc.get_extra_fields().items()}
     weights = _with_known(samples.pop("w"), prompts)
     free = {name: value for name, value in samples.items() if not name.endswith(("gammas", "exponentials"))}
-    count = len(prompts)
-    return ReferencePosterior(
-        weights,
-        (*experts, "base"),
-        chains=chains,
-        divergences=np.full(count, int(fields["diverging"].sum())),
-        steps=np.full(count, float(fields["num_steps"].mean())),
-        globals=free,
-    )
+    found = {"divergences": np.sum(fields["diverging"]), "steps": np.mean(fields["num_steps"])}
+    of_each = {name: np.full(len(prompts), value) for name, value in found.items()}
+    return ReferencePosterior(weights, (*experts, "base"), chains=chains, globals=free, **of_each)
 
 
 class _Data(NamedTuple):
@@ -458,11 +455,10 @@ def _boosted(prior: Any) -> Any:
     alpha = inner.leaves if isinstance(inner, _Tree) else inner.concentration
     logs = _boosted_logs("gammas", "exponentials", alpha)
     if isinstance(inner, _Tree):
-        families = np.array(inner.families)
         tops = jax.nn.log_softmax(_boosted_logs("family_gammas", "family_exponentials", inner.top))
         within = [jax.nn.log_softmax(logs[:, members]) for _, members in inner._members()]
-        order = np.argsort(np.argsort(families, kind="stable"))
-        logs = jnp.concatenate(within, -1)[:, order] + tops[:, families]
+        order = np.argsort(np.concatenate([members for _, members in inner._members()]))
+        logs = jnp.concatenate(within, -1)[:, order] + tops[:, np.array(inner.families)]
     return numpyro.deterministic("w", jax.nn.softmax(logs))
 
 
@@ -478,12 +474,6 @@ def _with_known(weights: np.ndarray, prompts: Prompts) -> np.ndarray:
         return weights
     known = _array(prompts.known)
     return np.where(np.isfinite(known[:, :1]), np.nan_to_num(known), weights)
-
-
-def _in_default_dtype(prompts: Prompts) -> Prompts:
-    dtype = torch.get_default_dtype()
-    known = None if prompts.known is None else prompts.known.to(dtype)
-    return replace(prompts.to(dtype), labels=prompts.labels, known=known)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -543,8 +533,9 @@ def _batches(tree: Any, size: int) -> list[Any]:
 
 
 def _check_run(draws: int, chains: int, warmup: int, experts: Sequence[str], model: DispatchModel) -> None:
-    for name, value, least in (("draws", draws, 4), ("chains", chains, 1), ("warmup", warmup, 1)):
-        whole(name, value, least)
+    whole("draws", draws, 4)
+    whole("chains", chains, 1)
+    whole("warmup", warmup, 1)
     if len(experts) != model.n_experts:
         raise ConfigError(f"expected {model.n_experts} expert names, got {len(experts)}")
 

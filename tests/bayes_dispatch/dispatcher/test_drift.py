@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, kstest
 
-from bayes_dispatch.dispatcher.drift import JUMPS, STAKES, DriftMonitor, drift_monitor, step, watch
+from bayes_dispatch.dispatcher.drift import JUMPS, STAKES, DriftMonitor, drift_monitor, watch
 from bayes_dispatch.errors import ConfigError, TensorError
 
 
@@ -161,7 +161,7 @@ def test_bad_input(unchecked: None, monitor: DriftMonitor) -> None:
     with pytest.raises(ConfigError, match="expected seed to be a whole number"):
         drift_monitor(np.zeros(30), seed=-1)
     with pytest.raises(TensorError, match="expected finite scores, got 1"):
-        step(monitor, np.inf)
+        watch(monitor, np.array([np.inf]))
     with pytest.raises(TensorError, match=r"expected scores of shape \(N,\), N ≥ 1, got shape \(0,\)"):
         watch(monitor, np.zeros(0))
     packed = monitor.pack()
