@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bayes_dispatch.errors import ConfigError, StaleCacheError, TensorError
-from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.adaptation import Adaptation, Scales
 from bayes_dispatch.model.mambaformer.block import Block, build_mixer
 from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.compiled.stepping import Stepper, Steppers, can_step
@@ -107,10 +107,10 @@ class BlockStack(nn.Module):
         if cache is not None:
             cache.begin([adaptation.digest(index) for index in stretch.blocks])
         if cache is not None and can_step(x):
-            build = partial(self._stepper, stretch, adaptation)
+            build = partial(self._stepper, stretch, adaptation, weights)
             x = stretch.steppers.of(weights, adaptation, build)(x, span, cache, memory)
         else:
-            scales = self._scales(adaptation)
+            scales = self._scales(adaptation, None if cache is None else weights)
             saving = self.gradient_checkpointing and self.training and cache is None
             for place, index in enumerate(stretch.blocks):
                 block, state = self.blocks[index], None if cache is None else cache.states[place]
@@ -135,16 +135,16 @@ class BlockStack(nn.Module):
         if not blocks or blocks.start < 0 or blocks.stop > len(self.blocks) or blocks.step != 1:
             raise ConfigError(f"expected blocks of 0 … {len(self.blocks) - 1}, got {_named(blocks)}")
 
-    def _stepper(self, stretch: Stretch, adaptation: Adaptation) -> Stepper:
-        scales = self._scales(adaptation)
+    def _stepper(self, stretch: Stretch, adaptation: Adaptation, weights: object) -> Stepper:
+        scales = self._scales(adaptation, weights)
         blocks = [cast(Block, self.blocks[index]) for index in stretch.blocks]
         own = [scales[index] for index in stretch.blocks]
         return Stepper(blocks, self.norm if stretch.normalised else None, own)
 
-    def _scales(self, adaptation: Adaptation) -> list[dict[str, Tensor]]:
+    def _scales(self, adaptation: Adaptation, weights: object) -> list[dict[str, Scales]]:
         """The scales of each block, by the names that its mixer knows."""
-        scales: list[dict[str, Tensor]] = [{} for _ in self.blocks]
-        for name, z in adaptation.scales.items():
+        scales: list[dict[str, Scales]] = [{} for _ in self.blocks]
+        for name, z in adaptation.matrices(weights).items():
             if name != EMBEDDING:
                 _, block, _, matrix = name.split(".", 3)
                 scales[int(block)][matrix] = z

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bayes_dispatch.model.adaptation import Scales
 from bayes_dispatch.model.mambaformer.cache import MambaState
 from bayes_dispatch.model.mambaformer.compiled.switch import Array, array, can_compile, kernels, token_counts
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
@@ -61,7 +62,7 @@ class Mamba2Mixer(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         span: Span,
-        scales: Mapping[str, Tensor],
+        scales: Mapping[str, Scales],
         state: MambaState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the tokens of each row with those before them; ``state`` is read and replaced in place."""
@@ -90,7 +91,7 @@ class Mamba2Mixer(nn.Module):
         return y
 
     def _mix(
-        self, x: Tensor, span: Span, scales: Mapping[str, Tensor], state: MambaState | None
+        self, x: Tensor, span: Span, scales: Mapping[str, Scales], state: MambaState | None
     ) -> tuple[Tensor, MambaState | None]:
         """The outputs, and the state after them where one was given."""
         batch, length, _ = x.shape
@@ -112,7 +113,7 @@ class Mamba2Mixer(nn.Module):
         y = self._project(y.flatten(2), scales)
         return y, None if history is None else MambaState(history, final)
 
-    def _mix_compiled(self, x: Tensor, span: Span, scales: Mapping[str, Tensor], state: MambaState) -> Tensor:
+    def _mix_compiled(self, x: Tensor, span: Span, scales: Mapping[str, Scales], state: MambaState) -> Tensor:
         """``_mix`` where ``can_compile``; the state is changed in place."""
         batch, length, _ = x.shape
         projected = array(self.in_proj(x, scales.get("in_proj")))
@@ -126,7 +127,7 @@ class Mamba2Mixer(nn.Module):
         weights = self.conv_weight.t(), self.conv_bias, -self.A_log.exp(), self.dt_bias, self.D, self.norm.weight
         return tuple(array(weight) for weight in weights)
 
-    def _step(self, x: Tensor, span: Span, scales: Mapping[str, Tensor], state: MambaState) -> Tensor:
+    def _step(self, x: Tensor, span: Span, scales: Mapping[str, Scales], state: MambaState) -> Tensor:
         """``_mix`` of one token of each row, where no gradient is recorded: few operations, the state in place."""
         gate, xBC, dt = self.in_proj(x, scales.get("in_proj")).split(self._widths, dim=-1)
         dt = F.softplus(dt + self.dt_bias)  # (B, 1, H)
@@ -144,7 +145,7 @@ class Mamba2Mixer(nn.Module):
         y = ssd_step_(xs, dt.squeeze(1), -self.A_log.exp(), B, C, self.D, state.ssm)
         return self._project(y.view(gate.shape).mul_(F.silu(gate)), scales)
 
-    def _project(self, y: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
+    def _project(self, y: Tensor, scales: Mapping[str, Scales]) -> Tensor:
         """Normalise and project; without gradients, ``y`` is overwritten, and the narrower result is normalised."""
         z = scales.get("out_proj")
         if torch.is_grad_enabled():
