@@ -128,6 +128,7 @@ def counting() -> CountingCorpus:
     return CountingCorpus(CORPUS.documents)
 
 
+@pytest.mark.slow
 def test_a_run_killed_as_it_writes_goes_on_from_the_checkpoint_before(
     one: MambaFormerForCausalLM, counting: CountingCorpus, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from bayes_dispatch.app import own_expert
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.app.commands import main as cli
 from bayes_dispatch.app.own_expert import RefitSettings, add_experts, import_reward, own_settings
-from bayes_dispatch.errors import BundleError, ConfigError, RewardError
+from bayes_dispatch.errors import ConfigError, RewardError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import CONVENTIONS, Domain
 from bayes_dispatch.experts.domains.own import OwnPairs, OwnText
@@ -213,14 +213,6 @@ class TestCommand:
             cli.main(["train-experts", *given, "--bundle", str(saved), "--out", "new"])
         assert exit_.value.code == 2
         assert capfd.readouterr().err.startswith(f"bayes-dispatch: error: {message}")
-
-    @pytest.mark.slow
-    def test_a_damaged_piece_of_evidence_is_refused(self, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
-        run(capfd, "--name", "things", "--text", "text.txt", "--bundle", saved, "--out", "new")
-        with Path("new/evidence/things.npz").open("ab") as file:
-            file.write(b"x")
-        with pytest.raises(BundleError, match=r"expected .*things.npz with checksum .* it was changed"):
-            load_bundle("new")
 
     def test_without_a_refit_it_is_a_bank(self, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
         code, _, _ = run(
