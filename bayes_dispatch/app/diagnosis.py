@@ -121,14 +121,9 @@ class HeldOutDiagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        curves = {
-            name: {
-                "levels": c.levels.tolist(),
-                "values": c.values.tolist(),
-                "standard_errors": c.standard_errors.tolist(),
-            }
-            for name, c in (("found", self.coverage), ("simulated", self.simulated))
-        }
+        parts = ("levels", "values", "standard_errors")
+        both = (("found", self.coverage), ("simulated", self.simulated))
+        curves = {name: {part: getattr(curve, part).tolist() for part in parts} for name, curve in both}
         return {
             "k_hat_below_0.7": dict(self.k_hat),
             "coverage": curves,
