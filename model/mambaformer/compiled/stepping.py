@@ -76,11 +76,8 @@ class Steppers:
         self._plain = Adaptation.identity()  # stands for all that scale nothing
         self._lock = Lock()
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "Steppers":
-        return Steppers()  # of another model
-
     def __reduce__(self) -> tuple[type["Steppers"], tuple[()]]:
-        return Steppers, ()
+        return Steppers, ()  # of another model
 
     def of(self, weights: object, adaptation: Adaptation, build: Callable[[], Stepper]) -> Stepper:
         """The stepper under these scales, built anew where it is none of the latest.

@@ -72,11 +72,8 @@ class Views:
         self._arrays: tuple[Array, Array]
         self._counted: list[Tensor] = []
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "Views":
-        return Views()  # of other tensors
-
     def __reduce__(self) -> tuple[type["Views"], tuple[()]]:
-        return Views, ()
+        return Views, ()  # of other tensors
 
     def of(self, first: Tensor, second: Tensor) -> tuple[Array, Array]:
         """Arrays to write to; autograd is told, as by an operation in place."""

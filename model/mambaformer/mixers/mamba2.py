@@ -71,8 +71,10 @@ class Mamba2Mixer(nn.Module):
         size = length if recording or scales else max(self.chunk_size, PIECE // batch)
         if can_compile(x, *(() if state is None else (state.conv, state.ssm))):
             state = state or self.init_state(batch, x.dtype)
-            starts = range(0, length, size)
-            pieces = [self._mix_compiled(x[:, t : t + size], _part(span, t, size), scales, state) for t in starts]
+            arrays, starts = self.arrays(), range(0, length, size)
+            pieces = [
+                self._mix_compiled(x[:, t : t + size], _part(span, t, size), scales, state, arrays) for t in starts
+            ]
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         if state is not None and length == 1 and not recording:
             return self._step(x, span, scales, state)
@@ -113,13 +115,15 @@ class Mamba2Mixer(nn.Module):
         y = self._project(y.flatten(2), scales)
         return y, None if history is None else MambaState(history, final)
 
-    def _mix_compiled(self, x: Tensor, span: Span, scales: Mapping[str, Scales], state: MambaState) -> Tensor:
+    def _mix_compiled(
+        self, x: Tensor, span: Span, scales: Mapping[str, Scales], state: MambaState, arrays: tuple[Array, ...]
+    ) -> Tensor:
         """``_mix`` where ``can_compile``; the state is changed in place."""
         batch, length, _ = x.shape
         projected = array(self.in_proj(x, scales.get("in_proj")))
         y = np.empty((batch, length, self.d_inner), projected.dtype)
         tokens = token_counts(span.tokens, batch, length)
-        kernels().mix_mamba2(projected, tokens, *state.arrays(), *self.arrays(), self.norm.eps_number, self.n_groups, y)
+        kernels().mix_mamba2(projected, tokens, *state.arrays(), *arrays, self.norm.eps_number, self.n_groups, y)
         return self.out_proj(torch.from_numpy(y), scales.get("out_proj"))
 
     def arrays(self) -> tuple[Array, ...]:
