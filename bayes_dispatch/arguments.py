@@ -33,17 +33,24 @@ def whole(name: str, value: object, at_least: int, at_most: int | None = None) -
 
 
 def real(
-    name: str, value: object, at_least: float | int = -math.inf, at_most: float | int = math.inf, *, above: bool = False
+    name: str,
+    value: object,
+    at_least: float | int = -math.inf,
+    at_most: float | int = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
 ) -> float:
-    """A finite number within bounds, as a ``float``; ``above``: the lower bound itself is outside.
+    """A finite number within bounds, as a ``float``; ``above``, ``below``: the bound itself is outside.
 
     Raises:
         ConfigError: naming the argument, what was expected and what came.
     """
     found = number(value)
-    if not math.isfinite(found) or found > at_most or found < at_least or (above and found == at_least):
+    outside = found > at_most or found < at_least or (above and found == at_least) or (below and found == at_most)
+    if not math.isfinite(found) or outside:
         low = "" if at_least == -math.inf else f" {'>' if above else '≥'} {at_least:g}"
-        high = "" if at_most == math.inf else f"{' and' if low else ''} ≤ {at_most:g}"
+        high = "" if at_most == math.inf else f"{' and' if low else ''} {'<' if below else '≤'} {at_most:g}"
         raise ConfigError(f"expected {name} to be a finite number{low}{high}, got {shown(value)}")
     return found
 

@@ -20,7 +20,16 @@ from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.parts import CutModel
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
-__all__ = ["TOKEN_CLASSES", "FirstPass", "Prefix", "evidence_of", "first_pass", "pool", "read_prefix", "token_counts"]
+__all__ = [
+    "TOKEN_CLASSES",
+    "FirstPass",
+    "Prefix",
+    "byte_means",
+    "class_counts",
+    "evidence_of",
+    "first_pass",
+    "read_prefix",
+]
 
 # Classes of bytes whose counts are evidence; a byte belongs to the first class that holds it, others to "other".
 TOKEN_CLASSES: dict[str, bytes] = {
@@ -89,7 +98,7 @@ def first_pass(
         batch = order[start : start + batch_size]
         ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *checked[i]] for i in batch])
         if block:
-            pooled = {"hidden": pool(cut.below(ids, mask, None), mask.sum(1))}
+            pooled = {"hidden": byte_means(cut.below(ids, mask, None), mask.sum(1))}
         else:
             pooled = _pool_output(model(ids, attention_mask=mask), ids, mask)
         for row, i in enumerate(batch):
@@ -137,12 +146,12 @@ def read_prefix(cut: CutModel, tokenizer: ByteTokenizer, prompts: Sequence[bytes
 
 def evidence_of(prompts: Sequence[bytes], views: Mapping[str, np.ndarray]) -> Evidence:
     """Evidence of what was pooled over prompts, their bytes and their lengths."""
-    counts = np.stack([token_counts(data) for data in prompts])
+    counts = np.stack([class_counts(data) for data in prompts])
     lengths = np.array([len(data) for data in prompts], dtype=float)
     return Evidence({"hidden": views["hidden"], "counts": counts} | dict(views), lengths)
 
 
-def pool(hidden: Float[Tensor, "B T D"], tokens: Int[Tensor, " B"]) -> Float[np.ndarray, "B D"]:
+def byte_means(hidden: Float[Tensor, "B T D"], tokens: Int[Tensor, " B"]) -> Float[np.ndarray, "B D"]:
     """Means of right-padded hidden states over the bytes of each row: all real tokens (B,) but the first."""
     real = (torch.arange(1, hidden.shape[1]) < tokens[:, None])[..., None].to(hidden)
     return ((hidden[:, 1:] * real).sum(1) / real.sum(1)).double().cpu().numpy()
@@ -158,7 +167,7 @@ def _pool_output(output: CausalLMOutput, ids: Int[Tensor, "B T"], mask: Int[Tens
     return {"hidden": means.double().cpu().numpy(), "surprise": pairs.cpu().numpy()}
 
 
-def token_counts(data: bytes) -> np.ndarray:
+def class_counts(data: bytes) -> np.ndarray:
     """(C,) how many bytes fall into each class of ``TOKEN_CLASSES``, then the others."""
     classes = _CLASS_OF[np.frombuffer(data, dtype=np.uint8)]
     return np.bincount(classes, minlength=len(TOKEN_CLASSES) + 1).astype(float)

@@ -91,9 +91,7 @@ class CachedReader:
         self._owner = torch.tensor([own for own, _ in place])  # row of the prefix, and later prompt, of each row
         blends = np.stack([np.frombuffer(each).reshape(doubles.shape[2:]) for _, each in place])
         weights = torch.tensor(blends).to(cut.model.dtype)
-        # one row is as good as scales that all rows share, which may be folded into a matrix
-        blend = experts.blend if particles.layers is None else experts.blend_by_layer
-        self._adaptation = blend(weights if len(weights) > 1 else weights[0])
+        self._adaptation = experts.blend_rows(weights)
         self._below = prefix.cache
         self._above = cut.cache_above(len(weights), capacity)
         self._separate = False  # whether each prompt has rows of its own
@@ -189,7 +187,7 @@ class UncachedReader:
     ) -> None:
         self.evaluated = 0
         self._model = model
-        self._blend = experts.blend if particles.layers is None else experts.blend_by_layer
+        self._blend = experts.blend_rows
         self._weights = torch.tensor(particles.run)  # a copy: a posterior's own draws are read-only
         self._seen = [row[:count] for row, count in zip(ids.tolist(), tokens.tolist(), strict=True)]
 

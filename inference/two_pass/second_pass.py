@@ -15,12 +15,12 @@ from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.two_pass.blends import Blend, Particles
 from bayes_dispatch.inference.two_pass.events import tell
-from bayes_dispatch.inference.two_pass.first_pass import Prefix, evidence_of, first_pass, pool, read_prefix
+from bayes_dispatch.inference.two_pass.first_pass import Prefix, byte_means, evidence_of, first_pass, read_prefix
 from bayes_dispatch.inference.two_pass.generation import Cost
 from bayes_dispatch.inference.two_pass.particles import Decoding, Token
 from bayes_dispatch.inference.two_pass.prompts import Writing, check_prompts
 from bayes_dispatch.inference.two_pass.readers import CachedReader, ParticleReader, UncachedReader
-from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, Strategy, System, gate_of
+from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, Strategy, System, as_strategy, gate_of
 from bayes_dispatch.model.generation.sampling import row_generators, row_seeds
 from bayes_dispatch.model.parts import CutModel
 
@@ -40,7 +40,7 @@ class GenerationRequest:
         seed: ``None`` becomes a fresh one.
 
     Raises:
-        ConfigError: a seed that is none, or a rate at which to abstain is missing.
+        ConfigError: a seed or strategy that is none, or a rate at which to abstain is missing.
     """
 
     blend: Blend
@@ -55,6 +55,7 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         given = int(np.random.SeedSequence().generate_state(1)[0]) if self.seed is None else seed(self.seed)
         object.__setattr__(self, "seed", given)
+        as_strategy(self.strategy)
         if self.abstain and self.false_alarm_rate is None:
             raise ConfigError("expected a false_alarm_rate to abstain at, got None")
 
@@ -169,7 +170,7 @@ class SecondPass:
         if self._given is not None and rate is None:
             return self._given.select(group)
         if self._cut.block:
-            found = evidence_of(distinct, {"hidden": pool(prefix.x, prefix.tokens)})
+            found = evidence_of(distinct, {"hidden": byte_means(prefix.x, prefix.tokens)})
         else:
             found = first_pass(self._system.model, self._system.tokenizer, distinct).evidence
             self._count(first_pass=int(prefix.tokens.sum()) * self._cut.depth)

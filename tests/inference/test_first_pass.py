@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bayes_dispatch.errors import PromptError
-from bayes_dispatch.inference.two_pass.first_pass import TOKEN_CLASSES, first_pass, token_counts
+from bayes_dispatch.inference.two_pass.first_pass import TOKEN_CLASSES, class_counts, first_pass
 from bayes_dispatch.inference.two_pass.prompts import MAX_PROMPT_BYTES, check_prompts
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
@@ -91,7 +91,7 @@ def test_counts_are_counts(data: bytes) -> None:
     expected = dict.fromkeys([*TOKEN_CLASSES, "other"], 0)
     for byte in data:
         expected[next((name for name, members in TOKEN_CLASSES.items() if byte in members), "other")] += 1
-    assert token_counts(data).tolist() == list(expected.values())
+    assert class_counts(data).tolist() == list(expected.values())
 
 
 def test_classes_do_not_overlap() -> None:

@@ -25,6 +25,7 @@ from torch.distributions import Transform, biject_to, constraints
 from tqdm.auto import tqdm
 
 from bayes_dispatch.arguments import real, set_whole
+from bayes_dispatch.arguments import seed as checked_seed
 from bayes_dispatch.dispatcher.guide.guides import AmortisedDirichlet, LocalDirichlet
 from bayes_dispatch.dispatcher.program.generative import DispatchModel, label_informed_start
 from bayes_dispatch.dispatcher.program.observed import Prompts
@@ -145,7 +146,7 @@ def isolated(seed: int, dtype: torch.dtype = torch.float32) -> Iterator[None]:
         pyro.settings.context(module_local_params=True, **UNCHECKED),
     ):
         before = torch.get_default_dtype()
-        torch.manual_seed(seed)
+        torch.manual_seed(checked_seed(seed))
         torch.set_default_dtype(dtype)
         try:
             yield

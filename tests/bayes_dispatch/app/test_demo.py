@@ -80,7 +80,7 @@ def test_files_and_tables(bundle: Bundle, first: tuple[Path, str]) -> None:
     for prompt in PROMPTS:
         assert prompt.name in printed
         assert prompt.name in report
-    for name in (*bundle.experts.components, *(blend.name for blend in demo.BLENDS)):
+    for name in (*bundle.experts.components, *(blend.name for blend in demo.SHOWN_BLENDS)):
         assert name in report
     assert "](blends.png)" in report
     assert "](forest.png)" in report
