@@ -72,6 +72,7 @@ from .inference.few_shot.program import FewShotFit as FewShotFit
 from .inference.few_shot.program import FewShotProgram as FewShotProgram
 from .inference.few_shot.strategies import AskedExpert as AskedExpert
 from .inference.few_shot.strategies import AskedModel as AskedModel
+from .inference.few_shot.strategies import ByPrompt as ByPrompt
 from .inference.few_shot.strategies import Classified as Classified
 from .inference.few_shot.strategies import Dispatched as Dispatched
 from .inference.few_shot.strategies import FewShot as FewShot

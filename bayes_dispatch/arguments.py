@@ -5,6 +5,8 @@ NumPy's numbers count as Python's. A truth value is no number, and ``3.0`` is no
 
 import math
 import operator
+from contextlib import suppress
+from typing import Any
 
 import numpy as np
 
@@ -26,27 +28,59 @@ def whole(name: str, value: object, at_least: int, at_most: int | None = None) -
         found = None
     if found is None or found < at_least or (at_most is not None and found > at_most):
         bounds = f"≥ {at_least}" if at_most is None else f"from {at_least} to {at_most}"
-        raise ConfigError(f"expected {name} to be a whole number {bounds}, got {value!r}")
+        raise ConfigError(f"expected {name} to be a whole number {bounds}, got {shown(value)}")
     return found
 
 
 def real(
-    name: str, value: object, at_least: float | int = -math.inf, at_most: float | int = math.inf, *, above: bool = False
+    name: str,
+    value: object,
+    at_least: float | int = -math.inf,
+    at_most: float | int = math.inf,
+    *,
+    above: bool = False,
+    below: bool = False,
 ) -> float:
-    """A finite number within bounds, as a ``float``; ``above``: the lower bound itself is outside.
+    """A finite number within bounds, as a ``float``; ``above``, ``below``: the bound itself is outside.
 
     Raises:
         ConfigError: naming the argument, what was expected and what came.
     """
-    try:
-        found = math.nan if isinstance(value, (bool, str, bytes)) else float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        found = math.nan
-    if not math.isfinite(found) or found > at_most or found < at_least or (above and found == at_least):
+    found = number(value)
+    outside = found > at_most or found < at_least or (above and found == at_least) or (below and found == at_most)
+    if not math.isfinite(found) or outside:
         low = "" if at_least == -math.inf else f" {'>' if above else '≥'} {at_least:g}"
-        high = "" if at_most == math.inf else f"{' and' if low else ''} ≤ {at_most:g}"
-        raise ConfigError(f"expected {name} to be a finite number{low}{high}, got {value!r}")
+        high = "" if at_most == math.inf else f"{' and' if low else ''} {'<' if below else '≤'} {at_most:g}"
+        raise ConfigError(f"expected {name} to be a finite number{low}{high}, got {shown(value)}")
     return found
+
+
+def number(value: object) -> float:
+    """A number as a ``float``; NaN, which is within no bounds, for what is none."""
+    try:
+        return math.nan if isinstance(value, (bool, str, bytes)) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def several(name: str, value: object, count: int | None = None) -> list[Any]:
+    """What a sequence or an array has, ``count`` things where that is given; a text is one thing.
+
+    Raises:
+        ConfigError: likewise.
+    """
+    found = None
+    if not isinstance(value, (str, bytes)):
+        with suppress(TypeError):
+            found = list(value)  # type: ignore[call-overload]
+    if found is None or len(found) != (len(found) if count is None else count):
+        raise ConfigError(f"expected {name} to be a list{'' if count is None else f' of {count}'}, got {shown(value)}")
+    return found
+
+
+def shown(value: object) -> str:
+    """What came, in a line."""
+    return f"{' '.join(repr(value).split()):.80}"
 
 
 def seed(value: object, name: str = "seed") -> int:
@@ -82,14 +116,13 @@ def simplex(name: str, value: object) -> np.ndarray:
     Raises:
         ConfigError: likewise.
     """
-    tensor, slack = getattr(value, "detach", None), SLACK
+    tensor, slack = getattr(value, "detach", None), SLACK * (100 if getattr(value, "itemsize", 4) < 4 else 1)
     try:
         if tensor is not None:
-            slack *= 100 if getattr(value, "itemsize", 4) < 4 else 1
             value = tensor().cpu().double().numpy()
         found = np.asarray(value, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise ConfigError(f"expected {name} to be numbers, got {value!r:.80}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ConfigError(f"expected {name} to be numbers, got {shown(value)}") from None
     if not np.isfinite(found).all():
         raise ConfigError(f"expected finite {name}, got NaN or infinite ones")
     if (found < 0).any():

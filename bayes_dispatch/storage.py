@@ -56,13 +56,16 @@ __all__ = [
 CONTENTS: dict[str, Callable[[Any], Collection[str]]] = {
     "bank.json": lambda index: {entry["file"] for entry in index["experts"]},
     "bundle.json": lambda index: index["files"].keys(),
-    "config.json": lambda index: (index.get("backbone") or index["encoder"]) and {"model.safetensors", FACTORS_FILE},
+    "config.json": lambda index: (
+        (index.get("backbone") or index["encoder"])["mixer"] and {"model.safetensors", FACTORS_FILE}
+    ),
     "dispatcher.json": lambda index: {"dispatcher": {"dispatcher.safetensors"}}[index["format"]],
     "gate.json": lambda index: {"gate": {"gate.safetensors"}}[index["format"]],
 }
 FACTORS_FILE = "factors.safetensors"
 UNFINISHED, FINISHED = ".bayes-dispatch-unfinished", ".bayes-dispatch-finished"  # saves inside their directory
 TEMPORARY = ".bayes-dispatch-temporary"
+CLUTTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave where they look; nobody's
 WITHOUT_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # some network file systems
 
 
@@ -131,7 +134,8 @@ def write_files(directory: Path, names: Collection[str], title: str) -> Iterator
     Other files in ``directory`` stay, and all do if the block ends with an error.
 
     Args:
-        directory: made if need be. names: of the files. title: first line of ``report.md``, one of them.
+        directory: made if need be. names: of the files; those of an earlier run that the block does not make go.
+        title: first line of ``report.md``, one of them.
 
     Raises:
         BundleError: as :func:`check_files`.
@@ -140,7 +144,10 @@ def write_files(directory: Path, names: Collection[str], title: str) -> Iterator
     with tempfile.TemporaryDirectory() as new:
         yield Path(new)
         for name in sorted(names, key=lambda name: name != "report.md"):  # by which a stopped run is known
-            write_output(directory / name, Path(new, name).read_bytes())
+            if Path(new, name).exists():
+                write_output(directory / name, Path(new, name).read_bytes())
+            else:
+                (directory / name).unlink(missing_ok=True)
 
 
 def check_files(directory: Path, names: Collection[str], title: str) -> None:
@@ -402,7 +409,7 @@ def _replaceable(temporary: Path, old: os.stat_result) -> bool:
     try:
         os.fchown(handle, old.st_uid, old.st_gid)
         os.fchmod(handle, stat.S_IMODE(old.st_mode))
-    except PermissionError:
+    except OSError:  # not allowed, or unknown to the file system
         os.unlink(temporary)
         return False
     finally:
@@ -441,11 +448,13 @@ def _settle(path: Path, index: str) -> None:
     for name in _contents(path, index) - set(names):
         (path / name).unlink(missing_ok=True)
         for folder in [path / folder for folder in Path(name).parents][:-1]:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+            if folder.is_dir() and {each.name for each in folder.iterdir()} <= CLUTTER:
+                shutil.rmtree(folder)
     for name in names:
         if not ((path / name).exists() and os.path.samefile(new / name, path / name)):
             (path / name).parent.mkdir(parents=True, exist_ok=True)
+            if (path / name).exists():
+                shutil.copymode(path / name, new / name)
             link.unlink(missing_ok=True)
             keep_file(new / name, link)
             os.replace(link, path / name)
@@ -469,11 +478,11 @@ def _names(path: Path) -> set[str]:
 
 
 def _foreign(path: Path, ours: Collection[str]) -> str | None:
-    """The first thing in a directory that is none of these files and folders; unfinished saves do not count."""
+    """The first thing in a directory that is none of these files and folders, no unfinished save and no clutter."""
     for folder, folders, files in os.walk(path):
         for name in sorted((*files, *folders)):
             each, short = Path(folder, name), Path(folder, name).relative_to(path).as_posix()
-            if short in (UNFINISHED, FINISHED, TEMPORARY):
+            if short in (UNFINISHED, FINISHED, TEMPORARY) or (name in CLUTTER and name in files):
                 continue
             if each.is_symlink():
                 return f"{short} (a link)"

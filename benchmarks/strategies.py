@@ -28,7 +28,8 @@ from bayes_dispatch.experts.objectives import Likelihood
 from bayes_dispatch.experts.training import ExpertSettings, train_expert
 from bayes_dispatch.inference.few_shot.categories import CategoryDomain
 from bayes_dispatch.inference.few_shot.methods import CrossEntropy, ImportanceSampling
-from bayes_dispatch.inference.few_shot.strategies import AskedExpert, AskedModel, Classified, FewShot, Given
+from bayes_dispatch.inference.few_shot.program import FewShotMethod
+from bayes_dispatch.inference.few_shot.strategies import AskedExpert, AskedModel, ByPrompt, Classified, FewShot, Given
 from bayes_dispatch.inference.scoring.compare import score_together
 from bayes_dispatch.inference.scoring.evaluation import MIXED_SETS, held_out_documents
 from bayes_dispatch.inference.two_pass.blends import Blend
@@ -106,16 +107,17 @@ def strategies_of(bundle: bd.Bundle, budget: Budget, seed: int, work: Path) -> l
     ]
     return [
         (Dispatched(), (mean, predictive)),
-        (FewShot(_itself, budget.sampling), (mean, predictive)),
-        (FewShot(_itself, budget.cross_entropy), (mean,)),
+        (_from_itself(budget.sampling), (mean, predictive)),
+        (_from_itself(budget.cross_entropy), (mean,)),
         (AskedModel(CALLED), (mean,)),
         (AskedExpert(asked, CALLED), (mean,)),
         *((classifier, (mean,)) for classifier in classifiers),
     ]
 
 
-def _itself(prompt: str | bytes) -> list[tuple[str, str]]:
-    return [("", prompt if isinstance(prompt, str) else prompt.decode())]
+def _from_itself(method: FewShotMethod) -> ByPrompt:
+    """Few-shot weights whose only answer is the prompt."""
+    return ByPrompt(lambda prompt: FewShot([("", prompt)], method), f"few-shot, {method.name}")
 
 
 def given_weights(name: str, components: Sequence[str]) -> list[Strategy]:

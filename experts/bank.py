@@ -132,7 +132,9 @@ class ExpertBank(Mapping[str, ExpertVector]):
         Raises:
             TensorError, ConfigError, BundleError, ForeignExpertError: see ``blend``.
         """
-        given = self._check(weights, (len(self.matrices), len(self.components)))
+        return self._by_matrix(self._check(weights, (len(self.matrices), len(self.components))))
+
+    def _by_matrix(self, given: Tensor) -> Adaptation:
         stops = list(accumulate(self.matrices.values()))
         places = [range(stop - rank, stop) for rank, stop in zip(self.matrices.values(), stops, strict=True)]
         own = zip(self.matrices, given.unbind(dim=-2), places, strict=True)
@@ -149,7 +151,15 @@ class ExpertBank(Mapping[str, ExpertVector]):
             TensorError, ConfigError, BundleError, ForeignExpertError: see ``blend``.
         """
         given = self._check(weights, (len(self.layers), len(self.components)))
-        return self.blend_by_matrix(given[..., self._layer_of, :])
+        return self._by_matrix(given[..., self._layer_of, :])
+
+    def blend_rows(self, weights: Tensor) -> Adaptation:
+        """Scales of each row, from (B, K + 1), or from (B, L, K + 1) with weights of its own for each layer.
+
+        One row is as good as scales that all rows share, which may be folded into a matrix: it gives these.
+        """
+        given = weights if len(weights) > 1 else weights[0]
+        return self.blend(given) if weights.ndim == 2 else self.blend_by_layer(given)
 
     def check_base(self, model: Backbone) -> None:
         """Raise ``ForeignExpertError`` unless the experts were made for ``model``."""

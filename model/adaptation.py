@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
 
-__all__ = ["Adaptation", "Delta", "Tensors", "block_of"]
+__all__ = ["Adaptation", "Delta", "MatrixScales", "Scales", "Tensors", "block_of", "rows_of_ones"]
 
 Digest = str | tuple[str, ...]  # of scales: one for all rows, or one for each; empty where there are none
 
@@ -23,21 +23,21 @@ class Tensors(Mapping[str, Tensor]):
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         with torch.inference_mode(False):
-            self._own = {name: tensor.clone() for name, tensor in tensors.items()}
+            self.own = {name: tensor.clone() for name, tensor in tensors.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._own[name].clone()
+        return self.own[name].clone()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._own)
+        return iter(self.own)
 
     def __len__(self) -> int:
-        return len(self._own)
+        return len(self.own)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mapping):
             return NotImplemented
-        return self.keys() == other.keys() and all(torch.equal(z, other[name]) for name, z in self._own.items())
+        return self.keys() == other.keys() and all(torch.equal(z, other[name]) for name, z in self.own.items())
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -71,6 +71,22 @@ class Delta(NamedTuple):
         return cls(torch.cat([delta.up for delta in deltas], 1), torch.cat([delta.down for delta in deltas]), c)
 
 
+class MatrixScales(NamedTuple):
+    """Scales of one matrix, and what is known already when it is used.
+
+    Attributes:
+        z: (r,) for all rows, or (B, r). ones: as ``rows_of_ones`` says; ``None`` where nobody has looked.
+        weights: the same object for as long as no weight of the model changes; ``None`` where nobody has looked.
+    """
+
+    z: Tensor
+    ones: bool | Tensor | None = None
+    weights: object = None
+
+
+Scales = Tensor | MatrixScales
+
+
 @dataclass(frozen=True, eq=False)
 class Adaptation:
     """Singular-value scales ``z`` by matrix name: ``W(z) = U diag(s * z) Vᵀ`` (Transformer², arXiv 2501.06252).
@@ -88,7 +104,7 @@ class Adaptation:
         TensorError: scales of mixed kinds, of another number of rows, or not finite.
     """
 
-    scales: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]  # ``Tensors``, once it is made
     deltas: Mapping[str, Delta] = field(default_factory=dict)
     rows: int | None = field(init=False)
 
@@ -124,6 +140,16 @@ class Adaptation:
         """The first block that has an adapted matrix; infinity without any."""
         return float(min(map(block_of, [*self.scales, *self.deltas]), default=float("inf")))
 
+    def matrices(self, weights: object = None) -> dict[str, MatrixScales]:
+        """The scales by matrix, not copied: nobody may change them. ``weights`` as in ``MatrixScales``."""
+        own = cast(Tensors, self.scales).own
+        known = {} if weights is None or torch.compiler.is_compiling() else self._ones
+        return {name: MatrixScales(z, known.get(name), weights) for name, z in own.items()}
+
+    def of(self, matrix: str, weights: object = None) -> MatrixScales | None:
+        """``matrices`` of one name, or ``None``."""
+        return self.matrices(weights).get(matrix) if matrix in self.scales else None
+
     def select(self, rows: Sequence[int] | Tensor) -> "Adaptation":
         """The scales of some rows, in that order; shared scales stay shared."""
         if self.rows is None:
@@ -142,6 +168,11 @@ class Adaptation:
         One for all rows, or one for each row; a row has the hash that its scales would have if they were shared.
         """
         return self._whole if block is None else self._digests.get(block, "")
+
+    @cached_property
+    def _ones(self) -> Mapping[str, bool | Tensor]:  # once: every matrix of every prompt asks
+        with torch.inference_mode(False):
+            return {name: rows_of_ones(z) for name, z in cast(Tensors, self.scales).own.items()}
 
     @cached_property
     def _parts(self) -> Mapping[str, "Adaptation"]:  # once: every cached step asks
@@ -167,6 +198,12 @@ class Adaptation:
         if self.rows is None:
             return _hash(near)
         return tuple(_hash({name: scales[row] for name, scales in near.items()}) for row in range(self.rows))
+
+
+def rows_of_ones(z: Tensor) -> bool | Tensor:
+    """Whether scales (r,) or (B, r) are all 1: true or false for all rows, or (B,) for each."""
+    ones = (z == 1).all(dim=-1)
+    return bool(ones.all()) or (bool(ones.any()) and ones)
 
 
 def block_of(matrix: str) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 __all__ = ["frozen"]
 
 _lock = Lock()
-_held: WeakKeyDictionary[nn.Module, tuple[int, list[bool]]] = WeakKeyDictionary()  # by how many, and what was before
+_held: WeakKeyDictionary[nn.Module, tuple[int, dict[nn.Parameter, bool]]] = WeakKeyDictionary()  # how often; as before
 
 
 @contextmanager
@@ -21,12 +21,11 @@ def frozen(model: object) -> Iterator[None]:
         with torch.enable_grad():
             yield
         return
-    parameters = list(model.parameters())
     with _lock:
-        count, before = _held.get(model, (0, [parameter.requires_grad for parameter in parameters]))
-        _held[model] = count + 1, before
-        model.requires_grad_(False)
+        count, before = _held.get(model, (0, {}))
+        _held[model] = count + 1, {parameter: parameter.requires_grad for parameter in model.parameters()} | before
     try:
+        model.requires_grad_(False)
         with torch.enable_grad():
             yield
     finally:
@@ -35,5 +34,5 @@ def frozen(model: object) -> Iterator[None]:
             if count > 1:
                 _held[model] = count - 1, before
             else:
-                for parameter, required in zip(parameters, before, strict=True):
+                for parameter, required in before.items():
                     parameter.requires_grad_(required)

@@ -1,4 +1,5 @@
-"""Imports flow one way: model → experts → inference → app; dispatcher and checks stand apart from model and experts."""
+"""Imports flow one way: model → experts → inference → app; dispatcher and checks stand apart from model and experts.
+There is no circle, every room is planned, and the rules catch what they should."""
 
 import ast
 from pathlib import Path

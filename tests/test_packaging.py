@@ -1,4 +1,5 @@
-"""What is installed: light import, public names, contents of the wheel, and the ban on bare imports."""
+"""What is installed: a light import, public names that resolve, every package, a small bundle, nothing else in the
+wheel. Bare imports are banned."""
 
 import shutil
 import subprocess

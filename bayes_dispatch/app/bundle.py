@@ -18,11 +18,12 @@ from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.model.tokenizer import ByteTokenizer
-from bayes_dispatch.storage import read_json, save_directory, saved_at, write_json
+from bayes_dispatch.storage import CLUTTER, read_json, save_directory, saved_at, write_json
 
 __all__ = ["SHIPPED", "Bundle", "load_bundle"]
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
+PARTS = ("model/", "experts/", "dispatcher/", "gate/")
 FORMAT = 1
 
 
@@ -108,8 +109,8 @@ def load_bundle(directory: str | Path | None = None) -> Bundle:
             raise BundleError(
                 f"expected {directory / name} with checksum {str(expected)[:12]}, got {got[:12]}: it was changed"
             )
-    if unlisted := sorted(name for name in found - set(index["files"]) if name.startswith("model/")):
-        raise BundleError(f"expected no other files of the model in {directory}, got {unlisted[0]}")
+    if unlisted := sorted(name for name in found - set(index["files"]) if name.startswith(PARTS)):
+        raise BundleError(f"expected no other files of its parts in {directory}, got {unlisted[0]}")
     experts = ExpertBank.load(directory / "experts")
     for name in experts:
         experts[name]  # what is wrong with one is told here, not amid serving
@@ -125,7 +126,7 @@ def load_bundle(directory: str | Path | None = None) -> Bundle:
 
 
 def _files(directory: Path) -> list[Path]:
-    return sorted(file for file in directory.rglob("*") if file.is_file())
+    return sorted(file for file in directory.rglob("*") if file.is_file() and file.name not in CLUTTER)
 
 
 def _checksum(file: Path) -> str:

@@ -24,9 +24,9 @@ from bayes_dispatch.inference.two_pass.generation import Generation
 from bayes_dispatch.inference.two_pass.system import System
 from bayes_dispatch.storage import check_files, write_files
 
-__all__ = ["BLENDS", "PROMPTS", "DemoPrompt", "run_demo"]
+__all__ = ["PROMPTS", "SHOWN_BLENDS", "DemoPrompt", "run_demo"]
 
-BLENDS: Sequence[Blend] = (BestExpert(), TopK(2), PosteriorMean(), ThompsonSample(), PosteriorPredictive(16))
+SHOWN_BLENDS: Sequence[Blend] = (BestExpert(), TopK(2), PosteriorMean(), ThompsonSample(), PosteriorPredictive(16))
 NEW_TOKENS = 24
 SHOWN = 10  # characters of a continuation in a table
 FILES = ("posterior.nc", "forest.png", "blends.png", "report.md")
@@ -128,7 +128,7 @@ def run_demo(bundle: System, out: Path, seed: int, console: Console, progress: b
     texts = [prompt.text for prompt in PROMPTS]
     generations = [
         generator.generate(texts, blend=blend, max_new_tokens=NEW_TOKENS, seed=seed, progress=progress)
-        for blend in BLENDS
+        for blend in SHOWN_BLENDS
     ]
     posterior = generations[0].posterior  # the seed is the same, and so are the draws
     console.print(_posterior_table(posterior, components=3 if console.width >= 126 else 2).to_rich())
@@ -136,7 +136,13 @@ def run_demo(bundle: System, out: Path, seed: int, console: Console, progress: b
     console.print(answers.to_rich())
     settings = f"Seed {seed}, {posterior.weights.shape[0]} posterior draws, {NEW_TOKENS} new bytes, greedy decoding."
     report = _report([_full_posterior_table(posterior), answers, _prompt_table()], settings)
-    return _write(out, posterior, report)
+    names = [prompt.name for prompt in PROMPTS]
+    with write_files(out, FILES, TITLE) as new:
+        posterior.to_netcdf(new / "posterior.nc", names)
+        plot_forest(posterior, names).savefig(new / "forest.png")
+        plot_blend_bars(posterior, names).savefig(new / "blends.png")
+        (new / "report.md").write_text(report, encoding="utf-8")
+    return [out / name for name in FILES]
 
 
 def _posterior_table(posterior: DispatchPosterior, components: int) -> Table:
@@ -217,13 +223,3 @@ def _report(tables: Sequence[Table], settings: str) -> str:
         "The draws are in `posterior.nc` (group `posterior`, variable `weights`); `arviz.from_netcdf` reads them.",
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def _write(out: Path, posterior: DispatchPosterior, report: str) -> list[Path]:
-    names = [prompt.name for prompt in PROMPTS]
-    with write_files(out, FILES, TITLE) as new:
-        posterior.to_netcdf(new / "posterior.nc", names)
-        plot_forest(posterior, names).savefig(new / "forest.png")
-        plot_blend_bars(posterior, names).savefig(new / "blends.png")
-        (new / "report.md").write_text(report, encoding="utf-8")
-    return [out / name for name in FILES]

@@ -1,5 +1,6 @@
 """Whether a bundle's posterior can be trusted: calibration on simulations, on held-out prompts, and a report of it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from sklearn.metrics import log_loss
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.held_out import held_out_domains
 from bayes_dispatch.app.tables import Cell, Table
-from bayes_dispatch.arguments import set_whole
+from bayes_dispatch.arguments import number, set_whole, several, shown, whole
 from bayes_dispatch.checks.calibration_plots import plot_coverage, plot_rank_ecdfs, plot_reliability, plot_risk_coverage
 from bayes_dispatch.checks.coverage import CoverageCurve, coverage_curve, simulated_coverage
 from bayes_dispatch.checks.detection import AUROC, ood_auroc
@@ -59,7 +60,8 @@ class DiagnosisSettings:
         draws: posterior draws of each prompt. risk, delta: of the certified threshold. seed: of everything random.
 
     Raises:
-        ConfigError: fewer than 20 prompts of a kind or 19 draws, no length, or a risk or delta outside 0 to 1.
+        ConfigError: fewer than 20 prompts of a kind or 19 draws, no length, a length that is no whole number ≥ 1, or
+            a risk or delta outside 0 to 1.
     """
 
     simulations: int = 1000
@@ -74,10 +76,17 @@ class DiagnosisSettings:
 
     def __post_init__(self) -> None:
         set_whole(self, simulations=20, mixtures=20, prompts=20, draws=19)
-        if not (0 < self.risk < 1 and 0 < self.delta < 1):
-            raise ConfigError(f"expected risk and delta between 0 and 1, got {self.risk} and {self.delta}")
-        if not self.lengths or min(self.lengths) < 1:
-            raise ConfigError(f"expected at least one length of prompts, none below 1, got {self.lengths}")
+        if not (0 < number(self.risk) < 1 and 0 < number(self.delta) < 1):
+            raise ConfigError(
+                f"expected risk and delta between 0 and 1, got {shown(self.risk)} and {shown(self.delta)}"
+            )
+        for name, count in (("lengths", None), ("mixture_lengths", 2)):
+            given = several(name, getattr(self, name), count)
+            object.__setattr__(self, name, tuple(whole(f"each of {name}", each, 1) for each in given))
+        if not self.lengths:
+            raise ConfigError("expected at least one length of prompts, got none")
+        if self.mixture_lengths[0] > self.mixture_lengths[1]:
+            raise ConfigError(f"expected mixture_lengths that ascend, got {self.mixture_lengths}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,14 +121,9 @@ class HeldOutDiagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        curves = {
-            name: {
-                "levels": c.levels.tolist(),
-                "values": c.values.tolist(),
-                "standard_errors": c.standard_errors.tolist(),
-            }
-            for name, c in (("found", self.coverage), ("simulated", self.simulated))
-        }
+        parts = ("levels", "values", "standard_errors")
+        both = (("found", self.coverage), ("simulated", self.simulated))
+        curves = {name: {part: getattr(curve, part).tolist() for part in parts} for name, curve in both}
         return {
             "k_hat_below_0.7": dict(self.k_hat),
             "coverage": curves,
@@ -150,13 +154,14 @@ class Diagnosis:
     held_out: HeldOutDiagnosis | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in the report, as JSON values."""
-        return {
+        """Everything in the report, as JSON values; ``None`` for numbers that are NaN or infinite."""
+        found = {
             "settings": asdict(self.settings),
             "unjudged": list(self.unjudged),
             "ranks": _verdicts(self.ranks),
             "corrected_ranks": _verdicts(self.corrected),
         } | ({} if self.held_out is None else self.held_out.to_dict())
+        return {name: _finite(value) for name, value in found.items()}
 
 
 def diagnose(
@@ -284,6 +289,8 @@ def _held_out_tables(found: HeldOutDiagnosis, settings: DiagnosisSettings, unjud
 def write_diagnosis(diagnosis: Diagnosis, out: Path) -> list[Path]:
     """Write the report, its numbers and its pictures into a directory that is made if need be; its other files stay.
 
+    Pictures of an earlier run that this one does not have are removed.
+
     Raises:
         BundleError: as :func:`bayes_dispatch.storage.check_files`.
     """
@@ -294,15 +301,14 @@ def write_diagnosis(diagnosis: Diagnosis, out: Path) -> list[Path]:
             "reliability.png": plot_reliability(held_out.reliability),
             "risk_coverage.png": plot_risk_coverage(held_out.risk_coverage, held_out.abstention),
         }
-    files = ["diagnosis.json", "report.md", *figures]
     parts = [TITLE, *(table.to_markdown() for table in diagnosis_tables(diagnosis))]
     parts += [f"![{name.partition('.')[0]}]({name})" for name in figures]
-    with write_files(out, files, TITLE) as new:
+    with write_files(out, FILES, TITLE) as new:
         for name, figure in figures.items():
             figure.savefig(new / name)
         write_json(new / "diagnosis.json", diagnosis.to_dict())
         (new / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return [out / name for name in files]
+    return [out / name for name in ("diagnosis.json", "report.md", *figures)]
 
 
 @dataclass(frozen=True)
@@ -313,6 +319,14 @@ class _Resampled:
 
     def simulate(self, count: int, draws: int, seed: int) -> tuple[np.ndarray, DispatchPosterior]:
         return self.dispatcher.simulate(count, draws, seed, resample=True, proposals=PROPOSALS)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _trusted(dispatcher: Dispatcher, evidence: Evidence, seed: int) -> float:

@@ -39,11 +39,12 @@ def held_out_domains(bundle: Bundle, own: Mapping[str, Domain]) -> dict[str, Dom
     return found
 
 
-def read_own(texts: Sequence[str], jsonl: Sequence[str]) -> dict[str, Domain]:
+def read_own(texts: Sequence[str], jsonl: Sequence[str], longest: int = MAX_PROMPT_BYTES) -> dict[str, Domain]:
     """Domains of files that are given as ``name=path``; the last tenth of each is its held-out split.
 
     Args:
         texts: UTF-8 texts. jsonl: lines of ``{"prompt": …, "answer": …}``, or of prompts alone.
+        longest: most bytes of a prompt with its answer.
 
     Raises:
         ConfigError: no name or no path, a name twice, or a file that cannot be used.
@@ -55,7 +56,7 @@ def read_own(texts: Sequence[str], jsonl: Sequence[str]) -> dict[str, Domain]:
             raise ConfigError(f"expected an expert's name and a file as name=path, got {given!r}")
         if name in found:
             raise ConfigError(f"expected one file of each expert, got two of {name}")
-        found[name] = read_text(name, Path(path)) if is_text else read_jsonl(name, Path(path), MAX_PROMPT_BYTES)
+        found[name] = read_text(name, Path(path)) if is_text else read_jsonl(name, Path(path), longest)
     return found
 
 

@@ -20,13 +20,12 @@ from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, Checked, 
 from bayes_dispatch.experts.domains.own import OwnPrompts, Reward, Rewarded, read_jsonl, read_prompts, read_text
 from bayes_dispatch.experts.objectives import Likelihood, Objective, Reinforce
 from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, train_expert
-from bayes_dispatch.experts.vectors import ExpertVector
+from bayes_dispatch.experts.vectors import ExpertVector, check_expert_name
 from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence, base_evidence, mixed_evidence, pure_evidence
 from bayes_dispatch.inference.two_pass.first_pass import first_pass
 
 __all__ = [
     "RefitSettings",
-    "add_expert",
     "add_experts",
     "check_texts",
     "import_reward",
@@ -133,24 +132,12 @@ def train_own_expert(bundle: Bundle, domain: Domain, settings: ExpertSettings, p
         ConfigError: the domain cannot serve the objective, or no expert can have its name.
         RewardError: the user's function fails.
     """
-    ExpertVector(domain.name, bundle.experts[bundle.experts.names[0]].scales, bundle.experts.base)  # refuses bad names
+    check_expert_name(domain.name)
     if isinstance(domain, Rewarded) and not isinstance(settings.objective, Reinforce):
         raise ConfigError(
             f"expected the objective reinforce for a reward, got {type(settings.objective).__name__.lower()}"
         )
     return train_expert(bundle.model, domain, settings, progress, bundle.experts.matrices)
-
-
-def add_expert(
-    bundle: Bundle,
-    expert: ExpertVector,
-    domain: Domain,
-    settings: RefitSettings,
-    progress: bool = False,
-    announce: Callable[[str], object] = lambda text: None,
-) -> Bundle:
-    """``add_experts`` for one, beside all that the bundle has."""
-    return add_experts(bundle, {expert.name: (expert, domain)}, bundle.experts.names, settings, progress, announce)
 
 
 def add_experts(

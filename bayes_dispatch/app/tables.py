@@ -21,7 +21,7 @@ STYLES: dict[Mark, str] = {"plain": "", "best": "bold", "right": "green", "wrong
 SIGNS: dict[Mark, str] = {"plain": "", "best": "", "right": "✓ ", "wrong": "✗ "}
 
 PREDICTIVE = "posterior_predictive(16)"
-BLENDS = ("base", "best_expert", "posterior_mean", "top_k(2)", "thompson_sample", PREDICTIVE)
+COLUMNS = ("base", "best_expert", "posterior_mean", "top_k(2)", "thompson_sample", PREDICTIVE)
 
 
 @dataclass(frozen=True)
@@ -168,24 +168,24 @@ def _pure(part: Mapping[str, Any]) -> list[Table]:
     rows: Rows = []
     for domain, scores in part.items():
         scores = _named(scores)
-        lost = [_number(scores[blend][f"nll_minus_{domain}"], signed=True) for blend in BLENDS]
+        lost = [_number(scores[blend][f"nll_minus_{domain}"], signed=True) for blend in COLUMNS]
         rows.append([domain, _number(scores[domain]["nll"]), *lost])
-    columns = ["domain", "NLL of right expert", *BLENDS]
+    columns = ["domain", "NLL of right expert", *COLUMNS]
     title = "Documents of one domain: NLL that each blend loses to the right expert (paired)"
     return [Table(title, columns, rows)]
 
 
 def _blended(part: Mapping[str, Any], title: str) -> list[Table]:
-    rivals = [blend for blend in BLENDS if blend != PREDICTIVE]
+    rivals = [blend for blend in COLUMNS if blend != PREDICTIVE]
     nll: Rows = []
     lost: Rows = []
     for name, scores in part.items():
         scores = _named(scores)
-        nll.append([name, *_numbers([scores[blend]["nll"] for blend in BLENDS], best=min)])
+        nll.append([name, *_numbers([scores[blend]["nll"] for blend in COLUMNS], best=min)])
         to_predictive = [_number(scores[blend][f"nll_minus_{PREDICTIVE}"], signed=True) for blend in rivals]
         lost.append([name, *to_predictive, _number(scores["mean_minus_best"], signed=True)])
     return [
-        Table(f"{title}: NLL", ["documents", *BLENDS], nll),
+        Table(f"{title}: NLL", ["documents", *COLUMNS], nll),
         Table(
             f"{title}: NLL that each loses to {PREDICTIVE}, and posterior_mean to best_expert (paired)",
             ["documents", *rivals, "Mean − Best"],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -55,30 +56,15 @@ def plot_rank_ecdfs(calibration: SimulationBasedCalibration, columns: int = 3) -
 
 def plot_coverage(found: CoverageCurve, simulated: CoverageCurve) -> Figure:
     """Coverage of intervals at each nominal level, beside what the fitted program itself would show."""
-    figure, axis = _square()
-    for curve, name, colour in ((simulated, "on simulations", REFERENCE), (found, "found", FOUND)):
-        axis.errorbar(
-            curve.levels, curve.values, 2 * curve.standard_errors, color=colour, lw=1.4, marker="o", ms=4, label=name
-        )
-    _finish(axis, "nominal level", "coverage of the true weight (± 2 se)")
-    return figure
+    both = (simulated, "on simulations", REFERENCE), (found, "found", FOUND)
+    curves = [(curve.levels, curve.values, curve.standard_errors, name, colour) for curve, name, colour in both]
+    return _square(curves, "nominal level", "coverage of the true weight (± 2 se)")
 
 
 def plot_reliability(curve: ReliabilityCurve) -> Figure:
     """Accuracy of the top class by its probability; bars are ± 2 standard errors of a calibrated system's accuracy."""
-    figure, axis = _square()
-    axis.errorbar(
-        curve.confidence,
-        curve.accuracy,
-        2 * curve.standard_errors,
-        color=FOUND,
-        lw=1.4,
-        marker="o",
-        ms=4,
-        label="found",
-    )
-    _finish(axis, "P(best) of the predicted component", "share that is right")
-    return figure
+    found = curve.confidence, curve.accuracy, curve.standard_errors, "found", FOUND
+    return _square([found], "P(best) of the predicted component", "share that is right")
 
 
 def plot_risk_coverage(curve: RiskCoverage, abstention: Abstention | None) -> Figure:
@@ -93,26 +79,27 @@ def plot_risk_coverage(curve: RiskCoverage, abstention: Abstention | None) -> Fi
         axis.axvline(share, color=INK, lw=0.9, ls=":", label=label)
     axis.set_xlim(0, 1.01)
     axis.set_ylim(bottom=0)
-    axis.set_xlabel("share of prompts served", fontsize=8, color=INK)
-    axis.set_ylabel("share of these that is wrong", fontsize=8, color=INK)
-    axis.legend(fontsize=8, frameon=False)
-    plain_axis(axis)
+    _finish(axis, "share of prompts served", "share of these that is wrong")
     return figure
 
 
-def _square() -> tuple[Figure, Axes]:
+def _square(
+    curves: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray, str, str]], x_label: str, y_label: str
+) -> Figure:
+    """Curves ``(x, y, standard errors, name, colour)`` in the unit square, beside its diagonal."""
     figure = plain_figure(3.9, 3.7)
     axis = figure.subplots()
     axis.plot([0, 1], [0, 1], color=FAINT, lw=1.2, zorder=0)
-    return figure, axis
+    for x, y, errors, name, colour in curves:
+        axis.errorbar(x, y, 2 * errors, color=colour, lw=1.4, marker="o", ms=4, label=name)
+    ticks = np.linspace(0, 1, 5)
+    axis.set(xlim=(0, 1.02), ylim=(0, 1.02), xticks=ticks, yticks=ticks)
+    _finish(axis, x_label, y_label, "upper left")
+    return figure
 
 
-def _finish(axis: Axes, x: str, y: str) -> None:
-    axis.set_xlim(0, 1.02)
-    axis.set_ylim(0, 1.02)
-    axis.set_xticks(np.linspace(0, 1, 5))
-    axis.set_yticks(np.linspace(0, 1, 5))
-    axis.set_xlabel(x, fontsize=8, color=INK)
-    axis.set_ylabel(y, fontsize=8, color=INK)
-    axis.legend(fontsize=8, frameon=False, loc="upper left")
+def _finish(axis: Axes, x_label: str, y_label: str, legend: Literal["best", "upper left"] = "best") -> None:
+    axis.set_xlabel(x_label, fontsize=8, color=INK)
+    axis.set_ylabel(y_label, fontsize=8, color=INK)
+    axis.legend(fontsize=8, frameon=False, loc=legend)
     plain_axis(axis)

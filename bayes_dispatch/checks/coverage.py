@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from bayes_dispatch.arguments import whole
+from bayes_dispatch.arguments import number, several, shown, whole
+from bayes_dispatch.dispatcher.arrays import as_points
 from bayes_dispatch.errors import ConfigError, TensorError
 
 if TYPE_CHECKING:
@@ -71,11 +72,9 @@ def interval_coverage(
         TensorError: truth of another shape or off the simplex, or no weight above .02 in it.
         ConfigError: a level outside 0 to 1.
     """
-    truth = np.asarray(truth, dtype=np.float64)
+    truth = as_points(truth, "true weights")
     if truth.shape != posterior.weights.shape[1:]:
         raise TensorError(f"expected true weights of shape {posterior.weights.shape[1:]}, got {truth.shape}")
-    if not np.allclose(truth.sum(1), 1, atol=1e-4):
-        raise TensorError("expected true weights on the simplex, got rows that do not sum to 1")
     counted = truth > SMALLEST
     if not counted.any():
         raise TensorError(f"expected a true weight above {SMALLEST}, got none in {len(truth)} prompts")
@@ -106,10 +105,10 @@ def coverage_curve(
         TensorError: truth of another shape or off the simplex, or no weight above .02 in it.
         ConfigError: no levels, or levels that do not ascend between 0 and 1.
     """
-    _check_levels(levels)
-    found = [interval_coverage(posterior, truth, float(level)) for level in levels]
+    levels = _ascending(levels)
+    found = [interval_coverage(posterior, truth, level) for level in levels]
     return CoverageCurve(
-        np.array(levels, dtype=np.float64),
+        np.array(levels),
         np.array([coverage.value for coverage in found]),
         np.array([coverage.standard_error for coverage in found]),
         found[0].count,
@@ -137,15 +136,20 @@ def simulated_coverage(
 
     Raises:
         NotFittedError: a dispatcher before ``fit``.
+        TensorError: truth of another shape or off the simplex, or no weight above .02 in it.
         ConfigError: no levels, levels that do not ascend between 0 and 1, or a number that is out of range.
     """
-    _check_levels(levels)
-    whole("count", count, 1)
-    weights = None if truth is None else np.resize(np.asarray(truth), (max(count, len(truth)), truth.shape[1]))
-    drawn, posterior = dispatcher.simulate(count if weights is None else len(weights), draws, seed, weights)
+    levels, count, weights = _ascending(levels), whole("count", count, 1), None
+    if truth is not None:
+        rows = as_points(truth, "true weights")
+        count = max(count, len(rows))
+        weights = np.resize(rows, (count, rows.shape[1]))
+    drawn, posterior = dispatcher.simulate(count, draws, seed, weights)
     return coverage_curve(posterior, drawn, levels)
 
 
-def _check_levels(levels: Sequence[float] | np.ndarray) -> None:
-    if len(levels) == 0 or not (np.diff([0.0, *levels, 1.0]) > 0).all():
-        raise ConfigError(f"expected levels that ascend between 0 and 1, got {[float(level) for level in levels]}")
+def _ascending(levels: Sequence[float] | np.ndarray) -> list[float]:
+    found = [number(level) for level in several("levels", levels)]
+    if not found or not (np.diff([0.0, *found, 1.0]) > 0).all():
+        raise ConfigError(f"expected levels that ascend between 0 and 1, got {shown(levels)}")
+    return found

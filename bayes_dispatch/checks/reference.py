@@ -37,11 +37,11 @@ try:
     import jax.numpy as jnp
     import numpyro
     import numpyro.distributions as dist
-    from numpyro import handlers
     from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
     from numpyro.infer import MCMC, NUTS, init_to_value
     from numpyro.infer.hmc import hmc
     from numpyro.infer.util import constrain_fn, potential_energy
+    from numpyro.infer.util import log_density as log_joint
 except ImportError as error:
     raise MissingDependencyError(
         f"expected jax and numpyro for the reference posterior, got {error}: pip install 'bayes-dispatch[reference]'"
@@ -68,7 +68,7 @@ class ReferencePosterior(DispatchPosterior):
         globals: site → ``(chain * draw, ·)`` draws of the globals that were free.
 
     Raises:
-        TensorError: another shape, or rows off the simplex.
+        TensorError, ConfigError: as :class:`DispatchPosterior`.
     """
 
     divergences: np.ndarray = field(default_factory=lambda: np.zeros(0, int))
@@ -100,24 +100,21 @@ def log_density(
     temper: float | Float[torch.Tensor, " prompt"] = 1.0,
     given: Sites | None = None,
 ) -> float:
-    """Log density of the whole program: prior of the free sites, and likelihood of the evidence and labels.
+    """Log density in nats of the whole program: prior of the free sites, and likelihood of the evidence and labels.
 
     Args:
-        model: the program; it is evaluated on all prompts, whatever its batch size.
-        prompts: N prompts with every view of the program observed (or missing), labels and known weights.
+        model: the program; it is evaluated on all N prompts, whatever its batch size.
+        prompts: every view observed (or missing), with labels and known weights where there are any.
         values: site → value, for ``w`` ``(N, K+1)`` and all globals that are not given.
         temper: noise temper τ, scalar or ``(N,)``.
         given: all globals, fixed: their own density does not count. ``kappa`` may be ``(N,)``.
-
-    Returns:
-        The log density in nats.
 
     Raises:
         TensorError: a view is not observed, or a site has no value.
     """
     with ALONE, jax.enable_x64(True):  # NumPyro has one stack of handlers, as Pyro
         fixed = None if given is None else _arrays(given)
-        return float(_log_density(_Structure.of(model), _Data.of(model, prompts, temper), _arrays(values), fixed))
+        return float(_log_density(model, _Data.of(model, prompts, temper), _arrays(values), fixed))
 
 
 def reference_posterior(
@@ -156,15 +153,11 @@ def reference_posterior(
         TensorError: a view of another width, or a global has no value.
     """
     state = dispatcher.state
-    prompts = state.prompts(evidence)
     if sites is None:
         sites = {name: value for name, value in state.globals.center().items() if name != "kappa"}
-    if temper is None:
-        temper = state.temper
-    kappa = dispatcher.guide.kappa
-    return conditional_posterior(
-        state.model, prompts, dispatcher.experts, sites, draws, chains, warmup, seed, temper, kappa
-    )
+    tau, run = state.temper if temper is None else temper, (draws, chains, warmup, seed)
+    prompts, kappa = state.prompts(evidence), dispatcher.guide.kappa
+    return conditional_posterior(state.model, prompts, dispatcher.experts, sites, *run, tau, kappa)
 
 
 def conditional_posterior(
@@ -179,24 +172,16 @@ def conditional_posterior(
     temper: float | Float[torch.Tensor, " prompt"] = 1.0,
     kappa: tuple[float, float] = (0.2, 4.0),
 ) -> ReferencePosterior:
-    """NUTS for the weights of each prompt under fixed globals, for any program.
+    """:func:`reference_posterior` for any program, its prompts as :func:`log_density` takes them.
 
-    Args:
-        model: the program.
-        prompts: N prompts with every view of the program observed (or missing), labels and known weights.
-        experts: K names, without base.
-        sites: values of all globals; ``kappa`` may be ``(N,)``, or lack.
-        draws, chains, warmup, seed: as in :func:`reference_posterior`.
-        temper: noise temper τ, scalar or ``(N,)``.
-        kappa: range of the precision where ``sites`` has none, log-uniform for each prompt.
+    ``sites`` may hold ``kappa`` ``(N,)``; without it each prompt's is drawn from the range ``kappa``, log-uniform.
 
     Raises:
         ConfigError: numbers outside their ranges, or another number of names than experts.
         TensorError: a view is not observed, or a global has no value.
     """
     _check_run(draws, chains, warmup, experts, model)
-    structure = _Structure.of(model)
-    names = {"pi", *(name for view in structure.views for name in view.globals)}
+    names = {"pi", *(name for view in _twins(model) for name in view.globals)}
     if set(sites) - {"kappa"} != names:
         raise TensorError(f"expected values of the globals {sorted(names)}, got {sorted(sites)}")
     count = len(prompts)
@@ -208,7 +193,7 @@ def conditional_posterior(
         lanes = jax.tree.map(lambda a: np.repeat(a, chains, axis=0)[:, None], own)  # (N * chain, 1, ·)
         size = MEMORY // ((warmup + draws) * 2 * (model.n_experts + 1))
         parts = [
-            _run_lanes(structure, kappa, draws, warmup, given, *part)
+            _run_lanes(model, kappa, draws, warmup, given, *part)
             for part in _batches((keys, *lanes), max(1, min(LANES, size)))
         ]
         weights, diverging, steps = (np.concatenate([np.asarray(part[i]) for part in parts]) for i in range(3))
@@ -244,25 +229,22 @@ def joint_posterior(
     _check_run(draws, chains, warmup, experts, model)
     with ALONE, jax.enable_x64(True):  # NumPyro has one stack of handlers, as Pyro
         data = _Data.of(model, prompts, temper)
-        start = _arrays(label_informed_start(model, _in_default_dtype(prompts)))
+        kind = torch.get_default_dtype()
+        known = None if prompts.known is None else prompts.known.to(kind)
+        seen = replace(prompts.to(kind), labels=prompts.labels, known=known)
+        start = _arrays(label_informed_start(model, seen))
         kernel = NUTS(_program, init_strategy=init_to_value(values=start), target_accept_prob=0.9, max_tree_depth=8)
         run = {"num_warmup": warmup, "num_samples": draws, "num_chains": chains, "chain_method": "vectorized"}
         mcmc = MCMC(kernel, **run, progress_bar=False)
-        arguments = (_Structure.of(model), data, None, _boosted)
+        arguments = (model, data, None, _boosted)
         mcmc.run(jax.random.key(a_seed(seed)), *arguments, extra_fields=("diverging", "num_steps"))
         samples = {name: np.asarray(value) for name, value in mcmc.get_samples().items()}
         fields = {name: np.asarray(value) for name, value in mcmc.get_extra_fields().items()}
     weights = _with_known(samples.pop("w"), prompts)
     free = {name: value for name, value in samples.items() if not name.endswith(("gammas", "exponentials"))}
-    count = len(prompts)
-    return ReferencePosterior(
-        weights,
-        (*experts, "base"),
-        chains=chains,
-        divergences=np.full(count, int(fields["diverging"].sum())),
-        steps=np.full(count, float(fields["num_steps"].mean())),
-        globals=free,
-    )
+    found = {"divergences": np.sum(fields["diverging"]), "steps": np.mean(fields["num_steps"])}
+    of_each = {name: np.full(len(prompts), value) for name, value in found.items()}
+    return ReferencePosterior(weights, (*experts, "base"), chains=chains, globals=free, **of_each)
 
 
 class _Data(NamedTuple):
@@ -328,6 +310,12 @@ class _View:
         spread = dist.LogNormal(jnp.full(self.width, log_variance), 1.0).to_event(1)
         return {means: dist.Normal(jnp.zeros(self.width), 1.0).to_event(1), variances: spread}
 
+    def student(self, weights: Any, means: Any, variances: Any, base: tuple[float, float], noise: Any) -> Any:
+        """About mixed means ``(N, width)``, base having one mean and one variance, the latter times noise ``(N,)``."""
+        location = weights[:, :-1] @ means + base[0] * weights[:, -1:]
+        variance = weights[:, :-1] @ variances + base[1] * weights[:, -1:]
+        return dist.StudentT(6.0, location, jnp.sqrt(variance * noise[:, None])).to_event(1)
+
 
 class _VectorsView(_View):
     def experts(self) -> dict[str, dist.Distribution]:
@@ -338,11 +326,9 @@ class _VectorsView(_View):
 
     def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
         means, variances, lt = (sites[name] for name in self.globals)
-        location = weights[:, :-1] @ means  # (N, D); base has mean 0, variance 1
-        variance = weights[:, :-1] @ variances + weights[:, -1:]
         known = (1 + 20 * lt / jnp.maximum(data.lengths, 1.0)) / (1 + 0.4 * lt)
-        factor = jnp.where(data.lengths > 0, known, 1.0)
-        return dist.StudentT(6.0, location, jnp.sqrt(variance * (data.temper * factor)[:, None])).to_event(1)
+        noise = data.temper * jnp.where(data.lengths > 0, known, 1.0)
+        return self.student(weights, means, variances, (0.0, 1.0), noise)
 
 
 class _SurpriseView(_View):
@@ -351,9 +337,7 @@ class _SurpriseView(_View):
 
     def likelihood(self, sites: Sites, weights: Any, data: _Data) -> dist.Distribution:
         means, variances = (sites[name] for name in self.globals)
-        location = weights[:, :-1] @ means + 4.0 * weights[:, -1:]  # (N, 2); base has mean 4, variance 9
-        variance = weights[:, :-1] @ variances + 9.0 * weights[:, -1:]
-        return dist.StudentT(6.0, location, jnp.sqrt(variance * data.temper[:, None])).to_event(1)
+        return self.student(weights, means, variances, (4.0, 9.0), data.temper)
 
 
 class _CountsView(_View):
@@ -385,20 +369,8 @@ TWINS: dict[str, type[_View]] = {
 }
 
 
-class _Structure(NamedTuple):
-    """What of the program is no array: its views, K, the prior of ``pi`` and the family of each component."""
-
-    views: tuple[_View, ...]
-    n_experts: int
-    prior: tuple[float, ...]
-    families: tuple[int, ...] | None
-
-    @classmethod
-    def of(cls, model: DispatchModel) -> _Structure:
-        views = tuple(TWINS[view.kind](view.width, view.name) for view in model.views)
-        prior = model.prior or (*[3.0] * model.n_experts, 1.5)
-        families = None if model.families is None else (*model.families, max(model.families) + 1)
-        return cls(views, model.n_experts, prior, families)
+def _twins(model: DispatchModel) -> list[_View]:
+    return [TWINS[view.kind](view.width, view.name) for view in model.views]
 
 
 class _Tree(dist.Distribution):  # type: ignore[misc]
@@ -412,16 +384,6 @@ class _Tree(dist.Distribution):  # type: ignore[misc]
         self.top, self.leaves, self.families = top, leaves, families
         super().__init__(jnp.shape(leaves)[:-1], jnp.shape(leaves)[-1:])
 
-    def sample(self, key: Any, sample_shape: tuple[int, ...] = ()) -> Any:
-        keys = jax.random.split(key, 1 + self.top.shape[-1])
-        shares = dist.Dirichlet(self.top).sample(keys[0], sample_shape)
-        columns: list[Any] = [None] * len(self.families)
-        for family, members in self._members():
-            inner = dist.Dirichlet(self.leaves[..., members]).sample(keys[1 + family], sample_shape)
-            for position, member in enumerate(members):
-                columns[member] = shares[..., family] * inner[..., position]
-        return jnp.stack(columns, -1)
-
     def log_prob(self, value: Any) -> Any:
         shares = jnp.stack([value[..., members].sum(-1) for _, members in self._members()], -1)
         density = dist.Dirichlet(self.top).log_prob(shares)
@@ -434,59 +396,50 @@ class _Tree(dist.Distribution):  # type: ignore[misc]
 
     def _members(self) -> list[tuple[int, np.ndarray]]:
         families = np.array(self.families)
-        return [(family, np.flatnonzero(families == family)) for family in range(max(self.families) + 1)]
+        return [(family, np.flatnonzero(families == family)) for family in range(max(families) + 1)]
 
 
 def _program(
-    structure: _Structure,
-    data: _Data,
-    given: Sites | None,
-    weigh: Callable[[Any], Any],
-    kappa: Any = None,
+    model: DispatchModel, data: _Data, given: Sites | None, weigh: Callable[[Any], Any], kappa: Any = None
 ) -> None:
     """The program; ``given`` globals are fixed, ``kappa`` is the range to draw one for each prompt from."""
-    views, n_experts = structure.views, structure.n_experts
-    sites = dict(given) if given is not None else _sample_globals(structure)
+    sites = dict(given) if given is not None else _sample_globals(model)
     with numpyro.plate("prompts", len(data.lengths)):
         if "kappa" not in sites:
             sites["kappa"] = numpyro.sample("kappa", dist.LogUniform(*kappa))
-        shares = 0.95 * sites["pi"] + 0.05 / (n_experts + 1)
+        shares = 0.95 * sites["pi"] + 0.05 / (model.n_experts + 1)
         concentration = jnp.broadcast_to(sites["kappa"], data.lengths.shape)[:, None] * shares  # (N, K+1)
         known = jnp.isfinite(data.known[:, 0])
-        drawn = weigh(_weights_prior(structure, sites["kappa"], concentration).mask(~known))
+        drawn = weigh(_weights_prior(model.tree, sites["kappa"], concentration).mask(~known))
         weights = jnp.where(known[:, None], jnp.nan_to_num(data.known), drawn)
         weights = (weights + FLOOR) / (weights + FLOOR).sum(-1, keepdims=True)
         label = dist.Categorical(probs=weights).mask(data.labels >= 0)
         numpyro.sample("labels", label, obs=jnp.maximum(data.labels, 0))
-        for view in views:
+        for view in _twins(model):
             likelihood = view.likelihood(sites, weights, data).mask(~data.missing[view.name])
             numpyro.sample(view.name, likelihood, obs=data.observed[view.name])
 
 
-def _weights_prior(structure: _Structure, kappa: Any, concentration: Any) -> dist.Distribution:
-    if structure.families is None:
+def _weights_prior(tree: tuple[int, ...] | None, kappa: Any, concentration: Any) -> dist.Distribution:
+    if tree is None:
         return dist.Dirichlet(concentration)
-    families = np.array(structure.families)
-    top = jnp.stack([concentration[:, families == f].sum(-1) for f in range(families.max() + 1)], -1)  # (N, F)
+    families = np.array(tree)
+    top = jnp.stack([concentration[:, families == f].sum(-1) for f in range(max(tree) + 1)], -1)  # (N, F)
     leaves = jnp.broadcast_to(kappa, concentration.shape[:1])[:, None] * concentration / top[:, families]
-    return _Tree(top, leaves, structure.families)
+    return _Tree(top, leaves, tree)
 
 
-def _sample_globals(structure: _Structure) -> dict[str, Any]:
-    views, n_experts, prior = structure.views, structure.n_experts, np.array(structure.prior)
+def _sample_globals(model: DispatchModel) -> dict[str, Any]:
+    prior = np.array(model.prior or (*[3.0] * model.n_experts, 1.5))
     shares: dist.Distribution = dist.Dirichlet(prior)
-    if structure.families is not None:
-        families = np.array(structure.families)
-        mean = np.array([prior[families == f].mean() for f in range(families.max() + 1)])
-        shares = _Tree(mean, prior, structure.families)
-    sites = {
-        "pi": numpyro.sample("pi", shares),
-        "kappa": numpyro.sample("kappa", dist.LogNormal(0.0, 0.7)),
-    }
-    for view in views:
+    if model.tree is not None:
+        families = np.array(model.tree)
+        shares = _Tree(np.array([prior[families == f].mean() for f in range(max(families) + 1)]), prior, model.tree)
+    sites = {"pi": numpyro.sample("pi", shares), "kappa": numpyro.sample("kappa", dist.LogNormal(0.0, 0.7))}
+    for view in _twins(model):
         sites |= view.sample(view.shared())
-    with numpyro.plate("experts", n_experts):
-        for view in views:
+    with numpyro.plate("experts", model.n_experts):
+        for view in _twins(model):
             sites |= view.sample(view.experts())
     return sites
 
@@ -502,11 +455,10 @@ def _boosted(prior: Any) -> Any:
     alpha = inner.leaves if isinstance(inner, _Tree) else inner.concentration
     logs = _boosted_logs("gammas", "exponentials", alpha)
     if isinstance(inner, _Tree):
-        families = np.array(inner.families)
         tops = jax.nn.log_softmax(_boosted_logs("family_gammas", "family_exponentials", inner.top))
         within = [jax.nn.log_softmax(logs[:, members]) for _, members in inner._members()]
-        order = np.argsort(np.argsort(families, kind="stable"))
-        logs = jnp.concatenate(within, -1)[:, order] + tops[:, families]
+        order = np.argsort(np.concatenate([members for _, members in inner._members()]))
+        logs = jnp.concatenate(within, -1)[:, order] + tops[:, np.array(inner.families)]
     return numpyro.deterministic("w", jax.nn.softmax(logs))
 
 
@@ -524,26 +476,18 @@ def _with_known(weights: np.ndarray, prompts: Prompts) -> np.ndarray:
     return np.where(np.isfinite(known[:, :1]), np.nan_to_num(known), weights)
 
 
-def _in_default_dtype(prompts: Prompts) -> Prompts:
-    dtype = torch.get_default_dtype()
-    known = None if prompts.known is None else prompts.known.to(dtype)
-    return replace(prompts.to(dtype), labels=prompts.labels, known=known)
-
-
 @partial(jax.jit, static_argnums=0)
-def _log_density(structure: _Structure, data: _Data, values: Sites, given: Sites | None) -> Any:
-    seeded = handlers.seed(_program, 0)  # sites without a value are drawn, and refused below
-    trace = handlers.trace(handlers.substitute(seeded, data=values)).get_trace(structure, data, given, _plain)
-    latent = {name for name, site in trace.items() if site["type"] == "sample" and not site["is_observed"]}
-    if latent != set(values):
-        raise TensorError(f"expected values of the sites {sorted(latent)}, got {sorted(values)}")
-    return sum(site["fn"].log_prob(site["value"]).sum() for site in trace.values() if site["type"] == "sample")
+def _log_density(model: DispatchModel, data: _Data, values: Sites, given: Sites | None) -> Any:
+    wanted = {"w"} if given is not None else {"w", "pi", "kappa", *(n for view in _twins(model) for n in view.globals)}
+    if wanted != set(values):
+        raise TensorError(f"expected values of the sites {sorted(wanted)}, got {sorted(values)}")
+    return log_joint(_program, (model, data, given, _plain), {}, values)[0]
 
 
 # Level 1: a program of this size compiles in half the time of the default, and runs no slower.
 @partial(jax.jit, static_argnums=(0, 1, 2, 3), compiler_options={"xla_backend_optimization_level": 1})
 def _run_lanes(
-    structure: _Structure,
+    model: DispatchModel,
     kappa: tuple[float, float],
     draws: int,
     warmup: int,
@@ -553,13 +497,13 @@ def _run_lanes(
     precision: Any,
 ) -> Any:
     """One chain of one prompt in each lane: weights ``(lane, draw, 1, K+1)``, divergent, steps ``(lane, draw)``."""
-    shapes = {"gammas": structure.n_experts + 1, "exponentials": structure.n_experts + 1}
-    if structure.families is not None:
-        shapes |= {"family_gammas": max(structure.families) + 1, "family_exponentials": max(structure.families) + 1}
+    shapes = dict.fromkeys(("gammas", "exponentials"), model.n_experts + 1)
+    if model.tree is not None:
+        shapes |= dict.fromkeys(("family_gammas", "family_exponentials"), max(model.tree) + 1)
 
     def run(key: Any, data: _Data, own: Any) -> Any:
         sites = given if own is None else {**given, "kappa": own}
-        arguments = (structure, data, sites, _boosted, kappa)
+        arguments = (model, data, sites, _boosted, kappa)
         start_key, key = jax.random.split(jax.random.wrap_key_data(key))
         sizes = {name: (1, width) for name, width in shapes.items()} | ({} if "kappa" in sites else {"kappa": (1,)})
         start_keys = dict(zip(sizes, jax.random.split(start_key, len(sizes)), strict=True))
@@ -589,8 +533,9 @@ def _batches(tree: Any, size: int) -> list[Any]:
 
 
 def _check_run(draws: int, chains: int, warmup: int, experts: Sequence[str], model: DispatchModel) -> None:
-    for name, value, least in (("draws", draws, 4), ("chains", chains, 1), ("warmup", warmup, 1)):
-        whole(name, value, least)
+    whole("draws", draws, 4)
+    whole("chains", chains, 1)
+    whole("warmup", warmup, 1)
     if len(experts) != model.n_experts:
         raise ConfigError(f"expected {model.n_experts} expert names, got {len(experts)}")
 

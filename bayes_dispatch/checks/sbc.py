@@ -19,6 +19,7 @@ from scipy.stats import binom, poisson
 from bayes_dispatch.arguments import real, whole
 from bayes_dispatch.arguments import seed as a_seed
 from bayes_dispatch.dispatcher.arrays import short_repr
+from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import RESOLUTION
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, TensorError
 
@@ -33,7 +34,6 @@ __all__ = [
 
 STEPS = 14  # of the bisection for the pointwise level, in its logarithm
 NEGLIGIBLE = 1e-20
-RESOLUTION = 1e-3  # of the guide, which counts smaller weights by their probability to be that small
 
 
 @runtime_checkable

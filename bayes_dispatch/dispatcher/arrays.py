@@ -1,7 +1,7 @@
 """Arrays that users pass to the statistics of :mod:`bayes_dispatch.checks`, checked once where they enter.
 
 Each function takes anything array-like and its name, and returns an array of known dtype and shape or raises
-:class:`TensorError`.
+:class:`TensorError`. What keeps arrays is :class:`Frozen`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,26 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from bayes_dispatch.errors import TensorError
+from bayes_dispatch.errors import BayesDispatchError, TensorError
 
-__all__ = ["as_flags", "as_labels", "as_points", "as_values", "short_repr"]
+__all__ = ["Frozen", "as_flags", "as_labels", "as_numbers", "as_points", "as_rows", "as_values", "short_repr"]
 
 TOLERANCE = 1e-4  # of the sum of a simplex row: float32 and percentages rounded to four digits pass
 
 
+def as_numbers(
+    values: Any, name: str, dtype: Any = np.float64, error: type[BayesDispatchError] = TensorError
+) -> np.ndarray:
+    """A copy of any shape, in float64; in a type of its own where ``dtype`` is ``None``."""
+    try:
+        return np.array(values, dtype=dtype)
+    except (TypeError, ValueError, OverflowError):
+        raise error(f"expected numbers as {name}, got {type(values).__name__} that holds others") from None
+
+
 def as_values(values: Any, name: str, count: int | None = None) -> Float[np.ndarray, " value"]:
     """At least one finite number, in float64; exactly ``count`` of them where that is given."""
-    array = _numbers(values, name)
+    array = as_numbers(values, name)
     wanted = "(N,), N ≥ 1" if count is None else f"({count},)"
     if array.ndim != 1 or len(array) == 0 or len(array) != (len(array) if count is None else count):
         raise TensorError(f"expected {name} of shape {wanted}, got shape {array.shape}")
@@ -33,7 +43,7 @@ def as_values(values: Any, name: str, count: int | None = None) -> Float[np.ndar
 
 def as_points(values: Any, name: str) -> Float[np.ndarray, "row class"]:
     """At least one row on the simplex, in float64."""
-    array = _numbers(values, name)
+    array = as_numbers(values, name)
     if array.ndim != 2 or 0 in array.shape:
         raise TensorError(f"expected {name} of shape (N, classes), N ≥ 1, got shape {array.shape}")
     if not (np.isfinite(array).all() and (array >= 0).all() and np.allclose(array.sum(1), 1, atol=TOLERANCE)):
@@ -41,22 +51,54 @@ def as_points(values: Any, name: str) -> Float[np.ndarray, "row class"]:
     return array
 
 
-def as_labels(labels: Any, count: int, classes: int) -> Int[np.ndarray, " row"]:
-    """``count`` integers from 0 to ``classes`` − 1."""
-    array = np.asarray(labels)
+def as_labels(labels: Any, count: int | None, classes: int, least: int = 0) -> Int[np.ndarray, " row"]:
+    """``count`` integers from ``least`` to ``classes`` − 1; at least one where ``count`` is ``None``."""
+    array = as_numbers(labels, "labels", None)
+    if count is None and array.size == 0:
+        raise TensorError("expected at least 1 label, got none")
+    count = array.size if count is None else count
     if array.shape != (count,) or not np.issubdtype(array.dtype, np.integer):
         raise TensorError(f"expected {count} integer labels, got {array.dtype} of shape {array.shape}")
-    if array.min() < 0 or array.max() >= classes:
-        raise TensorError(f"expected labels from 0 to {classes - 1}, got {array.min()} to {array.max()}")
+    if count and (array.min() < least or array.max() >= classes):
+        raise TensorError(f"expected labels from {least} to {classes - 1}, got {array.min()} to {array.max()}")
     return array.astype(np.int64)
+
+
+def as_rows(indices: Any, count: int, error: type[BayesDispatchError] = TensorError) -> Int[np.ndarray, "..."]:
+    """The rows of ``count`` that integers, a slice or a mask stand for, in that order."""
+    if isinstance(indices, list | tuple):
+        indices = as_numbers(indices, "indices", None if indices else int, error)
+    try:
+        return np.atleast_1d(np.arange(count)[indices])
+    except IndexError as problem:
+        raise error(f"expected indices of {count} prompts, got {problem}") from None
 
 
 def as_flags(values: Any, name: str, count: int) -> Bool[np.ndarray, " row"]:
     """``count`` booleans; zeros and ones pass for them."""
-    array = np.asarray(values)
+    array = as_numbers(values, name, None)
     if array.shape != (count,) or not (array.dtype == bool or np.isin(array, (0, 1)).all()):
         raise TensorError(f"expected {count} booleans as {name}, got {array.dtype} of shape {array.shape}")
     return array.astype(bool)
+
+
+class Frozen:
+    """Of dataclasses that no one changes: nor are their arrays to be written to, in a copy or another process either.
+
+    They are frozen by ``self.__setstate__(vars(self))`` once all have been checked, and again where one is unpickled.
+    """
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        _freeze(state)
+        vars(self).update(state)
+
+
+def _freeze(values: Mapping[str, Any]) -> None:
+    for value in values.values():
+        if isinstance(value, np.ndarray):
+            value.setflags(write=False)
+        elif isinstance(value, Mapping):
+            _freeze(value)
 
 
 def short_repr(self: Any) -> str:
@@ -73,10 +115,3 @@ def _shown(value: Any) -> str:
     if isinstance(value, (tuple, list)) and any(isinstance(each, np.ndarray) for each in value):
         return f"({', '.join(map(_shown, value))})"
     return " ".join(repr(value).split())
-
-
-def _numbers(values: Any, name: str) -> np.ndarray:
-    try:
-        return np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise TensorError(f"expected numbers as {name}, got {type(values).__name__} that holds others") from None

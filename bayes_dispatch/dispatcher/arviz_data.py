@@ -38,6 +38,8 @@ def prompt_names(prompts: Sequence[str] | None, count: int) -> list[Any]:
     Raises:
         TensorError: another number of names, or one of them twice.
     """
+    if isinstance(prompts, str):
+        raise TensorError(f"expected {count} prompt names, got the text {prompts!r}")
     names: list[Any] = list(range(count)) if prompts is None else list(prompts)
     if len(names) != count:
         raise TensorError(f"expected {count} prompt names, got {len(names)}")
@@ -112,8 +114,10 @@ def pareto_smoothed(
     if not len(log_ratios):
         return log_ratios, np.zeros(0)
     az = _arviz()
-    home = az if hasattr(az, "psislw") else importlib.import_module("arviz_stats.base").array_stats  # 0.x, 1.x
-    log_weights, k_hat = home.psislw(log_ratios.copy())
+    if hasattr(az, "psislw"):  # 0.x
+        log_weights, k_hat = az.psislw(log_ratios.copy())
+    else:  # 1.x, which takes log likelihoods: the ratios of leave-one-out are their negatives
+        log_weights, k_hat = importlib.import_module("arviz_stats.base").array_stats.psislw(-log_ratios)
     return np.asarray(log_weights), np.asarray(k_hat).reshape(len(log_ratios))
 
 

@@ -113,16 +113,15 @@ def fitted_groups(
 def _globals(model: DispatchModel, sites: Sequence[Mapping[str, Tensor]], coords: Mapping[str, Any]) -> xr.Dataset:
     """S draws of the globals: ``pi`` (chain, draw, expert), ``M`` (chain, draw, expert, hidden_feature) and so on; base
     has constants in place of draws."""
-    own = {name: (view, value) for view in model.views for name, value in view.base().items()}
+    own = {view.site(name): (view, name) for view in model.views for name in view.constants}
     variables: dict[str, Any] = {}
     for name in sites[0]:
-        values = _stack(sites, name)  # (1, S, ·)
         if name in own:
-            view, base = own[name]
-            last = np.broadcast_to(base.numpy().astype(values.dtype), (1, len(sites), 1, view.width))
-            variables[name] = ((*DRAWS, "expert", _feature(view)), np.concatenate([values, last], axis=2))
+            view, parameter = own[name]
+            values = torch.stack([view.with_base(each, parameter) for each in sites]).unsqueeze(0).numpy()
+            variables[name] = (*DRAWS, "expert", _feature(view)), values
         else:
-            variables[name] = ((*DRAWS, "expert") if name == "pi" else DRAWS, values)
+            variables[name] = (*DRAWS, "expert") if name == "pi" else DRAWS, _stack(sites, name)
     return as_dataset(variables, coords)
 
 

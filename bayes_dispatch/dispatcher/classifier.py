@@ -21,6 +21,8 @@ from bayes_dispatch.errors import LabelError
 
 __all__ = ["DispatcherClassifier"]
 
+MOST = 10_000_000  # rows, which are repeated as often as they count
+
 
 class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """Posterior probabilities of classes, and expected shares of them, from vectors.
@@ -84,7 +86,8 @@ class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         Args:
             X: ``(N, F)`` finite numbers.
             y: ``(N,)`` classes, ``unlabelled`` where unknown; ``None`` for no labels.
-            sample_weight: ``(N,)`` whole numbers: how often each row counts, 0 for not at all. 1 each by default.
+            sample_weight: ``(N,)`` whole numbers: how often each row counts, 0 for not at all, 10,000,000 together at
+                most. 1 each by default.
 
         Raises:
             LabelError: labels of fewer than two classes, neither labels nor ``n_components``, or weights that are no
@@ -165,8 +168,8 @@ def _counts(sample_weight: Any, X: np.ndarray) -> np.ndarray:
     weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
     if (fractions := weights[weights % 1 != 0]).size:
         raise LabelError(f"expected sample_weight of whole numbers, how often each row counts, got {fractions[0]:g}")
-    if weights.sum() < 2:
-        raise LabelError(f"expected sample_weight that counts at least 2 rows, got {weights.sum():g}")
+    if not 2 <= weights.sum() <= MOST:
+        raise LabelError(f"expected sample_weight that counts 2 to {MOST:,} rows, got {weights.sum():.10g}")
     return weights.astype(np.int64)
 
 

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from bayes_dispatch.arguments import number, shown, whole
 from bayes_dispatch.arguments import seed as a_seed
-from bayes_dispatch.arguments import whole
 from bayes_dispatch.dispatcher.arrays import as_values, short_repr
 from bayes_dispatch.errors import ConfigError
 
-__all__ = ["DriftMonitor", "DriftReport", "drift_monitor", "step", "watch"]
+__all__ = ["DriftMonitor", "DriftReport", "drift_monitor", "watch"]
 
 JUMPS = np.array([1e-4, 1e-3, 1e-2, 1e-1, 1.0])  # of the capital is spread over all stakes before each bet; 1 keeps it
 STAKES = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])  # a p-value p pays 1 + stake · (p − ½)
@@ -88,7 +88,7 @@ class DriftMonitor:
                 float(numbers["log_martingale"]),
                 float(numbers["log_highest"]),
                 whole("arrived", numbers["arrived"], 0),
-                float(numbers["false_alarm_rate"]),
+                _rate(numbers["false_alarm_rate"]),
                 a_seed(numbers["seed"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -141,43 +141,9 @@ def drift_monitor(
     edges = np.unique(np.quantile(scores[chosen], np.arange(1, bins) / bins))
     counts = np.bincount(np.searchsorted(edges, scores[~chosen], side="right"), minlength=len(edges) + 1)
     capital = np.full((len(JUMPS), len(STAKES)), 1 / (len(JUMPS) * len(STAKES)))
-    monitor = DriftMonitor(edges, counts, capital, 0.0, 0.0, 0, float(false_alarm_rate), seed)
+    monitor = DriftMonitor(edges, counts, capital, 0.0, 0.0, 0, _rate(false_alarm_rate), seed)
     _check(monitor)
     return monitor
-
-
-def step(monitor: DriftMonitor, score: float) -> tuple[DriftMonitor, float]:
-    """One arrival.
-
-    Args:
-        monitor: before it.
-        score: of the same kind as the calibration scores.
-
-    Returns:
-        The monitor after it, and its p-value.
-
-    Raises:
-        TensorError: a score that is NaN or infinite.
-    """
-    place = int(np.searchsorted(monitor.edges, as_values([score], "scores")[0], side="right"))
-    counts = monitor.counts.copy()
-    counts[place] += 1  # the arrival ties with itself
-    tie = np.random.default_rng([monitor.seed, monitor.arrived]).random()
-    p_value = float((counts[:place].sum() + tie * counts[place]) / counts.sum())
-    total = monitor.capital.sum(axis=1, keepdims=True)
-    spread = (1 - JUMPS[:, None]) * monitor.capital + JUMPS[:, None] * total / len(STAKES)
-    paid = spread * (1 + STAKES * (p_value - 0.5))
-    factor = float(paid.sum())
-    log_martingale = monitor.log_martingale + float(np.log(factor))
-    after = replace(
-        monitor,
-        counts=counts,
-        capital=paid / factor,
-        log_martingale=log_martingale,
-        log_highest=max(monitor.log_highest, log_martingale),
-        arrived=monitor.arrived + 1,
-    )
-    return after, p_value
 
 
 def watch(monitor: DriftMonitor, scores: Float[np.ndarray, " arrival"]) -> tuple[DriftMonitor, DriftReport]:
@@ -195,7 +161,7 @@ def watch(monitor: DriftMonitor, scores: Float[np.ndarray, " arrival"]) -> tuple
     """
     p_values, capital = [], []
     for score in as_values(scores, "scores"):
-        monitor, p_value = step(monitor, float(score))
+        monitor, p_value = _step(monitor, float(score))
         p_values.append(p_value)
         capital.append(monitor.log_martingale)
     with np.errstate(over="ignore"):
@@ -204,9 +170,30 @@ def watch(monitor: DriftMonitor, scores: Float[np.ndarray, " arrival"]) -> tuple
     return monitor, DriftReport(np.array(p_values), martingale, int(over[0]) if len(over) else None)
 
 
+def _rate(false_alarm_rate: object) -> float:
+    if not 0 < number(false_alarm_rate) < 1:
+        raise ConfigError(f"expected a false-alarm rate between 0 and 1, got {shown(false_alarm_rate)}")
+    return number(false_alarm_rate)
+
+
+def _step(monitor: DriftMonitor, score: float) -> tuple[DriftMonitor, float]:
+    """The monitor after one arrival, and its p-value."""
+    place = int(np.searchsorted(monitor.edges, score, side="right"))
+    counts = monitor.counts.copy()
+    counts[place] += 1  # the arrival ties with itself
+    tie = np.random.default_rng([monitor.seed, monitor.arrived]).random()
+    p_value = float((counts[:place].sum() + tie * counts[place]) / counts.sum())
+    total = monitor.capital.sum(axis=1, keepdims=True)
+    spread = (1 - JUMPS[:, None]) * monitor.capital + JUMPS[:, None] * total / len(STAKES)
+    paid = spread * (1 + STAKES * (p_value - 0.5))
+    factor = float(paid.sum())
+    now = monitor.log_martingale + float(np.log(factor))
+    highest, arrived = max(monitor.log_highest, now), monitor.arrived + 1
+    after = replace(monitor, counts=counts, capital=paid / factor, log_martingale=now)
+    return replace(after, log_highest=highest, arrived=arrived), p_value
+
+
 def _check(monitor: DriftMonitor) -> None:
-    if not 0 < monitor.false_alarm_rate < 1:
-        raise ConfigError(f"expected a false-alarm rate between 0 and 1, got {monitor.false_alarm_rate}")
     edges, counts, capital = monitor.edges, monitor.counts, monitor.capital
     if edges.ndim != 1 or not np.isfinite(edges).all() or not (np.diff(edges) > 0).all():
         raise ConfigError("expected finite edges that increase, got others")

@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 
 from bayes_dispatch.arguments import seed as a_seed
-from bayes_dispatch.arguments import whole
+from bayes_dispatch.arguments import several, shown, simplex, whole
+from bayes_dispatch.dispatcher.arrays import as_numbers
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher
@@ -78,13 +79,17 @@ class Dispatcher:
     _prior_file: Path | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.experts, str):
-            raise ConfigError(f"expected a list of expert names, got the text {self.experts!r}")
-        self.experts = tuple(self.experts)
+        self.experts = tuple(several("experts", self.experts))
+        if other := [name for name in self.experts if not isinstance(name, str)]:
+            raise ConfigError(f"expected names of experts, got {shown(other[0])}")
         if len(self.experts) < 2 or len(set(self.experts)) < len(self.experts) or "base" in self.experts:
             raise ConfigError(f'expected at least two distinct expert names, none "base", got {list(self.experts)}')
         self.random_state = a_seed(self.random_state, "random_state")
         self.program.check_experts(self.experts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy keeps a prior of its own: that of the file counts the events of one dispatcher alone."""
+        return vars(self) | {"_prior_file": None}
 
     @property
     def fitted(self) -> bool:
@@ -262,7 +267,7 @@ class Dispatcher:
             TensorError, ConfigError: labels outside 0 … K, or a forgetting outside (0, 1].
         """
         width = len(self.experts) + 1
-        return self._take_in(label_likelihood(np.asarray(labels), width), forgetting)
+        return self._take_in(label_likelihood(as_numbers(labels, "labels", None), width), forgetting)
 
     def feedback(
         self,
@@ -291,10 +296,10 @@ class Dispatcher:
             TensorError, EvidenceError: rewards or evidence of other prompts than were served.
         """
         names = [*self.experts, "base"]
-        experts = [served] if isinstance(served, str) else list(served)
-        if unknown := set(experts) - set(names):
-            raise ConfigError(f"expected experts among {names}, got {sorted(unknown)}")
-        rewards = np.atleast_1d(np.asarray(reward, dtype=np.float64))
+        experts = [served] if isinstance(served, str) else several("served", served)
+        if unknown := [name for name in experts if name not in names]:
+            raise ConfigError(f"expected experts among {names}, got {shown(unknown)}")
+        rewards = np.atleast_1d(as_numbers(reward, "rewards"))
         rows = np.array([names.index(name) for name in experts], dtype=np.int64)
         likelihoods = feedback_likelihood(rows, rewards, len(names), reliability)
         if X is not None:
@@ -322,7 +327,7 @@ class Dispatcher:
         """
         with LOCK:
             self._prior = update_prior(path, self.prior, self.state.fingerprint, lambda prior: prior)
-            self._prior_file = Path(path)
+            self._prior_file = Path(path).absolute()
             return self._prior
 
     def predict_proba(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, "prompt weight"]:
@@ -353,25 +358,37 @@ class Dispatcher:
 
         Returns:
             The true weights ``(count, K+1)`` and the posterior.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            ConfigError: fewer than one prompt or draw, or weights off the simplex.
+            TensorError: weights of another shape.
         """
-        state = self.state
-        given = None if weights is None else torch.as_tensor(np.asarray(weights), dtype=torch.float32)
+        state, count, given = self.state, whole("count", count, 1), None
+        if weights is not None:
+            given = torch.tensor(simplex("weights", weights), dtype=torch.float32)
+            if given.shape != (wanted := (count, len(self.experts) + 1)):
+                raise TensorError(f"expected weights of shape {wanted}, got {tuple(given.shape)}")
         shares = torch.tensor(self.prior.mean, dtype=torch.float32)
         with isolated(a_seed(seed)):
             drawn = simulate(
                 state.model, state.globals, state.like, count, self.guide, (state.temper,) * 2, 0.0, given, shares
             )
         posterior = self._posterior(
-            drawn.prompts.to(torch.float64), draws, prompt_generators(seed, count), resample, proposals
+            drawn.prompts.to(torch.float64),
+            whole("draws", draws, 1),
+            prompt_generators(seed, count),
+            resample,
+            proposals,
         )
         return drawn.weights.numpy().astype(np.float64), posterior
 
     def save(self, directory: str | Path) -> None:
-        """Write ``dispatcher.json`` and ``dispatcher.safetensors`` into a directory, each renamed when whole.
+        """Write ``dispatcher.json`` and ``dispatcher.safetensors`` into a directory, in the place of an earlier save.
 
         Raises:
             NotFittedError: before ``fit``.
-            BundleError: the path is a file.
+            BundleError: the directory is a link, or holds anything else.
         """
         document, arrays = self.state.pack()
         arrays |= {"prior.mean": self.prior.mean, "prior.covariance": self.prior.covariance}
@@ -427,7 +444,7 @@ class Dispatcher:
         resample: bool = True,
         prompts: Sequence[str] | None = None,
     ) -> Any:
-        """Prior, posterior, predictive draws, likelihood and evidence of prompts as arviz data.
+        """Prior, posterior, predictive draws and evidence of prompts as arviz data.
 
         Args:
             X, draws, seed, resample: as in :meth:`posterior`, whose draws these are.

@@ -30,9 +30,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
+from bayes_dispatch.arguments import number, several, shown, whole
 from bayes_dispatch.arguments import seed as a_seed
-from bayes_dispatch.arguments import whole
-from bayes_dispatch.dispatcher.arrays import short_repr
+from bayes_dispatch.dispatcher.arrays import as_numbers, short_repr
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import prompt_generators
@@ -133,14 +133,15 @@ class Gate:
             ConfigError: fewer prompts, fewer than one bin, or weights that are negative or both 0.
         """
         count = len(evidence)
-        kinds = np.zeros(count, np.int64) if groups is None else np.asarray(groups)
+        kinds = np.zeros(count, np.int64) if groups is None else as_numbers(groups, "groups", None)
         if kinds.shape != (count,) or not np.issubdtype(kinds.dtype, np.integer) or kinds.min(initial=0) < 0:
             raise TensorError(f"expected groups ≥ 0 of {count} prompts, got {kinds.dtype} of shape {kinds.shape}")
         bins, seed = whole("bins", bins, 1), a_seed(seed)
         if count < FEWEST:
             raise ConfigError(f"expected at least {FEWEST} prompts, got {count}")
-        if min(weights) < 0 or not 0 < sum(weights) < np.inf:
-            raise ConfigError(f"expected finite weights of both parts ≥ 0, one above, got {weights}")
+        parts_of = [number(weight) for weight in several("weights", weights, 2)]
+        if not (min(parts_of) >= 0 and 0 < sum(parts_of) < np.inf):
+            raise ConfigError(f"expected finite weights of both parts ≥ 0, one above, got {shown(weights)}")
         kinds = np.unique(kinds, return_inverse=True)[1]
         shares = dispatcher.prior.mean
         parts, lengths = foreign_parts(dispatcher, evidence, shares), evidence.known_lengths()
@@ -149,7 +150,7 @@ class Gate:
         locations, spreads = _regressions(parts[fitted], lengths[fitted])
         known = lengths[fitted & (lengths > 0)]
         wanted = min(bins, max(1, np.bincount(kinds[~fitted]).min() // PER_BIN))
-        shape = np.array(weights, dtype=np.float64), shares, locations, spreads, np.zeros(0)
+        shape = np.array(parts_of), shares, locations, spreads, np.zeros(0)
         empty = cls(dispatcher.state.fingerprint, *shape, np.zeros(0), kinds[:0], kinds[:0])
         gate = replace(empty, scores=empty._score(parts[~fitted], lengths[~fitted]), groups=kinds[~fitted])
         for most in range(wanted, 0, -1):
@@ -215,9 +216,9 @@ class Gate:
 
     def check_rate(self, false_alarm_rate: float) -> None:
         """Raise ``ConfigError`` unless the rate is one that so many prompts can guarantee."""
-        if not self.least_rate <= false_alarm_rate < 1:
+        if not self.least_rate <= number(false_alarm_rate) < 1:
             wanted = f"expected a false-alarm rate of at least {self.least_rate:.3g} (for less, calibrate with more"
-            raise ConfigError(f"{wanted} prompts) and below 1, got {false_alarm_rate}")
+            raise ConfigError(f"{wanted} prompts) and below 1, got {shown(false_alarm_rate)}")
 
     def check_dispatcher(self, dispatcher: Dispatcher) -> None:
         """Refuse another dispatcher.
@@ -232,10 +233,10 @@ class Gate:
             )
 
     def save(self, directory: str | Path) -> None:
-        """Write ``gate.json`` and ``gate.safetensors`` into a directory, each renamed when whole.
+        """Write ``gate.json`` and ``gate.safetensors`` into a directory, in the place of an earlier save.
 
         Raises:
-            BundleError: the path is a file.
+            BundleError: the directory is a link, or holds anything else.
         """
         arrays = {name: getattr(self, name) for name in ARRAYS}
         write_directory(Path(directory), KIND, {"version": VERSION, "dispatcher": self.dispatcher}, arrays)

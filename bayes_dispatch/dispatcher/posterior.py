@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from bayes_dispatch.arguments import number, several, shown, whole
+from bayes_dispatch.dispatcher.arrays import Frozen, as_numbers, as_rows
 from bayes_dispatch.errors import ConfigError, TensorError
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ __all__ = ["DispatchPosterior"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class DispatchPosterior:
+class DispatchPosterior(Frozen):
     """Independent posterior draws of the weights ``w`` of N prompts over K experts and base.
 
     Args:
@@ -33,7 +35,8 @@ class DispatchPosterior:
         chains: that the draws are of, one after the other; independent draws are one.
 
     Raises:
-        TensorError: another shape, a name twice, or rows off the simplex.
+        TensorError: another shape, a name twice, rows off the simplex, or draws that are no whole chains.
+        ConfigError: no list of names, or no whole number of chains.
 
     Example:
         >>> DispatchPosterior(np.tile([0.75, 0.25], (64, 1, 1)), ("sort", "base"))
@@ -47,16 +50,24 @@ class DispatchPosterior:
     chains: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
-        weights = np.array(self.weights, dtype=np.float64)
-        if weights.ndim != 3 or weights.shape[0] == 0 or weights.shape[2] != len(self.experts):
-            raise TensorError(f"expected weights (draw, prompt, {len(self.experts)}), got shape {weights.shape}")
-        if len(set(self.experts)) < len(self.experts):
-            raise TensorError(f"expected distinct names of experts, got {list(self.experts)}")
+        weights, experts = as_numbers(self.weights, "weights"), several("experts", self.experts)
+        if weights.ndim != 3 or weights.shape[0] == 0 or weights.shape[2] != len(experts):
+            raise TensorError(f"expected weights (draw, prompt, {len(experts)}), got shape {weights.shape}")
+        if len(set(experts)) < len(experts):
+            raise TensorError(f"expected distinct names of experts, got {experts}")
         if weights.size and not (weights.min() >= 0 and np.abs(weights.sum(-1) - 1).max() <= 1e-6):  # NaN fails both
             raise TensorError("expected weights on the simplex, got rows that are negative or do not sum to 1")
-        weights.setflags(write=False)
+        if len(weights) % whole("chains", self.chains, 1):
+            raise TensorError(f"expected as many draws of each of {self.chains} chains, got {len(weights)} of all")
+        for name in ("k_hat", "log_evidence"):
+            if (given := getattr(self, name)) is not None:
+                array = as_numbers(given, name)
+                if array.shape != (weights.shape[1],):
+                    raise TensorError(f"expected {name} of {weights.shape[1]} prompts, got shape {array.shape}")
+                object.__setattr__(self, name, array)
         object.__setattr__(self, "weights", weights)
-        object.__setattr__(self, "experts", tuple(self.experts))
+        object.__setattr__(self, "experts", tuple(experts))
+        self.__setstate__(vars(self))
 
     def __len__(self) -> int:
         return self.weights.shape[1]
@@ -86,13 +97,22 @@ class DispatchPosterior:
         return -(mean * np.log(np.maximum(mean, 1e-300))).sum(axis=-1)
 
     def interval(self, probability: float = 0.9) -> Float[np.ndarray, "2 prompt expert"]:
-        """Equal-tailed intervals ``(2, prompt, K+1)``: lower and upper ends of the given posterior probability."""
-        if not 0 < probability < 1:
-            raise ConfigError(f"expected a probability between 0 and 1, got {probability}")
+        """Equal-tailed intervals ``(2, prompt, K+1)``: lower and upper ends of the given posterior probability.
+
+        Raises:
+            ConfigError: a probability outside 0 to 1.
+        """
+        if not 0 < number(probability) < 1:
+            raise ConfigError(f"expected a probability between 0 and 1, got {shown(probability)}")
         return np.quantile(self.weights, [(1 - probability) / 2, (1 + probability) / 2], axis=0)
 
     def select(self, indices: Shaped[np.ndarray, " selected"] | Sequence[int] | slice) -> DispatchPosterior:
-        """The posterior of the prompts at ``indices``, in that order."""
+        """The posterior of the prompts at ``indices``, in that order.
+
+        Raises:
+            TensorError: an index outside the prompts.
+        """
+        indices = as_rows(indices, len(self))
         k_hat = None if self.k_hat is None else self.k_hat[indices]
         log_evidence = None if self.log_evidence is None else self.log_evidence[indices]
         return DispatchPosterior(self.weights[:, indices], self.experts, k_hat, log_evidence, chains=self.chains)

@@ -26,19 +26,21 @@ if TYPE_CHECKING:
 __all__ = ["read_chat", "write_chat"]
 
 FORMAT = "bayes-dispatch chat 1"
-KINDS: dict[str, type] = {kind.__name__: kind for kind in (*BLENDS.values(), FixedWeights)}
+BY_CLASS: dict[str, type] = {kind.__name__: kind for kind in (*BLENDS.values(), FixedWeights)}
 
 
 def write_chat(path: Path, system: "System", settings: ChatSettings, state: ChatState) -> None:
     """Write a conversation, whole or not at all.
 
     Raises:
-        ConfigError: a blend that is none of ``KINDS``. BundleError: ``path`` is a directory.
+        ConfigError: a blend that is none of ``BY_CLASS``. BundleError: ``path`` is a directory.
         OSError: the disk is full, or refuses.
     """
     blend = settings.blend
-    if KINDS.get(type(blend).__name__) is not type(blend):
-        raise ConfigError(f"expected a blend of {', '.join(KINDS)} in a chat with a file, got {type(blend).__name__}")
+    if BY_CLASS.get(type(blend).__name__) is not type(blend):
+        raise ConfigError(
+            f"expected a blend of {', '.join(BY_CLASS)} in a chat with a file, got {type(blend).__name__}"
+        )
     text = torch.frombuffer(bytearray(state.transcript.data + b" "), dtype=torch.uint8)[:-1]  # of 0 bytes it has none
     tensors = {
         "transcript": text,
@@ -84,7 +86,7 @@ def read_chat(path: Path, system: "System") -> tuple[ChatSettings, ChatState]:
 
 def _settings(chosen: dict[str, Any]) -> ChatSettings:
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in chosen["blend"]["settings"].items()}
-    blend: Blend = KINDS[chosen["blend"]["kind"]](**given)
+    blend: Blend = BY_CLASS[chosen["blend"]["kind"]](**given)
     return ChatSettings(**{**chosen, "blend": blend})
 
 

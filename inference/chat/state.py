@@ -1,11 +1,12 @@
 """What a conversation is between its turns: what was said, what it was asked to be, and what each turn gives."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from bayes_dispatch.arguments import seed, whole
+from bayes_dispatch.arguments import real, seed, whole
 from bayes_dispatch.dispatcher.arrays import short_repr
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
@@ -42,8 +43,8 @@ class ChatSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", seed(self.seed))
-        if not self.threshold >= 0:
-            raise ConfigError(f"expected a threshold of at least 0 nats, got {self.threshold}")
+        if self.threshold != math.inf:
+            object.__setattr__(self, "threshold", real("threshold", self.threshold, 0))
         object.__setattr__(self, "max_context", whole("max_context", self.max_context, 2, MAX_CONTEXT))
 
     def check_reply(self, max_new_tokens: int) -> None:

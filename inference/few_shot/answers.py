@@ -9,7 +9,6 @@ from torch import Tensor
 from bayes_dispatch.errors import PromptError, TensorError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.two_pass.first_pass import padded
-from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.backbone import Backbone, Tokenizer
 from bayes_dispatch.model.tokenizer import ByteTokenizer, utf8
 
@@ -90,16 +89,11 @@ class AnswerLikelihood:
 
     def _score(self, weights: Tensor) -> Tensor:
         particles, pairs = len(weights), len(self._ids)
-        adaptation = self._blend(weights.to(self.model.dtype).repeat_interleave(pairs, 0))
+        adaptation = self.experts.blend_rows(weights.to(self.model.dtype).repeat_interleave(pairs, 0))
         ids, tokens = self._ids.repeat(particles, 1), self._tokens.repeat(particles)  # (P pairs, T)
         said = self.model.score(ids, tokens, adaptation).double()
         counted = self._counted.repeat(particles, 1).to(said.device)
         return said.masked_fill(~counted, 0.0).sum(1).cpu().unflatten(0, (particles, pairs))
-
-    def _blend(self, weights: Tensor) -> Adaptation:
-        if weights.ndim == 2:
-            return self.experts.blend(weights)
-        return self.experts.blend_by_layer(weights)
 
 
 def check_pairs(pairs: Sequence[tuple[str | bytes, str | bytes]]) -> list[tuple[bytes, bytes]]:
@@ -109,8 +103,8 @@ def check_pairs(pairs: Sequence[tuple[str | bytes, str | bytes]]) -> list[tuple[
         PromptError: no pairs, something else than pairs of texts, an empty answer, or a pair that is too long or no
             UTF-8.
     """
-    if not pairs:
-        raise PromptError("expected at least one pair of prompt and answer, got none")
+    if not isinstance(pairs, Sequence) or not pairs:
+        raise PromptError(f"expected a list of at least one pair of prompt and answer, got {pairs!r:.60}")
     checked = []
     for index, pair in enumerate(pairs):
         if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(isinstance(x, str | bytes) for x in pair):

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.distributions import constraints
 from tqdm import tqdm
 
+from bayes_dispatch.arguments import real, set_whole
 from bayes_dispatch.dispatcher.arviz_data import pareto_smoothed
-from bayes_dispatch.dispatcher.fitting.svi import isolated
+from bayes_dispatch.dispatcher.fitting.svi import finite, isolated
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.few_shot.program import FewShotFit, FewShotProgram, log_dirichlet
 from bayes_dispatch.model.frozen import frozen
@@ -40,8 +41,7 @@ class ImportanceSampling:
     name = "importance sampling"
 
     def __post_init__(self) -> None:
-        if self.proposals < 25 or self.draws < 1:
-            raise ConfigError(f"expected at least 25 proposals and 1 draw, got {self.proposals} and {self.draws}")
+        set_whole(self, proposals=25, draws=1)
 
     def infer(self, program: FewShotProgram, seed: int, progress: bool = False) -> FewShotFit:
         """Draws, with ``k_hat`` and the evidence."""
@@ -71,8 +71,8 @@ class SequentialMonteCarlo:
     name = "sequential Monte Carlo"
 
     def __post_init__(self) -> None:
-        if self.particles < 8 or not 0 < self.keep < 1 or self.moves < 1:
-            raise ConfigError(f"expected at least 8 particles, 0 < keep < 1 and at least 1 move, got {self}")
+        set_whole(self, particles=8, moves=1)
+        object.__setattr__(self, "keep", real("keep", self.keep, 0, 1, above=True, below=True))
 
     def infer(self, program: FewShotProgram, seed: int, progress: bool = False) -> FewShotFit:
         """Draws, with the evidence."""
@@ -129,8 +129,8 @@ class VariationalInference:
     name = "SVI"
 
     def __post_init__(self) -> None:
-        if min(self.steps, self.particles) < 1 or self.draws < 25 or self.learning_rate <= 0:
-            raise ConfigError(f"expected positive settings and at least 25 draws, got {self}")
+        set_whole(self, steps=1, particles=1, draws=25)
+        object.__setattr__(self, "learning_rate", real("learning_rate", self.learning_rate, 0, above=True))
 
     def infer(self, program: FewShotProgram, seed: int, progress: bool = False) -> FewShotFit:
         """The guide's draws, with their ``k_hat`` against the program, and its estimate of the evidence."""
@@ -140,8 +140,8 @@ class VariationalInference:
             optimizer = ClippedAdam({"lr": self.learning_rate, "lrd": decay, "clip_norm": 10.0})
             elbo = Trace_ELBO(num_particles=self.particles, vectorize_particles=True, max_plate_nesting=0)
             svi = SVI(program, guide, optimizer, elbo)
-            for _ in tqdm(range(self.steps), self.name, disable=None if progress else True):
-                svi.step()
+            for step in tqdm(range(self.steps), self.name, disable=None if progress else True):
+                finite(svi.step(), step, self.learning_rate)
             with torch.no_grad():
                 state = guide.draw(self.draws)
                 ratios = program.log_prior(state) + program.log_likelihood(state) - guide.log_density(state)
@@ -168,8 +168,10 @@ class CrossEntropy:
     name = "cross-entropy method"
 
     def __post_init__(self) -> None:
-        if not 2 <= self.elite <= self.population or self.iterations < 1 or self.spread <= 0:
-            raise ConfigError(f"expected 2 ≤ elite ≤ population, iterations and a positive spread, got {self}")
+        set_whole(self, elite=2, population=2, iterations=1)
+        object.__setattr__(self, "spread", real("spread", self.spread, 0, above=True))
+        if self.elite > self.population:
+            raise ConfigError(f"expected an elite of at most the population, {self.population}, got {self.elite}")
 
     def infer(self, program: FewShotProgram, seed: int, progress: bool = False) -> FewShotFit:
         """One draw: the weights at the mean of the last Gaussian."""

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayes_dispatch.arguments import real
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.few_shot.answers import AnswerLikelihood
@@ -54,12 +55,13 @@ class FewShotProgram:
 
     def __post_init__(self) -> None:
         count = len(self.likelihood.components)
-        prior = np.full(count, PRECISION / count) if self.prior is None else np.asarray(self.prior, dtype=np.float64)
-        if prior.shape != (count,) or not (np.isfinite(prior).all() and (prior > 0).all()):
-            raise ConfigError(f"expected {count} positive concentrations, got {prior.tolist()}")
-        if self.coupling is not None and not 0 < self.coupling < float("inf"):
-            raise ConfigError(f"expected a positive coupling or None, got {self.coupling}")
-        object.__setattr__(self, "concentration", torch.from_numpy(prior.copy()))
+        prior = np.asarray([PRECISION / count] * count if self.prior is None else self.prior, dtype=object)
+        if prior.shape != (count,):
+            raise ConfigError(f"expected {count} concentrations of a prior, got {self.prior!r:.80}")
+        positive = [real("a concentration of the prior", each, 0, above=True) for each in prior]
+        if self.coupling is not None:
+            object.__setattr__(self, "coupling", real("coupling", self.coupling, 0, above=True))
+        object.__setattr__(self, "concentration", torch.tensor(positive, dtype=torch.float64))
 
     @property
     def rows(self) -> int:

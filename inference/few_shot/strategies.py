@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
+from bayes_dispatch.arguments import simplex
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, ForeignExpertError, TensorError
 from bayes_dispatch.experts.vectors import ExpertVector
-from bayes_dispatch.inference.few_shot.answers import AnswerLikelihood
+from bayes_dispatch.inference.few_shot.answers import AnswerLikelihood, check_pairs
 from bayes_dispatch.inference.few_shot.categories import category_text, name_probabilities
 from bayes_dispatch.inference.few_shot.methods import SequentialMonteCarlo
 from bayes_dispatch.inference.few_shot.program import FewShotMethod, FewShotProgram
@@ -28,6 +29,7 @@ from bayes_dispatch.model.generation.sampling import row_seeds
 __all__ = [
     "AskedExpert",
     "AskedModel",
+    "ByPrompt",
     "Classified",
     "Dispatched",
     "FewShot",
@@ -90,35 +92,51 @@ class Classified:
 
 @dataclass(frozen=True)
 class FewShot:
-    """The posterior given questions with their answers, inferred for each prompt or once for all.
+    """The posterior given questions with their answers, inferred once for all prompts.
 
     Attributes:
-        pairs: (prompt, answer) texts that all prompts share, or what gives them for a prompt.
-        method: of inference. prior: concentrations of the weights, as in :class:`FewShotProgram`.
+        pairs: (prompt, answer) texts. method: of inference.
+        prior: concentrations of the weights, as in :class:`FewShotProgram`.
+
+    Raises:
+        PromptError: see ``check_pairs``. ConfigError: a method that is none.
     """
 
-    pairs: Sequence[tuple[str | bytes, str | bytes]] | Callable[[str | bytes], Sequence[tuple[str, str]]]
+    pairs: Sequence[tuple[str | bytes, str | bytes]]
     method: FewShotMethod = field(default_factory=SequentialMonteCarlo)
     prior: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        check_pairs(self.pairs)
+        if isinstance(self.method, type) or not isinstance(self.method, FewShotMethod):
+            raise ConfigError(f"expected a method such as SequentialMonteCarlo(), got {self.method!r:.60}")
 
     @property
     def name(self) -> str:
         return f"few-shot, {self.method.name}"
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
-        checked = check_prompts(prompts)
+        count, (own, *_) = len(check_prompts(prompts)), row_seeds(seed, [b""])
+        likelihood = AnswerLikelihood(system.model, system.experts, self.pairs, system.tokenizer)
+        found = self.method.infer(FewShotProgram(likelihood, self.prior), own % 2**63).posterior
+        return DispatchPosterior(np.repeat(found.weights, count, 1), system.experts.components)
 
-        def infer(pairs: Sequence[tuple[str | bytes, str | bytes]], seed: int) -> np.ndarray:
-            likelihood = AnswerLikelihood(system.model, system.experts, pairs, system.tokenizer)
-            return self.method.infer(FewShotProgram(likelihood, self.prior), seed).posterior.weights
 
-        if callable(self.pairs):
-            seeds = [seed % 2**63 for seed in row_seeds(seed, checked)]
-            draws = np.concatenate([infer(self.pairs(p), s) for p, s in zip(prompts, seeds, strict=True)], 1)
-        else:
-            shared = int(np.random.SeedSequence(seed).generate_state(1)[0])
-            draws = np.repeat(infer(self.pairs, shared), len(prompts), 1)
-        return DispatchPosterior(draws, system.experts.components)
+@dataclass(frozen=True)
+class ByPrompt:
+    """A strategy of its own for each prompt, such as ``FewShot`` with pairs that belong to it.
+
+    Attributes:
+        strategy: prompt → strategy; all give as many draws. name: of them together.
+    """
+
+    strategy: Callable[[str | bytes], Strategy]
+    name: str = "by prompt"
+
+    def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
+        seeds = [own % 2**63 for own in row_seeds(seed, check_prompts(prompts))]
+        found = [self.strategy(p).posterior(system, [p], own) for p, own in zip(prompts, seeds, strict=True)]
+        return DispatchPosterior(np.concatenate([each.weights for each in found], 1), system.experts.components)
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,13 +170,13 @@ def one_hot_draws(
         probabilities: (N, K + 1). components: their names. seeds: of each prompt's order. draws: S.
 
     Raises:
-        TensorError: no probabilities of these components.
+        TensorError: another shape. ConfigError: they are no probabilities.
     """
-    sums = probabilities.sum(-1, keepdims=True)
-    if probabilities.ndim != 2 or probabilities.shape[1] != len(components) or not np.allclose(sums, 1, atol=1e-4):
+    if probabilities.ndim != 2 or probabilities.shape[1] != len(components):
         raise TensorError(f"expected probabilities of shape (prompt, {len(components)}), got {probabilities.shape}")
+    shares = simplex("probabilities", probabilities)
     points = (np.arange(draws) + 0.5) / draws
-    edges = (probabilities / sums).cumsum(1)[:, :-1]  # (N, K)
+    edges = (shares / shares.sum(1, keepdims=True)).cumsum(1)[:, :-1]  # (N, K)
     chosen = (points[:, None, None] > edges).sum(-1)  # (S, N)
     orders = np.stack([np.random.default_rng(seed).permutation(draws) for seed in seeds], 1)
     return DispatchPosterior(np.eye(len(components))[np.take_along_axis(chosen, orders, 0)], tuple(components))

@@ -20,7 +20,7 @@ from bayes_dispatch.inference.scoring.document_reader import Reading, read_docum
 from bayes_dispatch.inference.scoring.scores import Comparison, Score, ScoredBytes, SystemComparison
 from bayes_dispatch.inference.two_pass.blends import Blend, Particles, as_blend
 from bayes_dispatch.inference.two_pass.filtering import ParticleFilter, predictive
-from bayes_dispatch.inference.two_pass.system import Dispatched, Strategy, System
+from bayes_dispatch.inference.two_pass.system import Strategy, System, as_strategy
 from bayes_dispatch.model.backbone import Backbone, Cuttable
 from bayes_dispatch.model.parts import CutModel
 from bayes_dispatch.model.tokenizer import ByteTokenizer
@@ -58,9 +58,8 @@ def compare_blends(
     if len(set(names)) < len(names) or not names:
         raise ConfigError(f"expected blends that all differ, got {', '.join(names) or 'none'}")
     _check(documents)
-    posterior = (strategy or Dispatched()).posterior(
-        bundle, [document.prompt for document in documents], checked_seed(seed)
-    )
+    prompts = [document.prompt for document in documents]
+    posterior = as_strategy(strategy).posterior(bundle, prompts, checked_seed(seed))
     particles = {blend.name: blend.particles(posterior) for blend in chosen}
     found = score_together(bundle.model, bundle.experts, documents, particles, progress)
     return Comparison(tuple(score for name in names for score in found[name]))

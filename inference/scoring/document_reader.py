@@ -74,16 +74,13 @@ def _read_together(
     lengths, below = mask.sum(1), cut.below(ids, mask, None)
     places = [scored_places(document) for document in documents]
     parts: list[list[Reading]] = [[] for _ in documents]
-    blend = experts.blend if weights[0].ndim == 2 else experts.blend_by_layer
     for rows in _batches(lengths, [len(own) for own in weights], TOKENS_AT_ONCE):
         owner = torch.tensor([n for n, _ in rows])
         blended = torch.tensor(np.stack([weights[n][w] for n, w in rows])).to(cut.model.dtype)
         tokens = lengths[owner]
         width = int(tokens.max())
         real = None if bool((tokens == width).all()) else mask[owner, :width]
-        # one row is as good as scales that all rows share, which may be folded into a matrix
-        adaptation = blend(blended if len(rows) > 1 else blended[0])
-        after = cut.above(below[owner, :width], real, None, adaptation).log_softmax(-1)
+        after = cut.above(below[owner, :width], real, None, experts.blend_rows(blended)).log_softmax(-1)
         for n in owner.unique().tolist():
             parts[n].append(_of(after[owner == n], ids[n, 1 : int(lengths[n])], places[n]))
     return [Reading(*map(torch.cat, zip(*each, strict=True))) for each in parts]

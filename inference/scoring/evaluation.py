@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 PROMPT_BYTES, TOTAL_BYTES = 128, 256
-BLENDS = (BestExpert(), PosteriorMean(), TopK(2), ThompsonSample(), DEFAULT_BLEND)
+REPORTED_BLENDS = (BestExpert(), PosteriorMean(), TopK(2), ThompsonSample(), DEFAULT_BLEND)
 _NAMED = {convention.name: convention for convention in CONVENTIONS}
 
 
@@ -116,13 +116,13 @@ def dispatch_report(
 def pure_report(system: System, domain: Domain, count: int, seed: int) -> dict[str, Any]:
     """Blends on documents of one domain, and how much NLL each loses to the right expert."""
     documents = held_out_documents(domain, count, seed)
-    return _versus(compare_blends(system, documents, [domain.name, BASE, *BLENDS], seed).scores, domain.name)
+    return _versus(compare_blends(system, documents, [domain.name, BASE, *REPORTED_BLENDS], seed).scores, domain.name)
 
 
 def mixed_report(system: System, domain: Domain, count: int, seed: int) -> dict[str, Any]:
     """Blends on documents that mix or switch conventions, and their paired differences to ``PosteriorPredictive``."""
     documents = held_out_documents(domain, count, seed)
-    return _versus(compare_blends(system, documents, [BASE, *BLENDS], seed).scores, DEFAULT_BLEND.name)
+    return _versus(compare_blends(system, documents, [BASE, *REPORTED_BLENDS], seed).scores, DEFAULT_BLEND.name)
 
 
 def paired(scores: Sequence[Score], one: str, other: str) -> list[float]:

@@ -201,27 +201,20 @@ class Comparison:
         """The scores with named dimensions, as ``InferenceData`` (arviz 0.x) or ``xarray.DataTree`` (1.x).
 
         Returns:
-            ``log_likelihood``: for each blend a variable (chain, draw, document), the log-probability in nats of all
-            scored bytes; particles are integrated out, so it is a single draw. ``scores``: each metric (blend,
-            document), and ``scored_bytes`` (document).
+            ``scores``: each metric (blend, document), ``log_probability`` (blend, document) of all scored bytes, in
+            nats, and ``scored_bytes`` (document). There is no ``log_likelihood``: particles are integrated out, and of
+            its single draw ``arviz.loo`` would mean nothing.
         """
         documents = [score.document for score in self.of(self.blends[0])]
         coords = {"document": documents, "blend": list(self.blends)}
-        totals = {
-            blend: (("chain", "draw", "document"), [[[float(s.scored.log_probability.sum()) for s in self.of(blend)]]])
-            for blend in self.blends
-        }
-        table = {
+        table: dict[str, Any] = {
             metric: (("blend", "document"), np.stack([self.values(blend, metric) for blend in self.blends]))
             for metric in METRICS
         }
-        sizes = [len(score.scored.right) for score in self.of(self.blends[0])]
-        return to_inference_data(
-            {
-                "log_likelihood": xr.Dataset(totals, {"chain": [0], "draw": [0], "document": documents}),
-                "scores": xr.Dataset({**table, "scored_bytes": (("document",), sizes)}, coords),
-            }
-        )
+        totals = [[float(score.scored.log_probability.sum()) for score in self.of(blend)] for blend in self.blends]
+        table["log_probability"] = ("blend", "document"), totals
+        table["scored_bytes"] = "document", [len(score.scored.right) for score in self.of(self.blends[0])]
+        return to_inference_data({"scores": xr.Dataset(table, coords)})
 
 
 @dataclass(frozen=True)

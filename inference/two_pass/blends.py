@@ -205,10 +205,9 @@ def check_switching(rates: Sequence[float]) -> tuple[float, ...]:
     Raises:
         ConfigError: none, or one outside [0, 1).
     """
-    found = tuple(real("a switching rate", rate, 0) for rate in rates)
-    if not found or max(found) >= 1:
-        raise ConfigError(f"expected switching rates in [0, 1), got {rates}")
-    return found
+    if not isinstance(rates, Sequence) or not rates:
+        raise ConfigError(f"expected switching rates from 0 to 1, got {rates!r:.60}")
+    return tuple(real("a switching rate", rate, 0, 1, below=True) for rate in rates)
 
 
 @dataclass(frozen=True)
@@ -239,9 +238,7 @@ class PosteriorPredictive(NamedBySettings):
         checked: dict[str, Any] = {"draws": whole("draws", self.draws, 1)}
         checked["switching"] = check_switching(self.switching)
         for name in ("flat", "vertex_mass"):
-            if (value := real(name, getattr(self, name), 0)) >= 1:
-                raise ConfigError(f"expected {name} in [0, 1), got {value}")
-            checked[name] = value
+            checked[name] = real(name, getattr(self, name), 0, 1, below=True)
         checked["merge"] = real("merge", self.merge, 0)
         for name, value in checked.items():
             object.__setattr__(self, name, value)

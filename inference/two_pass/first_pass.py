@@ -24,7 +24,7 @@ __all__ = [
     "evidence_of",
     "first_pass",
     "padded",
-    "pool",
+    "token_means",
     "read_prefix",
     "surprise_of",
 ]
@@ -106,7 +106,7 @@ def _pooled(
     """The views of each row that are read off the model."""
     blocks = range(block) if block else range(model.depth)
     read = model.open(len(ids), ids.shape[1], blocks=blocks).read(ids, tokens, own=not block)
-    means = pool(read.hidden, tokens)
+    means = token_means(read.hidden, tokens)
     if read.own is None:
         return [{"hidden": mean} for mean in means]
     surprise = surprise_of(read, tokens)
@@ -184,7 +184,7 @@ def class_counts(data: bytes, text: Tokens) -> np.ndarray:
     return np.bincount(classes, minlength=len(TOKEN_CLASSES) + 1).astype(float)
 
 
-def pool(hidden: Float[Tensor, "B T D"], tokens: Int[Tensor, " B"]) -> Float[np.ndarray, "B D"]:
+def token_means(hidden: Float[Tensor, "B T D"], tokens: Int[Tensor, " B"]) -> Float[np.ndarray, "B D"]:
     """Means of right-padded hidden states over all real tokens (B,) of each row but the first, or of that alone."""
     real = _after_first(hidden, tokens)
     return ((hidden * real).sum(1) / real.sum(1)).double().cpu().numpy()

@@ -4,7 +4,7 @@ What is below the first adapted block is the same for all particles of a prompt,
 prompts are one row until the prompts have been read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,7 +15,6 @@ from torch import Tensor
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.first_pass import Prefix, padded
-from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.backbone import Backbone, Read
 
 __all__ = ["CachedReader", "ParticleReader", "Said", "UncachedReader"]
@@ -98,12 +97,10 @@ class CachedReader:
         self._index = torch.tensor([[place.setdefault(key, len(place)) for key in of_prompt] for of_prompt in keys])
         self._owner = torch.tensor([own for own, _ in place])  # row of the prefix, and later prompt, of each row
         blends = np.stack([np.frombuffer(each).reshape(doubles.shape[2:]) for _, each in place])
-        weights = torch.tensor(blends).to(model.dtype)
-        # one row is as good as scales that all rows share, which may be folded into a matrix
-        adaptation = blended(experts, particles)(weights if len(weights) > 1 else weights[0])
         self._below = prefix.below
         cut = 0 if prefix.x is None else prefix.cut
-        self._above = model.open(len(weights), capacity, adaptation, range(cut, model.depth))
+        adaptation = experts.blend_rows(torch.tensor(blends).to(model.dtype))
+        self._above = model.open(len(blends), capacity, adaptation, range(cut, model.depth))
         self._evaluated_below = 0
         self._read = 0  # tokens of the prompts
         self._separate = False  # whether each prompt has rows of its own
@@ -197,7 +194,7 @@ class UncachedReader:
     ) -> None:
         self.evaluated = 0
         self._model = model
-        self._blend = blended(experts, particles)
+        self._blend = experts.blend_rows
         self._weights = torch.tensor(particles.run)  # a copy: a posterior's own draws are read-only
         self._seen = [row[:count] for row, count in zip(ids.tolist(), tokens.tolist(), strict=True)]
 
@@ -225,8 +222,3 @@ class UncachedReader:
         filled = [[*chosen, *[chosen[0]] * (width - len(chosen))] for chosen in particles]
         self._seen = [self._seen[prompt] for prompt in prompts]
         self._weights = self._weights[torch.tensor(list(prompts))[:, None], torch.tensor(filled)]
-
-
-def blended(experts: ExpertBank, particles: Particles) -> Callable[[Tensor], Adaptation]:
-    """How weights of rows become their adaptation: the same in all layers, or each with its own."""
-    return experts.blend if particles.layers is None else experts.blend_by_layer

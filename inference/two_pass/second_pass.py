@@ -15,12 +15,12 @@ from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.two_pass.blends import Blend, Particles
 from bayes_dispatch.inference.two_pass.events import tell
-from bayes_dispatch.inference.two_pass.first_pass import Prefix, evidence_of, first_pass, pool, read_prefix
+from bayes_dispatch.inference.two_pass.first_pass import Prefix, evidence_of, first_pass, read_prefix, token_means
 from bayes_dispatch.inference.two_pass.generation import Cost
 from bayes_dispatch.inference.two_pass.particles import Decoding, Token
 from bayes_dispatch.inference.two_pass.prompts import Writing, Written, check_prompts, tokenized
 from bayes_dispatch.inference.two_pass.readers import CachedReader, ParticleReader, UncachedReader
-from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, Strategy, System, gate_of
+from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, Strategy, System, as_strategy, gate_of
 from bayes_dispatch.model.generation.sampling import row_generators, row_seeds
 
 __all__ = ["GenerationRequest", "SecondPass"]
@@ -41,7 +41,7 @@ class GenerationRequest:
         seed: ``None`` becomes a fresh one.
 
     Raises:
-        ConfigError: a seed that is none, or a rate at which to abstain is missing.
+        ConfigError: a seed or strategy that is none, or a rate at which to abstain is missing.
     """
 
     blend: Blend
@@ -56,6 +56,7 @@ class GenerationRequest:
     def __post_init__(self) -> None:
         given = int(np.random.SeedSequence().generate_state(1)[0]) if self.seed is None else seed(self.seed)
         object.__setattr__(self, "seed", given)
+        as_strategy(self.strategy)
         if self.abstain and self.false_alarm_rate is None:
             raise ConfigError("expected a false_alarm_rate to abstain at, got None")
 
@@ -176,7 +177,7 @@ class SecondPass:
             return self._given.select(group)
         prompts = [self.prompts[n] for n in distinct]
         if prefix.x is not None:
-            views = {"hidden": pool(prefix.x, prefix.tokens)}
+            views = {"hidden": token_means(prefix.x, prefix.tokens)}
             found = evidence_of(prompts, [self._texts[n] for n in distinct], views)
         else:
             found = first_pass(self._system.model, self._system.tokenizer, prompts).evidence

@@ -14,7 +14,7 @@ from bayes_dispatch.inference.two_pass.first_pass import first_pass
 from bayes_dispatch.model.backbone import Backbone, Tokenizer
 from bayes_dispatch.model.generation.sampling import row_seeds
 
-__all__ = ["POSTERIOR_DRAWS", "Dispatched", "Strategy", "System", "cut_of", "dispatch", "gate_of"]
+__all__ = ["POSTERIOR_DRAWS", "Dispatched", "Strategy", "System", "as_strategy", "cut_of", "dispatch", "gate_of"]
 
 POSTERIOR_DRAWS = 64
 
@@ -85,3 +85,15 @@ class Dispatched:
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
         return dispatch(system, prompts, seed)[0]
+
+
+def as_strategy(strategy: Strategy | None) -> Strategy:
+    """A strategy as it is, the system's dispatcher for none.
+
+    Raises:
+        ConfigError: it is no strategy.
+    """
+    found = Dispatched() if strategy is None else strategy
+    if isinstance(found, type) or not isinstance(found, Strategy):
+        raise ConfigError(f"expected a strategy such as Dispatched(), or None, got {strategy!r:.60}")
+    return found

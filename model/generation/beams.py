@@ -73,8 +73,8 @@ class _Search:
     def advance(self) -> None:
         """Extend the hypotheses by one token, and see which prompts are done."""
         settings, beams = self._settings, self._settings.num_beams
+        check_numbers(self._logits)
         own = log_probabilities(self._logits)
-        check_numbers(own)
         ranked = own
         if self._seen is not None:
             ranked = log_probabilities(penalise_repetition(self._logits, self._seen, settings.penalty))

@@ -1,5 +1,6 @@
 """Greedy and sampled decoding, where rows that have ended leave the batch."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,9 +83,9 @@ def log_probabilities(logits: Float[Tensor, "R V"]) -> Float[Tensor, "R V"]:
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def check_numbers(log_probabilities: Float[Tensor, "R V"]) -> None:
+def check_numbers(logits: Float[Tensor, "R V"]) -> None:
     """Raise ``TensorError`` where no token can be chosen, or ranked, since a weight or a scale was no finite number."""
-    if bool(log_probabilities.isnan().any()):
+    if not math.isfinite(logits.amax(-1).sum(dtype=torch.double)):  # two operations, as each token pays for them
         raise TensorError("expected logits that are numbers, got NaN: a weight or a scale is no finite number")
 
 
@@ -125,11 +126,8 @@ class Rows:
         if self.running is not self._evaluated:
             self._leave()
         continuation = self._prompts.continuation
-        if self._tokens is None:
-            logits = continuation.start()
-            check_numbers(log_probabilities(logits))
-        else:
-            logits = continuation.step(self._tokens)
+        logits = continuation.start() if self._tokens is None else continuation.step(self._tokens)
+        check_numbers(logits)
         tokens = self._choose(logits)
         self._tokens = tokens
         self._made += 1

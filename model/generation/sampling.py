@@ -87,9 +87,12 @@ def row_seeds(seed: int | None, rows: Sequence[bytes]) -> list[int]:
 
     It is a hash of ``seed``, the row's content and, where a batch holds the same content again, how often it came
     before: so a batch gives what one by one gives, and copies of a prompt still differ. ``None`` draws a fresh seed.
+
+    Raises:
+        ConfigError: a seed that is no whole number, or negative.
     """
-    if seed is None:
-        seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0])
+    given = np.random.SeedSequence().generate_state(1, np.uint64)[0] if seed is None else seed
+    seed = whole("seed", given, 0)
     seen: Counter[bytes] = Counter()
     seeds = []
     for row in rows:

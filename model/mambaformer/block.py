@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from bayes_dispatch.model.adaptation import Scales
 from bayes_dispatch.model.mambaformer.cache import State
 from bayes_dispatch.model.mambaformer.config import BlockKind, MambaFormerConfig
 from bayes_dispatch.model.mambaformer.mixers import (
@@ -46,7 +47,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         span: Span,
-        scales: Mapping[str, Tensor],
+        scales: Mapping[str, Scales],
         state: State | None = None,
         memory: Memory | None = None,
     ) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bayes_dispatch.errors import ConfigError, StaleCacheError, TensorError
-from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.adaptation import Adaptation, Scales
 from bayes_dispatch.model.mambaformer.block import Block, build_mixer
 from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.compiled.stepping import Stepper, Steppers, can_step
@@ -36,6 +37,16 @@ class Stretch:
         self.blocks = blocks
         self.normalised = normalised
         self.steppers = Steppers()
+
+
+class Checked(WeakKeyDictionary[Adaptation, tuple[int, torch.dtype]]):
+    """For how many rows, and in which dtype, an adaptation was found to fit a model."""
+
+    def __reduce__(self) -> tuple[type["Checked"], tuple[()]]:
+        return Checked, ()  # of another model
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Checked":
+        return Checked()
 
 
 class BlockStack(nn.Module):
@@ -66,7 +77,7 @@ class BlockStack(nn.Module):
                 parameter.data.mul_(backbone.n_blocks**-0.5)
         self._fingerprint = Fingerprint()
         self._stretches: dict[range, Stretch] = {}
-        self._checked: tuple[Adaptation, int, torch.dtype] | None = None
+        self._checked: Checked = Checked()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,10 +107,10 @@ class BlockStack(nn.Module):
         if cache is not None:
             cache.begin([adaptation.digest(index) for index in stretch.blocks])
         if cache is not None and can_step(x):
-            build = partial(self._stepper, stretch, adaptation)
+            build = partial(self._stepper, stretch, adaptation, weights)
             x = stretch.steppers.of(weights, adaptation, build)(x, span, cache, memory)
         else:
-            scales = self._scales(adaptation)
+            scales = self._scales(adaptation, None if cache is None else weights)
             saving = self.gradient_checkpointing and self.training and cache is None
             for place, index in enumerate(stretch.blocks):
                 block, state = self.blocks[index], None if cache is None else cache.states[place]
@@ -124,16 +135,16 @@ class BlockStack(nn.Module):
         if not blocks or blocks.start < 0 or blocks.stop > len(self.blocks) or blocks.step != 1:
             raise ConfigError(f"expected blocks of 0 … {len(self.blocks) - 1}, got {_named(blocks)}")
 
-    def _stepper(self, stretch: Stretch, adaptation: Adaptation) -> Stepper:
-        scales = self._scales(adaptation)
+    def _stepper(self, stretch: Stretch, adaptation: Adaptation, weights: object) -> Stepper:
+        scales = self._scales(adaptation, weights)
         blocks = [cast(Block, self.blocks[index]) for index in stretch.blocks]
         own = [scales[index] for index in stretch.blocks]
         return Stepper(blocks, self.norm if stretch.normalised else None, own)
 
-    def _scales(self, adaptation: Adaptation) -> list[dict[str, Tensor]]:
+    def _scales(self, adaptation: Adaptation, weights: object) -> list[dict[str, Scales]]:
         """The scales of each block, by the names that its mixer knows."""
-        scales: list[dict[str, Tensor]] = [{} for _ in self.blocks]
-        for name, z in adaptation.scales.items():
+        scales: list[dict[str, Scales]] = [{} for _ in self.blocks]
+        for name, z in adaptation.matrices(weights).items():
             if name != EMBEDDING:
                 _, block, _, matrix = name.split(".", 3)
                 scales[int(block)][matrix] = z
@@ -178,7 +189,8 @@ class BlockStack(nn.Module):
             )
         own = (cast(Block, self.blocks[index]) for index in blocks)
         states = [block.init_state(batch_size, max_length, dtype, kv_dtype) for block in own]
-        return Cache(states, batch_size, max_length, self._maker(), grow, blocks.start)
+        maker = self._fingerprint.maker(self, self.dtype)
+        return Cache(states, batch_size, max_length, maker, grow, blocks.start)
 
     def adaptable(self) -> dict[str, int]:
         """Name and rank of each matrix that experts adapt unless told otherwise: those of the blocks, in order."""
@@ -204,10 +216,8 @@ class BlockStack(nn.Module):
         """``advance``, but ``cache`` is checked."""
         stretch = stretch or self._stretch(range(len(self.blocks)))
         if cache is not None:
-            empty = (
-                isinstance(cache.read, int) and cache.read == 0
-            )  # made just now: ``init_cache`` looked at all weights
-            cache.check_model(self._maker(glance=empty or x.shape[1] == 1))
+            fresh = isinstance(cache.read, int) and cache.read == 0  # ``init_cache`` has looked at all weights
+            cache.check_model(self._fingerprint.maker(self, self.dtype, glance=fresh or x.shape[1] == 1))
             if cache.blocks != stretch.blocks:
                 raise StaleCacheError(
                     f"expected a cache of {_named(stretch.blocks)}, got one of {_named(cache.blocks)}"
@@ -224,20 +234,15 @@ class BlockStack(nn.Module):
             )
         if not adaptation.scales:
             return
-        asked = adaptation, batch, self.dtype
-        if self._checked is None or any(a is not b for a, b in zip(asked, self._checked, strict=True)):
+        asked = batch, self.dtype
+        if self._checked.get(adaptation) != asked:
             check_adaptation(adaptation, self.adaptable() | self.adaptable_on_request(), self.dtype, batch)
-            self._checked = asked  # it cannot change, and every cached step asks
+            self._checked[adaptation] = asked  # it cannot change, and every cached step asks
 
     def _check_states(self, x: Tensor) -> None:
         width = self.backbone.d_model
         if x.ndim != 3 or x.shape[0] < 1 or x.shape[1] < 1 or x.shape[2] != width:
             raise TensorError(f"expected hidden states of shape (B, T, {width}) with B, T >= 1, got {tuple(x.shape)}")
-
-    def _maker(self, glance: bool = False) -> str:
-        """What a cache remembers of the model that made it."""
-        own = self._fingerprint.glance(self) if glance else self.fingerprint()
-        return f"{own} in {self.dtype}"
 
 
 def _named(blocks: range) -> str:

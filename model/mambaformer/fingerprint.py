@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from types import ModuleType
 
@@ -32,7 +32,11 @@ class Fingerprint:
     @property
     def key(self) -> object:
         """What stands for the weights that were hashed last: the same object until they change."""
-        return self._kept
+        return None if self._kept is None else self._kept.key
+
+    def maker(self, module: nn.Module, dtype: torch.dtype, glance: bool = False) -> str:
+        """What a cache remembers of the model that made it: the hash, by a glance or not, and the dtype."""
+        return f"{self.glance(module) if glance else self.of(module)} in {dtype}"
 
     def of(self, module: nn.Module) -> str:
         """The hash; always of the same module. Threads may compute it twice, and see it whole."""
@@ -68,6 +72,7 @@ class _Kept:
     places: list[int]
     memory: np.ndarray | None
     value: str
+    key: object = field(default_factory=object)  # that a copy of a model does not share
 
     @classmethod
     def of(cls, module: nn.Module) -> "_Kept":

@@ -162,7 +162,7 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         """
         if self.head is not None:
             return self.head(hidden)
-        return self.embedding.product(hidden, None if adaptation is None else adaptation.scales.get(EMBEDDING))
+        return self.embedding.product(hidden, None if adaptation is None else adaptation.of(EMBEDDING))
 
     def begin(
         self,

@@ -116,7 +116,7 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         self._check_adaptation(adaptation, rows)
         padding = check_padding(decoder_attention_mask, (rows, length), at_least=1 if cache is None else 0)
         if cache is not None:
-            cache.check_model(self._maker())
+            cache.check_model(self._maker(glance=length == 1))
             cache.check_room(rows, length if padding.tokens is None else padding.tokens)
         memory = self._remember(input_ids, attention_mask, memory, cache, adaptation, rows)
         hidden = self._decode(decoder_input_ids, padding, cache, memory, adaptation.part("decoder"))
@@ -152,7 +152,8 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         Arguments and errors: see ``MambaFormerForCausalLM``; ``max_length`` counts the decoder's tokens.
         """
         cache = self.decoder.init_cache(batch_size, max_length, dtype=dtype, kv_dtype=kv_dtype, grow=grow)
-        return Cache(cache.states, batch_size, max_length, self._maker(), grow)
+        cache.model = self._maker()
+        return cache
 
     def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """The next-token head."""
@@ -234,16 +235,17 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         if memory is not None:
             memory.check(rows, self.config.encoder.d_model, self.dtype)
             if memory.source is not None:
-                check_source(memory.source, self._makers(adaptation))
+                check_source(memory.source, self._makers(adaptation, cache))
         state = None if cache is None else next(s for s in cache.states if isinstance(s, CrossAttentionState))
         if state is not None and state.filled:
-            self._check_filled(state, given, memory, adaptation)
+            self._check_filled(state, given, memory, self._makers(adaptation, cache))
             return None
         if memory is None and given is None:
             raise TensorError("expected input_ids, memory, or a cache that has read them, got none")
         if given is None:
             return memory
-        return self._encode(given, adaptation, None if cache is None else source_of(self._makers(adaptation), given))
+        source = None if cache is None else source_of(self._makers(adaptation, cache), given)
+        return self._encode(given, adaptation, source)
 
     def _check_input(self, input_ids: Tensor, attention_mask: Tensor | None, rows: int | None) -> Input:
         check_ids(input_ids, self.vocab_size)
@@ -252,10 +254,9 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         return Input(input_ids, check_padding(attention_mask, (input_ids.shape[0], input_ids.shape[1]), at_least=1))
 
     def _check_filled(
-        self, state: CrossAttentionState, given: Input | None, memory: Memory | None, adaptation: Adaptation
+        self, state: CrossAttentionState, given: Input | None, memory: Memory | None, expected: Tensor
     ) -> None:
-        """Raise unless ``state`` was filled under this adaptation, and from what is given again, if anything is."""
-        expected = self._makers(adaptation)
+        """Raise unless ``state`` was filled by these ``makers``, and from what is given again, if anything is."""
         if given is not None or memory is not None:
             again = source_of(expected, given) if given is not None else None if memory is None else memory.source
             if state.source is None or again is None:
@@ -269,9 +270,10 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
     def _check_adaptation(self, adaptation: Adaptation, batch: int) -> None:
         check_adaptation(adaptation, self.adaptable() if adaptation.scales else {}, self.dtype, batch)
 
-    def _maker(self) -> str:
+    def _maker(self, glance: bool = False) -> str:
         """What a cache remembers of the model that made it: both halves, since its keys are the encoder's, too."""
-        return f"{self.fingerprint()} in {self.dtype}"
+        return self._fingerprint.maker(self, self.dtype, glance)
 
-    def _makers(self, adaptation: Adaptation) -> Tensor:
-        return makers(self._maker(), adaptation.part("encoder"))
+    def _makers(self, adaptation: Adaptation, cache: Cache | None = None) -> Tensor:
+        """``makers`` of this model, which ``cache`` is one of where it is given."""
+        return makers(self._maker() if cache is None else cache.model, adaptation.part("encoder"))

@@ -33,6 +33,7 @@ from bayes_dispatch import storage
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.errors import BundleError
 from bayes_dispatch.storage import (
+    check_directory,
     check_tensors,
     read_directory,
     read_json,
@@ -80,11 +81,12 @@ class TestOutput:
         write_output(tmp_path / "file", b"new")
         assert ((tmp_path / "file").stat().st_uid, (tmp_path / "file").stat().st_gid) == (1234, 2345)
 
+    @pytest.mark.parametrize("error", [storage.errno.EPERM, storage.errno.EOPNOTSUPP])
     def test_an_owner_that_cannot_be_kept_is_left_the_file(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
     ) -> None:
         def forbidden(*_: object) -> None:
-            raise PermissionError
+            raise OSError(error, os.strerror(error))
 
         monkeypatch.setattr(os, "fchown", forbidden)
         (tmp_path / "file").write_text("old")
@@ -203,9 +205,10 @@ class TestOutput:
 
 
 def test_reports_replace_reports_alone(tmp_path: Path) -> None:
-    def write(text: str, title: str = "# Ours") -> None:
+    def write(text: str, title: str = "# Ours", picture: bool = True) -> None:
         with write_files(tmp_path / "out", ["a.png", "report.md"], title) as new:
-            (new / "a.png").write_text(text)
+            if picture:
+                (new / "a.png").write_text(text)
             (new / "report.md").write_text(f"{title}\n{text}")
 
     write("old")
@@ -215,7 +218,9 @@ def test_reports_replace_reports_alone(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == after
     refused(lambda: write("other", "# Another"), r"expected no a\.png in .*out, or that of an earlier run")
     assert contents(tmp_path / "out") == after
-    (tmp_path / "out" / "report.md").unlink()
+    write("less", picture=False)
+    assert contents(tmp_path / "out") == {"report.md": "# Ours\nless", "note": "mine"}
+    (tmp_path / "out" / "report.md").rename(tmp_path / "out" / "a.png")
     refused(lambda: write("again"), r"expected no a\.png in")
 
 
@@ -276,11 +281,35 @@ class TestSaving:
         assert sorted((str(each), each.lstat().st_ino) for each in tmp_path.rglob("*")) == before
         assert (tmp_path / "elsewhere").read_text() == "mine"
 
-    @pytest.mark.parametrize("text", ["{", "{}", "[1]", '{"files": 3}', '"text"', '{"files": ["bundle.json"]}'])
-    def test_what_only_has_its_name_is_no_earlier_save(self, tmp_path: Path, text: str) -> None:
-        (tmp_path / "bundle.json").write_text(text)
-        refused(lambda: save(tmp_path, "new"), "got other things in it: bundle.json")
-        assert contents(tmp_path) == {"bundle.json": text}
+    @pytest.mark.parametrize(
+        ("index", "text"),
+        [
+            *(
+                ("bundle.json", text)
+                for text in ("{", "{}", "[1]", '{"files": 3}', '"a"', '{"files": ["bundle.json"]}')
+            ),
+            ("config.json", '{"model_type": "maskformer", "backbone": "resnet50"}'),
+            ("config.json", '{"model_type": "encoder-decoder", "encoder": {"model_type": "bert"}}'),
+        ],
+    )
+    def test_what_only_has_its_name_is_no_earlier_save(self, tmp_path: Path, index: str, text: str) -> None:
+        (tmp_path / index).write_text(text)
+        refused(lambda: check_directory(tmp_path, index), f"got other things in it: {index}")
+
+    def test_what_file_managers_leave_is_no_obstacle(self, tmp_path: Path) -> None:
+        save(tmp_path, "old", "folder/file")
+        for folder in (".", "part", "folder"):
+            (tmp_path / folder / ".DS_Store").write_text("icons")
+        save(tmp_path, "new")
+        assert sorted(contents(tmp_path)) == [".DS_Store", "bundle.json", "more", "part/.DS_Store", "part/a"]
+        (tmp_path / "Thumbs.db").mkdir()
+        refused(lambda: save(tmp_path, "newer"), "got other things in it: Thumbs.db")
+
+    def test_files_keep_their_modes(self, tmp_path: Path) -> None:
+        save(tmp_path, "old")
+        (tmp_path / "part/a").chmod(0o640)
+        save(tmp_path, "new")
+        assert (load(tmp_path), stat.S_IMODE((tmp_path / "part/a").stat().st_mode)) == ("new", 0o640)
 
     def test_links_and_files_in_the_place_of_the_directory(self, tmp_path: Path) -> None:
         (tmp_path / "real").mkdir()
@@ -412,7 +441,9 @@ def test_documents_round_trip(tmp_path: Path) -> None:
 def test_dispatcher_round_trip(fitted: Dispatcher, fresh: "Sample", tmp_path: Path) -> None:
     """Saving and loading changes nothing, bit for bit: draws, probabilities, simulations, settings, a second save."""
     fitted.save(tmp_path / "a")
+    generator = torch.random.get_rng_state()
     loaded = Dispatcher.load(tmp_path / "a")
+    assert torch.equal(torch.random.get_rng_state(), generator)
     for name in ("experts", "random_state", "svi", "guide", "features"):
         assert getattr(loaded, name) == getattr(fitted, name)
     draws = [d.posterior(fresh.evidence, draws=5, seed=3).weights for d in (fitted, loaded)]

@@ -1,4 +1,4 @@
-"""The benchmark of first adapted blocks runs, keeps what it made, and its tables say what was measured."""
+"""The benchmark of first adapted blocks runs once, keeps what it made, and its tables say what was measured."""
 
 import sys
 from pathlib import Path

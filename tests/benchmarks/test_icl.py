@@ -1,4 +1,5 @@
-"""The in-context benchmark: its prompts are what they say, its models are of one size, its numbers are repeatable."""
+"""The in-context benchmark: its prompts and labels are what they say, answers see nothing after their query, its
+models are of one size, its numbers are repeatable."""
 
 import json
 import sys

@@ -1,7 +1,5 @@
-"""Banks on disk: a save writes what changed, experts are read one by one, and a damaged one alone tells why.
-
-That a save is whole or did not happen: tests/bayes_dispatch/test_storage.py.
-"""
+"""Banks on disk: loading gives back what was saved, a save writes what changed, experts are read one by one, and a
+damaged one alone tells why. That a save is whole or did not happen: tests/bayes_dispatch/test_storage.py."""
 
 import io
 import json
@@ -216,10 +214,6 @@ Spoil = Callable[[Path, ExpertBank], object]
 FIRST = "blocks.0.mixer.in_proj"
 
 
-def cut(share: float) -> Spoil:
-    return lambda file, bank: file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-
-
 def rewritten(change: Callable[[dict[str, Tensor], dict[str, str]], object]) -> Spoil:
     """The file of ``sort`` written anew, with other scales or another header."""
 
@@ -237,17 +231,12 @@ def become_a_directory(file: Path, bank: ExpertBank) -> None:
     file.mkdir()
 
 
-WHOLE = "expected a whole safetensors file"
 EDITED = "with digest [0-9a-f]{12}, got [0-9a-f]{12}: it was edited"
 NOT_FINITE = "of expert sort, got NaN or infinite ones"
 DAMAGE: dict[str, tuple[Spoil, str]] = {
     "missing": (lambda file, bank: file.unlink(), "expected a readable file .*, got: No such file"),
     "a directory": (become_a_directory, "expected a readable file .*, got: Is a directory"),
-    "empty": (cut(0), WHOLE),
-    "header cut": (cut(0.02), WHOLE),
-    "cut in half": (cut(0.5), WHOLE),
-    "end cut": (cut(0.99), WHOLE),
-    "longer": (lambda file, bank: file.write_bytes(file.read_bytes() + b"x"), WHOLE),
+    "cut": (lambda file, bank: file.write_bytes(file.read_bytes()[:-9]), "expected a whole safetensors file"),
     "swapped": (
         lambda file, bank: shutil.copy(file_of(file.parent, "add"), file),
         "expected the expert 'sort' in .*, got the expert 'add'",
@@ -358,12 +347,6 @@ class TestIndex:
 
     def test_nothing_there(self, tmp_path: Path) -> None:
         self.refused(tmp_path / "bank", r"expected a readable file .*bank.json, got: No such file")
-
-    @pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.99])
-    def test_a_truncated_one(self, saved: Path, share: float) -> None:
-        data = (saved / "bank.json").read_bytes().rstrip()
-        (saved / "bank.json").write_bytes(data[: int(share * len(data))])
-        self.refused(saved, "expected JSON in .*bank.json, got")
 
     def test_the_older_format(self, saved: Path) -> None:
         (saved / "bank.json").write_text(json.dumps({"base": "0", "experts": ["add"]}))

@@ -1,4 +1,5 @@
-"""Documents count in bytes, also where characters have several."""
+"""Documents count in bytes, also where characters have several; weights are one where it is scored, and cuts keep
+that."""
 
 from dataclasses import replace
 

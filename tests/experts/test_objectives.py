@@ -1,4 +1,5 @@
-"""Objectives: gradients against exact ones, weights of bytes, and experts that get better by either."""
+"""Objectives: their gradients are unbiased, against exact ones; divergence is from the base model; both make experts
+better. Rewards and weights of bytes are by hand, and bad settings are refused."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING

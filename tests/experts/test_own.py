@@ -1,4 +1,5 @@
-"""Domains from a user's files: splits, documents, rewards, and one line for whatever is wrong with a file."""
+"""Domains from a user's files: no text is in both splits, rewards are agreement, documents are as in the file.
+Whatever is wrong with a file is said in a line."""
 
 import json
 from pathlib import Path

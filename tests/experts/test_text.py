@@ -1,4 +1,5 @@
-"""Text domains: passages of the right texts, from the right split. The fast tests read a few files only."""
+"""Passages of text domains are of the right texts, from the right split, by the seed. The fast tests read a few files
+only."""
 
 import base64
 import codecs

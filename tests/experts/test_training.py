@@ -1,4 +1,5 @@
-"""Training an expert moves its scales alone, and it gets better at its domain."""
+"""Training an expert moves its scales alone and lowers the loss of its domain; the best scales are kept and the seed
+decides. Which matrices are adapted is a choice, and those that are not there are refused."""
 
 from collections.abc import Callable
 from dataclasses import replace

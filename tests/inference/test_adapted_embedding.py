@@ -1,4 +1,5 @@
-"""Both passes with experts of the embedding: the first pass is unadapted, the second reads each particle's own."""
+"""Both passes with experts of the embedding: the first is unadapted, the second reads each particle's own. Generation
+and few-shot weights by layer are those of a slow reader."""
 
 import copy
 from typing import TYPE_CHECKING, Any

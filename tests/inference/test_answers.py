@@ -1,4 +1,5 @@
-"""The likelihood of answers: against one pair and one particle at a time, and what it refuses."""
+"""The likelihood of answers is that of one pair and one particle at a time, also by layer; batches do not matter, and
+its gradient is right. Bad pairs, shapes and models are refused."""
 
 from typing import Any
 

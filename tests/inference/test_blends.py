@@ -1,4 +1,5 @@
-"""What every blend promises, and what each is for."""
+"""What every blend promises: weights on the simplex, for each prompt alone, permuted with the experts. How particles
+are drawn and weighed; blends that equal others; names and settings, and which are refused."""
 
 from typing import Any
 
@@ -164,10 +165,16 @@ class TestFixedWeights:
         (lambda: TopK(1.5), "k to be a whole number ≥ 1, got 1.5"),
         (lambda: TopK(5).particles(posterior(0)), "k of at most 4 components, got 5"),
         (lambda: RefinedMean(0), "draws to be a whole number ≥ 1, got 0"),
-        (lambda: PosteriorPredictive(5, switching=(0.1, 1.0)), r"switching rates in \[0, 1\), got \(0.1, 1.0\)"),
-        (lambda: PosteriorPredictive(5, switching=()), r"switching rates in \[0, 1\), got \(\)"),
-        (lambda: PosteriorPredictive(5, flat=1), r"flat in \[0, 1\), got 1.0"),
-        (lambda: PosteriorPredictive(5, vertex_mass=float("nan")), "vertex_mass to be a finite number ≥ 0, got nan"),
+        (
+            lambda: PosteriorPredictive(5, switching=(0.1, 1.0)),
+            "a switching rate to be a finite number ≥ 0 and < 1, got 1.0",
+        ),
+        (lambda: PosteriorPredictive(5, switching=()), r"switching rates from 0 to 1, got \(\)"),
+        (lambda: PosteriorPredictive(5, flat=1), "flat to be a finite number ≥ 0 and < 1, got 1"),
+        (
+            lambda: PosteriorPredictive(5, vertex_mass=float("nan")),
+            "vertex_mass to be a finite number ≥ 0 and < 1, got nan",
+        ),
         (lambda: PosteriorPredictive(5, merge=-1), "merge to be a finite number ≥ 0, got -1"),
     ],
 )

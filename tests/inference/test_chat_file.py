@@ -1,4 +1,5 @@
-"""A chat outlives its process: in one file, written whole, refused when it is damaged or belongs elsewhere."""
+"""A resumed chat goes on as it would have, also after a kill; a save that fails takes its turn back. Files of others,
+and what does not fit together, are refused; damage: tests/test_damage.py."""
 
 import os
 import signal

@@ -1,4 +1,5 @@
-"""Scores of blends are what the model itself says of the bytes, under the same posterior for all."""
+"""Scores of blends are what the model itself says of the bytes, under the same posterior for all. Neither rows at
+once, order nor other blends matter; what cannot be compared is refused."""
 
 from collections.abc import Callable
 from dataclasses import replace

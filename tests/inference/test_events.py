@@ -1,4 +1,5 @@
-"""Who listens hears what happened, as facts; who does not pays nothing and sees nothing."""
+"""Who listens hears what happened, as facts and as lines of JSON; who does not pays nothing. What failed is told as
+no generation."""
 
 import json
 import logging

@@ -1,4 +1,5 @@
-"""Scores of a batch of experts are those of one expert and one prompt at a time."""
+"""Scores of a batch of experts are those of one expert and one prompt at a time; base's is the surprise of the first
+pass. Bad prompts and experts of another model are refused."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any

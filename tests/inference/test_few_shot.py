@@ -1,4 +1,5 @@
-"""Few-shot posteriors: the program against Pyro's trace, every method against quadrature, and calibration."""
+"""Few-shot posteriors: densities are those of Pyro's trace, every method finds the posterior by quadrature and is
+calibrated, no information leaves the prior. Seeds decide; bad settings and priors are refused."""
 
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from bayes_dispatch.inference.few_shot.methods import (
     _systematic,
 )
 from bayes_dispatch.inference.few_shot.program import FewShotMethod, FewShotProgram
+from bayes_dispatch.inference.few_shot.strategies import FewShot
 
 PAIRS = [("kfpa>", "apfk\n"), ("dcba>", "abcd\n")]
 
@@ -179,7 +181,7 @@ class AsciiLikelihood(AnswerLikelihood):
 
         particles, pairs = len(weights), len(self._ids)
         ids, mask = self._ids.repeat(particles, 1), self._mask.repeat(particles, 1)
-        adaptation = self._blend(weights.to(self.model.dtype).repeat_interleave(pairs, 0))
+        adaptation = self.experts.blend_rows(weights.to(self.model.dtype).repeat_interleave(pairs, 0))
         logits = self.model(ids, attention_mask=mask, adaptation=adaptation).logits[..., :128]
         scores = log_likelihood_of(logits, ids.clamp(max=127), self._counted.repeat(particles, 1))
         return scores.unflatten(0, (particles, pairs))
@@ -196,20 +198,30 @@ def test_resampled_particles_come_in_random_order() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ImportanceSampling(10), "at least 25 proposals"),
-        (lambda: SequentialMonteCarlo(4), "at least 8 particles"),
-        (lambda: VariationalInference(draws=3), "at least 25 draws"),
-        (lambda: CrossEntropy(5, 9), "2 ≤ elite ≤ population"),
+        (lambda: ImportanceSampling(10), "proposals to be a whole number from 25 "),
+        (lambda: ImportanceSampling(draws="x"), "draws to be a whole number from 1 "),
+        (lambda: SequentialMonteCarlo(4), "particles to be a whole number from 8 "),
+        (lambda: SequentialMonteCarlo(keep=1), "keep to be a finite number > 0 and < 1, got 1"),
+        (lambda: SequentialMonteCarlo(moves=1.5), "moves to be a whole number"),
+        (lambda: VariationalInference(draws=3), "draws to be a whole number from 25 "),
+        (lambda: VariationalInference(learning_rate="a"), "learning_rate to be a finite number > 0, got 'a'"),
+        (lambda: CrossEntropy(5, 9), "an elite of at most the population, 5, got 9"),
+        (lambda: CrossEntropy(spread=float("nan")), "spread to be a finite number > 0, got nan"),
+        (lambda: FewShot(PAIRS, "x"), r"a method such as SequentialMonteCarlo\(\), got 'x'"),
+        (lambda: FewShot(PAIRS, CrossEntropy), "a method such as"),
     ],
 )
-def test_refuses_settings(make: Any, message: str) -> None:
+def test_refuses_settings(make: Any, message: str, unchecked: None) -> None:
     with pytest.raises(ConfigError, match=message):
         make()
 
 
-def test_refuses_priors(line: FewShotProgram) -> None:
-    for prior in ((1.0,), (1.0, 0.0), (1.0, float("nan"))):
-        with pytest.raises(ConfigError, match="2 positive concentrations"):
-            FewShotProgram(line.likelihood, prior)
-    with pytest.raises(ConfigError, match="positive coupling"):
-        FewShotProgram(line.likelihood, coupling=0.0)
+def test_refuses_priors(line: FewShotProgram, unchecked: None) -> None:
+    for prior in ((1.0,), (1.0, 0.0), (1.0, float("nan")), (1.0, "a"), "ab", 2.0):
+        with pytest.raises(ConfigError, match=r"expected (a concentration of the prior to be|2 concentrations of a)"):
+            FewShotProgram(line.likelihood, prior)  # type: ignore[arg-type]
+    for coupling in (0.0, "a"):
+        with pytest.raises(ConfigError, match="coupling to be a finite number > 0"):
+            FewShotProgram(line.likelihood, coupling=coupling)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="seed to be a whole number"):
+        CrossEntropy(8, 2, 2).infer(line, -1)

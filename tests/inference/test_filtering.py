@@ -1,4 +1,5 @@
-"""The filter is exact inference in a hidden Markov chain; the mixture's entropy splits as it must."""
+"""The filter is exact inference in a hidden Markov chain, compiled or not, for prompts that wait and for tokens of
+any likelihood. Entropy splits into within and between particles."""
 
 import itertools
 

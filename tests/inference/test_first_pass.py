@@ -1,4 +1,5 @@
-"""Evidence is a property of the prompt: not of its neighbours, their order, or the batch."""
+"""Evidence is a property of the prompt: not of its neighbours, their order, or the batch. Its views are what they are
+called; prompts are their bytes, and bad ones are refused."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any

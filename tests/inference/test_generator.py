@@ -1,4 +1,5 @@
-"""Two-pass generation: cached and uncached, in a batch and one by one, are the same for every blend."""
+"""Cached and uncached, in a batch and one by one, generation is the same for every blend; its numbers are those of
+the filter written out. A vertex is the model under that expert, seeds decide, foreign parts are refused."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""Weights by layer run as the model whose layers are blended so; with equal layers they are ordinary weights."""
+"""Weights by layer run as the model whose layers are blended so; equal layers are ordinary weights. Scores, fits and
+foreign prompts go by layer, too; what does not fit is refused."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -182,7 +183,7 @@ def test_what_does_not_fit_is_refused(bundle64: Bundle, cut64: Bundle) -> None:
             blend(shared)
     with pytest.raises(ConfigError, match="expected a fit of at least 7 draws, got 6"):
         LayeredPredictive(fit, 7)
-    with pytest.raises(ConfigError, match="expected switching rates"):
+    with pytest.raises(ConfigError, match="a switching rate to be"):
         LayeredPredictive(fit, 2, switching=(2.0,))
     with pytest.raises(ConfigError, match="expected a fit over"):
         LayeredMean(fit).particles(replace(posterior, experts=("x", "y", "z", "base")))

@@ -1,4 +1,5 @@
-"""Documents that are read together, by rows that share what they can, say what the uncached reader says."""
+"""Documents that are read together, by rows that share what they can, say what the uncached reader says; what they
+share runs once."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,6 @@
-"""One prefill for both passes, streams, stops, merged particles, and what all of it costs."""
+"""One prefill serves both passes, a stream is what `generate` gives, stops end texts, merged particles cost fewer
+rows, groups fit the memory. Own tokens are evidence on request, foreign prompts go to base, bad settings are refused
+first."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -1,4 +1,5 @@
-"""Strategies of dispatch: one contract for all, and each against what it is meant to compute."""
+"""One contract for all strategies of dispatch: prompts do not meet, weights are weights. Each is what it is meant to
+compute."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from bayes_dispatch.inference.few_shot.methods import CrossEntropy, ImportanceSa
 from bayes_dispatch.inference.few_shot.strategies import (
     AskedExpert,
     AskedModel,
+    ByPrompt,
     Classified,
     FewShot,
     Given,
@@ -42,7 +44,7 @@ def make_strategy(bundle: Any) -> Callable[[str], Strategy]:
         "asked expert": lambda: AskedExpert(asked),
         "classified": lambda: Classified(lambda evidence: np.tile([0.5, 0.25, 0.25, 0.0], (len(evidence), 1))),
         "few-shot": lambda: FewShot(PAIRS, ImportanceSampling(64, 32)),
-        "few-shot, own pairs": lambda: FewShot(lambda prompt: [("", str(prompt))], CrossEntropy(8, 2, 2)),
+        "few-shot, own pairs": lambda: ByPrompt(lambda prompt: FewShot([("", prompt)], CrossEntropy(8, 2, 2))),
         "given": lambda: Given(np.full(4, 0.25)),
     }
     return lambda name: made[name]()
@@ -79,6 +81,14 @@ def test_prompts_do_not_meet(bundle: Any, make_strategy: Callable[[str], Strateg
     np.testing.assert_allclose(together, alone)
     with pytest.raises(PromptError):
         strategy.posterior(bundle, [""], 0)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", NAMES[:6])
+def test_seeds_are_checked(bundle: Any, make_strategy: Callable[[str], Strategy], name: str) -> None:
+    for seed in (-1, 1.5, "a"):
+        with pytest.raises(ConfigError, match="expected seed to be a whole number ≥ 0, got"):
+            make_strategy(name).posterior(bundle, PROMPTS, seed)  # type: ignore[arg-type]
 
 
 def test_asked_model_is_the_likelihood_of_the_names(bundle: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,8 +129,11 @@ def test_one_hot_draws() -> None:
     assert set(np.unique(even.weights[0].argmax(1))) == {0, 1}  # the first draws, which Thompson sampling takes
     assert set(np.unique(found.weights)) == {0.0, 1.0}
     np.testing.assert_allclose(found.mean, probabilities, atol=0.01)
-    with pytest.raises(TensorError, match="expected probabilities"):
-        one_hot_draws(probabilities * 2, ("a", "b", "c", "base"), list(range(50)))
+    with pytest.raises(TensorError, match="expected probabilities of shape"):
+        one_hot_draws(probabilities, ("a", "base"), list(range(50)))
+    for wrong, message in ((probabilities * 2, "sum to 1"), (probabilities * [3, -1, 1, 1], "at least 0")):
+        with pytest.raises(ConfigError, match=message):
+            one_hot_draws(wrong, ("a", "b", "c", "base"), list(range(50)))
 
 
 def test_category_documents_score_the_category_alone() -> None:
@@ -135,7 +148,16 @@ def test_category_documents_score_the_category_alone() -> None:
     assert seen == {"reverse\n", "sorted\n"}
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_refuses(bundle: Any) -> None:
+    for wrong in ("x", AskedModel, 1):
+        with pytest.raises(ConfigError, match="expected a strategy such as"):
+            TwoPassGenerator(bundle).generate(PROMPTS, max_new_tokens=1, strategy=wrong)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="expected a strategy such as"):
+            compare_blends(bundle, [Document("ab", 1)], ["base"], strategy=wrong)  # type: ignore[arg-type]
+    for pairs in ("ab", [], 5, ["ab"], [("a", "")]):
+        with pytest.raises(PromptError, match=r"expected (a list of at least one pair|pair 0)"):
+            FewShot(pairs)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="expected names for components"):
         AskedModel({"nobody": "x"}).posterior(bundle, PROMPTS, 0)
     with pytest.raises(ConfigError, match="different names of categories"):

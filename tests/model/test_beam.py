@@ -1,4 +1,5 @@
-"""Beam search: against all continuations, against a plain one over lists, and with a real model."""
+"""Beam search finds the best of all continuations, is a plain search over lists, and with one beam is greedy. Prompts
+are read once, those that are done leave, penalties rank only, bad settings are refused."""
 
 import itertools
 from collections.abc import Sequence

@@ -1,4 +1,5 @@
-"""Moving, copying, storing, growing and shrinking a cache: what follows is what the rows' own sequences give."""
+"""Moved, copied, stored, grown, shrunk, pruned and rounded, a cache goes on as its rows' own sequences would;
+gradients pass through it. What does not fit, and rows that are not there, are refused."""
 
 from collections.abc import Callable
 from pathlib import Path

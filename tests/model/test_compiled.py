@@ -1,7 +1,9 @@
-"""The compiled loops of the CPU give what tensor operations give, for every mixer, padding, adaptation and cache."""
+"""Compiled loops of the CPU give what tensor operations give, for every mixer, padding, length, adaptation and cache,
+and follow the weights. States of wrong sizes are refused; without gradients alone are they used."""
 
 import copy
 import io
+import pickle
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.mambaformer.compiled.stepping import MOST_ROWS
+from bayes_dispatch.model.mambaformer.compiled.stepping import MOST_KEPT, MOST_ROWS, Stepper, Steppers
 from bayes_dispatch.model.mambaformer.compiled.switch import kernels, tensors_only
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 
@@ -33,7 +35,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "window": {"blocks": ("attention", "mamba1"), "positions": "rotary", "attention_window": 4},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +86,18 @@ def assert_equal_runs(
         torch.testing.assert_close(got.tensors(), wanted.tensors(), **tolerance)
 
 
-@pytest.mark.parametrize("adapted", ["stored", "shared", "per row"])
-@pytest.mark.parametrize("rows", [1, 3, MOST_ROWS + 1])
+@pytest.mark.parametrize(
+    ("dtype", "rows", "adapted"),
+    [
+        (torch.float64, 1, "shared"),
+        (torch.float64, 3, "stored"),
+        (torch.float64, MOST_ROWS + 1, "per row"),
+        (torch.float32, 1, "stored"),
+        (torch.float32, 3, "per row"),
+        (torch.float32, MOST_ROWS + 1, "shared"),
+    ],
+)
 @every_kind
-@both_dtypes
 def test_a_prompt_and_steps_after_it(
     models: Callable[..., "MambaFormerForCausalLM"], kind: str, dtype: torch.dtype, rows: int, adapted: str
 ) -> None:
@@ -251,7 +260,7 @@ def test_autograd_knows_of_changed_states(models: Callable[..., "MambaFormerForC
         product.backward()
 
 
-@both_dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_exponential_functions(dtype: torch.dtype) -> None:
     """To a few units in the last place, from underflow to saturation; NaN stays NaN."""
     numba = pytest.importorskip("numba")
@@ -309,9 +318,10 @@ def test_hooks_are_called_with_tensors_only(models: Callable[..., "MambaFormerFo
     assert called == [1]
 
 
-@pytest.mark.parametrize("kv_dtype", [None, torch.int8])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("rows", [1, 3, MOST_ROWS + 1])
+@pytest.mark.parametrize(
+    ("rows", "padded", "kv_dtype"),
+    [(1, False, None), (1, True, torch.int8), (3, True, None), (MOST_ROWS + 1, True, torch.int8)],
+)
 def test_a_decoder_with_cross_attention(
     make_seq2seq: Callable[..., Any], rows: int, padded: bool, kv_dtype: torch.dtype | None
 ) -> None:
@@ -341,3 +351,44 @@ def test_without_a_directory_to_keep_programs_in() -> None:
     double = kernels().compile_with()(made["double"])
     assert double(3.5) == 7.0
     assert double.signatures
+
+
+def test_steps_are_built_once() -> None:
+    """For each adaptation, whose takes turns, and anew for other weights; what nobody holds goes."""
+    steppers, built = Steppers(), 0
+
+    def build() -> Stepper:
+        nonlocal built
+        built += 1
+        return Stepper([], None, [])
+
+    weights, adaptations = object(), [Adaptation({"a": torch.ones(2)}) for _ in range(MOST_KEPT)]
+    first = [steppers.of(weights, adaptation, build) for adaptation in adaptations]
+    assert [steppers.of(weights, adaptation, build) for adaptation in adaptations] == first
+    assert built == MOST_KEPT
+    assert steppers.of(weights, Adaptation.identity(), build) is steppers.of(weights, Adaptation({}), build)
+    assert built == MOST_KEPT + 1  # one for all that scale nothing
+    again = [steppers.of(weights, adaptation, build) for adaptation in reversed(adaptations)][::-1]
+    assert again[1:] == first[1:]
+    assert again[0] is not first[0]  # it had gone, as the oldest
+    assert steppers.of(object(), adaptations[5], build) is not first[5]
+    for same in (copy.deepcopy(steppers), pickle.loads(pickle.dumps(steppers))):
+        assert same.of(weights, adaptations[3], build) is not first[3]
+
+
+def test_adaptations_that_take_turns_build_their_steps_once(
+    models: Callable[[str, torch.dtype], "MambaFormerForCausalLM"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, built, build = models("mamba2", torch.float32), [], Stepper.__init__
+
+    def counted(self: Stepper, *arguments: Any) -> None:
+        built.append(self)
+        build(self, *arguments)
+
+    monkeypatch.setattr(Stepper, "__init__", counted)
+    turns = [(scales(model, 1, seed), model.init_cache(1, 16)) for seed in range(3)]
+    with torch.inference_mode():
+        for _ in range(4):
+            for adaptation, cache in turns:
+                model(tokens(0, 1, 1), cache=cache, adaptation=adaptation)
+    assert len(built) == len(turns)

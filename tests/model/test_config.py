@@ -1,4 +1,5 @@
-"""Configurations are checked once, and JSON gives them back."""
+"""Configurations are checked once, each bad value by name, and JSON gives them back; what an older file lacks has its
+default."""
 
 import json
 from typing import Any

@@ -1,4 +1,5 @@
-"""The convolution with its own gradient equals the library's grouped convolution."""
+"""The convolution with its own gradient equals the library's grouped convolution, is causal, goes on from a history,
+and calls a fused kernel as that is defined."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""The encoder sees both ways, each row by itself; the decoder's cross-attention sees what it read."""
+"""The encoder sees both ways, each row by itself, and positions count; the decoder's cross-attention is softmax over
+what the encoder read."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any

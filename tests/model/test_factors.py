@@ -1,4 +1,5 @@
-"""Decompositions: exact and randomised, fewer scales than the rank, and factors on disk."""
+"""Decompositions, exact and randomised, give the triples; fewer scales than the rank leave the other values. They are
+kept on disk, bad files and ranks are refused, threads may ask at once."""
 
 import itertools
 import json

@@ -1,4 +1,5 @@
-"""Features and labels of whole rows: pooled over real tokens alone, adapted, trained, saved."""
+"""Features and labels of whole rows: pooled over real tokens alone, as the language model's hidden states say,
+adapted, trained, compiled, saved. What does not fit a head is refused."""
 
 import json
 import subprocess
@@ -309,3 +310,35 @@ def test_compiled_by_torch_each_head_gives_the_same() -> None:
     """In values and gradients; in a process without the tests' type checks, which torch.compile cannot read."""
     done = subprocess.run([sys.executable, "-c", HEADS_COMPILED], capture_output=True, text=True, check=False)
     assert done.stdout.split("\n").count("the same") == 3, done.stderr
+
+
+DEPTHS_COMPILED = """
+import torch
+from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+
+def graphs(n_pairs):
+    made = []
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    backbone = MambaFormerConfig(d_model=16, n_pairs=n_pairs, n_heads=2, d_state=4, head_dim=8, chunk_size=4)
+    model = MambaFormerForCausalLM(LanguageModelConfig(backbone=backbone, vocab_size=258))
+    compiled = torch.compile(model, backend=lambda graph, _: made.append(graph) or graph.forward)
+    for _ in range(2):
+        scales = Adaptation({name: 1 + 0.3 * torch.rand(rank) for name, rank in model.adaptable().items()})
+        given = {"input_ids": torch.randint(0, 258, (2, 5)), "adaptation": scales}
+        torch.testing.assert_close(compiled(**given).logits, model(**given).logits)
+        with torch.no_grad():
+            model.blocks[0].mixer.in_proj.weight.mul_(1.5)
+    return len(made)
+
+print(graphs(1) == graphs(2))
+"""
+
+
+@pytest.mark.slow
+def test_compiled_by_torch_an_adapted_model_has_as_many_graphs_as_kinds_of_blocks() -> None:
+    """However many blocks there are: scales and weights are arguments of a graph."""
+    done = subprocess.run([sys.executable, "-c", DEPTHS_COMPILED], capture_output=True, text=True, check=False)
+    assert done.stdout == "True\n", done.stderr

@@ -1,4 +1,5 @@
-"""Mamba-1's mixer against an independent version, written with loops in numpy from the paper's equations."""
+"""Mamba-1's mixer is the paper's recurrence, written with loops in numpy. Splits, padding and scales are exact,
+gradients flow through the state, less precision is close, weights begin as published."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

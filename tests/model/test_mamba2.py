@@ -1,4 +1,5 @@
-"""The Mamba-2 mixer's ways through a text: whole, in pieces, token by token, ragged, in less precision."""
+"""The Mamba-2 mixer is the same whole, in pieces, token by token and ragged, with gradients and without; in less
+precision it is close. Steps follow the weights."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -50,24 +51,11 @@ def states_close(got: MambaState, expected: MambaState) -> None:
     close(got.ssm, expected.ssm)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 11])
-def test_without_gradients_it_is_the_same(make_mixer: MakeMixer, groups: int, length: int) -> None:
-    mixer, x = make_mixer(groups=groups), inputs(length)
-    recorded_state, plain_state = (mixer.init_state(2, torch.float64) for _ in range(2))
-    recorded = mixer(x, Span(), {}, recorded_state)
-    with torch.no_grad():
-        plain = mixer(x, Span(), {}, plain_state)
-        close(mixer(x, Span(), {}), plain)
-    close(recorded, plain)
-    states_close(recorded_state, plain_state)
-
-
 @settings(max_examples=30, deadline=None)
 @given(
     parts=st.lists(st.integers(1, 9), min_size=1, max_size=6),
     recording=st.booleans(),
-    groups=st.sampled_from([1, 2]),
+    groups=st.sampled_from([1, 2, 4]),
     taps=st.sampled_from([2, 4]),
     tokens=st.sampled_from([1, 12, 100]),
 )

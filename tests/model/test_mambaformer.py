@@ -1,4 +1,5 @@
-"""The model as a whole: causal, row by row, and adapted exactly as if its weights had been replaced."""
+"""The model is causal and sees each row alone; adapted, it is the model whose weights were replaced, matrix by matrix
+and row by row. Equal weights have one fingerprint; bad input is refused."""
 
 import copy
 from collections.abc import Callable

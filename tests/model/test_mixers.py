@@ -1,4 +1,5 @@
-"""The mixers against independent versions, written with loops in numpy from the papers' equations."""
+"""The mixers are independent versions, written with loops in numpy from the papers' equations; a window ends where it
+says."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Our normalisation against the library's, in value and gradient."""
+"""Our normalisation is the library's in value and gradient, also for zeros, large numbers and less precise inputs."""
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""A model cut between two blocks is the whole model, with caches and without, however the text is cut and padded."""
+"""A model cut between two blocks is the whole model, with caches and without, however the text is cut and padded;
+what is below an adaptation outlasts it. Threads may cut at once; what cannot be cut is refused."""
 
 import copy
 import pickle
@@ -169,6 +170,29 @@ def test_what_cannot_be_cut_is_refused(make_model: MakeModel) -> None:
     assert CutModel(Whole(), 0).depth == 3
     with pytest.raises(ConfigError, match="expected a model that can be cut before block 1, got a Whole"):
         CutModel(Whole(), 1)
+
+
+def test_what_fails_leaves_nothing_frozen(make_model: Any) -> None:
+    """Whether that is the work inside, or the freezing itself; parameters that come meanwhile are their owner's."""
+    model = make_model()
+
+    @frozen(model)
+    def work() -> None:
+        model.extra = torch.nn.Linear(2, 2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.last = torch.nn.ParameterList([torch.nn.Parameter(torch.ones(2), requires_grad=False)])
+    model.last[0].mul_(torch.ones(2, requires_grad=True))  # from here on it is computed
+    with pytest.raises(RuntimeError, match="leaf"), frozen(model):
+        pass
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    del model.last
+    with frozen(model):
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_threads_may_freeze_a_model_together(make_model: Any) -> None:

@@ -1,4 +1,5 @@
-"""What saves memory or time in training changes no result, or by as much as it says."""
+"""What saves memory or time in training changes no result (checkpointing, compiling), or by as much as it says
+(bfloat16). A run goes on in its own precision; what the machine lacks is refused."""
 
 import os
 import shutil

@@ -1,4 +1,5 @@
-"""Several processes train as one does, however they are started, and none is lost when they are killed."""
+"""Several processes train as one does, by `pretrain` or torchrun, and go on after a kill; a process group is left as
+it was found. What they cannot share is refused by its own error."""
 
 import json
 import os
@@ -127,6 +128,7 @@ def counting() -> CountingCorpus:
     return CountingCorpus(CORPUS.documents)
 
 
+@pytest.mark.slow
 def test_a_run_killed_as_it_writes_goes_on_from_the_checkpoint_before(
     one: MambaFormerForCausalLM, counting: CountingCorpus, tmp_path: Path
 ) -> None:

@@ -1,4 +1,5 @@
-"""Texts of a user: every window is as likely, nothing that is held out is trained on, and one command does it all."""
+"""Texts of a user: every window is as likely, what is held out is not trained on, the loss counts every byte. One
+command does it all, keeps to its text, and refuses bad input in a line."""
 
 import json
 from collections import Counter

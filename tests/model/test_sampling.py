@@ -1,4 +1,5 @@
-"""Draws follow the distribution they should. Each chi-square test rejects a right sampler once in a million seeds."""
+"""Draws follow the distribution that temperature, top-k, top-p, min-p and penalty define, each row by its own seed.
+Each chi-square test rejects a right sampler once in a million seeds."""
 
 from typing import Any
 

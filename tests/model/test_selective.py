@@ -1,4 +1,5 @@
-"""The chunked selective scan equals the recurrence, and both equal the sum in closed form, in value and gradient."""
+"""The chunked selective scan equals the recurrence, and both equal the sum in closed form, in value and gradient, at
+every length and in parts. Memory grows with chunks; wrong shapes are told."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,5 @@
-"""Sequence to sequence: the decoder's cache changes nothing but the time."""
+"""Sequence to sequence: the decoder's cache changes nothing but the time, however rows are split, reordered, copied,
+grown or stored. The encoder runs once, and its memory stands for its input."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Sequence to sequence: generation with and without a cache, adaptation, training, and the model on disk."""
+"""Sequence to sequence: generation is the same with and without a cache, beams find the best output, adapted it is
+the model whose weights were replaced. It learns, gradients reach every weight, disk is the identity."""
 
 import copy
 import itertools

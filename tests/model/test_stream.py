@@ -1,4 +1,5 @@
-"""Streams and log-probabilities: what ``generate`` gives, token by token, and how probable each is."""
+"""Streams and log-probabilities are what `generate` gives, token by token, in every way to generate. Rows that end
+are not evaluated, and a caller's modes stay."""
 
 import itertools
 from typing import TYPE_CHECKING, Any
@@ -44,11 +45,13 @@ def models() -> dict[str, "MambaFormerForCausalLM"]:
     return made
 
 
-def padded(prompts: list[list[int]], left: bool) -> tuple[Tensor, Tensor]:
+def padded(prompts: list[list[int]], left: float) -> tuple[Tensor, Tensor]:
+    """``left`` is the share of the padding that comes first."""
     width = max(map(len, prompts))
     ids, mask = torch.zeros(len(prompts), width, dtype=torch.long), torch.zeros(len(prompts), width, dtype=torch.long)
     for b, prompt in enumerate(prompts):
-        place = slice(width - len(prompt), width) if left else slice(len(prompt))
+        first = int(left * (width - len(prompt)))
+        place = slice(first, first + len(prompt))
         ids[b, place], mask[b, place] = torch.tensor(prompt), 1
     return ids, mask
 
@@ -101,7 +104,7 @@ ways = st.one_of(
 @given(
     st.sampled_from(sorted(KINDS)),
     st.lists(st.lists(tokens, min_size=1, max_size=6), min_size=1, max_size=4),
-    st.booleans(),
+    st.sampled_from([0.0, 0.5, 1.0]),
     st.integers(2, 7),
     ways,
     endings,
@@ -111,7 +114,7 @@ def test_every_way_agrees(
     models: dict[str, "MambaFormerForCausalLM"],
     kind: str,
     prompts: list[list[int]],
-    left: bool,
+    left: float,
     length: int,
     way: dict[str, Any],
     ending: dict[str, Any],

@@ -1,4 +1,5 @@
-"""Laws of the SVD linear map: without scales the stored matrix, with scales U diag(s z) Vᵀ, however it is computed."""
+"""The SVD linear map is the stored matrix without scales or with ones, and U diag(s z) Vᵀ with scales, however it is
+computed. Factors follow the weight and its dtype."""
 
 import copy
 from collections.abc import Callable
@@ -158,3 +159,17 @@ def test_scales_of_ones_have_gradients() -> None:
     linear(torch.randn(1, 2, 4), z).square().sum().backward()
     assert z.grad is not None
     assert bool((z.grad != 0).all())
+
+
+def test_rows_of_ones_found_in_inference_mode_serve_training(make_model: Any) -> None:
+    model, ids = make_model(), torch.tensor([[1, 2, 3]] * 2)
+    z = {name: torch.stack([torch.ones(rank), torch.full((rank,), 1.1)]) for name, rank in model.adaptable().items()}
+    adaptation = Adaptation(z)
+    with torch.inference_mode():
+        expected = model(ids, cache=model.init_cache(2, 3), adaptation=adaptation).logits
+        plain = model(ids[:1], cache=model.init_cache(1, 3)).logits
+    got = model(ids, cache=model.init_cache(2, 3), adaptation=adaptation).logits
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(got[:1], plain, rtol=0, atol=1e-4)
+    got.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Bytes in, the same text out."""
+"""Bytes in, the same text out, alone and in a padded batch. Any ids decode; what is no UTF-8 or no id is refused."""
 
 import pytest
 import torch

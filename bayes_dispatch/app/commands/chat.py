@@ -67,7 +67,7 @@ def chat(
     as_blend(blend or "posterior_predictive")  # is it one?
     (named,) = with_options([blend or "posterior_predictive"], top_k, draws)
     refuse_unused("--temperature", temperature, sample, "with --sample")
-    refuse_unused("--show-experts", show_experts, not as_json, "without --json, which always has them")
+    refuse_unused("--show-experts", show_experts, not as_json, "without --json, which always has them", "both")
     temperature = 1.0 if temperature is None else temperature
     chosen = as_blend(named)
     ending = typed(stop, escapes)

@@ -125,7 +125,9 @@ def _directory(bundle: Path | None, bank: Path | None) -> Path:
         bundle = SHIPPED
     if not bundle.is_dir():
         raise BundleError(f"expected a bundle directory, got {bundle}, which is none")
-    return bundle / "experts"
+    from bayes_dispatch.storage import saved_at
+
+    return saved_at(bundle) / "experts"
 
 
 def is_of_a_bundle(bank: Path) -> bool:

@@ -72,7 +72,7 @@ def generate(
     as_blend(blend)  # is it one?
     (named,) = with_options([blend], top_k, draws)
     refuse_unused("--temperature", temperature, sample, "with --sample")
-    refuse_unused("--show-experts", show_experts, not as_json, "without --json, which always has them")
+    refuse_unused("--show-experts", show_experts, not as_json, "without --json, which always has them", "both")
     refuse_unused("--abstain", abstain, false_alarm_rate is not None, "with --false-alarm-rate")
     refuse_unused("--escapes", escapes, bool(prompt) or stop is not None, "with --prompt or --stop")
     temperature = 1.0 if temperature is None else temperature

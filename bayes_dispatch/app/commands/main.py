@@ -95,9 +95,7 @@ def _tell(kind: str, message: str) -> None:
 
 def _show_version(asked: bool) -> bool:
     if asked:
-        from importlib import metadata
-
-        print(f"bayes-dispatch {metadata.version('bayes-dispatch')}")
+        print(f"bayes-dispatch {sys.modules['bayes_dispatch'].__version__}")  # of what runs, whatever is installed
         raise typer.Exit
     return asked
 
@@ -204,7 +202,7 @@ def report(
     from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.app.tables import report_markdown
 
-    refuse_unused("--markdown", markdown, not as_json, "without --json")
+    refuse_unused("--markdown", markdown, not as_json, "without --json", "both")
     measured = load_bundle(bundle).report
     if markdown and (tables := report_markdown(measured)):
         return print(tables)

@@ -74,18 +74,18 @@ OwnJsonlOption = Annotated[
 ]
 
 
-def refuse_unused(option: str, value: object, used: bool, needs: str) -> None:
+def refuse_unused(option: str, value: object, used: bool, needs: str, got: str = "it without") -> None:
     """Refuse an option that was given and that would do nothing.
 
     Args:
         option: as it is typed. value: what was given; ``None`` or ``False`` for nothing.
-        used: whether it does something. needs: what it would need.
+        used: whether it does something. needs: what it would need. got: what came instead.
 
     Raises:
         ConfigError: it was given and does nothing.
     """
     if not used and value is not None and value is not False:
-        raise ConfigError(f"expected {option} {needs}, got it without")
+        raise ConfigError(f"expected {option} {needs}, got {got}")
 
 
 def with_options(blends: Sequence[str], top_k: int | None, draws: int | None) -> list[str]:
@@ -98,8 +98,11 @@ def with_options(blends: Sequence[str], top_k: int | None, draws: int | None) ->
 
     names = [ALIASES.get(blend, blend) for blend in blends]
     sampled = ("posterior_predictive", "refined_mean")
-    refuse_unused("--top-k", top_k, "top_k" in names, "with the blend top_k")
-    refuse_unused("--draws", draws, not set(sampled).isdisjoint(names), f"with the blend {' or '.join(sampled)}")
+    others = f"it with {', '.join(blends)}"
+    refuse_unused("--top-k", top_k, "top_k" in names, "with the blend top_k", others)
+    refuse_unused(
+        "--draws", draws, not set(sampled).isdisjoint(names), f"with the blend {' or '.join(sampled)}", others
+    )
     settings = {"top_k": 2 if top_k is None else top_k, **dict.fromkeys(sampled, 16 if draws is None else draws)}
     return [f"{name}({settings[name]})" if name in settings else name for name in names]
 

@@ -112,12 +112,13 @@ def train_experts(
     from bayes_dispatch.experts.domains.own import OwnPrompts
     from bayes_dispatch.experts.objectives import Likelihood
 
-    domains = read_own(text or (), jsonl or ())
+    settings = own_settings(Likelihood(), steps, seed)
+    domains = read_own(text or (), jsonl or (), settings.length - 1)
     if not domains:
         raise ConfigError("expected at least one --text or --jsonl of NAME=FILE, got none")
     if mute := [name for name, domain in domains.items() if isinstance(domain, OwnPrompts)]:
         raise ConfigError(f'expected an "answer" in each line of the files, got none for {", ".join(mute)}')
-    _train(list(domains.values()), own_settings(Likelihood(), steps, seed), keep_experts, out, True, bundle, as_json)
+    _train(list(domains.values()), settings, keep_experts, out, True, bundle, as_json)
 
 
 def _train(
@@ -132,12 +133,17 @@ def _train(
     """Train an expert for each domain, join them to those that stay, and write and tell what came out."""
     from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.app.own_expert import RefitSettings, add_experts, check_texts, train_own_expert
+    from bayes_dispatch.experts.vectors import check_expert_name
 
     use_one_thread()
     old, names = load_bundle(bundle), [domain.name for domain in domains]
     keep = [] if keep_experts is False else [name for name in old.experts.names if name not in names]
+    for name in names:  # all that would be refused later is refused before training, which takes minutes
+        check_expert_name(name)
     if refit:
-        check_texts(old, keep)  # before training, which takes minutes
+        check_texts(old, keep)
+        if len({*keep, *names}) < 2:
+            raise ConfigError(f"expected at least two experts, another file or --keep-experts, got {names[0]} alone")
     trained = {domain.name: (train_own_expert(old, domain, settings, progress=True), domain) for domain in domains}
     if refit:
         refitting = RefitSettings(seed=settings.seed)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from bayes_dispatch.dispatcher.arrays import short_repr
+from bayes_dispatch.arguments import shown
+from bayes_dispatch.dispatcher.arrays import Frozen, as_numbers, as_rows, short_repr
 from bayes_dispatch.errors import EvidenceError
 
 __all__ = ["Evidence"]
@@ -22,7 +22,7 @@ LENGTHS = "lengths"  # the key of ``missing`` for prompts of unknown length
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class Evidence(Frozen):
     """Named first-pass features of N prompts.
 
     Args:
@@ -48,17 +48,23 @@ class Evidence:
     __repr__ = short_repr
 
     def __post_init__(self) -> None:
+        for given in (self.views, self.missing):
+            if not isinstance(given, Mapping):
+                raise EvidenceError(f"expected arrays by the name of their view, got {shown(given)}")
         if not self.views:
             raise EvidenceError('expected at least one view, such as "hidden" (prompt, feature), got none')
         views = {name: _matrix(name, values) for name, values in self.views.items()}
         sizes = {name: len(values) for name, values in views.items()}
         prompts = next(iter(sizes.values()))
-        lengths = None if self.lengths is None else _numbers("lengths", self.lengths)
+        lengths = self.lengths
         if lengths is not None:
+            lengths = as_numbers(lengths, "'lengths'", error=EvidenceError)
             if lengths.ndim != 1:
                 raise EvidenceError(f"expected lengths of shape (prompt,), got shape {lengths.shape}")
             sizes[LENGTHS] = len(lengths)
-        missing = {name: np.array(mask) for name, mask in self.missing.items()}
+        missing = {
+            name: as_numbers(mask, f"missing[{name!r}]", None, EvidenceError) for name, mask in self.missing.items()
+        }
         for name, mask in missing.items():
             if name not in sizes:
                 raise EvidenceError(f"expected missing masks for {sorted(sizes)}, got one for {name!r}")
@@ -75,12 +81,10 @@ class Evidence:
             known = lengths[~missing[LENGTHS]] if LENGTHS in missing else lengths
             if (known == 0).any():
                 raise EvidenceError("expected lengths of at least 1 token, got 0")
-        arrays = [*views.values(), *missing.values()] + ([] if lengths is None else [lengths])
-        for array in arrays:
-            array.setflags(write=False)
         object.__setattr__(self, "views", views)
         object.__setattr__(self, "lengths", lengths)
         object.__setattr__(self, "missing", missing)
+        self.__setstate__(vars(self))
 
     @classmethod
     def from_array(cls, hidden: Shaped[np.ndarray, "prompt feature"]) -> Evidence:
@@ -120,14 +124,7 @@ class Evidence:
         Raises:
             EvidenceError: an index outside the prompts.
         """
-        wanted: Any = indices
-        if isinstance(indices, list | tuple):
-            wanted = np.asarray(indices) if indices else np.zeros(0, int)
-        try:
-            rows = np.arange(len(self))[wanted]
-        except IndexError as error:
-            raise EvidenceError(f"expected indices of {len(self)} prompts, got {error}") from None
-        rows = np.atleast_1d(rows)
+        rows = as_rows(indices, len(self), EvidenceError)
         return Evidence(
             {name: values[rows] for name, values in self.views.items()},
             None if self.lengths is None else self.lengths[rows],
@@ -144,15 +141,8 @@ class Evidence:
         return np.zeros(len(self)) if self.lengths is None else self.lengths
 
 
-def _numbers(name: str, values: object) -> np.ndarray:
-    try:
-        return np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise EvidenceError(f"expected numbers in {name!r}, got {type(values).__name__} that holds others") from None
-
-
 def _matrix(name: str, values: object) -> np.ndarray:
-    array = _numbers(name, values)
+    array = as_numbers(values, repr(name), error=EvidenceError)
     if array.ndim != 2 or array.shape[1] == 0:
         raise EvidenceError(f"expected view {name!r} of shape (prompt, feature), got shape {array.shape}")
     return array

@@ -217,9 +217,7 @@ class LogLikelihoods:
             PromptError: no prompts, or prompts that are no text.
             EvidenceError: another shape, or numbers that are not finite in a row that is not all NaN.
         """
-        texts = checked_prompts(prompts)
-        scores = table(self.name, self.score(texts), len(texts))
-        _check_finite(self.name, scores[~np.isnan(scores).all(axis=1)])
+        scores = _embedded(self.name, self.score, checked_prompts(prompts), undefined=True)
         return scores - scores.mean(axis=1, keepdims=True)
 
 
@@ -237,13 +235,10 @@ def _check_sets(what: str, sets: Mapping[str, Sequence[str]]) -> None:
             raise ConfigError(f"expected a list of {what} for {owner!r}, got {got}")
 
 
-def _embedded(name: str, embed: Callable[[list[str]], Any], texts: list[str]) -> np.ndarray:
-    """What the callable returns for the texts, checked."""
+def _embedded(name: str, embed: Callable[[list[str]], Any], texts: list[str], undefined: bool = False) -> np.ndarray:
+    """What the callable returns for the texts: finite, but for rows that are all NaN where they may be undefined."""
     values = table(name, embed(texts), len(texts))
-    _check_finite(name, values)
+    wrong = ~np.isfinite(values) & ~(undefined & np.isnan(values).all(axis=1, keepdims=True))
+    if wrong.any():
+        raise EvidenceError(f"expected finite numbers in {name!r}, got {values[wrong][0]}")
     return values
-
-
-def _check_finite(name: str, values: np.ndarray) -> None:
-    if not np.isfinite(values).all():
-        raise EvidenceError(f"expected finite numbers in {name!r}, got {values[~np.isfinite(values)][0]}")

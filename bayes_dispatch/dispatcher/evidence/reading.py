@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from bayes_dispatch.dispatcher.arrays import as_numbers
 from bayes_dispatch.dispatcher.evidence.evidence import LENGTHS, Evidence
 from bayes_dispatch.errors import ConfigError, EvidenceError, PromptError
 
@@ -115,10 +116,7 @@ def table(name: str, values: Any, rows: int) -> Float[np.ndarray, "prompt width"
     Raises:
         EvidenceError: no numbers, or another shape.
     """
-    try:
-        array = np.array(values, dtype=np.float64)
-    except (TypeError, ValueError):
-        raise EvidenceError(f"expected numbers in {name!r}, got {type(values).__name__} that holds others") from None
+    array = as_numbers(values, repr(name), error=EvidenceError)
     if array.ndim != 2 or len(array) != rows or array.shape[1] == 0:
         raise EvidenceError(f"expected view {name!r} of shape ({rows}, width), got shape {array.shape}")
     return array

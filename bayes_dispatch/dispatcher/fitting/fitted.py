@@ -134,7 +134,8 @@ class FittedDispatcher:
             views = tuple(KINDS[view["kind"]](view["width"], view["name"]) for view in document["views"])
             model = build(views)
             globals_ = GlobalsPosterior(_under(arrays, "globals.loc."), _under(arrays, "globals.scale."))
-            guide = MixtureGuide(Encoder(model, globals_.center()).width, model.n_experts + 1, settings)
+            with torch.random.fork_rng(devices=[]):  # which its first weights, soon replaced, are drawn from
+                guide = MixtureGuide(Encoder(model, globals_.center()).width, model.n_experts + 1, settings)
             guide.load_state_dict(_under(arrays, "guide."))
             maps = {
                 name: FeatureMap(arrays[f"features.{name}.center"], arrays[f"features.{name}.projection"])

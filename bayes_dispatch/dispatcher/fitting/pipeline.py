@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from bayes_dispatch.dispatcher.arrays import as_labels, as_numbers
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureMap, FeatureSettings, fit_feature_map, spread_of
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher, as_prompts
@@ -114,7 +115,7 @@ class TrainingSet:
         Raises:
             TensorError: labels outside −1 … K−1, mixtures off the simplex, or another N.
         """
-        given = _labels(labels, len(evidence), n_experts)
+        given = np.full(len(evidence), -1) if labels is None else as_labels(labels, len(evidence), n_experts, -1)
         known = _mixtures(mixtures, len(evidence), n_experts + 1)
         return cls(evidence, np.where(np.isfinite(known).all(1), -1, given), known)
 
@@ -135,21 +136,10 @@ class TrainingSet:
         )
 
 
-def _labels(y: object, count: int, n_experts: int) -> np.ndarray:
-    if y is None:
-        return np.full(count, -1)
-    labels = np.asarray(y)
-    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-        raise TensorError(f"expected {count} integer labels, got {labels.dtype} of shape {labels.shape}")
-    if count and (labels.min() < -1 or labels.max() >= n_experts):
-        raise TensorError(f"expected labels from -1 to {n_experts - 1}, got {labels.min()} to {labels.max()}")
-    return labels.astype(np.int64)
-
-
 def _mixtures(mixtures: object, count: int, width: int) -> np.ndarray:
     if mixtures is None:
         return np.full((count, width), np.nan)
-    known = np.array(mixtures, dtype=np.float64)
+    known = as_numbers(mixtures, "mixtures")
     if known.shape != (count, width):
         raise TensorError(f"expected mixtures of shape {(count, width)}, base last, got {known.shape}")
     rows = known[~np.isnan(known).all(1)]

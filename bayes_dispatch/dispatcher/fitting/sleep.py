@@ -79,16 +79,13 @@ def fit_guide(
         def simulate_at(weights: Tensor, temper: float) -> Prompts:
             return simulate(model, posterior, like, len(weights), settings, (temper, temper), 0.0, weights).prompts
 
-        temper = settings.tempers[0]
+        temper, count = settings.tempers[0], min(JUDGED, settings.simulations)
         if settings.tempers[0] < settings.tempers[1]:
             chosen = mixed if len(mixed) <= JUDGED else mixed[torch.randperm(len(mixed))[:JUDGED]]
-            judged = (real.prompts.select(chosen), real.weights[chosen])
-            if len(mixed) < 100 and len(pure):
-                judged = real.concatenate(300)
-            temper = 1.0
-            if len(judged[1]):
-                count = min(JUDGED, settings.simulations)
-                temper = choose_temper(guide, present, simulate_at, *judged, settings.tempers, count)
+            few = len(mixed) < 100 and len(pure) > 0
+            judged = real.concatenate(300) if few else (real.prompts.select(chosen), real.weights[chosen])
+            known = len(judged[1]) > 0
+            temper = choose_temper(guide, present, simulate_at, *judged, settings.tempers, count) if known else 1.0
         simulations = simulate(model, posterior, like, settings.simulations, settings, (temper, temper), DROPOUT)
 
         def pairs(count: int) -> tuple[Tensor, Tensor]:

@@ -21,10 +21,11 @@ from pyro.infer.autoguide import AutoNormal, init_to_value
 from pyro.nn import PyroModule
 from pyro.optim import ClippedAdam
 from torch import Tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import Transform, biject_to, constraints
 from tqdm.auto import tqdm
 
-from bayes_dispatch.arguments import real, whole
+from bayes_dispatch.arguments import real, set_whole
+from bayes_dispatch.arguments import seed as checked_seed
 from bayes_dispatch.dispatcher.guide.guides import AmortisedDirichlet, LocalDirichlet
 from bayes_dispatch.dispatcher.program.generative import DispatchModel, label_informed_start
 from bayes_dispatch.dispatcher.program.observed import Prompts
@@ -61,8 +62,7 @@ class SVISettings:
     precision: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "rounds", "restarts"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        set_whole(self, steps=1, batch_size=1, rounds=1, restarts=1)
         object.__setattr__(self, "learning_rate", real("learning_rate", self.learning_rate, 0, above=True))
         if self.precision not in ("float32", "float64"):
             raise ConfigError(f'expected precision "float32" or "float64", got {self.precision!r}')
@@ -70,7 +70,7 @@ class SVISettings:
     @property
     def dtype(self) -> torch.dtype:
         """The torch type of ``precision``."""
-        return torch.float32 if self.precision == "float32" else torch.float64
+        return torch.float64 if self.precision == "float64" else torch.float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,21 +87,20 @@ class GlobalsPosterior:
 
     def to(self, dtype: torch.dtype) -> GlobalsPosterior:
         """The same in another floating-point type."""
-        locations = {name: value.to(dtype) for name, value in self.locations.items()}
-        scales = {name: value.to(dtype) for name, value in self.scales.items()}
-        return GlobalsPosterior(locations, scales)
+        parts = ({name: value.to(dtype) for name, value in each.items()} for each in (self.locations, self.scales))
+        return GlobalsPosterior(*parts)
 
     def draw(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """One draw of every site, constrained; by name, as a file knows no other order."""
         drawn = {}
         for name, loc in sorted(self.locations.items()):
             noise = torch.randn(loc.shape, dtype=loc.dtype, generator=generator)
-            drawn[name] = _constrain(name, loc + self.scales[name] * noise)
+            drawn[name] = _constrained(name)(loc + self.scales[name] * noise)
         return drawn
 
     def center(self) -> dict[str, Tensor]:
         """Every site at its variational median."""
-        return {name: _constrain(name, loc) for name, loc in self.locations.items()}
+        return {name: _constrained(name)(loc) for name, loc in self.locations.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,8 +124,9 @@ class FitReport:
 SUPPORTS = {"pi": constraints.simplex, "Phi": constraints.simplex, "M": constraints.real, "a": constraints.real}
 
 
-def _constrain(name: str, value: Tensor) -> Tensor:
-    return biject_to(SUPPORTS.get(name.rpartition("_")[2], constraints.positive))(value)
+def _constrained(name: str) -> Transform:
+    """From the line to where a site's values lie."""
+    return biject_to(SUPPORTS.get(name.rpartition("_")[2], constraints.positive))
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def isolated(seed: int, dtype: torch.dtype = torch.float32) -> Iterator[None]:
         pyro.settings.context(module_local_params=True, **UNCHECKED),
     ):
         before = torch.get_default_dtype()
-        torch.manual_seed(seed)
+        torch.manual_seed(checked_seed(seed))
         torch.set_default_dtype(dtype)
         try:
             yield
@@ -219,11 +219,10 @@ def _fit(
         if converged:
             break
     normal = guide.globals
-    locations = {name: getattr(normal.locs, name).detach().clone() for name in start}
-    scales = {name: getattr(normal.scales, name).detach().clone() for name in start}
+    found = ({name: getattr(each, name).detach().clone() for name in start} for each in (normal.locs, normal.scales))
     window = max(2, int(WINDOW * settings.steps))
     report = FitReport(np.array(losses), converged, change, (float(np.mean(losses[-window:])),))
-    return GlobalsPosterior(locations, scales), report
+    return GlobalsPosterior(*found), report
 
 
 def _converged(losses: np.ndarray) -> tuple[float, bool]:
@@ -239,9 +238,8 @@ def _converged(losses: np.ndarray) -> tuple[float, bool]:
 
 def _jitter(name: str, value: Tensor) -> Tensor:
     """Another start near one: noise in unconstrained coordinates."""
-    transform = biject_to(SUPPORTS.get(name.rpartition("_")[2], constraints.positive))
-    free = transform.inv(value)
-    return transform(free + 0.2 * torch.randn_like(free))
+    free = _constrained(name).inv(value)
+    return _constrained(name)(free + 0.2 * torch.randn_like(free))
 
 
 class _Guide(PyroModule):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from bayes_dispatch.dispatcher.guide.importance import VertexDensities
+from bayes_dispatch.dispatcher.guide.importance import Table, vertex_densities
 from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.views import View
@@ -29,10 +29,10 @@ class Encoder:
 
     model: DispatchModel
     sites: Mapping[str, Tensor]
-    _densities: VertexDensities = field(init=False, repr=False)
+    _tables: list[Table] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_densities", VertexDensities(self.model.views, self.sites))
+        object.__setattr__(self, "_tables", Table.of_views(self.model.views, [self.sites], 1.0))
 
     @property
     def width(self) -> int:
@@ -50,7 +50,9 @@ class Encoder:
         They are those of :func:`encode`, the log joint density of each vertex and the evidence below the best one's,
         and the best expert's above base's.
         """
-        densities = self._densities(prompts) + np.log(np.asarray(shares, dtype=np.float64))
+        densities = vertex_densities(self._tables, prompts, self.model.n_experts + 1) + np.log(
+            np.asarray(shares, dtype=np.float64)
+        )
         best = densities.max(1, keepdims=True)
         over_base = densities[:, :-1].max(1, keepdims=True) - densities[:, -1:]
         parts = (encode(self.model.views, prompts, temper, shares), np.arcsinh(densities - best), np.arcsinh(over_base))

@@ -7,7 +7,6 @@ covers the posterior where an ELBO-trained guide would hug one mode.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -22,7 +21,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from bayes_dispatch.arguments import real, whole
+from bayes_dispatch.arguments import real, set_whole, several
 from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import RESOLUTION, DirichletMixtures
 from bayes_dispatch.dispatcher.guide.encoding import encode
 from bayes_dispatch.dispatcher.program.observed import Prompts
@@ -65,15 +64,17 @@ class GuideSettings:
     tempers: tuple[float, float] = (0.5, 4.0)
 
     def __post_init__(self) -> None:
-        for name in ("components", "hidden", "simulations", "global_draws", "steps", "batch_size"):
-            object.__setattr__(self, name, whole(name, getattr(self, name), 1))
+        set_whole(self, components=1, hidden=1, simulations=1, global_draws=1, steps=1, batch_size=1)
         object.__setattr__(self, "learning_rate", real("learning_rate", self.learning_rate, 0, above=True))
         object.__setattr__(self, "real_share", real("real_share", self.real_share, 0))
         if self.real_share >= 1:
             raise ConfigError(f"expected real_share below 1, got {self.real_share}")
-        if not (0 < self.kappa[0] < self.kappa[1] < math.inf and 0 < self.tempers[0] <= self.tempers[1] < math.inf):
+        for name in ("kappa", "tempers"):
+            ends = tuple(real(f"each of {name}", end, 0, above=True) for end in several(name, getattr(self, name), 2))
+            object.__setattr__(self, name, ends)
+        if not (self.kappa[0] < self.kappa[1] and self.tempers[0] <= self.tempers[1]):
             raise ConfigError(
-                f"expected 0 < kappa[0] < kappa[1] and 0 < tempers[0] ≤ tempers[1], got {self.kappa}, {self.tempers}"
+                f"expected kappa[0] < kappa[1] and tempers[0] ≤ tempers[1], got {self.kappa}, {self.tempers}"
             )
 
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import RESOLUTION, DirichletMixtures, on_simplex
 from bayes_dispatch.dispatcher.program.generative import FLOOR, DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
-from bayes_dispatch.dispatcher.program.views import View, site
+from bayes_dispatch.dispatcher.program.views import View
 
-__all__ = ["ImportanceSampler", "VertexDensities", "Weighted"]
+__all__ = ["ImportanceSampler", "Table", "Weighted", "vertex_densities"]
 
 GRID = 8  # precisions of the prior
 MEMORY = 2**22  # numbers at a time
@@ -90,11 +90,10 @@ class ImportanceSampler:
     sites: Sequence[Mapping[str, Tensor]]
     temper: float
     kappa: tuple[float, float]
-    _tables: dict[str, _Table] = field(init=False, repr=False)
+    _tables: list[Table] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        tables = {view.name: _Table.of(view, self.sites, self.temper) for view in self.model.views}
-        object.__setattr__(self, "_tables", tables)
+        object.__setattr__(self, "_tables", Table.of_views(self.model.views, self.sites, self.temper))
 
     def __call__(
         self,
@@ -113,7 +112,7 @@ class ImportanceSampler:
             proposals: P for each prompt.
             generators: N; a prompt's proposals depend on its own only.
         """
-        columns = sum(table.mixed.shape[-1] for table in self._tables.values())
+        columns = sum(table.mixed.shape[-1] for table in self._tables)
         step = max(1, MEMORY // (proposals * (self.model.n_experts + 1 + columns)))
         parts = [
             self._weigh(
@@ -146,7 +145,8 @@ class ImportanceSampler:
         logs = np.log(np.maximum(weights, RESOLUTION))
         with np.errstate(divide="ignore"):
             mixture = np.log(mixtures.shares)[:, None] + _log_dirichlet(mixtures.concentration, logs, small)
-        kappas = np.exp(_middle_points(math.log(self.kappa[0]), math.log(self.kappa[1]), GRID))
+        low, high = map(math.log, self.kappa)
+        kappas = np.exp(low + (high - low) * (np.arange(GRID) + 0.5) / GRID)
         labels = self.model.label_shares(shares)
         prior = _log_prior(self.model, kappas, labels, weights, logs, small)  # (N, P, J)
         ratios = logsumexp(prior, axis=-1) - math.log(GRID) - logsumexp(mixture, axis=-1)
@@ -165,49 +165,34 @@ class ImportanceSampler:
         raised /= raised.sum(-1, keepdims=True)
         rows, globals_ = order // weights.shape[1], chosen.ravel()[order]
         total = np.zeros(len(order))
-        for view in self.model.views:
-            table, mixed = self._tables[view.name], np.empty((len(order), self._tables[view.name].mixed.shape[-1]))
+        for table in self._tables:
+            mixed = np.empty((len(order), table.mixed.shape[-1]))
             for g, (start, end) in enumerate(pairwise(edges)):
                 mixed[start:end] = raised[start:end] @ table.mixed[g]
             density = table.log_density(prompts, rows, mixed, globals_)
-            total += np.where(prompts.missing[view.name].numpy()[rows], 0.0, density)
+            total += np.where(prompts.missing[table.view.name].numpy()[rows], 0.0, density)
         out = np.empty(len(order))
         out[order] = total
         return out.reshape(chosen.shape)
 
 
-@dataclass(frozen=True, eq=False)
-class VertexDensities:
-    """How well each expert alone, and base, would explain prompts: what the guide's network sees beside the evidence.
+def vertex_densities(tables: Sequence[Table], prompts: Prompts, width: int) -> Float[np.ndarray, "prompt weight"]:
+    """``(N, K+1)`` log density of the evidence at each of ``width`` vertices, nats, under the first of the globals.
 
-    Args:
-        views: the program's.
-        sites: globals, at one value.
+    How well each expert alone, and base, would explain prompts: what the guide's network sees beside the evidence.
     """
-
-    views: Sequence[View]
-    sites: Mapping[str, Tensor]
-    _tables: dict[str, _Table] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        tables = {view.name: _Table.of(view, [self.sites], 1.0) for view in self.views}
-        object.__setattr__(self, "_tables", tables)
-
-    def __call__(self, prompts: Prompts) -> Float[np.ndarray, "prompt weight"]:
-        """``(N, K+1)`` log density of the evidence at each vertex, nats; τ is 1."""
-        out, width = np.zeros((len(prompts), len(self.sites["pi"]))), len(self.sites["pi"])
-        for view in self.views:
-            table = self._tables[view.name]
-            step = max(1, MEMORY // (width * table.mixed.shape[-1]))
-            present = np.flatnonzero(~prompts.missing[view.name].numpy())
-            for start in range(0, len(present), step):
-                rows = present[start : start + step]
-                out[rows] += table.log_density(prompts, rows[:, None], table.mixed[0], np.zeros((1, 1), np.int64))
-        return out
+    out = np.zeros((len(prompts), width))
+    for table in tables:
+        step = max(1, MEMORY // (width * table.mixed.shape[-1]))
+        present = np.flatnonzero(~prompts.missing[table.view.name].numpy())
+        for start in range(0, len(present), step):
+            rows = present[start : start + step]
+            out[rows] += table.log_density(prompts, rows[:, None], table.mixed[0], np.zeros((1, 1), np.int64))
+    return out
 
 
 @dataclass(frozen=True, eq=False)
-class _Table:
+class Table:
     """The globals of a view with base appended, for G draws.
 
     Args:
@@ -223,20 +208,19 @@ class _Table:
     temper: float
 
     @classmethod
-    def of(cls, view: View, sites: Sequence[Mapping[str, Tensor]], temper: float) -> _Table:
-        def stack(parameter: str) -> np.ndarray:
-            name = site(view, parameter)
-            values = np.stack([each[name].double().numpy() for each in sites])
-            if name not in view.base():
-                return values
-            base = np.broadcast_to(view.base()[name].double().numpy(), (len(values), 1, values.shape[-1]))
-            return np.concatenate([values, base], 1)
-
-        if view.kind == "vectors":
-            return cls(view, np.concatenate([stack("M"), stack("s2")], -1), stack("lt"), temper)
-        if view.kind == "surprise":
-            return cls(view, np.concatenate([stack("a"), stack("a2")], -1), np.ones(len(sites)), temper)
-        return cls(view, stack("Phi"), stack("conc") / temper, temper)
+    def of_views(cls, views: Sequence[View], sites: Sequence[Mapping[str, Tensor]], temper: float) -> list[Table]:
+        """A table for each view under G draws of the globals."""
+        doubles = [{name: value.double() for name, value in each.items()} for each in sites]
+        tables = []
+        for view in views:
+            columns = [[view.with_base(each, parameter).numpy() for each in doubles] for parameter in view.constants]
+            strength = np.ones(len(sites))
+            if view.kind != "surprise":
+                name = view.site("lt" if view.kind == "vectors" else "conc")
+                strength = np.stack([each[name].numpy() for each in doubles])
+            strength = strength / temper if view.kind in ("counts", "probabilities") else strength
+            tables.append(cls(view, np.concatenate([np.stack(column) for column in columns], -1), strength, temper))
+        return tables
 
     def log_density(
         self, prompts: Prompts, rows: np.ndarray, mixed: Float[np.ndarray, "... number"], chosen: np.ndarray
@@ -317,7 +301,3 @@ def _redraw_small(
     rest = np.where(small, 0.0, weights)
     left = np.maximum(rest.sum(-1, keepdims=True), 1e-300)  # 0 where a thousand experts or more have small weights
     return on_simplex(rest * ((1 - drawn.sum(-1, keepdims=True)) / left) + drawn)
-
-
-def _middle_points(low: float, high: float, count: int) -> np.ndarray:
-    return low + (high - low) * (np.arange(count) + 0.5) / count

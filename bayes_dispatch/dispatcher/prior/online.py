@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float, Int
 
-from bayes_dispatch.arguments import real, whole
-from bayes_dispatch.dispatcher.arrays import as_labels, as_points, as_values, short_repr
+from bayes_dispatch.arguments import number, real, shown, whole
+from bayes_dispatch.dispatcher.arrays import Frozen, as_labels, as_points, as_values, short_repr
 from bayes_dispatch.dispatcher.prior.moment_filter import (
     FLOOR,
     are_moments,
@@ -45,7 +45,7 @@ ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class PriorState:
+class PriorState(Frozen):
     """Mean and covariance of ``pi`` after some events; those of ``Dirichlet(initial)`` before the first.
 
     Args:
@@ -78,8 +78,8 @@ class PriorState:
             values = np.array(getattr(self, field), dtype=np.float64)
             if values.shape != shape or not np.isfinite(values).all():
                 raise ConfigError(f"expected a finite {field} of shape {shape}, got shape {values.shape} or others")
-            values.setflags(write=False)
             object.__setattr__(self, field, values)
+        self.__setstate__(vars(self))
         if not (self.initial > 0).all():
             raise ConfigError(f"expected initial concentrations > 0, got {self.initial.tolist()}")
         spread = np.trace(self.covariance)
@@ -103,8 +103,8 @@ class PriorState:
         Raises:
             ConfigError: a probability outside 0 to 1.
         """
-        if not 0 < probability < 1:
-            raise ConfigError(f"expected a probability between 0 and 1, got {probability}")
+        if not 0 < number(probability) < 1:
+            raise ConfigError(f"expected a probability between 0 and 1, got {shown(probability)}")
         return share_intervals(self.mean, self.covariance, probability)
 
 
@@ -178,9 +178,7 @@ def label_likelihood(labels: Int[np.ndarray, " event"], components: int) -> Floa
     Raises:
         TensorError: no labels, or labels out of range.
     """
-    if np.size(labels) == 0:
-        raise TensorError("expected at least 1 label, got none")
-    return np.eye(components)[as_labels(labels, len(labels), components)]
+    return np.eye(components)[as_labels(labels, None, components)]
 
 
 def feedback_likelihood(
@@ -213,8 +211,8 @@ def feedback_likelihood(
         TensorError: served components out of range, rewards outside [0, 1] or NaN, or of another number.
         ConfigError: a reliability outside (½, 1).
     """
-    if not 0.5 < reliability < 1:
-        raise ConfigError(f"expected a reliability between .5 and 1, got {reliability}")
+    if not 0.5 < number(reliability) < 1:
+        raise ConfigError(f"expected a reliability between .5 and 1, got {shown(reliability)}")
     hit = label_likelihood(served, components)  # (E, K+1)
     rewards = as_values(reward, "rewards", len(hit))[:, None]
     if rewards.min() < 0 or rewards.max() > 1:

@@ -70,10 +70,10 @@ class DispatchModel:
         kappa = dist.LogNormal(torch.tensor(0.0), 0.7)
         sites = {"pi": pyro.sample("pi", self.shares_prior()), "kappa": pyro.sample("kappa", kappa)}
         for view in self.views:
-            sites |= view.sample_shared()
+            sites |= view.sample(view.shared())
         with pyro.plate("experts", self.n_experts):
             for view in self.views:
-                sites |= view.sample_experts()
+                sites |= view.sample(view.experts())
         return sites
 
     def shares_prior(self) -> TorchDistributionMixin:

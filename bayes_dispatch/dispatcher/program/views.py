@@ -6,9 +6,11 @@ speaks is a global of its likelihood, learnt from the prompts, and nothing is no
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from types import MappingProxyType
+from typing import ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -29,54 +31,93 @@ __all__ = [
     "View",
     "floored",
     "length_factor",
-    "site",
 ]
 
 PROBABILITY_FLOOR = 1e-3  # of a classifier's probabilities, which may be exactly 0
 
 
-@runtime_checkable
-class Named(Protocol):
-    """What has the name of a view."""
+@dataclass(frozen=True)
+class View(ABC):
+    """One kind of evidence: its name, its globals, and its distribution given the weights.
 
-    @property
-    def name(self) -> str:
-        """The key of its evidence and of its Pyro site."""
+    Args:
+        width: numbers in each prompt's evidence.
+        name: the key of its evidence, and of its Pyro site.
+    """
 
+    width: int
+    name: str
+    kind: ClassVar[str]  # its key in KINDS
+    constants: ClassVar[Mapping[str, float]]  # what base has in place of each expert's globals
 
-@runtime_checkable
-class View(Named, Protocol):
-    """One kind of evidence: its name, its globals, and its distribution given the weights."""
+    @abstractmethod
+    def experts(self) -> dict[str, TorchDistributionMixin]:
+        """Priors of the globals of an expert."""
 
-    @property
-    def kind(self) -> str:
-        """Its key in :data:`KINDS`."""
+    @abstractmethod
+    def shared(self) -> dict[str, TorchDistributionMixin]:
+        """Priors of the globals that all experts share."""
 
-    @property
-    def width(self) -> int:
-        """Numbers in each prompt's evidence."""
-
-    def sample_experts(self) -> dict[str, Tensor]:
-        """Draw the globals of each expert, inside the plate of experts: site → ``(K, ·)``."""
-
-    def sample_shared(self) -> dict[str, Tensor]:
-        """Draw the globals that all experts share: site → scalar."""
-
-    def base(self) -> dict[str, Tensor]:
-        """What base has in place of the globals of each expert: site → ``(·,)``."""
-
+    @abstractmethod
     def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
         """Values of the globals to start SVI from, given evidence ``(N, width)`` and the prompts' shares ``(N, K)``."""
 
+    @abstractmethod
     def likelihood(
         self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
     ) -> TorchDistributionMixin:
         """The distribution ``(N,) | (width,)`` of the view's evidence given weights ``(·, K+1)``, one row for all or a
         row for each prompt."""
 
+    def site(self, parameter: str) -> str:
+        """The Pyro site of a global: plain for the views of :data:`NAMED_KINDS`, else with the view's name."""
+        return parameter if self.name in NAMED_KINDS else f"{self.name}_{parameter}"
+
+    def sample(self, priors: Mapping[str, TorchDistributionMixin]) -> dict[str, Tensor]:
+        """Draw globals: site → value; inside the plate of experts ``(K, ·)``."""
+        return {self.site(name): pyro.sample(self.site(name), prior) for name, prior in priors.items()}
+
+    def with_base(self, sites: Mapping[str, Tensor], parameter: str) -> Float[Tensor, "weight number"]:
+        """``(K+1, width)`` a global of the experts, base last."""
+        experts = sites[self.site(parameter)]
+        return torch.cat([experts, experts.new_full((1, self.width), self.constants[parameter])])
+
 
 @dataclass(frozen=True)
-class VectorsView:
+class _StudentView(View):
+    """Numbers about mixed means, with mixed variances; :attr:`constants` names the two."""
+
+    log_variance: ClassVar[float]  # prior mean
+    variances: ClassVar[tuple[float, float]]  # range of those that SVI starts from
+
+    def experts(self) -> dict[str, TorchDistributionMixin]:
+        (mean, variance), zeros = self.constants, torch.zeros(self.width)
+        spread = dist.LogNormal(zeros + self.log_variance, 1.0).to_event(1)
+        return {mean: dist.Normal(zeros, 1.0).to_event(1), variance: spread}
+
+    def shared(self) -> dict[str, TorchDistributionMixin]:
+        return {}
+
+    def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
+        (mean, variance), total = map(self.site, self.constants), shares.sum(0).unsqueeze(-1)
+        means = shares.T @ values / total
+        found = shares.T @ values.square() / total - means.square()
+        return {mean: means, variance: found.clamp(*self.variances)}
+
+    def likelihood(
+        self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
+    ) -> TorchDistributionMixin:
+        means, variances = (self.with_base(sites, name) for name in self.constants)  # (K+1, width)
+        noise = (weights @ variances) * self.noise(sites, prompts, temper).unsqueeze(-1)  # (N, width)
+        return dist.StudentT(6.0, weights @ means, noise.sqrt()).to_event(1)
+
+    def noise(self, sites: Mapping[str, Tensor], prompts: Prompts, temper: Tensor) -> Float[Tensor, "*draws prompt"]:
+        """What variances are multiplied by, τ included."""
+        return temper
+
+
+@dataclass(frozen=True)
+class VectorsView(_StudentView):
     """``StudentT(6, w @ M, sqrt(τ · length_factor · w @ s2))`` for vectors ``(N, D)``, such as hidden states.
 
     Per expert ``M ~ Normal(0, 1)[D]``, ``s2 ~ LogNormal(-3, 1)[D]``; base has ``M = 0, s2 = 1``; shared
@@ -84,125 +125,91 @@ class VectorsView:
     coordinates of this scale (:mod:`bayes_dispatch.dispatcher.evidence.projection`).
     """
 
-    width: int
     name: str = "hidden"
     kind = "vectors"
+    constants = MappingProxyType({"M": 0.0, "s2": 1.0})
+    log_variance, variances = -3.0, (5e-3, 1.0)
 
-    def sample_experts(self) -> dict[str, Tensor]:
-        zeros = torch.zeros(self.width)
-        return _sample(self, M=dist.Normal(zeros, 1.0).to_event(1), s2=dist.LogNormal(zeros - 3.0, 1.0).to_event(1))
-
-    def sample_shared(self) -> dict[str, Tensor]:
-        return _sample(self, lt=dist.LogNormal(torch.tensor(2.5), 1.0))
-
-    def base(self) -> dict[str, Tensor]:
-        return _constants(self, M=0.0, s2=1.0)
+    def shared(self) -> dict[str, TorchDistributionMixin]:
+        return {"lt": dist.LogNormal(torch.tensor(2.5), 1.0)}
 
     def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
-        means, variances = _moments(values, shares)
-        return _named(self, M=means, s2=variances.clamp(min=5e-3, max=1.0), lt=torch.tensor(12.0))
+        return super().start(values, shares) | {self.site("lt"): torch.tensor(12.0)}
 
-    def likelihood(
-        self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
-    ) -> TorchDistributionMixin:
-        means = _with_base(self, sites, "M")  # (K+1, D)
-        variances = _with_base(self, sites, "s2")
-        factor = temper * length_factor(prompts.lengths, sites[site(self, "lt")])  # (N,)
-        noise = (weights @ variances) * factor.unsqueeze(-1)  # (N, D)
-        return dist.StudentT(6.0, weights @ means, noise.sqrt()).to_event(1)
+    def noise(self, sites: Mapping[str, Tensor], prompts: Prompts, temper: Tensor) -> Float[Tensor, "*draws prompt"]:
+        return temper * length_factor(prompts.lengths, sites[self.site("lt")])
 
 
 @dataclass(frozen=True)
-class SurpriseView:
+class SurpriseView(_StudentView):
     """``StudentT(6, w @ a, sqrt(τ · w @ a2))`` for how badly the reader predicted a prompt, standardised ``(N, 2)``.
 
     Per expert ``a ~ Normal(0, 1)[2]``, ``a2 ~ LogNormal(-1, 1)[2]``; base has ``a = 4, a2 = 9``: it expects surprise.
     """
 
-    width: int
     name: str = "surprise"
     kind = "surprise"
-
-    def sample_experts(self) -> dict[str, Tensor]:
-        zeros = torch.zeros(self.width)
-        return _sample(self, a=dist.Normal(zeros, 1.0).to_event(1), a2=dist.LogNormal(zeros - 1.0, 1.0).to_event(1))
-
-    def sample_shared(self) -> dict[str, Tensor]:
-        return {}
-
-    def base(self) -> dict[str, Tensor]:
-        return _constants(self, a=4.0, a2=9.0)
-
-    def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
-        means, variances = _moments(values, shares)
-        return _named(self, a=means, a2=variances.clamp(min=2e-2, max=4.0))
-
-    def likelihood(
-        self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
-    ) -> TorchDistributionMixin:
-        means = _with_base(self, sites, "a")  # (K+1, 2)
-        variances = _with_base(self, sites, "a2")
-        noise = (weights @ variances) * temper.unsqueeze(-1)
-        return dist.StudentT(6.0, weights @ means, noise.sqrt()).to_event(1)
+    constants = MappingProxyType({"a": 4.0, "a2": 9.0})
+    log_variance, variances = -1.0, (2e-2, 4.0)
 
 
 @dataclass(frozen=True)
-class _ClassesView:
-    """The globals of views by class: per expert ``Phi ~ Dirichlet(.7)[C]``; shared ``conc ~ LogNormal(3, 1)``."""
+class _ClassesView(View):
+    """Numbers by class C: per expert ``Phi ~ Dirichlet(.7)[C]``, base is uniform; shared ``conc ~ LogNormal(3, 1)``."""
 
-    width: int
-    name: str
-    kind: ClassVar[str]
+    first: ClassVar[tuple[float, float]]  # what SVI starts from: added to each class, and ``conc``
 
-    def sample_experts(self) -> dict[str, Tensor]:
-        return _sample(self, Phi=dist.Dirichlet(torch.full((self.width,), 0.7)))
+    @property
+    def constants(self) -> Mapping[str, float]:  # type: ignore[override]
+        return {"Phi": 1.0 / self.width}
 
-    def sample_shared(self) -> dict[str, Tensor]:
-        return _sample(self, conc=dist.LogNormal(torch.tensor(3.0), 1.0))
+    def experts(self) -> dict[str, TorchDistributionMixin]:
+        return {"Phi": dist.Dirichlet(torch.full((self.width,), 0.7))}
 
-    def base(self) -> dict[str, Tensor]:
-        return _constants(self, Phi=1.0 / self.width)
+    def shared(self) -> dict[str, TorchDistributionMixin]:
+        return {"conc": dist.LogNormal(torch.tensor(3.0), 1.0)}
+
+    def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
+        classes = shares.T @ values + self.first[0]  # (K, C)
+        phi = classes / classes.sum(-1, keepdim=True)
+        return {self.site("Phi"): phi, self.site("conc"): torch.tensor(self.first[1])}
+
+    def concentration(self, sites: Mapping[str, Tensor], weights: Tensor, temper: Tensor) -> Float[Tensor, "... class"]:
+        """``conc/τ · (w @ Phi) + 1e-3``."""
+        strength = (sites[self.site("conc")] / temper).unsqueeze(-1)
+        return strength * (weights @ self.with_base(sites, "Phi")) + 1e-3
 
 
 @dataclass(frozen=True)
 class CountsView(_ClassesView):
-    """``DirichletMultinomial(conc/τ · (w @ Phi) + 1e-3, T)`` for counts by class ``(N, C)``.
-
-    Per expert ``Phi ~ Dirichlet(.7)[C]``; base is uniform; shared ``conc ~ LogNormal(3, 1)``.
-    """
+    """``DirichletMultinomial(conc/τ · (w @ Phi) + 1e-3, T)`` for counts by class ``(N, C)``."""
 
     name: str = "counts"
     kind = "counts"
-
-    def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
-        counts = shares.T @ values + 1.0  # (K, C)
-        return _named(self, Phi=counts / counts.sum(-1, keepdim=True), conc=torch.tensor(20.0))
+    first = (1.0, 20.0)
 
     def likelihood(
         self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
     ) -> TorchDistributionMixin:
-        return _RaggedDirichletMultinomial(_mixed_classes(self, sites, weights, temper), prompts.totals[self.name])
+        return _RaggedDirichletMultinomial(self.concentration(sites, weights, temper), prompts.totals[self.name])
 
 
 @dataclass(frozen=True)
 class ProbabilitiesView(_ClassesView):
     """``Dirichlet(conc/τ · (w @ Phi) + 1e-3)`` for probabilities ``(N, C)`` that a classifier gives: its confusions.
 
-    Per expert ``Phi ~ Dirichlet(.7)[C]``, the classifier's mean answer to its prompts; base is uniform; shared
-    ``conc ~ LogNormal(3, 1)`` tells how far the classifier can be trusted. Evidence enters :func:`floored`.
+    ``Phi`` is the classifier's mean answer to an expert's prompts; ``conc`` tells how far it can be trusted. Evidence
+    enters :func:`floored`.
     """
 
     name: str = "classifier"
     kind = "probabilities"
-
-    def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
-        means = shares.T @ values + 1e-2  # (K, C)
-        return _named(self, Phi=means / means.sum(-1, keepdim=True), conc=torch.tensor(5.0))
+    first = (1e-2, 5.0)
 
     def likelihood(
         self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
     ) -> TorchDistributionMixin:
-        return _FlooredDirichlet(_mixed_classes(self, sites, weights, temper))
+        return _FlooredDirichlet(self.concentration(sites, weights, temper))
 
 
 KINDS: dict[str, Callable[[int, str], View]] = {
@@ -222,48 +229,10 @@ def length_factor(lengths: Float[Tensor, " prompt"], lt: Tensor) -> Float[Tensor
     return torch.where(lengths > 0, known, torch.ones_like(known))
 
 
-def site(view: Named, parameter: str) -> str:
-    """The Pyro site of a view's global: plain for the views of :data:`NAMED_KINDS`, else with the view's name."""
-    return parameter if view.name in NAMED_KINDS else f"{view.name}_{parameter}"
-
-
 def floored(probabilities: Tensor) -> Tensor:
     """Probabilities ``(·, C)`` moved a little to the uniform ones, so that all are positive."""
     width = probabilities.shape[-1]
     return (probabilities + PROBABILITY_FLOOR) / (1 + width * PROBABILITY_FLOOR)
-
-
-def _named(view: Named, **values: Tensor) -> dict[str, Tensor]:
-    return {site(view, parameter): value for parameter, value in values.items()}
-
-
-def _constants(view: View | _ClassesView, **values: float) -> dict[str, Tensor]:
-    """In float64, whatever torch's default type, which other threads may change."""
-    return _named(
-        view, **{name: torch.full((view.width,), value, dtype=torch.float64) for name, value in values.items()}
-    )
-
-
-def _sample(view: Named, **priors: TorchDistributionMixin) -> dict[str, Tensor]:
-    return {site(view, parameter): pyro.sample(site(view, parameter), prior) for parameter, prior in priors.items()}
-
-
-def _moments(values: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted means and variances ``(K, D)``."""
-    total = shares.sum(0).unsqueeze(-1)
-    means = shares.T @ values / total
-    return means, shares.T @ values.square() / total - means.square()
-
-
-def _mixed_classes(view: View, sites: Mapping[str, Tensor], weights: Tensor, temper: Tensor) -> Tensor:
-    classes = _with_base(view, sites, "Phi")  # (K+1, C)
-    strength = (sites[site(view, "conc")] / temper).unsqueeze(-1)
-    return strength * (weights @ classes) + 1e-3
-
-
-def _with_base(view: View, sites: Mapping[str, Tensor], parameter: str) -> Tensor:
-    name = site(view, parameter)
-    return torch.cat([sites[name], view.base()[name].to(sites[name]).unsqueeze(0)])
 
 
 class _FlooredDirichlet(dist.Dirichlet):

@@ -56,6 +56,7 @@ class Cache:
     Attributes:
         states: one ``State`` per block. first: index of the first of these blocks in the model.
         capacity: most tokens that attention keeps in order; ``None`` where every state is of bounded size.
+        model: what made it: its weights' fingerprint and its dtype.
         grow: make room when the capacity is reached, instead of raising ``CacheFullError``.
     """
 
@@ -73,7 +74,7 @@ class Cache:
         self.capacity = capacity
         self.grow = grow
         self._batch_size = batch_size
-        self._model = model
+        self.model = model
         self._read: int | Tensor = 0  # tokens read: one number while all rows agree
         self._dropped: int | Tensor = 0  # of those, the ones that attention has forgotten
         self._made_by: list[Digest | None] = [None] * len(self.states)
@@ -175,7 +176,7 @@ class Cache:
         """An independent copy."""
         self.check_whole()
         states = [state.copy() for state in self.states]
-        other = Cache(states, self.batch_size, self.capacity, self._model, self.grow, self.first)
+        other = Cache(states, self.batch_size, self.capacity, self.model, self.grow, self.first)
         other._read, other._dropped, other._made_by = self._read, self._dropped, self._made_by
         return other
 
@@ -207,8 +208,8 @@ class Cache:
         """Write everything to one safetensors file, whole or not at all."""
         self.check_whole()
         lengths = {"read": self.lengths, "dropped": self._per_row(self._dropped)}
-        about = {name: getattr(self, name) for name in ("batch_size", "capacity", "grow", "first")}
-        write_states(Path(path), self.states, lengths, about | {"model": self._model, "made_by": self._made_by})
+        about = {name: getattr(self, name) for name in ("batch_size", "capacity", "model", "grow", "first")}
+        write_states(Path(path), self.states, lengths, about | {"made_by": self._made_by})
 
     @classmethod
     def load(cls, path: str | Path) -> "Cache":
@@ -255,8 +256,8 @@ class Cache:
 
     def check_model(self, model: str) -> None:
         """Raise ``StaleCacheError`` unless the cache was made by this model: its weights' fingerprint and dtype."""
-        if model != self._model:
-            raise StaleCacheError(f"expected a cache of model {model}, got one of model {self._model}")
+        if model != self.model:
+            raise StaleCacheError(f"expected a cache of model {model}, got one of model {self.model}")
 
     def check_whole(self) -> None:
         """Raise ``StaleCacheError`` if a change was interrupted."""

@@ -1,10 +1,10 @@
-"""Loops over one row at a time, compiled for the CPU with numba: what ``compiled`` calls where no gradient is recorded.
+"""Loops over one row at a time, compiled for the CPU with numba: what mixers and ``stepping`` call without gradients.
 
 On a CPU a library call costs as much as the arithmetic of a decoded token, and between the matrix products of a prompt
 most time goes into memory. Here a mixer is one pass over its inputs between two products, for one token as for many.
 
-All arrays are C-contiguous and of one dtype, float32 or float64. One file, since a compiled function that is kept on
-disk is made again only when its own file changes.
+All arrays are C-contiguous and of one dtype, float32 or float64. All loops that call each other are in this one file:
+numba keeps their programs on disk, and makes one anew only when the file of its own function changes.
 """
 
 import inspect

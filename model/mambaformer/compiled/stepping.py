@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.adaptation import Adaptation, Scales
 from bayes_dispatch.model.mambaformer.block import Block
 from bayes_dispatch.model.mambaformer.cache import AttentionState, Cache, CrossAttentionState, MambaState, State
 from bayes_dispatch.model.mambaformer.compiled.switch import Array, array, can_compile, kernels
@@ -31,7 +31,6 @@ __all__ = ["Stepper", "Steppers", "can_step"]
 MOST_ROWS = 24  # with more, a library's products are faster
 MOST_KEPT = 16  # steppers of adaptations that are still in use, each with matrices of its own where these were built
 
-Scales = Mapping[str, Tensor]
 Places = tuple[Array, Array, Array]  # what ``Span.places`` gives
 Matrix = tuple[Array, Array, Array, Array, Array]  # what ``product`` takes
 Step = Callable[[Array, Places, State], bool]  # whether it knew what to do with the state
@@ -49,7 +48,7 @@ class Stepper:
         blocks: to run, one after the other. norm: after the last. scales: of each block.
     """
 
-    def __init__(self, blocks: Sequence[Block], norm: RMSNorm | None, scales: Sequence[Scales]) -> None:
+    def __init__(self, blocks: Sequence[Block], norm: RMSNorm | None, scales: Sequence[Mapping[str, Scales]]) -> None:
         self._blocks = [(block, z, _step(block, z)) for block, z in zip(blocks, scales, strict=True)]
         self._norm = None if norm is None else _arguments(norm)
 
@@ -77,11 +76,8 @@ class Steppers:
         self._plain = Adaptation.identity()  # stands for all that scale nothing
         self._lock = Lock()
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "Steppers":
-        return Steppers()  # of another model
-
     def __reduce__(self) -> tuple[type["Steppers"], tuple[()]]:
-        return Steppers, ()
+        return Steppers, ()  # of another model
 
     def of(self, weights: object, adaptation: Adaptation, build: Callable[[], Stepper]) -> Stepper:
         """The stepper under these scales, built anew where it is none of the latest.
@@ -101,9 +97,10 @@ class Steppers:
         return kept[1]
 
 
-def _step(block: Block, scales: Scales) -> Step | None:
+def _step(block: Block, given: Mapping[str, Scales]) -> Step | None:
     """The step of a block, where it is compiled."""
     mixer = block.mixer
+    scales = {name: own if isinstance(own, Tensor) else own.z for name, own in given.items()}
     if any(z.ndim == 2 and z.shape[1] < getattr(mixer, name).rank for name, z in scales.items()):
         return None  # other scales in each row of the largest singular values alone: no whole decomposition for them
     norm = _arguments(block.norm)

@@ -1,4 +1,4 @@
-"""When the compiled loops of ``kernels`` may take the place of tensor operations, and the arrays that they take."""
+"""The one switch between compiled loops and tensor operations, and tensors as the arrays that the loops take."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,11 +72,8 @@ class Views:
         self._arrays: tuple[Array, Array]
         self._counted: list[Tensor] = []
 
-    def __deepcopy__(self, memo: dict[int, object]) -> "Views":
-        return Views()  # of other tensors
-
     def __reduce__(self) -> tuple[type["Views"], tuple[()]]:
-        return Views, ()
+        return Views, ()  # of other tensors
 
     def of(self, first: Tensor, second: Tensor) -> tuple[Array, Array]:
         """Arrays to write to; autograd is told, as by an operation in place."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bayes_dispatch.model.adaptation import Scales
 from bayes_dispatch.model.mambaformer.cache import AttentionState
 from bayes_dispatch.model.mambaformer.compiled.switch import array, can_compile, kernels
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
@@ -47,7 +48,7 @@ class SelfAttention(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         span: Span,
-        scales: Mapping[str, Tensor],
+        scales: Mapping[str, Scales],
         state: AttentionState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Let each token attend to itself and those before it; keys and values are appended to ``state`` in place."""
@@ -66,7 +67,7 @@ class SelfAttention(nn.Module):
         return self._merge(y, x, scales)
 
     def _step_compiled(
-        self, x: Float[Tensor, "B 1 D"], span: Span, scales: Mapping[str, Tensor], state: AttentionState
+        self, x: Float[Tensor, "B 1 D"], span: Span, scales: Mapping[str, Scales], state: AttentionState
     ) -> Float[Tensor, "B 1 D"]:
         """One token of each row, where ``can_compile``."""
         batch = x.shape[0]
@@ -76,7 +77,7 @@ class SelfAttention(nn.Module):
         kernels().attend(projected, *span.places(batch), *state.arrays(), ring, self.base, y.reshape(batch, -1))
         return self.out_proj(torch.from_numpy(y), scales.get("out_proj"))
 
-    def _project(self, x: Tensor, span: Span, scales: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, span: Span, scales: Mapping[str, Scales]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, n_heads, T, W), keys and values (B, kv_heads, T, W)."""
         batch, length, _ = x.shape
         projected = self.qkv(x, scales.get("qkv"))
@@ -89,7 +90,7 @@ class SelfAttention(nn.Module):
             q, k = rotate(q, span.before), rotate(k, span.before)
         return q, k, v
 
-    def _merge(self, y: Tensor, x: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
+    def _merge(self, y: Tensor, x: Tensor, scales: Mapping[str, Scales]) -> Tensor:
         """From (B, n_heads, T, W) to outputs of the shape of ``x``."""
         merged = y if x.shape[1] == 1 else y.transpose(1, 2)
         return self.out_proj(merged.reshape(x.shape), scales.get("out_proj"))
@@ -175,7 +176,7 @@ class BidirectionalAttention(SelfAttention):
         self,
         x: Float[Tensor, "B T D"],
         span: Span,
-        scales: Mapping[str, Tensor],
+        scales: Mapping[str, Scales],
         state: AttentionState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Let each real token attend to all real ones; an encoder keeps no ``state``."""

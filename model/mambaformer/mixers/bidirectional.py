@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bayes_dispatch.model.adaptation import Scales
 from bayes_dispatch.model.mambaformer.cache import MambaState
 from bayes_dispatch.model.mambaformer.mixers.span import Span
 
@@ -28,7 +29,7 @@ class BidirectionalMixer(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         span: Span,
-        scales: Mapping[str, Tensor],
+        scales: Mapping[str, Scales],
         state: MambaState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the tokens of each row with those before and after them; an encoder keeps no ``state``."""
@@ -51,5 +52,5 @@ def _reordered(x: Tensor, order: Tensor | None) -> Tensor:
     return x.flip(1) if order is None else x.gather(1, order[..., None].expand_as(x))
 
 
-def _of(prefix: str, scales: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _of(prefix: str, scales: Mapping[str, Scales]) -> dict[str, Scales]:
     return {name.removeprefix(prefix): z for name, z in scales.items() if name.startswith(prefix)}

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from bayes_dispatch.errors import TensorError
+from bayes_dispatch.model.adaptation import Scales
 from bayes_dispatch.model.mambaformer.cache import CrossAttentionState
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
@@ -67,7 +68,7 @@ class CrossAttention(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B T D"],
-        scales: Mapping[str, Tensor],
+        scales: Mapping[str, Scales],
         memory: Memory | None,
         state: CrossAttentionState | None = None,
     ) -> Float[Tensor, "B T D"]:

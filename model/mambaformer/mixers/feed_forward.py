@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bayes_dispatch.model.adaptation import Scales
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
 
@@ -20,6 +21,6 @@ class FeedForward(nn.Module):
         self.in_proj = SVDLinear(config.d_model, 2 * config.feed_forward_width)
         self.out_proj = SVDLinear(config.feed_forward_width, config.d_model)
 
-    def forward(self, x: Float[Tensor, "B T D"], scales: Mapping[str, Tensor]) -> Float[Tensor, "B T D"]:
+    def forward(self, x: Float[Tensor, "B T D"], scales: Mapping[str, Scales]) -> Float[Tensor, "B T D"]:
         gate, up = self.in_proj(x, scales.get("in_proj")).chunk(2, dim=-1)
         return self.out_proj(F.silu(gate) * up, scales.get("out_proj"))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bayes_dispatch.model.adaptation import Scales
 from bayes_dispatch.model.mambaformer.cache import MambaState
 from bayes_dispatch.model.mambaformer.compiled.switch import Array, array, can_compile, kernels, token_counts
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
@@ -61,7 +62,7 @@ class Mamba1Mixer(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         span: Span,
-        scales: Mapping[str, Tensor],
+        scales: Mapping[str, Scales],
         state: MambaState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the tokens of each row with those before them; ``state`` is read and replaced in place."""
@@ -77,7 +78,7 @@ class Mamba1Mixer(nn.Module):
         return self.out_proj(y, scales.get("out_proj"))
 
     def _scan_compiled(
-        self, projected: Tensor, span: Span, scales: Mapping[str, Tensor], state: MambaState
+        self, projected: Tensor, span: Span, scales: Mapping[str, Scales], state: MambaState
     ) -> Float[Tensor, "B T d_inner"]:
         """``_scan`` where ``can_compile``; the state is changed in place."""
         batch, length, _ = projected.shape
@@ -99,7 +100,7 @@ class Mamba1Mixer(nn.Module):
         return tuple(array(weight) for weight in weights)
 
     def _scan(
-        self, x: Tensor, gate: Tensor, span: Span, scales: Mapping[str, Tensor], state: MambaState | None
+        self, x: Tensor, gate: Tensor, span: Span, scales: Mapping[str, Scales], state: MambaState | None
     ) -> Float[Tensor, "B T d_inner"]:
         batch, length, _ = x.shape
         size = length if torch.is_grad_enabled() else max(1, PIECE // batch)
@@ -117,7 +118,7 @@ class Mamba1Mixer(nn.Module):
         return y
 
     def _scan_piece(
-        self, x: Tensor, gate: Tensor, span: Span, scales: Mapping[str, Tensor], state: MambaState | None
+        self, x: Tensor, gate: Tensor, span: Span, scales: Mapping[str, Scales], state: MambaState | None
     ) -> tuple[Float[Tensor, "B T d_inner"], MambaState | None]:
         """The gated outputs, and the state after them where one was given."""
         x, history = continue_convolution(x, self.conv_weight, self.conv_bias, span, state)
@@ -135,7 +136,7 @@ class Mamba1Mixer(nn.Module):
         return y.mT, MambaState(history, final.mT)
 
     def _step(
-        self, x: Tensor, gate: Tensor, span: Span, scales: Mapping[str, Tensor], state: MambaState
+        self, x: Tensor, gate: Tensor, span: Span, scales: Mapping[str, Scales], state: MambaState
     ) -> Float[Tensor, "B 1 d_inner"]:
         """One token of each row, where no gradient is recorded: few operations, and the state changes in place."""
         window = torch.cat([state.conv, x], dim=1)  # (B, taps, d_inner)
@@ -150,7 +151,7 @@ class Mamba1Mixer(nn.Module):
         state.conv.copy_(history)
         return y.mul_(F.silu(gate))
 
-    def _select(self, x: Tensor, scales: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def _select(self, x: Tensor, scales: Mapping[str, Scales]) -> tuple[Tensor, Tensor, Tensor]:
         """Step sizes (B, T, d_inner), and B and C (B, T, N), for the inputs of the scan."""
         projected = self.x_proj(x, scales.get("x_proj"))
         delta, B, C = projected.split_with_sizes(self._widths, dim=-1)

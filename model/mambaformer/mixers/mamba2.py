@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bayes_dispatch.model.adaptation import Scales
 from bayes_dispatch.model.mambaformer.cache import MambaState
 from bayes_dispatch.model.mambaformer.compiled.switch import Array, array, can_compile, kernels, token_counts
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
@@ -61,7 +62,7 @@ class Mamba2Mixer(nn.Module):
         self,
         x: Float[Tensor, "B T D"],
         span: Span,
-        scales: Mapping[str, Tensor],
+        scales: Mapping[str, Scales],
         state: MambaState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the tokens of each row with those before them; ``state`` is read and replaced in place."""
@@ -70,8 +71,10 @@ class Mamba2Mixer(nn.Module):
         size = length if recording or scales else max(self.chunk_size, PIECE // batch)
         if can_compile(x, *(() if state is None else (state.conv, state.ssm))):
             state = state or self.init_state(batch, x.dtype)
-            starts = range(0, length, size)
-            pieces = [self._mix_compiled(x[:, t : t + size], _part(span, t, size), scales, state) for t in starts]
+            arrays, starts = self.arrays(), range(0, length, size)
+            pieces = [
+                self._mix_compiled(x[:, t : t + size], _part(span, t, size), scales, state, arrays) for t in starts
+            ]
             return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
         if state is not None and length == 1 and not recording:
             return self._step(x, span, scales, state)
@@ -90,7 +93,7 @@ class Mamba2Mixer(nn.Module):
         return y
 
     def _mix(
-        self, x: Tensor, span: Span, scales: Mapping[str, Tensor], state: MambaState | None
+        self, x: Tensor, span: Span, scales: Mapping[str, Scales], state: MambaState | None
     ) -> tuple[Tensor, MambaState | None]:
         """The outputs, and the state after them where one was given."""
         batch, length, _ = x.shape
@@ -112,13 +115,15 @@ class Mamba2Mixer(nn.Module):
         y = self._project(y.flatten(2), scales)
         return y, None if history is None else MambaState(history, final)
 
-    def _mix_compiled(self, x: Tensor, span: Span, scales: Mapping[str, Tensor], state: MambaState) -> Tensor:
+    def _mix_compiled(
+        self, x: Tensor, span: Span, scales: Mapping[str, Scales], state: MambaState, arrays: tuple[Array, ...]
+    ) -> Tensor:
         """``_mix`` where ``can_compile``; the state is changed in place."""
         batch, length, _ = x.shape
         projected = array(self.in_proj(x, scales.get("in_proj")))
         y = np.empty((batch, length, self.d_inner), projected.dtype)
         tokens = token_counts(span.tokens, batch, length)
-        kernels().mix_mamba2(projected, tokens, *state.arrays(), *self.arrays(), self.norm.eps_number, self.n_groups, y)
+        kernels().mix_mamba2(projected, tokens, *state.arrays(), *arrays, self.norm.eps_number, self.n_groups, y)
         return self.out_proj(torch.from_numpy(y), scales.get("out_proj"))
 
     def arrays(self) -> tuple[Array, ...]:
@@ -126,7 +131,7 @@ class Mamba2Mixer(nn.Module):
         weights = self.conv_weight.t(), self.conv_bias, -self.A_log.exp(), self.dt_bias, self.D, self.norm.weight
         return tuple(array(weight) for weight in weights)
 
-    def _step(self, x: Tensor, span: Span, scales: Mapping[str, Tensor], state: MambaState) -> Tensor:
+    def _step(self, x: Tensor, span: Span, scales: Mapping[str, Scales], state: MambaState) -> Tensor:
         """``_mix`` of one token of each row, where no gradient is recorded: few operations, the state in place."""
         gate, xBC, dt = self.in_proj(x, scales.get("in_proj")).split(self._widths, dim=-1)
         dt = F.softplus(dt + self.dt_bias)  # (B, 1, H)
@@ -144,7 +149,7 @@ class Mamba2Mixer(nn.Module):
         y = ssd_step_(xs, dt.squeeze(1), -self.A_log.exp(), B, C, self.D, state.ssm)
         return self._project(y.view(gate.shape).mul_(F.silu(gate)), scales)
 
-    def _project(self, y: Tensor, scales: Mapping[str, Tensor]) -> Tensor:
+    def _project(self, y: Tensor, scales: Mapping[str, Scales]) -> Tensor:
         """Normalise and project; without gradients, ``y`` is overwritten, and the narrower result is normalised."""
         z = scales.get("out_proj")
         if torch.is_grad_enabled():

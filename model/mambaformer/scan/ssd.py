@@ -106,7 +106,6 @@ def ssd_scan_ref(
     D: Float[Tensor, " h"] | None = None,
     initial_state: Float[Tensor, "b h p n"] | None = None,
     return_final_state: bool = False,
-    gate: Float[Tensor, "b l h p"] | None = None,
 ) -> Float[Tensor, "b l h p"] | tuple[Float[Tensor, "b l h p"], Float[Tensor, "b h p n"]]:
     """``ssd_scan`` as the recurrence is written, one token at a time; ``chunk_size`` has no effect."""
     batch, length, heads, width = x.shape

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bayes_dispatch.model.adaptation import Scales
 from bayes_dispatch.model.mambaformer.svd.linear import SVDMatrix, by_row, of_rows
 
 __all__ = ["EMBEDDING", "SVDEmbedding"]
@@ -21,9 +22,7 @@ class SVDEmbedding(SVDMatrix):
         super().__init__(width, vocab_size)
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(
-        self, ids: Int[Tensor, "B T"], scales: Float[Tensor, "*B r"] | None = None
-    ) -> Float[Tensor, "B T width"]:
+    def forward(self, ids: Int[Tensor, "B T"], scales: Scales | None = None) -> Float[Tensor, "B T width"]:
         """The embeddings of tokens.
 
         Args:
@@ -35,10 +34,9 @@ class SVDEmbedding(SVDMatrix):
         """
         if scales is None:
             return F.embedding(ids, self.weight)
-        self.check_scales(scales, ids.shape[0])
-        U, s, Vt, _ = self.factors(scales.shape[-1])
+        scales, (U, s, Vt, _) = self.prepare(scales, ids.shape[0])
         if len(s) < self.rank:
-            return F.embedding(ids, self.weight) + (F.embedding(ids, U) * of_rows(s * (scales - 1))) @ Vt
+            return F.embedding(ids, self.weight) + (F.embedding(ids, U) * of_rows(s * (scales.z - 1))) @ Vt
 
         def scaled(ids: Tensor, z: Tensor) -> Tensor:
             if z.ndim == 1 and ids.numel() > len(U):  # more tokens than rows of E

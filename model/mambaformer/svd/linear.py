@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayes_dispatch.errors import TensorError
+from bayes_dispatch.model.adaptation import MatrixScales, Scales, rows_of_ones
 from bayes_dispatch.model.mambaformer.fingerprint import contents
 from bayes_dispatch.model.mambaformer.svd.factors import Factors, decompose
 
@@ -33,10 +34,10 @@ class SVDMatrix(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         nn.init.normal_(self.weight, std=in_features**-0.5)
         self.rank = min(in_features, out_features)
-        self._factors: tuple[tuple[object, ...], Factors] | None = None
+        self._factors: tuple[tuple[object, ...], Factors, object] | None = None  # of what, and when last looked at
 
     def product(
-        self, x: Float[Tensor, "B T in_features"], scales: Float[Tensor, "*B r"] | None = None
+        self, x: Float[Tensor, "B T in_features"], scales: Scales | None = None
     ) -> Float[Tensor, "B T out_features"]:
         """``W(z) x``; without scales ``W x``, with the stored ``W`` itself.
 
@@ -48,10 +49,9 @@ class SVDMatrix(nn.Module):
         """
         if scales is None:
             return F.linear(x, self.weight)
-        self.check_scales(scales, x.shape[0])
-        U, s, Vt, _ = self.factors(scales.shape[-1])
+        scales, (U, s, Vt, _) = self.prepare(scales, x.shape[0])
         if len(s) < self.rank:
-            change = s * (scales - 1)
+            change = s * (scales.z - 1)
             return F.linear(x, self.weight) + F.linear(F.linear(x, Vt) * of_rows(change), U)
 
         def scaled(x: Tensor, z: Tensor) -> Tensor:
@@ -61,25 +61,36 @@ class SVDMatrix(nn.Module):
 
         return by_row(x, scales, lambda x: F.linear(x, self.weight), scaled)
 
-    def check_scales(self, scales: Tensor, rows: int) -> None:
-        """Raise ``TensorError`` unless these are scales for all rows, or for each of them."""
-        kinds = ((self.rank,), (rows, self.rank))
-        if scales.shape[:-1] not in {kind[:-1] for kind in kinds} or not 1 <= scales.shape[-1] <= self.rank:
-            expected = " or ".join(map(str, kinds))
-            raise TensorError(f"expected scales of shape {expected} or fewer of them, got {tuple(scales.shape)}")
+    def prepare(self, scales: Scales, rows: int) -> tuple[MatrixScales, Factors]:
+        """The scales and as many singular triples; ``TensorError`` unless they are for all rows, or for each."""
+        scales = scales if isinstance(scales, MatrixScales) else MatrixScales(scales)
+        kinds, shape = ((self.rank,), (rows, self.rank)), tuple(scales.z.shape)
+        if shape[:-1] not in {kind[:-1] for kind in kinds} or not 1 <= shape[-1] <= self.rank:
+            raise TensorError(f"expected scales of shape {kinds[0]} or {kinds[1]} or fewer of them, got {shape}")
+        return scales, self.factors(shape[-1], scales.weights)
 
-    def factors(self, rank: int | None = None) -> Factors:
-        """The leading singular triples of the present weight, all by default; kept until it changes."""
-        wanted, key = self.rank if rank is None else rank, self._key()
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads memory, and no graph can hold that
+    def factors(self, rank: int | None = None, weights: object = None) -> Factors:
+        """The leading singular triples of the present weight, all by default; kept until it changes.
+
+        Args:
+            rank: how many. weights: where given and the same as at the latest call, the weight is not looked at.
+        """
+        wanted = self.rank if rank is None else rank
         kept = self._factors  # of which other threads may make another
-        if kept is None or kept[0] != key or len(kept[1].s) < wanted:
-            with torch.inference_mode(False):  # they stay, and may be trained through later
-                kept = self._factors = key, decompose(self.weight.detach().clone(), wanted)
+        if kept is None or weights is None or kept[2] is not weights or len(kept[1].s) < wanted:
+            key = self._key()
+            if kept is None or kept[0] != key or len(kept[1].s) < wanted:
+                with torch.inference_mode(False):  # they stay, and may be trained through later
+                    found = decompose(self.weight.detach().clone(), wanted)
+            else:
+                found = kept[1]
+            kept = self._factors = key, found, weights
         return kept[1].leading(wanted)
 
     def keep_factors(self, factors: Factors) -> None:
         """Take these for the present weight's."""
-        self._factors = (self._key(), factors)
+        self._factors = (self._key(), factors, None)
 
     def folded(self, scales: Float[Tensor, " r"]) -> Float[Tensor, "out_features in_features"]:
         """W(z) itself."""
@@ -100,27 +111,26 @@ class SVDLinear(SVDMatrix):
     """A linear map: ``y = W(z) x``."""
 
     def forward(
-        self, x: Float[Tensor, "B T in_features"], scales: Float[Tensor, "*B r"] | None = None
+        self, x: Float[Tensor, "B T in_features"], scales: Scales | None = None
     ) -> Float[Tensor, "B T out_features"]:
         """``product``: arguments and errors are its own."""
         return self.product(x, scales)
 
 
 def by_row(
-    x: Tensor, scales: Tensor, plain: Callable[[Tensor], Tensor], scaled: Callable[[Tensor, Tensor], Tensor]
+    x: Tensor, scales: MatrixScales, plain: Callable[[Tensor], Tensor], scaled: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """``plain`` of the rows of ``x`` whose scales are all 1, and ``scaled`` of the others with theirs.
 
     Where gradients flow through the scales, or a compiler traces, all rows are ``scaled``.
     """
-    if torch.compiler.is_compiling() or (scales.requires_grad and torch.is_grad_enabled()):
-        return scaled(x, scales)
-    ones = (scales == 1).all(dim=-1)
-    if not bool(ones.any()):
-        return scaled(x, scales)
-    if bool(ones.all()):
-        return plain(x)
-    y = scaled(x, scales)  # of all: to move the other rows would take longer
+    z = scales.z
+    if torch.compiler.is_compiling() or (z.requires_grad and torch.is_grad_enabled()):
+        return scaled(x, z)
+    ones = rows_of_ones(z) if scales.ones is None else scales.ones
+    if isinstance(ones, bool):
+        return plain(x) if ones else scaled(x, z)
+    y = scaled(x, z)  # of all: to move the other rows would take longer
     y[ones] = plain(x[ones]).to(y.dtype)
     return y
 

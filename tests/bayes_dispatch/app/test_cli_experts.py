@@ -13,6 +13,7 @@ from bayes_dispatch.app.commands import experts as cli_experts
 from bayes_dispatch.app.commands import main as cli
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.bank_files import verify_bank
+from bayes_dispatch.storage import FINISHED
 
 Experts = Callable[..., tuple[int, str, str]]
 
@@ -77,6 +78,18 @@ def test_list(experts: Experts, saved: Path, in_bundle: Path, bank: ExpertBank) 
         code, out, err = experts("list", *place)
         assert (code, err) == (0, "")
         assert all(word in out for word in (*bank.names, "domain", "steps"))
+
+
+def test_a_save_that_was_stopped_is_read_where_it_is(experts: Experts, bank: ExpertBank, in_bundle: Path) -> None:
+    """Between the two steps of a bundle's save."""
+    finished = in_bundle / FINISHED
+    shutil.copytree(in_bundle, finished)
+    shutil.rmtree(finished / "experts")
+    bank.without("sort").save(finished / "experts")
+    for command, expected in (("list", ["reverse", "add"]), ("verify", ["reverse", "add"])):
+        listed = json.loads(experts(command, "--bundle", in_bundle, "--json")[1])["experts"]
+        assert [expert["name"] for expert in listed] == expected
+    shutil.rmtree(finished)
 
 
 def test_list_shows_metadata_of_all_kinds_and_reads_no_expert(experts: Experts, bank: ExpertBank, saved: Path) -> None:

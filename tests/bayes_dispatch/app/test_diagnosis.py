@@ -1,4 +1,5 @@
-"""The diagnosis of a bundle: its numbers are those of the calibration functions, its files are whole."""
+"""The diagnosis of a bundle: its numbers are those of the checks on held-out prompts, by its seed, and its files are
+whole. Experts without text compete unjudged; bad settings and text are refused."""
 
 import json
 from dataclasses import replace
@@ -67,6 +68,14 @@ def test_share_served_by_a_threshold(found: Diagnosis) -> None:
     assert "none certified" in diagnosis_tables(replace(found, held_out=none))[-1].to_markdown()
 
 
+def test_what_is_no_number_is_null(found: Diagnosis) -> None:
+    held_out = found.held_out
+    odd = replace(held_out, foreign=replace(held_out.foreign, value=float("nan")), k_hat={"mixtures": float("inf")})
+    told = json.loads(json.dumps(replace(found, held_out=odd).to_dict(), allow_nan=False))
+    assert (told["foreign_auroc"]["value"], told["k_hat_below_0.7"]) == (None, {"mixtures": None})
+    assert told["ranks"] == found.to_dict()["ranks"]
+
+
 def test_files(found: Diagnosis, tmp_path: Path) -> None:
     out = tmp_path / "new" / "diagnosis"
     assert write_diagnosis(found, out) == [out / name for name in FILES]
@@ -91,10 +100,17 @@ def test_files(found: Diagnosis, tmp_path: Path) -> None:
         {"seed": -1},
         {"risk": 0.0},
         {"delta": 1.0},
+        {"risk": "a"},
+        {"delta": None},
         {"lengths": ()},
         {"lengths": (0,)},
+        {"lengths": (1.5,)},
+        {"lengths": 3},
+        {"mixture_lengths": (16,)},
+        {"mixture_lengths": (32, 16)},
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_settings(bad: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"expected .* got"):
         replace(SETTINGS, **bad)  # type: ignore[arg-type]
@@ -136,12 +152,14 @@ class TestExpertsOfAUser:
     def test_without_text_of_two_simulations_alone_are_judged(
         self, own: Bundle, found: Diagnosis, tmp_path: Path
     ) -> None:
-        """As for a bundle that was put together by hand."""
+        """As for a bundle that was put together by hand; pictures of an earlier run do not stay beside its report."""
+        write_diagnosis(found, tmp_path)
         mine = diagnose(replace(own, evidence=dict.fromkeys(("sort", "add"), own.evidence["sort"])), SETTINGS)
         assert mine.unjudged == ("sort", "add")
         assert mine.held_out is None
         assert (mine.ranks.ranks == found.ranks.ranks).all()
         assert [path.name for path in write_diagnosis(mine, tmp_path)] == ["diagnosis.json", "report.md", "ranks.png"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["diagnosis.json", "ranks.png", "report.md"]
         assert "No prompt was judged" in (tmp_path / "report.md").read_text()
 
 

@@ -1,11 +1,12 @@
-"""The shipped bundle: cached generation is uncached generation, and a batch is one prompt at a time."""
+"""The shipped bundle: cached generation is uncached generation, and a batch is one prompt at a time, token by token
+in float64."""
 
 import numpy as np
 import pytest
 import torch
 
 import bayes_dispatch as bd
-from bayes_dispatch.app.demo import BLENDS, PROMPTS
+from bayes_dispatch.app.demo import PROMPTS, SHOWN_BLENDS
 from bayes_dispatch.inference.two_pass.blends import Blend
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
@@ -31,7 +32,7 @@ def generate(bundle: bd.Bundle, texts: list[str], blend: Blend, *, use_cache: bo
     return bd.TwoPassGenerator(bundle).generate(texts, blend=blend, max_new_tokens=TOKENS, seed=0, use_cache=use_cache)
 
 
-@pytest.mark.parametrize("blend", BLENDS, ids=lambda blend: blend.name)
+@pytest.mark.parametrize("blend", SHOWN_BLENDS, ids=lambda blend: blend.name)
 def test_float64_token_by_token(shipped64: bd.Bundle, blend: Blend) -> None:
     cached = generate(shipped64, TEXTS, blend)
     alone = [generate(shipped64, [text], blend) for text in TEXTS]
@@ -41,7 +42,7 @@ def test_float64_token_by_token(shipped64: bd.Bundle, blend: Blend) -> None:
     np.testing.assert_allclose(cached.log_probabilities, uncached.log_probabilities, atol=1e-9)
 
 
-@pytest.mark.parametrize("blend", BLENDS, ids=lambda blend: blend.name)
+@pytest.mark.parametrize("blend", SHOWN_BLENDS, ids=lambda blend: blend.name)
 def test_float32_where_the_choice_is_clear(shipped: bd.Bundle, blend: Blend) -> None:
     """Rows agree up to the first token whose rival has nearly the same log-probability in float32."""
     cached = generate(shipped, TEXTS, blend)

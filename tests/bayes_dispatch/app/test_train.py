@@ -1,4 +1,5 @@
-"""Training a bundle end to end, by the smallest plan: it tells nothing of quality, but runs every stage."""
+"""Training a bundle end to end, by the smallest plan, runs every stage; a stopped run goes on to the same bundle, a
+finished one is not done again, and work of another plan is refused."""
 
 import json
 import shutil

@@ -61,6 +61,8 @@ def test_bad_truth() -> None:
         interval_coverage(spread(0, 1), np.full((2, 2), 0.5))
     with pytest.raises(TensorError, match="do not sum to 1"):
         interval_coverage(spread(0, 1), np.full((1, 2), 0.6))
+    with pytest.raises(TensorError, match="expected true weights on the simplex, got rows that are negative"):
+        interval_coverage(spread(0, 1), np.array([[1.5, -0.5]]))
     many = DispatchPosterior(np.full((2, 1, 60), 1 / 60), tuple(map(str, range(60))))
     with pytest.raises(TensorError, match=r"expected a true weight above 0\.02, got none in 1 prompts"):
         interval_coverage(many, np.full((1, 60), 1 / 60))
@@ -187,10 +189,11 @@ def test_reliability_does_not_depend_on_the_order_of_prompts(
     np.testing.assert_allclose(again.accuracy, curve.accuracy)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_simulated_coverage_is_at_the_given_weights(fitted: "Dispatcher") -> None:
     """Rows of the given truth fill the simulations, and the curve is that of what is simulated."""
     truth = np.array([[0.6, 0.4, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
-    curve = simulated_coverage(fitted, truth, [0.5, 0.9], count=40, draws=32, seed=1)
+    curve = simulated_coverage(fitted, truth.tolist(), [0.5, 0.9], count=40, draws=32, seed=1)
     assert curve.count == 20 * 3
     drawn, posterior = fitted.simulate(40, draws=32, seed=1, weights=np.tile(truth, (20, 1)))
     np.testing.assert_allclose(drawn, np.tile(truth, (20, 1)), atol=1e-6)

@@ -1,4 +1,4 @@
-"""OOD AUROC against brute force, and its standard error against repetition."""
+"""OOD AUROC and its standard error are those of brute force over pairs and of repetition; bad input is refused."""
 
 import numpy as np
 import pytest

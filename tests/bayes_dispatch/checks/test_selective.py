@@ -1,4 +1,5 @@
-"""Risk–coverage curves by hand, and the guarantee of the abstention threshold by repetition."""
+"""Risk–coverage curves by hand, ties averaged, no excess for the oracle. The abstention threshold keeps its guarantee
+by repetition, and smaller demands serve more."""
 
 from itertools import permutations
 
@@ -170,6 +171,8 @@ def test_bad_input(unchecked: None) -> None:
         abstention_threshold(half, half, 0.1)
     with pytest.raises(ConfigError, match=r"expected risk and delta between 0 and 1, got 0\.1 and 1"):
         abstention_threshold(half, np.zeros(4), 0.1, 1)
+    with pytest.raises(ConfigError, match=r"expected risk and delta between 0 and 1, got 'a' and None"):
+        abstention_threshold(half, np.zeros(4), "a", None)
     with pytest.raises(ConfigError, match="expected 2 thresholds in descending order"):
         abstention_threshold(half, np.zeros(4), 0.1, 0.1, [0.1, 0.9])
     with pytest.raises(ConfigError, match="expected starts to be a whole number ≥ 1, got 0"):

@@ -1,13 +1,16 @@
-"""The estimator: its draws, its probabilities, and one clear line on bad input."""
+"""The estimator's draws and probabilities agree, belong to each prompt alone, and follow the seed; no evidence is
+uncertainty, simulations are of the program. Bad input is one clear line."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from bayes_dispatch.checks.coverage import simulated_coverage
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
-from bayes_dispatch.errors import ConfigError, EvidenceError, NotFittedError, TensorError
+from bayes_dispatch.errors import BayesDispatchError, ConfigError, EvidenceError, NotFittedError, TensorError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -112,7 +115,7 @@ def test_unfitted(call: str, tmp_path: "Path") -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [(["a"],), ([],), (["a", "a"],), (["a", "base"],), ("abc",), (["a", "b"], -1), (["a", "b"], 1.5)],
+    [(["a"],), ([],), (["a", "a"],), (["a", "base"],), ("abc",), (3,), ([3, 4],), (["a", "b"], -1), (["a", "b"], 1.5)],
     ids=lambda a: str(a),
 )
 @pytest.mark.usefixtures("unchecked")
@@ -145,3 +148,32 @@ def test_bad_questions(fitted: Dispatcher, fresh: "Sample") -> None:
 def test_bad_arrays(fitted: Dispatcher, array: np.ndarray) -> None:
     with pytest.raises(EvidenceError, match=ONE_LINE):
         fitted.predict_proba(array)
+
+
+RAGGED = [[1], [1, 2]]
+CALLS: list[Callable[[Dispatcher], object]] = [
+    *(lambda d, labels=labels: d.update(labels) for labels in (1, "a", None, RAGGED, [[1]], [], [10**400])),
+    lambda d: d.feedback(3, 1),
+    lambda d: d.feedback([["sort"]], 1),
+    lambda d: d.feedback(["nosuch", 3], [1, 1]),
+    *(lambda d, reward=reward: d.feedback("sort", reward) for reward in ("x", RAGGED, 10**400, None)),
+    lambda d: d.feedback("sort", 1, reliability="a"),
+    lambda d: d.prior.interval("a"),
+    *(lambda d, y=y: Dispatcher(["a", "b"]).fit(np.eye(2), y) for y in ("a", RAGGED, ["a", "b"], [10**400, 0], 1)),
+    *(lambda d, w=w: Dispatcher(["a", "b"]).fit(np.eye(2), None, w) for w in ("abc", RAGGED, [[10**400, 0, 0]] * 2)),
+    *(lambda d, count=count: d.simulate(count) for count in (0, -1, 1.5, "a")),
+    *(lambda d, w=w: d.simulate(2, weights=w) for w in ("a", RAGGED, np.eye(4)[:1], 2 * np.eye(4)[:2], np.eye(3)[:2])),
+    lambda d: d.simulate(1, weights=[[2, -1, 0, 0]]),
+    lambda d: d.simulate(1, draws=0),
+    *(lambda d, w=w: simulated_coverage(d, w) for w in ("a", RAGGED, [], np.eye(4) - 1e-3, np.eye(3))),
+    *(lambda d, levels=levels: simulated_coverage(d, levels=levels) for levels in (3, "a", ["a"], [0.5, None])),
+]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("call", CALLS, ids=range(len(CALLS)))
+def test_what_is_of_another_kind_is_refused_in_a_line(fitted: Dispatcher, call: Callable[[Dispatcher], object]) -> None:
+    before = fitted.prior
+    with pytest.raises(BayesDispatchError, match=ONE_LINE):
+        call(fitted)
+    assert fitted.prior is before

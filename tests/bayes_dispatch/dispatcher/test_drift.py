@@ -1,4 +1,5 @@
-"""The drift monitor: uniform p-values and few alarms while nothing changes, an alarm soon after something does."""
+"""The drift monitor: p-values are uniform and alarms as rare as stated while nothing changes; a shift is found soon,
+and the alarm stays. A stream can be cut, stored and resumed."""
 
 import json
 
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom, kstest
 
-from bayes_dispatch.dispatcher.drift import JUMPS, STAKES, DriftMonitor, drift_monitor, step, watch
+from bayes_dispatch.dispatcher.drift import JUMPS, STAKES, DriftMonitor, drift_monitor, watch
 from bayes_dispatch.errors import ConfigError, TensorError
 
 
@@ -152,7 +153,7 @@ def test_bad_input(unchecked: None, monitor: DriftMonitor) -> None:
         drift_monitor(np.zeros(19))
     with pytest.raises(TensorError, match="expected finite calibration scores, got 1 that are NaN or infinite"):
         drift_monitor(np.append(np.zeros(30), np.nan))
-    for rate in (0.0, 1.0, np.nan):
+    for rate in (0.0, 1.0, np.nan, "a", None):
         with pytest.raises(ConfigError, match="expected a false-alarm rate between 0 and 1, got"):
             drift_monitor(np.zeros(30), rate)
     with pytest.raises(ConfigError, match="expected bins to be a whole number ≥ 2, got 1"):
@@ -160,7 +161,7 @@ def test_bad_input(unchecked: None, monitor: DriftMonitor) -> None:
     with pytest.raises(ConfigError, match="expected seed to be a whole number"):
         drift_monitor(np.zeros(30), seed=-1)
     with pytest.raises(TensorError, match="expected finite scores, got 1"):
-        step(monitor, np.inf)
+        watch(monitor, np.array([np.inf]))
     with pytest.raises(TensorError, match=r"expected scores of shape \(N,\), N ≥ 1, got shape \(0,\)"):
         watch(monitor, np.zeros(0))
     packed = monitor.pack()

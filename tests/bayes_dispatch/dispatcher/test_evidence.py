@@ -1,5 +1,7 @@
-"""Evidence: checked once where it enters; selecting and concatenating are those of its rows."""
+"""Evidence is checked once where it enters, and is its own; selecting and concatenating are those of its rows; its
+files give it back."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -98,12 +100,13 @@ def test_evidence_is_its_own() -> None:
     hidden += 1
     lengths += 1
     mask[:] = False
-    assert evidence.views["hidden"].sum() == 0
-    assert evidence.known_lengths().tolist() == [1, 1]
-    assert evidence.is_missing("hidden").tolist() == [False, True]
-    for array in (evidence.views["hidden"], evidence.lengths, evidence.missing["hidden"]):
-        with pytest.raises(ValueError, match="read-only"):
-            array[0] = 1
+    for sent in (evidence, pickle.loads(pickle.dumps(evidence))):
+        assert sent.views["hidden"].sum() == 0
+        assert sent.known_lengths().tolist() == [1, 1]
+        assert sent.is_missing("hidden").tolist() == [False, True]
+        for array in (sent.views["hidden"], sent.lengths, sent.missing["hidden"]):
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 1
 
 
 ones = np.ones((3, 2))
@@ -120,6 +123,7 @@ ones = np.ones((3, 2))
         ({"hidden": ones[0]}, None, {}),
         ({"hidden": ones[:, :0]}, None, {}),
         ({"hidden": np.array([["a", "b"]])}, None, {}),
+        ({"hidden": np.array([[10**400]])}, None, {}),
         ({"hidden": ones}, np.ones(2), {}),
         ({"hidden": ones}, np.ones((3, 1)), {}),
         ({"hidden": ones}, np.array([1, 0, 2]), {}),
@@ -129,14 +133,18 @@ ones = np.ones((3, 2))
         ({"hidden": ones}, None, {"lengths": np.zeros(3, bool)}),
         ({"hidden": ones}, None, {"hidden": np.zeros(2, bool)}),
         ({"hidden": ones}, None, {"hidden": np.zeros(3)}),
+        ({"hidden": ones}, None, {"hidden": [[True], [True, False]]}),
+        ({"hidden": ones}, None, [np.zeros(3, bool)]),
+        ([ones], None, {}),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_evidence(views: dict[str, np.ndarray], lengths: np.ndarray | None, missing: dict[str, np.ndarray]) -> None:
     with pytest.raises(EvidenceError, match=r"^expected .*got [^\n]+$"):
         Evidence(views, lengths, missing)
 
 
-@pytest.mark.parametrize("indices", [[3], np.array([-4]), np.array([0.5]), [True, False]])
+@pytest.mark.parametrize("indices", [[3], np.array([-4]), np.array([0.5]), [True, False], "a"])
 def test_bad_indices(indices: object) -> None:
     with pytest.raises(EvidenceError, match=r"^expected indices of 3 prompts, got [^\n]+$"):
         Evidence.from_array(ones).select(indices)

@@ -1,4 +1,5 @@
-"""A view is a property of the prompt; a function of any kind is read alike."""
+"""A view is a property of the prompt, by a function of any kind: words, similarities, classifiers and likelihoods say
+what they are called. Nothing found is missing; errors pass through, and bad input is refused."""
 
 from __future__ import annotations
 
@@ -215,7 +216,8 @@ def test_nothing_counted_or_a_row_of_nan_is_missing() -> None:
         (lambda: Embedding(of([1.0, 2.0]))(["a", "b"]), EvidenceError, r"shape \(2, width\), got shape \(2,\)"),
         (lambda: Embedding(of([[1.0]]))(["a", "b"]), EvidenceError, r"shape \(2, width\), got shape \(1, 1\)"),
         (lambda: Embedding(of(np.zeros((2, 0))))(["a", "b"]), EvidenceError, r"got shape \(2, 0\)"),
-        (lambda: Embedding(of([["x"]]))(["a"]), EvidenceError, "expected numbers in 'embedding', got list"),
+        (lambda: Embedding(of([["x"]]))(["a"]), EvidenceError, "expected numbers as 'embedding', got list"),
+        (lambda: Embedding(of([[10**400]]))(["a"]), EvidenceError, "expected numbers as 'embedding', got list"),
         (lambda: Embedding(of([[np.nan]]))(["a"]), EvidenceError, "finite numbers in 'embedding', got nan"),
         (lambda: Embedding(letters)([3]), PromptError, "expected prompt 0 to be text, got int"),
         (lambda: LogLikelihoods(of([[np.nan, 1.0]]))(["a"]), EvidenceError, "in 'log_likelihoods', got nan"),

@@ -1,4 +1,5 @@
-"""The projection of the hidden view: affine, honest about its own prompts, and indifferent to units."""
+"""The projection of the hidden view: affine, out of fold for its own prompts, indifferent to units, principal
+components without targets. Bad settings are refused."""
 
 import numpy as np
 import pytest

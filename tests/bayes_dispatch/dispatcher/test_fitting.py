@@ -188,7 +188,7 @@ def test_isolation_survives_errors() -> None:
 @pytest.mark.parametrize("known", ["nothing", "some labels", "mixtures", "labels and mixtures", "one expert only"])
 def test_whatever_is_known(known: str, few: "Sample", settings: "Settings") -> None:
     labels = {
-        "some labels": np.where(np.arange(40) % 5 == 0, few.labels, -1),
+        "some labels": np.where(np.arange(40) % 5 == 0, few.labels, -1).tolist(),  # a list does, too
         "labels and mixtures": few.labels,
         "one expert only": np.where(few.labels == 1, 1, -1),
     }.get(known)

@@ -1,4 +1,5 @@
-"""The gate keeps its false-alarm rate at every length and in every group, finds foreign prompts, is read as saved."""
+"""The gate keeps its false-alarm rate at every length and in every group, and finds foreign prompts, which go to
+base. It is read as saved, one by one is all at once, and feedback moves nothing."""
 
 from __future__ import annotations
 
@@ -173,8 +174,9 @@ class TestDecision:
         with pytest.raises(TensorError, match="expected a posterior of 20 prompts, got one of 3"):
             decision.to_base(posterior.select([0, 1, 2]))
 
-    @pytest.mark.parametrize("rate", [0.0, 0.003, 1.0, -1.0, float("nan")])
-    def test_a_rate_that_cannot_be_kept(self, gate: Gate, dispatcher: Dispatcher, rate: float) -> None:
+    @pytest.mark.usefixtures("unchecked")
+    @pytest.mark.parametrize("rate", [0.0, 0.003, 1.0, -1.0, float("nan"), "a", None])
+    def test_a_rate_that_cannot_be_kept(self, gate: Gate, dispatcher: Dispatcher, rate: Any) -> None:
         with pytest.raises(ConfigError, match=r"expected a false-alarm rate of at least 0\.0033.* below 1, got"):
             gate.decide(dispatcher, prompts(1, 0), rate)
 
@@ -196,8 +198,12 @@ class TestDecision:
         (80, {"weights": (0.0, 0.0)}, ConfigError, "expected finite weights"),
         (80, {"weights": (-1.0, 2.0)}, ConfigError, "expected finite weights"),
         (80, {"weights": (1.0, float("nan"))}, ConfigError, "expected finite weights"),
+        (80, {"weights": (1.0, "a")}, ConfigError, "expected finite weights"),
+        (80, {"weights": (1.0,)}, ConfigError, "expected weights to be a list of 2, got"),
+        (80, {"groups": [[1], [1, 2]]}, TensorError, "expected numbers as groups, got list"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_calibration(
     dispatcher: Dispatcher, count: int, given: dict[str, Any], error: type[Exception], message: str
 ) -> None:

@@ -211,9 +211,11 @@ def test_local_guide_starts_at_labels() -> None:
             {"learning_rate": 0.0},
         ),
         *({"real_share": 1.0}, {"real_share": -0.1}, {"kappa": (0.0, 1.0)}, {"kappa": (2.0, 1.0)}),
-        *({"tempers": (0.0, 1.0)}, {"tempers": (1.0, 0.5)}, {"global_draws": 0}),
+        *({"tempers": (0.0, 1.0)}, {"tempers": (1.0, 0.5)}, {"global_draws": 0}, {"tempers": None}),
+        *({"kappa": (1,)}, {"kappa": ("a", "b")}, {"kappa": (0.2, float("inf"))}),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_settings(changes: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=r"^expected .* got [^\n]+$"):
         GuideSettings(**changes)  # type: ignore[arg-type]

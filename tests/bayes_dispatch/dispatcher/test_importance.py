@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bayes_dispatch.dispatcher.arviz_data import pareto_smoothed
 from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import DirichletMixtures, prompt_generators
 from bayes_dispatch.dispatcher.guide.encoding import Encoder
 from bayes_dispatch.dispatcher.guide.importance import ImportanceSampler, Weighted
@@ -30,6 +31,15 @@ def float64() -> Any:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+def test_smoothing_keeps_the_largest_ratio_the_largest() -> None:
+    """Whatever sign arviz wants, which changed at 1.0; and k-hat tells heavy tails."""
+    ratios = np.random.default_rng(0).standard_t(5, (4, 400)) * np.array([0.1, 0.1, 8, 8])[:, None]
+    log_weights, k_hat = pareto_smoothed(ratios)
+    np.testing.assert_array_equal(log_weights[range(4), ratios.argmax(1)], log_weights.max(1))
+    np.testing.assert_array_equal(log_weights.argmin(1), ratios.argmin(1))
+    assert k_hat[:2].max() < 0.5 < 0.7 < k_hat[2:].min()
 
 
 def draw_sites(model: DispatchModel, seed: int) -> dict[str, Tensor]:

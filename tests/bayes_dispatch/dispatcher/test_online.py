@@ -1,4 +1,5 @@
-"""The serving prior: exact where it can be, and near the true posterior elsewhere."""
+"""The serving prior is exact where it can be, and near the true posterior elsewhere. Streams can be cut, forgetting
+decays to the start, order of experts does not matter, and no stream breaks its moments."""
 
 from dataclasses import replace
 

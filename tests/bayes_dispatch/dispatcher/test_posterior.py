@@ -1,6 +1,8 @@
 """The posterior's summaries are NumPy's, and its draws reach arviz and NetCDF as one chain."""
 
+import copy
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +73,23 @@ def test_select(posterior: DispatchPosterior) -> None:
     assert np.array_equal(posterior.select([2, 0]).weights, posterior.weights[:, [2, 0]])
     assert np.array_equal(posterior.select(slice(1, 3)).weights, posterior.weights[:, 1:3])
     assert posterior.select([1]).experts == NAMES
+    for rows in ([4], [-5], [True]):
+        with pytest.raises(TensorError, match=r"expected indices of 4 prompts, got [^\n]+$"):
+            posterior.select(rows)
 
 
-def test_draws_are_its_own(posterior: DispatchPosterior) -> None:
-    source = posterior.weights.copy()
-    other = DispatchPosterior(source, NAMES)
-    source[:] = 0
-    assert np.array_equal(other.weights, posterior.weights)
-    with pytest.raises(ValueError, match="read-only"):
-        other.weights[0] = 0
+def test_its_arrays_are_its_own(posterior: DispatchPosterior) -> None:
+    """As given, and as sent elsewhere."""
+    source, known = posterior.weights.copy(), np.arange(4.0)
+    other = DispatchPosterior(source, NAMES, known, known)
+    source[:], known[:] = 0, 0
+    for sent in (other, copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+        assert np.array_equal(sent.weights, posterior.weights)
+        for array in (sent.weights, sent.k_hat, sent.log_evidence):
+            assert array is not None
+            assert array.any()
+            with pytest.raises(ValueError, match="read-only"):
+                array[0] = 0
 
 
 def test_names_are_distinct() -> None:
@@ -98,8 +108,25 @@ def test_bad_draws(weights: np.ndarray) -> None:
         DispatchPosterior(weights, NAMES)
 
 
-@pytest.mark.parametrize("probability", [0.0, 1.0, -0.5, 90.0, float("nan")])
-def test_bad_intervals(posterior: DispatchPosterior, probability: float) -> None:
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"k_hat": np.zeros(3)}, TensorError, r"expected k_hat of 2 prompts, got shape \(3,\)"),
+        ({"log_evidence": np.zeros((2, 1))}, TensorError, r"expected log_evidence of 2 prompts, got shape \(2, 1\)"),
+        ({"k_hat": ["a", "b"]}, TensorError, "expected numbers as k_hat, got list"),
+        ({"chains": 3}, TensorError, "expected as many draws of each of 3 chains, got 2 of all"),
+        ({"chains": 0}, ConfigError, "expected chains to be a whole number ≥ 1, got 0"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_bad_statistics(given: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        DispatchPosterior(third, NAMES, **given)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("probability", [0.0, 1.0, -0.5, 90.0, float("nan"), "a", None, [0.5, 0.9]])
+def test_bad_intervals(posterior: DispatchPosterior, probability: Any) -> None:
     with pytest.raises(ConfigError, match="expected a probability between 0 and 1, got"):
         posterior.interval(probability)
 
@@ -121,6 +148,8 @@ def test_arviz(posterior: DispatchPosterior) -> None:
             call(["a"])
         with pytest.raises(TensorError, match="expected unique prompt names, got 'b' 2 times"):
             call(["a", "b", "b", "c"])
+        with pytest.raises(TensorError, match="expected 4 prompt names, got the text 'abcd'"):
+            call("abcd")
 
 
 def test_arviz_reads_it(posterior: DispatchPosterior) -> None:

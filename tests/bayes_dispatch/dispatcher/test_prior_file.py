@@ -88,11 +88,8 @@ def test_an_update_that_fails_changes_nothing(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: p.write_bytes(b"[1, 2]"), "expected format 'serving-prior' in .*, got 'list'"),
         (lambda p: p.write_bytes(b"{}"), "expected format 'serving-prior' in .*, got None"),
-        (lambda p: p.write_text(p.read_text().replace("3.0", "3.5", 1)), r"expected digest .*, got .*edited"),
         (lambda p: p.write_text(p.read_text().replace('"digest"', '"digits"')), r"expected digest None.*edited"),
-        (lambda p: rewrite(p, version=2), "expected version 1 in .*, got 2"),
         (lambda p: rewrite(p, dispatcher="9"), "expected dispatcher '0123abcd' in .*, got '9'"),
         (lambda p: rewrite(p, names=["b", "a", "base"]), r"expected names \['a', 'b', 'base'\] in .*, got \['b', 'a'"),
         (lambda p: rewrite(p, mean=[0.5, 0.5]), r"expected a serving prior in .*, got ConfigError: expected"),

@@ -1,4 +1,5 @@
-"""Other programs than the default: families, priors, and views of any name."""
+"""Other programs than the default: families, priors, and views of any name, each of which speaks. Evidence that does
+not fit is refused."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any

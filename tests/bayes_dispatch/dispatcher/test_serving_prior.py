@@ -1,5 +1,8 @@
-"""The dispatcher online: labels and rewards change what it serves at once, its prior outlives it, and drift shows."""
+"""The dispatcher online: labels and rewards change what it serves at once, none is lost between threads, its prior
+outlives it and belongs to one fit, and drift shows."""
 
+import copy
+import pickle
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +108,23 @@ def test_the_prior_outlives_the_process(own: Dispatcher, tmp_path: "Path") -> No
         other.keep_prior(file)
     own.prior = own.prior  # writes a whole file again
     assert other.keep_prior(file).events == 3
+
+
+def test_the_file_is_of_one_dispatcher_wherever_the_process_is(
+    own: Dispatcher, tmp_path: "Path", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy, or one sent to another process, keeps a prior of its own."""
+    monkeypatch.chdir(tmp_path)
+    own.keep_prior("prior.json")
+    monkeypatch.chdir(tmp_path / "own")
+    own.update([0])
+    for sent in (copy.copy(own), copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        assert sent.update([1]).events == 2
+        with pytest.raises(ValueError, match="read-only"):
+            sent.prior.mean[0] = 1
+    again = Dispatcher.load(".")
+    assert again.keep_prior(tmp_path / "prior.json").events == own.prior.events == 1
+    assert not (tmp_path / "own" / "prior.json").exists()
 
 
 def test_another_fit_has_another_prior(
