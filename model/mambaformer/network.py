@@ -35,7 +35,7 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
 
     config_class = LanguageModelConfig
     cuts = continues = True
-    longest = None
+    longest = 32_768  # tokens: attention would read more, and take the memory for them
 
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__(config.backbone, config.vocab_size)

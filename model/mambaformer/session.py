@@ -15,6 +15,7 @@ from bayes_dispatch.model.mambaformer.cache import Cache
 
 __all__ = ["MambaFormerSession"]
 
+PIECE = 256  # tokens of a row that are read at once, which bounds the memory of attention
 LOGITS_AT_ONCE = 2**20  # numbers: 4 MiB, which stay in the processor's caches
 
 
@@ -78,8 +79,9 @@ class MambaFormerSession:
         counts = None if tokens is None or bool((tokens == width).all()) else tokens
         if counts is not None and bool((counts < 1).any()):
             raise TensorError(f"expected at least one token of each row, got {counts.tolist()}")
-        mask = None if counts is None else (torch.arange(width) < counts[:, None]).long()
-        hidden = self._run(ids, x, mask)
+        parts = [slice(start, start + PIECE) for start in range(0, width, PIECE)]
+        read = [self._run(ids[:, part], None if x is None else x[:, part], _left(counts, part)) for part in parts]
+        hidden = read[0] if len(read) == 1 else torch.cat(read, 1)
         self.evaluated += (ids.numel() if counts is None else int(counts.sum())) * len(self._blocks)
         if not self._whole:
             return Read(None, None, hidden)
@@ -113,7 +115,8 @@ class MambaFormerSession:
         self._adaptation = self._adaptation.select(rows)
         self._before = None if self._before is None else self._before[torch.as_tensor(rows)]
 
-    def _run(self, ids: Tensor, x: Tensor | None, mask: Tensor | None) -> Float[Tensor, "R T D"]:
+    def _run(self, ids: Tensor, x: Tensor | None, counts: Tensor | None) -> Float[Tensor, "R T D"]:
+        mask = None if counts is None else (torch.arange(ids.shape[1]) < counts[:, None]).long()
         if not self._whole:
             return self._model.below(self._blocks.stop, ids, attention_mask=mask, cache=self._cache)
         given = ids if x is None else x
@@ -129,3 +132,8 @@ class MambaFormerSession:
             stop = min(start + step, width - 1)
             said.append(self.after(hidden[:, start:stop]).gather(2, ids[:, start + 1 : stop + 1, None])[..., 0])
         return torch.cat(said, 1)
+
+
+def _left(counts: Int[Tensor, " R"] | None, part: slice) -> Int[Tensor, " R"] | None:
+    """How many tokens of each row there are in a part."""
+    return None if counts is None else (counts - part.start).clamp(0, part.stop - part.start)

@@ -69,7 +69,7 @@ def test_generation_is_that_of_the_slow_reader(embedded64: Bundle, blend: Blend)
 
 def test_the_first_pass_is_unadapted(embedded64: Bundle, bundle64: Bundle) -> None:
     """Its evidence, and so the posterior, is that of any experts of the same model; nothing is shared below."""
-    assert embedded64.experts.adapt_from == cut_of(embedded64).block == 0
+    assert embedded64.experts.adapt_from == cut_of(embedded64) == 0
     (posterior, evidence), (plain, of_plain) = (dispatch(system, PROMPTS, 2) for system in (embedded64, bundle64))
     for name, view in first_pass(embedded64.model, embedded64.tokenizer, PROMPTS).evidence.views.items():
         np.testing.assert_array_equal(evidence.views[name], of_plain.views[name])

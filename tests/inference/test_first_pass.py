@@ -86,8 +86,9 @@ def test_different_prompts_give_different_evidence(model64: "MambaFormerForCausa
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.binary(min_size=1, max_size=60))
-def test_counts_are_counts(data: bytes) -> None:
+@given(st.text(min_size=1, max_size=40))
+def test_counts_are_counts(text: str) -> None:
+    data = text.encode()
     expected = dict.fromkeys([*TOKEN_CLASSES, "other"], 0)
     for byte in data:
         expected[next((name for name, members in TOKEN_CLASSES.items() if byte in members), "other")] += 1
@@ -117,10 +118,8 @@ def test_the_longest_prompt() -> None:
         ("a single text", "expected a list of prompts, got a single str"),
         (b"bytes", "expected a list of prompts, got a single bytes"),
         ([], "expected at least one prompt, got none"),
-        (["fine", ""], "expected prompt 1 to have 1 to 4096 bytes, got 0"),
-        ([b""], "expected prompt 0 to have 1 to 4096 bytes, got 0"),
-        (["a" * 20_000], "expected prompt 0 to have 1 to 4096 bytes, got 20000"),
-        (["é" * 2049], "got 4098"),
+        (["fine", ""], "expected prompt 1 to have at least 1 byte, got none"),
+        ([b""], "expected prompt 0 to have at least 1 byte, got none"),
         (["fine", b"\xff\xfe"], "prompt 1: expected UTF-8 text, got byte 0xff at position 0"),
         (["\udc80"], "prompt 0: expected UTF-8 text, got the lone surrogate"),
         (["fine", 3], "expected prompt 1 to be text, got int"),

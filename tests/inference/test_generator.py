@@ -12,7 +12,6 @@ import pytest
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, ForeignExpertError, NotFittedError, PromptError
 from bayes_dispatch.inference.generator import TwoPassGenerator
-from bayes_dispatch.inference.two_pass import particles as decoding_module
 from bayes_dispatch.inference.two_pass import second_pass as second_pass_module
 from bayes_dispatch.inference.two_pass.blends import (
     Blend,
@@ -24,6 +23,7 @@ from bayes_dispatch.inference.two_pass.blends import (
     TopK,
 )
 from bayes_dispatch.inference.two_pass.generation import Generation
+from bayes_dispatch.model.mambaformer import session as session_module
 
 if TYPE_CHECKING:
     from bayes_dispatch.app.bundle import Bundle
@@ -43,7 +43,7 @@ fast = pytest.mark.usefixtures("unchecked")  # the other tests here, and test_bu
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are read in several parts, of which short ones lack the last."""
-    monkeypatch.setattr(decoding_module, "PREFILL_CHUNK", 8)
+    monkeypatch.setattr(session_module, "PIECE", 8)
 
 
 def assert_same(a: Generation, b: Generation, rows: slice = slice(None)) -> None:
@@ -89,7 +89,7 @@ def test_sampling_too(bundle64: "Bundle") -> None:
 def test_prompts_longer_than_a_chunk(bundle64: "Bundle") -> None:
     blend = PosteriorPredictive(5, merge=0.0)
     prompts = ["37+58=95\n" * 32, "bcde>", "abcd>dcba\n" * 26]
-    assert [len(prompt) // decoding_module.PREFILL_CHUNK for prompt in prompts] == [1, 0, 1]
+    assert [len(prompt) // session_module.PIECE for prompt in prompts] == [1, 0, 1]
     generator = TwoPassGenerator(bundle64)
     cached = generator.generate(prompts, blend=blend, max_new_tokens=2, seed=0)
     assert_same(generator.generate(prompts, blend=blend, max_new_tokens=2, seed=0, use_cache=False), cached)
@@ -244,7 +244,7 @@ def test_particles_that_differ_have_something_to_tell(bundle64: "Bundle") -> Non
 
 
 class TestErrors:
-    @pytest.mark.parametrize("prompts", [[], [""], ["a" * 20_000], [b"\xff"]])
+    @pytest.mark.parametrize("prompts", [[], [""], ["a" * 40_000], [b"\xff"]])
     def test_prompts(self, bundle: "Bundle", prompts: list[Any]) -> None:
         with pytest.raises(PromptError, match="expected"):
             TwoPassGenerator(bundle).generate(prompts, blend=PosteriorMean(), max_new_tokens=1)

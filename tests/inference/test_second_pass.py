@@ -52,7 +52,7 @@ def test_one_prefill_is_two(cut64: "Bundle", blend: Blend) -> None:
     posterior, evidence = dispatch(cut64, PROMPTS, 1)
     np.testing.assert_allclose(posterior.weights, once.posterior.weights, rtol=0, atol=1e-10)
     assert set(evidence.views) == {"hidden", "counts"}
-    assert cut_of(cut64).block == 1
+    assert cut_of(cut64) == 1
 
 
 @pytest.mark.usefixtures("unchecked")
