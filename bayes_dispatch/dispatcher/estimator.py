@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 
+from bayes_dispatch.arguments import real, several, shown, simplex, whole
 from bayes_dispatch.arguments import seed as a_seed
-from bayes_dispatch.arguments import several, shown, simplex, whole
 from bayes_dispatch.dispatcher.arrays import as_numbers
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher
+from bayes_dispatch.dispatcher.fitting.flat import FlatProgram
 from bayes_dispatch.dispatcher.fitting.pipeline import TrainingSet, fit_parts, refit_parts
 from bayes_dispatch.dispatcher.fitting.sleep import simulate
 from bayes_dispatch.dispatcher.fitting.svi import FitReport, SVISettings, isolated
@@ -47,7 +48,7 @@ __all__ = ["Dispatcher"]
 
 KIND = "dispatcher"
 VERSION = 2
-PROGRAM = "admixture"  # the only one, named in files
+PROGRAM, FLAT = "admixture", "flat"  # what there is, as files name it
 PROPOSALS = 96  # at least, and half as many again as the draws that are taken of them
 
 
@@ -73,7 +74,7 @@ class Dispatcher:
     guide: GuideSettings = field(default_factory=GuideSettings)
     features: FeatureSettings = field(default_factory=FeatureSettings)
     program: Admixture = field(default_factory=Admixture)
-    _state: FittedDispatcher | None = field(default=None, init=False, repr=False)
+    _state: FittedDispatcher | FlatProgram | None = field(default=None, init=False, repr=False)
     _report: FitReport | None = field(default=None, init=False, repr=False)
     _prior: PriorState | None = field(default=None, init=False, repr=False)
     _prior_file: Path | None = field(default=None, init=False, repr=False)
@@ -101,11 +102,55 @@ class Dispatcher:
         """The fitted parts.
 
         Raises:
-            NotFittedError: before ``fit``.
+            NotFittedError: before ``fit``, or of a flat dispatcher, which has none.
         """
+        if isinstance(self._known, FlatProgram):
+            raise NotFittedError("expected a dispatcher that was fitted on examples, got a flat one")
+        return self._known
+
+    @property
+    def _known(self) -> FittedDispatcher | FlatProgram:
         if self._state is None:
             raise NotFittedError("expected a fitted dispatcher, got one before fit() or load()")
         return self._state
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what is known of the experts: gates, chats and priors on disk belong to it.
+
+        Raises:
+            NotFittedError: before ``fit``.
+        """
+        return self._known.fingerprint
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views of evidence that are read.
+
+        Raises:
+            NotFittedError: before ``fit``.
+        """
+        known = self._known
+        return () if isinstance(known, FlatProgram) else tuple(view.name for view in known.model.views)
+
+    @classmethod
+    def flat(cls, experts: Sequence[str], concentration: float = 1.0) -> Dispatcher:
+        """A dispatcher for experts without examples. It needs no ``fit``, and reads no evidence.
+
+        Its posterior is the same Dirichlet for every prompt; what a prompt needs is told by the prompt's tokens alone,
+        as they filter the particles of ``PosteriorPredictive``: that costs a row of the model for each particle while
+        the prompt is read. Labels and feedback move the prior as usual.
+
+        Args:
+            experts: K names, without base. concentration: of each component; with 1 all mixtures are equally likely.
+
+        Raises:
+            ConfigError: names that are no experts', or a concentration that is not positive.
+        """
+        dispatcher = cls(experts)
+        dispatcher._state = FlatProgram(dispatcher.experts, real("concentration", concentration, 0, above=True))
+        dispatcher._prior = dispatcher._initial_prior()
+        return dispatcher
 
     def fit(
         self,
@@ -201,11 +246,14 @@ class Dispatcher:
         """
         evidence = _as_evidence(X)
         draws, generators = whole("draws", draws, 1), prompt_generators(seed, len(evidence))
+        if isinstance(self._known, FlatProgram):  # exact: nothing to resample
+            names = (*self.experts, "base")
+            return DispatchPosterior(self._answer(evidence, self.prior.mean).draw(draws, generators), names)
         return self._posterior(self.state.prompts(evidence), draws, generators, resample, proposals)
 
     def mixtures_of(self, evidence: Evidence) -> DirichletMixtures:
         """The guide's answer itself: a mixture of Dirichlets for each prompt, in float64."""
-        return self.state.answer(self.state.prompts(evidence), self.prior.mean)
+        return self._answer(evidence, self.prior.mean)
 
     def weigh(self, X: Evidence | Shaped[np.ndarray, "prompt feature"], proposals: int, seed: int = 0) -> Weighted:
         """Weighted proposals of each prompt, as :meth:`posterior` resamples them.
@@ -247,7 +295,7 @@ class Dispatcher:
             raise ConfigError(f"expected a prior over {list(names)}, got one over {list(prior.names)}")
         with LOCK:
             if self._prior_file is not None:
-                write_prior(self._prior_file, prior, self.state.fingerprint)
+                write_prior(self._prior_file, prior, self.fingerprint)
             self._prior = prior
 
     def update(self, labels: Int[np.ndarray, " event"] | Sequence[int], forgetting: float = 1.0) -> PriorState:
@@ -304,7 +352,7 @@ class Dispatcher:
         likelihoods = feedback_likelihood(rows, rewards, len(names), reliability)
         if X is not None:
             pi = self.prior.mean  # the same for both uses, whatever other threads observe meanwhile
-            mean = self.state.answer(self.state.prompts(_as_evidence(X)), pi).mean
+            mean = self._answer(_as_evidence(X), pi).mean
             if len(mean) != len(rewards):
                 raise TensorError(f"expected evidence of {len(rewards)} prompts, got {len(mean)}")
             likelihoods = likelihoods * evidence_likelihood(mean, pi)
@@ -326,7 +374,7 @@ class Dispatcher:
             BundleError: the file is of another dispatcher, truncated, edited, or no such file.
         """
         with LOCK:
-            self._prior = update_prior(path, self.prior, self.state.fingerprint, lambda prior: prior)
+            self._prior = update_prior(path, self.prior, self.fingerprint, lambda prior: prior)
             self._prior_file = Path(path).absolute()
             return self._prior
 
@@ -390,7 +438,12 @@ class Dispatcher:
             NotFittedError: before ``fit``.
             BundleError: the directory is a link, or holds anything else.
         """
-        document, arrays = self.state.pack()
+        document: dict[str, Any]
+        arrays: dict[str, np.ndarray]
+        if isinstance(known := self._known, FlatProgram):
+            kind, document, arrays = FLAT, {"concentration": known.concentration}, {}
+        else:
+            kind, (document, arrays) = PROGRAM, known.pack()
         arrays |= {"prior.mean": self.prior.mean, "prior.covariance": self.prior.covariance}
         arrays |= {"prior.initial": self.prior.initial}
         settings = {name: asdict(getattr(self, name)) for name in ("svi", "guide", "features", "program")}
@@ -399,7 +452,7 @@ class Dispatcher:
             "experts": list(self.experts),
             "random_state": self.random_state,
             "events": self.prior.events,
-            "kind": PROGRAM,
+            "kind": kind,
         }
         write_directory(Path(directory), KIND, {**header, **settings, **document}, arrays)
 
@@ -411,8 +464,9 @@ class Dispatcher:
             BundleError: a file is missing, truncated, edited, or of another format.
         """
         document, arrays = read_directory(Path(directory), KIND)
-        if (got := (document.get("version"), document.get("kind"))) != (VERSION, PROGRAM):
-            raise BundleError(f"expected a dispatcher of version {VERSION}, an {PROGRAM}, got {got}")
+        version, kind = document.get("version"), document.get("kind")
+        if version != VERSION or kind not in (PROGRAM, FLAT):
+            raise BundleError(f"expected a dispatcher of version {VERSION}, {PROGRAM} or {FLAT}, got {(version, kind)}")
         try:
             dispatcher = cls(
                 document["experts"],
@@ -426,9 +480,17 @@ class Dispatcher:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             raise BundleError(f"expected the settings of a dispatcher in {directory}, got {reason}") from None
         experts, program = dispatcher.experts, dispatcher.program
-        dispatcher._state = FittedDispatcher.unpack(
-            document, arrays, lambda views: program.model(experts, views), dispatcher.guide
-        )
+        if kind == FLAT:
+            try:
+                dispatcher._state = cls.flat(experts, document["concentration"])._state
+            except (KeyError, ConfigError) as error:
+                raise BundleError(
+                    f"expected the concentration of a flat dispatcher in {directory}, got {error}"
+                ) from None
+        else:
+            dispatcher._state = FittedDispatcher.unpack(
+                document, arrays, lambda views: program.model(experts, views), dispatcher.guide
+            )
         try:
             mean, covariance, initial = (arrays[f"prior.{name}"] for name in ("mean", "covariance", "initial"))
             dispatcher._prior = PriorState(mean, covariance, initial, (*experts, "base"), document["events"])
@@ -469,11 +531,20 @@ class Dispatcher:
             if file is None:
                 self._prior = after(before)
             else:
-                self._prior = update_prior(file, before, self.state.fingerprint, after)
+                self._prior = update_prior(file, before, self.fingerprint, after)
             return self._prior
 
     def _initial_prior(self) -> PriorState:
-        return prior_state(self.state.model.prior_of_shares().double().numpy(), (*self.experts, "base"))
+        known, names = self._known, (*self.experts, "base")
+        if isinstance(known, FlatProgram):
+            return prior_state(np.full(len(names), known.concentration), names)
+        return prior_state(known.model.prior_of_shares().double().numpy(), names)
+
+    def _answer(self, evidence: Evidence, pi: Float[np.ndarray, " component"]) -> DirichletMixtures:
+        known = self._known
+        return (
+            known.answer(evidence, pi) if isinstance(known, FlatProgram) else known.answer(known.prompts(evidence), pi)
+        )
 
     def _posterior(
         self,

@@ -151,7 +151,7 @@ class Gate:
         known = lengths[fitted & (lengths > 0)]
         wanted = min(bins, max(1, np.bincount(kinds[~fitted]).min() // PER_BIN))
         shape = np.array(parts_of), shares, locations, spreads, np.zeros(0)
-        empty = cls(dispatcher.state.fingerprint, *shape, np.zeros(0), kinds[:0], kinds[:0])
+        empty = cls(dispatcher.fingerprint, *shape, np.zeros(0), kinds[:0], kinds[:0])
         gate = replace(empty, scores=empty._score(parts[~fitted], lengths[~fitted]), groups=kinds[~fitted])
         for most in range(wanted, 0, -1):
             edges = np.unique(np.quantile(known, np.arange(1, most) / most)) if len(known) else np.zeros(0)
@@ -226,7 +226,7 @@ class Gate:
         Raises:
             ConfigError: it is another, or the same fitted again. NotFittedError: it is not fitted.
         """
-        if (got := dispatcher.state.fingerprint) != self.dispatcher:
+        if (got := dispatcher.fingerprint) != self.dispatcher:
             raise ConfigError(
                 f"expected the dispatcher {self.dispatcher[:12]}… that the gate was calibrated for, got {got[:12]}…: "
                 "calibrate another for it, or leave the gate out"

@@ -168,7 +168,8 @@ def evidence_of(prompts: Sequence[bytes], texts: Sequence[Tokens], views: Mappin
     """Evidence of what was pooled over prompts, their tokens and their lengths in bytes."""
     counts = np.stack([class_counts(data, text) for data, text in zip(prompts, texts, strict=True)])
     lengths = np.array([len(data) for data in prompts], dtype=float)
-    return Evidence({"hidden": views["hidden"], "counts": counts} | dict(views), lengths)
+    first = {"hidden": views["hidden"]} if "hidden" in views else {}
+    return Evidence(first | {"counts": counts} | dict(views), lengths)
 
 
 def class_counts(data: bytes, text: Tokens) -> np.ndarray:

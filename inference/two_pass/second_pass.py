@@ -27,6 +27,7 @@ __all__ = ["GenerationRequest", "SecondPass"]
 
 logger = logging.getLogger(__name__)
 
+READ_OFF_THE_MODEL = {"hidden", "surprise"}  # views; others are those of the text alone
 Step = tuple[Token, np.ndarray, np.ndarray, list[str]]
 
 ROWS_AT_ONCE = 64  # rows (prompts times particles) of one batch; prompts whose first pass runs together
@@ -176,12 +177,12 @@ class SecondPass:
         if self._given is not None and rate is None:
             return self._given.select(group)
         prompts = [self.prompts[n] for n in distinct]
-        if prefix.x is not None:
-            views = {"hidden": token_means(prefix.x, prefix.tokens)}
-            found = evidence_of(prompts, [self._texts[n] for n in distinct], views)
-        else:
+        if prefix.x is None and READ_OFF_THE_MODEL & set(self._system.dispatcher.views):
             found = first_pass(self._system.model, self._system.tokenizer, prompts).evidence
             self._count(first_pass=int(prefix.tokens.sum()) * self._system.model.depth)
+        else:
+            views = {} if prefix.x is None else {"hidden": token_means(prefix.x, prefix.tokens)}
+            found = evidence_of(prompts, [self._texts[n] for n in distinct], views)
         evidence = found.select(np.array(rows))
         if rate is not None:
             decision = gate_of(self._system).decide(self._system.dispatcher, evidence, rate)
