@@ -16,14 +16,15 @@ from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_eviden
 from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.model.backbone import Backbone, Tokenizer
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
-from bayes_dispatch.model.tokenizer import ByteTokenizer
 from bayes_dispatch.storage import CLUTTER, read_json, save_directory, saved_at, write_json
 
 __all__ = ["SHIPPED", "Bundle", "load_bundle"]
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
 PARTS = ("model/", "experts/", "dispatcher/", "gate/")
+BASE_FILE = "base.json"  # refers to a model of the transformers library
 FORMAT = 1
 
 
@@ -44,11 +45,10 @@ class Bundle:
             none of the experts.
     """
 
-    model: MambaFormerForCausalLM
+    model: Backbone
     experts: ExpertBank
     dispatcher: Dispatcher
     report: Mapping[str, Any] = field(default_factory=dict)
-    tokenizer: ByteTokenizer = field(default_factory=ByteTokenizer)
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
     gate: Gate | None = None
 
@@ -63,14 +63,27 @@ class Bundle:
         if self.gate is not None:
             self.gate.check_dispatcher(self.dispatcher)
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's."""
+        return self.model.tokenizer
+
     def save(self, directory: str | Path) -> None:
         """Write everything, in the place of an earlier bundle in that directory.
 
+        A model of the transformers library is not copied: the bundle refers to it, by its directory or its name on the
+        hub, and by the fingerprint of its weights.
+
         Raises:
             BundleError: the directory is a link, or holds anything else.
+            ConfigError: a model of that library that has neither directory nor name.
         """
+        reference = None if isinstance(self.model, MambaFormerForCausalLM) else _reference(self.model)
         with save_directory(Path(directory), "bundle.json") as target:
-            self.model.save_pretrained(target / "model")
+            if isinstance(self.model, MambaFormerForCausalLM):
+                self.model.save_pretrained(target / "model")
+            else:
+                write_json(target / BASE_FILE, reference)
             self.experts.save(target / "experts")
             self.dispatcher.save(target / "dispatcher")
             if self.gate is not None:
@@ -81,11 +94,16 @@ class Bundle:
             write_json(target / "bundle.json", {"format": FORMAT, "files": files, "report": dict(self.report)})
 
 
-def load_bundle(directory: str | Path | None = None) -> Bundle:
+def load_bundle(
+    directory: str | Path | None = None, *, model: Backbone | None = None, device: str = "cpu", dtype: str | None = None
+) -> Bundle:
     """Read a bundle; nothing is unpickled or executed.
 
     Args:
         directory: where ``Bundle.save`` wrote it; ``None`` for the one that ships with the package.
+        model: the base model that it refers to, where it is loaded already, or lies elsewhere by now.
+        device: where a model of the transformers library runs. dtype: of its weights, such as ``"bfloat16"``; ``None``
+            for the one that the bundle was made with.
 
     Raises:
         BundleError: it is missing, a file is missing, truncated or edited, or its format is another.
@@ -114,15 +132,43 @@ def load_bundle(directory: str | Path | None = None) -> Bundle:
     experts = ExpertBank.load(directory / "experts")
     for name in experts:
         experts[name]  # what is wrong with one is told here, not amid serving
+    if model is None:
+        model = _base_model(directory, set(index["files"]), device, dtype)
     kept = [Path(name) for name in index["files"] if Path(name).parent == Path("evidence")]
     return Bundle(
-        model=MambaFormerForCausalLM.from_pretrained(directory / "model"),
+        model=model,
         experts=experts,
         dispatcher=Dispatcher.load(directory / "dispatcher"),
         report=index["report"],
         evidence={file.stem: read_evidence(directory / file).evidence for file in kept},
         gate=Gate.load(directory / "gate") if any(name.startswith("gate/") for name in index["files"]) else None,
     )
+
+
+def _reference(model: Any) -> dict[str, str]:
+    """How a bundle names a base model that it does not hold."""
+    name = str(getattr(model, "name", ""))
+    if not name:
+        raise ConfigError("expected a model with a directory or a name on the hub, for the bundle to refer to, got none")
+    path = str(Path(name).resolve()) if Path(name).is_dir() else name
+    return {"path": path, "fingerprint": model.fingerprint(), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def _base_model(directory: Path, files: set[str], device: str, dtype: str | None) -> Backbone:
+    """The model of a bundle, or the one that it refers to."""
+    if BASE_FILE not in files:
+        return MambaFormerForCausalLM.from_pretrained(directory / "model")
+    reference = read_json(directory / BASE_FILE)
+    if not isinstance(reference, dict) or not all(isinstance(reference.get(key), str) for key in ("path", "dtype")):
+        raise BundleError(f"expected a base model's path and dtype in {directory / BASE_FILE}, got {reference!r:.80}")
+    try:
+        from bayes_dispatch.model.transformers.backbone import TransformersBackbone
+    except ImportError as error:
+        raise BundleError(
+            f"expected the transformers library for the base model {reference['path']}, got none: "
+            f"pip install 'bayes-dispatch[hf]' ({error})"
+        ) from None
+    return TransformersBackbone.load(reference["path"], dtype=dtype or reference["dtype"], device=device)
 
 
 def _files(directory: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 The last tenth of each file is the split ``"held_out"``. Nothing of a file is executed.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -17,7 +18,18 @@ from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Checked, Split, agreement, exact
 from bayes_dispatch.model.tokenizer import utf8
 
-__all__ = ["OwnPairs", "OwnPrompts", "OwnText", "Reward", "Rewarded", "read_jsonl", "read_prompts", "read_text"]
+__all__ = [
+    "OwnExamples",
+    "OwnPairs",
+    "OwnPrompts",
+    "OwnText",
+    "Reward",
+    "Rewarded",
+    "read_examples",
+    "read_jsonl",
+    "read_prompts",
+    "read_text",
+]
 
 Reward = Callable[[str, str], float]
 T = TypeVar("T", str, tuple[str, ...], tuple[tuple[str, str], ...])
@@ -165,6 +177,67 @@ class Rewarded:
         if not math.isfinite(value):
             raise RewardError(f"expected a finite number from the reward function for {question!r:.60}, got {value}")
         return value
+
+
+@dataclass(frozen=True)
+class OwnExamples:
+    """Documents of example texts, a few dozen or more; one in five is held out, by its hash.
+
+    Attributes:
+        name: the domain's name. texts: at least two, none empty; a text that occurs twice counts once.
+
+    Raises:
+        ConfigError: there are fewer.
+    """
+
+    name: str
+    texts: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        texts = sorted(dict.fromkeys(self.texts), key=lambda text: hashlib.blake2b(text.encode()).digest())
+        if len(texts) < 2 or not all(texts):
+            raise ConfigError(f"expected at least two different examples of {self.name}, none empty, got {len(texts)}")
+        object.__setattr__(self, "texts", tuple(texts))
+
+    def of(self, split: Split) -> tuple[str, ...]:
+        """The texts of one split."""
+        held = max(1, len(self.texts) // 5)
+        return self.texts[:held] if split == "held_out" else self.texts[held:]
+
+    def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
+        """Texts of the split, each from the start of one of its lines, until there are ``total_bytes``."""
+        texts, text = self.of(split), ""
+        while len(text.encode()) < total_bytes:
+            chosen = texts[int(rng.integers(len(texts)))]
+            starts = [0, *(place + 1 for place, character in enumerate(chosen[:-1]) if character == "\n")]
+            text += chosen[starts[int(rng.integers(len(starts)))] :].removesuffix("\n") + "\n"
+        return Document(text, min(prompt_bytes, len(text.encode())))
+
+
+def read_examples(path: Path) -> dict[str | None, list[str]]:
+    """Texts by expert, from lines of ``{"expert": …, "text": …}``; those whose expert is null or missing under ``None``.
+
+    Raises:
+        ConfigError: the file is missing, no UTF-8, empty, or a line is no such object.
+    """
+    found: dict[str | None, list[str]] = {}
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        expected = f'expected {{"expert": …, "text": …}} in line {number} of {path}'
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            raise ConfigError(f"{expected}, got {line[:60]!r}") from None
+        if not isinstance(entry, dict) or not isinstance(entry.get("expert"), str | None):
+            raise ConfigError(f"{expected}, got {line[:60]!r}")
+        text = entry.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise ConfigError(f"{expected}, got a text that is {'empty' if isinstance(text, str) else 'none'}")
+        found.setdefault(entry.get("expert"), []).append(text)
+    if not found:
+        raise ConfigError(f"expected at least one example in {path}, got none")
+    return found
 
 
 def read_text(name: str, path: Path) -> OwnText:

@@ -20,6 +20,7 @@ from bayes_dispatch.model.mambaformer.pretrained import Pretrained
 from bayes_dispatch.model.mambaformer.session import MambaFormerSession
 from bayes_dispatch.model.mambaformer.svd.embedding import EMBEDDING
 from bayes_dispatch.model.mambaformer.token_model import TokenModel, check_ids
+from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 __all__ = ["Block", "MambaFormer", "MambaFormerForCausalLM"]
 
@@ -34,6 +35,7 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
     """
 
     config_class = LanguageModelConfig
+    tokenizer = ByteTokenizer()
     cuts = continues = True
     longest = 32_768  # tokens: attention would read more, and take the memory for them
 

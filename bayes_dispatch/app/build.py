@@ -1,0 +1,279 @@
+"""From a model, adapters and examples to a bundle: evidence, dispatcher, gate, and what the experts gain.
+
+Each stage leaves its result in a work directory and is skipped where that is there already, so that a run that was
+stopped goes on where it was. Everything follows from the inputs, the settings and their seed.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bayes_dispatch.app.bundle import Bundle
+from bayes_dispatch.arguments import seed, set_whole
+from bayes_dispatch.checks.reliability import calibration_error
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.fitting.svi import SVISettings
+from bayes_dispatch.dispatcher.gate import Gate
+from bayes_dispatch.dispatcher.guide.guides import GuideSettings
+from bayes_dispatch.dispatcher.program.settings import Admixture
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.domains.own import OwnExamples
+from bayes_dispatch.inference.scoring.evidence_sets import (
+    KnownEvidence,
+    gate_evidence,
+    mixed_evidence,
+    pure_evidence,
+)
+from bayes_dispatch.inference.two_pass.first_pass import first_pass
+from bayes_dispatch.inference.two_pass.likelihood import ExpertLogLikelihoods
+from bayes_dispatch.model.backbone import Backbone
+from bayes_dispatch.storage import read_json, write_json
+
+__all__ = ["BuildSettings", "build_bundle"]
+
+PROGRAM = Admixture(views={"hidden": "vectors", "counts": "counts"})
+HELD_OUT = 64  # held-out texts of each expert that are scored, at most
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSettings:
+    """How a bundle is built.
+
+    Attributes:
+        seed: of everything random.
+        prompt_lengths: shortest and longest of the prompts that are cut from the examples, in bytes.
+        pure_prompts: of each expert, for the dispatcher. mixed_prompts: of several experts.
+        gate_prompts: held-out ones of each expert, for the gate, and as many of several; 0 for no gate.
+        svi, guide: settings of the dispatcher's fit.
+    """
+
+    seed: int = 0
+    prompt_lengths: tuple[int, int] = (32, 768)
+    pure_prompts: int = 60
+    mixed_prompts: int = 120
+    gate_prompts: int = 40
+    svi: SVISettings = field(default_factory=SVISettings)
+    guide: GuideSettings = field(default_factory=lambda: GuideSettings(simulations=40_000, steps=4000))
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seed", seed(self.seed))
+        set_whole(self, pure_prompts=1, mixed_prompts=0, gate_prompts=0)
+        low, high = self.prompt_lengths
+        if not 1 <= low <= high:
+            raise ConfigError(f"expected prompt lengths of at least 1 byte, the shorter first, got {low} and {high}")
+
+
+def build_bundle(
+    model: Backbone,
+    experts: ExpertBank,
+    examples: Mapping[str, Sequence[str]] | None = None,
+    *,
+    unlabelled: Sequence[str] = (),
+    settings: BuildSettings | None = None,
+    out: str | Path | None = None,
+    progress: bool = False,
+    announce: Callable[[str], object] = lambda text: None,
+) -> Bundle:
+    """A bundle of a model and its experts, whose dispatcher is fitted on examples.
+
+    Args:
+        model: the base model. experts: made for it.
+        examples: texts of each expert, a few dozen or more; one in five is held out. ``"base"`` may have some, too:
+            texts that no expert should touch. ``None`` for a flat dispatcher, which needs none.
+        unlabelled: texts of whatever experts.
+        settings: the recipe. out: where to save the bundle; the stages' results lie beside it, in ``OUT.work``, which
+            may be deleted when all is done.
+        progress: show progress bars. announce: called with a line of text as each stage begins.
+
+    Raises:
+        ForeignExpertError: the experts were made for another model.
+        ConfigError: an expert without examples, examples of an unknown one, fewer than two experts, a setting out of
+            range, or a work directory of other inputs.
+        BundleError: ``out`` holds anything else than a bundle.
+    """
+    settings = settings or BuildSettings()
+    experts.check_base(model)
+    if examples is None:
+        return _saved(Bundle(model, experts, Dispatcher.flat(experts.names)), out)
+    domains = _domains(experts, examples)
+    stages = _Stages.of(None if out is None else Path(out), _inputs(model, experts, domains, unlabelled, settings))
+    announce("evidence")
+    known = stages.evidence("train", lambda: _evidence(model, experts, domains, unlabelled, settings, progress))
+    announce("dispatcher")
+    dispatcher = stages.dispatcher(lambda: _fitted(experts, known, settings, progress))
+    own = [domains[name] for name in experts.names]
+    announce("held-out examples")
+    held = stages.evidence("held_out", lambda: _held_out(model, experts, own, settings, progress))
+    gate = Gate.calibrate(dispatcher, held.evidence, (held.labels < 0).astype(int), seed=settings.seed) if (
+        len(held.labels) >= 80
+    ) else None
+    gains = stages.numbers("gains", lambda: _gains(model, experts, own))
+    report = {"examples": _counts(domains), "calibration": _calibration(dispatcher, held), "gains": gains}
+    return _saved(Bundle(model, experts, dispatcher, report, gate=gate), out)
+
+
+def _saved(bundle: Bundle, out: str | Path | None) -> Bundle:
+    if out is not None:
+        bundle.save(out)
+    return bundle
+
+
+def _domains(experts: ExpertBank, examples: Mapping[str, Sequence[str]]) -> dict[str, OwnExamples]:
+    if len(experts) < 2:
+        raise ConfigError(f"expected at least two experts to choose among, got {experts.names[0]} alone")
+    if unknown := sorted(examples.keys() - set(experts.components)):
+        raise ConfigError(f"expected examples of {', '.join(experts.components)}, got some of {unknown[0]}")
+    if missing := [name for name in experts.names if not examples.get(name)]:
+        raise ConfigError(f"expected examples of every expert, got none of {missing[0]}")
+    return {name: OwnExamples(name, tuple(texts)) for name, texts in examples.items()}
+
+
+def _evidence(
+    model: Backbone,
+    experts: ExpertBank,
+    domains: Mapping[str, OwnExamples],
+    unlabelled: Sequence[str],
+    settings: BuildSettings,
+    progress: bool,
+) -> KnownEvidence:
+    """Prompts cut from the examples of one expert, of several, of base, and of nobody knows whom."""
+    block, count = model.cut(experts.adapts), len(experts)
+    own = [domains[name] for name in experts.names]
+    given = settings.prompt_lengths, "train", settings.seed, progress, block
+    parts = [pure_evidence(model, own, settings.pure_prompts, *given)]
+    if settings.mixed_prompts:
+        parts.append(mixed_evidence(model, own, settings.mixed_prompts, *given))
+    if "base" in domains:
+        base = pure_evidence(model, [domains["base"]], settings.pure_prompts, *given)
+        parts.append(_with_weights(base.evidence, np.eye(count + 1)[-1]))
+    if unlabelled:
+        longest = settings.prompt_lengths[1]
+        texts = [text.encode()[:longest].decode(errors="ignore") for text in unlabelled]
+        found = first_pass(model, model.tokenizer, texts, progress=progress, block=block).evidence
+        parts.append(_with_weights(found, np.full(count + 1, np.nan)))
+    return KnownEvidence.concatenate(parts)
+
+
+def _with_weights(evidence: Evidence, weights: np.ndarray) -> KnownEvidence:
+    return KnownEvidence(evidence, np.full(len(evidence), -1), np.tile(weights, (len(evidence), 1)))
+
+
+def _held_out(
+    model: Backbone, experts: ExpertBank, own: Sequence[OwnExamples], settings: BuildSettings, progress: bool
+) -> KnownEvidence:
+    """Prompts of held-out texts, of one expert and of several."""
+    pure = max(settings.gate_prompts, 8)
+    given = settings.prompt_lengths, "held_out", settings.seed + 1, progress, model.cut(experts.adapts)
+    parts = [pure_evidence(model, own, pure, *given)]
+    if settings.gate_prompts:
+        parts.append(mixed_evidence(model, own, settings.gate_prompts * len(own), *given))
+    return KnownEvidence.concatenate(parts)
+
+
+def _fitted(experts: ExpertBank, known: KnownEvidence, settings: BuildSettings, progress: bool) -> Dispatcher:
+    dispatcher = Dispatcher(experts.names, settings.seed, svi=settings.svi, guide=settings.guide, program=PROGRAM)
+    return dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=progress)
+
+
+def _gains(model: Backbone, experts: ExpertBank, own: Sequence[OwnExamples]) -> dict[str, Any]:
+    """What each expert, and base, says of the held-out texts of each expert, in nats per byte."""
+    score = ExpertLogLikelihoods(model, experts, model.tokenizer)
+    longest = 2048
+    found: dict[str, Any] = {}
+    for domain in own:
+        texts = [text.encode()[:longest].decode(errors="ignore") for text in domain.of("held_out")[:HELD_OUT]]
+        means = score(texts).mean(0)
+        nats = {name: round(-float(mean), 5) for name, mean in zip(experts.components, means, strict=True)}
+        found[domain.name] = {"nats_per_byte": nats, "gain": round(nats["base"] - nats[domain.name], 5)}
+    return found
+
+
+def _calibration(dispatcher: Dispatcher, held: KnownEvidence) -> dict[str, float]:
+    """How well the dispatcher knows the expert of a held-out prompt, and how well it knows how well."""
+    pure = np.flatnonzero(held.labels >= 0)
+    labels, proba = held.labels[pure], dispatcher.predict_proba(held.evidence.select(pure))
+    chosen = proba.argmax(1)
+    return {
+        "prompts": len(pure),
+        "accuracy": float((chosen == labels).mean()),
+        "expected_calibration_error": float(calibration_error(proba.max(1), chosen == labels)),
+        "log_loss": float(-np.log(np.clip(proba[np.arange(len(pure)), labels], 1e-12, 1)).mean()),
+    }
+
+
+def _counts(domains: Mapping[str, OwnExamples]) -> dict[str, dict[str, int]]:
+    return {
+        name: {"train": len(domain.of("train")), "held_out": len(domain.of("held_out"))}
+        for name, domain in domains.items()
+    }
+
+
+def _inputs(
+    model: Backbone,
+    experts: ExpertBank,
+    domains: Mapping[str, OwnExamples],
+    unlabelled: Sequence[str],
+    settings: BuildSettings,
+) -> dict[str, Any]:
+    """What decides the result."""
+    texts = json.dumps([{name: domain.texts for name, domain in domains.items()}, list(unlabelled)])
+    return {
+        "model": experts.base,
+        "experts": list(experts.names),
+        "digest": experts.digest(),
+        "texts": hashlib.blake2b(texts.encode(), digest_size=16).hexdigest(),
+        "settings": json.loads(json.dumps(asdict(settings))),
+    }
+
+
+@dataclass(frozen=True)
+class _Stages:
+    """Results of stages, kept in a directory, or nowhere."""
+
+    directory: Path | None
+
+    @classmethod
+    def of(cls, out: Path | None, inputs: dict[str, Any]) -> "_Stages":
+        if out is None:
+            return cls(None)
+        work = out.with_name(out.name + ".work")
+        plan = work / "inputs.json"
+        if plan.exists():
+            if read_json(plan) != inputs:
+                raise ConfigError(f"expected stages of these inputs in {work}, got those of others: delete it, or use a new --out")
+        else:
+            write_json(plan, inputs)
+        return cls(work)
+
+    def evidence(self, name: str, make: Callable[[], KnownEvidence]) -> KnownEvidence:
+        if self.directory is None:
+            return make()
+        path = self.directory / f"{name}.npz"
+        if not path.exists():
+            write_known(path, make())
+        return read_known(path)
+
+    def dispatcher(self, make: Callable[[], Dispatcher]) -> Dispatcher:
+        if self.directory is None:
+            return make()
+        path = self.directory / "dispatcher"
+        if not path.exists():
+            make().save(path)
+        return Dispatcher.load(path)
+
+    def numbers(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if self.directory is None:
+            return make()
+        path = self.directory / f"{name}.json"
+        if not path.exists():
+            write_json(path, make())
+        found = read_json(path)
+        assert isinstance(found, dict)
+        return found
