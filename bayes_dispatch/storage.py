@@ -54,6 +54,7 @@ __all__ = [
 # The file that tells what a saved directory consists of, and by its content the other files of such a save. What is no
 # index of ours raises what such access raises.
 CONTENTS: dict[str, Callable[[Any], Collection[str]]] = {
+    "adapter_config.json": lambda index: index["peft_type"] and {"adapter_model.safetensors"},
     "bank.json": lambda index: {entry["file"] for entry in index["experts"]},
     "bundle.json": lambda index: index["files"].keys(),
     "config.json": lambda index: (

@@ -1,5 +1,6 @@
 """The experts of one base model: blended by weights, kept as a directory of safetensors files."""
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,18 +15,22 @@ from torch import Tensor
 
 from bayes_dispatch.arguments import simplex
 from bayes_dispatch.errors import ConfigError, ForeignExpertError, TensorError, UnknownNameError
-from bayes_dispatch.experts.bank_files import StoredExpert, read_bank, write_bank
+from bayes_dispatch.experts.bank_files import LORA, StoredExpert, expert_digest, read_bank, write_bank
+from bayes_dispatch.experts.lora import LoraExpert
+from bayes_dispatch.experts.peft import read_peft, write_peft
 from bayes_dispatch.experts.vectors import BASE, ExpertVector
-from bayes_dispatch.model.adaptation import Adaptation, block_of
+from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of
 from bayes_dispatch.model.backbone import Backbone
 
 __all__ = ["ExpertBank"]
 
 SHOWN = 20  # names in an error
+STACKS = 16  # sets of LoRA experts whose stacked factors are kept
+Expert = ExpertVector | LoraExpert
 Weights = Tensor | np.ndarray | Sequence[Any]  # of components, along the last axis
 
 
-class ExpertBank(Mapping[str, ExpertVector]):
+class ExpertBank(Mapping[str, Expert]):
     """Experts in a fixed order; component k of a mixture is expert k, and the last component is ``base``.
 
     A blend is ``z(w) = 1 + Σ_k w_k (z_k − 1)``, and ``base`` has ``z = 1``. For weights that sum to 1 it is
@@ -33,14 +38,17 @@ class ExpertBank(Mapping[str, ExpertVector]):
     implementation (Transformer², arXiv 2501.06252) also multiplies ``W(z)`` by ``Σ s / Σ (s * z)``. That factor depends
     on ``z``: blending scales is then another thing than blending matrices. Ours has no such factor.
 
+    LoRA experts blend likewise: what is added to a matrix is ``Σ_k w_k up_k down_k``. A bank may hold both kinds.
+
     A bank is never changed; ``with_expert``, ``without`` and ``renamed`` give another one. A bank that was loaded reads
     each expert when it is first used, and keeps it.
 
     Attributes:
         names: names of the K experts, in order. components: the same with ``base`` at the end.
         base: fingerprint of the model that all of them were trained on.
-        matrices: the adapted matrices, in order, with the number of scales of each.
-        layers: the layers that have one of them, in order: the parts of their names up to the first number, or all of
+        matrices: those that singular-value scales adapt, in order, with the number of scales of each.
+        adapts: these, then those that LoRA experts adapt, in order.
+        layers: the layers that have one of these, in order: the parts of their names up to the first number, or all of
             a name without one.
         adapt_from: the first block that has one of them: what is below is the same under every blend. With an adapted
             embedding it is 0.
@@ -51,17 +59,20 @@ class ExpertBank(Mapping[str, ExpertVector]):
         TensorError: experts that scale different matrices.
     """
 
-    def __init__(self, experts: Sequence[ExpertVector]) -> None:
+    def __init__(self, experts: Sequence[Expert]) -> None:
         if not experts:
             raise ConfigError("expected at least one expert, got none")
         if len({expert.name for expert in experts}) < len(experts):
             raise ConfigError(f"expected experts of different names, got {[expert.name for expert in experts]}")
-        first = experts[0]
+        base = experts[0].base
+        scaled = [expert for expert in experts if isinstance(expert, ExpertVector)]
+        matrices = scaled[0].matrices if scaled else {}
         for expert in experts:
-            _check_fit(expert, first.base, first.matrices, first.name)
-        self._fill(first.base, first.matrices, experts)
+            _check_fit(expert, base, matrices, scaled[0].name if scaled else "")
+        _check_factors([expert for expert in experts if isinstance(expert, LoraExpert)])
+        self._fill(base, matrices, experts)
 
-    def _fill(self, base: str, matrices: Mapping[str, int], experts: Sequence[ExpertVector | StoredExpert]) -> None:
+    def _fill(self, base: str, matrices: Mapping[str, int], experts: Sequence[Expert | StoredExpert]) -> None:
         self._experts = {expert.name: expert for expert in experts}
         self.base = base
         self.matrices: Mapping[str, int] = MappingProxyType(dict(matrices))
@@ -70,24 +81,27 @@ class ExpertBank(Mapping[str, ExpertVector]):
         )
         self.names = tuple(self._experts)
         self.components = (*self.names, BASE)
-        layers = [_layer(matrix) for matrix in self.matrices]
+        self._scaled = [k for k, expert in enumerate(experts) if not _is_lora(expert)]
+        ranks = [dict(expert.matrices) if _is_lora(expert) else {} for expert in experts]
+        self._low = {name: [k for k, own in enumerate(ranks) if name in own] for each in ranks for name in each}
+        self.adapts = tuple(dict.fromkeys([*self.matrices, *self._low]))
+        layers = [_layer(matrix) for matrix in self.adapts]
         self.layers = tuple(dict.fromkeys(layers))
         self._layer_of = [self.layers.index(layer) for layer in layers]
-        self.adapt_from = min(map(block_of, self.matrices))
+        self.adapt_from = min(map(block_of, self.adapts))
         self._deviations: dict[int, Tensor] = {}  # of experts that a blend needed so far
+        self._stacks: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor, list[int]]] = {}
 
     @classmethod
-    def _of(
-        cls, base: str, matrices: Mapping[str, int], experts: Sequence[ExpertVector | StoredExpert]
-    ) -> "ExpertBank":
+    def _of(cls, base: str, matrices: Mapping[str, int], experts: Sequence[Expert | StoredExpert]) -> "ExpertBank":
         bank = cls.__new__(cls)
         bank._fill(base, matrices, experts)
         return bank
 
-    def __reduce__(self) -> tuple[type["ExpertBank"], tuple[list[ExpertVector]]]:
+    def __reduce__(self) -> tuple[type["ExpertBank"], tuple[list[Expert]]]:
         return ExpertBank, (list(self.values()),)  # read from disk: another process may not see the files
 
-    def __getitem__(self, name: str) -> ExpertVector:
+    def __getitem__(self, name: str) -> Expert:
         """The expert of that name.
 
         Raises:
@@ -107,7 +121,9 @@ class ExpertBank(Mapping[str, ExpertVector]):
         return len(self.names)
 
     def blend(self, weights: Weights) -> Adaptation:
-        """The adaptation ``z(w) = 1 + Σ_k w_k (z_k − 1)``; experts without weight are not read from disk.
+        """The adaptation ``z(w) = 1 + Σ_k w_k (z_k − 1)``, and ``Σ_k w_k up_k down_k`` where there are LoRA experts.
+
+        Experts without weight are not read from disk.
 
         Args:
             weights: (K + 1,) for scales that all rows share, or (B, K + 1) for scales of each row; at least 0, of sum
@@ -119,26 +135,30 @@ class ExpertBank(Mapping[str, ExpertVector]):
             BundleError, ForeignExpertError: an expert cannot be read.
         """
         given = self._check(weights, (len(self.components),))
-        scales = self._blend(given, range(sum(self.matrices.values())))
-        return Adaptation(dict(zip(self.matrices, scales.split(list(self.matrices.values()), dim=-1), strict=True)))
+        scales: dict[str, Tensor] = {}
+        if self.matrices:
+            whole = self._blend(given, range(sum(self.matrices.values())))
+            scales = dict(zip(self.matrices, whole.split(list(self.matrices.values()), dim=-1), strict=True))
+        return Adaptation(scales, self._deltas(dict.fromkeys(self._low, given)))
 
     def blend_by_matrix(self, weights: Weights) -> Adaptation:
         """``blend`` with weights of its own for each adapted matrix.
 
         Args:
             weights: (matrices, K + 1) for scales that all rows share, or (B, matrices, K + 1) for scales of each row;
-                matrices in the order of ``self.matrices``; else see ``blend``.
+                matrices in the order of ``self.adapts``; else see ``blend``.
 
         Raises:
             TensorError, ConfigError, BundleError, ForeignExpertError: see ``blend``.
         """
-        return self._by_matrix(self._check(weights, (len(self.matrices), len(self.components))))
+        return self._by_matrix(self._check(weights, (len(self.adapts), len(self.components))))
 
     def _by_matrix(self, given: Tensor) -> Adaptation:
+        weights = dict(zip(self.adapts, given.unbind(dim=-2), strict=True))
         stops = list(accumulate(self.matrices.values()))
         places = [range(stop - rank, stop) for rank, stop in zip(self.matrices.values(), stops, strict=True)]
-        own = zip(self.matrices, given.unbind(dim=-2), places, strict=True)
-        return Adaptation({name: self._blend(each, place) for name, each, place in own})
+        scales = {name: self._blend(weights[name], place) for name, place in zip(self.matrices, places, strict=True)}
+        return Adaptation(scales, self._deltas({name: weights[name] for name in self._low}))
 
     def blend_by_layer(self, weights: Weights) -> Adaptation:
         """``blend`` with weights of its own for each layer.
@@ -161,6 +181,56 @@ class ExpertBank(Mapping[str, ExpertVector]):
         given = weights if len(weights) > 1 else weights[0]
         return self.blend(given) if weights.ndim == 2 else self.blend_by_layer(given)
 
+    @classmethod
+    def from_peft(cls, backbone: Backbone, adapters: Mapping[str, str | Path]) -> "ExpertBank":
+        """LoRA adapters of PEFT directories; ranks, layers and scalings may differ from one to another.
+
+        Args:
+            backbone: their base model. adapters: name of the expert → directory.
+
+        Raises:
+            ConfigError: no adapter, or one that is not low-rank updates alone. BundleError: a file is missing, damaged
+                or a pickle. ForeignExpertError: one of another base model. TensorError: values that are not finite.
+        """
+        return cls([read_peft(backbone, name, directory) for name, directory in adapters.items()])
+
+    def export(
+        self, weights: Weights, directory: str | Path, backbone: Backbone | None = None, rank: int = 16
+    ) -> float:
+        """Write a blend as one adapter that PEFT, and what reads its format, loads.
+
+        Args:
+            weights: (K + 1,). directory: in the place of an earlier export.
+            backbone: the base model, where singular-value scales are among what is blended: their update is cut to the
+                ``rank`` largest of its own singular values. LoRA updates are written as they are.
+            rank: of a matrix's update by scales.
+
+        Returns:
+            The largest relative error of a matrix's update, in the Frobenius norm; 0 without scales.
+
+        Raises:
+            TensorError: weights of rows, or of base alone. ConfigError: scales without a backbone that has factors.
+            BundleError: the directory is a link, or holds anything else.
+        """
+        adaptation = self.blend(weights)
+        deltas, error = dict(adaptation.deltas), 0.0
+        if adaptation.scales and any(bool((z != 1).any()) for z in adaptation.scales.values()):
+            factors = getattr(backbone, "factors", None)
+            if factors is None:
+                raise ConfigError("expected the backbone whose singular values are scaled, to export them, got none")
+            for matrix, z in adaptation.scales.items():
+                up, values, down = factors(matrix)
+                change = values.float() * (z.float() - 1)
+                kept = change.abs().argsort(descending=True)[:rank]
+                own = Delta(up[:, kept].float(), down[kept].float(), change[kept])
+                deltas[matrix] = own if matrix not in deltas else Delta.joined([deltas[matrix], own])
+                if float(norm := change.norm()):
+                    lost = change.clone()
+                    lost[kept] = 0
+                    error = max(error, float(lost.norm() / norm))
+        write_peft(directory, deltas, str(getattr(backbone, "name", "")))
+        return error
+
     def check_base(self, model: Backbone) -> None:
         """Raise ``ForeignExpertError`` unless the experts were made for ``model``."""
         if model.fingerprint() != self.base:
@@ -168,14 +238,22 @@ class ExpertBank(Mapping[str, ExpertVector]):
                 f"expected experts made for base model {model.fingerprint()}, got ones for {self.base}"
             )
 
-    def with_expert(self, expert: ExpertVector) -> "ExpertBank":
+    def digest(self) -> str:
+        """What tells this bank from others: a hash of its experts' files, in order."""
+        own = "".join(expert_digest(expert) for expert in self._experts.values())
+        return hashlib.blake2b(own.encode(), digest_size=16).hexdigest()
+
+    def with_expert(self, expert: Expert) -> "ExpertBank":
         """This bank with one more expert at its end, or with that expert in the place of the one of the same name.
 
         Raises:
             ForeignExpertError: it was made for another base model. TensorError: it scales other matrices.
         """
-        _check_fit(expert, self.base, self.matrices, "the bank")
-        return self._of(self.base, self.matrices, list({**self._experts, expert.name: expert}.values()))
+        matrices = self.matrices or (expert.matrices if isinstance(expert, ExpertVector) else {})
+        _check_fit(expert, self.base, matrices, "the bank")
+        if isinstance(expert, LoraExpert):
+            _check_factors([*(each for each in self.values() if isinstance(each, LoraExpert)), expert])
+        return self._of(self.base, matrices, list({**self._experts, expert.name: expert}.values()))
 
     def without(self, name: str) -> "ExpertBank":
         """This bank without one expert.
@@ -197,7 +275,7 @@ class ExpertBank(Mapping[str, ExpertVector]):
         """
         if new in self:
             raise ConfigError(f"expected a name that no expert of the bank has, got {new!r}")
-        vector = replace(self[old], name=new)
+        vector: Expert = replace(self[old], name=new)
         experts = [vector if expert.name == old else expert for expert in self._experts.values()]
         return self._of(self.base, self.matrices, experts)
 
@@ -248,21 +326,59 @@ class ExpertBank(Mapping[str, ExpertVector]):
         Where gradients are wanted all experts are read: those of no weight have a gradient, too.
         """
         weighty = weights.detach().reshape(-1, len(self.components)).ne(0).any(dim=0).tolist()
-        used = [k for k in range(len(self)) if weights.requires_grad or weighty[k]]  # base deviates nowhere
+        used = [k for k in self._scaled if weights.requires_grad or weighty[k]]  # others deviate nowhere
         if not used:
             return weights.new_ones((*weights.shape[:-1], len(place)))
         deviations = torch.stack([self._deviation(k)[place.start : place.stop] for k in used]).to(weights)
         return 1 + weights[..., used] @ deviations
 
+    def _deltas(self, weights: Mapping[str, Tensor]) -> dict[str, Delta]:
+        """What LoRA experts add to each matrix, for its weights (*B, K + 1)."""
+        found: dict[str, Delta] = {}
+        for matrix, given in weights.items():
+            flat = given.detach().reshape(-1, len(self.components))
+            weighty = flat.ne(0).any(dim=0).tolist()
+            used = tuple(k for k in self._low[matrix] if given.requires_grad or weighty[k])
+            if used:
+                up, down, ranks = self._stacked(matrix, used)
+                repeats = torch.tensor(ranks, device=given.device)
+                found[matrix] = Delta(up, down, given[..., list(used)].repeat_interleave(repeats, -1))
+        return found
+
+    def _stacked(self, matrix: str, used: tuple[int, ...]) -> tuple[Tensor, Tensor, list[int]]:
+        """``up`` (out, Σ r) and ``down`` (Σ r, in) of some experts, and their ranks; threads may make them twice."""
+        found = self._stacks.get((matrix, used))
+        if found is None:
+            own = []
+            for k in used:
+                expert = self[self.names[k]]
+                assert isinstance(expert, LoraExpert)
+                own.append(expert.factors[matrix])
+            with torch.inference_mode(False):
+                down, up = torch.cat([down for down, _ in own]), torch.cat([up for _, up in own], 1)
+            found = up, down, [len(down) for down, _ in own]
+            stacks = self._stacks
+            if len(stacks) >= STACKS * len(self._low):
+                stacks = {}
+            stacks[matrix, used] = found
+            self._stacks = stacks
+        return found
+
     def _deviation(self, k: int) -> Tensor:
         """z − 1 of one expert, (scales,), in doubles; threads may compute it twice, and see it whole."""
         found = self._deviations.get(k)
         if found is None:
-            scales = self[self.names[k]].scales
+            expert = self[self.names[k]]
+            assert isinstance(expert, ExpertVector)
+            scales = expert.scales
             with torch.inference_mode(False):  # it stays, and blends may be differentiated later
                 found = torch.cat([scales[name] for name in self.matrices]).double() - 1
             self._deviations[k] = found
         return found
+
+
+def _is_lora(expert: Expert | StoredExpert) -> bool:
+    return isinstance(expert, LoraExpert) or (isinstance(expert, StoredExpert) and expert.kind == LORA)
 
 
 def _layer(matrix: str) -> str:
@@ -270,12 +386,24 @@ def _layer(matrix: str) -> str:
     return found.group() if found else matrix
 
 
-def _check_fit(expert: ExpertVector, base: str, matrices: Mapping[str, int], like: str) -> None:
+def _check_fit(expert: Expert, base: str, matrices: Mapping[str, int], like: str) -> None:
     if expert.base != base:
         raise ForeignExpertError(
             f"expected expert {expert.name} to be made for base model {base}, got one for {expert.base}"
         )
-    if expert.matrices != matrices:
+    if isinstance(expert, ExpertVector) and expert.matrices != matrices:
         raise TensorError(
             f"expected expert {expert.name} to scale what {like} scales: {dict(matrices)}, got {expert.matrices}"
         )
+
+
+def _check_factors(experts: Sequence[LoraExpert]) -> None:
+    """Raise ``TensorError`` unless factors of one matrix are of one shape (out, in)."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for expert in experts:
+        for matrix, (down, up) in expert.factors.items():
+            shape = up.shape[0], down.shape[1]
+            if shapes.setdefault(matrix, shape) != shape:
+                raise TensorError(
+                    f"expected factors of a matrix {shapes[matrix]} for {matrix} of {expert.name}, got {shape}"
+                )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bayes_dispatch.errors import BayesDispatchError, BundleError, ConfigError, ForeignExpertError, TensorError
+from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.experts.vectors import ExpertVector, check_expert_name
 from bayes_dispatch.storage import (
     keep_file,
@@ -27,9 +28,19 @@ from bayes_dispatch.storage import (
     write_json,
 )
 
-__all__ = ["ExpertCheck", "StoredBank", "StoredExpert", "read_bank", "verify_bank", "write_bank"]
+__all__ = [
+    "ExpertCheck",
+    "StoredBank",
+    "StoredExpert",
+    "expert_digest",
+    "read_bank",
+    "verify_bank",
+    "write_bank",
+]
 
 INDEX = "bank.json"
+SVF, LORA = "svf", "lora"  # kinds of experts; an entry that names none is of the first
+DOWN, UP = ".down", ".up"  # what a LoRA expert's tensors are called after their matrix
 FORMAT = 2
 DIGITS = 12  # of the digest, in a file's name
 
@@ -40,7 +51,8 @@ class StoredExpert:
 
     Attributes:
         directory: of the bank. name: of the expert. digest: BLAKE2b of its file. metadata: of the expert.
-        base: fingerprint of the base model. matrices: the adapted matrices of the bank, with their ranks.
+        base: fingerprint of the base model. matrices: the matrices that it adapts, with their ranks.
+        kind: ``SVF`` or ``LORA``.
     """
 
     directory: Path
@@ -49,6 +61,7 @@ class StoredExpert:
     metadata: Mapping[str, str]
     base: str
     matrices: Mapping[str, int]
+    kind: str = SVF
 
     @property
     def path(self) -> Path:
@@ -56,7 +69,7 @@ class StoredExpert:
         return saved_at(self.directory) / _file_name(self.name, self.digest)
 
     @cached_property
-    def vector(self) -> ExpertVector:
+    def vector(self) -> ExpertVector | LoraExpert:
         """The expert.
 
         Raises:
@@ -65,7 +78,7 @@ class StoredExpert:
         """
         data = read_bytes(self.path)
         with torch.inference_mode(False):  # it stays, and blends of it may be differentiated later
-            scales, metadata = parse_tensors(data, self.path)
+            tensors, metadata = parse_tensors(data, self.path)
         if not {"name", "base"} <= metadata.keys():
             raise BundleError(f"expected the name and base model of an expert in {self.path}, got {metadata!r:.80}")
         name, base = metadata.pop("name"), metadata.pop("base")
@@ -75,11 +88,17 @@ class StoredExpert:
             raise ForeignExpertError(
                 f"expected expert {name} to be made for base model {self.base}, got one for {base}: {self.path}"
             )
-        if scales.keys() != self.matrices.keys():
-            odd = ", ".join(sorted(scales.keys() ^ self.matrices.keys())[:4])
-            raise BundleError(f"expected {len(self.matrices)} matrices in {self.path}, got others or fewer: {odd}")
+        ends = [""] if self.kind == SVF else [DOWN, UP]
+        if odd := sorted(tensors.keys() ^ {matrix + end for matrix in self.matrices for end in ends}):
+            shown = ", ".join(odd[:4])
+            raise BundleError(f"expected {len(self.matrices)} matrices in {self.path}, got others or fewer: {shown}")
         try:
-            expert = ExpertVector(name, {matrix: scales[matrix] for matrix in self.matrices}, base, metadata)
+            expert: ExpertVector | LoraExpert
+            if self.kind == SVF:
+                expert = ExpertVector(name, {matrix: tensors[matrix] for matrix in self.matrices}, base, metadata)
+            else:
+                factors = {matrix: (tensors[matrix + DOWN], tensors[matrix + UP]) for matrix in self.matrices}
+                expert = LoraExpert(name, factors, base, metadata)
         except (ConfigError, TensorError) as error:
             raise BundleError(f"{self.path}: {error}") from None
         for matrix, rank in expert.matrices.items():
@@ -127,7 +146,7 @@ def verify_bank(directory: str | Path) -> tuple[ExpertCheck, ...]:
 
 
 def write_bank(
-    directory: Path, base: str, matrices: Mapping[str, int], experts: Sequence[ExpertVector | StoredExpert]
+    directory: Path, base: str, matrices: Mapping[str, int], experts: Sequence[ExpertVector | LoraExpert | StoredExpert]
 ) -> None:
     """Make ``directory`` hold this bank; experts that it holds already are neither read nor written.
 
@@ -140,7 +159,10 @@ def write_bank(
         for expert in experts:
             digest = _write_expert(directory.resolve(), new, expert)
             file, metadata = _file_name(expert.name, digest), dict(sorted(expert.metadata.items()))
-            entries.append({"name": expert.name, "file": file, "digest": digest, "metadata": metadata})
+            entry = {"name": expert.name, "file": file, "digest": digest, "metadata": metadata}
+            if isinstance(expert, LoraExpert) or (isinstance(expert, StoredExpert) and expert.kind == LORA):
+                entry |= {"kind": LORA, "matrices": dict(expert.matrices)}
+            entries.append(entry)
         write_json(new / INDEX, {"format": FORMAT, "base": base, "matrices": dict(matrices), "experts": entries})
 
 
@@ -160,18 +182,27 @@ def read_bank(directory: Path) -> StoredBank:
     _expect(path, index.keys() == {"format", "base", "matrices", "experts"}, "base, matrices and experts", list(index))
     base, matrices, entries = index["base"], index["matrices"], index["experts"]
     _expect(path, isinstance(base, str) and base != "", "the fingerprint of a base model", base)
-    _expect(path, isinstance(matrices, dict) and matrices != {}, "at least one matrix with its rank", matrices)
-    _expect(path, all(type(rank) is int and rank > 0 for rank in matrices.values()), "ranks above 0", matrices)
     _expect(path, isinstance(entries, list) and entries != [], "at least one expert", entries)
+    scaled = any(isinstance(entry, dict) and "kind" not in entry for entry in entries)
+    _expect_ranks(path, matrices, scaled)
     experts = tuple(_stored(directory, entry, base, matrices) for entry in entries)
     names = [expert.name for expert in experts]
     _expect(path, len(set(names)) == len(names), "experts of different names", names)
     return StoredBank(base, matrices, experts)
 
 
+def _expect_ranks(path: Path, matrices: object, some: bool) -> None:
+    _expect(path, isinstance(matrices, dict) and bool(matrices) >= some, "at least one matrix with its rank", matrices)
+    assert isinstance(matrices, dict)
+    _expect(path, all(type(rank) is int and rank > 0 for rank in matrices.values()), "ranks above 0", matrices)
+
+
 def _stored(directory: Path, entry: Any, base: str, matrices: dict[str, int]) -> StoredExpert:
     path = directory / INDEX
     keys = {"name", "file", "digest", "metadata"}
+    is_lora = isinstance(entry, dict) and entry.get("kind") == LORA
+    if is_lora:
+        keys |= {"kind", "matrices"}
     whole = isinstance(entry, dict) and entry.keys() == keys and isinstance(entry["metadata"], dict)
     _expect(path, whole, "name, file, digest and metadata of an expert", entry)
     name, file, digest, metadata = (entry[key] for key in ("name", "file", "digest", "metadata"))
@@ -182,7 +213,10 @@ def _stored(directory: Path, entry: Any, base: str, matrices: dict[str, int]) ->
         raise BundleError(f"{path}: {error}") from None
     _expect(path, re.fullmatch("[0-9a-f]{32}", digest) is not None, "a digest of 32 hexadecimal digits", digest)
     _expect(path, file == _file_name(name, digest), _file_name(name, digest), file)
-    return StoredExpert(directory, name, digest, metadata, base, matrices)
+    if not is_lora:
+        return StoredExpert(directory, name, digest, metadata, base, matrices)
+    _expect_ranks(path, entry["matrices"], some=True)
+    return StoredExpert(directory, name, digest, metadata, base, entry["matrices"], LORA)
 
 
 def _expect(path: Path, holds: bool, what: str, got: object) -> None:
@@ -198,14 +232,29 @@ def _reason(expert: StoredExpert) -> str | None:
     return None
 
 
-def _write_expert(old: Path, new: Path, expert: ExpertVector | StoredExpert) -> str:
+def expert_bytes(expert: ExpertVector | LoraExpert) -> bytes:
+    """The file of an expert."""
+    if isinstance(expert, LoraExpert):
+        factors = expert.factors.items()
+        tensors = {name: t for matrix, (down, up) in factors for name, t in ((matrix + DOWN, down), (matrix + UP, up))}
+    else:
+        tensors = dict(expert.scales)
+    return tensors_as_bytes(tensors, {**expert.metadata, "name": expert.name, "base": expert.base})
+
+
+def expert_digest(expert: ExpertVector | LoraExpert | StoredExpert) -> str:
+    """BLAKE2b of its file."""
+    return expert.digest if isinstance(expert, StoredExpert) else _digest(expert_bytes(expert))
+
+
+def _write_expert(old: Path, new: Path, expert: ExpertVector | LoraExpert | StoredExpert) -> str:
     """Have ``new`` hold an expert's file, which ``old`` may have, and return its digest."""
     if isinstance(expert, StoredExpert):
         if expert.directory == old and expert.path.is_file():
             keep_file(expert.path, new / expert.path.name)
             return expert.digest
         expert = expert.vector
-    data = tensors_as_bytes(expert.scales, {**expert.metadata, "name": expert.name, "base": expert.base})
+    data = expert_bytes(expert)
     digest = _digest(data)
     name = _file_name(expert.name, digest)
     if (old / name).is_file() and (old / name).read_bytes() == data:

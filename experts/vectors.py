@@ -10,7 +10,7 @@ from torch import Tensor
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Tensors
 
-__all__ = ["BASE", "ExpertVector", "check_expert_name"]
+__all__ = ["BASE", "DTYPES", "ExpertVector", "check_expert_name", "check_metadata"]
 
 BASE = "base"  # the component without adaptation, last in every mixture
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -39,13 +39,7 @@ class ExpertVector:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_expert_name(self.name)
-        for key, value in self.metadata.items():
-            if not isinstance(key, str) or not isinstance(value, str) or key in RESERVED:
-                raise ConfigError(
-                    f"expected metadata of expert {self.name} in text, under names other than 'name' and 'base', "
-                    f"got {key!r}: {value!r:.80}"
-                )
+        check_metadata(self.name, self.metadata)
         if not self.scales:
             raise TensorError(f"expected scales of at least one matrix of expert {self.name}, got none")
         for name, scales in self.scales.items():
@@ -68,6 +62,17 @@ class ExpertVector:
     def adaptation(self) -> Adaptation:
         """This expert alone, as scales shared by all rows."""
         return Adaptation(self.scales)
+
+
+def check_metadata(name: str, metadata: Mapping[str, str]) -> None:
+    """Raise ``ConfigError`` unless an expert can have this name and these metadata."""
+    check_expert_name(name)
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str) or key in RESERVED:
+            raise ConfigError(
+                f"expected metadata of expert {name} in text, under names other than 'name' and 'base', "
+                f"got {key!r}: {value!r:.80}"
+            )
 
 
 def check_expert_name(name: str) -> None:

@@ -15,9 +15,10 @@ import numpy as np
 
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.arguments import seed, set_whole
-from bayes_dispatch.checks.reliability import calibration_error
+from bayes_dispatch.checks.reliability import expected_calibration_error
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_evidence
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.dispatcher.guide.guides import GuideSettings
@@ -27,7 +28,6 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains.own import OwnExamples
 from bayes_dispatch.inference.scoring.evidence_sets import (
     KnownEvidence,
-    gate_evidence,
     mixed_evidence,
     pure_evidence,
 )
@@ -111,9 +111,11 @@ def build_bundle(
     own = [domains[name] for name in experts.names]
     announce("held-out examples")
     held = stages.evidence("held_out", lambda: _held_out(model, experts, own, settings, progress))
-    gate = Gate.calibrate(dispatcher, held.evidence, (held.labels < 0).astype(int), seed=settings.seed) if (
-        len(held.labels) >= 80
-    ) else None
+    gate = (
+        Gate.calibrate(dispatcher, held.evidence, (held.labels < 0).astype(int), seed=settings.seed)
+        if (len(held.labels) >= 80)
+        else None
+    )
     gains = stages.numbers("gains", lambda: _gains(model, experts, own))
     report = {"examples": _counts(domains), "calibration": _calibration(dispatcher, held), "gains": gains}
     return _saved(Bundle(model, experts, dispatcher, report, gate=gate), out)
@@ -203,7 +205,7 @@ def _calibration(dispatcher: Dispatcher, held: KnownEvidence) -> dict[str, float
     return {
         "prompts": len(pure),
         "accuracy": float((chosen == labels).mean()),
-        "expected_calibration_error": float(calibration_error(proba.max(1), chosen == labels)),
+        "expected_calibration_error": expected_calibration_error(proba, labels),
         "log_loss": float(-np.log(np.clip(proba[np.arange(len(pure)), labels], 1e-12, 1)).mean()),
     }
 
@@ -247,7 +249,9 @@ class _Stages:
         plan = work / "inputs.json"
         if plan.exists():
             if read_json(plan) != inputs:
-                raise ConfigError(f"expected stages of these inputs in {work}, got those of others: delete it, or use a new --out")
+                raise ConfigError(
+                    f"expected stages of these inputs in {work}, got those of others: delete it, or use a new --out"
+                )
         else:
             write_json(plan, inputs)
         return cls(work)
@@ -257,8 +261,12 @@ class _Stages:
             return make()
         path = self.directory / f"{name}.npz"
         if not path.exists():
-            write_known(path, make())
-        return read_known(path)
+            known = make()
+            write_evidence(path, known.evidence, known.labels, known.mixtures)
+        kept = read_evidence(path)
+        assert kept.labels is not None
+        assert kept.mixtures is not None
+        return KnownEvidence(kept.evidence, kept.labels, kept.mixtures)
 
     def dispatcher(self, make: Callable[[], Dispatcher]) -> Dispatcher:
         if self.directory is None:

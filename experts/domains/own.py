@@ -215,7 +215,7 @@ class OwnExamples:
 
 
 def read_examples(path: Path) -> dict[str | None, list[str]]:
-    """Texts by expert, from lines of ``{"expert": …, "text": …}``; those whose expert is null or missing under ``None``.
+    """Texts by expert, from lines of ``{"expert": …, "text": …}``; under ``None`` those that name no expert.
 
     Raises:
         ConfigError: the file is missing, no UTF-8, empty, or a line is no such object.

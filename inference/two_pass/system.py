@@ -47,7 +47,7 @@ def gate_of(system: System) -> Gate:
 
 def cut_of(system: System) -> int:
     """How many blocks of the system's model run the same under all blends of its experts."""
-    return system.model.cut(system.experts.matrices)
+    return system.model.cut(system.experts.adapts)
 
 
 def dispatch(system: System, prompts: Sequence[str | bytes], seed: int | None) -> tuple[DispatchPosterior, Evidence]:

@@ -181,10 +181,11 @@ class TransformersBackbone:
                 raise TensorError(f"expected a delta of {name} of shape {shapes.get(name)}, got {got}")
             found[name] = Delta(*(each.to(self.device, self.dtype) for each in delta))
         for name, scales in adaptation.scales.items():
-            if name not in shapes or scales.shape[-1] != min(shapes[name]):
-                raise TensorError(f"expected scales of {name} for a matrix {shapes.get(name)}, got {scales.shape[-1]}")
+            rank = scales.shape[-1]  # fewer than all are those of the largest singular values
+            if name not in shapes or rank > min(shapes[name]):
+                raise TensorError(f"expected scales of {name} for a matrix {shapes.get(name)}, got {rank}")
             left, values, right = self.factors(name)
-            own = Delta(left, right, values * (scales.to(self.device, self.dtype) - 1))
+            own = Delta(left[:, :rank], right[:rank], values[:rank] * (scales.to(self.device, self.dtype) - 1))
             found[name] = own if name not in found else Delta.joined([found[name], own])
         return found
 

@@ -38,17 +38,21 @@ def list_experts(bundle: BundleOption = None, bank: BankOption = None, as_json: 
 
 @experts.command()
 def show(name: NameArgument, bundle: BundleOption = None, bank: BankOption = None, as_json: JsonOption = False) -> None:
-    """All that is known about one expert, and how far its scales are from 1."""
+    """All that is known about one expert, and how far it changes each matrix."""
     directory = _directory(bundle, bank)
     from bayes_dispatch.app.tables import Table, visible
     from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.experts.lora import LoraExpert
 
     expert = ExpertBank.load(directory)[name]
     matrices: list[dict[str, Any]] = []
-    for matrix, scales in expert.scales.items():
-        distances = (scales.double() - 1).abs()
-        summary = {"mean": float(distances.mean()), "max": float(distances.max())}
-        matrices.append({"name": matrix, "rank": len(scales), **summary})
+    if isinstance(expert, LoraExpert):
+        what, changes = "Entries of its updates", {m: (up @ down).abs() for m, (down, up) in expert.factors.items()}
+    else:
+        what, changes = "Distances |z − 1| of its scales", {m: (z.double() - 1).abs() for m, z in expert.scales.items()}
+    for matrix, change in changes.items():
+        summary = {"mean": float(change.mean()), "max": float(change.max())}
+        matrices.append({"name": matrix, "rank": expert.matrices[matrix], **summary})
     known = dict(sorted(expert.metadata.items()))
     if as_json:
         return print_json({"name": name, "base": expert.base, "metadata": known, "matrices": matrices})
@@ -56,7 +60,7 @@ def show(name: NameArgument, bundle: BundleOption = None, bank: BankOption = Non
     rows = [[visible(row["name"]), str(row["rank"]), f"{row['mean']:.4f}", f"{row['max']:.4f}"] for row in matrices]
     console = open_console()
     console.print(Table(f"Expert {name}", ["", ""], about).to_rich())
-    console.print(Table("Distances |z − 1| of its scales", ["matrix", "scales", "mean", "max"], rows).to_rich())
+    console.print(Table(what, ["matrix", "rank", "mean", "max"], rows).to_rich())
 
 
 @experts.command()

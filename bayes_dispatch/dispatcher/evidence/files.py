@@ -47,8 +47,10 @@ def read_evidence(path: Path) -> EvidenceFile:
     return EvidenceFile(Evidence(views, arrays.get("lengths")), arrays.get("labels"), arrays.get("mixtures"))
 
 
-def write_evidence(path: Path, evidence: Evidence) -> None:
-    """Write views and lengths as ``read_evidence`` reads them; nothing of them may be missing for some prompts.
+def write_evidence(
+    path: Path, evidence: Evidence, labels: np.ndarray | None = None, mixtures: np.ndarray | None = None
+) -> None:
+    """Write what ``read_evidence`` reads; no view may be missing for some prompts alone.
 
     Raises:
         EvidenceError: something is missing.
@@ -56,5 +58,6 @@ def write_evidence(path: Path, evidence: Evidence) -> None:
     if any(mask.any() for mask in evidence.missing.values()) or evidence.lengths is None:
         raise EvidenceError(f"expected evidence with all views of all prompts for {path}, got missing ones")
     file = io.BytesIO()
-    np.savez(file, allow_pickle=False, lengths=evidence.lengths, **evidence.views)
+    known = {name: values for name, values in (("labels", labels), ("mixtures", mixtures)) if values is not None}
+    np.savez(file, allow_pickle=False, lengths=evidence.lengths, **evidence.views, **known)
     write_output(path, file.getvalue())

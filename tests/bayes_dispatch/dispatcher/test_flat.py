@@ -1,4 +1,4 @@
-"""A flat dispatcher: its posterior is the Dirichlet that it says, whatever the prompt; labels move it, files keep it."""
+"""A flat dispatcher: its posterior is the Dirichlet that it says, for every prompt; labels move it, files keep it."""
 
 from pathlib import Path
 

@@ -1,0 +1,176 @@
+"""LoRA banks: a vertex is PEFT's model with that adapter, a blend its `cat` merge, also row by row and from files."""
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError, TensorError
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.vectors import ExpertVector
+from bayes_dispatch.model.transformers.backbone import TransformersBackbone
+from tests.tiny import tiny_adapter, tiny_backbone, tiny_model
+
+LLAMA = {
+    "plain": {},
+    "ranks": {"r": 8, "lora_alpha": 4, "use_rslora": True, "rank_pattern": {"layers.1.self_attn.q_proj": 3}},
+    "mlp": {"targets": ("gate_proj", "down_proj"), "alpha_pattern": {"down_proj": 11}},
+    "ends": {"targets": ("embed_tokens", "o_proj", "lm_head"), "r": 2},
+}
+OTHER_LAYERS = {"mlp", "ends", "attention"}  # PEFT merges adapters of the same layers alone
+GRANITE = {
+    "mixers": {"targets": ("in_proj", "out_proj")},
+    "ranks": {"targets": ("in_proj", "out_proj"), "r": 2},
+    "attention": {"targets": ("q_proj", "o_proj"), "r": 3},
+}
+IDS = torch.tensor([[1, 20, 70, 33, 90, 101, 55], [1, 64, 65, 66, 200, 3, 9]])
+
+
+def of(session_rows: int, backbone: TransformersBackbone, adaptation: object) -> torch.Tensor:
+    """Log-probabilities after each token of the prompt, read at once, and of two more, read one by one."""
+    session = backbone.open(session_rows, 7, adaptation)  # type: ignore[arg-type]
+    ids = IDS[:1].expand(session_rows, -1)
+    parts = [session.read(ids[:, :5], tail=5).after, session.read(ids[:, 5:6]).after, session.read(ids[:, 6:]).after]
+    return torch.cat([part for part in parts if part is not None], 1)
+
+
+@pytest.fixture(scope="module", params=["llama", "granite"])
+def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Path]]:
+    kinds = LLAMA if request.param == "llama" else GRANITE
+    root = tmp_path_factory.mktemp(request.param)
+    for seed, (name, settings) in enumerate(kinds.items()):
+        tiny_adapter(root / name, request.param, seed, **settings)  # type: ignore[arg-type]
+    return request.param, {name: root / name for name in kinds}
+
+
+def test_a_vertex_is_the_adapter(adapted: tuple[str, dict[str, Path]]) -> None:
+    from peft import PeftModel
+
+    kind, adapters = adapted
+    backbone = tiny_backbone(kind)
+    bank = ExpertBank.from_peft(backbone, adapters)
+    for k, directory in enumerate(adapters.values()):
+        with torch.no_grad():
+            model = PeftModel.from_pretrained(tiny_model(kind), directory, autocast_adapter_dtype=False).eval()
+            expected = model(input_ids=IDS[:1]).logits.log_softmax(-1)
+            found = of(1, backbone, bank.blend(torch.eye(len(bank) + 1, dtype=torch.float64)[k]))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 if kind == "llama" else 1e-6)
+
+
+def test_a_blend_is_the_cat_merge_and_rows_are_one_by_one(adapted: tuple[str, dict[str, Path]], tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    kind, adapters = adapted
+    backbone, names = tiny_backbone(kind), [name for name in adapters if name not in OTHER_LAYERS]
+    bank = ExpertBank.from_peft(backbone, {name: adapters[name] for name in names})
+    weights = torch.tensor(np.random.default_rng(0).dirichlet(np.ones(len(bank) + 1), 8))
+    weights[3] = torch.eye(len(bank) + 1)[-1]
+    with torch.no_grad():
+        together = of(8, backbone, bank.blend(weights))
+        alone = torch.cat([of(1, backbone, bank.blend(each)) for each in weights])
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-10 if kind == "llama" else 1e-6)
+        plain = tiny_model(kind)(input_ids=IDS[:1], use_cache=False).logits.log_softmax(-1)
+        torch.testing.assert_close(together[3:4], plain, rtol=0, atol=1e-12 if kind == "llama" else 1e-6)
+        assert float((together[0] - together[1]).abs().max()) > 1e-3
+        bank.export(weights[0], tmp_path / "blend")
+        exported = PeftModel.from_pretrained(tiny_model(kind), tmp_path / "blend", autocast_adapter_dtype=False).eval()
+        merged = PeftModel.from_pretrained(
+            tiny_model(kind), adapters[names[0]], adapter_name=names[0], autocast_adapter_dtype=False
+        )
+        for name in names[1:]:
+            merged.load_adapter(adapters[name], name, autocast_adapter_dtype=False)
+        merged.add_weighted_adapter(names, weights[0, :-1].tolist(), "blend", combination_type="cat")
+        merged.set_adapter("blend")
+        for model in (exported, merged.eval()):
+            found = model(input_ids=IDS[:1]).logits.log_softmax(-1)
+            torch.testing.assert_close(found, together[:1], rtol=0, atol=1e-6)
+
+
+def test_kinds_together_on_disk_and_on_the_way(tmp_path: Path) -> None:
+    """A bank of both kinds is the sum of both; files, pickles, gradients and weights by matrix agree with it."""
+    tiny_adapter(tmp_path / "a", seed=1)
+    backbone = tiny_backbone()
+    lora = ExpertBank.from_peft(backbone, {"low": tmp_path / "a"})
+    generator = torch.Generator().manual_seed(0)
+    scales = {
+        m: 1 + 0.2 * torch.randn(r, generator=generator, dtype=torch.float64) for m, r in backbone.adaptable().items()
+    }
+    svf = ExpertVector("scaled", scales, backbone.fingerprint())
+    bank = lora.with_expert(svf)
+    assert set(bank.adapts) == set(backbone.adaptable())
+    weights = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64, requires_grad=True)
+    found = of(1, backbone, bank.blend(weights))
+    found.sum().backward()
+    assert weights.grad is not None
+    assert (weights.grad[:2] != 0).all()
+    with torch.no_grad():
+        mean = weights.detach()
+        by_matrix = bank.blend_by_matrix(mean.expand(len(bank.adapts), 3))
+        torch.testing.assert_close(of(1, backbone, by_matrix), found.detach(), rtol=0, atol=1e-12)
+        bank.save(tmp_path / "bank")
+        again = ExpertBank.load(tmp_path / "bank")
+        assert again.digest() == bank.digest() != lora.digest()
+        for other in (again, pickle.loads(pickle.dumps(bank)), again.renamed("low", "lower").without("scaled")):
+            if len(other) == 2:
+                torch.testing.assert_close(of(1, backbone, other.blend(mean)), found.detach(), rtol=0, atol=1e-12)
+            else:
+                only = of(1, backbone, other.blend(torch.tensor([0.5, 0.5], dtype=torch.float64)))
+                expected = of(1, backbone, bank.blend(torch.tensor([0.5, 0.0, 0.5], dtype=torch.float64)))
+                torch.testing.assert_close(only, expected, rtol=0, atol=1e-12)
+        error = bank.export(mean, tmp_path / "out", backbone, rank=8)
+        assert 0 < error < 1
+        assert bank.export(mean, tmp_path / "out", backbone, rank=64) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"use_dora": True}, ConfigError, "got use_dora: DoRA"),
+        ({"modules_to_save": ["lm_head"]}, ConfigError, "got modules_to_save"),
+        ({"bias": "all"}, ConfigError, "without biases"),
+        ({"peft_type": "IA3"}, ConfigError, "got one of type 'IA3'"),
+        ({"peft_type": None}, ConfigError, "got one of type None"),
+        ({"init_lora_weights": "pissa_niter_4"}, ConfigError, "unchanged base"),
+        ({"base_model_name_or_path": "other/model"}, ForeignExpertError, "got one of other/model"),
+    ],
+)
+def test_other_adapters_are_refused(
+    tmp_path: Path, change: dict[str, object], error: type[Exception], message: str
+) -> None:
+    tiny_adapter(tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(error, match=message):
+        ExpertBank.from_peft(tiny_backbone(), {"a": tmp_path / "a"})
+
+
+def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
+    backbone, directory = tiny_backbone(), tmp_path / "a"
+    tiny_adapter(directory)
+    weights, whole = directory / "adapter_model.safetensors", load_file(directory / "adapter_model.safetensors")
+    first = next(iter(whole))
+    for tensors, error, message in (
+        ({**whole, first: whole[first] * torch.nan}, TensorError, "got NaN or infinite ones"),
+        ({**whole, first: whole[first][:, :-1].contiguous()}, ForeignExpertError, "another base model"),
+        ({name: t for name, t in whole.items() if name != first}, BundleError, "expected both factors"),
+        ({**whole, "base_model.model.lm_head.weight": whole[first].clone()}, ConfigError, "factors of LoRA alone"),
+        ({first.replace("q_proj", "x_proj"): whole[first].clone(), **whole}, (BundleError, ConfigError), "expected"),
+    ):
+        save_file(tensors, weights)
+        with pytest.raises(error, match=message):
+            ExpertBank.from_peft(backbone, {"a": directory})
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(BundleError, match="expected a whole safetensors file"):
+        ExpertBank.from_peft(backbone, {"a": directory})
+    weights.rename(directory / "adapter_model.bin")
+    with pytest.raises(BundleError, match="a pickle, which is never read"):
+        ExpertBank.from_peft(backbone, {"a": directory})
+    (directory / "adapter_config.json").unlink()
+    with pytest.raises(BundleError, match="expected a LoRA adapter with an adapter_config"):
+        ExpertBank.from_peft(backbone, {"a": directory})
+    with pytest.raises(ConfigError, match="expected at least one expert, got none"):
+        ExpertBank.from_peft(backbone, {})
