@@ -18,14 +18,10 @@ from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Checked, Domain
 from bayes_dispatch.experts.questions import Question, ask
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import Backbone
-from bayes_dispatch.model.mambaformer.cache import Cache
-from bayes_dispatch.model.pretraining.run import next_token_loss, pack_rows
-from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.model.backbone import Backbone, Read, Session
 
 __all__ = ["Judgement", "Likelihood", "Objective", "Reinforce", "reinforce_loss", "sequence_kl"]
 
-NEWLINE = 10  # ends an answer that is a line
 LONGEST_ANSWER = 4096  # bytes
 
 
@@ -73,9 +69,18 @@ class Likelihood:
         self, model: Backbone, adaptation: Adaptation, domain: Domain, documents: Sequence[Document], seed: int
     ) -> Judgement:
         """See ``Objective``; nothing is random."""
-        rows = [(document.data, document.byte_weights(self.question_weight)) for document in documents]
-        ids, weights = (tensor.to(_device(adaptation)) for tensor in pack_rows(rows, ByteTokenizer()))
-        loss = next_token_loss(model(ids, adaptation=adaptation).logits, ids, weights) / weights.sum()
+        texts = [model.tokenizer.tokenize(document.data) for document in documents]
+        ids = _padded([text.ids for text in texts], model.tokenizer.pad_token_id)
+        weights = torch.zeros(ids.shape, dtype=torch.float32)
+        for row, text, document in zip(weights, texts, documents, strict=True):
+            sums = np.concatenate([[0.0], np.cumsum(document.byte_weights(self.question_weight))])
+            starts, stops = np.array(text.spans, dtype=int).T
+            means = (sums[stops] - sums[starts]) / np.maximum(stops - starts, 1)
+            row[: len(means)] = torch.from_numpy(means)
+        weights[:, 0] = 0  # nothing is said of the first token
+        tokens = torch.tensor([len(text.ids) for text in texts])
+        said = model.score(ids, tokens, adaptation)
+        loss = -(said.nan_to_num(nan=0.0) * weights.to(said.device)).sum() / weights.sum()
         return Judgement(loss, -float(loss.detach()))
 
 
@@ -115,15 +120,15 @@ class Reinforce:
             raise ConfigError(f"expected a domain that rewards answers, got {domain.name}, which has no checker")
         rng = np.random.default_rng(seed)
         questions = [ask(document, rng, self.answer_bytes) for document in documents]
-        reading = _Reading.of(model, questions, self.samples, _device(adaptation))
-        fixed = Adaptation({name: scales.detach() for name, scales in adaptation.scales.items()})
+        reading = _Reading.of(model, questions, self.samples)
+        fixed = adaptation.detached()
         tokens, real = reading.sample(fixed, torch.Generator().manual_seed(int(rng.integers(2**62))))
         own = reading.log_probabilities(adaptation, tokens)
         with torch.no_grad():
             base = reading.log_probabilities(Adaptation.identity(), tokens)
         asked = [question for question in questions for _ in range(self.samples)]
         rewards = [
-            domain.reward(question.text, question.expected, _decode(question, *row))
+            domain.reward(question.text, question.expected, reading.text(question, *row))
             for question, *row in zip(asked, tokens.tolist(), real.tolist(), strict=True)
         ]
         shape = (len(questions), self.samples)
@@ -161,64 +166,71 @@ class _Reading(NamedTuple):
     """Q contexts, each read once for all S answers to it.
 
     Attributes:
-        model: what reads. ids, mask: the contexts, (Q, T). samples: S.
+        model: what reads. ids: the contexts, (Q, T), of which (Q,) ``tokens`` are real. samples: S.
         limits: most tokens of each answer, (Q S,). ends: whether a newline ends it, (Q S,).
     """
 
     model: Backbone
     ids: Int[Tensor, "Q T"]
-    mask: Int[Tensor, "Q T"]
+    tokens: Int[Tensor, " Q"]
     samples: int
     limits: Int[Tensor, " R"]
     ends: Bool[Tensor, " R"]
 
     @classmethod
-    def of(cls, model: Backbone, questions: Sequence[Question], samples: int, device: torch.device) -> "_Reading":
-        tokenizer = ByteTokenizer()
-        ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *question.context] for question in questions])
+    def of(cls, model: Backbone, questions: Sequence[Question], samples: int) -> "_Reading":
+        texts = [model.tokenizer.tokenize(question.context).ids for question in questions]
         limits = torch.tensor([question.limit for question in questions]).repeat_interleave(samples)
         ends = torch.tensor([question.is_line for question in questions]).repeat_interleave(samples)
-        return cls(model, ids.to(device), mask.to(device), samples, limits.to(device), ends.to(device))
+        ids, tokens = _padded(texts, model.tokenizer.pad_token_id), torch.tensor([len(text) for text in texts])
+        return cls(model, ids, tokens, samples, limits, ends)
 
     @torch.no_grad()
     def sample(
         self, adaptation: Adaptation, generator: torch.Generator
     ) -> tuple[Int[Tensor, "R A"], Bool[Tensor, "R A"]]:
         """An answer for each of the Q S rows, and which of its tokens count."""
-        logits, cache = self._prefill(adaptation, int(self.limits.max()))
+        log_p, session = self._prefill(adaptation, int(self.limits.max()))
         running = torch.ones_like(self.ends)
         tokens, real = [], []
         while True:
-            drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+            drawn = torch.multinomial(log_p.exp().cpu(), 1, generator=generator)[:, 0]
             tokens.append(drawn)
             real.append(running)
-            running = running & ~(self.ends & (drawn == NEWLINE)) & (len(tokens) < self.limits)
+            over = torch.tensor(["\n" in self.model.tokenizer.decode([token]) for token in drawn.tolist()])
+            final = torch.tensor([token in self.model.tokenizer.ends for token in drawn.tolist()])
+            running = running & ~(self.ends & over) & ~final & (len(tokens) < self.limits)
             if not bool(running.any()):
                 return torch.stack(tokens, 1), torch.stack(real, 1)
-            logits = self.model(drawn[:, None], cache=cache, adaptation=adaptation).logits[:, 0]
+            log_p = _after(session.read(drawn[:, None]))[:, 0]
 
     def log_probabilities(self, adaptation: Adaptation, tokens: Int[Tensor, "R A"]) -> Float[Tensor, "R A V"]:
         """What the model says of each token of the given answers, in one pass over all of them."""
-        first, cache = self._prefill(adaptation, tokens.shape[1])
-        logits = first[:, None]
-        if tokens.shape[1] > 1:
-            rest = self.model(tokens[:, :-1], cache=cache, adaptation=adaptation).logits
-            logits = torch.cat([logits, rest], 1)
-        return logits.log_softmax(-1)
+        first, session = self._prefill(adaptation, tokens.shape[1])
+        log_p, count = first[:, None], tokens.shape[1] - 1
+        return torch.cat([log_p, _after(session.read(tokens[:, :-1], tail=count))], 1) if count else log_p
 
-    def _prefill(self, adaptation: Adaptation, room: int) -> tuple[Float[Tensor, "R V"], Cache]:
-        """Logits of the first token of each answer, and a cache of the contexts for all of them."""
-        cache = self.model.init_cache(self.ids.shape[0], self.ids.shape[1] + room)
-        logits = self.model(self.ids, attention_mask=self.mask, cache=cache, adaptation=adaptation).logits
-        rows = torch.arange(len(logits), device=logits.device)
-        last = logits[rows, self.mask.sum(1) - 1].repeat_interleave(self.samples, 0)
-        return last, cache.expand(self.samples)
+    def text(self, question: Question, tokens: list[int], real: list[bool]) -> str:
+        """An answer, without the newline that ends it."""
+        text = self.model.tokenizer.decode([token for token, counts in zip(tokens, real, strict=True) if counts])
+        return text.partition("\n")[0] if question.is_line else text
 
-
-def _decode(question: Question, tokens: list[int], real: list[bool]) -> str:
-    data = bytes(token for token, counts in zip(tokens, real, strict=True) if counts and token < 256)
-    return (data.removesuffix(b"\n") if question.is_line else data).decode("utf-8", errors="replace")
+    def _prefill(self, adaptation: Adaptation, room: int) -> tuple[Float[Tensor, "R V"], Session]:
+        """Log-probabilities of the first token of each answer, and a session of the contexts for all of them."""
+        session = self.model.open(len(self.ids), self.ids.shape[1] + room, adaptation)
+        rows = torch.arange(len(self.ids)).repeat_interleave(self.samples)
+        first = _after(session.read(self.ids, self.tokens))[rows.to(self.ids.device), 0]
+        session.keep(rows.tolist())
+        return first, session
 
 
-def _device(adaptation: Adaptation) -> torch.device:
-    return next(iter(adaptation.scales.values())).device
+def _after(read: Read) -> Float[Tensor, "R t V"]:
+    assert read.after is not None
+    return read.after
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int) -> Int[Tensor, "B T"]:
+    ids = torch.full((len(rows), max(map(len, rows))), pad)
+    for row, own in zip(ids, rows, strict=True):
+        row[: len(own)] = torch.tensor(own)
+    return ids

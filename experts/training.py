@@ -17,8 +17,8 @@ from bayes_dispatch.experts.objectives import Likelihood, Objective
 from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.adaptation import Adaptation, block_of
+from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.model.frozen import frozen
-from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.model.pretraining.run import schedule
 
 __all__ = ["EarlyStopping", "ExpertSettings", "train_expert"]
@@ -116,7 +116,7 @@ class ExpertSettings:
 
 
 def train_expert(
-    model: MambaFormerForCausalLM,
+    model: Backbone,
     domain: Domain,
     settings: ExpertSettings,
     progress: bool = True,
@@ -135,13 +135,14 @@ def train_expert(
     Raises:
         ConfigError: the objective rewards answers, and the domain has no checker; or no matrix is to be adapted.
     """
-    device = next(model.parameters()).device
+    device = model.device
     if matrices is None:
-        matrices = settings.adapted(model.adaptable(), model.adaptable_on_request())
+        on_request = getattr(model, "adaptable_on_request", dict)  # of our own model
+        matrices = settings.adapted(model.adaptable(), on_request())
     scales = {name: torch.ones(rank, device=device, requires_grad=True) for name, rank in matrices.items()}
     optimizer = torch.optim.Adam(scales.values(), lr=settings.learning_rate)
     kept = _Best(model, domain, settings)
-    with frozen(model):
+    with frozen(getattr(model, "model", model)):
         steps = 0
         for step in tqdm(range(settings.steps), f"expert {domain.name}", disable=None if progress else True):
             if kept.is_over(step, scales):
@@ -176,7 +177,7 @@ def train_expert(
 class _Best:
     """The scales to return: the last ones, or under early stopping those of the best score so far."""
 
-    def __init__(self, model: MambaFormerForCausalLM, domain: Domain, settings: ExpertSettings) -> None:
+    def __init__(self, model: Backbone, domain: Domain, settings: ExpertSettings) -> None:
         self._model, self._domain, self._settings = model, domain, settings
         self._stopping = settings.stopping
         self._scores: dict[int, float] = {}

@@ -127,8 +127,8 @@ class Adaptation:
         object.__setattr__(self, "deltas", MappingProxyType(dict(self.deltas)))
 
     def __reduce__(self) -> tuple[type["Adaptation"], tuple[dict[str, Tensor], dict[str, Delta]]]:
-        deltas = {name: Delta(*(each.detach() for each in delta)) for name, delta in self.deltas.items()}
-        return Adaptation, ({name: z.detach() for name, z in self.scales.items()}, deltas)
+        own = self.detached()
+        return Adaptation, (dict(own.scales), dict(own.deltas))
 
     @staticmethod
     def identity() -> "Adaptation":
@@ -157,6 +157,11 @@ class Adaptation:
         index = torch.as_tensor(rows)
         deltas = {name: delta.select(index) for name, delta in self.deltas.items()}
         return Adaptation({name: scales[index] for name, scales in self.scales.items()}, deltas)
+
+    def detached(self) -> "Adaptation":
+        """The same without gradients."""
+        deltas = {name: Delta(*(each.detach() for each in delta)) for name, delta in self.deltas.items()}
+        return Adaptation({name: z.detach() for name, z in self.scales.items()}, deltas)
 
     def part(self, name: str) -> "Adaptation":
         """The scales of the matrices in one part of a model, ``name.…``, under their names within it."""

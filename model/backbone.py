@@ -184,6 +184,11 @@ class Backbone(Protocol):
         """Of weights and hidden states."""
         ...
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tokens go."""
+        ...
+
     def open(
         self, rows: int, capacity: int, adaptation: Adaptation | None = None, blocks: range | None = None
     ) -> Session:

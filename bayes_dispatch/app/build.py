@@ -148,17 +148,17 @@ def _evidence(
     """Prompts cut from the examples of one expert, of several, of base, and of nobody knows whom."""
     block, count = model.cut(experts.adapts), len(experts)
     own = [domains[name] for name in experts.names]
-    given = settings.prompt_lengths, "train", settings.seed, progress, block
-    parts = [pure_evidence(model, own, settings.pure_prompts, *given)]
+    lengths, seed = settings.prompt_lengths, settings.seed
+    parts = [pure_evidence(model, own, settings.pure_prompts, lengths, "train", seed, progress, block)]
     if settings.mixed_prompts:
-        parts.append(mixed_evidence(model, own, settings.mixed_prompts, *given))
+        parts.append(mixed_evidence(model, own, settings.mixed_prompts, lengths, "train", seed, progress, block))
     if "base" in domains:
-        base = pure_evidence(model, [domains["base"]], settings.pure_prompts, *given)
+        texts = [domains["base"]]
+        base = pure_evidence(model, texts, settings.pure_prompts, lengths, "train", seed, progress, block)
         parts.append(_with_weights(base.evidence, np.eye(count + 1)[-1]))
     if unlabelled:
-        longest = settings.prompt_lengths[1]
-        texts = [text.encode()[:longest].decode(errors="ignore") for text in unlabelled]
-        found = first_pass(model, model.tokenizer, texts, progress=progress, block=block).evidence
+        beginnings = [text.encode()[: lengths[1]].decode(errors="ignore") for text in unlabelled]
+        found = first_pass(model, model.tokenizer, beginnings, progress=progress, block=block).evidence
         parts.append(_with_weights(found, np.full(count + 1, np.nan)))
     return KnownEvidence.concatenate(parts)
 
@@ -172,10 +172,11 @@ def _held_out(
 ) -> KnownEvidence:
     """Prompts of held-out texts, of one expert and of several."""
     pure = max(settings.gate_prompts, 8)
-    given = settings.prompt_lengths, "held_out", settings.seed + 1, progress, model.cut(experts.adapts)
-    parts = [pure_evidence(model, own, pure, *given)]
+    lengths, seed, block = settings.prompt_lengths, settings.seed + 1, model.cut(experts.adapts)
+    parts = [pure_evidence(model, own, pure, lengths, "held_out", seed, progress, block)]
     if settings.gate_prompts:
-        parts.append(mixed_evidence(model, own, settings.gate_prompts * len(own), *given))
+        count = settings.gate_prompts * len(own)
+        parts.append(mixed_evidence(model, own, count, lengths, "held_out", seed, progress, block))
     return KnownEvidence.concatenate(parts)
 
 

@@ -10,9 +10,10 @@ from bayes_dispatch.errors import ConfigError, UnknownNameError
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS, Domain
 from bayes_dispatch.experts.domains.own import read_jsonl, read_text
 from bayes_dispatch.inference.scoring.evidence_sets import gate_evidence
-from bayes_dispatch.inference.two_pass.prompts import MAX_PROMPT_BYTES
 
 __all__ = ["held_out_domains", "read_own", "with_gate"]
+
+LONGEST = 4096  # bytes of a prompt with its answer, unless told otherwise
 
 
 def held_out_domains(bundle: Bundle, own: Mapping[str, Domain]) -> dict[str, Domain]:
@@ -39,7 +40,7 @@ def held_out_domains(bundle: Bundle, own: Mapping[str, Domain]) -> dict[str, Dom
     return found
 
 
-def read_own(texts: Sequence[str], jsonl: Sequence[str], longest: int = MAX_PROMPT_BYTES) -> dict[str, Domain]:
+def read_own(texts: Sequence[str], jsonl: Sequence[str], longest: int = LONGEST) -> dict[str, Domain]:
     """Domains of files that are given as ``name=path``; the last tenth of each is its held-out split.
 
     Args:

@@ -16,14 +16,12 @@ from bayes_dispatch.arguments import seed as checked_seed
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
-from bayes_dispatch.inference.scoring.document_reader import Reading, read_documents, scored_places
-from bayes_dispatch.inference.scoring.scores import Comparison, Score, ScoredBytes, SystemComparison
+from bayes_dispatch.inference.scoring.document_reader import Reading, TokenDocument, read_documents
+from bayes_dispatch.inference.scoring.scores import Comparison, Score, ScoredTokens, SystemComparison
 from bayes_dispatch.inference.two_pass.blends import Blend, Particles, as_blend
 from bayes_dispatch.inference.two_pass.filtering import ParticleFilter, predictive
 from bayes_dispatch.inference.two_pass.system import Strategy, System, as_strategy
-from bayes_dispatch.model.backbone import Backbone, Cuttable
-from bayes_dispatch.model.parts import CutModel
-from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.model.backbone import Backbone
 
 __all__ = ["compare_blends", "compare_systems", "score_together"]
 
@@ -116,25 +114,31 @@ def score_together(
         ConfigError: no document, or one without scored bytes.
     """
     _check(documents)
-    cut = CutModel(model, experts.adapt_from if isinstance(model, Cuttable) else 0)
+    texts = [TokenDocument.of(document, model.tokenizer) for document in documents]
+    _check_tokens(texts)
     weights, places = _distinct(_alike([each.run for each in particles.values()]))
     scores: dict[str, list[Score]] = {name: [] for name in particles}
     with tqdm(total=len(documents), desc="documents", disable=None if progress else True) as bar:
-        for part in _groups(documents, [len(own) for own in weights]):
-            group = documents[part]
-            readings = read_documents(cut, experts, group, weights[part])
+        for part in _groups(texts, [len(own) for own in weights], model.vocab_size):
+            group, whole = texts[part], documents[part]
+            readings = read_documents(model, experts, group, weights[part])
             for (name, each), place in zip(particles.items(), places, strict=True):
                 first = None if filtered_from is None else filtered_from.get(name)
                 own, which, rows = each.select(part), place[part], each.mass.shape[1]
-                found, masses = readings, _log_masses(readings, which, own, None if first is None else first[part])
+                begin = (
+                    None
+                    if first is None
+                    else [int((t.starts < b).sum()) for t, b in zip(group, first[part], strict=True)]
+                )
+                found, masses = readings, _log_masses(readings, which, own, begin)
                 if each.refined:
-                    mean = _refined(masses, group, own)
-                    found, which, rows = read_documents(cut, experts, group, list(mean)), which[:, :1] * 0, rows + 1
+                    last = [text.tokens_before(each.prompt_bytes) for text, each in zip(group, whole, strict=True)]
+                    mean = _refined(masses, last, own)
+                    found, which, rows = read_documents(model, experts, group, list(mean)), which[:, :1] * 0, rows + 1
                     masses = torch.zeros_like(masses[:, :, :1])
-                for n, document in enumerate(group):
-                    sizes = [stop - begin for begin, stop in document.ranges if stop > begin]
-                    scored = _scored(found[n], which[n], masses[n], document)
-                    scores[name].append(Score.of(part.start + n, name, scored, sizes, rows))
+                for n, text in enumerate(group):
+                    scored = _scored(found[n], which[n], masses[n], text)
+                    scores[name].append(Score.of(part.start + n, name, scored, text.sizes, rows))
             bar.update(len(group))
     return scores
 
@@ -142,10 +146,10 @@ def score_together(
 def _log_masses(
     readings: Sequence[Reading], place: np.ndarray, particles: Particles, filtered_from: Sequence[int] | None
 ) -> Float[Tensor, "N after S"]:
-    """The log masses that each byte is predicted with, and those after the last.
+    """The log masses that each token is predicted with, and those after the last.
 
     Args:
-        place: (N, S), which row of its reading each particle is.
+        place: (N, S), which row of its reading each particle is. filtered_from: (N,), the first token that moves them.
     """
     lengths = torch.tensor([reading.own.shape[1] for reading in readings])
     longest, count = int(lengths.max()), place.shape[1]
@@ -169,42 +173,42 @@ def _alike(weights: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _scored(
-    reading: Reading, place: np.ndarray, log_masses: Float[Tensor, "after S"], document: Document
-) -> ScoredBytes:
+    reading: Reading, place: np.ndarray, log_masses: Float[Tensor, "after S"], text: TokenDocument
+) -> ScoredTokens:
     """A document under its own particles; ``place``: (S,), which rows of its reading they are."""
-    places, rows = scored_places(document), torch.from_numpy(place)
+    places, rows = torch.from_numpy(text.places), torch.from_numpy(place)
     mixed = predictive(log_masses[places], reading.following[rows].transpose(0, 1), reading.entropy[rows].T)
     top = mixed.log_probabilities.max(1)
-    true = torch.tensor(list(document.data))[places]
-    return ScoredBytes(
+    true = torch.tensor(text.ids[1:])[places]
+    return ScoredTokens(
         mixed.log_probabilities.gather(1, true[:, None])[:, 0].numpy(),
         top.values.exp().clamp(max=1).numpy(),
         (top.indices == true).numpy(),
         mixed.entropy.numpy(),
         mixed.mutual_information.numpy(),
+        text.scored_bytes,
     )
 
 
 def _refined(
-    log_masses: Float[Tensor, "N after S"], documents: Sequence[Document], particles: Particles
+    log_masses: Float[Tensor, "N after S"], last: Sequence[int], particles: Particles
 ) -> Float[np.ndarray, "N 1 components"]:
-    """The mean of each document's particles, filtered by its prompt."""
-    last = torch.tensor([document.prompt_bytes for document in documents])
-    masses = log_masses[torch.arange(len(last)), last].exp().numpy()
+    """The mean of each document's particles, filtered by its prompt, which has ``last`` tokens."""
+    masses = log_masses[torch.arange(len(last)), torch.tensor(list(last))].exp().numpy()
     return np.einsum("ns,nsk->nk", masses, particles.weights)[:, None]
 
 
-def _groups(documents: Sequence[Document], rows: Sequence[int]) -> Iterator[slice]:
+def _groups(texts: Sequence[TokenDocument], rows: Sequence[int], vocabulary: int) -> Iterator[slice]:
     """Documents that follow one another, of which no more is kept than may be, padding included; ``rows``: of each."""
     start = scored = longest = most = 0
-    for n, (document, own) in enumerate(zip(documents, rows, strict=True)):
-        of_scored = own * sum(stop - begin for begin, stop in document.ranges) * ByteTokenizer.vocab_size
-        padded = (n - start + 1) * max(longest, len(document.data)) * max(most, own)
+    for n, (text, own) in enumerate(zip(texts, rows, strict=True)):
+        of_scored = own * len(text.places) * vocabulary
+        padded = (n - start + 1) * max(longest, len(text.ids)) * max(most, own)
         if n > start and padded + scored + of_scored > KEPT_AT_ONCE:
             yield slice(start, n)
             start, scored, longest, most = n, 0, 0, 0
-        scored, longest, most = scored + of_scored, max(longest, len(document.data)), max(most, own)
-    yield slice(start, len(documents))
+        scored, longest, most = scored + of_scored, max(longest, len(text.ids)), max(most, own)
+    yield slice(start, len(texts))
 
 
 def _distinct(weights: Sequence[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -224,3 +228,9 @@ def _check(documents: Sequence[object]) -> None:
             raise ConfigError(f"{expected} are scored, got {document!r:.40}")
         if not any(stop > start for start, stop in document.ranges):
             raise ConfigError(f"expected document {index} to have scored bytes, got none")
+
+
+def _check_tokens(texts: Sequence[TokenDocument]) -> None:
+    for index, text in enumerate(texts):
+        if not len(text.places):
+            raise ConfigError(f"expected document {index} to have a token that begins in a scored range, got none")

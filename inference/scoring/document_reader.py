@@ -1,7 +1,7 @@
 """Given documents read under many blend weights: each row reads its document once, in one go.
 
-What is below the first adapted block runs once for a document, whatever its rows. Nothing is decoded, so nothing is
-cached. ``UncachedReader`` is the slow reference.
+What is below the first adapted block runs once for a document, whatever its rows. Nothing is decoded.
+``UncachedReader`` is the slow reference.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,20 +14,52 @@ from torch import Tensor
 
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
-from bayes_dispatch.model.parts import CutModel
-from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.inference.two_pass.first_pass import Prefix, padded, read_prefix
+from bayes_dispatch.model.backbone import Backbone, Tokenizer
 
-__all__ = ["Reading", "read_documents", "scored_places"]
+__all__ = ["Reading", "TokenDocument", "read_documents"]
 
 TOKENS_AT_ONCE = 8192  # of the rows that run together: of more, activations only leave the processor's caches
 BELOW_AT_ONCE = 32768  # of the documents that are read below the cut together, which is kept
+LOGITS_AT_ONCE = 2**24  # numbers: 64 MiB
+
+
+class TokenDocument(NamedTuple):
+    """A document in tokens.
+
+    Attributes:
+        ids: of all its tokens, (1 + T,): nothing is said of the first. starts: (T,) first bytes of the others.
+        stops: (T,) the bytes after their last. places: which of the T are scored, in the order of the scored ranges.
+        sizes: how many are in each range that has some. scored_bytes: of all ranges.
+    """
+
+    ids: tuple[int, ...]
+    starts: np.ndarray
+    stops: np.ndarray
+    places: np.ndarray
+    sizes: tuple[int, ...]
+    scored_bytes: int
+
+    @classmethod
+    def of(cls, document: Document, tokenizer: Tokenizer) -> "TokenDocument":
+        """A token is scored where it begins within a scored range of bytes."""
+        text = tokenizer.tokenize(document.data)
+        starts, stops = np.array(text.spans[1:], dtype=int).reshape(-1, 2).T
+        inside = [np.flatnonzero((starts >= a) & (starts < b) & (stops > starts)) for a, b in document.ranges]
+        sizes = tuple(len(own) for own in inside if len(own))
+        scored = sum(b - a for a, b in document.ranges)
+        return cls(text.ids, starts, stops, np.concatenate([np.zeros(0, int), *inside]), sizes, scored)
+
+    def tokens_before(self, byte: int) -> int:
+        """How many of the T tokens are whole before this byte."""
+        return int((self.stops <= byte).sum())
 
 
 class Reading(NamedTuple):
-    """What W blend weights say of a document of T bytes, P of them scored; in nats.
+    """What W blend weights say of a document of T tokens, P of them scored; in nats.
 
     Attributes:
-        own: log-probability of each byte. following: all log-probabilities at the scored bytes, of which ``entropy``.
+        own: log-probability of each token. following: all log-probabilities at the scored ones, of which ``entropy``.
     """
 
     own: Float[Tensor, "W T"]
@@ -37,60 +69,59 @@ class Reading(NamedTuple):
 
 @torch.no_grad()
 def read_documents(
-    cut: CutModel,
+    model: Backbone,
     experts: ExpertBank,
-    documents: Sequence[Document],
+    documents: Sequence[TokenDocument],
     weights: Sequence[Float[np.ndarray, "_ *layers components"]],
 ) -> list[Reading]:
     """Read each document under weights of its own.
 
     Args:
-        cut: the model, cut before the first block that the experts adapt, or lower. documents: N, of any lengths.
+        model, experts: to blend. documents: N, of any lengths.
         weights: for each document (W, K + 1), on the simplex, or (W, L, K + 1), by layer; W may differ from document to
             document.
     """
-    lengths = torch.tensor([1 + len(document.data) for document in documents])
+    lengths, cut = torch.tensor([len(document.ids) for document in documents]), model.cut(experts.adapts)
     found: dict[int, Reading] = {}
     for alike in _batches(lengths, [1] * len(documents), BELOW_AT_ONCE):
         group = [n for n, _ in alike]
-        readings = _read_together(cut, experts, [documents[n] for n in group], [weights[n] for n in group])
-        found.update(zip(group, readings, strict=True))
+        texts = [documents[n] for n in group]
+        prefix = read_prefix(model, cut, [text.ids for text in texts], model.tokenizer.pad_token_id, int(lengths.max()))
+        found.update(zip(group, _above(model, experts, prefix, texts, [weights[n] for n in group]), strict=True))
     return [found[n] for n in range(len(documents))]
 
 
-def scored_places(document: Document) -> Int[Tensor, " P"]:
-    """The scored bytes of a document, in the order of its ranges."""
-    return torch.cat([torch.arange(start, stop) for start, stop in document.ranges])
-
-
-def _read_together(
-    cut: CutModel,
+def _above(
+    model: Backbone,
     experts: ExpertBank,
-    documents: Sequence[Document],
+    prefix: Prefix,
+    documents: Sequence[TokenDocument],
     weights: Sequence[Float[np.ndarray, "_ *layers components"]],
 ) -> list[Reading]:
-    tokenizer = ByteTokenizer()
-    ids, mask = tokenizer.pad([[tokenizer.bos_token_id, *document.data] for document in documents])
-    lengths, below = mask.sum(1), cut.below(ids, mask, None)
-    places = [scored_places(document) for document in documents]
     parts: list[list[Reading]] = [[] for _ in documents]
-    for rows in _batches(lengths, [len(own) for own in weights], TOKENS_AT_ONCE):
+    for rows in _batches(prefix.tokens, [len(own) for own in weights], TOKENS_AT_ONCE):
         owner = torch.tensor([n for n, _ in rows])
-        blended = torch.tensor(np.stack([weights[n][w] for n, w in rows])).to(cut.model.dtype)
-        tokens = lengths[owner]
+        tokens = prefix.tokens[owner]
         width = int(tokens.max())
-        real = None if bool((tokens == width).all()) else mask[owner, :width]
-        after = cut.above(below[owner, :width], real, None, experts.blend_rows(blended)).log_softmax(-1)
+        adaptation = experts.blend_rows(torch.tensor(np.stack([weights[n][w] for n, w in rows])).to(model.dtype))
+        session = model.open(len(rows), width, adaptation, range(prefix.cut, model.depth))
+        x = None if prefix.x is None else prefix.x[owner, :width]
+        read = session.read(prefix.ids[owner, :width], tokens, x, own=True)
+        assert read.own is not None
+        places, _ = padded([documents[n].places.tolist() or [0] for n, _ in rows], 0)
+        index = places.to(read.hidden.device)
+        step = max(1, LOGITS_AT_ONCE // (len(rows) * model.vocab_size))
+        pieces = []
+        for start in range(0, index.shape[1], step):
+            part = index[:, start : start + step, None].expand(-1, -1, read.hidden.shape[2])
+            pieces.append(session.after(read.hidden.gather(1, part)).cpu())
+        following, own = torch.cat(pieces, 1), read.own.cpu()
         for n in owner.unique().tolist():
-            parts[n].append(_of(after[owner == n], ids[n, 1 : int(lengths[n])], places[n]))
+            mine, document = owner == n, documents[n]
+            after = following[mine, : len(document.places)]
+            entropy = -(after.exp() * after).sum(-1, dtype=torch.double)
+            parts[n].append(Reading(own[mine, 1 : len(document.ids)], after, entropy))
     return [Reading(*map(torch.cat, zip(*each, strict=True))) for each in parts]
-
-
-def _of(after: Float[Tensor, "W t V"], data: Int[Tensor, " T"], places: Int[Tensor, " P"]) -> Reading:
-    """From log-probabilities after the beginning token and each byte."""
-    own = after[:, : len(data)].gather(2, data[:, None].expand(len(after), -1, 1))[..., 0]
-    following = after[:, places]
-    return Reading(own, following, -(following.exp() * following).sum(-1, dtype=torch.double))
 
 
 def _batches(lengths: Int[Tensor, " N"], counts: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]]:

@@ -9,7 +9,6 @@ from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.experts.domains import Domain, Split, mixed_text
 from bayes_dispatch.inference.two_pass.first_pass import first_pass
 from bayes_dispatch.model.backbone import Backbone
-from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 __all__ = [
     "KnownEvidence",
@@ -72,7 +71,7 @@ def pure_evidence(
             length = _length(rng, lengths)
             prompts.append(domain.document(rng, 0, length, split).data[:length].decode(errors="ignore"))
             labels.append(label)
-    evidence = first_pass(model, ByteTokenizer(), prompts, progress=progress, block=block).evidence
+    evidence = first_pass(model, model.tokenizer, prompts, progress=progress, block=block).evidence
     return KnownEvidence(evidence, np.array(labels), np.full((len(labels), len(domains) + 1), np.nan))
 
 
@@ -95,7 +94,7 @@ def mixed_evidence(
         text, shares = mixed_text([domains[i] for i in chosen], weights, rng, _length(rng, lengths), split)
         prompts.append(text)
         mixtures[row, chosen] = shares
-    evidence = first_pass(model, ByteTokenizer(), prompts, progress=progress, block=block).evidence
+    evidence = first_pass(model, model.tokenizer, prompts, progress=progress, block=block).evidence
     return KnownEvidence(evidence, np.full(count, -1), mixtures)
 
 

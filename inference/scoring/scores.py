@@ -21,7 +21,7 @@ from bayes_dispatch.inference.two_pass.blends import full_name
 if TYPE_CHECKING:
     import pandas
 
-__all__ = ["METRICS", "Comparison", "Score", "ScoredBytes", "SystemComparison"]
+__all__ = ["METRICS", "Comparison", "Score", "ScoredTokens", "SystemComparison"]
 
 DOCUMENT_BINS, POOLED_BINS = 5, 15  # of confidence, equally filled: a document has some tens of scored bytes
 
@@ -29,13 +29,14 @@ METRICS = ("nll", "exact_match", "ece", "entropy", "mutual_information", "aleato
 
 
 @dataclass(frozen=True, eq=False)
-class ScoredBytes:
-    """The scored bytes of one document under one blend, in order; P of them.
+class ScoredTokens:
+    """The scored tokens of one document under one blend, in order; P of them.
 
     Attributes:
-        log_probability: (P,) of the true byte, nats.
-        confidence: (P,) probability of the most probable byte. right: (P,) whether that is the true one.
-        entropy: (P,) of the next byte, nats. mutual_information: (P,) its epistemic part, nats.
+        log_probability: (P,) of the true token, nats.
+        confidence: (P,) probability of the most probable token. right: (P,) whether that is the true one.
+        entropy: (P,) of the next token, nats. mutual_information: (P,) its epistemic part, nats.
+        bytes: scored ones of the text.
     """
 
     log_probability: Float[np.ndarray, " P"]
@@ -43,6 +44,7 @@ class ScoredBytes:
     right: Bool[np.ndarray, " P"]
     entropy: Float[np.ndarray, " P"]
     mutual_information: Float[np.ndarray, " P"]
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,10 @@ class Score:
 
     Attributes:
         document: its index. blend: the blend's name.
-        nll: mean of −log p over the scored bytes, in nats.
-        exact_match: share of the scored ranges whose every byte is the most probable one: what greedy decoding from
+        nll: −log p of the scored tokens, in nats per byte of their text, so that tokenizers can be compared.
+        exact_match: share of the scored ranges whose every token is the most probable one: what greedy decoding from
             the true beginning would get right.
-        entropy: mean over the scored bytes, in nats; the sum of the next two.
+        entropy: of the scored tokens, in nats per byte; the sum of the next two.
         mutual_information: the epistemic part, from not knowing the weights. aleatoric: the rest.
         ece: expected calibration error of the most probable byte, in 5 equally filled bins. With so few bytes it is
             above 0 even where calibration is perfect: it is for paired differences, its size is in
@@ -72,17 +74,17 @@ class Score:
     aleatoric: float
     ece: float
     rows: int
-    scored: ScoredBytes = field(repr=False, compare=False)
+    scored: ScoredTokens = field(repr=False, compare=False)
 
     @classmethod
-    def of(cls, document: int, blend: str, scored: ScoredBytes, sizes: Sequence[int], rows: int) -> "Score":
-        """The means of ``scored``, whose bytes belong to ranges of ``sizes`` in order."""
+    def of(cls, document: int, blend: str, scored: ScoredTokens, sizes: Sequence[int], rows: int) -> "Score":
+        """From the scored tokens, which belong to ranges of ``sizes`` in order."""
         parts = np.split(scored.right, np.cumsum(sizes)[:-1])
-        entropy, information = float(scored.entropy.mean()), float(scored.mutual_information.mean())
+        entropy, information = (float(x.sum() / scored.bytes) for x in (scored.entropy, scored.mutual_information))
         return cls(
             document,
             blend,
-            float(-scored.log_probability.mean()),
+            float(-scored.log_probability.sum() / scored.bytes),
             float(np.mean([part.all() for part in parts])),
             entropy,
             information,
@@ -213,7 +215,7 @@ class Comparison:
         }
         totals = [[float(score.scored.log_probability.sum()) for score in self.of(blend)] for blend in self.blends]
         table["log_probability"] = ("blend", "document"), totals
-        table["scored_bytes"] = "document", [len(score.scored.right) for score in self.of(self.blends[0])]
+        table["scored_bytes"] = "document", [score.scored.bytes for score in self.of(self.blends[0])]
         return to_inference_data({"scores": xr.Dataset(table, coords)})
 
 

@@ -128,6 +128,11 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
             x = padding.to_right(x)
         return padding.restore(self._run(x, padding, cache, adaptation, stretch=stretch))
 
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.norm.weight.device
+
     def open(
         self, rows: int, capacity: int, adaptation: Adaptation | None = None, blocks: range | None = None
     ) -> MambaFormerSession:

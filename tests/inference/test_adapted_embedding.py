@@ -75,9 +75,9 @@ def test_the_first_pass_is_unadapted(embedded64: Bundle, bundle64: Bundle) -> No
         np.testing.assert_array_equal(evidence.views[name], of_plain.views[name])
         np.testing.assert_allclose(evidence.views[name], view, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(posterior.weights, plain.weights)
-    prefix = read_prefix(cut_of(embedded64), embedded64.tokenizer, [b"ab"], 8)
-    assert prefix.x.tolist() == [[256, 97, 98]]
-    assert prefix.cache is None
+    prefix = read_prefix(embedded64.model, cut_of(embedded64), [[256, 97, 98]], 257, 8)
+    assert prefix.x is None
+    assert prefix.below is None
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -87,11 +87,11 @@ def test_particles_read_their_own_embedding(make_model: Any, embedded64: Bundle,
     bank = ExpertBank([ExpertVector(e.name, dict(e.scales), model.fingerprint()) for e in embedded64.experts.values()])
     system = Bundle(model, bank, embedded64.dispatcher)
     weights = np.random.default_rng(0).dirichlet(np.ones(4), size=(2, 3))
-    texts, cut = [b"kf>fk\nb", b"1+2=3"], cut_of(system)
-    prefix = read_prefix(cut, system.tokenizer, texts, 12)
-    reader = CachedReader(cut, bank, Particles(weights, np.full((2, 3), 1 / 3)), prefix, [0, 1], 12)
+    texts = [b"kf>fk\nb", b"1+2=3"]
+    prefix = read_prefix(model, cut_of(system), [[256, *text] for text in texts], 257, 12)
+    reader = CachedReader(model, bank, Particles(weights, np.full((2, 3), 1 / 3)), prefix, [0, 1], 12)
     with torch.no_grad():
-        reader.read_ends()
+        reader.read_prompts(own=False)
         found = reader.read(torch.tensor([97, 50]))
         for n, text in enumerate(texts):
             ids = torch.tensor([[256, *text, (97, 50)[n]]])

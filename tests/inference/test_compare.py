@@ -16,6 +16,7 @@ from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.scoring import compare as compare_module
 from bayes_dispatch.inference.scoring import document_reader as reading_module
 from bayes_dispatch.inference.scoring.compare import compare_blends, compare_systems, score_together
+from bayes_dispatch.inference.scoring.document_reader import TokenDocument
 from bayes_dispatch.inference.two_pass.blends import (
     BestExpert,
     Blend,
@@ -28,6 +29,7 @@ from bayes_dispatch.inference.two_pass.blends import (
     TopK,
 )
 from bayes_dispatch.inference.two_pass.system import dispatch
+from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
     from bayes_dispatch.app.bundle import Bundle
@@ -129,8 +131,8 @@ def test_what_is_kept_counts_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """One long document beside many short ones does not make these as long."""
     monkeypatch.setattr(compare_module, "KEPT_AT_ONCE", 60_000)
     short, long = Document("a" * 20, 19), Document("a" * 2000, 1999)
-    documents = [short, short, long, short, short, short]
-    parts = list(compare_module._groups(documents, [10] * 6))
+    texts = [TokenDocument.of(each, ByteTokenizer()) for each in (short, short, long, short, short, short)]
+    parts = list(compare_module._groups(texts, [10] * 6, 258))
     assert parts == [slice(0, 2), slice(2, 4), slice(4, 6)]  # 10 rows: 200 or 20,000 and 2,560 for each
 
 

@@ -220,7 +220,7 @@ def stub(bundle: "Bundle", weights: np.ndarray) -> SimpleNamespace:
         repeated = np.resize(weights, (draws, weights.shape[1]))
         return DispatchPosterior(np.repeat(repeated[:, None], len(evidence), 1), bundle.experts.components)
 
-    dispatcher = SimpleNamespace(experts=bundle.experts.names, posterior=posterior)
+    dispatcher = SimpleNamespace(experts=bundle.experts.names, posterior=posterior, views=("hidden", "counts"))
     return SimpleNamespace(
         model=bundle.model, tokenizer=bundle.tokenizer, experts=bundle.experts, dispatcher=dispatcher
     )

@@ -23,7 +23,7 @@ from bayes_dispatch.inference.few_shot.strategies import Given
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.scoring.compare import compare_blends, score_together
 from bayes_dispatch.inference.two_pass.blends import FixedWeights, Particles, PosteriorMean, PosteriorPredictive
-from bayes_dispatch.inference.two_pass.first_pass import read_prefix
+from bayes_dispatch.inference.two_pass.first_pass import padded, read_prefix
 from bayes_dispatch.inference.two_pass.readers import CachedReader, UncachedReader
 from bayes_dispatch.inference.two_pass.second_pass import _on_base
 from bayes_dispatch.inference.two_pass.system import cut_of
@@ -72,16 +72,16 @@ def test_readers_run_each_layer_under_its_own_weights(
     mass = np.full((prompts, particles), 1 / particles)
     given = Particles(layers.mean(2), mass, layers=layers)
     texts = [text.encode() for text in PROMPTS[:prompts]]
-    cut = cut_of(cut64)
-    ids, mask = cut64.tokenizer.pad([[256, *text] for text in texts])
-    prefix = read_prefix(cut, cut64.tokenizer, texts, 30)
+    rows = [[256, *text] for text in texts]
+    prefix = read_prefix(model, cut_of(cut64), rows, 257, 30)
     readers = [
-        CachedReader(cut, bank, given, prefix, range(prompts), 30),
-        UncachedReader(model, bank, given, ids, mask.sum(1)),
+        CachedReader(model, bank, given, prefix, range(prompts), 30),
+        UncachedReader(model, bank, given, *padded(rows, 257)),
     ]
     token = torch.from_numpy(rng.integers(0, 256, prompts))
     with torch.no_grad():
-        ends, more = zip(*((reader.read_ends(), reader.read(token)) for reader in readers), strict=True)
+        both = ((reader.read_prompts(own=False).after[:, :, 0], reader.read(token)) for reader in readers)
+        ends, more = zip(*both, strict=True)
         for n, text in enumerate(texts):
             for s in range(particles):
                 adaptation = bank.blend_by_layer(torch.from_numpy(layers[n, s]))

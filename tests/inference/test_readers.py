@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference.two_pass.blends import Particles
-from bayes_dispatch.inference.two_pass.first_pass import read_prefix
+from bayes_dispatch.inference.two_pass.first_pass import Prefix, padded, read_prefix
 from bayes_dispatch.inference.two_pass.readers import CachedReader, ParticleReader, UncachedReader
-from bayes_dispatch.model.parts import CutModel
-from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -40,15 +38,18 @@ def both(
     model: "MambaFormerForCausalLM", block: int, prompts: list[bytes], weights: np.ndarray
 ) -> list[ParticleReader]:
     """The fast reader, copies of a prompt sharing its prefix, and the slow one."""
-    tokenizer, bank = ByteTokenizer(), experts_from(model, block)
+    bank, distinct = experts_from(model, block), list(dict.fromkeys(prompts))
     particles = Particles(weights, np.full(weights.shape[:2], 1 / weights.shape[1]))
-    cut, distinct = CutModel(model, block), list(dict.fromkeys(prompts))
-    prefix = read_prefix(cut, tokenizer, distinct, 30)
-    ids, mask = tokenizer.pad([[256, *prompt] for prompt in prompts])
+    prefix = prefix_of(model, block, distinct)
+    ids, tokens = padded([[256, *prompt] for prompt in prompts], 257)
     return [
-        CachedReader(cut, bank, particles, prefix, [distinct.index(prompt) for prompt in prompts], 30),
-        UncachedReader(model, bank, particles, ids, mask.sum(1)),
+        CachedReader(model, bank, particles, prefix, [distinct.index(prompt) for prompt in prompts], 30),
+        UncachedReader(model, bank, particles, ids, tokens),
     ]
+
+
+def prefix_of(model: "MambaFormerForCausalLM", block: int, prompts: list[bytes]) -> Prefix:
+    return read_prefix(model, block, [[256, *prompt] for prompt in prompts], 257, 30)
 
 
 @settings(max_examples=20, deadline=None)
@@ -57,10 +58,10 @@ def both(
     which=st.lists(st.integers(0, 2), min_size=1, max_size=4),
     copies=st.lists(st.integers(0, 2), min_size=3, max_size=3),
     seed=st.integers(0, 999),
-    parts=st.integers(1, 20),
+    tail=st.integers(1, 20),
 )
 def test_fast_is_slow(
-    model64: "MambaFormerForCausalLM", block: int, which: list[int], copies: list[int], seed: int, parts: int
+    model64: "MambaFormerForCausalLM", block: int, which: list[int], copies: list[int], seed: int, tail: int
 ) -> None:
     """Prompts and particles with copies among them; then two steps, a drop of some of both, and another step."""
     rng = np.random.default_rng(seed)
@@ -69,14 +70,22 @@ def test_fast_is_slow(
     if seed % 2:
         weights = rng.dirichlet(np.ones(4), size=weights.shape[:2])
     readers = both(model64, block, prompts, weights)
-    longest = max(map(len, prompts)) + 1
+    lengths = torch.tensor([len(prompt) + 1 for prompt in prompts])
     with torch.no_grad():
-        for start in range(0, longest, parts):
-            fast, slow = (reader.read_prompts(start, start + parts) for reader in readers)
-            real = (
-                torch.arange(start, start + fast.shape[2])[None] < torch.tensor([len(p) + 1 for p in prompts])[:, None]
-            )
-            torch.testing.assert_close(fast.swapaxes(1, 2)[real], slow.swapaxes(1, 2)[real], rtol=0, atol=1e-10)
+        fast, slow = (reader.read_prompts(own=True, tail=tail) for reader in readers)
+        assert fast.own is not None
+        assert slow.own is not None
+        real = torch.arange(fast.own.shape[2]) < lengths[:, None]
+        assert bool(fast.own[:, :, 0].isnan().all())
+        torch.testing.assert_close(
+            fast.own[:, :, 1:].swapaxes(1, 2)[real[:, 1:]],
+            slow.own[:, :, 1:].swapaxes(1, 2)[real[:, 1:]],
+            rtol=0,
+            atol=1e-10,
+        )
+        width = fast.after.shape[2]
+        real = torch.arange(width) >= width - lengths[:, None]
+        torch.testing.assert_close(fast.after.swapaxes(1, 2)[real], slow.after.swapaxes(1, 2)[real], rtol=0, atol=1e-10)
         for step in range(3):
             count = len(prompts) if step < 2 else len(kept)
             token = torch.from_numpy(rng.integers(0, 256, count))
@@ -89,14 +98,6 @@ def test_fast_is_slow(
                     reader.keep(kept, chosen)
 
 
-def test_ends_alone(model64: "MambaFormerForCausalLM") -> None:
-    weights = np.random.default_rng(0).dirichlet(np.ones(4), size=(3, 2))
-    for block in (0, 1):
-        with torch.no_grad():
-            fast, slow = (reader.read_ends() for reader in both(model64, block, TEXTS, weights))
-        torch.testing.assert_close(fast, slow, rtol=0, atol=1e-10)
-
-
 @pytest.mark.parametrize("block", [0, 1])
 def test_what_is_run(model64: "MambaFormerForCausalLM", block: int) -> None:
     """Copies of a prompt under the same scales are read once; a step runs the blocks below once a prompt."""
@@ -105,7 +106,7 @@ def test_what_is_run(model64: "MambaFormerForCausalLM", block: int) -> None:
     above, tokens = 3 - block, len(TEXTS[1]) + 1
     with torch.no_grad():
         for reader in (fast, slow):
-            reader.read_prompts(0, tokens)
+            reader.read_prompts(own=True)
         assert (fast.rows, fast.evaluated) == (2, 2 * tokens * above)
         assert (slow.rows, slow.evaluated) == (9, 9 * tokens * 3)
         fast.read(torch.tensor([1, 2, 3]))
@@ -119,17 +120,18 @@ def test_prompts_that_grow(model64: "MambaFormerForCausalLM", block: int, droppe
     """A longer prompt is read on from where its beginning ended, with room made for it."""
     weights = np.random.default_rng(1).dirichlet(np.ones(4), size=(1, 3))
     whole, beginning = TEXTS[0], TEXTS[0][:4]
-    cut, bank = CutModel(model64, block), experts_from(model64, block)
-    prefixes = [read_prefix(cut, ByteTokenizer(), [text], 30) for text in (beginning, whole)]
-    reader = CachedReader(cut, bank, Particles(weights, np.full((1, 3), 1 / 3)), prefixes[0], [0], 5)
+    bank, prefixes = experts_from(model64, block), [prefix_of(model64, block, [text]) for text in (beginning, whole)]
+    reader = CachedReader(model64, bank, Particles(weights, np.full((1, 3), 1 / 3)), prefixes[0], [0], 5)
     with torch.no_grad():
-        expected = both(model64, block, [whole], weights)[1].read_prompts(0, 20)
-        parts = [reader.read_prompts(0, 5)]
+        expected = both(model64, block, [whole], weights)[1].read_prompts(own=True, tail=20)
+        first = reader.read_prompts(own=True, tail=5)
         if dropped:
             reader.keep([0], [[2, 0]])
-            expected = expected[:, [2, 0]]
         reader.lengthen(prefixes[1], len(whole) + 1)
-        parts += [reader.read_prompts(start, start + 3) for start in range(5, len(whole) + 1, 3)]
-    found = torch.cat([parts[0][:, [2, 0]] if dropped else parts[0], *parts[1:]], 2)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
-    assert reader.evaluated == (3 * 5 + (2 if dropped else 3) * (len(whole) - 4)) * (3 - block)
+        rest = reader.read_prompts(own=True, tail=20)
+    chosen = [2, 0] if dropped else [0, 1, 2]
+    assert expected.own is not None
+    for name in ("own", "after"):
+        found = torch.cat([getattr(first, name)[:, chosen], getattr(rest, name)], 2)
+        torch.testing.assert_close(found, getattr(expected, name)[:, chosen], rtol=0, atol=1e-10, equal_nan=True)
+    assert reader.evaluated == (3 * 5 + len(chosen) * (len(whole) - 4)) * (3 - block)

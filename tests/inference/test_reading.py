@@ -1,7 +1,8 @@
 """Documents that are read together, by rows that share what they can, say what the uncached reader says; what they
 share runs once."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference.scoring import document_reader as reading_module
-from bayes_dispatch.inference.scoring.document_reader import Reading, read_documents, scored_places
+from bayes_dispatch.inference.scoring.document_reader import Reading, TokenDocument, read_documents
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.readers import UncachedReader
-from bayes_dispatch.model.parts import CutModel
+from bayes_dispatch.model.mambaformer.session import MambaFormerSession
 from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
+from tests.tiny import tiny_tokenizer
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -32,14 +35,19 @@ def experts_from(model: "MambaFormerForCausalLM", block: int) -> ExpertBank:
     return ExpertBank([ExpertVector(name, own, model.fingerprint()) for name, own in zip("xy", scales, strict=True)])
 
 
+def in_tokens(documents: Sequence[Document]) -> list[TokenDocument]:
+    return [TokenDocument.of(document, ByteTokenizer()) for document in documents]
+
+
 def one_by_one(
     model: "MambaFormerForCausalLM", experts: ExpertBank, document: Document, weights: np.ndarray
 ) -> Reading:
     """The reference: every row through the whole model, again for each document."""
-    ids, mask = ByteTokenizer().pad([[256, *document.data]])
+    ids = torch.tensor([[256, *document.data]])
     particles = Particles(weights[None], np.full((1, len(weights)), 1 / len(weights)))
     with torch.no_grad():
-        after = UncachedReader(model, experts, particles, ids, mask.sum(1)).read_prompts(0, ids.shape[1])[0]
+        reader = UncachedReader(model, experts, particles, ids, torch.tensor([ids.shape[1]]))
+        after = reader.read_prompts(own=False, tail=ids.shape[1]).after[0]
     own = torch.stack([after[:, i, byte] for i, byte in enumerate(document.data)], 1)
     following = torch.stack([after[:, i] for start, stop in document.ranges for i in range(start, stop)], 1)
     return Reading(own, following, torch.special.entr(following.double().exp()).sum(-1))
@@ -64,47 +72,66 @@ def test_rows_together_are_rows_alone(
     rng = np.random.default_rng(seed)
     texts = ["".join(map(chr, rng.integers(0, 128, length))) for length in lengths]
     documents = [Document(text, int(rng.integers(len(text)))) for text in texts]
+    tokens = in_tokens(documents)
     weights = [rng.dirichlet(np.ones(3), int(rng.integers(1, 6))) for _ in documents]
     for own, tolerance in ((model64, 1e-10), (model, 1e-5)):
         experts = experts_from(own, block)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(reading_module, "TOKENS_AT_ONCE", at_once)
-            found = read_documents(CutModel(own, block), experts, documents, weights)
+            found = read_documents(own, experts, tokens, weights)
         for document, rows, reading in zip(documents, weights, found, strict=True):
             for fast, slow in zip(reading, one_by_one(own, experts, document, rows), strict=True):
                 torch.testing.assert_close(fast.double(), slow.double(), rtol=tolerance, atol=tolerance)
 
 
+def opened(model: "MambaFormerForCausalLM", monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Each read of a session of the model from now on: below or above, and how many rows and tokens."""
+    seen: list[Any] = []
+    read = MambaFormerSession.read
+
+    def told(self: MambaFormerSession, ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(("above" if self._whole else "below", *ids.shape))
+        return read(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(MambaFormerSession, "read", told)
+    return seen
+
+
 def test_what_is_below_runs_once(model64: "MambaFormerForCausalLM", monkeypatch: pytest.MonkeyPatch) -> None:
     """Below the cut a document is one row, whatever is read above; of no more tokens at once than may be."""
-    cut, seen = CutModel(model64, 1), []
-    below, above = cut.below, cut.above
-    monkeypatch.setattr(cut, "below", lambda x, *rest: seen.append(("below", x.shape[0])) or below(x, *rest))
-    monkeypatch.setattr(cut, "above", lambda x, *rest: seen.append(("above", x.shape[0])) or above(x, *rest))
+    seen = opened(model64, monkeypatch)
     monkeypatch.setattr(reading_module, "TOKENS_AT_ONCE", 16)
-    documents = [Document("abcdefg", 1), Document("abc", 1)]  # 8 and 4 tokens with the beginning
-    read_documents(cut, experts_from(model64, 1), documents, [np.eye(3), np.eye(3)[:2]])
-    assert seen == [("below", 2), ("above", 2), ("above", 2), ("above", 1)]
+    documents = in_tokens([Document("abcdefg", 1), Document("abc", 1)])  # 8 and 4 tokens with the beginning
+    read_documents(model64, experts_from(model64, 1), documents, [np.eye(3), np.eye(3)[:2]])
+    assert [each[:2] for each in seen] == [("below", 2), ("above", 2), ("above", 2), ("above", 1)]
 
 
 def test_documents_of_similar_lengths_are_read_below_together(
     model64: "MambaFormerForCausalLM", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No more padded tokens at once than may be, but for one document that is longer; the order stays."""
-    cut, seen = CutModel(model64, 1), []
-    below, experts = cut.below, experts_from(model64, 1)
-    documents = [Document("ab" * n, 1) for n in (3, 20, 1, 2, 1, 9)]
+    experts, documents = experts_from(model64, 1), in_tokens([Document("ab" * n, 1) for n in (3, 20, 1, 2, 1, 9)])
     weights = [np.eye(3)[:2]] * len(documents)
-    expected = read_documents(cut, experts, documents, weights)
-    monkeypatch.setattr(cut, "below", lambda x, *rest: seen.append(tuple(x.shape)) or below(x, *rest))
+    expected = read_documents(model64, experts, documents, weights)
+    seen = opened(model64, monkeypatch)
     monkeypatch.setattr(reading_module, "BELOW_AT_ONCE", 24)
-    found = read_documents(cut, experts, documents, weights)
-    assert seen == [(3, 5), (1, 7), (1, 19), (1, 41)]
+    found = read_documents(model64, experts, documents, weights)
+    assert [each[1:] for each in seen if each[0] == "below"] == [(3, 5), (1, 7), (1, 19), (1, 41)]
     for ours, theirs in zip(found, expected, strict=True):
         for part, whole in zip(ours, theirs, strict=True):
             torch.testing.assert_close(part, whole, rtol=0, atol=1e-12)
 
 
 def test_scored_places_are_those_of_the_ranges() -> None:
-    places: Tensor = scored_places(Document("abcdefgh", 2, ((6, 8), (3, 3), (2, 4))))
-    assert places.tolist() == [6, 7, 2, 3]
+    (text,) = in_tokens([Document("abcdefgh", 2, ((6, 8), (3, 3), (2, 4)))])
+    assert text.places.tolist() == [6, 7, 2, 3]
+    assert (text.sizes, text.scored_bytes, text.tokens_before(5)) == ((2, 2), 4, 5)
+
+
+def test_tokens_of_several_bytes_are_scored_where_they_begin() -> None:
+    tokenizer = TransformersTokenizer(tiny_tokenizer(), 270)
+    text = TokenDocument.of(Document("the ab 12é the", 4, ((4, 9),)), tokenizer)  # é takes the bytes 9 and 10
+    data = b"the ab 12\xc3\xa9 the"
+    pieces = [data[a:b] for a, b in zip(text.starts, text.stops, strict=True)]
+    assert [pieces[place] for place in text.places] == [b"ab", b" ", b"12"]
+    assert text.tokens_before(4) == pieces.index(b"ab")

@@ -7,19 +7,24 @@ import xarray as xr
 
 from bayes_dispatch.checks.paired import paired_comparison
 from bayes_dispatch.errors import TensorError, UnknownNameError
-from bayes_dispatch.inference.scoring.scores import METRICS, Comparison, Score, ScoredBytes
+from bayes_dispatch.inference.scoring.scores import METRICS, Comparison, Score, ScoredTokens
 
 DOCUMENTS, BYTES = 40, 60
 
 
-def scored(rng: np.random.Generator, count: int, overconfident: float = 0.0) -> ScoredBytes:
+def scored(rng: np.random.Generator, count: int, overconfident: float = 0.0) -> ScoredTokens:
     """Bytes whose confidence is too high by ``overconfident``."""
     confidence = rng.uniform(0.5, 0.8, count)
     right = rng.random(count) < confidence
     entropy = rng.uniform(0.5, 1, count)
     given = confidence + overconfident
-    return ScoredBytes(
-        np.log(np.where(right, given, (1 - given) / 2)), given, right, entropy, entropy * rng.uniform(0, 0.5, count)
+    return ScoredTokens(
+        np.log(np.where(right, given, (1 - given) / 2)),
+        given,
+        right,
+        entropy,
+        entropy * rng.uniform(0, 0.5, count),
+        count,
     )
 
 
@@ -38,12 +43,13 @@ def comparison() -> Comparison:
 
 def test_a_score_is_the_mean_of_its_bytes() -> None:
     log_p = np.log([0.9, 0.8, 0.5, 0.25])
-    bytes_ = ScoredBytes(
+    bytes_ = ScoredTokens(
         log_p,
         np.array([0.9, 0.8, 0.5, 0.6]),
         np.array([True, True, True, False]),
         np.array([0.4, 0.6, 1.0, 1.2]),
         np.array([0.1, 0.1, 0.2, 0.4]),
+        4,
     )
     score = Score.of(3, "max", bytes_, [1, 1, 2], 1)
     assert (score.document, score.blend, score.rows) == (3, "max", 1)
