@@ -4,7 +4,6 @@ A turn that fails changes nothing, own bytes are no evidence, bad settings are r
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,9 +113,10 @@ class SlowChat:
         return start
 
     def evidence(self) -> Evidence:
-        model, block = self.system.model, cut_of(self.system).block
+        model, block = self.system.model, cut_of(self.system)
         ids, user = torch.tensor([[256, *self.data]]), np.flatnonzero(~np.array(self.own))
-        counts = class_counts(bytes(self.data[t] for t in user))[None]
+        said = bytes(self.data[t] for t in user)
+        counts = class_counts(said, self.system.tokenizer.tokenize(said))[None]
         lengths = np.array([float(len(user))])
         with torch.no_grad():
             if block:
@@ -346,7 +346,7 @@ def test_bad_turns_change_nothing(cut64: "Bundle", monkeypatch: pytest.MonkeyPat
     chat.say(SAID[0], 4)
     untouched.say(SAID[0], 4)
     cases: list[tuple[Any, dict[str, Any], type[BayesDispatchError], str]] = [
-        ("", {}, PromptError, "expected a turn of 1 to 60 bytes.*got 0"),
+        ("", {}, PromptError, "expected a turn of 1 to 60 tokens.*got 0"),
         ("a" * 61, {}, PromptError, "got 61"),
         (b"a\xff", {}, PromptError, "expected UTF-8 text, got byte 0xff at position 1"),
         ("\ud800", {}, PromptError, "lone surrogate"),
@@ -361,7 +361,7 @@ def test_bad_turns_change_nothing(cut64: "Bundle", monkeypatch: pytest.MonkeyPat
         chat.say("a", 0)
     nans: list[tuple[str, type[BayesDispatchError], str]] = [
         ("below", EvidenceError, "expected finite numbers in 'hidden', got nan"),
-        ("above", TensorError, "expected finite log-probabilities from the model, got NaN"),
+        ("upper", TensorError, "expected finite log-probabilities from the model, got NaN"),
     ]
     for part, error, message in nans:
         run = getattr(MambaFormerForCausalLM, part)
@@ -381,18 +381,18 @@ def test_an_interrupted_turn_changes_nothing(cut64: "Bundle", monkeypatch: pytes
     chat, untouched = (generator.chat(blend=UNMERGED) for _ in range(2))
     for each in (chat, untouched):
         each.say(SAID[0], 4)
-    above = MambaFormerForCausalLM.above
+    upper = MambaFormerForCausalLM.upper
     for stop_at in (0, 1, 3):
         calls = iter(range(100))
 
         def interrupted(*given: Any, _calls: Any = calls, _at: int = stop_at, **named: Any) -> Any:
-            found = above(*given, **named)
+            found = upper(*given, **named)
             if next(_calls) == _at:
                 raise KeyboardInterrupt
             return found
 
         with monkeypatch.context() as patch:
-            patch.setattr(MambaFormerForCausalLM, "above", interrupted)
+            patch.setattr(MambaFormerForCausalLM, "upper", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 chat.say(SAID[2], 6, stop=None)
     lines = iter(range(100))
@@ -431,9 +431,10 @@ def test_evidence_of_one_turn_is_the_first_pass(bundle64: "Bundle", cut64: "Bund
     from bayes_dispatch.inference.chat.conversation import Conversation
     from bayes_dispatch.inference.chat.state import Transcript
 
-    text = Transcript.empty().followed_by((SAID[0] * 30).encode(), own=False)
+    words = bundle64.tokenizer.tokenize(SAID[0] * 30, begin=False)
+    text = Transcript.empty().followed_by(words.ids, words.spans, (SAID[0] * 30).encode(), user=True)
     for system, block in ((cut64, 1), (bundle64, 0)):
-        conversation = Conversation(system, cut_of(system), 500)
+        conversation = Conversation(system, cut_of(system), (256,), 500)
         expected = first_pass(system.model, system.tokenizer, [text.data], block=block).evidence
         with torch.no_grad():
             conversation.read(text)
@@ -441,32 +442,3 @@ def test_evidence_of_one_turn_is_the_first_pass(bundle64: "Bundle", cut64: "Bund
         assert set(found.views) == set(expected.views)
         for name, view in expected.views.items():
             np.testing.assert_allclose(found.views[name], view, rtol=0, atol=1e-10)
-
-
-class Plain:
-    """A backbone that cannot be cut, as other libraries' are."""
-
-    def __init__(self, model: MambaFormerForCausalLM) -> None:
-        self._model, self.dtype = model, model.dtype
-
-    def __call__(self, input_ids: torch.Tensor, **given: Any) -> Any:
-        return self._model(input_ids, **given)
-
-    def init_cache(self, batch_size: int, max_length: int) -> Any:
-        return self._model.init_cache(batch_size, max_length)
-
-    def adaptable(self) -> dict[str, int]:
-        return self._model.adaptable()
-
-    def fingerprint(self) -> str:
-        return self._model.fingerprint()
-
-
-def test_a_model_that_cannot_be_cut(bundle64: "Bundle") -> None:
-    parts = {name: getattr(bundle64, name) for name in ("tokenizer", "experts", "dispatcher")}
-    system: Any = SimpleNamespace(model=Plain(bundle64.model), **parts)
-    chats = [TwoPassGenerator(each).chat(blend=UNMERGED, max_context=40) for each in (system, bundle64)]
-    for text in SAID:
-        one, other = (chat.say(text, 5, stop=None) for chat in chats)
-        assert (one.text, one.adapted, one.cost) == (other.text, other.adapted, other.cost)
-        np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-9)
