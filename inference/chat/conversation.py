@@ -14,6 +14,8 @@ from torch import Tensor
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.inference.chat.state import Transcript
 from bayes_dispatch.inference.two_pass.first_pass import RESIDUAL_FLOOR, Prefix, evidence_of
+from bayes_dispatch.inference.two_pass.second_pass import READ_OFF_THE_MODEL
+from bayes_dispatch.model.backbone import Session
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.two_pass.system import System
@@ -35,8 +37,9 @@ class Conversation:
     def __init__(self, system: "System", cut: int, begin: tuple[int, ...], capacity: int) -> None:
         self.ids: list[int] = []
         self._cut, self._begin, self._capacity = cut, begin, capacity
-        blocks = range(cut) if cut else None
-        self._session = system.model.open(1, capacity, blocks=blocks)  # of the whole model for evidence alone
+        read = bool(cut) or not READ_OFF_THE_MODEL.isdisjoint(system.dispatcher.views)
+        blocks = range(cut) if cut else None  # of the whole model it is for evidence alone
+        self._session = system.model.open(1, capacity, blocks=blocks) if read else None
         self._x: Float[Tensor, "1 capacity D"] | None = None  # what the blocks above read
         self._pooled = self._count = 0  # tokens that were looked at for evidence, and those that are evidence
         self._first: Float[Tensor, " D"]  # of which nothing is said
@@ -46,17 +49,17 @@ class Conversation:
     @property
     def below(self) -> int:
         """How often a block has run on a token, below the cut."""
-        return self._session.evaluated if self._cut else 0
+        return self._session.evaluated if self._session is not None and self._cut else 0
 
     @property
     def first_pass(self) -> int:
         """The same for evidence alone, where no block is below the cut."""
-        return 0 if self._cut else self._session.evaluated
+        return self._session.evaluated if self._session is not None and not self._cut else 0
 
     @property
     def nbytes(self) -> int:
         """Of all states and caches."""
-        return self._session.nbytes + (0 if self._x is None else self._x.nbytes)
+        return sum(each.nbytes for each in (self._session, self._x) if each is not None)
 
     @property
     def prefix(self) -> Prefix:
@@ -72,7 +75,7 @@ class Conversation:
         """Read below the cut what is new in ``transcript``, whose beginning has been read."""
         read = len(self.ids)
         new = [*self._begin, *transcript.ids.tolist()][read:]
-        if self._cut:
+        if self._session is not None and self._cut:
             x = self._session.read(torch.tensor([new])).hidden
             if self._x is None:
                 self._x = x.new_zeros(1, self._capacity, x.shape[2])
@@ -85,7 +88,10 @@ class Conversation:
         Args:
             transcript: what was read; there is something of the user's in it.
         """
-        self._pool(torch.from_numpy(self.user(transcript)[self._pooled :]))
+        data, words = transcript.said
+        if self._session is None:
+            return evidence_of([data], [words], {})
+        self._pool(self._session, torch.from_numpy(self.user(transcript)[self._pooled :]))
         count, total, square = self._count, self._sum, self._square
         if not count:
             count, total, square = 1, self._first, float(self._first.square().sum())
@@ -94,16 +100,15 @@ class Conversation:
         if not self._cut:
             residual = max(square / count - float(mean @ mean), RESIDUAL_FLOOR * square / count)
             views["surprise"] = np.array([[self._nll / count, np.log(residual)]])
-        data, words = transcript.said
         return evidence_of([data], [words], views)
 
-    def _pool(self, user: Bool[Tensor, " t"]) -> None:
+    def _pool(self, session: Session, user: Bool[Tensor, " t"]) -> None:
         """Add what is the user's of the tokens that are new."""
         new = slice(self._pooled, len(self.ids))
         if self._x is not None:
             hidden, own = self._x[0, new].double(), None
         else:
-            read = self._session.read(torch.tensor([self.ids[new]]), own=True)
+            read = session.read(torch.tensor([self.ids[new]]), own=True)
             assert read.own is not None
             hidden, own = read.hidden[0].double(), read.own[0].double()
         if not self._pooled:

@@ -144,5 +144,5 @@ def _system(system: "System") -> dict[str, Any]:
         "model": system.experts.base,
         "experts": list(system.experts.names),
         "scales": digest.hexdigest(),
-        "dispatcher": system.dispatcher.state.fingerprint,
+        "dispatcher": system.dispatcher.fingerprint,
     }
