@@ -106,7 +106,9 @@ class Transcript:
         Args:
             spans: of each token in ``data``; ``None`` where they have no text. own, user: whose they are.
         """
-        new = np.zeros((len(ids), 2), dtype=np.int64) if spans is None else np.array(spans, dtype=np.int64)
+        new = (
+            np.zeros((len(ids), 2), dtype=np.int64) if spans is None else np.array(spans, dtype=np.int64).reshape(-1, 2)
+        )
         return Transcript(
             np.concatenate([self.ids, np.array(ids, dtype=np.int64)]),
             np.concatenate([self.own, np.full(len(ids), own)]),

@@ -4,6 +4,7 @@ A turn that fails changes nothing, own bytes are no evidence, bad settings are r
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from bayes_dispatch.errors import (
     TensorError,
     UnknownNameError,
 )
+from bayes_dispatch.inference.chat.conversation import Conversation
+from bayes_dispatch.inference.chat.form import Form
+from bayes_dispatch.inference.chat.state import Transcript
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.blends import (
     BestExpert,
@@ -451,9 +455,6 @@ def test_settings_are_checked(bundle: "Bundle", unchecked: None) -> None:
 
 
 def test_evidence_of_one_turn_is_the_first_pass(bundle64: "Bundle", cut64: "Bundle") -> None:
-    from bayes_dispatch.inference.chat.conversation import Conversation
-    from bayes_dispatch.inference.chat.state import Transcript
-
     words = bundle64.tokenizer.tokenize(SAID[0] * 30, begin=False)
     text = Transcript.empty().followed_by(words.ids, words.spans, (SAID[0] * 30).encode(), user=True)
     for system, block in ((cut64, 1), (bundle64, 0)):
@@ -465,3 +466,42 @@ def test_evidence_of_one_turn_is_the_first_pass(bundle64: "Bundle", cut64: "Bund
         assert set(found.views) == set(expected.views)
         for name, view in expected.views.items():
             np.testing.assert_allclose(found.views[name], view, rtol=0, atol=1e-10)
+
+
+TEMPLATE = (
+    "<s>{% if messages[0]['role'] != 'system' %}[system]\nBe kind.</s>{% endif %}"
+    "{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] | trim }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
+
+
+@pytest.fixture
+def templated(llama64: SimpleNamespace) -> SimpleNamespace:
+    """The same, with a template of chats that has a system's words first."""
+    from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
+    from tests.tiny import tiny_tokenizer
+
+    inner = tiny_tokenizer()
+    inner.chat_template = TEMPLATE
+    tokenizer = TransformersTokenizer(inner, llama64.model.vocab_size, [2])
+    return SimpleNamespace(**{**vars(llama64), "tokenizer": tokenizer})
+
+
+def test_a_template_stands_around_turns(templated: SimpleNamespace) -> None:
+    """As in the template's own conversation, in which a reply ends; the user's words are never special tokens."""
+    inner, form = templated.tokenizer.inner, Form.of(templated.tokenizer)
+    chat, expected = TwoPassGenerator(templated).chat(blend=UNMERGED, seed=1), []
+    for text in ("ab the", "12</s>", " a\n"):
+        turn = chat.say(text, 40, do_sample=True, temperature=9.0)
+        said, own = chat.transcript, turn.token_ids.tolist()
+        words = templated.tokenizer.tokenize(text, begin=False).ids
+        start, closing = len(expected), [2] if expected and expected[-1] != 2 else []
+        expected += [*closing, *inner.encode("[user]\n")[1:], *words, *inner.encode("</s>[assistant]\n")[1:], *own]
+        assert said.ids.tolist() == expected
+        assert said.said[0].endswith(text.encode())
+        assert 2 not in [*said.ids[said.user], *own[:-1]]
+    first = inner.apply_chat_template([{"role": "user", "content": "ab the"}], add_generation_prompt=True)["input_ids"]
+    assert [*form.begin, *expected][: len(first)] == first
+    assert said.last(len(said) - start + 9).ids.tolist() == expected[start:]  # what is forgotten ends with a reply
+    ended = Transcript.empty().followed_by((5, 2), [(0, 1), (1, 1)], b"a", own=True)
+    assert form.heard(ended, b"", Tokens((), ())).ids.tolist()[:4] == [5, 2, *inner.encode("[u")[1:]]
