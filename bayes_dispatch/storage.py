@@ -498,7 +498,7 @@ def _of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> s
         metadata,
         *(
             f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode()
-            + tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+            + tensor.detach().cpu().reshape(-1, 1).contiguous().view(torch.uint8).numpy().tobytes()
             for name, tensor in sorted(tensors.items())
         ),
     )

@@ -148,7 +148,7 @@ class TwoPassGenerator:
         blend: Blend | str = DEFAULT_BLEND,
         seed: int = 0,
         threshold: float = 0.01,
-        max_context: int = 4096,
+        max_context: int | None = None,
         own_evidence: bool = False,
         file: str | Path | None = None,
     ) -> "Chat":
@@ -157,8 +157,9 @@ class TwoPassGenerator:
         Args:
             blend: as in ``generate``. seed: of posterior draws and sampling.
             threshold: the chat re-adapts when its new posterior predicts otherwise by more nats a token.
-            max_context: bytes of the transcript; where more are said, the oldest half is forgotten.
-            own_evidence: whether the model's bytes go on filtering the particles when its reply has ended.
+            max_context: tokens of the transcript; where more are said, the oldest half is forgotten. 4096 by default,
+                or what the model can read.
+            own_evidence: whether the model's tokens go on filtering the particles when its reply has ended.
             file: a new one; what ``resume_chat`` goes on from is written to it now and after every turn.
 
         Raises:
@@ -166,8 +167,11 @@ class TwoPassGenerator:
             OSError: the file cannot be written.
         """
         from bayes_dispatch.inference.chat.chat import Chat
+        from bayes_dispatch.inference.chat.form import Form
         from bayes_dispatch.inference.chat.state import ChatSettings
 
+        if max_context is None:
+            max_context = min(4096, Form.of(self.bundle.tokenizer).room(self.bundle.model.longest))
         settings = ChatSettings(self._named(blend), seed, threshold, max_context, own_evidence)
         chat = Chat(self.bundle, settings, None if file is None else Path(file))
         if file is not None:

@@ -1,19 +1,19 @@
 """Conversations: caches stay over the turns, the weights follow what the user says, and experts change when they must.
 
 The model reads the whole conversation, its own words among it. What it learns about the weights it learns from the
-user's bytes alone: they are pooled and counted for the dispatcher, and they filter the particles. What the model wrote
+user's tokens alone: they are pooled and counted for the dispatcher, and they filter the particles. What the model wrote
 it drew from its own predictive; seeing that again tells it nothing (an action is an intervention, not an observation:
 Ortega and others 2021, arXiv 2110.10819), and counting it would make the model ever surer of its own guesses. Within a
-reply its bytes do filter the particles, because a reply is drawn from the mixture over whole replies only if later
-bytes continue what the likely particles began; when the reply has ended the weights go back to those that the user's
-bytes left. ``own_evidence=True`` keeps them instead.
+reply its tokens do filter the particles, because a reply is drawn from the mixture over whole replies only if later
+ones continue what the likely particles began; when the reply has ended the weights go back to those that the user's
+tokens left. ``own_evidence=True`` keeps them instead.
 
-After each turn of the user the dispatcher gives a new posterior, of all the user's bytes in the transcript. If it would
-predict otherwise than the particles that run (``divergence``), by more than ``threshold`` nats a token, the chat
+After each turn of the user the dispatcher gives a new posterior, of all the user's tokens in the transcript. If it
+would predict otherwise than the particles that run (``divergence``), by more than ``threshold`` nats a token, the chat
 re-adapts: it reads the transcript again under new particles. Only the caches above the first adapted block are made
 anew; those below never go stale. Else everything goes on from the caches, and the particles are filtered by the turn.
 
-A transcript has at most ``max_context`` bytes. When a turn and its reply might not fit, the oldest half is forgotten,
+A transcript has at most ``max_context`` tokens. When a turn and its reply might not fit, the oldest half is forgotten,
 for the evidence too, and what is left is read again: by new particles, or by the same with the weights they had. So
 memory is bounded for every model.
 """
@@ -23,26 +23,31 @@ from collections.abc import Generator
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Lock
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 
+from bayes_dispatch.arguments import whole
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.chat.caches import ChatCaches
 from bayes_dispatch.inference.chat.divergence import expected_divergence
 from bayes_dispatch.inference.chat.file import write_chat
+from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.chat.reply import Reply
 from bayes_dispatch.inference.chat.state import ChatSettings, ChatState, Transcript, Turn
 from bayes_dispatch.inference.two_pass.events import tell
 from bayes_dispatch.inference.two_pass.filtering import ParticleFilter
 from bayes_dispatch.inference.two_pass.generation import Cost, Streamed
 from bayes_dispatch.inference.two_pass.particles import Token
-from bayes_dispatch.inference.two_pass.prompts import Stop, Writing, check_turn
+from bayes_dispatch.inference.two_pass.prompts import Stop, Writing, Written, check_turn
 from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, cut_of
+from bayes_dispatch.model.backbone import Tokens
 from bayes_dispatch.model.generation.sampling import row_generators, row_seeds
+from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.two_pass.system import System
@@ -61,6 +66,9 @@ class Chat:
         system: model, tokenizer, experts and dispatcher. settings: of the conversation.
         file: written after every turn, if given. state: to go on from; the beginning by default.
 
+    Raises:
+        ConfigError: a context that is longer than the model can read.
+
     Attributes:
         turn: the last one of this process, ``None`` before it.
     """
@@ -71,7 +79,8 @@ class Chat:
         self.settings = settings
         self.turn: Turn | None = None
         self._system, self._file = system, file
-        self._cut = cut_of(system)
+        self._cut, self._form = cut_of(system), Form.of(system.tokenizer)
+        whole("max_context", settings.max_context, 2, self._form.room(system.model.longest))
         self._state = ChatState.empty(len(system.experts.components)) if state is None else state
         self._caches: ChatCaches | None = None
         self._answering = Lock()
@@ -103,14 +112,16 @@ class Chat:
         *,
         do_sample: bool = False,
         temperature: float = 1.0,
-        stop: Stop = "\n",
+        stop: Stop | EllipsisType = ...,
     ) -> Turn:
         """Read a turn of the user's, and reply.
 
         Args:
-            text: at least 1 byte of UTF-8. It comes directly after what was said before: a chat adds no separators.
-            max_new_tokens: most bytes of the reply. do_sample, temperature: see ``Sampling``; greedy by default.
-            stop: bytes with which the reply ends; a list for any of several, ``None`` for none.
+            text: at least 1 byte of UTF-8. It comes directly after what was said before, unless the model has a chat
+                template: only that adds something.
+            max_new_tokens: most tokens of the reply. do_sample, temperature: see ``Sampling``; greedy by default.
+            stop: text with which the reply ends; a list for any of several, ``None`` for none. By default it ends with
+                a line, or where the model has a chat template as the model ends its turns.
 
         Raises:
             PromptError: text that is empty, no UTF-8, or too long for ``max_context`` with its reply.
@@ -121,7 +132,7 @@ class Chat:
         try:
             for _ in reply:
                 pass
-        except BaseException as error:  # between two bytes, too
+        except BaseException as error:  # between two tokens, too
             reply.throw(error)
             raise
         assert self.turn is not None
@@ -134,19 +145,20 @@ class Chat:
         *,
         do_sample: bool = False,
         temperature: float = 1.0,
-        stop: Stop = "\n",
+        stop: Stop | EllipsisType = ...,
     ) -> Generator[Streamed, None, None]:
-        """What ``say`` gives with the same arguments, byte by byte as they come; then ``turn`` has all of it.
+        """What ``say`` gives with the same arguments, token by token as they come; then ``turn`` has all of it.
 
-        Nothing is read before the first byte is asked for. A stream that is closed ends the reply there.
+        Nothing is read before the first token is asked for. A stream that is closed ends the reply there.
 
         Raises:
             PromptError, ConfigError, TensorError, EvidenceError, OSError: see ``say``.
         """
-        writing = Writing.of(max_new_tokens, do_sample, temperature, stop)
+        ending = self._form.stop if isinstance(stop, EllipsisType) else stop
+        writing = Writing.of(max_new_tokens, do_sample, temperature, ending)
         self.settings.check_reply(writing.max_new_tokens)
-        data = check_turn(text, self.settings.max_context - writing.max_new_tokens)
-        return self._answer(data, writing)
+        most = self.settings.max_context - writing.max_new_tokens - self._form.around
+        return self._answer(*check_turn(self._system.tokenizer, text, most), writing)
 
     def save(self, path: str | Path) -> None:
         """Write what ``TwoPassGenerator.resume_chat`` goes on from, whole or not at all.
@@ -156,25 +168,26 @@ class Chat:
         """
         write_chat(Path(path), self._system, self.settings, self._state)
 
-    def _answer(self, data: bytes, writing: Writing) -> Generator[Streamed, None, None]:
+    def _answer(self, data: bytes, words: Tokens, writing: Writing) -> Generator[Streamed, None, None]:
         if not self._answering.acquire(blocking=False):
             raise ConfigError("expected one reply at a time, got a turn before the stream of the last one has ended")
         ended = False
         try:
             with torch.no_grad():
-                reply, caches = self._hear(data, writing.max_new_tokens)
+                reply, caches = self._hear(data, words, writing)
             seed = self.settings.seed + 2 * self.turns + 1
             generators = row_generators(seed, [reply.transcript.data])
             while not ended:
                 with torch.no_grad():
                     token = caches.decoding.choose(writing.sampling, generators)
-                    last = self._write(reply, caches, token, writing)
+                    last = self._write(reply, caches, token)
                 if last:
                     ended = True
                     self._end(reply, caches)
                 yield reply.streamed(last)
         except GeneratorExit:
             if not ended:
+                reply.written.close()
                 self._end(reply, caches)
             raise
         except BaseException:
@@ -183,16 +196,17 @@ class Chat:
         finally:
             self._answering.release()
 
-    def _hear(self, data: bytes, room: int) -> tuple[Reply, ChatCaches]:
+    def _hear(self, data: bytes, words: Tokens, writing: Writing) -> tuple[Reply, ChatCaches]:
         """Read the user's turn, under new particles if it must be."""
         settings, state, system = self.settings, self._state, self._system
-        most, before = settings.max_context - len(data) - room, len(state.transcript)
+        before, transcript = len(state.transcript), self._form.heard(state.transcript, data, words)
+        most = settings.max_context - (len(transcript) - before) - writing.max_new_tokens
         if before > most:
             state = replace(state, transcript=state.transcript.last(min(settings.max_context // 2, most)))
-            self._caches = None
+            self._caches, transcript = None, self._form.heard(state.transcript, data, words)
         if self._caches is None:
-            self._caches = ChatCaches(system, self._cut, settings.max_context + 1)
-        caches, transcript = self._caches, state.transcript.followed_by(data, own=False)
+            self._caches = ChatCaches(system, self._cut, self._form, settings.max_context)
+        caches, new = self._caches, len(transcript) - len(state.transcript)
         first_pass, evaluated = caches.conversation.first_pass, caches.evaluated
         caches.conversation.read(transcript)
         evidence = caches.conversation.evidence(transcript)
@@ -204,17 +218,19 @@ class Chat:
         divergence, compared = float("nan"), 0
         if state.turns:
             divergence, compared = expected_divergence(
-                system, self._cut, transcript, state.rows, state.filtered, candidate
+                system, self._cut, self._form.begin, transcript, state.rows, state.filtered, candidate
             )
         adapted = state.turns == 0 or divergence > settings.threshold
         if adapted:
             caches.adapt(candidate, transcript)
         else:
-            caches.go_on(state, len(data))
+            caches.go_on(state, transcript)
         tell(logger, logging.DEBUG, "turn dispatched", lambda: self._dispatched(posterior, divergence))
         tell(logger, logging.DEBUG, "turn read", lambda: self._read(caches, adapted, before - len(state.transcript)))
         return Reply(
             transcript=transcript,
+            written=Written(system.tokenizer, caches.conversation.ids, writing, self._form.ends),
+            bytewise=isinstance(system.tokenizer, ByteTokenizer),
             posterior=posterior,
             weights=caches.decoding.weights[0],
             filtered=caches.decoding.filtered,
@@ -222,22 +238,21 @@ class Chat:
             adapted=adapted,
             forgotten=before - len(state.transcript),
             cost=Cost(
-                self._cut.depth,
-                prompt_tokens=len(data) + (state.turns == 0),
+                system.model.depth,
+                prompt_tokens=new + (0 if state.turns else len(self._form.begin)),
                 first_pass=caches.conversation.first_pass - first_pass + compared,
                 prefill=caches.evaluated - evaluated,
             ),
         ), caches
 
-    def _write(self, reply: Reply, caches: ChatCaches, token: Token, writing: Writing) -> bool:
+    def _write(self, reply: Reply, caches: ChatCaches, token: Token) -> bool:
         """Go on with a token of the reply; whether it is the last one, which is read along with the next turn."""
-        reply.add(token)
-        if writing.ends(reply.data):
+        if reply.add(token):
             caches.decoding.append(token.ids, last=True)
             return True
         evaluated = caches.evaluated
         caches.write(reply.transcript)
-        reply.cost += Cost(self._cut.depth, new_tokens=1, decode=caches.evaluated - evaluated)
+        reply.cost += Cost(self._system.model.depth, new_tokens=1, decode=caches.evaluated - evaluated)
         return False
 
     def _end(self, reply: Reply, caches: ChatCaches) -> None:
@@ -252,7 +267,7 @@ class Chat:
                 self._caches = None  # they have read what the conversation has not
                 raise
         self._state, self.turn = state, reply.turn()
-        facts = {"turn": state.turns, "bytes": len(reply.data), "saved": self._file is not None}
+        facts = {"turn": state.turns, "tokens": len(reply.written.ids), "saved": self._file is not None}
         tell(logger, logging.INFO, "replied", lambda: facts | asdict(reply.cost))
 
     def _dispatched(self, posterior: DispatchPosterior, divergence: float) -> dict[str, Any]:

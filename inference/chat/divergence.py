@@ -11,20 +11,21 @@ from bayes_dispatch.inference.chat.state import Transcript
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.filtering import FilterState, ParticleFilter
 from bayes_dispatch.inference.two_pass.first_pass import Prefix, read_prefix
-from bayes_dispatch.inference.two_pass.readers import CachedReader
-from bayes_dispatch.model.parts import CutModel
+from bayes_dispatch.inference.two_pass.readers import CachedReader, Said
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.two_pass.system import System
 
-__all__ = ["WINDOW", "expected_divergence"]
+__all__ = ["expected_divergence"]
 
-WINDOW = 64  # bytes at the end of a conversation on which predictives are compared
+WINDOW = 64  # tokens at the end of a conversation on which predictives are compared
+NUMBERS = 2**26  # log-probabilities in memory: of a large vocabulary, fewer places are compared
 
 
 def expected_divergence(
     system: "System",
-    cut: CutModel,
+    cut: int,
+    begin: tuple[int, ...],
     transcript: Transcript,
     rows: Float[np.ndarray, "S components"],
     current: FilterState,
@@ -32,49 +33,54 @@ def expected_divergence(
 ) -> tuple[float, int]:
     """What going on with the current particles is expected to cost, if the candidates are right, in nats a token.
 
-    The mean of ``KL(candidate ‖ current)`` of the next token's distribution after each of the last ``WINDOW`` bytes,
-    which both read afresh, and nothing before them. Both filters begin at their priors and count the user's bytes among
-    these; the weights that they have at the end hold for all places. So what differs is the posterior, and what
+    The mean of ``KL(candidate ‖ current)`` of the next token's distribution after each of the last ``WINDOW`` tokens,
+    which both read afresh, and nothing before them. Both filters begin at their priors and count the user's tokens
+    among these; the weights that they have at the end hold for all places. So what differs is the posterior, and what
     merging has left of the current particles, not how much either has read.
 
     Args:
-        system, cut: the model and what goes with it. transcript: the conversation.
+        system, cut: the model and what goes with it, and how many of its blocks no expert adapts.
+        begin: ids before the transcript. transcript: the conversation.
         rows: blend weights of the current particles. current: their filter. candidate: of one prompt.
 
     Returns:
         The divergence, and how often a block ran on a token for it.
     """
-    window = Transcript(transcript.data[-WINDOW:], transcript.own[-WINDOW:])
-    prefix = read_prefix(cut, system.tokenizer, [window.data], len(window) + 1)
+    window = transcript.since(max(0, len(transcript) - WINDOW))
+    ids = [*begin, *window.ids.tolist()]
+    user = np.concatenate([np.zeros(len(begin), dtype=bool), window.user])
+    prefix = read_prefix(system.model, cut, [ids], system.tokenizer.pad_token_id, len(ids))
     both = np.concatenate([rows[None], candidate.weights], axis=1)
-    after, evaluated = _run(system, cut, prefix, both)
-    new = _filtered(FilterState.prior(candidate), after[:, len(rows) :], window)
+    said, evaluated = _run(system, prefix, both, len(window))
+    count = len(rows)
+    new = _filtered(FilterState.prior(candidate), said, slice(count, None), user)
     if candidate.refined:
-        refined, more = _run(system, cut, prefix, new.mean()[:, None])
-        p, evaluated = refined[0, 0], evaluated + more
+        refined, more = _run(system, prefix, new.mean()[:, None], len(window))
+        p, evaluated = refined.after[0, 0].double(), evaluated + more
     else:
-        p = _mixed(new, after[:, len(rows) :])
-    q = _mixed(_filtered(current.forgotten(), after[:, : len(rows)], window), after[:, : len(rows)])
-    kl = (p.exp() * (p - q)).sum(-1)[1:].mean()  # not after the beginning token
-    return max(float(kl), 0.0), evaluated + (len(window) + 1) * cut.block
+        p = _mixed(new, said.after[:, count:])
+    q = _mixed(_filtered(current.forgotten(), said, slice(count), user), said.after[:, :count])
+    kl = (p.exp() * (p - q)).sum(-1).mean()
+    return max(float(kl), 0.0), evaluated + len(ids) * cut
 
 
 def _run(
-    system: "System", cut: CutModel, prefix: Prefix, weights: Float[np.ndarray, "1 S components"]
-) -> tuple[Float[Tensor, "1 S t V"], int]:
-    particles, tokens = Particles(weights, np.ones(weights.shape[:2])), int(prefix.tokens[0])
-    reader = CachedReader(cut, system.experts, particles, prefix, [0], tokens)
-    return reader.read_prompts(0, tokens).double(), reader.evaluated
+    system: "System", prefix: Prefix, weights: Float[np.ndarray, "1 S components"], places: int
+) -> tuple[Said, int]:
+    """What particles say of all tokens, and after as many of the last ones as there is memory for."""
+    particles = Particles(weights, np.ones(weights.shape[:2]))
+    reader = CachedReader(system.model, system.experts, particles, prefix, [0], prefix.ids.shape[1])
+    tail = min(places, max(1, NUMBERS // (weights.shape[1] * system.model.vocab_size)))
+    return reader.read_prompts(own=True, tail=tail), reader.evaluated
 
 
-def _filtered(state: FilterState, after: Float[Tensor, "1 S t V"], window: Transcript) -> ParticleFilter:
-    """The filter once it has read the user's bytes."""
+def _filtered(state: FilterState, said: Said, particles: slice, user: np.ndarray) -> ParticleFilter:
+    """The filter once it has read the user's tokens."""
+    assert said.own is not None
     weights = ParticleFilter.at(state)
-    said = np.flatnonzero(~window.own)
-    data = np.frombuffer(window.data, np.uint8).astype(np.int64)
-    weights.update(after[:, :, torch.from_numpy(said), torch.from_numpy(data[said])])
+    weights.update(said.own[:, particles, 1:], torch.from_numpy(user[None, 1:]))  # nothing is said of the first
     return weights
 
 
 def _mixed(weights: ParticleFilter, after: Float[Tensor, "1 S t V"]) -> Float[Tensor, "t V"]:
-    return torch.logsumexp(weights.log_weights[0, :, None, None] + after[0], dim=0)
+    return torch.logsumexp(weights.log_weights[0, :, None, None] + after[0].double(), dim=0)

@@ -18,6 +18,7 @@ from bayes_dispatch.errors import BayesDispatchError, BundleError, ConfigError
 from bayes_dispatch.inference.chat.state import ChatSettings, ChatState, Transcript
 from bayes_dispatch.inference.two_pass.blends import BLENDS, Blend, FixedWeights
 from bayes_dispatch.inference.two_pass.filtering import FilterState
+from bayes_dispatch.model.tokenizer import ByteTokenizer
 from bayes_dispatch.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["read_chat", "write_chat"]
 
-FORMAT = "bayes-dispatch chat 1"
+FORMAT = "bayes-dispatch chat 2"
+BYTES = "bayes-dispatch chat 1"  # what it was: tokens are the bytes of the transcript
 BY_CLASS: dict[str, type] = {kind.__name__: kind for kind in (*BLENDS.values(), FixedWeights)}
 
 
@@ -41,10 +43,13 @@ def write_chat(path: Path, system: "System", settings: ChatSettings, state: Chat
         raise ConfigError(
             f"expected a blend of {', '.join(BY_CLASS)} in a chat with a file, got {type(blend).__name__}"
         )
-    text = torch.frombuffer(bytearray(state.transcript.data + b" "), dtype=torch.uint8)[:-1]  # of 0 bytes it has none
+    said = state.transcript
     tensors = {
-        "transcript": text,
-        "own": torch.from_numpy(state.transcript.own),
+        "transcript": torch.tensor(np.frombuffer(said.data, dtype=np.uint8)),
+        "ids": torch.tensor(said.ids),
+        "own": torch.tensor(said.own),
+        "user": torch.tensor(said.user),
+        "spans": torch.tensor(said.spans),
         "rows": torch.from_numpy(np.ascontiguousarray(state.rows)),
         "joint": state.filtered.joint[0],
         "target": state.filtered.target[0],
@@ -69,14 +74,16 @@ def read_chat(path: Path, system: "System") -> tuple[ChatSettings, ChatState]:
             another dispatcher.
     """
     tensors, header = read_tensors(path)
-    if header.get("format") != FORMAT:
+    bytewise = isinstance(system.tokenizer, ByteTokenizer)
+    if header.get("format") not in (FORMAT, *[BYTES] * bytewise):
         raise BundleError(f"expected a file of format {FORMAT!r} in {path}, got {header.get('format')!r}")
     try:
         for name, value in _system(system).items():
             if (saved := json.loads(header["system"])[name]) != value:
                 raise BundleError(f"expected a chat with {name} {value!r} in {path}, got one with {saved!r}")
         settings = _settings(json.loads(header["settings"]))
-        return settings, _state(tensors, int(json.loads(header["turns"])), len(system.experts.components))
+        transcript = _transcript(tensors, system.tokenizer.vocab_size, header["format"] == BYTES)
+        return settings, _state(transcript, tensors, int(json.loads(header["turns"])), len(system.experts.components))
     except BundleError:
         raise
     except (BayesDispatchError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -90,32 +97,52 @@ def _settings(chosen: dict[str, Any]) -> ChatSettings:
     return ChatSettings(**{**chosen, "blend": blend})
 
 
-def _state(tensors: Mapping[str, Tensor], turns: int, components: int) -> ChatState:
-    data, own = tensors["transcript"].numpy().tobytes(), tensors["own"].numpy()
+def _transcript(tensors: Mapping[str, Tensor], vocab_size: int, bytewise: bool) -> Transcript:
+    text, own = tensors["transcript"].numpy(), tensors["own"].numpy()
+    if bytewise:
+        places = np.arange(len(text))
+        found = Transcript(text.astype(np.int64), own, ~own, np.stack([places, places + 1], 1), text.tobytes())
+    else:
+        ids, user, spans = (tensors[name].numpy() for name in ("ids", "user", "spans"))
+        found = Transcript(ids, own, user, spans, text.tobytes())
+    count, (starts, stops) = len(found), found.spans.T
+    shapes = [found.ids.shape, own.shape, found.user.shape, starts.shape]
+    if shapes != [(count,)] * 4 or own.dtype != bool or found.user.dtype != bool or (own & found.user).any():
+        raise ValueError(f"a transcript of arrays that do not fit together: {shapes}")
+    if ((found.ids < 0) | (found.ids >= vocab_size)).any():
+        raise ValueError(f"tokens that are none of {vocab_size}")
+    if ((starts < 0) | (stops < starts) | (stops > len(text))).any():
+        raise ValueError(f"tokens outside a text of {len(text)} bytes")
+    return found
+
+
+def _state(transcript: Transcript, tensors: Mapping[str, Tensor], turns: int, components: int) -> ChatState:
     rows, blends = tensors["rows"].double().numpy(), tensors["blends"].double().numpy()
     joint, target, rates = (tensors[name].double() for name in ("joint", "target", "rates"))
     shape = (len(rows), components)
-    if own.shape != (len(data),) or own.dtype != bool or rows.shape != shape or blends.shape != shape:
-        raise ValueError(f"arrays that do not fit together: {own.shape}, {rows.shape}, {blends.shape}")
+    if rows.shape != shape or blends.shape != shape:
+        raise ValueError(f"arrays that do not fit together: {rows.shape}, {blends.shape}")
     if joint.shape != (len(rates), len(rows)) or target.shape != (len(rows),):
         raise ValueError(f"a filter that does not fit {len(rows)} particles: {tuple(joint.shape)}")
     masses = [joint.exp().sum(), target.exp().sum(), *rows.sum(1), *blends.sum(1)]
     if turns < 0 or (turns == 0) != (len(rows) == 0) or (turns > 0 and not np.allclose(masses, 1, atol=1e-6)):
         raise ValueError("weights that do not sum to 1")
     filtered = FilterState(joint[None], target[None], rates, blends[None])
-    return ChatState(Transcript(data, own), turns, rows, filtered)
+    return ChatState(transcript, turns, rows, filtered)
 
 
 def _system(system: "System") -> dict[str, Any]:
     """What a chat belongs to."""
     count = len(system.experts.components)
-    scales = system.experts.blend(torch.eye(count, dtype=torch.double)).scales
+    experts = system.experts.blend(torch.eye(count, dtype=torch.double))
     digest = hashlib.blake2b(digest_size=16)
-    for name, values in scales.items():
-        digest.update(name.encode() + values.float().contiguous().numpy().tobytes())
+    for name, tensors in [*((n, (z,)) for n, z in experts.scales.items()), *experts.deltas.items()]:
+        digest.update(name.encode())
+        for values in tensors:
+            digest.update(values.float().cpu().contiguous().numpy().tobytes())
     return {
         "model": system.experts.base,
         "experts": list(system.experts.names),
         "scales": digest.hexdigest(),
-        "dispatcher": system.dispatcher.state.fingerprint,
+        "dispatcher": system.dispatcher.fingerprint,
     }

@@ -59,18 +59,20 @@ def tokenized(tokenizer: Tokenizer, prompts: Sequence[bytes], longest: int | Non
     return found
 
 
-def check_turn(text: str | bytes, most: int) -> bytes:
-    """The bytes of a user's turn.
+def check_turn(tokenizer: Tokenizer, text: str | bytes, most: int) -> tuple[bytes, Tokens]:
+    """A user's turn, and its tokens without what begins a text.
 
     Raises:
-        PromptError: it is empty, longer than ``most``, or no UTF-8.
+        PromptError: it is empty, longer than ``most`` tokens, or no UTF-8.
     """
     if not isinstance(text, str | bytes):
         raise PromptError(f"expected a turn to be text, got {type(text).__name__}")
     data = utf8(text)
-    if not 1 <= len(data) <= most:
-        raise PromptError(f"expected a turn of 1 to {most} bytes, which leaves room for the reply, got {len(data)}")
-    return data
+    words = tokenizer.tokenize(data, begin=False)
+    if not 1 <= len(words.ids) <= most:
+        room = f"expected a turn of 1 to {most} tokens, which leaves room for the reply"
+        raise PromptError(f"{room}, got {len(words.ids)}")
+    return data, words
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,23 @@ class Written:
 
     Args:
         tokenizer: of the tokens. context: those before it. writing: how it ends.
+        ends: ids with which it does, too; the tokenizer's by default.
 
     Attributes:
         text: so far, up to and with a stop. piece: what the last token added to it. ids: of its tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer, context: Sequence[int], writing: Writing) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        context: Sequence[int],
+        writing: Writing,
+        ends: frozenset[int] | None = None,
+    ) -> None:
         self.text = self.piece = ""
         self.ids: list[int] = []
-        self._ends, self._stream, self._writing = tokenizer.ends, tokenizer.stream(context), writing
+        self._ends = tokenizer.ends if ends is None else ends
+        self._stream, self._writing = tokenizer.stream(context), writing
 
     def add(self, token: int) -> bool:
         """Go on with one more token; whether the text is whole with it."""
@@ -130,3 +140,7 @@ class Written:
                 self.text, ended = self.text[: place + len(stop)], True
         self.piece = self.text[before:]
         return ended
+
+    def close(self) -> None:
+        """End it amid what it would have been: what still waited is text."""
+        self.text += self._stream.end()

@@ -20,6 +20,9 @@ from bayes_dispatch.errors import (
     TensorError,
     UnknownNameError,
 )
+from bayes_dispatch.inference.chat.conversation import Conversation
+from bayes_dispatch.inference.chat.form import Form
+from bayes_dispatch.inference.chat.state import Transcript
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.blends import (
     BestExpert,
@@ -31,8 +34,10 @@ from bayes_dispatch.inference.two_pass.blends import (
 )
 from bayes_dispatch.inference.two_pass.first_pass import class_counts, first_pass
 from bayes_dispatch.inference.two_pass.system import cut_of
+from bayes_dispatch.model.backbone import Tokens
 from bayes_dispatch.model.generation.sampling import row_generators, row_seeds
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
     from bayes_dispatch.app.bundle import Bundle
@@ -47,24 +52,29 @@ SAID = ["kfpa>apfk\nbcde>", "1", "37+58=95\n12+11=", "café>\n", "ab>ba\nbc>"]
 class SlowChat:
     """The same conversation without caches or running sums: every number from the whole transcript."""
 
-    system: "Bundle"
+    system: Any
     blend: Blend
     seed: int = 0
     threshold: float = 0.01
     max_context: int = 4096
     own_evidence: bool = False
-    data: bytes = b""
+    ids: list[int] = field(default_factory=list)
     own: list[bool] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+    data: bytes = b""
     turns: int = 0
 
-    def say(self, text: str, most: int, stop: bytes | None, temperature: float | None) -> dict[str, Any]:
-        new = text.encode()
-        room = self.max_context - len(new) - most
+    def say(self, text: str, most: int, stop: str | None, temperature: float | None) -> dict[str, Any]:
+        tokenizer = self.system.tokenizer
+        new = tokenizer.tokenize(text, begin=False)
+        room = self.max_context - len(new.ids) - most
         forgotten = 0
-        if len(self.data) > room:
+        if len(self.ids) > room:
             forgotten = self.forgotten(min(self.max_context // 2, room))
-            self.data, self.own = self.data[forgotten:], self.own[forgotten:]
-        self.data, self.own = self.data + new, self.own + [False] * len(new)
+            at = [*self.spans, (len(self.data), 0)][forgotten][0]
+            self.ids, self.own, self.data = self.ids[forgotten:], self.own[forgotten:], self.data[at:]
+            self.spans = [(start - at, end - at) for start, end in self.spans[forgotten:]]
+        self.add(new.ids, new.spans, text.encode(), own=False)
         seeds = row_seeds(self.seed + 2 * self.turns, [self.data])
         posterior = self.system.dispatcher.posterior(self.evidence(), draws=64, seed=seeds)
         given = self.blend.particles(posterior)
@@ -73,25 +83,32 @@ class SlowChat:
         if adapted:
             self.begin(given)
         else:
-            start = len(self.data) - len(new)
-            after = self.after(self.weights, self.data)
-            for t in range(start, len(self.data)):
-                self.joint = self.updated(self.joint, after[:, t, self.data[t]])
+            after = self.after(self.weights, self.ids)
+            for t in range(len(self.ids) - len(new.ids), len(self.ids)):
+                self.joint = self.updated(self.joint, after[:, t, self.ids[t]])
         heard, weights = self.joint, self.joint.sum(0) @ self.weights
         rng = row_generators(self.seed + 2 * self.turns + 1, [self.data])[0]
-        found: dict[str, Any] = {"text": b"", "log_p": [], "entropy": [], "information": []}
-        for _ in range(most):
-            after = self.after(self.weights, self.data)[:, -1]
+        stream = tokenizer.stream([*tokenizer.tokenize("").ids, *self.ids])
+        found: dict[str, Any] = {"text": "", "ids": [], "log_p": [], "entropy": [], "information": []}
+        for n in range(most):
+            after = self.after(self.weights, self.ids)[:, -1]
             v = self.joint.sum(0)
             mixture = v @ after
-            token = self.chosen(mixture[:256], temperature, rng)
+            token = self.chosen(mixture * tokenizer.continues.numpy(), temperature, rng)
+            found["ids"].append(token)
             found["log_p"].append(np.log(mixture[token]))
             found["entropy"].append(-(mixture * np.log(mixture)).sum())
             found["information"].append((v[:, None] * after * np.log(after / mixture)).sum())
             self.joint = self.updated(self.joint, after[:, token])
-            self.data, self.own = self.data + bytes([token]), [*self.own, True]
-            found["text"] += bytes([token])
-            if stop is not None and found["text"].endswith(stop):
+            ended = token in tokenizer.ends
+            piece = ("" if ended else stream.add(token)) + (stream.end() if ended or n == most - 1 else "")
+            whole = found["text"] + piece
+            if stop is not None and stop in whole:
+                whole, ended = whole[: whole.index(stop) + len(stop)], True
+            piece, found["text"] = whole[len(found["text"]) :], whole
+            said = bytes([token]) if isinstance(tokenizer, ByteTokenizer) else piece.encode()
+            self.add([token], [(0, len(said))], said, own=True)
+            if ended:
                 break
         if not self.own_evidence:
             self.joint = heard
@@ -104,38 +121,46 @@ class SlowChat:
             "forgotten": forgotten,
         }
 
+    def add(self, ids: Any, spans: Any, data: bytes, own: bool) -> None:
+        self.ids, self.own = [*self.ids, *ids], [*self.own, *[own] * len(ids)]
+        self.spans = [*self.spans, *((len(self.data) + start, len(self.data) + end) for start, end in spans)]
+        self.data += data
+
     def forgotten(self, most: int) -> int:
-        start = len(self.data) - most
+        start = len(self.ids) - most
         for place in range(start, start + most // 2 + 1):
-            if self.data[place - 1 : place] == b"\n":
+            at = [*self.spans, (len(self.data), 0)][place][0]
+            if self.data[at - 1 : at] == b"\n" and at < [*self.spans, (0, at + 1)][place][1]:
                 return place
-        while start < len(self.data) and 0x80 <= self.data[start] < 0xC0:
+        while start < len(self.ids) and self.data[self.spans[start][0]] & 0xC0 == 0x80:
             start += 1
         return start
 
     def evidence(self) -> Evidence:
-        model, block = self.system.model, cut_of(self.system).block
-        ids, user = torch.tensor([[256, *self.data]]), np.flatnonzero(~np.array(self.own))
-        counts = class_counts(bytes(self.data[t] for t in user))[None]
-        lengths = np.array([float(len(user))])
+        model, block, begin = self.system.model, cut_of(self.system), self.system.tokenizer.tokenize("").ids
+        user = np.flatnonzero(~np.array(self.own))
+        said = Tokens(tuple(self.ids[t] for t in user), tuple(self.spans[t] for t in user))
+        counts = class_counts(self.data, said)[None]
+        lengths = np.array([float(len({place for span in said.spans for place in range(*span)}))])
         with torch.no_grad():
-            if block:
-                hidden = model.below(block, ids)[0, 1:][user].numpy()
-                return Evidence({"hidden": hidden.mean(0)[None], "counts": counts}, lengths)
-            output = model(ids)
-        hidden, log_p = output.hidden[0, 1:][user].numpy(), output.logits[0].log_softmax(-1).numpy()
-        nll = -np.mean([log_p[t, self.data[t]] for t in user])
+            session = model.open(1, 1 + len(self.ids), blocks=range(block or model.depth))
+            read = session.read(torch.tensor([[*begin, *self.ids]]), own=not block)
+        hidden = read.hidden[0, 1:][user].numpy()
+        if block:
+            return Evidence({"hidden": hidden.mean(0)[None], "counts": counts}, lengths)
+        nll = -float(read.own[0, 1:][user].mean())
         spread = np.square(hidden - hidden.mean(0)).sum(1).mean()
         residual = np.log(max(spread, 0.01 * np.square(hidden).sum(1).mean()))
         views = {"hidden": hidden.mean(0)[None], "counts": counts, "surprise": np.array([[nll, residual]])}
         return Evidence(views, lengths)
 
-    def after(self, weights: np.ndarray, data: bytes) -> np.ndarray:
+    def after(self, weights: np.ndarray, ids: list[int]) -> np.ndarray:
         """(S, 1 + T, V) probabilities under each particle."""
-        ids = torch.tensor([[256, *data]]).repeat(len(weights), 1)
-        adaptation = self.system.experts.blend(torch.tensor(weights))
+        read = torch.tensor([[*self.system.tokenizer.tokenize("").ids, *ids]]).repeat(len(weights), 1)
+        adaptation = self.system.experts.blend_rows(torch.tensor(weights))
         with torch.no_grad():
-            return self.system.model(ids, adaptation=adaptation).logits.softmax(-1).numpy()
+            session = self.system.model.open(len(weights), read.shape[1], adaptation)
+            return session.read(read, tail=read.shape[1]).after.exp().numpy()
 
     def prior(self, given: Any) -> None:
         self.weights, self.target = given.weights[0], given.mass[0]
@@ -150,24 +175,24 @@ class SlowChat:
     def begin(self, given: Any) -> None:
         """New particles, filtered by the user's bytes."""
         self.prior(given)
-        after = self.after(self.weights, self.data)
+        after = self.after(self.weights, self.ids)
         for t in np.flatnonzero(~np.array(self.own)):
-            self.joint = self.updated(self.joint, after[:, t, self.data[t]])
+            self.joint = self.updated(self.joint, after[:, t, self.ids[t]])
         if given.refined:
             self.weights = (self.joint.sum(0) @ self.weights)[None]
             self.target, self.rates, self.joint = np.ones(1), np.zeros((1, 1)), np.ones((1, 1))
 
     def divergence(self, given: Any) -> float:
-        """Of the candidates from what runs, on the last 64 bytes, both from their priors."""
-        window = SlowChat(self.system, self.blend, data=self.data[-64:], own=self.own[-64:])
+        """Of the candidates from what runs, on the last 64 tokens, both from their priors."""
+        window = SlowChat(self.system, self.blend, ids=self.ids[-64:], own=self.own[-64:])
         window.weights, window.target, window.rates = self.weights, self.target, self.rates
         window.joint = np.tile(self.target, (len(self.rates), 1)) / len(self.rates)
-        after = self.after(self.weights, window.data)
+        after = self.after(self.weights, window.ids)
         for t in np.flatnonzero(~np.array(window.own)):
-            window.joint = window.updated(window.joint, after[:, t, window.data[t]])
+            window.joint = window.updated(window.joint, after[:, t, window.ids[t]])
         q = np.einsum("s,stv->tv", window.joint.sum(0), after)
         window.begin(given)
-        p = np.einsum("s,stv->tv", window.joint.sum(0), self.after(window.weights, window.data))
+        p = np.einsum("s,stv->tv", window.joint.sum(0), self.after(window.weights, window.ids))
         return float((p * np.log(p / q)).sum(1)[1:].mean())
 
     @staticmethod
@@ -181,8 +206,7 @@ class SlowChat:
 
 
 def assert_turn(turn: "Turn", slow: dict[str, Any]) -> None:
-    assert bytes(turn.token_ids.tolist()) == slow["text"]
-    assert turn.text == slow["text"].decode(errors="replace")
+    assert (turn.token_ids.tolist(), turn.text) == (slow["ids"], slow["text"])
     assert (turn.adapted, turn.forgotten) == (slow["adapted"], slow["forgotten"])
     pairs = [
         (turn.log_probabilities, slow["log_p"]),
@@ -204,6 +228,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("bundle64", {"blend": UNMERGED, "threshold": float("inf"), "max_context": 32}),
     ("cut64", {"blend": UNMERGED, "threshold": 0.01, "max_context": 32}),
     ("embedded64", {"blend": RefinedMean(6), "threshold": float("inf")}),
+    ("llama64", {"blend": UNMERGED, "threshold": 0.05}),
+    ("llama64", {"blend": RefinedMean(6), "threshold": 0.02, "max_context": 32}),
 ]
 
 
@@ -216,8 +242,9 @@ def test_a_chat_is_what_recomputing_gives(request: pytest.FixtureRequest, name: 
         temperature = None if n == 1 else 2.0
         drawn = {} if temperature is None else {"do_sample": True, "temperature": temperature}
         turn = chat.say(text, 7, stop="e", **drawn)
-        assert_turn(turn, slow.say(text, 7, b"e", temperature))
-        assert (chat.transcript.data, chat.transcript.own.tolist()) == (slow.data, slow.own)
+        assert_turn(turn, slow.say(text, 7, "e", temperature))
+        assert (chat.transcript.ids.tolist(), chat.transcript.own.tolist()) == (slow.ids, slow.own)
+        assert chat.transcript.data == slow.data
         found.append(turn)
     adapted = [turn.adapted for turn in found]
     assert all(adapted) if given["threshold"] == 0 else not all(adapted)
@@ -346,7 +373,7 @@ def test_bad_turns_change_nothing(cut64: "Bundle", monkeypatch: pytest.MonkeyPat
     chat.say(SAID[0], 4)
     untouched.say(SAID[0], 4)
     cases: list[tuple[Any, dict[str, Any], type[BayesDispatchError], str]] = [
-        ("", {}, PromptError, "expected a turn of 1 to 60 bytes.*got 0"),
+        ("", {}, PromptError, "expected a turn of 1 to 60 tokens.*got 0"),
         ("a" * 61, {}, PromptError, "got 61"),
         (b"a\xff", {}, PromptError, "expected UTF-8 text, got byte 0xff at position 1"),
         ("\ud800", {}, PromptError, "lone surrogate"),
@@ -361,7 +388,7 @@ def test_bad_turns_change_nothing(cut64: "Bundle", monkeypatch: pytest.MonkeyPat
         chat.say("a", 0)
     nans: list[tuple[str, type[BayesDispatchError], str]] = [
         ("below", EvidenceError, "expected finite numbers in 'hidden', got nan"),
-        ("above", TensorError, "expected finite log-probabilities from the model, got NaN"),
+        ("upper", TensorError, "expected finite log-probabilities from the model, got NaN"),
     ]
     for part, error, message in nans:
         run = getattr(MambaFormerForCausalLM, part)
@@ -381,18 +408,18 @@ def test_an_interrupted_turn_changes_nothing(cut64: "Bundle", monkeypatch: pytes
     chat, untouched = (generator.chat(blend=UNMERGED) for _ in range(2))
     for each in (chat, untouched):
         each.say(SAID[0], 4)
-    above = MambaFormerForCausalLM.above
+    upper = MambaFormerForCausalLM.upper
     for stop_at in (0, 1, 3):
         calls = iter(range(100))
 
         def interrupted(*given: Any, _calls: Any = calls, _at: int = stop_at, **named: Any) -> Any:
-            found = above(*given, **named)
+            found = upper(*given, **named)
             if next(_calls) == _at:
                 raise KeyboardInterrupt
             return found
 
         with monkeypatch.context() as patch:
-            patch.setattr(MambaFormerForCausalLM, "above", interrupted)
+            patch.setattr(MambaFormerForCausalLM, "upper", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 chat.say(SAID[2], 6, stop=None)
     lines = iter(range(100))
@@ -428,12 +455,10 @@ def test_settings_are_checked(bundle: "Bundle", unchecked: None) -> None:
 
 
 def test_evidence_of_one_turn_is_the_first_pass(bundle64: "Bundle", cut64: "Bundle") -> None:
-    from bayes_dispatch.inference.chat.conversation import Conversation
-    from bayes_dispatch.inference.chat.state import Transcript
-
-    text = Transcript.empty().followed_by((SAID[0] * 30).encode(), own=False)
+    words = bundle64.tokenizer.tokenize(SAID[0] * 30, begin=False)
+    text = Transcript.empty().followed_by(words.ids, words.spans, (SAID[0] * 30).encode(), user=True)
     for system, block in ((cut64, 1), (bundle64, 0)):
-        conversation = Conversation(system, cut_of(system), 500)
+        conversation = Conversation(system, cut_of(system), (256,), 500)
         expected = first_pass(system.model, system.tokenizer, [text.data], block=block).evidence
         with torch.no_grad():
             conversation.read(text)
@@ -443,30 +468,40 @@ def test_evidence_of_one_turn_is_the_first_pass(bundle64: "Bundle", cut64: "Bund
             np.testing.assert_allclose(found.views[name], view, rtol=0, atol=1e-10)
 
 
-class Plain:
-    """A backbone that cannot be cut, as other libraries' are."""
-
-    def __init__(self, model: MambaFormerForCausalLM) -> None:
-        self._model, self.dtype = model, model.dtype
-
-    def __call__(self, input_ids: torch.Tensor, **given: Any) -> Any:
-        return self._model(input_ids, **given)
-
-    def init_cache(self, batch_size: int, max_length: int) -> Any:
-        return self._model.init_cache(batch_size, max_length)
-
-    def adaptable(self) -> dict[str, int]:
-        return self._model.adaptable()
-
-    def fingerprint(self) -> str:
-        return self._model.fingerprint()
+TEMPLATE = (
+    "<s>{% if messages[0]['role'] != 'system' %}[system]\nBe kind.</s>{% endif %}"
+    "{% for m in messages %}[{{ m['role'] }}]\n{{ m['content'] | trim }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]\n{% endif %}"
+)
 
 
-def test_a_model_that_cannot_be_cut(bundle64: "Bundle") -> None:
-    parts = {name: getattr(bundle64, name) for name in ("tokenizer", "experts", "dispatcher")}
-    system: Any = SimpleNamespace(model=Plain(bundle64.model), **parts)
-    chats = [TwoPassGenerator(each).chat(blend=UNMERGED, max_context=40) for each in (system, bundle64)]
-    for text in SAID:
-        one, other = (chat.say(text, 5, stop=None) for chat in chats)
-        assert (one.text, one.adapted, one.cost) == (other.text, other.adapted, other.cost)
-        np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-9)
+@pytest.fixture
+def templated(llama64: SimpleNamespace) -> SimpleNamespace:
+    """The same, with a template of chats that has a system's words first."""
+    from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
+    from tests.tiny import tiny_tokenizer
+
+    inner = tiny_tokenizer()
+    inner.chat_template = TEMPLATE
+    tokenizer = TransformersTokenizer(inner, llama64.model.vocab_size, [2])
+    return SimpleNamespace(**{**vars(llama64), "tokenizer": tokenizer})
+
+
+def test_a_template_stands_around_turns(templated: SimpleNamespace) -> None:
+    """As in the template's own conversation, in which a reply ends; the user's words are never special tokens."""
+    inner, form = templated.tokenizer.inner, Form.of(templated.tokenizer)
+    chat, expected = TwoPassGenerator(templated).chat(blend=UNMERGED, seed=1), []
+    for text in ("ab the", "12</s>", " a\n"):
+        turn = chat.say(text, 40, do_sample=True, temperature=9.0)
+        said, own = chat.transcript, turn.token_ids.tolist()
+        words = templated.tokenizer.tokenize(text, begin=False).ids
+        start, closing = len(expected), [2] if expected and expected[-1] != 2 else []
+        expected += [*closing, *inner.encode("[user]\n")[1:], *words, *inner.encode("</s>[assistant]\n")[1:], *own]
+        assert said.ids.tolist() == expected
+        assert said.said[0].endswith(text.encode())
+        assert 2 not in [*said.ids[said.user], *own[:-1]]
+    first = inner.apply_chat_template([{"role": "user", "content": "ab the"}], add_generation_prompt=True)["input_ids"]
+    assert [*form.begin, *expected][: len(first)] == first
+    assert said.last(len(said) - start + 9).ids.tolist() == expected[start:]  # what is forgotten ends with a reply
+    ended = Transcript.empty().followed_by((5, 2), [(0, 1), (1, 1)], b"a", own=True)
+    assert form.heard(ended, b"", Tokens((), ())).ids.tolist()[:4] == [5, 2, *inner.encode("[u")[1:]]

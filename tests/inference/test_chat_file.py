@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference.chat import chat as chat_module
 from bayes_dispatch.inference.generator import TwoPassGenerator
@@ -61,10 +63,12 @@ def test_a_blend_of_numpy_numbers(cut64: "Bundle", tmp_path: Path) -> None:
     assert resumed.settings.blend == FixedWeights((0.25, 0.75, 0.0, 0.0))
 
 
-@pytest.mark.parametrize("blend", BLENDS, ids=repr)
-def test_a_resumed_chat_goes_on_as_it_would_have(cut64: "Bundle", blend: Blend, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "blend"), [("llama64", BLENDS[0]), *(("cut64", blend) for blend in BLENDS)], ids=repr)
+def test_a_resumed_chat_goes_on_as_it_would_have(
+    request: pytest.FixtureRequest, name: str, blend: Blend, tmp_path: Path
+) -> None:
     """Resumed before every turn, with merged and forgotten parts."""
-    generator, file = TwoPassGenerator(cut64), tmp_path / "new" / "chat"
+    generator, file = TwoPassGenerator(request.getfixturevalue(name)), tmp_path / "new" / "chat"
     given: dict[str, Any] = {"do_sample": True, "temperature": 2.0, "stop": None}
     settings: dict[str, Any] = {"seed": 3, "threshold": 0.02, "max_context": 50, "own_evidence": True}
     whole = generator.chat(blend=blend, **settings)
@@ -78,7 +82,8 @@ def test_a_resumed_chat_goes_on_as_it_would_have(cut64: "Bundle", blend: Blend, 
         np.testing.assert_allclose(turns[0].log_probabilities, turns[1].log_probabilities, atol=1e-9)
         np.testing.assert_allclose(turns[0].weights, turns[1].weights, atol=1e-9)
         assert resumed.transcript.data == whole.transcript.data
-        np.testing.assert_array_equal(resumed.transcript.own, whole.transcript.own)
+        for each in ("ids", "own", "user", "spans"):
+            np.testing.assert_array_equal(getattr(resumed.transcript, each), getattr(whole.transcript, each))
     assert sum(generator.resume_chat(file).transcript.own) > 0
 
 
@@ -115,6 +120,11 @@ def test_arrays_that_do_not_fit_are_refused(cut64: "Bundle", saved: Path, monkey
     tensors, header = read_tensors(saved)
     cases: list[tuple[dict[str, Any], dict[str, str]]] = [
         ({"own": tensors["own"][1:]}, {}),
+        ({"own": ~tensors["own"]}, {}),
+        ({"user": tensors["user"].int()}, {}),
+        ({"ids": tensors["ids"] + 250}, {}),
+        ({"spans": tensors["spans"][:, :1]}, {}),
+        ({"spans": tensors["spans"] + 1}, {}),
         ({"rows": 2 * tensors["rows"]}, {}),
         ({"rows": tensors["rows"][:, 1:]}, {}),
         ({"joint": tensors["joint"] * float("nan")}, {}),
@@ -133,6 +143,30 @@ def test_arrays_that_do_not_fit_are_refused(cut64: "Bundle", saved: Path, monkey
     write_tensors(saved, {name: tensor for name, tensor in tensors.items() if name != "rows"}, header)
     with pytest.raises(BundleError, match="KeyError: 'rows'"):
         TwoPassGenerator(cut64).resume_chat(saved)
+
+
+def test_a_file_of_bytes(cut64: "Bundle", llama64: Any, saved: Path) -> None:
+    """As they were before: read where tokens are bytes."""
+    tensors, header = read_tensors(saved)
+    before = TwoPassGenerator(cut64).resume_chat(saved)
+    old = {name: tensor for name, tensor in tensors.items() if name not in ("ids", "user", "spans")}
+    write_tensors(saved, old, header | {"format": "bayes-dispatch chat 1"})
+    one = TwoPassGenerator(cut64).resume_chat(saved)
+    assert one.say(SAID[1], 4).token_ids.tolist() == before.say(SAID[1], 4).token_ids.tolist()
+    write_tensors(saved, old, header | {"format": "bayes-dispatch chat 1"})
+    with pytest.raises(BundleError, match="expected a file of format 'bayes-dispatch chat 2' in"):
+        TwoPassGenerator(llama64).resume_chat(saved)
+
+
+def test_other_adapters_are_refused(llama64: Any, tmp_path: Path) -> None:
+    TwoPassGenerator(llama64).chat(blend=TopK()).save(tmp_path / "chat")
+    moved = [
+        LoraExpert(e.name, {m: (down, up + 0.1) for m, (down, up) in e.factors.items()}, e.base)
+        for e in llama64.experts.values()
+    ]
+    other = SimpleNamespace(**{**vars(llama64), "experts": ExpertBank(moved)})
+    with pytest.raises(BundleError, match="expected a chat with scales "):
+        TwoPassGenerator(other).resume_chat(tmp_path / "chat")
 
 
 def test_foreign_files_are_refused(cut64: "Bundle", bundle: "Bundle", saved: Path, make_model: Any) -> None:

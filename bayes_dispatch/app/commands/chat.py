@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -43,16 +44,24 @@ def chat(
     threshold: Annotated[
         float | None,
         typer.Option(
-            help="Choose the experts anew once what you said changes the predictions by more nats a byte than this; "
+            help="Choose the experts anew once what you said changes the predictions by more nats a token than this; "
             "0: after every line; default: .01."
         ),
     ] = None,
     max_context: Annotated[
-        int | None, typer.Option(min=2, help="Bytes of the conversation that are remembered; default: 4096.")
+        int | None,
+        typer.Option(
+            min=2, help="Tokens of the conversation that are remembered; default: 4096, or what the model can read."
+        ),
     ] = None,
     escapes: Annotated[bool, typer.Option("--escapes", help=r"Read \n in lines and --stop as a newline.")] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most bytes of a reply.")] = 64,
-    stop: Annotated[str, typer.Option(help="A reply ends with it; default: a newline.", show_default=False)] = "\n",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")] = 64,
+    stop: Annotated[
+        str | None,
+        typer.Option(
+            help="A reply ends with it; default: a newline, or the end of a turn of the model's chat template."
+        ),
+    ] = None,
     sample: SampleOption = False,
     temperature: TemperatureOption = None,
     seed: Annotated[int | None, typer.Option(min=0, help=SEED_HELP)] = None,
@@ -60,7 +69,7 @@ def chat(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document a turn, each on a line.")] = False,
     bundle: BundleOption = None,
 ) -> None:
-    """Reply to each line of stdin; the model goes on right after its last byte. Empty lines are skipped."""
+    """Reply to each line of stdin, right after it or as the model's chat template says. Empty lines are skipped."""
     from bayes_dispatch.inference.two_pass.blends import as_blend
     from bayes_dispatch.inference.two_pass.prompts import Writing
 
@@ -70,8 +79,8 @@ def chat(
     refuse_unused("--show-experts", show_experts, not as_json, "without --json, which always has them", "both")
     temperature = 1.0 if temperature is None else temperature
     chosen = as_blend(named)
-    ending = typed(stop, escapes)
-    Writing.of(max_new_tokens, sample, temperature, ending)
+    ending = ... if stop is None else typed(stop, escapes)
+    Writing.of(max_new_tokens, sample, temperature, None if isinstance(ending, EllipsisType) else ending)
     from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.inference.generator import TwoPassGenerator
 

@@ -88,10 +88,10 @@ def test_what_is_shown(talk: Talk) -> None:
     ("told", "arguments", "message"),
     [
         (b"ab\xff>\n", (), "expected UTF-8 text, got byte 0xff at position 2"),
-        (b"a" * 60 + b"\n", ("--max-context", "64"), "expected a turn of 1 to 59 bytes"),
+        (b"a" * 60 + b"\n", ("--max-context", "64"), "expected a turn of 1 to 59 tokens"),
         (b"", ("--stop", ""), "expected stop to be a text of at least one byte"),
         (b"", ("--threshold", "-1"), "expected threshold to be a finite number ≥ 0, got -1.0"),
-        (b"", ("--max-context", "5"), "expected max_new_tokens of less than max_context, 5 bytes, got 5"),
+        (b"", ("--max-context", "5"), "expected max_new_tokens of less than max_context, 5 tokens, got 5"),
         (b"", ("--blending-mode", "none"), "expected a blend of best_expert"),
         (b"", ("--sample", "--temperature", "0"), "expected temperature to be a finite number > 0, got 0.0"),
         (b"", ("--state", "."), "expected a readable file ., got: Is a directory"),
