@@ -1,5 +1,7 @@
 """The public names, for type checkers and for ``lazy_loader``, which reads them here: the only list of them."""
 
+from .app.build import BuildSettings as BuildSettings
+from .app.build import build_bundle as build_bundle
 from .app.bundle import Bundle as Bundle
 from .app.bundle import load_bundle as load_bundle
 from .checks.coverage import Coverage as Coverage

@@ -10,21 +10,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_evidence
 from bayes_dispatch.dispatcher.gate import Gate
-from bayes_dispatch.errors import BundleError, ConfigError
+from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.model.backbone import Backbone, Tokenizer
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.storage import CLUTTER, read_json, save_directory, saved_at, write_json
 
-__all__ = ["SHIPPED", "Bundle", "load_bundle"]
+__all__ = ["SHIPPED", "Bundle", "load_bundle", "transformers_backbone"]
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
 PARTS = ("model/", "experts/", "dispatcher/", "gate/")
 BASE_FILE = "base.json"  # refers to a model of the transformers library
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 FORMAT = 1
 
 
@@ -163,14 +166,29 @@ def _base_model(directory: Path, files: set[str], device: str, dtype: str | None
     reference = read_json(directory / BASE_FILE)
     if not isinstance(reference, dict) or not all(isinstance(reference.get(key), str) for key in ("path", "dtype")):
         raise BundleError(f"expected a base model's path and dtype in {directory / BASE_FILE}, got {reference!r:.80}")
+    found = transformers_backbone(reference["path"], device=device, dtype=reference["dtype"], cast=dtype)
+    if found.fingerprint() != reference.get("fingerprint"):
+        raise ForeignExpertError(
+            f"expected the base model {reference.get('fingerprint')} in {reference['path']}, got {found.fingerprint()}"
+        )
+    return found
+
+
+def transformers_backbone(path: str, *, device: str, dtype: str, cast: str | None = None) -> Backbone:
+    """A model of the transformers library: see ``TransformersBackbone.load``, and ``cast``.
+
+    Raises:
+        ConfigError: the library is not installed, a dtype that is none, or what cannot be loaded.
+    """
     try:
         from bayes_dispatch.model.transformers.backbone import TransformersBackbone
-    except ImportError as error:
-        raise BundleError(
-            f"expected the transformers library for the base model {reference['path']}, got none: "
-            f"pip install 'bayes-dispatch[hf]' ({error})"
-        ) from None
-    return TransformersBackbone.load(reference["path"], dtype=dtype or reference["dtype"], device=device)
+    except ImportError:
+        raise ConfigError(f"expected transformers for {path}: pip install 'bayes-dispatch[hf]', got none") from None
+    for asked in {dtype, cast or dtype}:
+        if asked not in DTYPES:
+            raise ConfigError(f"expected a dtype of {', '.join(DTYPES)}, got {asked!r}")
+    found = TransformersBackbone.load(path, dtype=dtype, device=device)
+    return found if cast in (None, "auto", dtype) else found.cast(getattr(torch, cast))
 
 
 def _files(directory: Path) -> list[Path]:

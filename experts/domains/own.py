@@ -29,6 +29,7 @@ __all__ = [
     "read_jsonl",
     "read_prompts",
     "read_text",
+    "read_utf8",
 ]
 
 Reward = Callable[[str, str], float]
@@ -221,7 +222,7 @@ def read_examples(path: Path) -> dict[str | None, list[str]]:
         ConfigError: the file is missing, no UTF-8, empty, or a line is no such object.
     """
     found: dict[str | None, list[str]] = {}
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    for number, line in enumerate(read_utf8(path).splitlines(), 1):
         if not line.strip():
             continue
         expected = f'expected {{"expert": …, "text": …}} in line {number} of {path}'
@@ -246,7 +247,7 @@ def read_text(name: str, path: Path) -> OwnText:
     Raises:
         ConfigError: it is missing, no UTF-8, or too short.
     """
-    return OwnText(name, _read(path))
+    return OwnText(name, read_utf8(path))
 
 
 def read_prompts(name: str, path: Path, longest: int) -> OwnPrompts:
@@ -255,7 +256,7 @@ def read_prompts(name: str, path: Path, longest: int) -> OwnPrompts:
     Raises:
         ConfigError: it is missing, no UTF-8, or has too few, or one too long.
     """
-    lines = _read(path).replace("\r\n", "\n").split("\n")
+    lines = read_utf8(path).replace("\r\n", "\n").split("\n")
     for number, line in enumerate(lines, 1):
         _check_length(path, number, line, longest)
     return OwnPrompts(name, tuple(line for line in lines if line.strip()))
@@ -272,7 +273,7 @@ def read_jsonl(name: str, path: Path, longest: int) -> OwnPairs | OwnPrompts:
     """
     prompts: list[str] = []
     answers: list[str] = []
-    for number, line in enumerate(_read(path).split("\n"), 1):
+    for number, line in enumerate(read_utf8(path).split("\n"), 1):
         if not line.strip():
             continue
         prompt, answer = _pair(path, number, line)
@@ -308,7 +309,7 @@ def _pair(path: Path, number: int, line: str) -> tuple[str, str | None]:
     return found["prompt"], answer
 
 
-def _read(path: Path) -> str:
+def read_utf8(path: Path) -> str:
     try:
         data = path.read_bytes()
         text = utf8(data).decode("utf-8-sig")

@@ -1,6 +1,5 @@
 """Any causal language model of the transformers library as a ``Backbone``."""
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of
+from bayes_dispatch.model.mambaformer.fingerprint import Fingerprint
 from bayes_dispatch.model.transformers.parts import ModelParts
 from bayes_dispatch.model.transformers.session import LOGITS_AT_ONCE, TransformersSession
 from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
@@ -48,6 +48,7 @@ class TransformersBackbone:
         ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
         self.tokenizer = TransformersTokenizer(tokenizer, self.vocab_size, [*ends, *_ends(tokenizer)])
         self._factors: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._fingerprint, self._cast_from = Fingerprint(), ""
         self._called = self._probe_calls()
         self.parts.continues, self.cuts = self._probe_reading()
 
@@ -100,12 +101,19 @@ class TransformersBackbone:
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def fingerprint(self) -> str:
-        """A hash of all weights: equal for equal weights only."""
-        digest = hashlib.blake2b(digest_size=16)
-        for name, tensor in self.model.state_dict().items():
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        """A hash of all weights in float32: equal for equal weights only.
+
+        A model that was cast after it was loaded has that of the weights that it was loaded with.
+        """
+        return self._cast_from or self._fingerprint.of(self.model)
+
+    def cast(self, dtype: torch.dtype) -> "TransformersBackbone":
+        """The same model in another dtype, which keeps its fingerprint: experts of the one are experts of the other."""
+        before = self.fingerprint()
+        nn.Module.to(self.model, dtype)
+        twin = TransformersBackbone(self.model, self.tokenizer.inner, self.name)
+        twin._cast_from = before
+        return twin
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(out, in) of each matrix that a delta may be added to, in order; an embedding is (width, tokens)."""

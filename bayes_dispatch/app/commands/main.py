@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from bayes_dispatch.app.commands.build import build
 from bayes_dispatch.app.commands.chat import chat
 from bayes_dispatch.app.commands.compare import compare
 from bayes_dispatch.app.commands.experts import experts
@@ -41,6 +42,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(experts, name="experts")
+app.command()(build)
 app.command()(compare)
 app.command()(chat)
 

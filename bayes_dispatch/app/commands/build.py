@@ -1,0 +1,105 @@
+"""``bayes-dispatch build``: a bundle of a transformers model, LoRA adapters and examples."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bayes_dispatch.app.commands.terminal import JsonOption, SeedOption, check_new_output, print_json, refuse_unused
+from bayes_dispatch.errors import ConfigError
+
+__all__ = ["build"]
+
+PASSAGE = 800  # bytes of the passages that a text file is cut into, about
+
+
+def build(
+    model: Annotated[str, typer.Option(help="Directory of a causal language model of transformers, or a hub name.")],
+    adapter: Annotated[list[str], typer.Option(help="NAME=DIRECTORY of a LoRA adapter of PEFT. Repeatable.")],
+    out: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
+    examples: Annotated[
+        Path | None,
+        typer.Option(
+            help='Lines of {"expert": NAME, "text": …}; NAME may be "base", or left out where nobody knows. Without '
+            "examples the dispatcher is flat: each prompt's own tokens tell what it needs."
+        ),
+    ] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: a text of that expert, cut into examples. Repeatable.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of the weights: float32, bfloat16, or auto as they are stored.")] = "auto",
+    prompts: Annotated[
+        int | None, typer.Option(min=8, help="Prompts of each expert that are cut from the examples; default: 60.")
+    ] = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a bundle of your own model and adapters.
+
+    What takes long is kept in OUT.work, so that a run that was stopped goes on; delete it when all is done.
+    """
+    given = examples is not None or bool(text)
+    refuse_unused("--prompts", prompts, given, "with --examples or --text")
+    check_new_output(out, "bundle.json")
+    adapters = _named(adapter, "--adapter")
+    from bayes_dispatch.app.build import BuildSettings, build_bundle
+    from bayes_dispatch.app.bundle import transformers_backbone
+    from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.experts.domains.own import read_examples
+
+    texts: dict[str | None, list[str]] = {} if examples is None else read_examples(examples)
+    for name, file in _named(text or (), "--text").items():
+        texts.setdefault(name, []).extend(_passages(Path(file)))
+    backbone = transformers_backbone(model, device=device, dtype=dtype)
+    bank = ExpertBank.from_peft(backbone, adapters)
+    settings = BuildSettings(seed=seed) if prompts is None else BuildSettings(seed=seed, pure_prompts=prompts)
+    bundle = build_bundle(
+        backbone,
+        bank,
+        {name: own for name, own in texts.items() if name is not None} if given else None,
+        unlabelled=texts.get(None, ()),
+        settings=settings,
+        out=out,
+        progress=True,
+        announce=lambda line: print(f"bayes-dispatch: {line}", file=sys.stderr),
+    )
+    if as_json:
+        return print_json({"out": str(out), "experts": list(bank.names), "report": dict(bundle.report)})
+    print(f"wrote {out}: {', '.join(bank.names)} over {model}")
+    if "calibration" in bundle.report:
+        found = bundle.report["calibration"]
+        print(
+            f"of {found['prompts']} held-out prompts {found['accuracy']:.1%} go to their expert; "
+            f"calibration error {found['expected_calibration_error']:.3f}"
+        )
+        for name, gain in bundle.report["gains"].items():
+            print(f"  {name}: {gain['gain']:+.3f} nats a byte over base on its held-out examples")
+
+
+def _named(given: Sequence[str], option: str) -> dict[str, str]:
+    """``NAME=PATH`` pairs; no name twice."""
+    found: dict[str, str] = {}
+    for each in given:
+        name, _, path = each.partition("=")
+        if not name or not path:
+            raise ConfigError(f"expected {option} NAME=PATH, got {each!r}")
+        if name in found:
+            raise ConfigError(f"expected one {option} of each name, got two of {name}")
+        found[name] = path
+    return found
+
+
+def _passages(path: Path) -> list[str]:
+    """A text in passages of whole lines."""
+    from bayes_dispatch.experts.domains.own import read_utf8
+
+    passages, passage = [], ""
+    for line in read_utf8(path).splitlines(keepends=True):
+        passage += line
+        if len(passage.encode()) >= PASSAGE:
+            passages.append(passage)
+            passage = ""
+    return [text for text in [*passages, passage] if text.strip()]

@@ -1,0 +1,172 @@
+"""A bundle of a tiny transformers model, adapters and examples: it routes held-out prompts, writes, and is read again.
+
+Bad input is one line, and nothing is left half-written.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import bayes_dispatch as bd
+from bayes_dispatch.app.build import BuildSettings, build_bundle
+from bayes_dispatch.app.bundle import load_bundle
+from bayes_dispatch.app.commands.main import main
+from bayes_dispatch.dispatcher.fitting.svi import SVISettings
+from bayes_dispatch.dispatcher.guide.guides import GuideSettings
+from bayes_dispatch.errors import BayesDispatchError, ConfigError, ForeignExpertError
+from bayes_dispatch.experts.domains.own import read_examples
+from bayes_dispatch.model.transformers.backbone import TransformersBackbone
+from tests.tiny import tiny_adapter, tiny_model, tiny_tokenizer
+
+SMALL = BuildSettings(
+    prompt_lengths=(12, 60),
+    pure_prompts=16,
+    mixed_prompts=12,
+    gate_prompts=24,
+    svi=SVISettings(steps=60),
+    guide=GuideSettings(hidden=16, simulations=600, steps=80),
+)
+
+
+def texts_of(letters: str, seed: int, count: int = 12) -> list[str]:
+    rng = np.random.default_rng(seed)
+    words = ["".join(rng.choice(list(letters), rng.integers(2, 6))) for _ in range(30)]
+    return [" ".join(rng.choice(words, 14)) + "\n" for _ in range(count)]
+
+
+EXAMPLES = {"low": texts_of("abcdefg", 0), "high": texts_of("QRSTUVW", 1)}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    tiny_model(dtype=torch.float32).save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(EXAMPLES):
+        tiny_adapter(root / name, seed=seed)
+    return {name: root / name for name in EXAMPLES}
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command; what it printed, or its error in one line."""
+
+    def told(*words: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        out, err = capsys.readouterr()
+        return out if not ended.value.code else err.splitlines()[-1]
+
+    return told
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_from_the_command_line_to_text(model: Path, adapters: dict[str, Path], tmp_path: Path, run_cli: Any) -> None:
+    given = [word for name, path in adapters.items() for word in ("--adapter", f"{name}={path}")]
+    out = tmp_path / "bundle"
+    told = run("build", "--model", str(model), *given, "--out", str(out), "--json")
+    assert json.loads(told)["experts"] == ["low", "high"]
+    flat = load_bundle(out)
+    assert flat.dispatcher.views == ()
+    generator = bd.TwoPassGenerator(flat)
+    cached = generator.generate(["abc def", "QRS"], max_new_tokens=4, seed=0, blend="posterior_predictive(5)")
+    slow = generator.generate(
+        ["abc def", "QRS"], max_new_tokens=4, seed=0, blend="posterior_predictive(5)", use_cache=False
+    )
+    np.testing.assert_array_equal(cached.token_ids, slow.token_ids)
+    again = load_bundle(out, model=flat.model)
+    np.testing.assert_array_equal(
+        bd.TwoPassGenerator(again).generate(["abc"], max_new_tokens=3, seed=1).token_ids,
+        generator.generate(["abc"], max_new_tokens=3, seed=1).token_ids,
+    )
+    assert load_bundle(out, dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_dispatcher_of_examples(model: Path, adapters: dict[str, Path], tmp_path: Path) -> None:
+    backbone = TransformersBackbone.load(model)
+    bank = bd.ExpertBank.from_peft(backbone, adapters)
+    told: list[str] = []
+    given: dict[str, Any] = {"settings": SMALL, "unlabelled": ["nobody knows"], "out": tmp_path / "b"}
+    bundle = build_bundle(backbone, bank, EXAMPLES, **given, announce=told.append)
+    assert told == ["evidence", "dispatcher", "held-out examples"]
+    assert bundle.report["calibration"]["accuracy"] > 0.9
+    assert set(bundle.report["gains"]) == set(EXAMPLES)
+    assert bundle.gate is not None
+    found = bd.TwoPassGenerator(load_bundle(tmp_path / "b")).generate(
+        [EXAMPLES["high"][3], EXAMPLES["low"][2]], blend="posterior_mean", max_new_tokens=2, seed=0
+    )
+    assert [found.posterior.experts[k] for k in found.posterior.mean.argmax(1)] == ["high", "low"]
+    again = build_bundle(backbone, bank, EXAMPLES, **given)  # from the stages that are kept
+    np.testing.assert_array_equal(
+        again.dispatcher.predict_proba(bd.first_pass(backbone, backbone.tokenizer, ["abc"]).evidence),
+        bundle.dispatcher.predict_proba(bd.first_pass(backbone, backbone.tokenizer, ["abc"]).evidence),
+    )
+    with pytest.raises(ConfigError, match="got those of others"):
+        build_bundle(backbone, bank, {**EXAMPLES, "low": texts_of("hijk", 3)}, **given)
+    other = TransformersBackbone(tiny_model(dtype=torch.float32, seed=5), tiny_tokenizer())
+    with pytest.raises(ForeignExpertError):
+        load_bundle(tmp_path / "b", model=other)
+    with pytest.raises(ConfigError, match="to refer to, got one without"):
+        bd.Bundle(other, bd.ExpertBank.from_peft(other, adapters), bd.Dispatcher.flat(bank.names)).save(
+            tmp_path / "nameless"
+        )
+    assert not (tmp_path / "nameless").exists()
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ({"low": ["a", "b"]}, "expected examples of every expert, got none of high"),
+        ({**EXAMPLES, "odd": ["a", "b"]}, "expected examples of low, high, base, got some of odd"),
+        ({**EXAMPLES, "low": ["same", "same"]}, "expected at least two different examples of low"),
+    ],
+)
+def test_bad_examples(model: Path, adapters: dict[str, Path], examples: dict[str, list[str]], message: str) -> None:
+    backbone = TransformersBackbone.load(model)
+    with pytest.raises(BayesDispatchError, match=message):
+        build_bundle(backbone, bd.ExpertBank.from_peft(backbone, adapters), examples, settings=SMALL)
+
+
+def test_lines_of_examples(tmp_path: Path) -> None:
+    path = tmp_path / "examples.jsonl"
+    path.write_text('{"expert": "a", "text": "x"}\n\n{"text": "y"}\n{"expert": "a", "text": "z"}\n')
+    assert read_examples(path) == {"a": ["x", "z"], None: ["y"]}
+    for line in ("{", "[1]", '{"expert": 3, "text": "x"}', '{"expert": "a"}', '{"expert": "a", "text": " "}'):
+        path.write_text(line)
+        with pytest.raises(ConfigError, match="in line 1 of"):
+            read_examples(path)
+    path.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="expected UTF-8 text"):
+        read_examples(path)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_words(model: Path, adapters: dict[str, Path], tmp_path: Path, run: Callable[..., str]) -> None:
+    out, low = str(tmp_path / "out"), f"low={adapters['low']}"
+    (tmp_path / "empty").mkdir()
+    for words, message in (
+        (["--model", str(tmp_path / "empty"), "--adapter", low], "expected a model's directory with a config.json"),
+        (["--model", str(model), "--adapter", low, "--adapter", low], "expected one --adapter of each name, got two"),
+        (["--model", str(model), "--adapter", "low"], "expected --adapter NAME=PATH, got 'low'"),
+        (["--model", str(model), "--adapter", low, "--prompts", "9"], "expected --prompts with --examples or --text"),
+        (["--model", str(model), "--adapter", low, "--dtype", "int8"], "expected a dtype of auto, float32"),
+        (["--model", str(model), "--adapter", low, "--device", "cuda"], "there is no CUDA"),
+        (["--model", str(model), "--adapter", f"low={tmp_path / 'empty'}"], "expected a LoRA adapter"),
+        (["--model", str(model), "--adapter", low], "at least two distinct expert names"),
+    ):
+        if "cuda" in words and torch.cuda.is_available():
+            continue
+        assert message in run("build", *words, "--out", out)
+        assert not Path(out).exists()
