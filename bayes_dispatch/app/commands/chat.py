@@ -38,7 +38,7 @@ def chat(
         Path | None,
         typer.Option(help="Written after every turn; a chat that is in it goes on, with the settings it began with."),
     ] = None,
-    blend: Annotated[str | None, typer.Option("--blend", "--blending-mode", help=BLENDS_HELP)] = None,
+    blend: Annotated[str | None, typer.Option(help=BLENDS_HELP)] = None,
     top_k: TopKOption = None,
     draws: DrawsOption = None,
     threshold: Annotated[
@@ -89,15 +89,18 @@ def chat(
     if state is not None and state.exists():
         conversation = generator.resume_chat(state)
         kept = conversation.settings
-        named_blend = chosen.name if (blend, top_k, draws) != (None, None, None) else None
-        asked = {"blend": named_blend, "threshold": threshold, "max_context": max_context, "seed": seed}
-        began = {"blend": kept.blend.name} | {
-            name: getattr(kept, name) for name in ("threshold", "max_context", "seed")
-        }
-        for name, value in asked.items():
-            if value is not None and value != began[name]:
-                option = f"--{name.replace('_', '-')}"
-                raise ConfigError(f"expected {option} {began[name]}, with which the chat in {state} began, got {value}")
+        spelled = "(" in (blend or "")  # with settings; else those that the chat began with
+        kept_name, asked_name = (name if spelled else name.partition("(")[0] for name in (kept.blend.name, chosen.name))
+        for option, value, began in (
+            ("blend", asked_name if blend else None, kept_name),
+            ("draws", draws, getattr(kept.blend, "draws", None)),
+            ("top-k", top_k, getattr(kept.blend, "k", None)),
+            ("threshold", threshold, kept.threshold),
+            ("max-context", max_context, kept.max_context),
+            ("seed", seed, kept.seed),
+        ):
+            if value is not None and value != began:
+                raise ConfigError(f"expected --{option} {began}, with which the chat in {state} began, got {value}")
     else:
         given = {"seed": seed, "threshold": threshold, "max_context": max_context}
         settings = {name: value for name, value in given.items() if value is not None}

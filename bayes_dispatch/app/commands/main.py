@@ -39,6 +39,7 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     help="A language model that adapts itself to each prompt, and knows how sure it is about it.",
     add_completion=False,
+    context_settings={"token_normalize_func": lambda name: "blend" if name == "blending-mode" else name},  # as it was
     pretty_exceptions_enable=False,
 )
 app.add_typer(experts, name="experts")

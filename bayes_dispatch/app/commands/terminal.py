@@ -44,7 +44,7 @@ BLENDS_HELP = (
 )
 WIDTH = 130  # of output that goes to no terminal
 
-BlendOption = Annotated[str, typer.Option("--blend", "--blending-mode", help=BLENDS_HELP)]
+BlendOption = Annotated[str, typer.Option("--blend", help=BLENDS_HELP)]
 TopKOption = Annotated[
     int | None, typer.Option(min=1, help="With the blend top_k: how many experts it keeps; default: 2.")
 ]

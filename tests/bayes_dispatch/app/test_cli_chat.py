@@ -34,8 +34,9 @@ def talk(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
     def run(told: bytes, *arguments: str) -> tuple[int, str, str]:
         stdin = SimpleNamespace(buffer=io.BytesIO(told), isatty=lambda: False)
         monkeypatch.setattr(sys, "stdin", stdin)
+        draws = () if "--blend" in arguments else ("--draws", "6")
         with pytest.raises(SystemExit) as exit_:
-            cli.main(["chat", "--bundle", str(saved), "--draws", "6", "--max-new-tokens", "5", *arguments])
+            cli.main(["chat", "--bundle", str(saved), *draws, "--max-new-tokens", "5", *arguments])
         return (int(exit_.value.code or 0), *capfd.readouterr())
 
     return run
@@ -71,9 +72,15 @@ def test_a_state_goes_on(talk: Talk) -> None:
     code, out, err = talk(b"ab>\n", *given, "--seed", "9")
     assert (code, out) == (2, "")
     assert "expected --seed 2, with which the chat in state/chat began, got 9" in err
-    code, out, err = talk(b"ab>\n", *given, "--draws", "9")
-    assert (code, out) == (2, "")
-    assert "expected --blend posterior_predictive(6), with which" in err
+    assert talk(b"", *given, "--blend", "posterior_predictive")[0] == 0  # with the draws that it began with
+    for other, message in (
+        (("--draws", "9"), "expected --draws 6, with which the chat in state/chat began, got 9"),
+        (("--blend", "refined_mean"), "expected --blend posterior_predictive, with which"),
+        (("--blend", "posterior_predictive(7)"), "expected --blend posterior_predictive(6), with which"),
+    ):
+        code, out, err = talk(b"ab>\n", *given, *other)
+        assert (code, out) == (2, "")
+        assert message in err
 
 
 def test_what_is_shown(talk: Talk) -> None:
