@@ -152,9 +152,7 @@ def _reference(model: Any) -> dict[str, str]:
     """How a bundle names a base model that it does not hold."""
     name = str(getattr(model, "name", ""))
     if not name:
-        raise ConfigError(
-            "expected a model with a directory or a name on the hub, for the bundle to refer to, got none"
-        )
+        raise ConfigError("expected a model with a directory or a name on the hub to refer to, got one without")
     path = str(Path(name).resolve()) if Path(name).is_dir() else name
     return {"path": path, "fingerprint": model.fingerprint(), "dtype": str(model.dtype).removeprefix("torch.")}
 

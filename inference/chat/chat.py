@@ -20,6 +20,7 @@ memory is bounded for every model.
 
 import logging
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Lock
@@ -190,9 +191,6 @@ class Chat:
                 reply.written.close()
                 self._end(reply, caches)
             raise
-        except BaseException:
-            self._caches = None
-            raise
         finally:
             self._answering.release()
 
@@ -201,12 +199,13 @@ class Chat:
         settings, state, system = self.settings, self._state, self._system
         before, transcript = len(state.transcript), self._form.heard(state.transcript, data, words)
         most = settings.max_context - (len(transcript) - before) - writing.max_new_tokens
+        caches, self._caches = self._caches, None  # until the turn has ended: they are ahead of the conversation
         if before > most:
             state = replace(state, transcript=state.transcript.last(min(settings.max_context // 2, most)))
-            self._caches, transcript = None, self._form.heard(state.transcript, data, words)
-        if self._caches is None:
-            self._caches = ChatCaches(system, self._cut, self._form, settings.max_context)
-        caches, new = self._caches, len(transcript) - len(state.transcript)
+            caches, transcript = None, self._form.heard(state.transcript, data, words)
+        if caches is None:
+            caches = ChatCaches(system, self._cut, self._form, settings.max_context)
+        new = len(transcript) - len(state.transcript)
         first_pass, evaluated = caches.conversation.first_pass, caches.evaluated
         caches.conversation.read(transcript)
         evidence = caches.conversation.evidence(transcript)
@@ -259,14 +258,17 @@ class Chat:
         """Take a reply into the conversation."""
         if not self.settings.own_evidence:
             caches.decoding.filtered = reply.filtered
+        before, turn = self._state, reply.turn()
         state = ChatState(reply.transcript, self.turns + 1, caches.rows, caches.decoding.filtered)
-        if self._file is not None:
-            try:
+        try:
+            if self._file is not None:
                 write_chat(self._file, self._system, self.settings, state)
-            except BaseException:
-                self._caches = None  # they have read what the conversation has not
-                raise
-        self._state, self.turn = state, reply.turn()
+            self._state, self.turn, self._caches = state, turn, caches
+        except BaseException:
+            if self._file is not None and self._state is before:
+                with suppress(OSError):  # the file is not ahead, whether it had been written or not
+                    write_chat(self._file, self._system, self.settings, before)
+            raise
         facts = {"turn": state.turns, "tokens": len(reply.written.ids), "saved": self._file is not None}
         tell(logger, logging.INFO, "replied", lambda: facts | asdict(reply.cost))
 

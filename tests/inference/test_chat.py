@@ -4,6 +4,7 @@ A turn that fails changes nothing, own bytes are no evidence, bad settings are r
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -422,24 +423,75 @@ def test_an_interrupted_turn_changes_nothing(cut64: "Bundle", monkeypatch: pytes
             patch.setattr(MambaFormerForCausalLM, "upper", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 chat.say(SAID[2], 6, stop=None)
-    lines = iter(range(100))
-
-    def in_say(frame: Any, event: str, argument: Any) -> Any:
-        if event == "line" and next(lines) == 5:
-            raise KeyboardInterrupt
-        return in_say
-
-    before = sys.gettrace()
-    sys.settrace(lambda frame, event, argument: in_say if frame.f_code.co_name == "say" else None)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            chat.say(SAID[2], 6, stop=None)
-    finally:
-        sys.settrace(before)
+    interrupt(lambda: chat.say(SAID[2], 6, stop=None), "say", 5)
     assert (chat.turns, chat.transcript.data) == (1, untouched.transcript.data)
     one, other = (each.say(SAID[2], 4) for each in (chat, untouched))
     assert one.text == other.text
     np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-10)
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_file_is_never_ahead(cut64: "Bundle", tmp_path: Path, streamed: bool) -> None:
+    """At whichever line of the end of a turn Ctrl-C comes, the file has the turns that the chat has."""
+    generator = TwoPassGenerator(cut64)
+    chat = generator.chat(blend=UNMERGED, file=tmp_path / "chat")
+
+    def end() -> None:
+        if not streamed:
+            chat.say("ab>", 2)
+        stream = chat.stream("ab>", 4, stop=None)
+        next(stream)
+        stream.close()
+
+    for line in range(30):
+        if not interrupt(end, "_end", line):
+            break
+        assert generator.resume_chat(tmp_path / "chat").turns == chat.turns
+    assert line > 8
+    assert chat.turns > 1
+    assert chat.say("ab>", 2).text == generator.resume_chat(tmp_path / "chat").say("ab>", 2).text
+
+
+def interrupt(work: Callable[[], object], function: str, line: int) -> bool:
+    """Do work, with Ctrl-C before a line of a function: whether it came to that."""
+    lines, before = iter(range(1000)), sys.gettrace()
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if event == "line" and next(lines) == line:
+            raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(lambda frame, event, argument: trace if frame.f_code.co_name == function else None)
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def test_one_reply_at_a_time(cut64: "Bundle", in_threads: Callable[[int, Callable[[], Any]], list[Any]]) -> None:
+    """Of threads that speak at once each is answered whole or refused; the chat goes on."""
+    chat = TwoPassGenerator(cut64).chat(blend=UNMERGED)
+
+    def say() -> str:
+        try:
+            chat.say("ab>", 3, stop=None)
+        except ConfigError as error:
+            return str(error)
+        return "answered"
+
+    found = in_threads(4, say)
+    answered = found.count("answered")
+    assert answered >= 1
+    assert all(each == "answered" or each.startswith("expected one reply at a time") for each in found)
+    assert (chat.turns, len(chat.transcript)) == (answered, 6 * answered)
+    untouched = TwoPassGenerator(cut64).chat(blend=UNMERGED)
+    for _ in range(answered):
+        untouched.say("ab>", 3, stop=None)
+    assert chat.say("1+2=", 3).text == untouched.say("1+2=", 3).text
+    assert chat.transcript.data == untouched.transcript.data
 
 
 def test_settings_are_checked(bundle: "Bundle", unchecked: None) -> None:

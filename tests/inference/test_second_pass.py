@@ -224,6 +224,7 @@ def test_foreign_prompts_are_left_to_base(gated64: "Bundle", blend: Blend) -> No
     assert {each.prompt for each in generator.stream(prompts, **given, false_alarm_rate=0.05, abstain=True)} == {0, 2}
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_a_gate_that_is_not_there(bundle: "Bundle", gated64: "Bundle") -> None:
     given: dict[str, Any] = {"blend": PosteriorMean(), "max_new_tokens": 1}
     with pytest.raises(ConfigError, match="expected a bundle with a gate for a false-alarm rate"):
@@ -232,6 +233,8 @@ def test_a_gate_that_is_not_there(bundle: "Bundle", gated64: "Bundle") -> None:
         TwoPassGenerator(gated64).generate(["a"], **given, abstain=True)
     with pytest.raises(ConfigError, match="expected a false-alarm rate of at least"):
         TwoPassGenerator(gated64).generate(["a"], **given, false_alarm_rate=0.001)
+    with pytest.raises(ConfigError, match=r"expected a false-alarm rate .* got 'x'"):
+        TwoPassGenerator(gated64).generate(["a"], **given, false_alarm_rate="x")  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -72,7 +72,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_from_the_command_line_to_text(model: Path, adapters: dict[str, Path], tmp_path: Path, run_cli: Any) -> None:
+def test_from_the_command_line_to_text(
+    model: Path, adapters: dict[str, Path], tmp_path: Path, run: Callable[..., str]
+) -> None:
     given = [word for name, path in adapters.items() for word in ("--adapter", f"{name}={path}")]
     out = tmp_path / "bundle"
     told = run("build", "--model", str(model), *given, "--out", str(out), "--json")
