@@ -7,10 +7,21 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.cache import Cache
 
-__all__ = ["Backbone", "CausalLMOutput", "Read", "Session", "TextStream", "Tokenizer", "Tokens"]
+__all__ = [
+    "Backbone",
+    "CausalLMOutput",
+    "Read",
+    "Session",
+    "TextStream",
+    "Tokenizer",
+    "Tokens",
+    "check_rows",
+    "check_tokens",
+]
 
 
 class Tokens(NamedTuple):
@@ -230,3 +241,17 @@ class Backbone(Protocol):
     def fingerprint(self) -> str:
         """A hash of the weights: equal for equal weights only."""
         ...
+
+
+def check_tokens(ids: Tensor, tokens: Tensor | None, rows: int) -> None:
+    """Raise a ``TensorError`` unless a session of so many rows can read these: see ``Session.read``."""
+    if ids.ndim != 2 or ids.shape[0] != rows or not ids.shape[1]:
+        raise TensorError(f"expected tokens (R, T) of {rows} rows, got shape {tuple(ids.shape)}")
+    if tokens is not None and (tokens.shape != (rows,) or not bool(((tokens > 0) & (tokens <= ids.shape[1])).all())):
+        raise TensorError(f"expected 1 … {ids.shape[1]} tokens of each of {rows} rows, got {tokens.tolist()}")
+
+
+def check_rows(rows: Sequence[int], count: int) -> None:
+    """Raise a ``TensorError`` unless these are some of ``count`` rows."""
+    if not len(rows) or not all(0 <= row < count for row in rows):
+        raise TensorError(f"expected some rows of 0 … {count - 1}, got {list(rows)}")

@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import Read
+from bayes_dispatch.model.backbone import Read, check_rows, check_tokens
 from bayes_dispatch.model.mambaformer.cache import Cache
 
 __all__ = ["MambaFormerSession"]
@@ -75,10 +74,9 @@ class MambaFormerSession:
         own: bool = False,
         tail: int = 1,
     ) -> Read:
+        check_tokens(ids, tokens, self.rows)
         width = ids.shape[1]
         counts = None if tokens is None or bool((tokens == width).all()) else tokens
-        if counts is not None and bool((counts < 1).any()):
-            raise TensorError(f"expected at least one token of each row, got {counts.tolist()}")
         parts = [slice(start, start + PIECE) for start in range(0, width, PIECE)]
         read = [self._run(ids[:, part], None if x is None else x[:, part], _left(counts, part)) for part in parts]
         hidden = read[0] if len(read) == 1 else torch.cat(read, 1)
@@ -99,10 +97,12 @@ class MambaFormerSession:
         return self._model.logits(hidden, self._adaptation).log_softmax(-1)
 
     def keep(self, rows: Sequence[int]) -> None:
+        check_rows(rows, self.rows)
         self._cache.reorder(rows)
         self._select(rows)
 
     def select(self, rows: Sequence[int]) -> "MambaFormerSession":
+        check_rows(rows, self.rows)
         twin = copy(self)
         twin._cache = self._cache.select(torch.as_tensor(rows))
         twin._select(rows)

@@ -137,6 +137,8 @@ class TransformersBackbone:
     ) -> TransformersSession:
         """See ``Backbone``."""
         chosen = range(self.depth) if blocks is None else blocks
+        if rows < 1 or not chosen or chosen.step != 1 or chosen.start < 0 or chosen.stop > self.depth:
+            raise ConfigError(f"expected some rows and some of {self.depth} blocks, got {rows} rows and {chosen}")
         if chosen != range(self.depth) and not self.cuts:
             raise ConfigError(f"expected all {self.depth} blocks of a model that cannot be cut, got {chosen}")
         return TransformersSession(self.parts, rows, capacity, self.deltas(adaptation, rows), chosen)

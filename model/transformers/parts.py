@@ -201,7 +201,9 @@ def _added_by(owner: int, name: str) -> Any:
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         by, deltas = _adding.get((None, {}))
         delta = deltas.get(name) if by == owner else None
-        return None if delta is None else output + delta(inputs[0]).to(output.dtype)
+        if delta is None:
+            return None
+        return output + (delta(inputs[0]) * getattr(module, "embed_scale", 1)).to(output.dtype)  # Gemma's embedding
 
     return add
 

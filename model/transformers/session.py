@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from bayes_dispatch.errors import CacheFullError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Delta
-from bayes_dispatch.model.backbone import Read
+from bayes_dispatch.model.backbone import Read, check_rows, check_tokens
 from bayes_dispatch.model.transformers.parts import ModelParts
 
 __all__ = ["TransformersSession"]
@@ -53,6 +53,7 @@ class TransformersSession:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for layer in self._layers() for _, tensor in _tensors(layer))
 
+    @torch.no_grad()
     def read(
         self,
         ids: Int[Tensor, "R T"],
@@ -62,7 +63,7 @@ class TransformersSession:
         own: bool = False,
         tail: int = 1,
     ) -> Read:
-        self._check(ids, tokens)
+        self._check(ids, tokens, x)
         width = ids.shape[1]
         ids = ids.to(self._parts.device)
         shift = None  # (R,), to the right
@@ -82,10 +83,13 @@ class TransformersSession:
         if shift is None:
             return found
         own_back = None if found.own is None else _rolled(found.own, -shift)
+        if own_back is not None:
+            own_back[:, 0] = torch.nan  # it was read after padding
         return Read(own_back, found.after, _rolled(found.hidden, -shift))
 
     def keep(self, rows: Sequence[int]) -> None:
         self._whole()
+        check_rows(rows, self._rows)
         self._changing = True
         index = torch.as_tensor(rows, dtype=torch.long, device=self._pads.device)
         for layer in self._layers():
@@ -95,6 +99,7 @@ class TransformersSession:
 
     def select(self, rows: Sequence[int]) -> "TransformersSession":
         self._whole()
+        check_rows(rows, self._rows)
         index = torch.as_tensor(rows, dtype=torch.long, device=self._pads.device)
         copies = {id(layer): _copied(layer, index) for layer in self._layers()}
         twin = copy(self)
@@ -157,17 +162,14 @@ class TransformersSession:
             logits = self._parts.logits(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
-    def _check(self, ids: Tensor, tokens: Tensor | None) -> None:
+    def _check(self, ids: Tensor, tokens: Tensor | None, x: Tensor | None) -> None:
         self._whole()
-        if ids.ndim != 2 or ids.shape[0] != self._rows or not ids.shape[1]:
-            raise TensorError(f"expected tokens (R, T) of {self._rows} rows, got shape {tuple(ids.shape)}")
-        if tokens is not None and bool((tokens < ids.shape[1]).any()):
-            if self._read:
-                raise TensorError(
-                    f"expected as many tokens of each row once some have been read, got {tokens.tolist()}"
-                )
-            if not bool((tokens >= 1).all()):
-                raise TensorError(f"expected at least one token of each row, got {tokens.tolist()}")
+        check_tokens(ids, tokens, self._rows)
+        if tokens is not None and self._read and bool((tokens < ids.shape[1]).any()):
+            raise TensorError(f"expected as many tokens of each row once some have been read, got {tokens.tolist()}")
+        if self._blocks.start and (x is None or x.shape[:2] != ids.shape):
+            got = "none" if x is None else f"shape {tuple(x.shape)}"
+            raise TensorError(f"expected hidden states (R, T, D) for tokens of shape {tuple(ids.shape)}, got {got}")
         if self._read + ids.shape[1] > self.capacity:
             raise CacheFullError(f"expected at most {self.capacity} tokens, got {self._read + ids.shape[1]}")
 

@@ -1,0 +1,410 @@
+"""The contract of ``Backbone`` and ``Session``: every backbone passes every law here, against the plain model."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bayes_dispatch.errors import BayesDispatchError, CacheFullError, ConfigError, StaleCacheError, TensorError
+from bayes_dispatch.model.adaptation import Adaptation, Delta
+from bayes_dispatch.model.backbone import Backbone, Read, Session, Tokenizer
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+from bayes_dispatch.model.transformers.backbone import TransformersBackbone
+from tests.tiny import KINDS, tiny_backbone
+
+if TYPE_CHECKING:
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+
+MakeModel = Callable[..., "MambaFormerForCausalLM"]
+
+FACTORIES: dict[str, Callable[[MakeModel], Any]] = {
+    **{kind: lambda make, kind=kind: tiny_backbone(kind) for kind in KINDS},
+    "mambaformer-mamba2": lambda make: make(dtype=torch.float64),
+    "mambaformer-mamba1": lambda make: make(replace(MambaFormerConfig.tiny(), mixer="mamba1"), dtype=torch.float64),
+}
+# How far log-probabilities may be from the plain model's, in float64. Recurrent blocks of transformers compute their
+# states in float32 whatever the dtype of the model; measured: at most 3.1e-7, and 6.7e-6 of Mamba2. Others: 2e-14.
+BOUNDS = {"granite": 1e-6, "falconh1": 1e-6, "jamba": 1e-6, "bamba": 1e-6, "mamba2": 2e-5}
+WIDTH = 20  # tokens: more than the window of gemma3, and than the chunks of recurrent blocks
+
+
+@pytest.fixture(scope="module", params=FACTORIES)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def backbone(kind: str, make_model: MakeModel) -> Any:
+    return FACTORIES[kind](make_model)
+
+
+@pytest.fixture(scope="module")
+def bound(kind: str) -> float:
+    return BOUNDS.get(kind, 1e-9)
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def tokens(backbone: Any, *shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network(backbone: Any) -> Any:
+    return getattr(backbone, "model", backbone)
+
+
+def plain(backbone: Any, ids: Tensor) -> Tensor:
+    """Log-probabilities (R, T, V) of the model itself."""
+    return network(backbone)(ids).logits.log_softmax(-1)
+
+
+def blocks(backbone: Any) -> nn.ModuleList:
+    lists = (each for each in network(backbone).modules() if isinstance(each, nn.ModuleList))
+    return next(each for each in lists if len(each) == backbone.depth)
+
+
+def scales(backbone: Any, *rows: int, seed: int = 0) -> Adaptation:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {
+        name: 1 + 0.5 * torch.randn(*rows, rank, generator=generator, dtype=torch.float64)
+        for name, rank in backbone.adaptable().items()
+    }
+    return Adaptation(drawn)
+
+
+def deltas(backbone: Any, *rows: int, seed: int = 0, size: float = 1.0) -> Adaptation:
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) * 0.3
+
+    factors = {name: (drawn(out, 3), drawn(3, width)) for name, (out, width) in backbone.linears().items()}
+    return Adaptation({}, {name: Delta(*both, drawn(*rows, 3) * size) for name, both in factors.items()})
+
+
+def adaptations(backbone: Any, *rows: int, seed: int = 0) -> list[Adaptation]:
+    """Of each sort that the backbone takes."""
+    both = [scales(backbone, *rows, seed=seed)]
+    return [*both, deltas(backbone, *rows, seed=seed)] if isinstance(backbone, TransformersBackbone) else both
+
+
+def read(session: Session, ids: Tensor, *pieces: int) -> Read:
+    """All tokens, in pieces, and log-probabilities after each of them."""
+    parts = [session.read(part, own=True, tail=part.shape[1]) for part in ids.split(list(pieces) or ids.shape[1], 1)]
+    return Read(*(torch.cat([part[n] for part in parts], 1) for n in range(3)))  # type: ignore[misc]
+
+
+def close(one: Tensor | None, other: Tensor | None, bound: float) -> None:
+    assert one is not None
+    assert other is not None
+    torch.testing.assert_close(one, other, rtol=0, atol=bound, equal_nan=True, check_dtype=False)
+
+
+def same(one: Read, other: Read, bound: float) -> None:
+    close(one.own, other.own, bound)
+    close(one.after, other.after, bound)
+
+
+def test_it_is_a_backbone_with_a_tokenizer_and_facts(kind: str, backbone: Any) -> None:
+    if "mambaformer" not in kind:
+        assert isinstance(backbone, Backbone)
+        assert isinstance(backbone.tokenizer, Tokenizer)
+        assert backbone.adaptable().items() <= {name: min(shape) for name, shape in backbone.linears().items()}.items()
+    assert isinstance(backbone.open(1, 1), Session)
+    assert backbone.depth == len(blocks(backbone))
+    assert backbone.cuts
+    assert backbone.continues == (kind != "jamba")  # its library drops the state where several tokens follow at once
+
+
+@pytest.mark.parametrize("pieces", [(WIDTH,), (1, 7, 1, 5, 6), (1,) * WIDTH, (13, 1, 1, 5)])
+def test_reading_in_pieces_is_reading_at_once_is_the_plain_model(
+    backbone: Any, bound: float, pieces: tuple[int, ...]
+) -> None:
+    ids = tokens(backbone, 2, WIDTH)
+    full = plain(backbone, ids)
+    session = backbone.open(2, WIDTH)
+    said = read(session, ids, *pieces)
+    close(said.after, full, bound)
+    close(session.after(said.hidden[:, 3:5]), full[:, 3:5], bound)
+    assert said.own is not None
+    assert bool(said.own[:, 0].isnan().all())
+    close(said.own[:, 1:], full[:, :-1].gather(2, ids[:, 1:, None])[..., 0], bound)
+    assert session.lengths.tolist() == [WIDTH] * 2
+    assert session.evaluated == 2 * WIDTH * backbone.depth
+
+
+@pytest.mark.parametrize("kind", KINDS, scope="module")  # test_svd_linear.py merges those of a MambaFormer
+def test_an_adapted_row_is_the_model_with_its_matrices_merged(backbone: Any, bound: float) -> None:
+    ids = tokens(backbone, 1, WIDTH)
+    for adaptation in adaptations(backbone):
+        merged = deepcopy(backbone.model)
+        for name, delta in backbone.deltas(adaptation).items():
+            module = merged.get_submodule(name)
+            added = delta.up @ torch.diag(delta.c) @ delta.down  # (out, in)
+            turned = added.T if module.weight.shape != added.shape or isinstance(module, nn.Embedding) else added
+            if type(module).__name__ == "Conv1D":
+                turned = added.T
+            module.weight = nn.Parameter(module.weight + turned)
+        full = merged(ids).logits.log_softmax(-1)
+        close(read(backbone.open(1, WIDTH, adaptation), ids, 12, 8).after, full, max(bound, 1e-8))
+        assert (full - plain(backbone, ids)).abs().max() > 0.1
+
+
+def test_rows_of_a_batch_are_what_they_are_alone(backbone: Any, bound: float) -> None:
+    ids = tokens(backbone, 3, WIDTH)
+    for adaptation in [None, *adaptations(backbone, 3)]:
+        whole = read(backbone.open(3, WIDTH, adaptation), ids, 9, 1, 10)
+        for row in range(3):
+            alone = None if adaptation is None else _shared(adaptation, row)
+            said = read(backbone.open(1, WIDTH, alone), ids[row : row + 1], 9, 1, 10)
+            same(Read(*(each[row : row + 1] for each in whole)), said, bound)  # type: ignore[index]
+
+
+def test_rows_of_different_lengths_are_what_they_are_alone(backbone: Any, bound: float) -> None:
+    """On the right they are padded; the padding changes nothing, then or later."""
+    ids, lengths, later = tokens(backbone, 3, WIDTH), [WIDTH, 11, 2], tokens(backbone, 3, 9, seed=1)
+    adaptation = scales(backbone, 3)
+    session = backbone.open(3, WIDTH + 9, adaptation)
+    first = session.read(ids, torch.tensor(lengths), own=True, tail=2)
+    assert session.lengths.tolist() == lengths
+    assert session.evaluated == sum(lengths) * backbone.depth
+    then = read(session, later, 4, 1, 4)
+    for row, length in enumerate(lengths):
+        alone = backbone.open(1, WIDTH + 9, _shared(adaptation, row))
+        said = alone.read(ids[row : row + 1, :length], own=True, tail=2)
+        for one, other in [(first.own, said.own), (first.hidden, said.hidden)]:
+            close(one[row : row + 1, :length], other, bound * 10)  # type: ignore[index]
+        close(first.after[row : row + 1], said.after, bound)  # type: ignore[index]
+        same(Read(*(each[row : row + 1] for each in then)), read(alone, later[row : row + 1]), bound)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("rows", [[2, 0, 1], [1, 1, 0, 2, 2], [1]])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_rows_are_permuted_repeated_and_dropped(backbone: Any, bound: float, rows: list[int], adapted: bool) -> None:
+    ids, lengths, later = tokens(backbone, 3, 10), [10, 4, 7], tokens(backbone, len(rows), 8, seed=1)
+    adaptation = scales(backbone, 3) if adapted else None
+    session, kept = (backbone.open(3, 18, adaptation) for _ in range(2))
+    for each in (session, kept):
+        each.read(ids, torch.tensor(lengths))
+    other = session.select(rows)
+    kept.keep(rows)
+    assert (other.rows, kept.rows) == (len(rows), len(rows))
+    assert other.lengths.tolist() == kept.lengths.tolist() == [lengths[row] for row in rows]
+    gone_on = read(other, later, 3, 5)
+    same(read(kept, later, 3, 5), gone_on, bound)
+    for place, row in enumerate(rows):
+        alone = backbone.open(1, 18, None if adaptation is None else _shared(adaptation, row))
+        alone.read(ids[row : row + 1, : lengths[row]])
+        said = read(alone, later[place : place + 1])
+        same(Read(*(each[place : place + 1] for each in gone_on)), said, bound)  # type: ignore[index]
+
+
+def test_what_is_selected_goes_on_alone_and_leaves_the_first_as_it_was(backbone: Any) -> None:
+    ids, later = tokens(backbone, 2, 10), tokens(backbone, 2, 6, seed=1)
+    first, twin = backbone.open(2, 16), backbone.open(2, 16)
+    for session in (first, twin):
+        session.read(ids)
+    other = first.select([0, 1])
+    before = first.nbytes
+    read(other, tokens(backbone, 2, 6, seed=2), 1, 5)
+    assert first.nbytes == before
+    expected = read(twin, later, 1, 5)
+    same(read(first, later, 1, 5), expected, 0)
+    del other
+    early = backbone.open(2, 16)  # before anything is read, too
+    selected = early.select([1, 0])
+    selected.read(ids[[1, 0]])
+    early.read(ids)
+    same(read(early, later, 1, 5), expected, 0)
+
+
+def test_rows_that_there_are_not_change_nothing(backbone: Any) -> None:
+    ids, later = tokens(backbone, 2, 6), tokens(backbone, 2, 3, seed=1)
+    session, twin = backbone.open(2, 9), backbone.open(2, 9)
+    for each in (session, twin):
+        each.read(ids)
+    for rows in ([], [2], [0, -1]):
+        for call in (session.keep, session.select):
+            with pytest.raises(TensorError, match="expected some rows"):
+                call(rows)
+    same(read(session, later), read(twin, later), 0)
+
+
+def test_deltas_of_nothing_are_the_plain_model_to_the_last_bit(backbone: Any) -> None:
+    ids = tokens(backbone, 3, WIDTH)
+    base = read(backbone.open(3, WIDTH), ids, 15, 5)
+    if isinstance(backbone, TransformersBackbone):
+        nothing, rounding = deltas(backbone, size=0.0), 0.0
+        some = deltas(backbone, 3)
+        for delta in some.deltas.values():
+            delta.c[[0, 2]] = 0.0
+    else:
+        with pytest.raises(BayesDispatchError, match="expected"):
+            backbone.open(3, 1, deltas(backbone)).read(ids[:, :1])
+        nothing, rounding = Adaptation({n: torch.ones_like(z) for n, z in scales(backbone).scales.items()}), 1e-12
+        some = scales(backbone, 3)
+        some = Adaptation(
+            {name: torch.stack([torch.ones_like(z[1]), z[1], torch.ones_like(z[1])]) for name, z in some.scales.items()}
+        )
+    same(read(backbone.open(3, WIDTH, nothing), ids, 15, 5), base, 0)
+    said = read(backbone.open(3, WIDTH, some), ids, 15, 5)
+    same(Read(*(each[[0, 2]] for each in said)), Read(*(each[[0, 2]] for each in base)), rounding)  # type: ignore[index]
+    assert said.after is not None
+    assert base.after is not None
+    assert (said.after[1] - base.after[1]).abs().max() > 0.1
+
+
+def test_cut_is_uncut_at_every_block(backbone: Any, bound: float) -> None:
+    ids, lengths, later = tokens(backbone, 3, WIDTH), torch.tensor([WIDTH, 9, 13]), tokens(backbone, 3, 4, seed=1)
+    whole = backbone.open(3, WIDTH + 4)
+    first, then = whole.read(ids, lengths, own=True), read(whole, later, 1, 3)
+    for cut in range(1, backbone.depth):
+        below, above = (
+            backbone.open(3, WIDTH + 4, blocks=range(cut)),
+            backbone.open(3, WIDTH + 4, blocks=range(cut, backbone.depth)),
+        )
+        low = below.read(ids, lengths)
+        assert low.own is None
+        assert low.after is None
+        high = above.read(ids, lengths, low.hidden, own=True)
+        close(high.after, first.after, bound)
+        for row, length in enumerate(lengths):
+            close(high.own[row, :length], first.own[row, :length], bound)  # type: ignore[index]
+        below, above = below.select([0, 1, 2]), above.select([0, 1, 2])
+        parts = [above.read(part, x=below.read(part).hidden, own=True, tail=3) for part in later.split([1, 3], 1)]
+        close(torch.cat([part.own for part in parts], 1), then.own, bound)  # type: ignore[misc]
+        close(torch.cat([part.after for part in parts], 1), then.after, bound)  # type: ignore[misc]
+        assert below.evaluated + above.evaluated == whole.evaluated
+        assert 0 < below.nbytes < whole.nbytes
+
+
+def test_the_cut_is_below_all_that_is_adapted(backbone: Any) -> None:
+    ids = tokens(backbone, 1, 6)
+    base = backbone.open(1, 6, blocks=range(backbone.depth - 1)).read(ids).hidden
+    last = [name for name in backbone.adaptable() if backbone.cut([name]) == backbone.depth - 1]
+    assert last
+    assert backbone.cut(list(backbone.adaptable())) == 0
+    for name in last:
+        z = torch.full((backbone.adaptable()[name],), 1.5, dtype=torch.float64)
+        below = backbone.open(1, 6, Adaptation({name: z}), range(backbone.depth - 1))
+        close(below.read(ids).hidden, base, 0)
+
+
+def test_scores_are_the_log_probabilities_of_the_tokens(backbone: Any, bound: float) -> None:
+    ids, lengths = tokens(backbone, 2, WIDTH), torch.tensor([WIDTH, 7])
+    adaptation = scales(backbone, 2)
+    said = backbone.score(ids, lengths, adaptation)
+    own = backbone.open(2, WIDTH, adaptation).read(ids, lengths, own=True).own
+    for row, length in enumerate(lengths):
+        close(said[row, :length], own[row, :length], bound)
+
+
+def test_the_fingerprint_tells_weights_apart(kind: str, backbone: Any, make_model: MakeModel) -> None:
+    other = FACTORIES[kind](make_model)
+    seen = {backbone.fingerprint()}
+    assert other.fingerprint() in seen
+    for parameter in network(other).parameters():
+        parameter.flatten()[-1] += 1e-6
+        found = other.fingerprint()
+        assert found not in seen
+        seen.add(found)
+
+
+def test_an_interrupted_read_leaves_a_session_that_refuses(backbone: Any) -> None:
+    ids = tokens(backbone, 2, 6)
+    session = backbone.open(2, 20)
+    session.read(ids)
+
+    def broken(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    hook = blocks(backbone)[-1].register_forward_pre_hook(broken)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            session.read(ids)
+    finally:
+        hook.remove()
+    for call in (lambda: session.read(ids), lambda: session.keep([0]), lambda: session.select([0])):
+        with pytest.raises(StaleCacheError):
+            call()
+
+
+def test_there_is_room_for_so_many_tokens(backbone: Any) -> None:
+    ids = tokens(backbone, 2, 6)
+    session = backbone.open(2, 8)
+    session.read(ids)
+    with pytest.raises(CacheFullError, match="8"):
+        session.read(ids)
+    session.reserve(12)
+    assert read(session, ids).after.shape[:2] == (2, 6)  # type: ignore[union-attr]
+
+
+def test_shapes_that_do_not_fit_are_refused_and_change_nothing(backbone: Any, unchecked: None) -> None:
+    ids = tokens(backbone, 2, 6)
+    session, twin = backbone.open(2, 12), backbone.open(2, 12)
+    for each in (session, twin):
+        each.read(ids)
+    wrong: list[Callable[[], object]] = [
+        lambda: session.read(ids[:1]),
+        lambda: session.read(ids[:, :0]),
+        lambda: session.read(ids, torch.tensor([6, 0])),
+        lambda: session.read(ids, torch.tensor([6, 7])),
+        lambda: session.read(ids, torch.tensor([6])),
+        lambda: backbone.open(2, 6, scales(backbone, 3)).read(ids),
+        lambda: backbone.open(2, 6, Adaptation({"nothing": torch.ones(3)})).read(ids),
+        lambda: backbone.open(2, 6, blocks=range(backbone.depth + 1)),
+        lambda: backbone.open(2, 6, blocks=range(2, 2)),
+        lambda: backbone.open(0, 6),
+        lambda: backbone.open(2, 6, blocks=range(1, backbone.depth)).read(ids),
+    ]
+    for call in wrong:
+        with pytest.raises((TensorError, ConfigError), match="expected"):
+            call()
+    same(read(session, ids), read(twin, ids), 0)
+
+
+def test_threads_with_different_adaptations_share_a_model(
+    backbone: Any, in_threads: Callable[[int, Callable[[], Any]], list[Any]]
+) -> None:
+    ids = tokens(backbone, 2, WIDTH)
+    made = [each for seed in range(4) for each in adaptations(backbone, seed=seed)][:4]
+    cut = backbone.depth // 2
+    if not isinstance(backbone, TransformersBackbone):  # a MambaFormer takes no scales of blocks that do not run
+        made = [Adaptation({n: z for n, z in each.scales.items() if backbone.cut([n]) >= cut}) for each in made]
+
+    def run(adaptation: Adaptation) -> Read:
+        with torch.no_grad():
+            below, above = (
+                backbone.open(2, WIDTH, None, range(cut)),
+                backbone.open(2, WIDTH, adaptation, range(cut, backbone.depth)),
+            )
+            above.read(ids[:, :15], x=below.read(ids[:, :15]).hidden)
+            return above.read(ids[:, 15:], x=below.read(ids[:, 15:]).hidden, own=True, tail=5)
+
+    alone, jobs = [run(adaptation) for adaptation in made], iter(made)
+    found = in_threads(4, lambda: (lambda mine: (mine, run(mine)))(next(jobs)))
+    for adaptation, said in found:
+        same(said, alone[next(n for n, each in enumerate(made) if each is adaptation)], 0)
+
+
+def test_what_is_kept_grows_and_is_counted(backbone: Any) -> None:
+    ids = tokens(backbone, 2, WIDTH)
+    session = backbone.open(2, 2 * WIDTH)
+    session.read(ids)
+    once = session.nbytes
+    assert session.select([0]).nbytes < once
+    session.keep([0, 1, 0, 1])
+    assert session.nbytes > once
+
+
+def _shared(adaptation: Adaptation, row: int) -> Adaptation:
+    deltas = {name: delta._replace(c=delta.c[row]) for name, delta in adaptation.deltas.items()}
+    return Adaptation({name: z[row] for name, z in adaptation.scales.items()}, deltas)
