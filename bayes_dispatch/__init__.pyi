@@ -57,6 +57,7 @@ from .errors import StaleCacheError as StaleCacheError
 from .errors import TensorError as TensorError
 from .errors import UnknownNameError as UnknownNameError
 from .experts.bank import ExpertBank as ExpertBank
+from .experts.lora import LoraExpert as LoraExpert
 from .experts.bank_files import ExpertCheck as ExpertCheck
 from .experts.bank_files import verify_bank as verify_bank
 from .experts.documents import Document as Document
@@ -99,6 +100,7 @@ from .inference.two_pass.generation import Cost as Cost
 from .inference.two_pass.generation import Generation as Generation
 from .inference.two_pass.generation import Streamed as Streamed
 from .model.adaptation import Adaptation as Adaptation
+from .model.adaptation import Delta as Delta
 from .model.heads import MambaFormerForFeatureExtraction as MambaFormerForFeatureExtraction
 from .model.heads import MambaFormerForSequenceClassification as MambaFormerForSequenceClassification
 from .model.mambaformer.cache import Cache as Cache
@@ -111,5 +113,6 @@ from .model.mambaformer.network import MambaFormer as MambaFormer
 from .model.mambaformer.network import MambaFormerForCausalLM as MambaFormerForCausalLM
 from .model.seq2seq.model import MambaFormerForSeq2Seq as MambaFormerForSeq2Seq
 from .model.tokenizer import ByteTokenizer as ByteTokenizer
+from .model.transformers.backbone import TransformersBackbone as TransformersBackbone
 
 __version__: str

@@ -181,7 +181,7 @@ def transformers_backbone(path: str, *, device: str, dtype: str, cast: str | Non
     try:
         from bayes_dispatch.model.transformers.backbone import TransformersBackbone
     except ImportError:
-        raise ConfigError(f"expected transformers for {path}: pip install 'bayes-dispatch[hf]', got none") from None
+        raise ConfigError(f"expected transformers for {path}: the extra hf of this package, got none") from None
     for asked in {dtype, cast or dtype}:
         if asked not in DTYPES:
             raise ConfigError(f"expected a dtype of {', '.join(DTYPES)}, got {asked!r}")
