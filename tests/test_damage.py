@@ -68,8 +68,8 @@ def newer_document(path: Path, kind: str) -> None:
 
 def newer_tensors(path: Path) -> None:
     tensors, header = read_tensors(path)
-    assert header["format"].endswith(" 1")
-    write_tensors(path, tensors, {**header, "format": header["format"][:-1] + "2"})
+    kind, _, version = header["format"].rpartition(" ")
+    write_tensors(path, tensors, {**header, "format": f"{kind} {int(version) + 1}"})
 
 
 def model_again(old: Path, new: Path) -> None:

@@ -34,7 +34,8 @@ class Form:
         if not template:
             return cls(tokenizer.tokenize(b"").ids, (), (), (), tokenizer.ends, "\n")
         begin, closing, before, after = template
-        return cls(begin, closing, before, after, tokenizer.ends | set(closing[:1]), None)
+        end = {id_ for id_ in closing[:1] if not tokenizer.continues[id_]}  # a special one, not a word
+        return cls(begin, closing, before, after, tokenizer.ends | end, None)
 
     @property
     def around(self) -> int:

@@ -119,6 +119,19 @@ def llama64() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
+def headless64(llama64: SimpleNamespace) -> SimpleNamespace:
+    """The same, with nothing that begins a text."""
+    from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
+    from tests.tiny import tiny_tokenizer
+
+    inner = tiny_tokenizer()
+    inner._tokenizer.post_processor = None
+    tokenizer = TransformersTokenizer(inner, llama64.model.vocab_size, [2])
+    assert tokenizer.tokenize("a") == tokenizer.tokenize("a", begin=False)
+    return SimpleNamespace(**{**vars(llama64), "tokenizer": tokenizer})
+
+
+@pytest.fixture(scope="session")
 def embedded64(bundle64: "Bundle", model64: "MambaFormerForCausalLM") -> "Bundle":
     """A system whose experts adapt the embedding, too: nothing of a prompt is the same for all of them."""
     from bayes_dispatch.app.bundle import Bundle

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.errors import (
     BayesDispatchError,
@@ -84,9 +85,7 @@ class SlowChat:
         if adapted:
             self.begin(given)
         else:
-            after = self.after(self.weights, self.ids)
-            for t in range(len(self.ids) - len(new.ids), len(self.ids)):
-                self.joint = self.updated(self.joint, after[:, t, self.ids[t]])
+            self.count(self.weights, range(len(self.ids) - len(new.ids), len(self.ids)))
         heard, weights = self.joint, self.joint.sum(0) @ self.weights
         rng = row_generators(self.seed + 2 * self.turns + 1, [self.data])[0]
         stream = tokenizer.stream([*tokenizer.tokenize("").ids, *self.ids])
@@ -140,23 +139,25 @@ class SlowChat:
     def evidence(self) -> Evidence:
         model, block, begin = self.system.model, cut_of(self.system), self.system.tokenizer.tokenize("").ids
         user = np.flatnonzero(~np.array(self.own))
+        pooled = user + len(begin)
+        pooled = pooled[pooled > 0] if len(user) > 1 else pooled
         said = Tokens(tuple(self.ids[t] for t in user), tuple(self.spans[t] for t in user))
         counts = class_counts(self.data, said)[None]
         lengths = np.array([float(len({place for span in said.spans for place in range(*span)}))])
         with torch.no_grad():
-            session = model.open(1, 1 + len(self.ids), blocks=range(block or model.depth))
+            session = model.open(1, len(begin) + len(self.ids), blocks=range(block or model.depth))
             read = session.read(torch.tensor([[*begin, *self.ids]]), own=not block)
-        hidden = read.hidden[0, 1:][user].numpy()
+        hidden = read.hidden[0, pooled].numpy()
         if block:
             return Evidence({"hidden": hidden.mean(0)[None], "counts": counts}, lengths)
-        nll = -float(read.own[0, 1:][user].mean())
+        nll = -float(read.own[0, pooled].mean())
         spread = np.square(hidden - hidden.mean(0)).sum(1).mean()
         residual = np.log(max(spread, 0.01 * np.square(hidden).sum(1).mean()))
         views = {"hidden": hidden.mean(0)[None], "counts": counts, "surprise": np.array([[nll, residual]])}
         return Evidence(views, lengths)
 
     def after(self, weights: np.ndarray, ids: list[int]) -> np.ndarray:
-        """(S, 1 + T, V) probabilities under each particle."""
+        """(S, T, V) probabilities under each particle after each token, what begins a text among them."""
         read = torch.tensor([[*self.system.tokenizer.tokenize("").ids, *ids]]).repeat(len(weights), 1)
         adaptation = self.system.experts.blend_rows(torch.tensor(weights))
         with torch.no_grad():
@@ -173,12 +174,18 @@ class SlowChat:
         joint = joint / joint.sum()
         return (1 - self.rates) * joint + self.rates * joint.sum(1, keepdims=True) * self.target
 
+    def count(self, weights: np.ndarray, places: Any) -> None:
+        """Filter by tokens, unless nothing is before them."""
+        after = self.after(weights, self.ids)
+        begin = after.shape[1] - len(self.ids)
+        for t in places:
+            if begin + t:
+                self.joint = self.updated(self.joint, after[:, begin + t - 1, self.ids[t]])
+
     def begin(self, given: Any) -> None:
         """New particles, filtered by the user's bytes."""
         self.prior(given)
-        after = self.after(self.weights, self.ids)
-        for t in np.flatnonzero(~np.array(self.own)):
-            self.joint = self.updated(self.joint, after[:, t, self.ids[t]])
+        self.count(self.weights, np.flatnonzero(~np.array(self.own)))
         if given.refined:
             self.weights = (self.joint.sum(0) @ self.weights)[None]
             self.target, self.rates, self.joint = np.ones(1), np.zeros((1, 1)), np.ones((1, 1))
@@ -188,13 +195,11 @@ class SlowChat:
         window = SlowChat(self.system, self.blend, ids=self.ids[-64:], own=self.own[-64:])
         window.weights, window.target, window.rates = self.weights, self.target, self.rates
         window.joint = np.tile(self.target, (len(self.rates), 1)) / len(self.rates)
-        after = self.after(self.weights, window.ids)
-        for t in np.flatnonzero(~np.array(window.own)):
-            window.joint = window.updated(window.joint, after[:, t, window.ids[t]])
-        q = np.einsum("s,stv->tv", window.joint.sum(0), after)
+        window.count(self.weights, np.flatnonzero(~np.array(window.own)))
+        q = np.einsum("s,stv->tv", window.joint.sum(0), self.after(self.weights, window.ids))
         window.begin(given)
         p = np.einsum("s,stv->tv", window.joint.sum(0), self.after(window.weights, window.ids))
-        return float((p * np.log(p / q)).sum(1)[1:].mean())
+        return float((p * np.log(p / q)).sum(1)[-len(window.ids) :].mean())
 
     @staticmethod
     def chosen(p: np.ndarray, temperature: float | None, rng: np.random.Generator) -> int:
@@ -231,6 +236,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("embedded64", {"blend": RefinedMean(6), "threshold": float("inf")}),
     ("llama64", {"blend": UNMERGED, "threshold": 0.05}),
     ("llama64", {"blend": RefinedMean(6), "threshold": 0.02, "max_context": 32}),
+    ("headless64", {"blend": UNMERGED, "threshold": 0.05, "max_context": 32}),
 ]
 
 
@@ -328,7 +334,8 @@ def test_a_closed_stream_ends_the_reply(cut64: "Bundle") -> None:
         closed.say("a", 2)
     stream.close()
     short.say(SAID[0], 3, stop=None)
-    assert closed.transcript.data == short.transcript.data
+    assert closed.turn is not None
+    assert (closed.turn.text, closed.transcript.data) == (short.turn.text, short.transcript.data)  # type: ignore[union-attr]
     one, other = (chat.say(SAID[2], 5, stop=None) for chat in (closed, short))
     np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, atol=1e-10)
     unread = closed.stream("a", 2)
@@ -494,8 +501,11 @@ def test_one_reply_at_a_time(cut64: "Bundle", in_threads: Callable[[int, Callabl
     assert chat.transcript.data == untouched.transcript.data
 
 
-def test_settings_are_checked(bundle: "Bundle", unchecked: None) -> None:
-    generator = TwoPassGenerator(bundle)
+def test_settings_are_checked(bundle: "Bundle", llama64: Any, unchecked: None) -> None:
+    generator, other = TwoPassGenerator(bundle), TwoPassGenerator(llama64)
+    assert other.chat().settings.max_context == 511  # and what begins a text
+    with pytest.raises(ConfigError, match="expected max_context to be a whole number from 2 to 511, got 512"):
+        other.chat(max_context=512)
     with pytest.raises(UnknownNameError, match=r"expected a blend of best_expert, .*, base, or .*, got 'mean'"):
         generator.chat(blend="mean")
     assert generator.chat(blend="max").settings.blend == BestExpert()
@@ -506,18 +516,31 @@ def test_settings_are_checked(bundle: "Bundle", unchecked: None) -> None:
             generator.chat(**{"blend": PosteriorMean(), name: value})
 
 
-def test_evidence_of_one_turn_is_the_first_pass(bundle64: "Bundle", cut64: "Bundle") -> None:
-    words = bundle64.tokenizer.tokenize(SAID[0] * 30, begin=False)
-    text = Transcript.empty().followed_by(words.ids, words.spans, (SAID[0] * 30).encode(), user=True)
-    for system, block in ((cut64, 1), (bundle64, 0)):
-        conversation = Conversation(system, cut_of(system), (256,), 500)
-        expected = first_pass(system.model, system.tokenizer, [text.data], block=block).evidence
+@pytest.mark.parametrize("name", ["cut64", "bundle64", "llama64", "headless64"])
+def test_evidence_of_one_turn_is_the_first_pass(request: pytest.FixtureRequest, name: str) -> None:
+    system = request.getfixturevalue(name)
+    cut, begin = cut_of(system), system.tokenizer.tokenize("").ids
+    for said in ("a", SAID[3] + SAID[0] * 20):
+        words = system.tokenizer.tokenize(said, begin=False)
+        text = Transcript.empty().followed_by(words.ids, words.spans, said.encode(), user=True)
+        conversation = Conversation(system, cut, begin, 400)
+        expected = first_pass(system.model, system.tokenizer, [said], block=cut).evidence
         with torch.no_grad():
             conversation.read(text)
             found = conversation.evidence(text)
         assert set(found.views) == set(expected.views)
-        for name, view in expected.views.items():
-            np.testing.assert_allclose(found.views[name], view, rtol=0, atol=1e-10)
+        np.testing.assert_array_equal(found.lengths, expected.lengths)
+        for view, values in expected.views.items():
+            np.testing.assert_allclose(found.views[view], values, rtol=0, atol=1e-10)
+
+
+def test_a_dispatcher_that_reads_nothing_costs_no_first_pass(bundle64: "Bundle") -> None:
+    parts = {name: getattr(bundle64, name) for name in ("model", "tokenizer", "experts")}
+    system: Any = SimpleNamespace(**parts, dispatcher=Dispatcher.flat(bundle64.experts.names))
+    chat = TwoPassGenerator(system).chat(blend=PosteriorMean())
+    first, second = (chat.say(text, 3, stop=None).cost for text in SAID[:2])
+    compared = 2 * 3 * (1 + len(SAID[0]) + 3 + len(SAID[1]))  # rows, blocks and tokens of the divergence
+    assert (first.first_pass, second.first_pass) == (0, compared)
 
 
 TEMPLATE = (
