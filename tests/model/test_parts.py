@@ -16,7 +16,6 @@ from torch import Tensor
 from bayes_dispatch.errors import ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.frozen import frozen
-from bayes_dispatch.model.parts import CutModel
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -53,25 +52,25 @@ def test_cut_models_are_whole_ones(
 ) -> None:
     """Below once for each text, above for several adaptations of it, in chunks and single steps."""
     model = make_model(dtype=torch.float64)
-    parts = CutModel(model, block)
     counts = torch.tensor(lengths[:rows]) + 1
     ids, adaptation = tokens(rows, rows, int(counts.max()) + steps), scales(model, block, rows * copies)
-    prompt = ids[:, : int(counts.max())]
-    mask = (torch.arange(prompt.shape[1]) < counts[:, None]).long()
-    below, above = parts.cache_below(rows, ids.shape[1]), parts.cache_above(rows * copies, ids.shape[1])
-    x = parts.below(prompt, mask, below)
-    places = counts.repeat_interleave(copies) - 1
-    given = x.repeat_interleave(copies, 0), mask.repeat_interleave(copies, 0)
-    everywhere = parts.above(*given, None, adaptation)
-    last = parts.above(*given, above, adaptation, last=places)[:, 0]
-    torch.testing.assert_close(last, everywhere[torch.arange(rows * copies), places], rtol=0, atol=1e-10)
+    prompt, owner = ids[:, : int(counts.max())], torch.arange(rows).repeat_interleave(copies)
+    below = model.open(rows, ids.shape[1], blocks=range(block)) if block else None
+    above = model.open(rows * copies, ids.shape[1], adaptation, range(block, 3))
+
+    def read(part: Tensor, real: Tensor | None) -> Tensor:
+        x = None if below is None else below.read(part, real).hidden[owner]
+        after = above.read(part[owner], None if real is None else real[owner], x).after
+        assert after is not None
+        return after[:, -1]
+
+    last = read(prompt, counts)
     for step in range(steps):
-        x = parts.below(ids[:, prompt.shape[1] + step, None], None, below)
-        last = parts.above(x.repeat_interleave(copies, 0), None, above, adaptation)[:, 0]
+        last = read(ids[:, prompt.shape[1] + step, None], None)
     for row in range(rows):
         text = torch.cat([prompt[row, : counts[row]], ids[row, prompt.shape[1] :]])[None]
         for each in range(row * copies, (row + 1) * copies):
-            whole = model(text, adaptation=adaptation.select([each])).logits[0, -1]
+            whole = model(text, adaptation=adaptation.select([each])).logits[0, -1].log_softmax(-1)
             torch.testing.assert_close(last[each], whole, rtol=0, atol=1e-10)
 
 
@@ -87,17 +86,16 @@ def test_uncached_parts(make_model: MakeModel) -> None:
 def test_states_below_outlast_an_adaptation(make_model: MakeModel) -> None:
     """Another adaptation continues from the same states below, and is refused by those above."""
     model = make_model(dtype=torch.float64)
-    parts = CutModel(model, 1)
     ids = tokens(2, 1, 6)
-    below, above = parts.cache_below(1, 8), parts.cache_above(1, 8)
-    x = parts.below(ids, None, below)
-    parts.above(x, None, above, scales(model, 1, 1))
-    following = parts.below(ids[:, :1], None, below)
+    below, above = (model.init_cache(1, 8, blocks=blocks) for blocks in (range(1), range(1, 3)))
+    x = model.below(1, ids, cache=below)
+    model.above(1, x, cache=above, adaptation=scales(model, 1, 1))
+    following = model.below(1, ids[:, :1], cache=below)
     other = scales(model, 1, 1, seed=5)
     with pytest.raises(StaleCacheError, match="block 1"):
-        parts.above(following, None, above, other)
-    fresh = parts.cache_above(1, 8)
-    again = parts.above(torch.cat([x, following], 1), None, fresh, other)[:, -1]
+        model.above(1, following, cache=above, adaptation=other)
+    fresh = model.init_cache(1, 8, blocks=range(1, 3))
+    again = model.above(1, torch.cat([x, following], 1), cache=fresh, adaptation=other)[:, -1]
     whole = model(torch.cat([ids, ids[:, :1]], 1), adaptation=other).logits[:, -1]
     torch.testing.assert_close(again, whole, rtol=0, atol=1e-10)
 
@@ -105,16 +103,14 @@ def test_states_below_outlast_an_adaptation(make_model: MakeModel) -> None:
 def test_caches_of_some_blocks(make_model: MakeModel, tmp_path: Any) -> None:
     """They are saved and loaded as whole ones are, and cost less."""
     model = make_model(dtype=torch.float64)
-    parts = CutModel(model, 1)
-    below, above = parts.cache_below(2, 8), parts.cache_above(2, 8)
-    assert below is not None
+    below, above = (model.init_cache(2, 8, blocks=blocks) for blocks in (range(1), range(1, 3)))
     assert below.nbytes + above.nbytes == model.init_cache(2, 8).nbytes
-    parts.above(parts.below(tokens(3, 2, 4), None, below), None, above, scales(model, 1, 2))
+    model.above(1, model.below(1, tokens(3, 2, 4), cache=below), cache=above, adaptation=scales(model, 1, 2))
     above.save(tmp_path / "cache.safetensors")
     loaded = type(above).load(tmp_path / "cache.safetensors")
     assert loaded.first == 1
-    x = parts.below(tokens(4, 2, 1), None, below)
-    one, other = (parts.above(x, None, cache, scales(model, 1, 2)) for cache in (above.clone(), loaded))
+    x = model.below(1, tokens(4, 2, 1), cache=below)
+    one, other = (model.above(1, x, cache=c, adaptation=scales(model, 1, 2)) for c in (above.clone(), loaded))
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
@@ -151,25 +147,12 @@ def test_a_model_that_has_been_adapted_can_be_copied(make_model: MakeModel) -> N
 
 def test_what_cannot_be_cut_is_refused(make_model: MakeModel) -> None:
     model = make_model()
-    with pytest.raises(ConfigError, match="expected a block of 0 … 2 to cut before, got 3"):
-        CutModel(model, 3)
+    with pytest.raises(ConfigError, match="expected blocks of 0 … 2"):
+        model.open(1, 8, blocks=range(3, 3))
     with pytest.raises(TensorError, match="expected scales of block 2 and above alone"):
         model.above(2, torch.zeros(1, 2, model.backbone.d_model), adaptation=scales(model, 1, 1))
     with pytest.raises(ConfigError, match=r"expected blocks of 0 … 2"):
         model.below(4, tokens(0, 1, 2))
-
-    class Whole:
-        """A language model that runs only as one."""
-
-        dtype = model.dtype
-        __call__ = model.__call__
-        init_cache = model.init_cache
-        adaptable = model.adaptable
-        fingerprint = model.fingerprint
-
-    assert CutModel(Whole(), 0).depth == 3
-    with pytest.raises(ConfigError, match="expected a model that can be cut before block 1, got a Whole"):
-        CutModel(Whole(), 1)
 
 
 def test_what_fails_leaves_nothing_frozen(make_model: Any) -> None:

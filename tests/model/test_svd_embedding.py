@@ -21,7 +21,6 @@ from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.config import ClassifierConfig, MambaFormerConfig
 from bayes_dispatch.model.mambaformer.svd.embedding import EMBEDDING, SVDEmbedding
 from bayes_dispatch.model.mambaformer.svd.files import load_factors, save_factors
-from bayes_dispatch.model.parts import CutModel
 
 LINEAR = "bayes_dispatch.model.mambaformer.svd.linear"
 
@@ -261,13 +260,12 @@ class TestStaleCaches:
 def test_a_cut_leaves_nothing_below(make_model: MakeModel) -> None:
     """Before the first block the parts read tokens; after it no embedding can be adapted any more."""
     model = make_model(dtype=torch.float64)
-    ids, adaptation, parts = tokens(7, 2, 6), scales(model, 2), CutModel(model, 0)
-    x = parts.below(ids, None, None)
-    assert torch.equal(x, ids)
+    ids, adaptation = tokens(7, 2, 6), scales(model, 2)
+    assert model.cut(adaptation.scales) == 0
     with torch.no_grad():
         whole = model(ids, adaptation=adaptation).logits
-        torch.testing.assert_close(parts.above(x, None, None, adaptation), whole, rtol=0, atol=1e-12)
-        last = parts.above(x, None, None, adaptation, last=torch.tensor([5, 2]))
+        torch.testing.assert_close(model.above(0, ids, adaptation=adaptation), whole, rtol=0, atol=1e-12)
+        last = model.above(0, ids, adaptation=adaptation, last=torch.tensor([5, 2]))
         torch.testing.assert_close(last[:, 0], whole[[0, 1], [5, 2]], rtol=0, atol=1e-12)
         plain = model.above(0, model.below(0, ids), adaptation=Adaptation.identity())
         torch.testing.assert_close(plain, model(ids).logits, rtol=0, atol=1e-12)

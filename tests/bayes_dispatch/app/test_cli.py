@@ -223,7 +223,7 @@ BAD_INPUT = {
     "bundle is a file": ["--prompt", "a", "--bundle", __file__],
     "no prompt": [],
     "empty prompt": ["--prompt", ""],
-    "long prompt": ["--prompt", "a" * 20_000],
+    "long prompt": ["--prompt", "a" * 40_000],
     "second prompt empty": ["--prompt", "a", "--prompt", ""],
     "missing prompt file": ["--prompt-file", "nowhere"],
     "prompt file is a directory": ["--prompt-file", "."],
