@@ -57,10 +57,10 @@ from .errors import StaleCacheError as StaleCacheError
 from .errors import TensorError as TensorError
 from .errors import UnknownNameError as UnknownNameError
 from .experts.bank import ExpertBank as ExpertBank
-from .experts.lora import LoraExpert as LoraExpert
 from .experts.bank_files import ExpertCheck as ExpertCheck
 from .experts.bank_files import verify_bank as verify_bank
 from .experts.documents import Document as Document
+from .experts.lora import LoraExpert as LoraExpert
 from .experts.vectors import ExpertVector as ExpertVector
 from .inference.chat.chat import Chat as Chat
 from .inference.chat.state import Turn as Turn
