@@ -580,3 +580,23 @@ def test_a_template_stands_around_turns(templated: SimpleNamespace) -> None:
     assert said.last(len(said) - start + 9).ids.tolist() == expected[start:]  # what is forgotten ends with a reply
     ended = Transcript.empty().followed_by((5, 2), [(0, 1), (1, 1)], b"a", own=True)
     assert form.heard(ended, b"", Tokens((), ())).ids.tolist()[:4] == [5, 2, *inner.encode("[u")[1:]]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"), [("{{ raise_exception('no') }}", "got no"), ("hidden", "got one that")]
+)
+def test_templates_that_are_none(llama64: SimpleNamespace, template: str, message: str) -> None:
+    llama64.tokenizer.inner.chat_template = template
+    try:
+        with pytest.raises(ConfigError, match=f"expected a chat template .*{message}"):
+            TwoPassGenerator(llama64).chat()
+    finally:
+        llama64.tokenizer.inner.chat_template = None
+
+
+def test_a_template_of_words_ends_no_reply(templated: SimpleNamespace) -> None:
+    """Its first word after a reply may be said in one."""
+    inner = templated.tokenizer.inner
+    inner.chat_template = "{% for m in messages %}ab {{ m['role'] }}: {{ m['content'] }}{% endfor %}"
+    form = Form.of(templated.tokenizer)
+    assert (inner.decode([*form.closing, *form.before]), form.ends) == ("ab user: ", {2})
