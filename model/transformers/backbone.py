@@ -1,6 +1,8 @@
 """Any causal language model of the transformers library as a ``Backbone``."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from bayes_dispatch.errors import ConfigError, TensorError
@@ -195,9 +198,33 @@ class TransformersBackbone:
             if name not in shapes or rank > min(shapes[name]):
                 raise TensorError(f"expected scales of {name} for a matrix {shapes.get(name)}, got {rank}")
             left, values, right = self.factors(name)
-            own = Delta(left[:, :rank], right[:rank], values[:rank] * (scales.to(self.device, self.dtype) - 1))
+            wide = torch.promote_types(scales.dtype, self.dtype)  # near 1 a bfloat16 tells no small change
+            change = (scales.to(self.device, wide) - 1).to(self.dtype)
+            own = Delta(left[:, :rank], right[:rank], values[:rank] * change)
             found[name] = own if name not in found else Delta.joined([found[name], own])
         return found
+
+    @contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        """While ``score`` is differentiated, blocks run again rather than keep all that they computed.
+
+        Reads of a session that are differentiated have no place here: their blocks would run without what was kept.
+
+        Raises:
+            ConfigError: the model cannot.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if not layers:
+            raise ConfigError(f"expected a model that can be checkpointed, got a {type(self.model).__name__}")
+        contexts = {"context_fn": lambda: (nullcontext(), self.parts.adding_as_now())}
+        again = partial(checkpoint, use_reentrant=False, **contexts)
+        for layer in layers:  # what is within them stays in evaluation
+            vars(layer).update(training=True, gradient_checkpointing=True, _gradient_checkpointing_func=again)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                vars(layer).update(training=False, gradient_checkpointing=False)
 
     def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """U (out, r), s (r,) and Vᵀ (r, in) of a matrix; computed once, in float32 or better."""

@@ -5,7 +5,7 @@ through a context variable, so that threads share parts.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from copy import copy
 from inspect import signature
@@ -115,6 +115,10 @@ class ModelParts:
             yield
         finally:
             _adding.reset(token)
+
+    def adding_as_now(self) -> AbstractContextManager[None]:
+        """``adding`` of what this thread adds now, for whatever thread runs the model again."""
+        return self.adding(_adding.get()[1])
 
     def _returned_by_blocks(self) -> int | None:
         """How many values a block returns, of which the hidden states are the first; ``None`` for these alone."""
