@@ -18,6 +18,7 @@ from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.errors import ConfigError, RewardError, TensorError, UnknownNameError
 from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, Checked, Domain
 from bayes_dispatch.experts.domains.own import OwnPrompts, Reward, Rewarded, read_jsonl, read_prompts, read_text
+from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.experts.objectives import Likelihood, Objective, Reinforce
 from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, train_expert
 from bayes_dispatch.experts.vectors import ExpertVector, check_expert_name
@@ -28,6 +29,7 @@ __all__ = [
     "RefitSettings",
     "add_experts",
     "check_texts",
+    "check_trainable",
     "import_reward",
     "objective_by_name",
     "own_settings",
@@ -121,28 +123,35 @@ def import_reward(path: str) -> Reward:
     return found
 
 
-def train_own_expert(bundle: Bundle, domain: Domain, settings: ExpertSettings, progress: bool = False) -> ExpertVector:
-    """An expert for the bundle's base model.
+def train_own_expert(
+    bundle: Bundle, domain: Domain, settings: ExpertSettings, progress: bool = False
+) -> ExpertVector | LoraExpert:
+    """An expert for the bundle's base model, which adapts what the bundle's experts do.
 
     Args:
-        bundle: whose model it is for. domain: named as the expert. settings: the recipe.
+        bundle: whose model it is for. domain: named as the expert. settings: the recipe, whatever its kind.
         progress: show a progress bar.
 
     Raises:
         ConfigError: the domain cannot serve the objective, or no expert can have its name.
         RewardError: the user's function fails.
     """
+    check_trainable(domain, settings.objective)
+    scaled = bundle.experts.matrices
+    settings = replace(settings, kind="svf" if scaled else "lora")
+    return train_expert(bundle.model, domain, settings, progress, scaled or None)
+
+
+def check_trainable(domain: Domain, objective: Objective) -> None:
+    """Raise ``ConfigError`` where the domain cannot serve the objective, or no expert can have its name."""
     check_expert_name(domain.name)
-    if isinstance(domain, Rewarded) and not isinstance(settings.objective, Reinforce):
-        raise ConfigError(
-            f"expected the objective reinforce for a reward, got {type(settings.objective).__name__.lower()}"
-        )
-    return train_expert(bundle.model, domain, settings, progress, bundle.experts.matrices)
+    if isinstance(domain, Rewarded) and not isinstance(objective, Reinforce):
+        raise ConfigError(f"expected the objective reinforce for a reward, got {type(objective).__name__.lower()}")
 
 
 def add_experts(
     bundle: Bundle,
-    new: Mapping[str, tuple[ExpertVector, Domain]],
+    new: Mapping[str, tuple[ExpertVector | LoraExpert, Domain]],
     keep: Collection[str],
     settings: RefitSettings,
     progress: bool = False,
@@ -176,7 +185,7 @@ def add_experts(
         announce(
             f"without mixed prompts of {', '.join(kept)}: the bundle has evidence of single prompts, not their text"
         )
-    block = bank.adapt_from
+    block = model.cut(bank.adapts)
     count, domains, places = len(bank.names), list(texts.values()), [bank.names.index(name) for name in texts]
     pure = pure_evidence(model, domains, settings.pure_prompts, lengths, "train", seed, progress, block)
     parts = [pure.among(places, count)]
@@ -204,7 +213,7 @@ def with_dispatcher(
     Raises:
         TensorError: evidence that the bundle's first pass does not give.
     """
-    seen = first_pass(bundle.model, bundle.tokenizer, ["a"], block=bundle.experts.adapt_from).evidence
+    seen = first_pass(bundle.model, bundle.tokenizer, ["a"], block=bundle.model.cut(bundle.experts.adapts)).evidence
     for name, view in evidence.views.items():
         if name not in seen.views or view.shape[1] != seen.views[name].shape[1]:
             widths = ", ".join(f"{name} (N, {view.shape[1]})" for name, view in seen.views.items())

@@ -1,7 +1,7 @@
 """Any causal language model of the transformers library as a ``Backbone``."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,10 @@ class TransformersBackbone:
         Raises:
             ConfigError: there is no causal language model, or the device is not there.
         """
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise ConfigError(f"expected a device of torch, got {device}: {_line(error)}") from None
         if str(device).startswith("cuda") and not torch.cuda.is_available():
             raise ConfigError(f"expected a device of this machine, got {device}, and there is no CUDA")
         local = Path(path).is_dir()
@@ -216,8 +220,11 @@ class TransformersBackbone:
         layers = [module for module in self.model.modules() if isinstance(module, GradientCheckpointingLayer)]
         if not layers:
             raise ConfigError(f"expected a model that can be checkpointed, got a {type(self.model).__name__}")
-        contexts = {"context_fn": lambda: (nullcontext(), self.parts.adding_as_now())}
-        again = partial(checkpoint, use_reentrant=False, **contexts)
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), self.parts.adding_as_now()
+
+        again = partial(checkpoint, use_reentrant=False, context_fn=contexts)
         for layer in layers:  # what is within them stays in evaluation
             vars(layer).update(training=True, gradient_checkpointing=True, _gradient_checkpointing_func=again)
         try:

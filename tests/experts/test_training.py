@@ -1,8 +1,9 @@
-"""Training an expert moves its scales alone and lowers the loss of its domain; the best scales are kept and the seed
-decides. Which matrices are adapted is a choice, and those that are not there are refused."""
+"""Training an expert moves its scales, or low-rank updates, alone and lowers the loss of its domain; the best are kept
+and the seed decides. Which matrices are adapted is a choice, and those that are not there are refused."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,8 @@ from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains import CONVENTIONS
+from bayes_dispatch.experts.domains.own import OwnText
+from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.experts.objectives import Judgement, Reinforce
 from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, train_expert
@@ -21,6 +24,7 @@ from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 from bayes_dispatch.model.pretraining.run import next_token_loss, pack_rows, schedule
 from bayes_dispatch.model.tokenizer import ByteTokenizer
+from tests.tiny import tiny_backbone, tiny_model
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -311,3 +315,116 @@ def test_projections_of_mamba1_are_a_choice(make_model: MakeModel, kind: str) ->
     assert expert.matrices == ranks
     assert list(ranks) == [f"blocks.0.mixer.{kind}", f"blocks.2.mixer.{kind}"]
     assert held_out_loss(model, expert) < held_out_loss(model, None)
+
+
+OWN = OwnText("own", "".join(f"Of {number} things, none is like another.\n" for number in range(60)))
+TINY = ExpertSettings(steps=12, batch_size=4, length=48, stopping=EarlyStopping(every=6, documents=8, split="held_out"))
+LORA = replace(TINY, kind="lora", rank=4, alpha=8.0, learning_rate=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("settings", [TINY, LORA], ids=["svf", "lora"])
+def test_on_any_backbone(settings: ExpertSettings, dtype: torch.dtype) -> None:
+    """The base stays as it was; blocks run again in the backward pass, or not, and it is the same in the end."""
+    backbone = tiny_backbone(dtype=dtype)
+    before = backbone.fingerprint()
+    expert = train_expert(backbone, OWN, settings, progress=False)
+    told = expert.metadata
+    assert float(told["validation"]) > float(told["base_validation"]) + 0.1
+    assert expert.base == before == tiny_backbone(dtype=dtype).fingerprint()
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in backbone.model.parameters())
+    assert list(expert.matrices) == list(backbone.adaptable())
+    again = train_expert(backbone, OWN, replace(settings, checkpointing=True), progress=False)
+    assert again.metadata == told
+    assert not any(module.training for module in backbone.model.modules())
+    with torch.no_grad():
+        ids = torch.tensor([[1, 40, 50, 60]])
+        own, other = (backbone.score(ids, adaptation=each.adaptation())[:, 1:] for each in (expert, again))
+        assert torch.equal(own, other)
+        assert not torch.equal(own, backbone.score(ids)[:, 1:])
+
+
+def test_blocks_run_again_under_checkpointing() -> None:
+    """Twice in a step, and their inner values are not kept meanwhile."""
+    backbone, calls = tiny_backbone(), []
+    projection = backbone.model.model.layers[1].mlp.up_proj
+    handle = projection.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    settings = replace(LORA, steps=1, stopping=None)
+    counts = []
+    for checkpointing in (False, True):
+        calls.clear()
+        train_expert(backbone, OWN, replace(settings, checkpointing=checkpointing), progress=False)
+        counts.append(len(calls))
+    handle.remove()
+    assert counts == [1, 2]
+
+
+def test_a_lora_expert_is_an_adapter_of_peft(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    backbone = tiny_backbone()
+    settings = replace(LORA, matrices=("q_proj", "v_proj"), adapt_from=2)
+    expert = train_expert(backbone, OWN, settings, progress=False)
+    assert isinstance(expert, LoraExpert)
+    layers = [f"model.layers.{block}.self_attn.{kind}" for block in (2, 3) for kind in ("q_proj", "v_proj")]
+    assert expert.matrices == dict.fromkeys(layers, 4)
+    assert all(up.dtype == torch.float32 and bool(up.any()) for _, up in expert.factors.values())
+    ExpertBank([expert]).export([1.0, 0.0], tmp_path / "own", backbone)
+    ids = torch.tensor([[1, 20, 70, 33, 90, 101, 55]])
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(tiny_model(), tmp_path / "own", autocast_adapter_dtype=False).eval()
+        expected = model(input_ids=ids).logits.log_softmax(-1)
+        found = backbone.open(1, 7, expert.adaptation()).read(ids, tail=7).after
+        assert found is not None
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        assert not torch.allclose(found, tiny_model()(input_ids=ids).logits.log_softmax(-1), atol=1e-3)
+
+
+def test_factors_begin_as_those_of_peft() -> None:
+    """No update at all, from ``down`` of the spread that PEFT's layers begin with; the seed decides."""
+    from peft import LoraConfig, get_peft_model
+
+    theirs = get_peft_model(tiny_model(dtype=torch.float32), LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    bounds = {"q_proj": 32**-0.5, "down_proj": 64**-0.5}
+    downs = {name: each.detach() for name, each in theirs.named_parameters() if "lora_A" in name}
+    still = replace(LORA, steps=1, learning_rate=1e-12, stopping=None, matrices=tuple(bounds))
+    ours = {seed: train_expert(tiny_backbone(), OWN, replace(still, seed=seed), progress=False) for seed in (0, 1)}
+    for kind, bound in bounds.items():
+        for seed in (0, 1):
+            factors = ours[seed].factors[f"model.layers.0.{'mlp' if kind == 'down_proj' else 'self_attn'}.{kind}"]
+            assert float(factors[1].abs().max()) < 1e-11
+            assert 0.9 * bound < float(factors[0].abs().max()) <= bound + 1e-6
+        assert all(0.9 * bound < float(each.abs().max()) <= bound for name, each in downs.items() if kind in name)
+    first, second = (torch.cat([down.flatten() for down, _ in each.factors.values()]) for each in ours.values())
+    assert not torch.allclose(first, second)
+
+
+def test_decay_keeps_updates_small() -> None:
+    backbone, settings = tiny_backbone(dtype=torch.float32), replace(LORA, stopping=None)
+    experts = [train_expert(backbone, OWN, replace(settings, decay=decay), progress=False) for decay in (0.0, 1.0)]
+    sizes = [sum(float((up @ down).square().sum()) for down, up in each.factors.values()) for each in experts]
+    assert sizes[1] < sizes[0] / 4
+
+
+def test_outside_the_blocks_on_request_alone() -> None:
+    backbone = tiny_backbone(dtype=torch.float32)
+    settings = replace(TINY, matrices=("lm_head",))
+    assert train_expert(backbone, OWN, settings, progress=False).matrices == {"lm_head": 32}
+    with pytest.raises(ConfigError, match="expected adapt_from of 0 to adapt the lm_head, got 1"):
+        train_expert(backbone, OWN, replace(settings, adapt_from=1), progress=False)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_a_model_or_an_objective_cannot(base: "MambaFormerForCausalLM") -> None:
+    with pytest.raises(ConfigError, match=r"^expected the kind svf for a MambaFormer, .*, got lora$"):
+        train_expert(base, SORT, ExpertSettings(kind="lora"))
+    with pytest.raises(ConfigError, match=r"^expected a transformers model to checkpoint, got a MambaFormer"):
+        train_expert(base, SORT, ExpertSettings(checkpointing=True))
+    for wrong, told in (
+        ({"checkpointing": True, "objective": Reinforce()}, "checkpointing with the objective likelihood alone"),
+        ({"alpha": 4}, "alpha with the kind lora alone, got 4"),
+        ({"kind": "lora", "alpha": 0}, "alpha to be a finite number > 0, got 0"),
+        ({"kind": "dora"}, "a kind of svf or lora, got 'dora'"),
+    ):
+        with pytest.raises(ConfigError, match=f"^expected {told}"):
+            ExpertSettings(**wrong)

@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,7 +18,7 @@ from bayes_dispatch.app.commands.terminal import (
     refuse_unused,
     use_one_thread,
 )
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     from bayes_dispatch.experts.domains import Domain
@@ -32,7 +33,9 @@ StepsOption = Annotated[
 
 def train_expert(
     name: Annotated[str, typer.Option(help="What to call the expert: letters, digits, _ and -.")],
-    out: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
+    out: Annotated[
+        Path, typer.Option(help="Directory of the new bundle; with --model of a PEFT adapter, or of a bank of scales.")
+    ],
     text: Annotated[
         Path | None, typer.Option(help="A UTF-8 text to learn from; with --reward a prompt on each line.")
     ] = None,
@@ -61,18 +64,57 @@ def train_expert(
     ] = None,
     steps: StepsOption = None,
     refit: Annotated[
-        bool,
-        typer.Option(help="Fit the dispatcher again and write a bundle; with --no-refit write the experts alone."),
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--refit/--no-refit",
+            help="Fit the dispatcher again and write a bundle, the default; with --no-refit write the experts alone.",
+        ),
+    ] = None,
     bundle: BundleOption = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Directory of a causal language model of transformers, or a hub name; no bundle is needed."),
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="With --model: lora (low-rank updates, the default) or svf (scales).")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="With --model: of each update, 8 by default; or most scales of a matrix.")
+    ] = None,
+    adapt_from: Annotated[
+        int | None, typer.Option(min=0, help="With --model: the first block that is adapted; default: 0.")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="With --model: take less memory and more time.")
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="With --model: where it runs: cpu, cuda, cuda:1; default: cpu.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --model: float32, bfloat16, or auto, as it is stored, the default.")
+    ] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Train an expert on a file of yours, and write a bundle that has it beside the others.
 
-    The dispatcher of the bundle is fitted again, so that it knows the new text.
+    The dispatcher of the bundle is fitted again, so that it knows the new text. With --model the expert is for a model
+    of the transformers library and is written alone: `bayes-dispatch build` makes a bundle of several.
     """
-    check_new_output(out, "bundle.json" if refit else "bank.json")
+    own: dict[str, Any] = {"kind": kind, "rank": rank, "adapt_from": adapt_from}
+    own |= {"checkpointing": gradient_checkpointing or None}
+    loading = {"device": device, "dtype": dtype}
+    for option, value in (own | loading).items():
+        option = "gradient-checkpointing" if option == "checkpointing" else option.replace("_", "-")
+        refuse_unused(f"--{option}", value, model is not None, "with --model")
+    refuse_unused("--bundle", bundle, model is None, "without --model", "both")
+    refuse_unused("--refit", refit or None, model is None, "without --model", "both")
+    refuse_unused("--no-refit", refit is False, model is None, "without --model, which has no dispatcher", "both")
+    if kind not in (None, "lora", "svf"):
+        raise UnknownNameError(f"expected a kind of lora or svf, got {kind!r}")
+    refit = model is None and refit is not False
+    adapter = model is not None and kind != "svf"
+    check_new_output(out, "bundle.json" if refit else "adapter_config.json" if adapter else "bank.json")
     if not refit and is_of_a_bundle(out):
         raise ConfigError(f"expected a directory for experts alone, got that of a bundle's: {out}")
     from bayes_dispatch.app.own_expert import import_reward, objective_by_name, own_settings, read_domain
@@ -84,7 +126,11 @@ def train_expert(
     asked = objective_by_name(named, kl=0.2 if kl is None else kl, answer_bytes=answer_bytes or 16)
     settings = own_settings(asked, steps, seed)
     domain = read_domain(name, text, jsonl, function, settings.length - 1)
-    _train([domain], settings, None, out, refit, bundle, as_json)
+    if model is None:
+        return _train([domain], settings, None, out, refit, bundle, as_json)
+    given = {setting: value for setting, value in own.items() if value is not None}
+    settings = replace(settings, **{"kind": "lora", **given})
+    _train_alone(domain, settings, out, model, {name: value for name, value in loading.items() if value}, as_json)
 
 
 def train_experts(
@@ -156,10 +202,40 @@ def _train(
             experts = experts.with_expert(expert)
         experts.save(out)
     told = {name: dict(expert.metadata) for name, (expert, _) in trained.items()}
+    _tell(out, list(experts.names), told, keep_experts is None, as_json)
+
+
+def _train_alone(
+    domain: "Domain",
+    settings: "ExpertSettings",
+    out: Path,
+    model: str,
+    loading: dict[str, str],
+    as_json: bool,
+) -> None:
+    """Train an expert of a transformers model, and write and tell it."""
+    from bayes_dispatch.app.bundle import transformers_backbone
+    from bayes_dispatch.app.own_expert import check_trainable
+    from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.experts.training import train_expert as train
+
+    check_trainable(domain, settings.objective)
+    backbone = transformers_backbone(model, **{"device": "cpu", "dtype": "auto", **loading})
+    expert = train(backbone, domain, settings, progress=True)
+    bank = ExpertBank([expert])
+    if settings.kind == "lora":
+        bank.export([1.0, 0.0], out, backbone)
+    else:
+        bank.save(out)
+    _tell(out, [domain.name], {domain.name: dict(expert.metadata)}, True, as_json)
+
+
+def _tell(out: Path, experts: list[str], told: dict[str, dict[str, str]], one: bool, as_json: bool) -> None:
     if as_json:
-        one = {"name": names[0], **told[names[0]]} if keep_experts is None else {"trained": told}
-        return print_json({"out": str(out), "experts": list(experts.names), **one})
-    print(f"{out}: experts {', '.join(experts.names)}")
+        (name, *_) = told
+        trained = {"name": name, **told[name]} if one else {"trained": told}
+        return print_json({"out": str(out), "experts": experts, **trained})
+    print(f"{out}: experts {', '.join(experts)}")
     for name, found in told.items():
         step = f"at step {found['best_step']}"
         print(f"{name} by {found['objective']}: score {found['validation']} {step}, of base {found['base_validation']}")

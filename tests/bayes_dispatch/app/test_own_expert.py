@@ -23,6 +23,8 @@ from bayes_dispatch.experts.objectives import Likelihood
 from bayes_dispatch.experts.training import ExpertSettings
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference.scoring.evidence_sets import mixed_evidence, pure_evidence
+from bayes_dispatch.model.transformers.backbone import TransformersBackbone
+from tests.tiny import tiny_model, tiny_tokenizer
 
 PAIRS = tuple((f"{a}*{b}=", str(a * b)) for a in range(8) for b in range(8))
 SMALL = RefitSettings(pure_prompts=12, mixed_prompts=20, prompt_lengths=(16, 48))
@@ -308,3 +310,79 @@ def test_importing_names_what_is_wrong() -> None:
     assert import_reward("os.path:join")("a", "b") == "a/b"  # a function; what it returns is checked later
     with pytest.raises(RewardError, match="expected a reward as package:function, got ':f'"):
         import_reward(":f")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path / "tiny")
+    tiny_tokenizer().save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+class TestOfATransformersModel:
+    """``--model``: without a bundle, to an adapter of PEFT or a bank of scales."""
+
+    def test_an_adapter(self, tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        from peft import PeftModel
+
+        wanted = ["--rank", "2", "--adapt-from", "3", "--dtype", "bfloat16", "--gradient-checkpointing"]
+        given = ["--name", "mine", "--text", "text.txt", "--model", tiny, *wanted, "--json"]
+        code, out, _ = run(capfd, *given, "--out", "mine")
+        assert code == 0
+        told = json.loads(out)
+        assert (told["experts"], told["objective"], told["name"]) == (["mine"], "likelihood", "mine")
+        assert float(told["validation"]) >= float(told["base_validation"])
+        assert {file.name for file in Path("mine").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        theirs = PeftModel.from_pretrained(tiny_model(dtype=torch.float32), "mine")
+        factors = {name: each for name, each in theirs.named_parameters() if "lora_A" in name}
+        assert {len(each) for each in factors.values()} == {2}
+        assert {name.split("layers.")[1][0] for name in factors} == {"3"}
+        bank = ExpertBank.from_peft(TransformersBackbone.load(tiny, dtype="bfloat16"), {"mine": "mine"})
+        assert len(bank.adapts) == len(factors) == 7
+        assert run(capfd, *given, "--out", "mine")[0] == 0  # in the place of the earlier one
+
+    def test_scales(self, tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        code, out, _ = run(
+            capfd, "--name", "mine", "--text", "text.txt", "--model", tiny, "--kind", "svf", "--out", "bank"
+        )
+        assert code == 0
+        assert out.startswith("bank: experts mine\nmine by likelihood: score -")
+        bank = ExpertBank.load("bank")
+        backbone = TransformersBackbone.load(tiny)
+        bank.check_base(backbone)
+        assert bank.matrices == backbone.adaptable()
+
+    @pytest.mark.usefixtures("tiny")
+    @pytest.mark.parametrize(
+        ("arguments", "told"),
+        [
+            (["--kind", "lora"], "expected --kind with --model, got it without"),
+            (["--rank", "4"], "expected --rank with --model, got it without"),
+            (["--adapt-from", "0"], "expected --adapt-from with --model, got it without"),
+            (["--device", "cpu"], "expected --device with --model, got it without"),
+            (["--dtype", "auto"], "expected --dtype with --model, got it without"),
+            (["--gradient-checkpointing"], "expected --gradient-checkpointing with --model, got it without"),
+            (["--model", "tiny", "--bundle", "old"], "expected --bundle without --model, got both"),
+            (["--model", "tiny", "--refit"], "expected --refit without --model, got both"),
+            (["--model", "tiny", "--no-refit"], "expected --no-refit without --model, which has no dispatcher"),
+            (["--model", "tiny", "--kind", "dora"], "expected a kind of lora or svf, got 'dora'"),
+            (["--model", "tiny", "--kind", "lora", "--name", "base"], "expected "),
+            (["--model", "tiny", "--dtype", "int3"], "expected a dtype of "),
+            (["--model", "tiny", "--device", "abacus"], "expected a device of torch, got abacus"),
+            (["--model", "tiny", "--adapt-from", "4"], "expected a matrix from block 4 on to adapt, got none"),
+            (["--model", "pairs.jsonl"], "expected a causal language model in pairs.jsonl"),
+            (["--model", "."], "expected a model's directory with a config.json, got ."),
+            (
+                ["--model", "tiny", "--objective", "reinforce", "--gradient-checkpointing"],
+                "expected checkpointing with the objective likelihood alone, got reinforce",
+            ),
+        ],
+    )
+    def test_bad_input_is_one_line(self, arguments: list[str], told: str, capfd: pytest.CaptureFixture[str]) -> None:
+        before = sorted(Path().iterdir())
+        code, out, err = run(capfd, "--name", "mine", "--text", "text.txt", "--out", "new", *arguments)
+        *bars, line = err.splitlines()
+        assert (code, out) == (2, "")
+        assert all(not bar or bar.startswith("Loading weights") for bar in bars)
+        assert line.startswith(f"bayes-dispatch: error: {told}")
+        assert sorted(Path().iterdir()) == before
