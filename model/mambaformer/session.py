@@ -104,7 +104,7 @@ class MambaFormerSession:
     def select(self, rows: Sequence[int]) -> "MambaFormerSession":
         check_rows(rows, self.rows)
         twin = copy(self)
-        twin._cache = self._cache.select(torch.as_tensor(rows))
+        twin._cache = self._cache.select(rows)
         twin._select(rows)
         return twin
 

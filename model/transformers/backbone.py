@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of
 from bayes_dispatch.model.mambaformer.fingerprint import Fingerprint
+from bayes_dispatch.model.mambaformer.token_model import check_ids
 from bayes_dispatch.model.transformers.parts import ModelParts
 from bayes_dispatch.model.transformers.session import LOGITS_AT_ONCE, TransformersSession
 from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
@@ -133,7 +134,10 @@ class TransformersBackbone:
 
     def block_of(self, matrix: str) -> int:
         """The block that a matrix is in; one after all blocks counts as the last's, one before them as the first's."""
-        return block_of(matrix) if matrix in self.adaptable() else 0
+        if matrix in self.adaptable():
+            return block_of(matrix)
+        inner = _path_of(self.model, self.parts).removesuffix(self.parts.blocks)
+        return 0 if matrix.startswith(inner) else self.depth - 1
 
     def cut(self, matrices: Iterable[str]) -> int:
         """How many blocks can run once for all adaptations of these matrices."""
@@ -154,6 +158,7 @@ class TransformersBackbone:
         self, ids: Tensor, tokens: Tensor | None = None, adaptation: Adaptation | None = None
     ) -> Float[Tensor, "R T"]:
         """See ``Backbone``."""
+        check_ids(ids, self.vocab_size)
         ids = ids.to(self.device)
         mask = (
             None if tokens is None else torch.arange(ids.shape[1], device=self.device) < tokens.to(self.device)[:, None]

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from bayes_dispatch.errors import CacheFullError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Delta
 from bayes_dispatch.model.backbone import Read, check_rows, check_tokens
+from bayes_dispatch.model.mambaformer.token_model import check_ids
 from bayes_dispatch.model.transformers.parts import ModelParts
 
 __all__ = ["TransformersSession"]
@@ -165,6 +166,7 @@ class TransformersSession:
     def _check(self, ids: Tensor, tokens: Tensor | None, x: Tensor | None) -> None:
         self._whole()
         check_tokens(ids, tokens, self._rows)
+        check_ids(ids, self._parts.vocab_size)
         if tokens is not None and self._read and bool((tokens < ids.shape[1]).any()):
             raise TensorError(f"expected as many tokens of each row once some have been read, got {tokens.tolist()}")
         if self._blocks.start and (x is None or x.shape[:2] != ids.shape):

@@ -298,6 +298,28 @@ def test_the_cut_is_below_all_that_is_adapted(backbone: Any) -> None:
         close(below.read(ids).hidden, base, 0)
 
 
+@pytest.mark.parametrize("kind", KINDS, scope="module")
+def test_what_is_beside_the_blocks_belongs_to_the_nearest(backbone: Any) -> None:
+    head = [name for name in backbone.linears() if name not in backbone.adaptable()]
+    assert [backbone.cut([name]) for name in head] == [0] * (len(head) - 1) + [backbone.depth - 1]
+
+
+@pytest.mark.parametrize("kind", KINDS, scope="module")
+def test_scales_are_of_the_largest_singular_values(backbone: Any, bound: float) -> None:
+    ids, given, merged = tokens(backbone, 1, WIDTH), {}, deepcopy(backbone.model)
+    for n, (name, rank) in enumerate(backbone.adaptable().items()):
+        given[name] = torch.linspace(0.5, 1.5, rank if n % 2 else 3, dtype=torch.float64)
+        weight = merged.get_submodule(name).weight
+        left, values, right = torch.linalg.svd(weight, full_matrices=False)
+        values[: len(given[name])] *= given[name]
+        weight.copy_(left @ torch.diag(values) @ right)
+    close(
+        read(backbone.open(1, WIDTH, Adaptation(given)), ids).after,
+        merged(ids).logits.log_softmax(-1),
+        max(bound, 1e-8),
+    )
+
+
 def test_scores_are_the_log_probabilities_of_the_tokens(backbone: Any, bound: float) -> None:
     ids, lengths = tokens(backbone, 2, WIDTH), torch.tensor([WIDTH, 7])
     adaptation = scales(backbone, 2)
@@ -355,6 +377,9 @@ def test_shapes_that_do_not_fit_are_refused_and_change_nothing(backbone: Any, un
     wrong: list[Callable[[], object]] = [
         lambda: session.read(ids[:1]),
         lambda: session.read(ids[:, :0]),
+        lambda: session.read(torch.full((2, 1), backbone.vocab_size)),
+        lambda: session.read(ids - 300),
+        lambda: backbone.score(ids - 300),
         lambda: session.read(ids, torch.tensor([6, 0])),
         lambda: session.read(ids, torch.tensor([6, 7])),
         lambda: session.read(ids, torch.tensor([6])),
