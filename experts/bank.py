@@ -194,30 +194,29 @@ class ExpertBank(Mapping[str, Expert]):
         """
         return cls([read_peft(backbone, name, directory) for name, directory in adapters.items()])
 
-    def export(
-        self, weights: Weights, directory: str | Path, backbone: Backbone | None = None, rank: int = 16
-    ) -> float:
+    def export(self, weights: Weights, directory: str | Path, backbone: Backbone, rank: int = 16) -> float:
         """Write a blend as one adapter that PEFT, and what reads its format, loads.
 
         Args:
-            weights: (K + 1,). directory: in the place of an earlier export.
-            backbone: the base model, where singular-value scales are among what is blended: their update is cut to the
-                ``rank`` largest of its own singular values. LoRA updates are written as they are.
-            rank: of a matrix's update by scales.
+            weights: (K + 1,). directory: in the place of an earlier export. backbone: the base model.
+            rank: of a matrix's update by singular-value scales: those of the largest change. LoRA updates are written
+                as they are.
 
         Returns:
             The largest relative error of a matrix's update, in the Frobenius norm; 0 without scales.
 
         Raises:
-            TensorError: weights of rows, or of base alone. ConfigError: scales without a backbone that has factors.
+            ForeignExpertError: the experts were made for another model. ConfigError: a model whose matrices no delta
+                can be added to. TensorError: weights of rows, or of base alone.
             BundleError: the directory is a link, or holds anything else.
         """
+        self.check_base(backbone)
         adaptation = self.blend(weights)
         deltas, error = dict(adaptation.deltas), 0.0
         if adaptation.scales and any(bool((z != 1).any()) for z in adaptation.scales.values()):
             factors = getattr(backbone, "factors", None)
             if factors is None:
-                raise ConfigError("expected the backbone whose singular values are scaled, to export them, got none")
+                raise ConfigError(f"expected a model that adds deltas to its matrices, got a {type(backbone).__name__}")
             for matrix, z in adaptation.scales.items():
                 up, values, down = factors(matrix)
                 change = values.float() * (z.float() - 1)
@@ -228,7 +227,7 @@ class ExpertBank(Mapping[str, Expert]):
                     lost = change.clone()
                     lost[kept] = 0
                     error = max(error, float(lost.norm() / norm))
-        write_peft(directory, deltas, str(getattr(backbone, "name", "")))
+        write_peft(directory, deltas, str(getattr(backbone, "name", "")), getattr(backbone, "embeddings", ()))
         return error
 
     def check_base(self, model: Backbone) -> None:

@@ -5,7 +5,7 @@ PEFT itself is not needed. Nothing is unpickled, and nothing of a directory is e
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +69,12 @@ def read_peft(backbone: Backbone, name: str, directory: str | Path) -> LoraExper
     return LoraExpert(name, factors, backbone.fingerprint(), {"adapter": directory.name, **provenance()})
 
 
-def write_peft(directory: str | Path, deltas: Mapping[str, Delta], base: str) -> None:
+def write_peft(directory: str | Path, deltas: Mapping[str, Delta], base: str, embeddings: Collection[str] = ()) -> None:
     """Write one adapter that adds these deltas, shared by all rows.
 
     Args:
         directory: in the place of an earlier adapter that was written here. base: path or name of the base model.
+        embeddings: which of the matrices are embeddings; PEFT calls their factors otherwise.
 
     Raises:
         BundleError: the directory is a link, or holds anything else. TensorError: nothing to add, or deltas of rows.
@@ -85,8 +86,9 @@ def write_peft(directory: str | Path, deltas: Mapping[str, Delta], base: str) ->
         if delta.c.ndim != 1:
             raise TensorError(f"expected a delta that all rows share, got one of {len(delta.c)} rows")
         ranks[matrix] = len(delta.c)
-        tensors[f"{PREFIX}{matrix}.lora_A.weight"] = delta.down
-        tensors[f"{PREFIX}{matrix}.lora_B.weight"] = delta.up * delta.c
+        kind, end = ("lora_embedding", "") if matrix in embeddings else ("lora", ".weight")
+        tensors[f"{PREFIX}{matrix}.{kind}_A{end}"] = delta.down
+        tensors[f"{PREFIX}{matrix}.{kind}_B{end}"] = delta.up * delta.c
     most = max(ranks.values())
     others = {re.escape(matrix): rank for matrix, rank in ranks.items() if rank != most}
     config = {

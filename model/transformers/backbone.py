@@ -127,6 +127,11 @@ class TransformersBackbone:
         """(out, in) of each matrix that a delta may be added to, in order; an embedding is (width, tokens)."""
         return {name: self.parts.shapes[name] for name in self._called}
 
+    @property
+    def embeddings(self) -> tuple[str, ...]:
+        """Which of these matrices are embeddings."""
+        return tuple(name for name in self._called if isinstance(self.parts.matrices[name], nn.Embedding))
+
     def adaptable(self) -> dict[str, int]:
         """Rank of each matrix that singular-value scales adapt unless told otherwise: linear layers within blocks."""
         inside = f"{_path_of(self.model, self.parts)}."

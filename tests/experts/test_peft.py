@@ -76,7 +76,7 @@ def test_a_blend_is_the_cat_merge_and_rows_are_one_by_one(adapted: tuple[str, di
         plain = tiny_model(kind)(input_ids=IDS[:1], use_cache=False).logits.log_softmax(-1)
         torch.testing.assert_close(together[3:4], plain, rtol=0, atol=1e-12 if kind == "llama" else 1e-6)
         assert float((together[0] - together[1]).abs().max()) > 1e-3
-        bank.export(weights[0], tmp_path / "blend")
+        bank.export(weights[0], tmp_path / "blend", backbone)
         exported = PeftModel.from_pretrained(tiny_model(kind), tmp_path / "blend", autocast_adapter_dtype=False).eval()
         merged = PeftModel.from_pretrained(
             tiny_model(kind), adapters[names[0]], adapter_name=names[0], autocast_adapter_dtype=False
@@ -88,6 +88,22 @@ def test_a_blend_is_the_cat_merge_and_rows_are_one_by_one(adapted: tuple[str, di
         for model in (exported, merged.eval()):
             found = model(input_ids=IDS[:1]).logits.log_softmax(-1)
             torch.testing.assert_close(found, together[:1], rtol=0, atol=1e-6)
+
+
+def test_an_exported_embedding_is_read_again(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    tiny_adapter(tmp_path / "ends", targets=("embed_tokens", "lm_head"), r=2)
+    backbone = tiny_backbone()
+    bank = ExpertBank.from_peft(backbone, {"ends": tmp_path / "ends"})
+    weights = torch.tensor([0.7, 0.3], dtype=torch.float64)
+    bank.export(weights, tmp_path / "out", backbone)
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(tiny_model(), tmp_path / "out", autocast_adapter_dtype=False).eval()
+        expected = model(input_ids=IDS[:1]).logits.log_softmax(-1)
+        torch.testing.assert_close(of(1, backbone, bank.blend(weights)), expected, rtol=0, atol=1e-10)
+    with pytest.raises(ForeignExpertError):
+        bank.export(weights, tmp_path / "other", tiny_backbone(seed=3))
 
 
 def test_kinds_together_on_disk_and_on_the_way(tmp_path: Path) -> None:
