@@ -1,5 +1,6 @@
 """Any causal language model of the transformers library as a ``Backbone``."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -26,6 +28,7 @@ from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
 __all__ = ["TransformersBackbone"]
 
 PROBE = 12  # tokens of the check of what a model can do
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class TransformersBackbone:
@@ -39,7 +42,8 @@ class TransformersBackbone:
         tokenizer: see ``TransformersTokenizer``. depth: blocks. cuts: whether its blocks can run in two parts.
 
     Raises:
-        ConfigError: blocks that cannot be found, a tokenizer that does not fit.
+        ConfigError: blocks that cannot be found, predictions that look ahead or change when the model reads on, a
+            tokenizer that does not fit.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str = "") -> None:
@@ -65,27 +69,33 @@ class TransformersBackbone:
         Nothing of the directory is executed, and no pickle is read.
 
         Raises:
-            ConfigError: there is no causal language model, or the device is not there.
+            ConfigError: there is no causal language model with all its weights, or the device is not there.
         """
         try:
-            device = torch.device(device)
-        except RuntimeError as error:
-            raise ConfigError(f"expected a device of torch, got {device}: {_line(error)}") from None
-        if str(device).startswith("cuda") and not torch.cuda.is_available():
-            raise ConfigError(f"expected a device of this machine, got {device}, and there is no CUDA")
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ConfigError(f"expected a device of this machine, got {device}: {_line(error)}") from None
         local = Path(path).is_dir()
+        if not local and (isinstance(path, Path) or not HUB_NAME.fullmatch(path)):
+            raise ConfigError(f"expected a directory, or a name on the hub, got {path}")
         if local and not (Path(path) / "config.json").is_file():
             raise ConfigError(f"expected a model's directory with a config.json, got {path}")
         options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
         try:
             config = AutoConfig.from_pretrained(path, **options)
-            if type(config) not in AutoModelForCausalLM._model_mapping:
-                raise ConfigError(f"expected a causal language model, got {type(config).__name__} in {path}")
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
-            nn.Module.to(model, device)
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        except (OSError, ValueError, KeyError) as error:
+            if type(config) in AutoModelForCausalLM._model_mapping:
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+                )
+                model, found = loaded
+                nn.Module.to(model, device)
+                tokenizer = AutoTokenizer.from_pretrained(path, **options)
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
             raise ConfigError(f"expected a causal language model in {path}, got {_line(error)}") from None
+        if type(config) not in AutoModelForCausalLM._model_mapping:
+            raise ConfigError(f"expected a causal language model, got {type(config).__name__} in {path}")
+        if missing := sorted(found["missing_keys"]):  # that library would draw them at random
+            raise ConfigError(f"expected all weights of the model in {path}, got none of {missing[0]}")
         return cls(model, tokenizer, str(path))
 
     @property
@@ -257,7 +267,7 @@ class TransformersBackbone:
         """Matrices that the model multiplies by calling their module once a token: those that a delta reaches."""
         calls: dict[str, int] = {}
         handles = [
-            module.register_forward_hook(lambda m, inputs, output, name=name: _count(calls, name, inputs[0]))
+            module.register_forward_hook(lambda m, inputs, output, name=name: _count(calls, name, inputs))
             for name, module in self.parts.matrices.items()
         ]
         try:
@@ -269,44 +279,60 @@ class TransformersBackbone:
         return [name for name in self.parts.matrices if calls.get(name) == 1]
 
     def _probe_reading(self) -> tuple[bool, bool]:
-        """Whether chunks, and parts, give what the whole model gives."""
+        """Whether chunks, and parts, give what the whole model gives: for a row, and for a shorter one beside it."""
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(self.vocab_size, (1, PROBE), generator=generator).to(self.device)
-        self.cuts = True
-        with torch.inference_mode():
-            logits = self.model(input_ids=ids, use_cache=False).logits[:, -1]
-            # what rounding may do: recurrent blocks of that library compute in float32 whatever the model's dtype
-            slack = max(300 * torch.finfo(torch.float32).eps, 4 * torch.finfo(self.dtype).eps) * (
-                1 + logits.abs().max()
+        half, less = PROBE // 2, 3
+        kind = type(self.model).__name__
+
+        def logits(row: Tensor) -> Tensor:
+            return (
+                self.model(input_ids=row, use_cache=False).logits[0].to(torch.promote_types(self.dtype, torch.float32))
             )
 
-            def same(after: Tensor | None) -> bool:
-                return after is not None and bool(
-                    (after[:, -1] - logits.to(after.dtype).log_softmax(-1)).abs().max() <= slack
+        def near(one: Tensor, other: Tensor) -> bool:
+            # what rounding may do: recurrent blocks of that library compute in float32 whatever the model's dtype
+            slack = max(300 * torch.finfo(torch.float32).eps, 4 * torch.finfo(self.dtype).eps)
+            difference = one.log_softmax(-1) - other.log_softmax(-1)
+            return bool(difference.abs().max() <= slack * (1 + other.abs().max()))
+
+        def reads(*parts: range) -> bool:
+            sessions = [self.open(2, PROBE, blocks=part) for part in parts]
+            short = torch.cat([ids[:, less:half], ids.new_zeros(1, less)], 1)
+            for piece, counts in [
+                (torch.cat([ids[:, :half], short]), torch.tensor([half, half - less], device=self.device)),
+                (ids[:, half:].expand(2, -1), None),
+            ]:
+                x = None
+                for session in sessions:
+                    found = session.read(piece, counts, x)
+                    x = found.hidden
+            assert found.after is not None
+            return near(found.after[:, -1], expected)
+
+        with torch.inference_mode():
+            whole = logits(ids)
+            if not near(logits(ids[:, :half]), whole[:half]):
+                raise ConfigError(f"expected a causal language model, got {kind}, which looks at later tokens")
+            expected = torch.stack([whole[-1], logits(ids[:, less:])[-1]])
+            self.cuts = True
+            self.parts.continues = reads(range(self.depth))
+            if not self.parts.continues and not reads(range(self.depth)):
+                raise ConfigError(
+                    f"expected a model that reads on from what it kept, got {kind}, which gives other values"
                 )
-
-            session = self.open(1, PROBE)
-            session.read(ids[:, : PROBE // 2])
-            continues = same(session.read(ids[:, PROBE // 2 :]).after)
-            self.parts.continues = continues
-            for cut in {1, self.depth // 2, self.depth - 1} - {0, self.depth}:
-                below, above = (
-                    self.open(1, PROBE, blocks=range(cut)),
-                    self.open(1, PROBE, blocks=range(cut, self.depth)),
-                )
-                for part in (ids[:, : PROBE // 2], ids[:, PROBE // 2 :]):
-                    after = above.read(part, x=below.read(part).hidden).after
-                if not same(after):
-                    return continues, False
-        return continues, self.depth > 1
+            places = {1, self.depth // 2, self.depth - 1} - {0, self.depth}
+            cuts = all(reads(range(cut), range(cut, self.depth)) for cut in places)
+        return self.parts.continues, cuts and self.depth > 1
 
 
-def _count(calls: dict[str, int], name: str, x: Tensor) -> None:
-    calls[name] = calls.get(name, 0) + (1 if x.shape[0] == 3 else 2)  # rows are still there
+def _count(calls: dict[str, int], name: str, inputs: tuple[Any, ...]) -> None:
+    rowwise = bool(inputs) and inputs[0].shape[:2] == (3, 2)  # rows are still there
+    calls[name] = calls.get(name, 0) + (1 if rowwise else 2)
 
 
 def _matrix(module: nn.Module) -> Tensor:
-    weight = module.weight
+    weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point():
         raise ConfigError(f"expected a matrix of numbers for singular values, got a {type(module).__name__}")
     return weight.T if isinstance(module, Conv1D | nn.Embedding) else weight

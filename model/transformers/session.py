@@ -54,7 +54,6 @@ class TransformersSession:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for layer in self._layers() for _, tensor in _tensors(layer))
 
-    @torch.no_grad()
     def read(
         self,
         ids: Int[Tensor, "R T"],

@@ -1,7 +1,8 @@
 """The tokenizer of a model of the transformers library, as ``model.backbone.Tokenizer``."""
 
 from collections.abc import Sequence
-from itertools import accumulate
+from copy import deepcopy
+from itertools import accumulate, chain
 
 import torch
 from jaxtyping import Bool
@@ -15,6 +16,7 @@ from bayes_dispatch.model.tokenizer import utf8
 __all__ = ["TransformersTokenizer"]
 
 WINDOW = 8  # tokens before a continuation that its text may depend on
+LONGEST = 4  # bytes of a character, of which a token has one at least
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -37,7 +39,14 @@ class TransformersTokenizer:
             raise ConfigError(f"expected a fast tokenizer, got {type(tokenizer).__name__}")
         if (most := max(tokenizer.get_vocab().values())) >= vocab_size:
             raise ConfigError(f"expected a tokenizer of at most {vocab_size} ids, as the embedding has, got id {most}")
+        if outside := [end for end in ends if not 0 <= end < vocab_size]:
+            raise ConfigError(f"expected ends of a text among {vocab_size} ids, got {outside[0]}")
         self.inner = tokenizer
+        # a copy whose settings nobody changes: special tokens that are written out are text, and nothing is cut off
+        self._backend = deepcopy(tokenizer.backend_tokenizer)
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
         self.vocab_size = vocab_size
         self.ends = frozenset(ends)
         special = {*tokenizer.all_special_ids, *(id_ for id_, t in tokenizer.added_tokens_decoder.items() if t.special)}
@@ -47,6 +56,10 @@ class TransformersTokenizer:
         self.continues[list(self.ends)] = True
         self.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.prefix = tuple(self._before(tokenizer))
+        self._control = special - {tokenizer.unk_token_id}
+        # texts after which a text goes on: some tokenizers put a space before all that begins
+        anchors = [(text, self._backend.encode(text, add_special_tokens=False).ids) for text in ("", "\n", ".", "a")]
+        self._anchors = [(text, ids) for text, ids in anchors if self._goes_on(text, ids)]
 
     def tokenize(self, text: str | bytes, begin: bool = True) -> Tokens:
         """Ids and spans of ``text``: first what begins every text of this model, then what is said.
@@ -57,19 +70,52 @@ class TransformersTokenizer:
             PromptError: it is no UTF-8.
         """
         given = utf8(text).decode()
-        found = self.inner(
-            given, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
-        )
+        pieces = self._pieces(given, goes_on=not begin)
         at = [0, *accumulate(len(character.encode()) for character in given)]
-        spans = [(at[start], at[stop]) for start, stop in found["offset_mapping"]]
+        spans: list[tuple[int, int]] = []
+        reached = 0  # what a tokenizer leaves out, such as spaces, belongs to the token after it, or to the last one
+        for place, (_, start, stop) in enumerate(pieces):
+            stop = len(given) if place == len(pieces) - 1 else max(stop, reached)
+            spans.append((at[min(start, reached)], at[stop]))
+            reached = stop
         prefix = self.prefix if begin else ()
-        return Tokens((*prefix, *found["input_ids"]), (*[(0, 0)] * len(prefix), *spans))
+        return Tokens((*prefix, *(id_ for id_, _, _ in pieces)), (*[(0, 0)] * len(prefix), *spans))
+
+    def _pieces(self, text: str, *, goes_on: bool) -> list[tuple[int, int, int]]:
+        """Ids of a text, and from which to which character each is."""
+        for anchor, ids in [*(self._anchors if goes_on else ()), ("", [])]:
+            found = self._backend.encode(anchor + text, add_special_tokens=False)
+            if found.ids[: len(ids)] == ids:
+                break
+        pieces: list[tuple[int, int, int]] = []
+        for id_, place in zip(found.ids[len(ids) :], found.offsets[len(ids) :], strict=True):
+            start, stop = (max(0, each - len(anchor)) for each in place)
+            if id_ in self._control and stop - start > 1:  # of a vocabulary that has it as a word like any other
+                for part in (start, start + 1), (start + 1, stop):
+                    inner = self._pieces(text[slice(*part)], goes_on=True)
+                    pieces += [(own, part[0] + first, part[0] + last) for own, first, last in inner]
+            else:
+                pieces.append((id_, start, stop))
+        return pieces
+
+    def _goes_on(self, anchor: str, ids: list[int]) -> bool:
+        """Whether a text after this one has no space put in front of it."""
+        before = self._backend.encode("a", add_special_tokens=False).ids
+        whole = self._backend.encode(f"{anchor}b", add_special_tokens=False).ids
+        rest = whole[len(ids) :]
+        return whole[: len(ids)] == ids and self.said([*before, *rest]) == self.said(before) + self.said(rest).strip()
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids without special tokens; bytes that are no UTF-8 become U+FFFD."""
-        text = self.inner.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
+        text = self.said(ids)
+        if UNFINISHED in text:  # some decoders give up whole runs of bytes for one that is none
+            stream = self.stream(())
+            text = "".join(map(stream.add, ids)) + stream.end()
         return text
+
+    def said(self, ids: Sequence[int]) -> str:
+        """What that library makes of ids."""
+        return str(self._backend.decode([id_ for id_ in ids if id_ not in self.ends], skip_special_tokens=True))
 
     def stream(self, context: Sequence[int]) -> "TransformersStream":
         """The text that ids add, one after the other, to that of ``context``."""
@@ -126,23 +172,39 @@ class TransformersTokenizer:
 
 
 class TransformersStream:
-    """Text of tokens as they come: what could still change, such as half a character, waits."""
+    """Text of tokens as they come: what could still change, such as half a character, waits.
+
+    A few tokens are decoded again with each new one, from a place where a character began.
+    """
 
     def __init__(self, tokenizer: TransformersTokenizer, context: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(context)[-WINDOW:]
-        self._said = tokenizer.decode(self._ids)
+        self._parts: list[list[int]] = []  # each ends where a character does
+        self._waiting: list[int] = []
+        self._said = ""
+        for token in context[-4 * WINDOW :]:
+            self.add(token)
 
     def add(self, token: int) -> str:
         """What there is to say after one more token."""
-        self._ids.append(token)
-        text = self._tokenizer.decode(self._ids)
-        if text.endswith(UNFINISHED):
-            return ""
-        new, self._ids = text[len(self._said) :], self._ids[-WINDOW:]
-        self._said = self._tokenizer.decode(self._ids)
-        return new
+        self._waiting.append(token)
+        if not self._text(self._waiting).endswith(UNFINISHED):
+            return self._settled(len(self._waiting))
+        return self._settled(len(self._waiting) - LONGEST) if len(self._waiting) > WINDOW else ""
 
     def end(self) -> str:
         """What still waited."""
-        return self._tokenizer.decode(self._ids)[len(self._said) :]
+        return self._settled(len(self._waiting))
+
+    def _settled(self, count: int) -> str:
+        part, self._waiting = self._waiting[:count], self._waiting[count:]
+        text = self._text(part)
+        new = text[len(self._said) :] if text.startswith(self._said) else self._tokenizer.said(part)
+        self._parts.append(part)
+        while sum(map(len, self._parts[1:])) >= WINDOW:
+            del self._parts[0]
+        self._said = self._text([])
+        return new
+
+    def _text(self, ids: list[int]) -> str:
+        return self._tokenizer.said([*chain(*self._parts), *ids])

@@ -1,0 +1,233 @@
+"""A model and its tokenizer from a directory: what was saved loads, and what cannot be used says so in a line."""
+
+import json
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertLMHeadModel, ByT5Tokenizer, PreTrainedModel, T5Config
+
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.model.adaptation import Adaptation, Delta
+from bayes_dispatch.model.transformers.backbone import TransformersBackbone
+from tests.tiny import VOCABULARY, tiny_backbone, tiny_model, tiny_tokenizer
+
+BERT: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+load = TransformersBackbone.load
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """A tiny Llama in float32 with its tokenizer."""
+    tiny_model(dtype=torch.float32).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def changed(path: Path, **values: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_what_is_saved_loads_without_a_network(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def connect(*_: object) -> None:
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    monkeypatch.setattr(socket, "getaddrinfo", connect)
+    own = TransformersBackbone(tiny_model(dtype=torch.float32), tiny_tokenizer())
+    for path in (saved, str(saved)):
+        backbone = load(path)
+        assert backbone.fingerprint() == own.fingerprint()
+        assert (backbone.name, backbone.dtype, backbone.device.type) == (str(saved), torch.float32, "cpu")
+        assert (backbone.depth, backbone.longest, backbone.vocab_size) == (4, 512, VOCABULARY)
+
+
+def test_half_precision_reads_as_the_plain_model_does(saved: Path) -> None:
+    backbone = load(saved, dtype=torch.bfloat16)
+    assert backbone.dtype == torch.bfloat16
+    assert backbone.cuts
+    assert backbone.continues
+    ids = torch.arange(3, 23).expand(2, -1)
+    with torch.no_grad():
+        after = backbone.open(2, 20).read(ids).after
+        plain = backbone.model(ids).logits[:, -1:].float().log_softmax(-1)
+    assert after is not None
+    assert after.dtype == torch.float32
+    torch.testing.assert_close(after, plain, rtol=0, atol=0)
+
+
+def without_config(path: Path) -> None:
+    (path / "config.json").unlink()
+
+
+def without_weights(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+
+
+def without_a_tokenizer(path: Path) -> None:
+    for file in path.glob("token*"):
+        file.unlink()
+
+
+def of_t5(path: Path) -> None:
+    T5Config().save_pretrained(path)
+
+
+def of_bert(path: Path) -> None:
+    BertLMHeadModel(BertConfig(vocab_size=VOCABULARY, **BERT)).save_pretrained(path)
+
+
+def torn(path: Path) -> None:
+    (path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes()[:-100])
+
+
+def of_another_shape(path: Path) -> None:
+    changed(path / "config.json", intermediate_size=48)
+
+
+def deeper(path: Path) -> None:
+    changed(path / "config.json", num_hidden_layers=5)
+
+
+def pickled(path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (path / "ran",)
+
+    without_weights(path)
+    torch.save({"x": Trap()}, path / "pytorch_model.bin")
+
+
+def of_remote_code(path: Path) -> None:
+    (path / "own.py").write_text(f"open({str(path / 'ran')!r}, 'w')\nclass Own: ...\nclass OwnConfig: ...\n")
+    changed(
+        path / "config.json",
+        model_type="own",
+        auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"},
+    )
+
+
+def without_json(path: Path) -> None:
+    (path / "config.json").write_text("{")
+
+
+@pytest.mark.filterwarnings("ignore")  # that library's, which differ from version to version
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (without_config, "with a config.json"),
+        (without_json, "causal language model"),
+        (without_weights, "causal language model"),
+        (without_a_tokenizer, "causal language model"),
+        (of_t5, "got T5Config"),
+        (of_bert, "got BertLMHeadModel, which looks at later tokens"),
+        (torn, "causal language model"),
+        (of_another_shape, "causal language model"),
+        (deeper, "all weights of the model"),
+        (pickled, "safetensors"),
+        (of_remote_code, "causal language model"),
+    ],
+)
+def test_a_directory_that_cannot_be_used_is_refused_in_a_line(
+    saved: Path, spoil: Callable[[Path], None], says: str
+) -> None:
+    spoil(saved)
+    with pytest.raises(ConfigError, match=r"^expected .*" + says) as raised:
+        load(saved)
+    assert "\n" not in str(raised.value)
+    assert not (saved / "ran").exists()
+
+
+def test_code_beside_a_model_that_is_known_does_not_run(saved: Path) -> None:
+    (saved / "own.py").write_text(f"open({str(saved / 'ran')!r}, 'w')\nclass Own: ...\n")
+    changed(saved / "config.json", auto_map={"AutoModelForCausalLM": "own.Own"})
+    changed(saved / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", "own.Own"]})
+    assert load(saved).depth == 4
+    assert not (saved / "ran").exists()
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "a/b/c", Path("nowhere"), Path("owner/name")])
+def test_what_is_neither_a_directory_nor_a_name_is_not_looked_for(path: str | Path) -> None:
+    with pytest.raises(ConfigError, match=r"^expected a directory, or a name on the hub, got"):
+        load(path)
+
+
+@pytest.mark.parametrize("device", ["nowhere", "cuda:99", *([] if torch.cuda.is_available() else ["cuda"])])
+def test_a_device_that_is_not_there_is_refused(saved: Path, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"^expected a device of this machine, got {device}"):
+        load(saved, device=device)
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused() -> None:
+    model, large = tiny_model(), tiny_tokenizer()
+    large.add_tokens(["more"] * 1 + [f"more{n}" for n in range(9)])
+    with pytest.raises(ConfigError, match=f"^expected a tokenizer of at most {VOCABULARY} ids"):
+        TransformersBackbone(model, large)
+    with pytest.raises(ConfigError, match=r"^expected a fast tokenizer, got ByT5Tokenizer"):
+        TransformersBackbone(model, ByT5Tokenizer())
+
+
+def test_texts_end_with_all_ids_that_the_model_says(saved: Path) -> None:
+    model = tiny_model()
+    assert TransformersBackbone(model, tiny_tokenizer()).tokenizer.ends == {2}
+    model.generation_config.eos_token_id = [2, 40]
+    backbone = TransformersBackbone(model, tiny_tokenizer())
+    assert backbone.tokenizer.ends == {2, 40}
+    assert backbone.tokenizer.continues[[2, 40]].all()
+    assert backbone.tokenizer.decode([40, 41]) == backbone.tokenizer.decode([41])
+    for end in (VOCABULARY, -1):
+        model.generation_config.eos_token_id = [2, end]
+        with pytest.raises(ConfigError, match=f"^expected ends of a text among {VOCABULARY} ids, got {end}"):
+            TransformersBackbone(model, tiny_tokenizer())
+
+
+def test_blocks_that_cannot_be_found_are_said() -> None:
+    model = tiny_model()
+    inner: Any = model.base_model
+    inner.layers = nn.ModuleList([nn.Sequential(*inner.layers)])
+    with pytest.raises(ConfigError, match=r"^expected a model with a list of its 4 blocks, got LlamaForCausalLM"):
+        TransformersBackbone(model, tiny_tokenizer())
+
+
+class Bytes(nn.Module):
+    """A linear layer in whole numbers, as libraries of quantised models make them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.scale = float(linear.weight.detach().abs().max()) / 127
+        self.register_buffer("weight", (linear.weight.detach() / self.scale).round().to(torch.int8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ (self.weight * self.scale).to(x.dtype).T
+
+
+def quantised(model: PreTrainedModel) -> PreTrainedModel:
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "layers" in name:
+            parent, _, last = name.rpartition(".")
+            setattr(model.get_submodule(parent), last, Bytes(module))
+    return model
+
+
+def test_a_quantised_model_takes_low_rank_deltas_and_no_singular_values() -> None:
+    backbone = TransformersBackbone(quantised(tiny_model()), tiny_tokenizer())
+    assert backbone.adaptable().keys() == tiny_backbone().adaptable().keys()
+    name, ids = next(iter(backbone.adaptable())), torch.arange(3, 13)[None]
+    generator = torch.Generator().manual_seed(0)
+    up, down, c = (torch.randn(*n, generator=generator, dtype=torch.float64) for n in [(32, 2), (2, 32), (2,)])
+    module = backbone.model.get_submodule(name)
+    with torch.no_grad():
+        said = backbone.open(1, 10, Adaptation({}, {name: Delta(up, down, c)})).read(ids).after
+        wide = nn.Linear(32, 32, bias=False, dtype=torch.float64)
+        wide.weight.copy_(module.weight * module.scale + up @ torch.diag(c) @ down)  # type: ignore[operator]
+        backbone.model.set_submodule(name, wide)
+        plain = backbone.model(ids).logits[:, -1:].log_softmax(-1)
+    torch.testing.assert_close(said, plain, rtol=0, atol=1e-10)
+    other = TransformersBackbone(quantised(tiny_model()), tiny_tokenizer())
+    with pytest.raises(ConfigError, match=r"^expected a matrix of numbers for singular values, got a Bytes"):
+        other.open(1, 10, Adaptation({name: torch.ones(32)}))

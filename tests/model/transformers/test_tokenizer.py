@@ -1,0 +1,196 @@
+"""Texts to tokens and back, for each way in which fast tokenizers cut texts: bytes, pieces with spaces, likely ones."""
+
+import re
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers.processors import ByteLevel, TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from bayes_dispatch.errors import PromptError
+from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
+from tests.tiny import tiny_tokenizer
+
+SPECIAL = ["<unk>", "<s>", "</s>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+PIECES = ["▁", "a", "b", "c", " ", "ab", "▁a", "▁ab", "é", "ß", "日", "\n"]
+
+
+def wrapped(inner: Tokenizer) -> TransformersTokenizer:
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    inner.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    fast = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    return TransformersTokenizer(fast, 300, [2])
+
+
+def byte_level() -> TransformersTokenizer:
+    return TransformersTokenizer(tiny_tokenizer(), 270, [2])
+
+
+def trimmed() -> TransformersTokenizer:
+    """As GPT-2 has it: offsets leave spaces out."""
+    fast = tiny_tokenizer()
+    fast.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    return TransformersTokenizer(fast, 270, [2])
+
+
+def sentencepiece() -> TransformersTokenizer:
+    """As Llama 2 has it: spaces are written, one is put before all, and bytes stand for what is not known."""
+    vocabulary = {token: n for n, token in enumerate([*SPECIAL, *BYTES, *PIECES])}
+    merges = [("a", "b"), ("▁", "a"), ("▁", "ab")]
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return wrapped(inner)
+
+
+def unigram(**settings: Any) -> TransformersTokenizer:
+    scores = [(token, -float(1 + n % 7) if n > 258 else -20.0) for n, token in enumerate([*SPECIAL, *BYTES, *PIECES])]
+    inner = Tokenizer(models.Unigram(scores, unk_id=0, byte_fallback=True))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(**settings)
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(**settings)])
+    return wrapped(inner)
+
+
+def unigram_alone() -> TransformersTokenizer:
+    """No space before a text."""
+    return unigram(prepend_scheme="never")
+
+
+SORTS: list[Callable[[], TransformersTokenizer]] = [byte_level, trimmed, sentencepiece, unigram, unigram_alone]
+TEXTS = ["", "a", " a", "ab  ab ", "é日ß", "a 😀😀 b", "the</s> <s>12", "  ", "\n a\n", "a\u0301 👩‍👩‍👧 b", "�a"]
+
+
+@pytest.fixture(scope="module", params=SORTS, ids=lambda sort: sort.__name__)
+def tokenizer(request: pytest.FixtureRequest) -> TransformersTokenizer:
+    return request.param()  # type: ignore[no-any-return]
+
+
+def check(tokenizer: TransformersTokenizer, text: str) -> None:
+    whole = tokenizer.tokenize(text)
+    count = len(tokenizer.prefix)
+    assert whole.ids[:count] == tokenizer.prefix
+    assert whole.spans[:count] == ((0, 0),) * count
+    lost = (
+        tokenizer.decode(whole.ids) == text.removeprefix(" ") and tokenizer.decode(tokenizer.tokenize("a").ids) == "a"
+    )
+    assert tokenizer.decode(whole.ids) == text or lost  # Metaspace takes a space at the beginning for its own
+    reached = 0  # all bytes are covered, in order
+    for start, stop in whole.spans[count:]:
+        assert start <= reached <= stop
+        reached = stop
+    assert reached == len(text.encode())
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_spans_cover_the_text_and_its_tokens_say_it(tokenizer: TransformersTokenizer, text: str) -> None:
+    check(tokenizer, text)
+    check(tokenizer, text * 7)
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_spans_cover_any_text(sort: Callable[[], TransformersTokenizer]) -> None:
+    made = sort()
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.text(alphabet="ab é日😀\n</s>", max_size=12))
+    def law(text: str) -> None:
+        check(made, text)
+
+    law()
+
+
+@pytest.mark.parametrize("sort", SORTS)
+def test_a_stream_says_what_the_whole_says_after_its_context(sort: Callable[[], TransformersTokenizer]) -> None:
+    """For any ids at all, so also for half characters, in the context and at the end."""
+    made = sort()
+    allowed = st.lists(st.sampled_from(made.continues.nonzero().flatten().tolist()), max_size=14)
+
+    @settings(max_examples=150, deadline=None)
+    @given(allowed, st.text(alphabet="ab é日😀\n", max_size=14), st.integers(0, 14))
+    def law(drawn: list[int], text: str, begun: int) -> None:
+        ids = drawn or list(made.tokenize(text).ids)
+        before, whole = made.decode(ids[:begun]), made.decode(ids)
+        stream = made.stream(ids[:begun])
+        said = [stream.add(id_) for id_ in ids[begun:]]
+        if not before.endswith("�"):
+            assert few("".join(said) + stream.end()) == few(whole.removeprefix(before))
+
+    law()
+
+
+def few(text: str) -> str:
+    """How often U+FFFD stands for bytes that are none is a decoder's own affair."""
+    return re.sub("�+", "�", text)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_that_goes_on_keeps_its_spaces(tokenizer: TransformersTokenizer, text: str) -> None:
+    for context in ("ab", "a ", "\n", "é"):
+        stream = tokenizer.stream(tokenizer.tokenize(context).ids)
+        assert "".join(map(stream.add, tokenizer.tokenize(text, begin=False).ids)) + stream.end() == text
+
+
+def test_half_a_character_waits_and_is_given_up_at_the_end() -> None:
+    made = byte_level()
+    ids = made.tokenize("😀", begin=False).ids
+    assert len(ids) == 4
+    stream = made.stream(())
+    assert [stream.add(id_) for id_ in ids] == ["", "", "", "😀"]
+    stream = made.stream(())
+    assert [stream.add(id_) for id_ in ids[:3]] == ["", "", ""]
+    assert set(stream.end()) == {"�"}
+
+
+def test_special_tokens_that_are_written_out_are_text(tokenizer: TransformersTokenizer) -> None:
+    ids = tokenizer.tokenize("</s><s>", begin=False).ids
+    assert not {1, 2} & set(ids)
+    assert tokenizer.decode(ids) == "</s><s>"
+    tokenizer.inner("</s>")  # whoever else asks the tokenizer of that library changes nothing
+    assert tokenizer.tokenize("</s><s>", begin=False).ids == ids
+
+
+def test_what_may_continue_a_text_has_tokens_and_no_special_ones_but_ends(tokenizer: TransformersTokenizer) -> None:
+    assert tokenizer.continues.shape == (tokenizer.vocab_size,)
+    assert bool(tokenizer.continues[2])
+    assert not tokenizer.continues[[0, 1]].any()
+    assert not tokenizer.continues[len(tokenizer.inner) :].any()
+    assert tokenizer.continues[3:200].all()
+    assert tokenizer.decode([1, 2]) == ""
+
+
+def test_text_that_is_no_utf8_is_refused(tokenizer: TransformersTokenizer) -> None:
+    for text in (b"a\xff", "\ud800"):
+        with pytest.raises(PromptError, match="expected UTF-8"):
+            tokenizer.tokenize(text)
+
+
+def test_nothing_of_a_long_text_is_cut_off() -> None:
+    fast = tiny_tokenizer()
+    fast.backend_tokenizer.enable_truncation(5)
+    fast.backend_tokenizer.enable_padding(length=50)
+    made = TransformersTokenizer(fast, 270, [2])
+    assert len(made.tokenize("c" * 100).ids) == 101
+    assert len(made.tokenize("c").ids) == 2
+
+
+def test_a_stream_costs_the_same_for_each_token(tokenizer: TransformersTokenizer) -> None:
+    """Ten times the tokens take about ten times as long, also where no character ends."""
+    lone = next(id_ for id_ in range(3, 259) if tokenizer.decode([id_]) == "�")
+    for ids in ([5, 60, 70], [lone]):
+
+        def seconds(count: int, ids: list[int] = ids) -> float:
+            start, stream = perf_counter(), tokenizer.stream(())
+            for _ in range(count // len(ids)):
+                for id_ in ids:
+                    stream.add(id_)
+            return perf_counter() - start
+
+        assert min(seconds(6000) for _ in range(2)) < 30 * min(seconds(600) for _ in range(3)) + 0.05
