@@ -60,6 +60,7 @@ class TransformersTokenizer:
         # texts after which a text goes on: some tokenizers put a space before all that begins
         anchors = [(text, self._backend.encode(text, add_special_tokens=False).ids) for text in ("", "\n", ".", "a")]
         self._anchors = [(text, ids) for text, ids in anchors if self._goes_on(text, ids)]
+        self.replacement = [id_ for id_, _, _ in self._pieces(UNFINISHED, goes_on=True)]  # a whole U+FFFD
 
     def tokenize(self, text: str | bytes, begin: bool = True) -> Tokens:
         """Ids and spans of ``text``: first what begins every text of this model, then what is said.
@@ -188,7 +189,8 @@ class TransformersStream:
     def add(self, token: int) -> str:
         """What there is to say after one more token."""
         self._waiting.append(token)
-        if not self._text(self._waiting).endswith(UNFINISHED):
+        whole = self._tokenizer.replacement
+        if not self._text(self._waiting).endswith(UNFINISHED) or self._waiting[-len(whole) :] == whole:
             return self._settled(len(self._waiting))
         return self._settled(len(self._waiting) - LONGEST) if len(self._waiting) > WINDOW else ""
 
