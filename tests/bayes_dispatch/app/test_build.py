@@ -164,7 +164,7 @@ def test_bad_words(model: Path, adapters: dict[str, Path], tmp_path: Path, run: 
         (["--model", str(model), "--adapter", "low"], "expected --adapter NAME=PATH, got 'low'"),
         (["--model", str(model), "--adapter", low, "--prompts", "9"], "expected --prompts with --examples or --text"),
         (["--model", str(model), "--adapter", low, "--dtype", "int8"], "expected a dtype of auto, float32"),
-        (["--model", str(model), "--adapter", low, "--device", "cuda"], "there is no CUDA"),
+        (["--model", str(model), "--adapter", low, "--device", "cuda"], "expected a device of this machine, got cuda"),
         (["--model", str(model), "--adapter", f"low={tmp_path / 'empty'}"], "expected a LoRA adapter"),
         (["--model", str(model), "--adapter", low], "at least two distinct expert names"),
     ):

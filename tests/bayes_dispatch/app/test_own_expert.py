@@ -368,7 +368,7 @@ class TestOfATransformersModel:
             (["--model", "tiny", "--kind", "dora"], "expected a kind of lora or svf, got 'dora'"),
             (["--model", "tiny", "--kind", "lora", "--name", "base"], "expected "),
             (["--model", "tiny", "--dtype", "int3"], "expected a dtype of "),
-            (["--model", "tiny", "--device", "abacus"], "expected a device of torch, got abacus"),
+            (["--model", "tiny", "--device", "abacus"], "expected a device of this machine, got abacus"),
             (["--model", "tiny", "--adapt-from", "4"], "expected a matrix from block 4 on to adapt, got none"),
             (["--model", "pairs.jsonl"], "expected a causal language model in pairs.jsonl"),
             (["--model", "."], "expected a model's directory with a config.json, got ."),
