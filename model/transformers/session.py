@@ -118,7 +118,8 @@ class TransformersSession:
         self._deltas = {name: delta.select(index) for name, delta in self._deltas.items()}
 
     def _run(self, ids: Tensor, x: Tensor | None) -> Float[Tensor, "R T D"]:
-        width, chunks = ids.shape[1], []
+        width = ids.shape[1]
+        hidden: Tensor | None = None
         step = max(1, TOKENS_AT_ONCE // self._rows)
         start = 0
         padded = bool(self._pads.any())
@@ -136,11 +137,15 @@ class TransformersSession:
                 arguments["position_ids"] = (places - self._pads[:, None]).clamp(min=0)
             part = slice(start, stop)
             with self._parts.adding(self._deltas):
-                chunks.append(
-                    self._parts.run(self._blocks, ids[:, part], None if x is None else x[:, part], **arguments)
-                )
+                said = self._parts.run(self._blocks, ids[:, part], None if x is None else x[:, part], **arguments)
+            if stop - start == width:
+                return said
+            if hidden is None:  # filled, not joined at the end, when there would be all of it twice
+                hidden = said.new_empty(self._rows, width, said.shape[2])
+            hidden[:, part] = said
             start = stop
-        return chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1)
+        assert hidden is not None
+        return hidden
 
     def _head(self, ids: Tensor, hidden: Tensor, own: bool, tail: int) -> Read:
         width = ids.shape[1]
