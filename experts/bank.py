@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_dispatch.arguments import simplex
+from bayes_dispatch.arguments import simplex, whole
 from bayes_dispatch.errors import ConfigError, ForeignExpertError, TensorError, UnknownNameError
 from bayes_dispatch.experts.bank_files import LORA, StoredExpert, expert_digest, read_bank, write_bank
 from bayes_dispatch.experts.lora import LoraExpert
@@ -75,13 +75,13 @@ class ExpertBank(Mapping[str, Expert]):
     def _fill(self, base: str, matrices: Mapping[str, int], experts: Sequence[Expert | StoredExpert]) -> None:
         self._experts = {expert.name: expert for expert in experts}
         self.base = base
-        self.matrices: Mapping[str, int] = MappingProxyType(dict(matrices))
+        self._scaled = [k for k, expert in enumerate(experts) if not _is_lora(expert)]
+        self.matrices: Mapping[str, int] = MappingProxyType(dict(matrices) if self._scaled else {})
         self.metadata: Mapping[str, Mapping[str, str]] = MappingProxyType(
             {expert.name: MappingProxyType(dict(expert.metadata)) for expert in experts}
         )
         self.names = tuple(self._experts)
         self.components = (*self.names, BASE)
-        self._scaled = [k for k, expert in enumerate(experts) if not _is_lora(expert)]
         ranks = [dict(expert.matrices) if _is_lora(expert) else {} for expert in experts]
         self._low = {name: [k for k, own in enumerate(ranks) if name in own] for each in ranks for name in each}
         self.adapts = tuple(dict.fromkeys([*self.matrices, *self._low]))
@@ -192,42 +192,44 @@ class ExpertBank(Mapping[str, Expert]):
             ConfigError: no adapter, or one that is not low-rank updates alone. BundleError: a file is missing, damaged
                 or a pickle. ForeignExpertError: one of another base model. TensorError: values that are not finite.
         """
-        return cls([read_peft(backbone, name, directory) for name, directory in adapters.items()])
+        base = backbone.fingerprint()
+        return cls([read_peft(backbone, base, name, directory) for name, directory in adapters.items()])
 
     def export(self, weights: Weights, directory: str | Path, backbone: Backbone, rank: int = 16) -> float:
         """Write a blend as one adapter that PEFT, and what reads its format, loads.
 
         Args:
             weights: (K + 1,). directory: in the place of an earlier export. backbone: the base model.
-            rank: of a matrix's update by singular-value scales: those of the largest change. LoRA updates are written
-                as they are.
+            rank: of a matrix's update by singular-value scales, at most: those of the largest change. LoRA updates are
+                written as they are.
 
         Returns:
             The largest relative error of a matrix's update, in the Frobenius norm; 0 without scales.
 
         Raises:
             ForeignExpertError: the experts were made for another model. ConfigError: a model whose matrices no delta
-                can be added to. TensorError: weights of rows, or of base alone.
-            BundleError: the directory is a link, or holds anything else.
+                can be added to, or no such rank. TensorError: weights of rows, or of base alone.
+            BundleError: the directory is a link, or holds anything else, an adapter from elsewhere included.
         """
+        rank = whole("rank", rank, 1)
+        given = self._check(weights, (len(self.components),)).detach()
+        if given.ndim != 1:
+            raise TensorError(f"expected weights of shape ({len(self.components)},), got {tuple(given.shape)}")
         self.check_base(backbone)
-        adaptation = self.blend(weights)
+        deltas_of: Any = getattr(backbone, "deltas", None)
+        if deltas_of is None:
+            raise ConfigError(f"expected a model that adds deltas to its matrices, got a {type(backbone).__name__}")
+        adaptation = self.blend(given)
+        changed = {matrix: z for matrix, z in adaptation.scales.items() if bool((z != 1).any())}
         deltas, error = dict(adaptation.deltas), 0.0
-        if adaptation.scales and any(bool((z != 1).any()) for z in adaptation.scales.values()):
-            factors = getattr(backbone, "factors", None)
-            if factors is None:
-                raise ConfigError(f"expected a model that adds deltas to its matrices, got a {type(backbone).__name__}")
-            for matrix, z in adaptation.scales.items():
-                up, values, down = factors(matrix)
-                change = values.float() * (z.float() - 1)
-                kept = change.abs().argsort(descending=True)[:rank]
-                own = Delta(up[:, kept].float(), down[kept].float(), change[kept])
-                deltas[matrix] = own if matrix not in deltas else Delta.joined([deltas[matrix], own])
-                if float(norm := change.norm()):
-                    lost = change.clone()
-                    lost[kept] = 0
-                    error = max(error, float(lost.norm() / norm))
-        write_peft(directory, deltas, str(getattr(backbone, "name", "")), getattr(backbone, "embeddings", ()))
+        for matrix, z in changed.items():
+            up, down, change = (part.cpu() for part in deltas_of(Adaptation({matrix: z}))[matrix])
+            order = change.abs().argsort(descending=True)
+            kept, lost = order[:rank], order[rank:]
+            own = Delta(up[:, kept], down[kept], change[kept])
+            deltas[matrix] = own if matrix not in deltas else Delta.joined([deltas[matrix], own])
+            error = max(error, float(change[lost].norm() / change.norm()))
+        write_peft(Path(directory), deltas, str(getattr(backbone, "name", "")), getattr(backbone, "embeddings", ()))
         return error
 
     def check_base(self, model: Backbone) -> None:
@@ -251,7 +253,8 @@ class ExpertBank(Mapping[str, Expert]):
         matrices = self.matrices or (expert.matrices if isinstance(expert, ExpertVector) else {})
         _check_fit(expert, self.base, matrices, "the bank")
         if isinstance(expert, LoraExpert):
-            _check_factors([*(each for each in self.values() if isinstance(each, LoraExpert)), expert])
+            others = [name for name, each in self._experts.items() if _is_lora(each) and name != expert.name]
+            _check_factors([*(each for each in map(self.__getitem__, others) if isinstance(each, LoraExpert)), expert])
         return self._of(self.base, matrices, list({**self._experts, expert.name: expert}.values()))
 
     def without(self, name: str) -> "ExpertBank":

@@ -1,6 +1,6 @@
 """LoRA experts: low-rank updates of the matrices of one base model (Hu and others 2021, arXiv 2106.09685)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -16,13 +16,32 @@ __all__ = ["LoraExpert"]
 Factors = tuple[Tensor, Tensor]
 
 
+class _Copies(Mapping[str, Factors]):
+    """Factors by matrix that nobody can change: copies go in and come out."""
+
+    def __init__(self, factors: Mapping[str, Factors]) -> None:
+        with torch.inference_mode(False):
+            self.own = {name: (down.detach().clone(), up.detach().clone()) for name, (down, up) in factors.items()}
+
+    def __getitem__(self, matrix: str) -> Factors:
+        down, up = self.own[matrix]
+        return down.clone(), up.clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.own)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+
 @dataclass(frozen=True, eq=False)
 class LoraExpert:
     """Updates ``W + up @ down`` of one expert; the adapter's own scaling is in ``up``.
 
     Attributes:
         name: letters, digits, ``_`` and ``-``; not ``base``.
-        factors: for each adapted matrix (out, in) its ``down`` (r, in) and ``up`` (out, r): copies, not to be changed.
+        factors: for each adapted matrix (out, in) its ``down`` (r, in) and ``up`` (out, r): copies,
+            on the way in and out.
         base: fingerprint of the model that the expert was trained on.
         metadata: as of ``ExpertVector``.
 
@@ -48,9 +67,7 @@ class LoraExpert:
                 raise TensorError(f"{expected}, got shapes {shapes[0]} and {shapes[1]} of {down.dtype}")
             if not bool(down.isfinite().all() and up.isfinite().all()):
                 raise TensorError(f"{expected}, got NaN or infinite ones")
-        with torch.inference_mode(False):
-            own = {name: (down.detach().clone(), up.detach().clone()) for name, (down, up) in self.factors.items()}
-        object.__setattr__(self, "factors", MappingProxyType(own))
+        object.__setattr__(self, "factors", _Copies(self.factors))
         object.__setattr__(self, "metadata", MappingProxyType(dict(self.metadata)))
 
     def __reduce__(self) -> tuple[type["LoraExpert"], tuple[str, dict[str, Factors], str, dict[str, str]]]:

@@ -5,24 +5,27 @@ PEFT itself is not needed. Nothing is unpickled, and nothing of a directory is e
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bayes_dispatch.arguments import real
 from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError, TensorError
 from bayes_dispatch.experts.lora import Factors, LoraExpert
 from bayes_dispatch.experts.provenance import provenance
+from bayes_dispatch.experts.vectors import DTYPES
 from bayes_dispatch.model.adaptation import Delta
 from bayes_dispatch.model.backbone import Backbone
-from bayes_dispatch.storage import parse_tensors, read_bytes, read_json, save_directory, tensors_as_bytes, write_json
+from bayes_dispatch.storage import read_json, read_tensors, save_directory, saved_at, tensors_as_bytes, write_json
 
 __all__ = ["CONFIG", "WEIGHTS", "read_peft", "write_peft"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+OURS = "bayes_dispatch"  # in the header of the tensors of an adapter that was written here
 # settings of PEFT under which an update is no product of two factors, or is added to other weights than the base's
 OTHER_KINDS = {
     "use_dora": "DoRA, which also scales the columns of the matrix",
@@ -37,15 +40,17 @@ OTHER_KINDS = {
     "monteclora_config": "random factors",
     "kasa_config": "a base whose weights it changes",
     "velora_config": "compressed gradients",
+    "arrow_config": "a choice among adapters",
 }
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def read_peft(backbone: Backbone, name: str, directory: str | Path) -> LoraExpert:
+def read_peft(backbone: Backbone, base: str, name: str, directory: str | Path) -> LoraExpert:
     """The adapter in a directory, as an expert.
 
     Args:
-        backbone: its base model. name: of the expert. directory: as PEFT's ``save_pretrained`` wrote it.
+        backbone: its base model. base: that one's fingerprint. name: of the expert.
+        directory: as PEFT's ``save_pretrained`` wrote it.
 
     Raises:
         BundleError: a file is missing, damaged, or a pickle.
@@ -64,31 +69,29 @@ def read_peft(backbone: Backbone, name: str, directory: str | Path) -> LoraExper
         pickled = (directory / "adapter_model.bin").exists()
         got = "adapter_model.bin, a pickle, which is never read: save it with safe_serialization" if pickled else "none"
         raise BundleError(f"expected {WEIGHTS} in {directory}, got {got}")
-    tensors, _ = parse_tensors(read_bytes(directory / WEIGHTS), directory / WEIGHTS)
-    factors = _factors(backbone, directory, config, tensors)
-    return LoraExpert(name, factors, backbone.fingerprint(), {"adapter": directory.name, **provenance()})
+    factors = _factors(backbone, directory, config, read_tensors(directory / WEIGHTS)[0])
+    return LoraExpert(name, factors, base, {"adapter": directory.resolve().name, **provenance()})
 
 
-def write_peft(directory: str | Path, deltas: Mapping[str, Delta], base: str, embeddings: Collection[str] = ()) -> None:
+def write_peft(directory: Path, deltas: Mapping[str, Delta], base: str, embeddings: Collection[str]) -> None:
     """Write one adapter that adds these deltas, shared by all rows.
 
     Args:
         directory: in the place of an earlier adapter that was written here. base: path or name of the base model.
-        embeddings: which of the matrices are embeddings; PEFT calls their factors otherwise.
+        embeddings: those of the matrices that are some.
 
     Raises:
-        BundleError: the directory is a link, or holds anything else. TensorError: nothing to add, or deltas of rows.
+        BundleError: the directory is a link, or holds anything else, an adapter from elsewhere included.
+        TensorError: nothing to add.
     """
     if not deltas:
         raise TensorError("expected a blend that adapts a matrix, got base alone, which needs no adapter")
     tensors, ranks = {}, {}
     for matrix, delta in deltas.items():
-        if delta.c.ndim != 1:
-            raise TensorError(f"expected a delta that all rows share, got one of {len(delta.c)} rows")
         ranks[matrix] = len(delta.c)
-        kind, end = ("lora_embedding", "") if matrix in embeddings else ("lora", ".weight")
-        tensors[f"{PREFIX}{matrix}.{kind}_A{end}"] = delta.down
-        tensors[f"{PREFIX}{matrix}.{kind}_B{end}"] = delta.up * delta.c
+        down, up = ("embedding_A", "embedding_B") if matrix in embeddings else ("A.weight", "B.weight")
+        tensors[f"{PREFIX}{matrix}.lora_{down}"] = delta.down
+        tensors[f"{PREFIX}{matrix}.lora_{up}"] = delta.up * delta.c
     most = max(ranks.values())
     others = {re.escape(matrix): rank for matrix, rank in ranks.items() if rank != most}
     config = {
@@ -106,8 +109,11 @@ def write_peft(directory: str | Path, deltas: Mapping[str, Delta], base: str, em
         "fan_in_fan_out": False,
         "use_rslora": False,
     }
-    with save_directory(Path(directory), CONFIG) as target:
-        (target / WEIGHTS).write_bytes(tensors_as_bytes(tensors, {"format": "pt"}))
+    old = saved_at(directory) / WEIGHTS
+    if old.exists() and OURS not in read_tensors(old)[1]:
+        raise BundleError(f"expected {directory} to be new, empty or an earlier export, got an adapter from elsewhere")
+    with save_directory(directory, CONFIG) as target:
+        (target / WEIGHTS).write_bytes(tensors_as_bytes(tensors, {"format": "pt", OURS: provenance()[OURS]}))
         write_json(target / CONFIG, config)
 
 
@@ -138,41 +144,62 @@ def _check_base(backbone: Backbone, directory: Path, config: Mapping[str, Any]) 
 def _factors(
     backbone: Backbone, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, Factors]:
-    shapes = backbone.linears()
+    shapes, weight = backbone.linears(), getattr(backbone, "weight", lambda module: None)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora|lora_embedding)_(A|B)(?:\.weight)?", key)
-        if found is None:
+        found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_(?:embedding_)?(A|B)(?:\.weight)?", key)
+        if found is not None:
+            parts.setdefault(found[1], {})[found[2]] = tensor
+        elif not _is_the_base(key, tensor, weight):
             raise ConfigError(f"expected factors of LoRA alone in {directory / WEIGHTS}, got {key}")
-        parts.setdefault(found[1], {})[found[3]] = tensor
+    if not parts:
+        raise BundleError(f"expected factors in {directory / WEIGHTS}, got none")
+    if foreign := sorted(parts.keys() - shapes.keys()):
+        why = "the model does not have" if weight(foreign[0]) is None else "a row's delta cannot reach"
+        raise ConfigError(f"expected matrices that can be adapted in {directory}, got {foreign[0]}, which {why}")
     factors: dict[str, Factors] = {}
-    for matrix in sorted(parts, key=lambda name: (list(shapes).index(name) if name in shapes else -1, name)):
-        own = parts[matrix]
+    for matrix, (out, width) in shapes.items():
+        if (own := parts.get(matrix)) is None:
+            continue
         if own.keys() != {"A", "B"}:
             raise BundleError(f"expected both factors of {matrix} in {directory / WEIGHTS}, got {''.join(own)} alone")
-        if matrix not in shapes:
-            raise ConfigError(
-                f"expected layers that the model has, and that deltas reach, in {directory}, got {matrix}"
-            )
         down, up = own["A"], own["B"]
-        out, width = shapes[matrix]
+        if down.dtype not in DTYPES or up.dtype not in DTYPES:
+            raise ConfigError(
+                f"expected factors of {matrix} in numbers of 16 to 64 bits, got {down.dtype}: {directory}"
+            )
         rank = down.shape[0] if down.ndim == 2 else 0
         if down.shape != (rank, width) or up.shape != (out, rank):
             expected = f"expected factors (r, {width}) and ({out}, r) of {matrix} in {directory}"
             got = f"{tuple(down.shape)} and {tuple(up.shape)}"
             raise ForeignExpertError(f"{expected}, got {got}: it is of another base model")
-        scaling = _scaling(config, matrix, rank)
+        if (stated := _setting(directory, config, "r", "rank_pattern", matrix)) != rank:
+            raise BundleError(
+                f"expected factors of rank {stated:g} of {matrix}, as {CONFIG} in {directory} says, got {rank}"
+            )
+        alpha = _setting(directory, config, "lora_alpha", "alpha_pattern", matrix)
         wide = torch.promote_types(up.dtype, torch.float32)
-        factors[matrix] = down.to(wide), up.to(wide) * scaling
-    if not factors:
-        raise BundleError(f"expected factors in {directory / WEIGHTS}, got none")
+        factors[matrix] = down.to(wide), up.to(wide) * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     return factors
 
 
-def _scaling(config: Mapping[str, Any], matrix: str, rank: int) -> float:
-    alpha = config.get("lora_alpha", 8)
-    for pattern, own in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", matrix):
-            alpha = own
-            break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _is_the_base(key: str, tensor: Tensor, weight: Callable[[str], Tensor | None]) -> bool:
+    """Whether a tensor is a weight of the base model: PEFT adds those of embeddings to an adapter of them."""
+    found = re.fullmatch(rf"{re.escape(PREFIX)}(.+?)(?:\.base_layer)?\.weight", key)
+    own = weight(found[1]) if found else None
+    if own is None or own.shape != tensor.shape:
+        return False
+    coarse = min(own.dtype, tensor.dtype, key=lambda dtype: dtype.itemsize)
+    return torch.equal(own.detach().cpu().to(coarse), tensor.to(coarse))
+
+
+def _setting(directory: Path, config: Mapping[str, Any], name: str, pattern: str, matrix: str) -> float:
+    """A number of PEFT's, or that of the first pattern that fits the matrix; 8 is PEFT's own default."""
+    own, patterns = config.get(name, 8), config.get(pattern) or {}
+    try:
+        own = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", matrix)), own)
+    except (AttributeError, re.error):
+        raise ConfigError(
+            f"expected {pattern} in {directory / CONFIG} to map names to numbers, got {patterns!r:.60}"
+        ) from None
+    return real(f"{name} in {directory / CONFIG}", own)

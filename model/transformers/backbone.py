@@ -138,9 +138,14 @@ class TransformersBackbone:
         return {name: self.parts.shapes[name] for name in self._called}
 
     @property
-    def embeddings(self) -> tuple[str, ...]:
-        """Which of these matrices are embeddings."""
-        return tuple(name for name in self._called if isinstance(self.parts.matrices[name], nn.Embedding))
+    def embeddings(self) -> frozenset[str]:
+        """Those matrices whose columns are looked up by token."""
+        return frozenset(name for name in self._called if isinstance(self.parts.matrices[name], nn.Embedding))
+
+    def weight(self, module: str) -> Tensor | None:
+        """A module's own weight, as it is kept; ``None`` where there is none."""
+        found = getattr(dict(self.model.named_modules()).get(module), "weight", None)
+        return found if isinstance(found, Tensor) else None
 
     def adaptable(self) -> dict[str, int]:
         """Rank of each matrix that singular-value scales adapt unless told otherwise: linear layers within blocks."""

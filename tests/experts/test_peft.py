@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,15 +20,25 @@ from tests.tiny import tiny_adapter, tiny_backbone, tiny_model
 LLAMA = {
     "plain": {},
     "ranks": {"r": 8, "lora_alpha": 4, "use_rslora": True, "rank_pattern": {"layers.1.self_attn.q_proj": 3}},
-    "mlp": {"targets": ("gate_proj", "down_proj"), "alpha_pattern": {"down_proj": 11}},
+    "mlp": {
+        "targets": ("gate_proj", "down_proj"),
+        "alpha_pattern": {"down_proj": 11, r"layers\.\d\.mlp\..*": 3},
+        "layers_to_transform": [1, 3],
+    },
     "ends": {"targets": ("embed_tokens", "o_proj", "lm_head"), "r": 2},
 }
-OTHER_LAYERS = {"mlp", "ends", "attention"}  # PEFT merges adapters of the same layers alone
+OTHER_LAYERS = {"mlp", "ends", "attention", "tokens"}  # PEFT merges adapters of the same layers alone
 GRANITE = {
     "mixers": {"targets": ("in_proj", "out_proj")},
     "ranks": {"targets": ("in_proj", "out_proj"), "r": 2},
     "attention": {"targets": ("q_proj", "o_proj"), "r": 3},
 }
+GPT2 = {
+    "conv1d": {"targets": ("c_attn", "c_proj"), "r": 3},
+    "ranks": {"targets": ("c_attn", "c_proj"), "rank_pattern": {r"h\.[01]\..*": 2}},
+    "tokens": {"targets": ("wte", "c_fc")},
+}
+ADAPTERS = {"llama": LLAMA, "granite": GRANITE, "gpt2": GPT2}
 IDS = torch.tensor([[1, 20, 70, 33, 90, 101, 55], [1, 64, 65, 66, 200, 3, 9]])
 
 
@@ -38,29 +50,53 @@ def of(session_rows: int, backbone: TransformersBackbone, adaptation: object) ->
     return torch.cat([part for part in parts if part is not None], 1)
 
 
-@pytest.fixture(scope="module", params=["llama", "granite"])
+@pytest.fixture(scope="module", params=["llama", "granite", "gpt2"])
 def adapted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Path]]:
-    kinds = LLAMA if request.param == "llama" else GRANITE
-    root = tmp_path_factory.mktemp(request.param)
+    kinds, root = ADAPTERS[request.param], tmp_path_factory.mktemp(request.param)
     for seed, (name, settings) in enumerate(kinds.items()):
         tiny_adapter(root / name, request.param, seed, **settings)  # type: ignore[arg-type]
     return request.param, {name: root / name for name in kinds}
 
 
-def test_a_vertex_is_the_adapter(adapted: tuple[str, dict[str, Path]]) -> None:
+@pytest.fixture(scope="module")
+def llama() -> TransformersBackbone:
+    return tiny_backbone()
+
+
+@pytest.fixture(scope="module")
+def whole_adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tiny_adapter(directory := tmp_path_factory.mktemp("adapter") / "a")
+    return directory
+
+
+@pytest.fixture
+def adapter(whole_adapter: Path, tmp_path: Path) -> Path:
+    """A plain adapter of the tiny Llama, to be spoilt."""
+    return Path(shutil.copytree(whole_adapter, tmp_path / "a"))
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+def test_a_vertex_is_the_adapter(adapted: tuple[str, dict[str, Path]], tmp_path: Path) -> None:
+    """And it is what its own export is, with embeddings and heads."""
     from peft import PeftModel
 
     kind, adapters = adapted
     backbone = tiny_backbone(kind)
     bank = ExpertBank.from_peft(backbone, adapters)
     for k, directory in enumerate(adapters.values()):
+        vertex = torch.eye(len(bank) + 1, dtype=torch.float64)[k]
+        bank.export(vertex, tmp_path / "export", backbone)
         with torch.no_grad():
-            model = PeftModel.from_pretrained(tiny_model(kind), directory, autocast_adapter_dtype=False).eval()
-            expected = model(input_ids=IDS[:1]).logits.log_softmax(-1)
-            found = of(1, backbone, bank.blend(torch.eye(len(bank) + 1, dtype=torch.float64)[k]))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10 if kind == "llama" else 1e-6)
+            found = of(1, backbone, bank.blend(vertex))
+            at_once = backbone.open(1, 7, bank.blend(vertex)).read(IDS[:1], tail=7).after
+            for path in (directory, tmp_path / "export"):
+                model = PeftModel.from_pretrained(tiny_model(kind), path, autocast_adapter_dtype=False).eval()
+                expected = model(input_ids=IDS[:1], use_cache=False).logits.log_softmax(-1)
+                torch.testing.assert_close(at_once, expected, rtol=0, atol=1e-10)
+                torch.testing.assert_close(found, expected, rtol=0, atol=1e-6 if kind == "granite" else 1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
 def test_a_blend_is_the_cat_merge_and_rows_are_one_by_one(adapted: tuple[str, dict[str, Path]], tmp_path: Path) -> None:
     from peft import PeftModel
 
@@ -72,9 +108,9 @@ def test_a_blend_is_the_cat_merge_and_rows_are_one_by_one(adapted: tuple[str, di
     with torch.no_grad():
         together = of(8, backbone, bank.blend(weights))
         alone = torch.cat([of(1, backbone, bank.blend(each)) for each in weights])
-        torch.testing.assert_close(together, alone, rtol=0, atol=1e-10 if kind == "llama" else 1e-6)
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-6 if kind == "granite" else 1e-10)
         plain = tiny_model(kind)(input_ids=IDS[:1], use_cache=False).logits.log_softmax(-1)
-        torch.testing.assert_close(together[3:4], plain, rtol=0, atol=1e-12 if kind == "llama" else 1e-6)
+        torch.testing.assert_close(together[3:4], plain, rtol=0, atol=1e-6 if kind == "granite" else 1e-12)
         assert float((together[0] - together[1]).abs().max()) > 1e-3
         bank.export(weights[0], tmp_path / "blend", backbone)
         exported = PeftModel.from_pretrained(tiny_model(kind), tmp_path / "blend", autocast_adapter_dtype=False).eval()
@@ -90,24 +126,10 @@ def test_a_blend_is_the_cat_merge_and_rows_are_one_by_one(adapted: tuple[str, di
             torch.testing.assert_close(found, together[:1], rtol=0, atol=1e-6)
 
 
-def test_an_exported_embedding_is_read_again(tmp_path: Path) -> None:
-    from peft import PeftModel
-
-    tiny_adapter(tmp_path / "ends", targets=("embed_tokens", "lm_head"), r=2)
-    backbone = tiny_backbone()
-    bank = ExpertBank.from_peft(backbone, {"ends": tmp_path / "ends"})
-    weights = torch.tensor([0.7, 0.3], dtype=torch.float64)
-    bank.export(weights, tmp_path / "out", backbone)
-    with torch.no_grad():
-        model = PeftModel.from_pretrained(tiny_model(), tmp_path / "out", autocast_adapter_dtype=False).eval()
-        expected = model(input_ids=IDS[:1]).logits.log_softmax(-1)
-        torch.testing.assert_close(of(1, backbone, bank.blend(weights)), expected, rtol=0, atol=1e-10)
-    with pytest.raises(ForeignExpertError):
-        bank.export(weights, tmp_path / "other", tiny_backbone(seed=3))
-
-
 def test_kinds_together_on_disk_and_on_the_way(tmp_path: Path) -> None:
     """A bank of both kinds is the sum of both; files, pickles, gradients and weights by matrix agree with it."""
+    from peft import PeftModel
+
     tiny_adapter(tmp_path / "a", seed=1)
     backbone = tiny_backbone()
     lora = ExpertBank.from_peft(backbone, {"low": tmp_path / "a"})
@@ -119,27 +141,69 @@ def test_kinds_together_on_disk_and_on_the_way(tmp_path: Path) -> None:
     bank = lora.with_expert(svf)
     assert set(bank.adapts) == set(backbone.adaptable())
     weights = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64, requires_grad=True)
-    found = of(1, backbone, bank.blend(weights))
-    found.sum().backward()
+    backbone.score(IDS[:1], adaptation=bank.blend(weights))[:, 1:].sum().backward()
     assert weights.grad is not None
     assert (weights.grad[:2] != 0).all()
     with torch.no_grad():
         mean = weights.detach()
+        found = of(1, backbone, bank.blend(mean))
         by_matrix = bank.blend_by_matrix(mean.expand(len(bank.adapts), 3))
-        torch.testing.assert_close(of(1, backbone, by_matrix), found.detach(), rtol=0, atol=1e-12)
+        torch.testing.assert_close(of(1, backbone, by_matrix), found, rtol=0, atol=1e-12)
         bank.save(tmp_path / "bank")
         again = ExpertBank.load(tmp_path / "bank")
         assert again.digest() == bank.digest() != lora.digest()
         for other in (again, pickle.loads(pickle.dumps(bank)), again.renamed("low", "lower").without("scaled")):
             if len(other) == 2:
-                torch.testing.assert_close(of(1, backbone, other.blend(mean)), found.detach(), rtol=0, atol=1e-12)
+                torch.testing.assert_close(of(1, backbone, other.blend(mean)), found, rtol=0, atol=1e-12)
             else:
                 only = of(1, backbone, other.blend(torch.tensor([0.5, 0.5], dtype=torch.float64)))
                 expected = of(1, backbone, bank.blend(torch.tensor([0.5, 0.0, 0.5], dtype=torch.float64)))
                 torch.testing.assert_close(only, expected, rtol=0, atol=1e-12)
-        error = bank.export(mean, tmp_path / "out", backbone, rank=8)
-        assert 0 < error < 1
-        assert bank.export(mean, tmp_path / "out", backbone, rank=64) == 0
+        errors = [bank.export(mean, tmp_path / "out", backbone, rank=rank) for rank in (1, 8, 64)]
+        assert 1 > errors[0] > errors[1] > errors[2] == 0
+        exported = PeftModel.from_pretrained(tiny_model(), tmp_path / "out", autocast_adapter_dtype=False).eval()
+        whole = exported(input_ids=IDS[:1]).logits.log_softmax(-1)
+        torch.testing.assert_close(whole, found, rtol=0, atol=1e-10)
+
+
+def test_what_cannot_be_exported(tmp_path: Path, llama: TransformersBackbone, model: Any) -> None:
+    backbone = llama
+    tiny_adapter(tmp_path / "a", targets=("embed_tokens",))
+    bank = ExpertBank.from_peft(backbone, {"a": tmp_path / "a"})
+    scaled = ExpertVector("z", {"model.layers.0.mlp.up_proj": torch.full((5,), 1.5)}, bank.base)
+    byte = ExpertVector("z", dict.fromkeys(model.adaptable(), torch.full((5,), 1.5)), model.fingerprint())
+    out, half = tmp_path / "out", [0.5, 0.5]
+    for use, error, message in (
+        (lambda: bank.export([[0.5, 0.5]], out, backbone), TensorError, r"weights of shape \(2,\), got \(1, 2\)"),
+        (lambda: bank.export([0.0, 1.0], out, backbone), TensorError, "got base alone, which needs no adapter"),
+        (lambda: ExpertBank([byte]).export(half, out, model), ConfigError, "got a MambaFormerForCausalLM"),
+        (lambda: bank.export(half, out, backbone, rank=0), ConfigError, "rank to be a whole number"),
+        (lambda: bank.export(half, out, tiny_backbone(seed=1)), ForeignExpertError, "expected experts made for"),
+    ):
+        with pytest.raises(error, match=message):
+            use()
+    assert not out.exists()
+    (tmp_path / "a" / "README.md").unlink()
+    with pytest.raises(BundleError, match="got an adapter from elsewhere"):
+        bank.export(half, tmp_path / "a", backbone)
+    assert bank.export(half, out, backbone) == 0
+    assert ExpertBank([scaled]).export(half, out, backbone, rank=5) == 0  # in the place of the other
+    (out / "note").write_text("mine")
+    with pytest.raises(BundleError, match="got other things in it: note"):
+        bank.export(half, out, backbone)
+
+
+def test_weights_of_the_base_in_an_adapter(tmp_path: Path, llama: TransformersBackbone) -> None:
+    """PEFT adds those of adapted embeddings: they are passed over where they are the base's, else refused."""
+    tiny_adapter(tmp_path / "a", targets=("embed_tokens",))
+    backbone, path = llama, tmp_path / "a" / "adapter_model.safetensors"
+    expected = ExpertBank.from_peft(backbone, {"a": tmp_path / "a"}).digest()
+    own = {"model.embed_tokens.base_layer": "model.embed_tokens", "lm_head": "lm_head"}
+    tensors = {f"base_model.model.{key}.weight": backbone.model.get_submodule(m).weight for key, m in own.items()}
+    save_file({**load_file(path), **{key: tensor.float() for key, tensor in tensors.items()}}, path)
+    assert ExpertBank.from_peft(backbone, {"a": tmp_path / "a"}).digest() == expected
+    with pytest.raises(ConfigError, match=r"factors of LoRA alone in .*, got base_model\.model\.(lm_head|model)"):
+        ExpertBank.from_peft(tiny_backbone(seed=1), {"a": tmp_path / "a"})
 
 
 @pytest.mark.parametrize(
@@ -151,22 +215,27 @@ def test_kinds_together_on_disk_and_on_the_way(tmp_path: Path) -> None:
         ({"peft_type": "IA3"}, ConfigError, "got one of type 'IA3'"),
         ({"peft_type": None}, ConfigError, "got one of type None"),
         ({"init_lora_weights": "pissa_niter_4"}, ConfigError, "unchanged base"),
+        ({"lora_alpha": "much"}, ConfigError, "expected lora_alpha in .* to be a finite number, got 'much'"),
+        ({"lora_alpha": float("nan")}, ConfigError, "expected lora_alpha in .* to be a finite number, got nan"),
+        ({"alpha_pattern": {"(": 3}}, ConfigError, "expected alpha_pattern in .* to map names to numbers"),
+        ({"alpha_pattern": [3]}, ConfigError, "expected alpha_pattern in .* to map names to numbers"),
+        ({"rank_pattern": {"q_proj": 3}}, BundleError, "expected factors of rank 3 of .*q_proj, .* got 4"),
+        ({"r": 2}, BundleError, "expected factors of rank 2 of .*q_proj, as adapter_config.json in .* says, got 4"),
         ({"base_model_name_or_path": "other/model"}, ForeignExpertError, "got one of other/model"),
     ],
 )
 def test_other_adapters_are_refused(
-    tmp_path: Path, change: dict[str, object], error: type[Exception], message: str
+    adapter: Path, llama: TransformersBackbone, change: dict[str, object], error: type[Exception], message: str
 ) -> None:
-    tiny_adapter(tmp_path / "a")
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**config, **change}))
-    with pytest.raises(error, match=message):
-        ExpertBank.from_peft(tiny_backbone(), {"a": tmp_path / "a"})
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(error, match=message) as raised:
+        ExpertBank.from_peft(llama, {"a": adapter})
+    assert "\n" not in str(raised.value)
 
 
-def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
-    backbone, directory = tiny_backbone(), tmp_path / "a"
-    tiny_adapter(directory)
+def test_damaged_adapters_are_refused(adapter: Path, llama: TransformersBackbone) -> None:
+    backbone, directory = llama, adapter
     weights, whole = directory / "adapter_model.safetensors", load_file(directory / "adapter_model.safetensors")
     first = next(iter(whole))
     for tensors, error, message in (
@@ -174,7 +243,13 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
         ({**whole, first: whole[first][:, :-1].contiguous()}, ForeignExpertError, "another base model"),
         ({name: t for name, t in whole.items() if name != first}, BundleError, "expected both factors"),
         ({**whole, "base_model.model.lm_head.weight": whole[first].clone()}, ConfigError, "factors of LoRA alone"),
-        ({first.replace("q_proj", "x_proj"): whole[first].clone(), **whole}, (BundleError, ConfigError), "expected"),
+        ({**whole, first: whole[first].to(torch.float8_e4m3fn)}, ConfigError, "got torch.float8_e4m3fn"),
+        ({}, BundleError, "expected factors in .*, got none"),
+        (
+            {name.replace("q_proj", "x_proj"): t for name, t in whole.items()},
+            ConfigError,
+            "got model.layers.0.self_attn.x_proj, which the model does not have",
+        ),
     ):
         save_file(tensors, weights)
         with pytest.raises(error, match=message):
@@ -190,3 +265,10 @@ def test_damaged_adapters_are_refused(tmp_path: Path) -> None:
         ExpertBank.from_peft(backbone, {"a": directory})
     with pytest.raises(ConfigError, match="expected at least one expert, got none"):
         ExpertBank.from_peft(backbone, {})
+
+
+def test_a_matrix_that_deltas_do_not_reach(tmp_path: Path) -> None:
+    """Positions are the same for all rows: their embedding is looked up once."""
+    tiny_adapter(tmp_path / "a", "gpt2", targets=("wpe",))
+    with pytest.raises(ConfigError, match=r"got transformer\.wpe, which a row's delta cannot reach"):
+        ExpertBank.from_peft(tiny_backbone("gpt2"), {"a": tmp_path / "a"})

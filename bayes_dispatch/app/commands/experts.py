@@ -32,7 +32,8 @@ def list_experts(bundle: BundleOption = None, bank: BankOption = None, as_json: 
         return print_json({"base": found.base, "matrices": dict(found.matrices), "scales": scales, "experts": listed})
     keys = sorted({key for known in found.metadata.values() for key in known} - {"bayes_dispatch", "torch"})
     rows = [[name, *(visible(found.metadata[name].get(key, "")) for key in keys)] for name in found.names]
-    note = f"Each has {scales} scales, of {len(found.matrices)} matrices of base model {visible(found.base)}."
+    each = f"Each has {scales} scales, of" if found.adapts == tuple(found.matrices) else "They adapt"
+    note = f"{each} {len(found.adapts)} matrices of base model {visible(found.base)}."
     open_console().print(Table("Experts", ["name", *map(visible, keys)], rows, note).to_rich())
 
 
