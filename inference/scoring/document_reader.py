@@ -111,16 +111,18 @@ def _above(
         places, _ = padded([documents[n].places.tolist() or [0] for n, _ in rows], 0)
         index = places.to(read.hidden.device)
         step = max(1, LOGITS_AT_ONCE // (len(rows) * model.vocab_size))
-        pieces = []
+        pieces: list[tuple[Tensor, Tensor]] = []
         for start in range(0, index.shape[1], step):
             part = index[:, start : start + step, None].expand(-1, -1, read.hidden.shape[2])
-            pieces.append(session.after(read.hidden.gather(1, part)).cpu())
-        following, own = torch.cat(pieces, 1), read.own.cpu()
+            after = session.after(read.hidden.gather(1, part)).cpu()
+            pieces.append((after, -(after.exp() * after).sum(-1, dtype=torch.double)))
+        following, entropy = (torch.cat(each, 1) for each in zip(*pieces, strict=True))
+        own = read.own.cpu()
         for n in owner.unique().tolist():
             mine, document = owner == n, documents[n]
-            after = following[mine, : len(document.places)]
-            entropy = -(after.exp() * after).sum(-1, dtype=torch.double)
-            parts[n].append(Reading(own[mine, 1 : len(document.ids)], after, entropy))
+            scored = len(document.places)
+            after, of_each = following[mine, :scored], entropy[mine, :scored]
+            parts[n].append(Reading(own[mine, 1 : len(document.ids)], after, of_each))
     return [Reading(*map(torch.cat, zip(*each, strict=True))) for each in parts]
 
 

@@ -78,6 +78,7 @@ def test_rows_together_are_rows_alone(
         experts = experts_from(own, block)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(reading_module, "TOKENS_AT_ONCE", at_once)
+            patch.setattr(reading_module, "LOGITS_AT_ONCE", own.vocab_size * at_once)
             found = read_documents(own, experts, tokens, weights)
         for document, rows, reading in zip(documents, weights, found, strict=True):
             for fast, slow in zip(reading, one_by_one(own, experts, document, rows), strict=True):
