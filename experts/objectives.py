@@ -80,7 +80,8 @@ class Likelihood:
         weights[:, 0] = 0  # nothing is said of the first token
         tokens = torch.tensor([len(text.ids) for text in texts])
         said = model.score(ids, tokens, adaptation)
-        loss = -(said.nan_to_num(nan=0.0) * weights.to(said.device)).sum() / weights.sum()
+        total = float(weights.sum().clamp(min=1e-9))  # rows of one token alone weigh nothing
+        loss = -(said.nan_to_num(nan=0.0) * weights.to(said.device)).sum() / total
         return Judgement(loss, -float(loss.detach()))
 
 
