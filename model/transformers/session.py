@@ -183,6 +183,11 @@ class TransformersSession:
         if self._changing:
             raise StaleCacheError("expected a session whose last read ended, got one that was interrupted")
 
+    def kept(self) -> list[Tensor]:
+        """What the first layer of each kind keeps."""
+        first = {type(layer): layer for layer in reversed(self._layers())}
+        return [kept.float() for layer in first.values() for _, kept in _tensors(layer) if kept.is_floating_point()]
+
     def _layers(self) -> list[Any]:
         """Those that run, once each."""
         return list(self._cache.layers[self._blocks.start : self._blocks.stop])
