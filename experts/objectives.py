@@ -125,12 +125,14 @@ class Reinforce:
         fixed = adaptation.detached()
         tokens, real = reading.sample(fixed, torch.Generator().manual_seed(int(rng.integers(2**62))))
         own = reading.log_probabilities(adaptation, tokens)
+        answers = tokens.tolist(), real.tolist()
+        tokens, real = tokens.to(own.device), real.to(own.device)
         with torch.no_grad():
             base = reading.log_probabilities(Adaptation.identity(), tokens)
         asked = [question for question in questions for _ in range(self.samples)]
         rewards = [
             domain.reward(question.text, question.expected, reading.text(question, *row))
-            for question, *row in zip(asked, tokens.tolist(), real.tolist(), strict=True)
+            for question, *row in zip(asked, *answers, strict=True)
         ]
         shape = (len(questions), self.samples)
         chosen = (own.gather(-1, tokens[..., None])[..., 0] * real).sum(1).view(shape)

@@ -21,7 +21,7 @@ from bayes_dispatch.model.adaptation import Delta
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.storage import read_json, read_tensors, save_directory, saved_at, tensors_as_bytes, write_json
 
-__all__ = ["CONFIG", "WEIGHTS", "read_peft", "write_peft"]
+__all__ = ["CONFIG", "WEIGHTS", "check_export", "read_peft", "write_peft"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -109,12 +109,17 @@ def write_peft(directory: Path, deltas: Mapping[str, Delta], base: str, embeddin
         "fan_in_fan_out": False,
         "use_rslora": False,
     }
-    old = saved_at(directory) / WEIGHTS
-    if old.exists() and OURS not in read_tensors(old)[1]:
-        raise BundleError(f"expected {directory} to be new, empty or an earlier export, got an adapter from elsewhere")
+    check_export(directory)
     with save_directory(directory, CONFIG) as target:
         (target / WEIGHTS).write_bytes(tensors_as_bytes(tensors, {"format": "pt", OURS: provenance()[OURS]}))
         write_json(target / CONFIG, config)
+
+
+def check_export(directory: Path) -> None:
+    """Raise ``BundleError`` where an adapter is that was not written here."""
+    old = saved_at(directory) / WEIGHTS
+    if old.exists() and OURS not in read_tensors(old)[1]:
+        raise BundleError(f"expected {directory} to be new, empty or an earlier export, got an adapter from elsewhere")
 
 
 def _check_kind(directory: Path, config: Mapping[str, Any]) -> None:

@@ -196,6 +196,11 @@ class Backbone(Protocol):
         ...
 
     @property
+    def weights_dtype(self) -> torch.dtype:
+        """Of the blend weights that its adaptations are made of."""
+        ...
+
+    @property
     def device(self) -> torch.device:
         """Where its tokens go."""
         ...

@@ -20,7 +20,7 @@ from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_evidence
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-from bayes_dispatch.dispatcher.gate import Gate
+from bayes_dispatch.dispatcher.gate import FEWEST, Gate
 from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.errors import ConfigError
@@ -103,7 +103,9 @@ def build_bundle(
     if examples is None:
         return _saved(Bundle(model, experts, Dispatcher.flat(experts.names)), out)
     domains = _domains(experts, examples)
-    stages = _Stages.of(None if out is None else Path(out), _inputs(model, experts, domains, unlabelled, settings))
+    stages = _Stages.of(
+        None if out is None else Path(out).resolve(), _inputs(model, experts, domains, unlabelled, settings)
+    )
     announce("evidence")
     known = stages.evidence("train", lambda: _evidence(model, experts, domains, unlabelled, settings, progress))
     announce("dispatcher")
@@ -111,11 +113,11 @@ def build_bundle(
     own = [domains[name] for name in experts.names]
     announce("held-out examples")
     held = stages.evidence("held_out", lambda: _held_out(model, experts, own, settings, progress))
-    gate = (
-        Gate.calibrate(dispatcher, held.evidence, (held.labels < 0).astype(int), seed=settings.seed)
-        if (len(held.labels) >= 80)
-        else None
-    )
+    gate = None
+    if settings.gate_prompts and len(held.labels) < FEWEST:
+        announce(f"no gate: it takes {FEWEST} held-out prompts, and there are {len(held.labels)}")
+    elif settings.gate_prompts:
+        gate = Gate.calibrate(dispatcher, held.evidence, (held.labels < 0).astype(int), seed=settings.seed)
     gains = stages.numbers("gains", lambda: _gains(model, experts, own))
     report = {"examples": _counts(domains), "calibration": _calibration(dispatcher, held), "gains": gains}
     return _saved(Bundle(model, experts, dispatcher, report, gate=gate), out)

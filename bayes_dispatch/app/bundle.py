@@ -154,17 +154,25 @@ def _reference(model: Any) -> dict[str, str]:
     if not name:
         raise ConfigError("expected a model with a directory or a name on the hub to refer to, got one without")
     path = str(Path(name).resolve()) if Path(name).is_dir() else name
-    return {"path": path, "fingerprint": model.fingerprint(), "dtype": str(model.dtype).removeprefix("torch.")}
+    dtypes = {"dtype": getattr(model, "loaded_dtype", model.dtype), "cast": model.dtype}
+    return {"path": path, "fingerprint": model.fingerprint()} | {
+        name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()
+    }
 
 
 def _base_model(directory: Path, files: set[str], device: str, dtype: str | None) -> Backbone:
     """The model of a bundle, or the one that it refers to."""
     if BASE_FILE not in files:
+        if device != "cpu" or dtype is not None:
+            asked = device if device != "cpu" else dtype
+            raise ConfigError(f"expected a bundle of a transformers model for {asked}, got one of our own, on the CPU")
         return MambaFormerForCausalLM.from_pretrained(directory / "model")
     reference = read_json(directory / BASE_FILE)
     if not isinstance(reference, dict) or not all(isinstance(reference.get(key), str) for key in ("path", "dtype")):
         raise BundleError(f"expected a base model's path and dtype in {directory / BASE_FILE}, got {reference!r:.80}")
-    found = transformers_backbone(reference["path"], device=device, dtype=reference["dtype"], cast=dtype)
+    found = transformers_backbone(
+        reference["path"], device=device, dtype=reference["dtype"], cast=dtype or reference.get("cast")
+    )
     if found.fingerprint() != reference.get("fingerprint"):
         raise ForeignExpertError(
             f"expected the base model {reference.get('fingerprint')} in {reference['path']}, got {found.fingerprint()}"

@@ -126,7 +126,7 @@ def import_reward(path: str) -> Reward:
 def train_own_expert(
     bundle: Bundle, domain: Domain, settings: ExpertSettings, progress: bool = False
 ) -> ExpertVector | LoraExpert:
-    """An expert for the bundle's base model, which adapts what the bundle's experts do.
+    """An expert for the bundle's base model: scales of what the bundle's experts scale, or LoRA where none does.
 
     Args:
         bundle: whose model it is for. domain: named as the expert. settings: the recipe, whatever its kind.

@@ -222,13 +222,14 @@ def read_examples(path: Path) -> dict[str | None, list[str]]:
         ConfigError: the file is missing, no UTF-8, empty, or a line is no such object.
     """
     found: dict[str | None, list[str]] = {}
-    for number, line in enumerate(read_utf8(path).splitlines(), 1):
+    for number, line in enumerate(read_utf8(path).split("\n"), 1):
         if not line.strip():
             continue
         expected = f'expected {{"expert": …, "text": …}} in line {number} of {path}'
         try:
             entry = json.loads(line)
-        except ValueError:
+            utf8(str(entry.get("text"))) if isinstance(entry, dict) else None
+        except (ValueError, RecursionError, PromptError):
             raise ConfigError(f"{expected}, got {line[:60]!r}") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("expert"), str | None):
             raise ConfigError(f"{expected}, got {line[:60]!r}")

@@ -89,7 +89,7 @@ class AnswerLikelihood:
 
     def _score(self, weights: Tensor) -> Tensor:
         particles, pairs = len(weights), len(self._ids)
-        adaptation = self.experts.blend_rows(weights.to(self.model.dtype).repeat_interleave(pairs, 0))
+        adaptation = self.experts.blend_rows(weights.to(self.model.weights_dtype).repeat_interleave(pairs, 0))
         ids, tokens = self._ids.repeat(particles, 1), self._tokens.repeat(particles)  # (P pairs, T)
         said = self.model.score(ids, tokens, adaptation).double()
         counted = self._counted.repeat(particles, 1).to(said.device)

@@ -70,7 +70,8 @@ def name_probabilities(
     checked = check_prompts(prompts)
     answers = [tokenizer.tokenize(name, begin=False).ids for name in names]
     question = tokenizer.tokenize(QUESTION, begin=False).ids
-    asked = [(*text.ids, *question) for text in tokenized(tokenizer, checked, model.longest)]
+    room = len(question) + max(map(len, answers))
+    asked = [(*text.ids, *question) for text in tokenized(tokenizer, checked, model.longest, room)]
     order = sorted(range(len(asked)), key=lambda i: -len(asked[i]))
     scores = np.empty((len(asked), len(names)))
     longest = max(map(len, answers))

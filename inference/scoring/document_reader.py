@@ -103,7 +103,9 @@ def _above(
         owner = torch.tensor([n for n, _ in rows])
         tokens = prefix.tokens[owner]
         width = int(tokens.max())
-        adaptation = experts.blend_rows(torch.tensor(np.stack([weights[n][w] for n, w in rows])).to(model.dtype))
+        adaptation = experts.blend_rows(
+            torch.tensor(np.stack([weights[n][w] for n, w in rows])).to(model.weights_dtype)
+        )
         session = model.open(len(rows), width, adaptation, range(prefix.cut, model.depth))
         x = None if prefix.x is None else prefix.x[owner, :width]
         read = session.read(prefix.ids[owner, :width], tokens, x, own=True)

@@ -187,6 +187,7 @@ def class_counts(data: bytes, text: Tokens) -> np.ndarray:
 
 def token_means(hidden: Float[Tensor, "B T D"], tokens: Int[Tensor, " B"]) -> Float[np.ndarray, "B D"]:
     """Means of right-padded hidden states over all real tokens (B,) of each row but the first, or of that alone."""
+    hidden = _wide(hidden)
     real = _after_first(hidden, tokens)
     return ((hidden * real).sum(1) / real.sum(1)).double().cpu().numpy()
 
@@ -197,11 +198,17 @@ def surprise_of(read: Read, tokens: Int[Tensor, " B"]) -> Float[np.ndarray, "B 2
     The distance is no less than the floor's; a row of one token has a likelihood of 1.
     """
     assert read.own is not None
-    real = _after_first(read.hidden, tokens)
-    means = (read.hidden * real).sum(1) / real.sum(1)
+    hidden = _wide(read.hidden)
+    real = _after_first(hidden, tokens)
+    means = (hidden * real).sum(1) / real.sum(1)
     said = torch.where((real[..., 0] > 0) & read.own.isfinite(), read.own.double(), 0.0)
     nll = -said.sum(1) / real.sum((1, 2)).double()
-    return torch.stack([nll, _log_residual(read.hidden, means, real).double()], -1).cpu().numpy()
+    return torch.stack([nll, _log_residual(hidden, means, real).double()], -1).cpu().numpy()
+
+
+def _wide(hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    """In float32 or better: sums and counts of tokens are not for half precision."""
+    return hidden.to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 def _after_first(hidden: Float[Tensor, "B T D"], tokens: Int[Tensor, " B"]) -> Float[Tensor, "B T 1"]:

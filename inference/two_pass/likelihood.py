@@ -59,7 +59,7 @@ class ExpertLogLikelihoods:
 
     def _score(self, prompts: list[bytes]) -> np.ndarray:
         copies = len(self.experts.components)
-        vertices = torch.eye(copies, dtype=self.model.dtype)
+        vertices = torch.eye(copies, dtype=self.model.weights_dtype)
         texts = [text.ids for text in tokenized(self.tokenizer, prompts, self.model.longest)]
         order = sorted(range(len(prompts)), key=lambda i: -len(texts[i]))  # similar lengths run together
         scores = np.empty((len(prompts), copies))

@@ -33,6 +33,10 @@ class Said(NamedTuple):
     own: Float[Tensor, "N S T"] | None
     after: Float[Tensor, "N S t V"]
 
+    def unflatten(self, shape: tuple[int, ...]) -> "Said":
+        """Rows as prompts and particles."""
+        return Said(None if self.own is None else self.own.unflatten(0, shape), self.after.unflatten(0, shape))
+
 
 @runtime_checkable
 class ParticleReader(Protocol):
@@ -99,7 +103,7 @@ class CachedReader:
         blends = np.stack([np.frombuffer(each).reshape(doubles.shape[2:]) for _, each in place])
         self._below = prefix.below
         cut = 0 if prefix.x is None else prefix.cut
-        adaptation = experts.blend_rows(torch.tensor(blends).to(model.dtype))
+        adaptation = experts.blend_rows(torch.tensor(blends).to(model.weights_dtype))
         self._above = model.open(len(blends), capacity, adaptation, range(cut, model.depth))
         self._evaluated_below = 0
         self._read = 0  # tokens of the prompts
@@ -168,12 +172,12 @@ class CachedReader:
 
     def _spread(self, read: Read) -> Said:
         """The particles of each prompt, from their rows."""
-        assert read.after is not None
         prompts, width = self._index.shape
         if prompts * width == self.rows and bool((self._index.flatten() == torch.arange(self.rows)).all()):
             shape = (prompts, width)
-            return Said(None if read.own is None else read.own.unflatten(0, shape), read.after.unflatten(0, shape))
-        return Said(None if read.own is None else read.own[self._index], read.after[self._index])
+            return _said(read).unflatten(shape)
+        found = _said(read)
+        return Said(None if found.own is None else found.own[self._index], found.after[self._index])
 
 
 class UncachedReader:
@@ -205,12 +209,11 @@ class UncachedReader:
     def read_prompts(self, own: bool, tail: int = 1) -> Said:
         shape = tuple(self._weights.shape[:2])
         ids, tokens = (each.repeat_interleave(shape[1], 0) for each in padded(self._seen, 0))
-        adaptation = self._blend(self._weights.flatten(0, 1).to(self._model.dtype))
+        adaptation = self._blend(self._weights.flatten(0, 1).to(self._model.weights_dtype))
         session = self._model.open(len(ids), ids.shape[1], adaptation)
         read = session.read(ids, tokens, own=own, tail=tail)
         self.evaluated += session.evaluated
-        assert read.after is not None
-        return Said(None if read.own is None else read.own.unflatten(0, shape), read.after.unflatten(0, shape))
+        return _said(read).unflatten(shape)
 
     def read(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S V"]:
         for row, token in zip(self._seen, tokens.tolist(), strict=True):
@@ -222,3 +225,9 @@ class UncachedReader:
         filled = [[*chosen, *[chosen[0]] * (width - len(chosen))] for chosen in particles]
         self._seen = [self._seen[prompt] for prompt in prompts]
         self._weights = self._weights[torch.tensor(list(prompts))[:, None], torch.tensor(filled)]
+
+
+def _said(read: Read) -> Said:
+    """What rows say, on the CPU, where particles are filtered."""
+    assert read.after is not None
+    return Said(None if read.own is None else read.own.cpu(), read.after.cpu())

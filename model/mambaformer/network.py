@@ -129,6 +129,11 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         return padding.restore(self._run(x, padding, cache, adaptation, stretch=stretch))
 
     @property
+    def weights_dtype(self) -> torch.dtype:
+        """See ``model.backbone.Backbone``."""
+        return self.dtype
+
+    @property
     def device(self) -> torch.device:
         """Of the weights."""
         return self.norm.weight.device

@@ -11,6 +11,7 @@ from torch import Tensor
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.backbone import Read, check_rows, check_tokens
 from bayes_dispatch.model.mambaformer.cache import Cache
+from bayes_dispatch.model.mambaformer.token_model import check_ids
 
 __all__ = ["MambaFormerSession"]
 
@@ -21,6 +22,8 @@ LOGITS_AT_ONCE = 2**20  # numbers: 4 MiB, which stay in the processor's caches
 @runtime_checkable
 class _Blocks(Protocol):
     """The parts of a MambaFormer that a session calls."""
+
+    vocab_size: int
 
     def below(
         self, block: int, input_ids: Tensor, *, attention_mask: Tensor | None = None, cache: Cache | None = None
@@ -74,8 +77,11 @@ class MambaFormerSession:
         own: bool = False,
         tail: int = 1,
     ) -> Read:
-        check_tokens(ids, tokens, self.rows)
+        check_tokens(ids, tokens, self.rows)  # all is checked before the first piece is read
         width = ids.shape[1]
+        self._cache.check_room(len(ids), width if tokens is None else tokens)
+        if self._blocks.start == 0:
+            check_ids(ids, self._model.vocab_size)
         counts = None if tokens is None or bool((tokens == width).all()) else tokens
         parts = [slice(start, start + PIECE) for start in range(0, width, PIECE)]
         read = [self._run(ids[:, part], None if x is None else x[:, part], _left(counts, part)) for part in parts]

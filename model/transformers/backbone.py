@@ -5,11 +5,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.errors import CacheFullError, ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of
 from bayes_dispatch.model.mambaformer.fingerprint import Fingerprint
 from bayes_dispatch.model.mambaformer.token_model import check_ids
@@ -29,6 +28,14 @@ __all__ = ["TransformersBackbone"]
 
 PROBE = 12  # tokens of the check of what a model can do
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+class _Cast(NamedTuple):
+    """Fingerprints of weights before and after they were cast, and the dtype before."""
+
+    before: str
+    after: str
+    dtype: torch.dtype
 
 
 class TransformersBackbone:
@@ -55,8 +62,9 @@ class TransformersBackbone:
         ends = model.generation_config.eos_token_id if model.generation_config else None
         ends = [] if ends is None else [ends] if isinstance(ends, int) else ends
         self.tokenizer = TransformersTokenizer(tokenizer, self.vocab_size, [*ends, *_ends(tokenizer)])
-        self._factors: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
-        self._fingerprint, self._cast_from = Fingerprint(), ""
+        self._factors: dict[str, tuple[tuple[int, int], tuple[Tensor, Tensor, Tensor]]] = {}
+        self._fingerprint = Fingerprint()
+        self._cast: _Cast | None = None
         self._called = self._probe_calls()
         self.parts.continues, self.cuts = self._probe_reading()
 
@@ -90,7 +98,7 @@ class TransformersBackbone:
                 model, found = loaded
                 nn.Module.to(model, device)
                 tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # a config can make that library fail in any way
             raise ConfigError(f"expected a causal language model in {path}, got {_line(error)}") from None
         if type(config) not in AutoModelForCausalLM._model_mapping:
             raise ConfigError(f"expected a causal language model, got {type(config).__name__} in {path}")
@@ -102,6 +110,16 @@ class TransformersBackbone:
     def dtype(self) -> torch.dtype:
         """Of hidden states."""
         return self.model.dtype
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """Of blend weights: float32 at least, in which scales near 1 are told from 1."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def loaded_dtype(self) -> torch.dtype:
+        """Of the weights as they were loaded, before ``cast``."""
+        return self.dtype if self._cast is None else self._cast.dtype
 
     @property
     def device(self) -> torch.device:
@@ -121,16 +139,20 @@ class TransformersBackbone:
     def fingerprint(self) -> str:
         """A hash of all weights in float32: equal for equal weights only.
 
-        A model that was cast after it was loaded has that of the weights that it was loaded with.
+        A model that was cast has that of the weights that it was loaded with, until one changes.
         """
-        return self._cast_from or self._fingerprint.of(self.model)
+        own = self._fingerprint.of(self.model)
+        return self._cast.before if self._cast is not None and own == self._cast.after else own
 
     def cast(self, dtype: torch.dtype) -> "TransformersBackbone":
-        """The same model in another dtype, which keeps its fingerprint: experts of the one are experts of the other."""
-        before = self.fingerprint()
+        """The model in another dtype, which keeps its fingerprint: experts of the one are experts of the other.
+
+        The model itself is cast: this backbone is not to be used afterwards.
+        """
+        before, loaded = self.fingerprint(), self.loaded_dtype
         nn.Module.to(self.model, dtype)
         twin = TransformersBackbone(self.model, self.tokenizer.inner, self.name)
-        twin._cast_from = before
+        twin._cast = _Cast(before, twin.fingerprint(), loaded)
         return twin
 
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -168,6 +190,7 @@ class TransformersBackbone:
     ) -> TransformersSession:
         """See ``Backbone``."""
         chosen = range(self.depth) if blocks is None else blocks
+        self._check_length(capacity)
         if rows < 1 or not chosen or chosen.step != 1 or chosen.start < 0 or chosen.stop > self.depth:
             raise ConfigError(f"expected some rows and some of {self.depth} blocks, got {rows} rows and {chosen}")
         if chosen != range(self.depth) and not self.cuts:
@@ -179,6 +202,7 @@ class TransformersBackbone:
     ) -> Float[Tensor, "R T"]:
         """See ``Backbone``."""
         check_ids(ids, self.vocab_size)
+        self._check_length(ids.shape[1])
         ids = ids.to(self.device)
         mask = (
             None if tokens is None else torch.arange(ids.shape[1], device=self.device) < tokens.to(self.device)[:, None]
@@ -260,13 +284,19 @@ class TransformersBackbone:
 
     def factors(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """U (out, r), s (r,) and Vᵀ (r, in) of a matrix; computed once, in float32 or better."""
-        if name not in self._factors:
-            weight = _matrix(self.parts.matrices[name])
+        weight = _matrix(self.parts.matrices[name])
+        key = weight.data_ptr(), weight._version
+        if self._factors.get(name, (None,))[0] != key:
             with torch.no_grad():
                 wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
                 factors = torch.linalg.svd(wide, full_matrices=False)
-            self._factors[name] = tuple(each.to(self.dtype) for each in factors)
-        return self._factors[name]
+            left, values, right = (each.to(self.dtype) for each in factors)
+            self._factors[name] = key, (left, values, right)
+        return self._factors[name][1]
+
+    def _check_length(self, tokens: int) -> None:
+        if self.longest is not None and tokens > self.longest:
+            raise CacheFullError(f"expected at most {self.longest} tokens, as the model can read, got {tokens}")
 
     def _probe_calls(self) -> list[str]:
         """Matrices that the model multiplies by calling their module once a token: those that a delta reaches."""

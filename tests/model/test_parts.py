@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bayes_dispatch.errors import ConfigError, StaleCacheError, TensorError
+from bayes_dispatch.errors import CacheFullError, ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.frozen import frozen
 
@@ -187,3 +187,14 @@ def test_threads_may_freeze_a_model_together(make_model: Any) -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
     other.close()
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_read_that_is_refused_reads_nothing(make_model: MakeModel) -> None:
+    """Room and ids are checked for all pieces of a long read before the first."""
+    session = make_model(dtype=torch.float64).open(1, 300)
+    bad = tokens(1, 1, 290)
+    bad[0, 280] = 258
+    for ids, error in ((tokens(0, 1, 400), CacheFullError), (bad, TensorError)):
+        with pytest.raises(error):
+            session.read(ids)
+        assert session.lengths.tolist() == [0]

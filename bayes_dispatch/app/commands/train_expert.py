@@ -217,9 +217,12 @@ def _train_alone(
     from bayes_dispatch.app.bundle import transformers_backbone
     from bayes_dispatch.app.own_expert import check_trainable
     from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.experts.peft import check_export
     from bayes_dispatch.experts.training import train_expert as train
 
     check_trainable(domain, settings.objective)
+    if settings.kind == "lora":
+        check_export(out)  # before training, not after it
     backbone = transformers_backbone(model, **{"device": "cpu", "dtype": "auto", **loading})
     expert = train(backbone, domain, settings, progress=True)
     bank = ExpertBank([expert])

@@ -92,7 +92,12 @@ def test_from_the_command_line_to_text(
         bd.TwoPassGenerator(again).generate(["abc"], max_new_tokens=3, seed=1).token_ids,
         generator.generate(["abc"], max_new_tokens=3, seed=1).token_ids,
     )
-    assert load_bundle(out, dtype="bfloat16").model.dtype == torch.bfloat16
+    cast = load_bundle(out, dtype="bfloat16")
+    assert cast.model.dtype == torch.bfloat16
+    cast.save(tmp_path / "cast")
+    assert load_bundle(tmp_path / "cast").model.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="expected a bundle of a transformers model for cuda:7"):
+        load_bundle(device="cuda:7")
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -143,9 +148,16 @@ def test_bad_examples(model: Path, adapters: dict[str, Path], examples: dict[str
 
 def test_lines_of_examples(tmp_path: Path) -> None:
     path = tmp_path / "examples.jsonl"
-    path.write_text('{"expert": "a", "text": "x"}\n\n{"text": "y"}\n{"expert": "a", "text": "z"}\n')
-    assert read_examples(path) == {"a": ["x", "z"], None: ["y"]}
-    for line in ("{", "[1]", '{"expert": 3, "text": "x"}', '{"expert": "a"}', '{"expert": "a", "text": " "}'):
+    path.write_text('{"expert": "a", "text": "x"}\n\n{"text": "y"}\n{"expert": "a", "text": "z\u2028z"}\n')
+    assert read_examples(path) == {"a": ["x", "z\u2028z"], None: ["y"]}
+    for line in (
+        "{",
+        "[1]",
+        '{"expert": 3, "text": "x"}',
+        '{"expert": "a"}',
+        '{"expert": "a", "text": " "}',
+        '{"text": "\\ud800"}',
+    ):
         path.write_text(line)
         with pytest.raises(ConfigError, match="in line 1 of"):
             read_examples(path)

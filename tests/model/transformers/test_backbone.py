@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertLMHeadModel, ByT5Tokenizer, PreTrainedModel, T5Config
 
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import CacheFullError, ConfigError
 from bayes_dispatch.model.adaptation import Adaptation, Delta
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 from tests.tiny import KINDS, VOCABULARY, tiny_backbone, tiny_model, tiny_tokenizer
@@ -240,3 +240,38 @@ def test_a_quantised_model_takes_low_rank_deltas_and_no_singular_values() -> Non
     other = TransformersBackbone(quantised(tiny_model()), tiny_tokenizer())
     with pytest.raises(ConfigError, match=r"^expected a matrix of numbers for singular values, got a Bytes"):
         other.open(1, 10, Adaptation({name: torch.ones(32)}))
+
+
+def test_a_cast_model_keeps_its_fingerprint_until_a_weight_changes() -> None:
+    backbone = tiny_backbone(dtype=torch.float32)
+    before = backbone.fingerprint()
+    cast = backbone.cast(torch.bfloat16)
+    assert (cast.dtype, cast.loaded_dtype, cast.fingerprint()) == (torch.bfloat16, torch.float32, before)
+    with torch.no_grad():
+        cast.model.get_input_embeddings().weight.mul_(2)
+    assert cast.fingerprint() != before
+
+
+def test_factors_follow_the_weights() -> None:
+    backbone = tiny_backbone()
+    name = next(iter(backbone.adaptable()))
+    values = backbone.factors(name)[1]
+    with torch.no_grad():
+        backbone.model.get_submodule(name).weight.mul_(2)
+    torch.testing.assert_close(backbone.factors(name)[1], 2 * values)
+
+
+def test_scales_near_one_are_told_from_one_in_half_precision() -> None:
+    """Blend weights, and so scales, are float32 where the model is bfloat16."""
+    backbone = tiny_backbone(dtype=torch.bfloat16)
+    assert backbone.weights_dtype == torch.float32
+    name, rank = next(iter(backbone.adaptable().items()))
+    (delta,) = backbone.deltas(Adaptation({name: torch.full((rank,), 1.001)})).values()
+    torch.testing.assert_close(delta.c, (backbone.factors(name)[1] * 0.001).to(delta.c.dtype), rtol=0.02, atol=0)
+
+
+def test_more_than_the_model_can_read_is_refused() -> None:
+    backbone = tiny_backbone()
+    for read in (lambda: backbone.open(1, 513), lambda: backbone.score(torch.ones(1, 513, dtype=torch.long))):
+        with pytest.raises(CacheFullError, match="expected at most 512 tokens, as the model can read, got 513"):
+            read()
