@@ -66,11 +66,12 @@ def read_on(
     cut, prompts = cut_of(bundle), [document.data[: document.prompt_bytes] for document in documents]
     following = [document.data[document.prompt_bytes :] for document in documents]
     after = torch.tensor([list(data[: min(map(len, following))]) for data in following])
-    capacity = 1 + max(map(len, prompts)) + after.shape[1]
-    prefix = read_prefix(cut, bundle.tokenizer, prompts, capacity)
+    capacity, tokenizer = 1 + max(map(len, prompts)) + after.shape[1], bundle.tokenizer
+    texts = [tokenizer.tokenize(prompt).ids for prompt in prompts]
+    prefix = read_prefix(bundle.model, cut, texts, tokenizer.pad_token_id, capacity)
     rows = list(range(len(prompts)))
-    reader = CachedReader(cut, bundle.experts, particles, prefix, rows, capacity)
-    decoding = Decoding(reader, particles, prefix.ids, prefix.tokens)
+    reader = CachedReader(bundle.model, bundle.experts, particles, prefix, rows, capacity)
+    decoding = Decoding(reader, particles, tokenizer.continues, prefix.ids, prefix.tokens)
     kl = decoding.read_prompts(measured=tolerance > 0)
     left = [particles.mass.shape[1]] * len(prompts)
     if kl is not None:

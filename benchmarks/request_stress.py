@@ -44,7 +44,7 @@ BLENDS: tuple[Blend, ...] = (
 INVALID: tuple[dict[str, Any], ...] = (
     {"prompts": []},
     {"prompts": [""]},
-    {"prompts": ["a" * 5000]},
+    {"prompts": ["a" * 40_000]},
     {"prompts": [b"\xff"]},
     {"prompts": ["a\ud800"]},
     {"max_new_tokens": 0},

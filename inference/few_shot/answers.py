@@ -59,9 +59,9 @@ class AnswerLikelihood:
         self.layers = experts.layers
 
     @property
-    def answer_tokens(self) -> int:
-        """How many tokens the likelihood counts."""
-        return int(self._counted.sum())
+    def answer_bytes(self) -> int:
+        """How many bytes the answers have."""
+        return sum(len(answer) for _, answer in self.pairs)
 
     def __call__(self, weights: Float[Tensor, "P *layers components"]) -> Float[Tensor, " P"]:
         """Log-likelihood of all answers together, in nats, float64; differentiable.

@@ -177,14 +177,15 @@ class AsciiLikelihood(AnswerLikelihood):
     """The likelihood among the bytes of ASCII, which the simulations draw from."""
 
     def _score(self, weights: torch.Tensor) -> torch.Tensor:
-        from bayes_dispatch.inference.two_pass.likelihood import log_likelihood_of
-
         particles, pairs = len(weights), len(self._ids)
-        ids, mask = self._ids.repeat(particles, 1), self._mask.repeat(particles, 1)
+        ids, tokens = self._ids.repeat(particles, 1), self._tokens.repeat(particles)
+        mask = (torch.arange(ids.shape[1]) < tokens[:, None]).long()
         adaptation = self.experts.blend_rows(weights.to(self.model.dtype).repeat_interleave(pairs, 0))
-        logits = self.model(ids, attention_mask=mask, adaptation=adaptation).logits[..., :128]
-        scores = log_likelihood_of(logits, ids.clamp(max=127), self._counted.repeat(particles, 1))
-        return scores.unflatten(0, (particles, pairs))
+        log_p = (
+            self.model(ids, attention_mask=mask, adaptation=adaptation).logits[:, :-1, :128].double().log_softmax(-1)
+        )
+        said = log_p.gather(2, ids[:, 1:, None].clamp(max=127))[..., 0]
+        return (said * self._counted[:, 1:].repeat(particles, 1)).sum(1).unflatten(0, (particles, pairs))
 
 
 def test_resampled_particles_come_in_random_order() -> None:
