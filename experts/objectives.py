@@ -18,7 +18,7 @@ from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Checked, Domain
 from bayes_dispatch.experts.questions import Question, ask
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import Backbone, Read, Session
+from bayes_dispatch.model.backbone import Backbone, Read, Session, padded
 
 __all__ = ["Judgement", "Likelihood", "Objective", "Reinforce", "reinforce_loss", "sequence_kl"]
 
@@ -70,7 +70,7 @@ class Likelihood:
     ) -> Judgement:
         """See ``Objective``; nothing is random."""
         texts = [model.tokenizer.tokenize(document.data) for document in documents]
-        ids = _padded([text.ids for text in texts], model.tokenizer.pad_token_id)
+        ids, tokens = padded([text.ids for text in texts], model.tokenizer.pad_token_id)
         weights = torch.zeros(ids.shape, dtype=torch.float32)
         for row, text, document in zip(weights, texts, documents, strict=True):
             sums = np.concatenate([[0.0], np.cumsum(document.byte_weights(self.question_weight))])
@@ -78,7 +78,6 @@ class Likelihood:
             means = (sums[stops] - sums[starts]) / np.maximum(stops - starts, 1)
             row[: len(means)] = torch.from_numpy(means)
         weights[:, 0] = 0  # nothing is said of the first token
-        tokens = torch.tensor([len(text.ids) for text in texts])
         said = model.score(ids, tokens, adaptation)
         total = float(weights.sum().clamp(min=1e-9))  # rows of one token alone weigh nothing
         loss = -(said.nan_to_num(nan=0.0) * weights.to(said.device)).sum() / total
@@ -185,7 +184,7 @@ class _Reading(NamedTuple):
         texts = [model.tokenizer.tokenize(question.context).ids for question in questions]
         limits = torch.tensor([question.limit for question in questions]).repeat_interleave(samples)
         ends = torch.tensor([question.is_line for question in questions]).repeat_interleave(samples)
-        ids, tokens = _padded(texts, model.tokenizer.pad_token_id), torch.tensor([len(text) for text in texts])
+        ids, tokens = padded(texts, model.tokenizer.pad_token_id)
         return cls(model, ids, tokens, samples, limits, ends)
 
     @torch.no_grad()
@@ -230,10 +229,3 @@ class _Reading(NamedTuple):
 def _after(read: Read) -> Float[Tensor, "R t V"]:
     assert read.after is not None
     return read.after
-
-
-def _padded(rows: Sequence[Sequence[int]], pad: int) -> Int[Tensor, "B T"]:
-    ids = torch.full((len(rows), max(map(len, rows))), pad)
-    for row, own in zip(ids, rows, strict=True):
-        row[: len(own)] = torch.tensor(own)
-    return ids

@@ -21,6 +21,7 @@ __all__ = [
     "Tokens",
     "check_rows",
     "check_tokens",
+    "padded",
 ]
 
 
@@ -246,6 +247,15 @@ class Backbone(Protocol):
     def fingerprint(self) -> str:
         """A hash of the weights: equal for equal weights only."""
         ...
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:
+    """Right-padded ids, and how many of each row are real."""
+    tokens = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(tokens.max())), pad)
+    for row, own in zip(ids, rows, strict=True):
+        row[: len(own)] = torch.tensor(own)
+    return ids, tokens
 
 
 def check_tokens(ids: Tensor, tokens: Tensor | None, rows: int) -> None:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import PromptError, TensorError
 from bayes_dispatch.experts.bank import ExpertBank
-from bayes_dispatch.inference.two_pass.first_pass import padded
-from bayes_dispatch.model.backbone import Backbone, Tokenizer
+from bayes_dispatch.model.backbone import Backbone, Tokenizer, padded
 from bayes_dispatch.model.tokenizer import ByteTokenizer, utf8
 
 __all__ = ["MAX_PAIR_BYTES", "AnswerLikelihood", "check_pairs"]

@@ -9,10 +9,9 @@ from jaxtyping import Float
 
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains import Domain, Split
-from bayes_dispatch.inference.two_pass.first_pass import padded
 from bayes_dispatch.inference.two_pass.prompts import check_prompts, tokenized
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import Backbone, Tokenizer
+from bayes_dispatch.model.backbone import Backbone, Tokenizer, padded
 
 __all__ = ["QUESTION", "CategoryDomain", "category_text", "name_probabilities"]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
-from bayes_dispatch.inference.two_pass.first_pass import Prefix, padded, read_prefix
-from bayes_dispatch.model.backbone import Backbone, Tokenizer
+from bayes_dispatch.inference.two_pass.first_pass import Prefix, read_prefix
+from bayes_dispatch.model.backbone import Backbone, Tokenizer, padded
 
 __all__ = ["Reading", "TokenDocument", "read_documents"]
 

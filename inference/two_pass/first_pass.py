@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.inference.two_pass.prompts import check_prompts, tokenized
-from bayes_dispatch.model.backbone import Backbone, Read, Session, Tokenizer, Tokens
+from bayes_dispatch.model.backbone import Backbone, Read, Session, Tokenizer, Tokens, padded
 
 __all__ = [
     "TOKEN_CLASSES",
@@ -23,7 +23,6 @@ __all__ = [
     "class_counts",
     "evidence_of",
     "first_pass",
-    "padded",
     "token_means",
     "read_prefix",
     "surprise_of",
@@ -153,15 +152,6 @@ def read_prefix(model: Backbone, cut: int, texts: Sequence[Sequence[int]], pad: 
         return Prefix(ids, tokens, None, None)
     below = model.open(len(ids), capacity, blocks=range(cut))
     return Prefix(ids, tokens, below.read(ids, tokens).hidden, below, cut)
-
-
-def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:
-    """Right-padded ids, and how many of each row are real."""
-    tokens = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), int(tokens.max())), pad)
-    for row, own in zip(ids, rows, strict=True):
-        row[: len(own)] = torch.tensor(own)
-    return ids, tokens
 
 
 def evidence_of(prompts: Sequence[bytes], texts: Sequence[Tokens], views: Mapping[str, np.ndarray]) -> Evidence:

@@ -8,9 +8,8 @@ import torch
 from jaxtyping import Float
 
 from bayes_dispatch.experts.bank import ExpertBank
-from bayes_dispatch.inference.two_pass.first_pass import padded
 from bayes_dispatch.inference.two_pass.prompts import check_prompts, tokenized
-from bayes_dispatch.model.backbone import Backbone, Tokenizer
+from bayes_dispatch.model.backbone import Backbone, Tokenizer, padded
 
 __all__ = ["ExpertLogLikelihoods"]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.two_pass.blends import Particles
-from bayes_dispatch.inference.two_pass.first_pass import Prefix, padded
-from bayes_dispatch.model.backbone import Backbone, Read
+from bayes_dispatch.inference.two_pass.first_pass import Prefix
+from bayes_dispatch.model.backbone import Backbone, Read, padded
 
 __all__ = ["CachedReader", "ParticleReader", "Said", "UncachedReader"]
 

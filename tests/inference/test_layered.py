@@ -23,10 +23,11 @@ from bayes_dispatch.inference.few_shot.strategies import Given
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.scoring.compare import compare_blends, score_together
 from bayes_dispatch.inference.two_pass.blends import FixedWeights, Particles, PosteriorMean, PosteriorPredictive
-from bayes_dispatch.inference.two_pass.first_pass import padded, read_prefix
+from bayes_dispatch.inference.two_pass.first_pass import read_prefix
 from bayes_dispatch.inference.two_pass.readers import CachedReader, UncachedReader
 from bayes_dispatch.inference.two_pass.second_pass import _on_base
 from bayes_dispatch.inference.two_pass.system import cut_of
+from bayes_dispatch.model.backbone import padded
 
 PROMPTS = ["kfpa>apfk\nbcde>", "9", "37+58=95\n12+11="]
 DOCUMENTS = [Document("ab>ba\ncd>dc\n", 6), Document("1+2=3\n4+4=8\n", 6)]

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference.two_pass.blends import Particles
-from bayes_dispatch.inference.two_pass.first_pass import Prefix, padded, read_prefix
+from bayes_dispatch.inference.two_pass.first_pass import Prefix, read_prefix
 from bayes_dispatch.inference.two_pass.readers import CachedReader, ParticleReader, UncachedReader
+from bayes_dispatch.model.backbone import padded
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
