@@ -4,7 +4,7 @@ Blends share particles (a posterior mean, say, is also one of the particles of t
 run once for a document, and every blend filters and mixes its own part of what was read.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from bayes_dispatch.arguments import seed as checked_seed
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
-from bayes_dispatch.inference.scoring.document_reader import Reading, TokenDocument, read_documents
+from bayes_dispatch.inference.scoring.document_reader import Reading, TokenDocument, following, read_documents
 from bayes_dispatch.inference.scoring.scores import Comparison, Score, ScoredTokens, SystemComparison
 from bayes_dispatch.inference.two_pass.blends import Blend, Particles, as_blend
 from bayes_dispatch.inference.two_pass.filtering import ParticleFilter, predictive
@@ -25,7 +25,8 @@ from bayes_dispatch.model.backbone import Backbone
 
 __all__ = ["compare_blends", "compare_systems", "score_together"]
 
-KEPT_AT_ONCE = 2**25  # log-probabilities of the documents that are scored together
+_Mixture = tuple[np.ndarray, Tensor]  # which rows of a reading the particles are, and their log masses
+KEPT_AT_ONCE = 2**16  # rows times tokens, padded, of the documents that are scored together
 
 
 @torch.no_grad()
@@ -118,27 +119,35 @@ def score_together(
     _check_tokens(texts)
     weights, places = _distinct(_alike([each.run for each in particles.values()]))
     scores: dict[str, list[Score]] = {name: [] for name in particles}
+    rows = {name: each.mass.shape[1] + each.refined for name, each in particles.items()}
     with tqdm(total=len(documents), desc="documents", disable=None if progress else True) as bar:
-        for part in _groups(texts, [len(own) for own in weights], model.vocab_size):
+        for part in _groups(texts, [len(own) for own in weights]):
             group, whole = texts[part], documents[part]
             readings = read_documents(model, experts, group, weights[part])
+            shared: dict[str, _Mixture] = {}
+            runs = [(weights[part], readings, shared)]
             for (name, each), place in zip(particles.items(), places, strict=True):
                 first = None if filtered_from is None else filtered_from.get(name)
-                own, which, rows = each.select(part), place[part], each.mass.shape[1]
+                own, which = each.select(part), place[part]
                 begin = (
                     None
                     if first is None
                     else [int((t.starts < b).sum()) for t, b in zip(group, first[part], strict=True)]
                 )
-                found, masses = readings, _log_masses(readings, which, own, begin)
-                if each.refined:
-                    last = [text.tokens_before(each.prompt_bytes) for text, each in zip(group, whole, strict=True)]
-                    mean = _refined(masses, last, own)
-                    found, which, rows = read_documents(model, experts, group, list(mean)), which[:, :1] * 0, rows + 1
-                    masses = torch.zeros_like(masses[:, :, :1])
+                masses = _log_masses(readings, which, own, begin)
+                if not each.refined:
+                    shared[name] = which, masses
+                    continue
+                last = [text.tokens_before(each.prompt_bytes) for text, each in zip(group, whole, strict=True)]
+                mean = list(_refined(masses, last, own))
+                alone = which[:, :1] * 0, torch.zeros_like(masses[:, :, :1])
+                runs.append((mean, read_documents(model, experts, group, mean), {name: alone}))
+            for run, found, mixtures in runs:
                 for n, text in enumerate(group):
-                    scored = _scored(found[n], which[n], masses[n], text)
-                    scores[name].append(Score.of(part.start + n, name, scored, text.sizes, rows))
+                    after = following(model, experts, run[n], found[n].hidden)
+                    one = {name: (which[n], masses[n]) for name, (which, masses) in mixtures.items()}
+                    for name, scored in _scored(after, text, one).items():
+                        scores[name].append(Score.of(part.start + n, name, scored, text.sizes, rows[name]))
             bar.update(len(group))
     return scores
 
@@ -173,21 +182,32 @@ def _alike(weights: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def _scored(
-    reading: Reading, place: np.ndarray, log_masses: Float[Tensor, "after S"], text: TokenDocument
-) -> ScoredTokens:
-    """A document under its own particles; ``place``: (S,), which rows of its reading they are."""
-    places, rows = torch.from_numpy(text.places), torch.from_numpy(place)
-    mixed = predictive(log_masses[places], reading.following[rows].transpose(0, 1), reading.entropy[rows].T)
-    top = mixed.log_probabilities.max(1)
-    true = torch.tensor(text.ids[1:])[places]
-    return ScoredTokens(
-        mixed.log_probabilities.gather(1, true[:, None])[:, 0].numpy(),
-        top.values.exp().clamp(max=1).numpy(),
-        (top.indices == true).numpy(),
-        mixed.entropy.numpy(),
-        mixed.mutual_information.numpy(),
-        text.scored_bytes,
-    )
+    following: Iterable[Float[Tensor, "W p V"]], text: TokenDocument, mixtures: Mapping[str, _Mixture]
+) -> dict[str, ScoredTokens]:
+    """A document under each of some sets of particles.
+
+    Args:
+        following: of all rows at its scored tokens, some tokens after the other.
+        mixtures: name → (S,) rows and (after, S) log masses.
+    """
+    places, true = torch.from_numpy(text.places), torch.tensor(text.ids[1:])[text.places]
+    found: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in mixtures}
+    start = 0
+    for after in following:
+        part = slice(start, start + after.shape[1])
+        entropy = -(after.exp() * after).sum(-1, dtype=torch.double)
+        for name, (rows, log_masses) in mixtures.items():
+            mixed = predictive(log_masses[places[part]], after[rows].transpose(0, 1), entropy[rows].T)
+            said = mixed.log_probabilities.gather(1, true[part, None])[:, 0]
+            top = mixed.log_probabilities.max(1)
+            confidence, right = top.values.exp().clamp(max=1), top.indices == true[part]
+            found[name].append((said, confidence, right, mixed.entropy, mixed.mutual_information))
+        start = part.stop
+    scored: dict[str, ScoredTokens] = {}
+    for name, own in found.items():
+        log_p, sure, hits, entropies, parts = (torch.cat(each).numpy() for each in zip(*own, strict=True))
+        scored[name] = ScoredTokens(log_p, sure, hits, entropies, parts, text.scored_bytes)
+    return scored
 
 
 def _refined(
@@ -198,16 +218,14 @@ def _refined(
     return np.einsum("ns,nsk->nk", masses, particles.weights)[:, None]
 
 
-def _groups(texts: Sequence[TokenDocument], rows: Sequence[int], vocabulary: int) -> Iterator[slice]:
-    """Documents that follow one another, of which no more is kept than may be, padding included; ``rows``: of each."""
-    start = scored = longest = most = 0
+def _groups(texts: Sequence[TokenDocument], rows: Sequence[int]) -> Iterator[slice]:
+    """Documents that follow one another, of which no more is kept than may be; ``rows``: of each."""
+    start = longest = most = 0
     for n, (text, own) in enumerate(zip(texts, rows, strict=True)):
-        of_scored = own * len(text.places) * vocabulary
-        padded = (n - start + 1) * max(longest, len(text.ids)) * max(most, own)
-        if n > start and padded + scored + of_scored > KEPT_AT_ONCE:
+        longest, most = max(longest, len(text.ids)), max(most, own)
+        if n > start and (n - start + 1) * longest * most > KEPT_AT_ONCE:
             yield slice(start, n)
-            start, scored, longest, most = n, 0, 0, 0
-        scored, longest, most = scored + of_scored, max(longest, len(text.ids)), max(most, own)
+            start, longest, most = n, len(text.ids), own
     yield slice(start, len(texts))
 
 

@@ -17,11 +17,11 @@ from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.two_pass.first_pass import Prefix, read_prefix
 from bayes_dispatch.model.backbone import Backbone, Tokenizer, padded
 
-__all__ = ["Reading", "TokenDocument", "read_documents"]
+__all__ = ["Reading", "TokenDocument", "following", "read_documents"]
 
 TOKENS_AT_ONCE = 8192  # of the rows that run together: of more, activations only leave the processor's caches
 BELOW_AT_ONCE = 32768  # of the documents that are read below the cut together, which is kept
-LOGITS_AT_ONCE = 2**24  # numbers: 64 MiB
+LOGITS_AT_ONCE = 2**22  # numbers: 16 MiB, and several times that while they are mixed
 
 
 class TokenDocument(NamedTuple):
@@ -56,15 +56,14 @@ class TokenDocument(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What W blend weights say of a document of T tokens, P of them scored; in nats.
+    """What W blend weights make of a document of T tokens, P of them scored.
 
     Attributes:
-        own: log-probability of each token. following: all log-probabilities at the scored ones, of which ``entropy``.
+        own: log-probability of each token, nats. hidden: states that the scored ones are predicted from.
     """
 
     own: Float[Tensor, "W T"]
-    following: Float[Tensor, "W P V"]
-    entropy: Float[Tensor, "W P"]
+    hidden: Float[Tensor, "W P D"]
 
 
 @torch.no_grad()
@@ -91,6 +90,22 @@ def read_documents(
     return [found[n] for n in range(len(documents))]
 
 
+@torch.no_grad()
+def following(
+    model: Backbone,
+    experts: ExpertBank,
+    weights: Float[np.ndarray, "W *layers components"],
+    hidden: Float[Tensor, "W P D"],
+) -> Iterator[Float[Tensor, "W p V"]]:
+    """All log-probabilities at the scored tokens of a ``Reading``, a few tokens after the other: of a real vocabulary
+    there is no room for those of a whole document.
+    """
+    adaptation = experts.blend_rows(torch.tensor(weights).to(model.weights_dtype))
+    session = model.open(len(weights), 1, adaptation)
+    for part in hidden.split(max(1, LOGITS_AT_ONCE // (len(weights) * model.vocab_size)), 1):
+        yield session.after(part).cpu()
+
+
 def _above(
     model: Backbone,
     experts: ExpertBank,
@@ -111,20 +126,11 @@ def _above(
         read = session.read(prefix.ids[owner, :width], tokens, x, own=True)
         assert read.own is not None
         places, _ = padded([documents[n].places.tolist() or [0] for n, _ in rows], 0)
-        index = places.to(read.hidden.device)
-        step = max(1, LOGITS_AT_ONCE // (len(rows) * model.vocab_size))
-        pieces: list[tuple[Tensor, Tensor]] = []
-        for start in range(0, index.shape[1], step):
-            part = index[:, start : start + step, None].expand(-1, -1, read.hidden.shape[2])
-            after = session.after(read.hidden.gather(1, part)).cpu()
-            pieces.append((after, -(after.exp() * after).sum(-1, dtype=torch.double)))
-        following, entropy = (torch.cat(each, 1) for each in zip(*pieces, strict=True))
-        own = read.own.cpu()
+        index = places.to(read.hidden.device)[..., None].expand(-1, -1, read.hidden.shape[2])
+        own, hidden = read.own.cpu(), read.hidden.gather(1, index)
         for n in owner.unique().tolist():
             mine, document = owner == n, documents[n]
-            scored = len(document.places)
-            after, of_each = following[mine, :scored], entropy[mine, :scored]
-            parts[n].append(Reading(own[mine, 1 : len(document.ids)], after, of_each))
+            parts[n].append(Reading(own[mine, 1 : len(document.ids)], hidden[mine, : len(document.places)]))
     return [Reading(*map(torch.cat, zip(*each, strict=True))) for each in parts]
 
 

@@ -132,8 +132,8 @@ def test_what_is_kept_counts_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_module, "KEPT_AT_ONCE", 60_000)
     short, long = Document("a" * 20, 19), Document("a" * 2000, 1999)
     texts = [TokenDocument.of(each, ByteTokenizer()) for each in (short, short, long, short, short, short)]
-    parts = list(compare_module._groups(texts, [10] * 6, 258))
-    assert parts == [slice(0, 2), slice(2, 4), slice(4, 6)]  # 10 rows: 200 or 20,000 and 2,560 for each
+    parts = list(compare_module._groups(texts, [10] * 6))
+    assert parts == [slice(0, 2), slice(2, 4), slice(4, 6)]  # 10 rows of 21 or 2,001 tokens
 
 
 def test_the_table(bundle64: "Bundle") -> None:

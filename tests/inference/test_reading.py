@@ -3,6 +3,7 @@ share runs once."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference.scoring import document_reader as reading_module
-from bayes_dispatch.inference.scoring.document_reader import Reading, TokenDocument, read_documents
+from bayes_dispatch.inference.scoring.compare import score_together
+from bayes_dispatch.inference.scoring.document_reader import TokenDocument, following, read_documents
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.readers import UncachedReader
 from bayes_dispatch.model.mambaformer.session import MambaFormerSession
@@ -41,7 +43,7 @@ def in_tokens(documents: Sequence[Document]) -> list[TokenDocument]:
 
 def one_by_one(
     model: "MambaFormerForCausalLM", experts: ExpertBank, document: Document, weights: np.ndarray
-) -> Reading:
+) -> tuple[Tensor, Tensor]:
     """The reference: every row through the whole model, again for each document."""
     ids = torch.tensor([[256, *document.data]])
     particles = Particles(weights[None], np.full((1, len(weights)), 1 / len(weights)))
@@ -49,8 +51,7 @@ def one_by_one(
         reader = UncachedReader(model, experts, particles, ids, torch.tensor([ids.shape[1]]))
         after = reader.read_prompts(own=False, tail=ids.shape[1]).after[0]
     own = torch.stack([after[:, i, byte] for i, byte in enumerate(document.data)], 1)
-    following = torch.stack([after[:, i] for start, stop in document.ranges for i in range(start, stop)], 1)
-    return Reading(own, following, torch.special.entr(following.double().exp()).sum(-1))
+    return own, torch.stack([after[:, i] for start, stop in document.ranges for i in range(start, stop)], 1)
 
 
 @settings(max_examples=25, deadline=None)
@@ -79,9 +80,12 @@ def test_rows_together_are_rows_alone(
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(reading_module, "TOKENS_AT_ONCE", at_once)
             patch.setattr(reading_module, "LOGITS_AT_ONCE", own.vocab_size * at_once)
-            found = read_documents(own, experts, tokens, weights)
-        for document, rows, reading in zip(documents, weights, found, strict=True):
-            for fast, slow in zip(reading, one_by_one(own, experts, document, rows), strict=True):
+            found = [
+                (reading.own, torch.cat(list(following(own, experts, rows, reading.hidden)), 1))
+                for rows, reading in zip(weights, read_documents(own, experts, tokens, weights), strict=True)
+            ]
+        for document, rows, read in zip(documents, weights, found, strict=True):
+            for fast, slow in zip(read, one_by_one(own, experts, document, rows), strict=True):
                 torch.testing.assert_close(fast.double(), slow.double(), rtol=tolerance, atol=tolerance)
 
 
@@ -105,6 +109,29 @@ def test_what_is_below_runs_once(model64: "MambaFormerForCausalLM", monkeypatch:
     documents = in_tokens([Document("abcdefg", 1), Document("abc", 1)])  # 8 and 4 tokens with the beginning
     read_documents(model64, experts_from(model64, 1), documents, [np.eye(3), np.eye(3)[:2]])
     assert [each[:2] for each in seen] == [("below", 2), ("above", 2), ("above", 2), ("above", 1)]
+
+
+def test_no_more_log_probabilities_than_may_be_are_there_at_once(
+    model64: "MambaFormerForCausalLM", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a real vocabulary there is no room for those of a whole document under all its particles."""
+    at_once, made = 4 * 3 * model64.vocab_size, list[ReferenceType[Tensor]]()
+    after = MambaFormerSession.after
+
+    def told(self: MambaFormerSession, hidden: Tensor) -> Tensor:
+        found = after(self, hidden)
+        alive = [numbers for each in made if (numbers := each()) is not None and numbers.shape[1] > 1]
+        assert sum(map(Tensor.numel, alive)) + found.numel() <= 2 * at_once  # those that are mixed, and the next
+        made.append(ref(found))
+        return found
+
+    monkeypatch.setattr(MambaFormerSession, "after", told)
+    monkeypatch.setattr(reading_module, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr("bayes_dispatch.model.mambaformer.session.LOGITS_AT_ONCE", at_once)
+    experts = experts_from(model64, 1)
+    particles = {"p": Particles(np.eye(3)[None], np.full((1, 3), 1 / 3))}
+    score_together(model64, experts, [Document("ab" * 30, 4)], particles)
+    assert len(made) > 56 / 4
 
 
 def test_documents_of_similar_lengths_are_read_below_together(
