@@ -1,9 +1,16 @@
-"""The domains: conventions on shared surfaces, and texts made from the Python installation."""
+"""The domains: conventions on shared surfaces, texts of the Python installation, translations of packages on PyPI."""
 
-from bayes_dispatch.experts.domains.conventions import CONVENTIONS, SURFACES, Convention, Interleaved, Surface
+from bayes_dispatch.experts.domains.conventions import CONVENTIONS, SURFACES, Convention, Surface
 from bayes_dispatch.experts.domains.domain import Checked, Domain, Split, held_out
+from bayes_dispatch.experts.domains.interleaved import Interleaved, Items
 from bayes_dispatch.experts.domains.mixtures import mixed_text
 from bayes_dispatch.experts.domains.text import BASE_TEXTS, EXPERT_TEXTS, FOREIGN_TEXTS, TextDomain
+from bayes_dispatch.experts.domains.translations import (
+    FOREIGN_TRANSLATIONS,
+    TRANSLATIONS,
+    Translations,
+    translations,
+)
 
 __all__ = [
     "BASE_TEXTS",
@@ -11,16 +18,21 @@ __all__ = [
     "EXPERT_DOMAINS",
     "EXPERT_TEXTS",
     "FOREIGN_TEXTS",
+    "FOREIGN_TRANSLATIONS",
     "SURFACES",
+    "TRANSLATIONS",
     "Checked",
     "Convention",
     "Domain",
     "Interleaved",
+    "Items",
     "Split",
     "Surface",
     "TextDomain",
+    "Translations",
     "held_out",
     "mixed_text",
+    "translations",
 ]
 
 EXPERT_DOMAINS: tuple[Domain, ...] = (*CONVENTIONS, *EXPERT_TEXTS)

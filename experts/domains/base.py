@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bayes_dispatch.experts.domains.conventions import CONVENTIONS, SURFACES, Interleaved
+from bayes_dispatch.experts.domains.conventions import CONVENTIONS, SURFACES
 from bayes_dispatch.experts.domains.domain import Domain
+from bayes_dispatch.experts.domains.interleaved import Interleaved
 from bayes_dispatch.experts.domains.text import BASE_TEXTS
 
 __all__ = ["BaseCorpus"]

@@ -4,15 +4,16 @@ Words (``kfpa>``, 4–6 letters a–p) are reversed, sorted or shifted by one le
 added, added and written backwards, or added digit by digit without carries. One item a line: question, answer.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Split, exact, held_out
+from bayes_dispatch.experts.domains.interleaved import Interleaved
 
-__all__ = ["CONVENTIONS", "SURFACES", "Convention", "Interleaved", "Surface"]
+__all__ = ["CONVENTIONS", "SURFACES", "Convention", "Surface"]
 
 LETTERS = "abcdefghijklmnop"
 
@@ -40,6 +41,12 @@ class Convention:
     surface: Surface
     answer: Callable[[str], str]
 
+    def items(self, rng: np.random.Generator, split: Split) -> Iterator[tuple[str, str]]:
+        """Random questions, with their answers."""
+        while True:
+            question = self.surface.question(rng, split)
+            yield question, self.answer(question)
+
     def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
         """Items of this convention alone; answers after the prompt are scored."""
         return Interleaved(self.name, (self,)).document(rng, prompt_bytes, total_bytes, split)
@@ -47,61 +54,6 @@ class Convention:
     def reward(self, question: str, expected: str, answer: str) -> float:
         """1 for the right answer, 0 for any other."""
         return exact(expected, answer)
-
-
-@dataclass(frozen=True)
-class Interleaved:
-    """Documents whose items follow several conventions.
-
-    Attributes:
-        name: the domain's name.
-        conventions: the conventions of the items.
-        order: ``"alternate"`` takes them in turn; ``"random"`` draws one for each item; ``"switch"`` goes from one to
-            the next as the document goes on, in equal parts of its bytes.
-    """
-
-    name: str
-    conventions: tuple[Convention, ...]
-    order: str = "alternate"
-
-    def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
-        """Items until ``total_bytes`` are reached; the prompt ends with an item, and later answers are scored."""
-        return self.with_shares(rng, prompt_bytes, total_bytes, split)[0]
-
-    def reward(self, question: str, expected: str, answer: str) -> float:
-        """1 for the right answer, 0 for any other."""
-        return exact(expected, answer)
-
-    def with_shares(
-        self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split
-    ) -> tuple[Document, list[float]]:
-        """The document, and each convention's share of the bytes of its prompt."""
-        text, end_of_prompt, scored = "", 0, []
-        bytes_of = [0] * len(self.conventions)
-        item = 0
-        while len(text) < total_bytes:
-            which = self._which(rng, item, len(text) / total_bytes)
-            convention = self.conventions[which]
-            question = convention.surface.question(rng, split)
-            answer = convention.answer(question)
-            in_prompt = end_of_prompt == len(text) and len(text) < prompt_bytes
-            if not in_prompt:
-                scored.append((len(text) + len(question), len(text) + len(question) + len(answer)))
-            text += f"{question}{answer}\n"
-            if in_prompt:
-                end_of_prompt = len(text)
-                bytes_of[which] += len(question) + len(answer) + 1
-            item += 1
-        shares = [count / max(end_of_prompt, 1) for count in bytes_of]
-        return Document(text, end_of_prompt, tuple(scored)), shares
-
-    def _which(self, rng: np.random.Generator, item: int, progress: float) -> int:
-        count = len(self.conventions)
-        if self.order == "random":
-            return int(rng.integers(count))
-        if self.order == "switch":
-            return min(int(progress * count), count - 1)
-        return item % count
 
 
 def _word(rng: np.random.Generator) -> str:

@@ -1,0 +1,80 @@
+"""Documents of questions and answers, one item after the other, from one domain or several."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from bayes_dispatch.experts.documents import Document
+from bayes_dispatch.experts.domains.domain import Split, exact
+
+__all__ = ["Interleaved", "Items"]
+
+
+@runtime_checkable
+class Items(Protocol):
+    """What gives questions and answers of one kind."""
+
+    @property
+    def name(self) -> str: ...
+
+    def items(self, rng: np.random.Generator, split: Split) -> Iterator[tuple[str, str]]:
+        """Questions and their answers without end; a newline follows each answer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Interleaved:
+    """Documents whose items are of several kinds.
+
+    Attributes:
+        name: the domain's name.
+        kinds: what gives the items.
+        order: ``"alternate"`` takes them in turn; ``"random"`` draws one for each item; ``"switch"`` goes from one to
+            the next as the document goes on, in equal parts of its bytes.
+    """
+
+    name: str
+    kinds: tuple[Items, ...]
+    order: str = "alternate"
+
+    def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
+        """Items until ``total_bytes`` are reached; the prompt ends with an item, and later answers are scored."""
+        return self.with_shares(rng, prompt_bytes, total_bytes, split)[0]
+
+    def reward(self, question: str, expected: str, answer: str) -> float:
+        """1 for the right answer, 0 for any other."""
+        return exact(expected, answer)
+
+    def with_shares(
+        self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split
+    ) -> tuple[Document, list[float]]:
+        """The document, and each kind's share of the bytes of its prompt."""
+        text, size, end_of_prompt, scored = "", 0, 0, []
+        bytes_of = [0] * len(self.kinds)
+        items = [kind.items(rng, split) for kind in self.kinds]
+        number = 0
+        while size < total_bytes:
+            which = self._which(rng, number, size / total_bytes)
+            question, answer = next(items[which])
+            start = size + len(question.encode())
+            stop = start + len(answer.encode())
+            if end_of_prompt == size < prompt_bytes:
+                end_of_prompt = stop + 1
+                bytes_of[which] += stop + 1 - size
+            else:
+                scored.append((start, stop))
+            text += f"{question}{answer}\n"
+            size = stop + 1
+            number += 1
+        shares = [count / max(end_of_prompt, 1) for count in bytes_of]
+        return Document(text, end_of_prompt, tuple(scored)), shares
+
+    def _which(self, rng: np.random.Generator, number: int, progress: float) -> int:
+        count = len(self.kinds)
+        if self.order == "random":
+            return int(rng.integers(count))
+        if self.order == "switch":
+            return min(int(progress * count), count - 1)
+        return number % count
