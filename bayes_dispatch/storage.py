@@ -58,7 +58,7 @@ CONTENTS: dict[str, Callable[[Any], Collection[str]]] = {
     "bank.json": lambda index: {entry["file"] for entry in index["experts"]},
     "bundle.json": lambda index: index["files"].keys(),
     "config.json": lambda index: (
-        (index.get("backbone") or index["encoder"])["mixer"] and {"model.safetensors", FACTORS_FILE}
+        (index.get("backbone") or index["encoder"])["mixer"] and {"model.safetensors", "tokenizer.json", FACTORS_FILE}
     ),
     "dispatcher.json": lambda index: {"dispatcher": {"dispatcher.safetensors"}}[index["format"]],
     "gate.json": lambda index: {"gate": {"gate.safetensors"}}[index["format"]],

@@ -18,7 +18,7 @@ from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Checked, Domain
 from bayes_dispatch.experts.questions import Question, ask
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import Backbone, Read, Session, padded
+from bayes_dispatch.model.backbone import Backbone, Read, Session, padded, token_weights
 
 __all__ = ["Judgement", "Likelihood", "Objective", "Reinforce", "reinforce_loss", "sequence_kl"]
 
@@ -73,10 +73,7 @@ class Likelihood:
         ids, tokens = padded([text.ids for text in texts], model.tokenizer.pad_token_id)
         weights = torch.zeros(ids.shape, dtype=torch.float32)
         for row, text, document in zip(weights, texts, documents, strict=True):
-            sums = np.concatenate([[0.0], np.cumsum(document.byte_weights(self.question_weight))])
-            starts, stops = np.array(text.spans, dtype=int).T
-            means = (sums[stops] - sums[starts]) / np.maximum(stops - starts, 1)
-            row[: len(means)] = torch.from_numpy(means)
+            row[: len(text.ids)] = token_weights(text, document.byte_weights(self.question_weight))
         weights[:, 0] = 0  # nothing is said of the first token
         said = model.score(ids, tokens, adaptation)
         total = float(weights.sum().clamp(min=1e-9))  # rows of one token alone weigh nothing

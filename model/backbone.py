@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -22,6 +23,7 @@ __all__ = [
     "check_rows",
     "check_tokens",
     "padded",
+    "token_weights",
 ]
 
 
@@ -256,6 +258,13 @@ def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "B T"],
     for row, own in zip(ids, rows, strict=True):
         row[: len(own)] = torch.tensor(own)
     return ids, tokens
+
+
+def token_weights(text: Tokens, weights: Sequence[float]) -> Float[Tensor, " T"]:
+    """Weight of each token, given that of each byte: the mean over its bytes, 0 where it has none."""
+    sums = np.concatenate([[0.0], np.cumsum(weights)])
+    starts, stops = np.array(text.spans, dtype=int).reshape(-1, 2).T
+    return torch.from_numpy((sums[stops] - sums[starts]) / np.maximum(stops - starts, 1)).float()
 
 
 def check_tokens(ids: Tensor, tokens: Tensor | None, rows: int) -> None:

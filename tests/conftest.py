@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+    from bayes_dispatch.model.subwords import SubwordTokenizer
 
 EXPERTS = ("reverse", "sort", "add")
 
@@ -74,13 +75,16 @@ def make_model() -> Callable[..., MambaFormerForCausalLM]:
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
         tie_embeddings: bool = True,
+        tokenizer: SubwordTokenizer | None = None,
     ) -> MambaFormerForCausalLM:
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             config = LanguageModelConfig(
-                backbone=backbone or MambaFormerConfig.tiny(), vocab_size=258, tie_embeddings=tie_embeddings
+                backbone=backbone or MambaFormerConfig.tiny(),
+                vocab_size=258 if tokenizer is None else tokenizer.vocab_size,
+                tie_embeddings=tie_embeddings,
             )
-            model = MambaFormerForCausalLM(config)
+            model = MambaFormerForCausalLM(config, tokenizer)
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.ndim == 1:

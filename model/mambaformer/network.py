@@ -20,13 +20,16 @@ from bayes_dispatch.model.mambaformer.pretrained import Pretrained
 from bayes_dispatch.model.mambaformer.session import MambaFormerSession
 from bayes_dispatch.model.mambaformer.svd.embedding import EMBEDDING
 from bayes_dispatch.model.mambaformer.token_model import TokenModel, check_ids
-from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.model.subwords import SubwordTokenizer
 
 __all__ = ["Block", "MambaFormer", "MambaFormerForCausalLM"]
 
 
 class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
     """Next-token prediction with explicit cache and adaptation.
+
+    Args:
+        config: its sizes. tokenizer: what its ids are of; ``None`` for bytes.
 
     Example:
         >>> config = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
@@ -35,13 +38,14 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
     """
 
     config_class = LanguageModelConfig
-    tokenizer = ByteTokenizer()
     cuts = continues = True
     longest = 32_768  # tokens: attention would read more, and take the memory for them
 
-    def __init__(self, config: LanguageModelConfig) -> None:
+    def __init__(self, config: LanguageModelConfig, tokenizer: SubwordTokenizer | None = None) -> None:
         super().__init__(config.backbone, config.vocab_size)
         self.config = config
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
         self.depth = len(self.blocks)
         self.head = None if config.tie_embeddings else nn.Linear(config.backbone.d_model, config.vocab_size, bias=False)
 

@@ -1,4 +1,4 @@
-"""Models on disk: ``config.json`` and ``model.safetensors`` in a directory."""
+"""Models on disk: ``config.json``, ``model.safetensors``, and ``tokenizer.json`` unless tokens are bytes."""
 
 import hashlib
 from pathlib import Path
@@ -9,6 +9,8 @@ from torch import nn
 
 from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.model.mambaformer.svd.files import Fingerprinted, load_factors
+from bayes_dispatch.model.subwords import SubwordTokenizer
+from bayes_dispatch.model.tokenizer import ByteTokenizer
 from bayes_dispatch.storage import (
     check_tensors,
     parse_json,
@@ -17,6 +19,7 @@ from bayes_dispatch.storage import (
     save_directory,
     saved_at,
     write_json,
+    write_output,
     write_tensors,
 )
 
@@ -37,13 +40,18 @@ class ModelConfig(Protocol):
 
 
 class Pretrained(nn.Module):
-    """A module made from ``config`` alone, of the class ``config_class``."""
+    """A module made from ``config`` alone, of the class ``config_class``.
+
+    Attributes:
+        tokenizer: what its ids are of; bytes, where none was given.
+    """
 
     config_class: type[ModelConfig]
     config: Any
+    tokenizer: ByteTokenizer | SubwordTokenizer = ByteTokenizer()
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors``, in the place of an earlier save in that directory.
+        """Write the model and its tokenizer, in the place of an earlier save in that directory.
 
         Raises:
             BundleError: the directory is a link, or holds anything else.
@@ -51,6 +59,10 @@ class Pretrained(nn.Module):
         with save_directory(Path(directory), "config.json") as new:
             write_json(new / "config.json", self.config.to_json())
             header = {"format": "pt", "config": _digest(read_bytes(new / "config.json"))}
+            if isinstance(self.tokenizer, SubwordTokenizer):
+                data = self.tokenizer.to_json()
+                write_output(new / "tokenizer.json", data)
+                header["tokenizer"] = _digest(data)
             write_tensors(new / "model.safetensors", self.state_dict(), header)
 
     @classmethod
@@ -60,8 +72,8 @@ class Pretrained(nn.Module):
         The model has the dtype that it was saved in, whatever PyTorch's default is.
 
         Raises:
-            BundleError: a file is missing, truncated or edited, or a tensor has another shape than the configuration
-                says, or another dtype than the rest.
+            BundleError: a file is missing, truncated or edited, a tensor has another shape than the configuration says,
+                or another dtype than the rest, or a tokenizer that has more tokens than the model.
         """
         directory = saved_at(Path(directory))
         file, weights = directory / "config.json", directory / "model.safetensors"
@@ -77,10 +89,22 @@ class Pretrained(nn.Module):
         if header.get("config", got := _digest(data)) != got:
             raise BundleError(f"expected in {file} what {weights} was saved with, got another: it was edited")
         model.load_state_dict(tensors)
+        if "tokenizer" in header:
+            model.tokenizer = _tokenizer(directory / "tokenizer.json", config.vocab_size, header["tokenizer"], weights)
         if isinstance(model, Fingerprinted):
             load_factors(model, directory)
         return cast(M, model.eval())
 
 
-def _digest(config: bytes) -> str:
-    return hashlib.sha256(config).hexdigest()
+def _tokenizer(file: Path, vocab_size: int, digest: str, weights: Path) -> SubwordTokenizer:
+    data = read_bytes(file)
+    if digest != _digest(data):
+        raise BundleError(f"expected in {file} what {weights} was saved with, got another: it was edited")
+    try:
+        return SubwordTokenizer.from_json(data, vocab_size)
+    except ConfigError as error:
+        raise BundleError(f"{file}: {error}") from None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -19,14 +19,15 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Identity(NamedTuple):
-    """All that decides, but for rounding, what a run makes of its texts."""
+    """All that decides, but for rounding, what a run makes of its texts; ``tokenizer`` is a digest, or bytes."""
 
     config: LanguageModelConfig
     settings: PretrainingSettings
     precision: Precision
+    tokenizer: str = "bytes"
 
     def to_json(self) -> dict[str, Any]:
-        return {"config": self.config.to_json(), "settings": asdict(self.settings), "precision": self.precision}
+        return self._asdict() | {"config": self.config.to_json(), "settings": asdict(self.settings)}
 
     @classmethod
     def from_json(cls, data: Any) -> "Identity":
@@ -37,7 +38,8 @@ class Identity(NamedTuple):
         """
         try:
             settings = PretrainingSettings(**data["settings"])
-            return cls(LanguageModelConfig.from_json(data["config"]), settings, data.get("precision", "float32"))
+            config, precision = LanguageModelConfig.from_json(data["config"]), data.get("precision", "float32")
+            return cls(config, settings, precision, data.get("tokenizer", "bytes"))
         except (AttributeError, KeyError, TypeError) as error:
             raise ConfigError(f"expected the configuration and the settings of a run, got: {error!r}") from None
 

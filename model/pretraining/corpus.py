@@ -14,10 +14,10 @@ __all__ = ["TextCorpus"]
 
 @dataclass(frozen=True)
 class TextCorpus:
-    """Windows of documents, each as likely as any other; all bytes weigh 1.
+    """Windows of documents, each as likely as any other; all bytes weigh 1. Nothing is cut within a character.
 
     Attributes:
-        documents: bytes of each, none empty.
+        documents: UTF-8 of each, none empty.
 
     Raises:
         ConfigError: there are no documents, or one is empty.
@@ -53,12 +53,12 @@ class TextCorpus:
         return sum(len(document) for document in self.documents)
 
     def row(self, rng: np.random.Generator, length: int) -> tuple[bytes, list[float]]:
-        """``length`` bytes of a document, or a whole one that is shorter, and their weights."""
+        """Up to ``length`` bytes of a document, or a whole one that is shorter, and their weights."""
         ends = np.cumsum([max(1, len(document) - length + 1) for document in self.documents])
         place = int(rng.integers(ends[-1]))
         index = int(np.searchsorted(ends, place, side="right"))
         start = place - (int(ends[index - 1]) if index else 0)
-        window = self.documents[index][start : start + length]
+        window = _between(self.documents[index], start, start + length)[:length].decode(errors="ignore").encode()
         return window, [1.0] * len(window)
 
     def split(self, share: float) -> tuple["TextCorpus", "TextCorpus"]:
@@ -68,15 +68,16 @@ class TextCorpus:
             ConfigError: one of both would be empty.
         """
         cuts = [len(document) - round(len(document) * share) for document in self.documents]
-        pairs = [(document[:cut], document[cut:]) for document, cut in zip(self.documents, cuts, strict=True)]
+        pairs = [(_between(d, 0, cut), _between(d, cut, len(d))) for d, cut in zip(self.documents, cuts, strict=True)]
         rest, held_out = (tuple(part for part in parts if part) for parts in zip(*pairs, strict=True))
         if not rest or not held_out:
             raise ConfigError(f"expected enough text to hold out the share {share}, got {self.size} bytes")
         return TextCorpus(rest), TextCorpus(held_out)
 
     def windows(self, length: int, most: int) -> list[bytes]:
-        """The documents in pieces of up to ``length`` bytes; ``most`` of them, evenly spread, where there are more."""
-        pieces = [d[start : start + length] for d in self.documents for start in range(0, len(d), length)]
+        """The documents in pieces of ``length`` bytes and the rest of a character; ``most`` of them, evenly spread."""
+        places = [(d, start) for d in self.documents for start in range(0, len(d), length)]
+        pieces = [piece for d, start in places if (piece := _between(d, start, start + length))]
         chosen = np.linspace(0, len(pieces) - 1, min(most, len(pieces))).round().astype(int)
         return [pieces[i] for i in chosen]
 
@@ -86,6 +87,17 @@ class TextCorpus:
         for document in self.documents:
             digest.update(len(document).to_bytes(8, "little") + document)
         return digest.hexdigest()
+
+
+def _between(document: bytes, start: int, stop: int) -> bytes:
+    """The characters that begin between two places."""
+
+    def begun(at: int) -> int:
+        while at < len(document) and document[at] & 0xC0 == 0x80:
+            at += 1
+        return at
+
+    return document[begun(start) : begun(stop)]
 
 
 def _read(file: Path) -> bytes:

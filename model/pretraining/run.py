@@ -22,12 +22,13 @@ from torch.multiprocessing.spawn import start_processes
 from tqdm import tqdm
 
 from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.model.backbone import Tokenizer, padded, token_weights
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.model.pretraining.checkpoints import Identity, load_checkpoint, save_checkpoint
 from bayes_dispatch.model.pretraining.processes import Worker, alone, join, join_launched, launched
 from bayes_dispatch.model.pretraining.recipe import ComputeSettings, PretrainingSettings, schedule
-from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.model.subwords import SubwordTokenizer
 
 __all__ = [
     "ComputeSettings",
@@ -47,21 +48,25 @@ class RowSource(Protocol):
     """Training texts: picklable, and random by the given generator alone."""
 
     def row(self, rng: np.random.Generator, length: int) -> Row:
-        """At most ``length`` bytes, and the loss weight of each."""
+        """At most ``length`` bytes of UTF-8, and the loss weight of each."""
         ...
 
 
-def pack_rows(rows: Sequence[Row], tokenizer: ByteTokenizer) -> tuple[Tensor, Tensor]:
-    """Right-padded ids (B, 1 + T), beginning token first, and the loss weight (B, T) of each byte; 0 at padding."""
-    ids, _ = tokenizer.pad([[tokenizer.bos_token_id, *data] for data, _ in rows])
-    weights = torch.zeros(ids.shape[0], ids.shape[1] - 1)
-    for i, (_, row) in enumerate(rows):
-        weights[i, : len(row)] = torch.tensor(row)
-    return ids, weights
+def pack_rows(rows: Sequence[Row], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Right-padded ids (B, 1 + T) of rows, and the loss weight (B, T) of each token after the first.
+
+    A token weighs what its bytes do on average, one without any, as at padding, nothing.
+    """
+    texts = [tokenizer.tokenize(data) for data, _ in rows]
+    ids, _ = padded([text.ids for text in texts], tokenizer.pad_token_id)
+    weights = torch.zeros(ids.shape)
+    for own, text, (_, given) in zip(weights, texts, rows, strict=True):
+        own[: len(text.ids)] = token_weights(text, given)
+    return ids, weights[:, 1:]
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """Sum over all bytes of weight times −log p, for logits (B, 1 + T, V) of ids (B, 1 + T) and weights (B, T)."""
+    """Sum over all tokens of weight times −log p, for logits (B, 1 + T, V) of ids (B, 1 + T) and weights (B, T)."""
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
     return (losses * weights).sum()
 
@@ -75,6 +80,7 @@ class Run(NamedTuple):
     compute: ComputeSettings
     directory: Path
     progress: bool
+    tokenizer: SubwordTokenizer | None
 
 
 def pretrain(
@@ -85,6 +91,7 @@ def pretrain(
     processes: int = 1,
     progress: bool = True,
     compute: ComputeSettings | None = None,
+    tokenizer: SubwordTokenizer | None = None,
 ) -> MambaFormerForCausalLM:
     """Train a model from scratch, or from the last checkpoint in ``directory``.
 
@@ -97,6 +104,7 @@ def pretrain(
             to rounding. 1 under ``torchrun``, which starts them itself.
         progress: show a progress bar.
         compute: device, precision, and what saves memory or time; float32 on the CPU by default.
+        tokenizer: what the model reads and writes; ``None`` for bytes.
 
     Returns:
         The trained model, on the CPU, in every process.
@@ -108,7 +116,7 @@ def pretrain(
     """
     compute = compute or ComputeSettings()
     compute.check()
-    run = Run(config, source, settings, compute, directory, progress)
+    run = Run(config, source, settings, compute, directory, progress, tokenizer)
     if launched():
         if processes > 1:
             raise ConfigError(f"expected processes of 1 under torchrun, which has started them, got {processes}")
@@ -142,12 +150,13 @@ def _begin(run: Run, worker: Worker) -> _State:
     settings = run.settings
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(settings.seed)
-        model = MambaFormerForCausalLM(run.config).to(worker.device)
+        model = MambaFormerForCausalLM(run.config, run.tokenizer).to(worker.device)
     matrices = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), fused=True)
-    identity = Identity(run.config, settings, run.compute.precision)
+    tokenizer = "bytes" if run.tokenizer is None else run.tokenizer.digest()
+    identity = Identity(run.config, settings, run.compute.precision, tokenizer)
     return _State(model, optimizer, identity, load_checkpoint(run.directory, model, optimizer, identity))
 
 
@@ -169,7 +178,7 @@ def _train(run: Run, worker: Worker) -> None:
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = settings.learning_rate * schedule(step, settings.steps, settings.warmup, settings.flat)
-        ids, weights = _batch(run, worker, step)
+        ids, weights = _batch(run, model.tokenizer, worker, step)
         optimizer.zero_grad()
         with torch.autocast(worker.device.type, torch.bfloat16, enabled=compute.precision == "bfloat16"):
             logits = model(ids).logits
@@ -185,17 +194,17 @@ def _train(run: Run, worker: Worker) -> None:
     worker.wait()
 
 
-def _batch(run: Run, worker: Worker, step: int) -> tuple[Tensor, Tensor]:
+def _batch(run: Run, tokenizer: Tokenizer, worker: Worker, step: int) -> tuple[Tensor, Tensor]:
     """This process' rows of the batch of a step."""
     settings = run.settings
     rows = [
         run.source.row(np.random.default_rng([settings.seed, step, row]), settings.length)
         for row in range(worker.rank, settings.batch_size, worker.world)
     ]
-    ids, weights = pack_rows(rows, ByteTokenizer())
+    ids, weights = pack_rows(rows, tokenizer)
     if run.compute.compile:  # one shape, one graph
         missing = settings.length - weights.shape[1]
-        ids = F.pad(ids, (0, missing), value=ByteTokenizer.pad_token_id)
+        ids = F.pad(ids, (0, missing), value=tokenizer.pad_token_id)
         weights = F.pad(weights, (0, missing))
     return ids.to(worker.device), weights.to(worker.device)
 

@@ -13,6 +13,7 @@ from bayes_dispatch.errors import BayesDispatchError, CacheFullError, ConfigErro
 from bayes_dispatch.model.adaptation import Adaptation, Delta
 from bayes_dispatch.model.backbone import Backbone, Read, Session, Tokenizer
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+from bayes_dispatch.model.subwords import train_subwords
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 from tests.tiny import KINDS, tiny_backbone
 
@@ -25,6 +26,7 @@ FACTORIES: dict[str, Callable[[MakeModel], Any]] = {
     **{kind: lambda make, kind=kind: tiny_backbone(kind) for kind in KINDS},
     "mambaformer-mamba2": lambda make: make(dtype=torch.float64),
     "mambaformer-mamba1": lambda make: make(replace(MambaFormerConfig.tiny(), mixer="mamba1"), dtype=torch.float64),
+    "mambaformer-subwords": lambda make: make(dtype=torch.float64, tokenizer=train_subwords(["the other"] * 9, 262)),
 }
 # How far log-probabilities may be from the plain model's, in float64. Recurrent blocks of transformers compute their
 # states in float32 whatever the dtype of the model; measured: at most 3.1e-7, and 6.7e-6 of Mamba2. Others: 2e-14.
@@ -114,14 +116,28 @@ def same(one: Read, other: Read, bound: float) -> None:
 
 
 def test_it_is_a_backbone_with_a_tokenizer_and_facts(kind: str, backbone: Any) -> None:
+    assert isinstance(backbone, Backbone)
+    assert isinstance(backbone.tokenizer, Tokenizer)
+    assert backbone.tokenizer.vocab_size <= backbone.vocab_size
     if "mambaformer" not in kind:
-        assert isinstance(backbone, Backbone)
-        assert isinstance(backbone.tokenizer, Tokenizer)
         assert backbone.adaptable().items() <= {name: min(shape) for name, shape in backbone.linears().items()}.items()
     assert isinstance(backbone.open(1, 1), Session)
     assert backbone.depth == len(blocks(backbone))
     assert backbone.cuts
     assert backbone.continues == (kind != "jamba")  # its library drops the state where several tokens follow at once
+
+
+@pytest.mark.parametrize("text", ["", "the other\n", " ab é日 😀"])
+def test_its_tokenizer_tells_where_tokens_are_and_streams_them(backbone: Any, text: str) -> None:
+    tokenizer = backbone.tokenizer
+    (*_, (_, stop)) = ((0, 0), *tokenizer.tokenize(text, begin=False).spans)
+    assert stop == len(text.encode())
+    begun, later = tokenizer.tokenize("a "), tokenizer.tokenize(text, begin=False)
+    stream = tokenizer.stream(begun.ids)
+    assert "".join(map(stream.add, later.ids)) + stream.end() == text
+    assert tokenizer.decode(later.ids) == text
+    assert tokenizer.continues.shape == (tokenizer.vocab_size,)
+    assert bool(tokenizer.continues[list(later.ids)].all())
 
 
 @pytest.mark.parametrize("pieces", [(WIDTH,), (1, 7, 1, 5, 6), (1,) * WIDTH, (13, 1, 1, 5)])

@@ -15,6 +15,8 @@ from bayes_dispatch.errors import BundleError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.subwords import SubwordTokenizer, train_subwords
+from bayes_dispatch.model.tokenizer import ByteTokenizer
 from bayes_dispatch.storage import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -51,6 +53,28 @@ def test_it_is_loaded_in_the_dtype_that_it_was_saved_in(
             torch.set_default_dtype(before)
         assert again.fingerprint() == model.fingerprint()
         assert {t.dtype for t in again.state_dict().values()} == {dtype}
+
+
+def test_a_tokenizer_is_kept_beside_the_weights(make_model: "MakeModel", tmp_path: Path) -> None:
+    """Without its file there are bytes; one that is missing, edited or too large for the embedding is refused."""
+    tokenizer, file = train_subwords(["the other"] * 9, 262), tmp_path / "model" / "tokenizer.json"
+    make_model(tokenizer=tokenizer).save_pretrained(tmp_path / "model")
+    again = MambaFormerForCausalLM.from_pretrained(tmp_path / "model")
+    assert isinstance(again.tokenizer, SubwordTokenizer)
+    assert again.tokenizer.to_json() == tokenizer.to_json() == file.read_bytes()
+    assert again.tokenizer.vocab_size == again.vocab_size
+    for wrong in (file.read_bytes().replace(b"<pad>", b"<bad>"), None):
+        file.unlink() if wrong is None else file.write_bytes(wrong)
+        with pytest.raises(BundleError, match=r"tokenizer\.json"):
+            MambaFormerForCausalLM.from_pretrained(tmp_path / "model")
+    small = make_model()
+    small.tokenizer = train_subwords(["the other"] * 9, 270)
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(BundleError, match=r"tokenizer\.json: expected a tokenizer of at most 258 ids"):
+        MambaFormerForCausalLM.from_pretrained(tmp_path / "small")
+    make_model().save_pretrained(tmp_path / "model")  # in its place
+    assert not file.exists()
+    assert isinstance(MambaFormerForCausalLM.from_pretrained(tmp_path / "model").tokenizer, ByteTokenizer)
 
 
 def test_saving_again_replaces(make_model: "MakeModel", tmp_path: Path) -> None:

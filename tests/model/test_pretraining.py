@@ -14,6 +14,7 @@ import torch
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
 from bayes_dispatch.model.pretraining.run import PretrainingSettings, next_token_loss, pack_rows, pretrain, schedule
+from bayes_dispatch.model.subwords import train_subwords
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 from bayes_dispatch.storage import read_tensors, write_tensors
 
@@ -64,6 +65,22 @@ def test_resuming_is_not_stopping(uninterrupted: "MambaFormerForCausalLM", tmp_p
 def test_a_finished_run_is_only_loaded(uninterrupted: "MambaFormerForCausalLM", tmp_path: Path) -> None:
     pretrain(CONFIG, Source(), SETTINGS, tmp_path, progress=False)
     assert same(pretrain(CONFIG, Source(fail_after=0), SETTINGS, tmp_path, progress=False), uninterrupted)
+
+
+def test_subwords_are_trained_on_and_resumed(tmp_path: Path) -> None:
+    """The model reads what its tokenizer makes of the rows; another tokenizer needs another directory."""
+    tokenizer, other = (train_subwords(["abcdefghijklmnopqrstuvwxyz"] * 9, size) for size in (270, 280))
+    config, settings = replace(CONFIG, vocab_size=280), replace(SETTINGS, steps=6)
+    whole = pretrain(config, Source(), settings, tmp_path / "a", progress=False, tokenizer=tokenizer)
+    assert whole.tokenizer is tokenizer
+    with pytest.raises(ConnectionError):
+        pretrain(config, Source(fail_after=4 * 5), settings, tmp_path / "b", progress=False, tokenizer=tokenizer)
+    for wrong in (other, None):
+        with pytest.raises(ConfigError, match=r"expected a checkpoint of these settings .* use a new directory"):
+            pretrain(config, Source(), settings, tmp_path / "b", progress=False, tokenizer=wrong)
+    resumed = pretrain(config, Source(), settings, tmp_path / "b", progress=False, tokenizer=tokenizer)
+    assert same(resumed, whole)
+    assert not same(pretrain(config, Source(), settings, tmp_path / "c", progress=False, tokenizer=other), whole)
 
 
 def test_the_seed_decides(uninterrupted: "MambaFormerForCausalLM", tmp_path: Path) -> None:
@@ -135,8 +152,13 @@ def test_what_an_earlier_version_did_not_name_has_its_default(tmp_path: Path) ->
         pretrain(CONFIG, Source(fail_after=4 * 5), SETTINGS, tmp_path, progress=False)
     tensors, header = read_tensors(tmp_path / "pretraining.safetensors")
     identity = json.loads(header["run"])
-    assert identity.keys() == {"config", "settings", "precision"}
-    del identity["precision"], identity["settings"]["clip"], identity["config"]["backbone"]["n_groups"]
+    assert identity.keys() == {"config", "settings", "precision", "tokenizer"}
+    del (
+        identity["precision"],
+        identity["tokenizer"],
+        identity["settings"]["clip"],
+        identity["config"]["backbone"]["n_groups"],
+    )
     file = tmp_path / "pretraining.json"  # it had a file of its own
     file.write_text(json.dumps(identity))
     write_tensors(tmp_path / "pretraining.safetensors", tensors, {})
@@ -192,6 +214,15 @@ def test_the_schedule_rises_stays_and_falls() -> None:
     assert all(a > b for a, b in pairwise(factors[60:]))
     np.testing.assert_allclose(factors[130], 0.5)  # half-way through the cosine
     assert 0 < factors[-1] < 1e-3
+
+
+def test_a_token_weighs_what_its_bytes_do_on_average() -> None:
+    tokenizer = train_subwords(["the the"] * 3, 260)
+    spans = ((0, 0), (0, 3), (3, 4), (4, 6), (4, 6))  # the word, a space, and two tokens of one character
+    assert tokenizer.tokenize("the é").spans == spans
+    ids, weights = pack_rows([("the é".encode(), [0.25, 0.75, 0.5, 0.5, 1.0, 0.0]), (b"t", [0.75])], tokenizer)
+    assert weights.tolist() == [[0.5, 0.5, 0.5, 0.5], [0.75, 0.0, 0.0, 0.0]]
+    assert ids[1, 2:].tolist() == [tokenizer.pad_token_id] * 3
 
 
 def test_packing_keeps_bytes_and_weights_together() -> None:

@@ -50,6 +50,16 @@ def test_windows_are_spread_over_the_documents() -> None:
     assert corpus.windows(4, 2) == [b"0123", b"a"]
 
 
+def test_no_character_is_cut() -> None:
+    text = "añb日c😀d" * 3
+    corpus, rng = TextCorpus((text.encode(),)), np.random.default_rng(0)
+    rows = [corpus.row(rng, 9)[0] for _ in range(99)]
+    assert max(map(len, rows)) == 9
+    assert all(row.decode() in text for row in rows)
+    assert b"".join(corpus.windows(5, 99)).decode() == text
+    assert "".join(part.documents[0].decode() for part in corpus.split(0.3)) == text
+
+
 def test_the_digest_tells_texts_apart() -> None:
     corpora = [(b"ab", b"c"), (b"a", b"bc"), (b"abc",), (b"c", b"ab")]
     assert len({TextCorpus(documents).digest() for documents in corpora}) == 4

@@ -1,4 +1,5 @@
-"""Texts to tokens and back, for each way in which fast tokenizers cut texts: bytes, pieces with spaces, likely ones."""
+"""Texts to tokens and back, for each way in which fast tokenizers cut texts: bytes, pieces with spaces, likely ones;
+and for the one that is trained here."""
 
 import re
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from bayes_dispatch.errors import PromptError
+from bayes_dispatch.errors import ConfigError, PromptError
+from bayes_dispatch.model.subwords import SubwordTokenizer, train_subwords
 from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
 from tests.tiny import tiny_tokenizer
 
@@ -64,16 +66,24 @@ def unigram_alone() -> TransformersTokenizer:
     return unigram(prepend_scheme="never")
 
 
-SORTS: list[Callable[[], TransformersTokenizer]] = [byte_level, trimmed, sentencepiece, unigram, unigram_alone]
+LEARNT = ["the other the other", "ab ab  ab", "é日ß 12", "a 😀😀 b\n a\n"] * 3
+
+
+def trained() -> SubwordTokenizer:
+    return train_subwords(LEARNT, 290)
+
+
+SORTS: list[Callable[[], SubwordTokenizer]] = [byte_level, trimmed, sentencepiece, unigram, unigram_alone, trained]
+FAST = [sort for sort in SORTS if sort is not trained]
 TEXTS = ["", "a", " a", "ab  ab ", "é日ß", "a 😀😀 b", "the</s> <s>12", "  ", "\n a\n", "a\u0301 👩‍👩‍👧 b", "�a"]
 
 
 @pytest.fixture(scope="module", params=SORTS, ids=lambda sort: sort.__name__)
-def tokenizer(request: pytest.FixtureRequest) -> TransformersTokenizer:
+def tokenizer(request: pytest.FixtureRequest) -> SubwordTokenizer:
     return request.param()  # type: ignore[no-any-return]
 
 
-def check(tokenizer: TransformersTokenizer, text: str) -> None:
+def check(tokenizer: SubwordTokenizer, text: str) -> None:
     whole = tokenizer.tokenize(text)
     count = len(tokenizer.prefix)
     assert whole.ids[:count] == tokenizer.prefix
@@ -90,13 +100,13 @@ def check(tokenizer: TransformersTokenizer, text: str) -> None:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_spans_cover_the_text_and_its_tokens_say_it(tokenizer: TransformersTokenizer, text: str) -> None:
+def test_spans_cover_the_text_and_its_tokens_say_it(tokenizer: SubwordTokenizer, text: str) -> None:
     check(tokenizer, text)
     check(tokenizer, text * 7)
 
 
 @pytest.mark.parametrize("sort", SORTS)
-def test_spans_cover_any_text(sort: Callable[[], TransformersTokenizer]) -> None:
+def test_spans_cover_any_text(sort: Callable[[], SubwordTokenizer]) -> None:
     made = sort()
 
     @settings(max_examples=60, deadline=None)
@@ -108,7 +118,7 @@ def test_spans_cover_any_text(sort: Callable[[], TransformersTokenizer]) -> None
 
 
 @pytest.mark.parametrize("sort", SORTS)
-def test_a_stream_says_what_the_whole_says_after_its_context(sort: Callable[[], TransformersTokenizer]) -> None:
+def test_a_stream_says_what_the_whole_says_after_its_context(sort: Callable[[], SubwordTokenizer]) -> None:
     """For any ids at all, so also for half characters, in the context and at the end."""
     made = sort()
     allowed = st.lists(st.sampled_from(made.continues.nonzero().flatten().tolist()), max_size=14)
@@ -132,7 +142,7 @@ def few(text: str) -> str:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_text_that_goes_on_keeps_its_spaces(tokenizer: TransformersTokenizer, text: str) -> None:
+def test_text_that_goes_on_keeps_its_spaces(tokenizer: SubwordTokenizer, text: str) -> None:
     for context in ("ab", "a ", "\n", "é", "a�"):
         stream = tokenizer.stream(tokenizer.tokenize(context).ids)
         assert "".join(map(stream.add, tokenizer.tokenize(text, begin=False).ids)) + stream.end() == text
@@ -149,6 +159,7 @@ def test_half_a_character_waits_and_is_given_up_at_the_end() -> None:
     assert set(stream.end()) == {"�"}
 
 
+@pytest.mark.parametrize("tokenizer", FAST, indirect=True)
 def test_special_tokens_that_are_written_out_are_text(tokenizer: TransformersTokenizer) -> None:
     ids = tokenizer.tokenize("</s><s>", begin=False).ids
     assert not {1, 2} & set(ids)
@@ -157,6 +168,7 @@ def test_special_tokens_that_are_written_out_are_text(tokenizer: TransformersTok
     assert tokenizer.tokenize("</s><s>", begin=False).ids == ids
 
 
+@pytest.mark.parametrize("tokenizer", FAST, indirect=True)
 def test_what_may_continue_a_text_has_tokens_and_no_special_ones_but_ends(tokenizer: TransformersTokenizer) -> None:
     assert tokenizer.continues.shape == (tokenizer.vocab_size,)
     assert bool(tokenizer.continues[2])
@@ -166,7 +178,7 @@ def test_what_may_continue_a_text_has_tokens_and_no_special_ones_but_ends(tokeni
     assert tokenizer.decode([1, 2]) == ""
 
 
-def test_text_that_is_no_utf8_is_refused(tokenizer: TransformersTokenizer) -> None:
+def test_text_that_is_no_utf8_is_refused(tokenizer: SubwordTokenizer) -> None:
     for text in (b"a\xff", "\ud800"):
         with pytest.raises(PromptError, match="expected UTF-8"):
             tokenizer.tokenize(text)
@@ -181,7 +193,7 @@ def test_nothing_of_a_long_text_is_cut_off() -> None:
     assert len(made.tokenize("c").ids) == 2
 
 
-def test_a_stream_costs_the_same_for_each_token(tokenizer: TransformersTokenizer) -> None:
+def test_a_stream_costs_the_same_for_each_token(tokenizer: SubwordTokenizer) -> None:
     """Ten times the tokens take about ten times as long, also where no character ends."""
     lone = next(id_ for id_ in range(3, 259) if tokenizer.decode([id_]) == "�")
     for ids in ([5, 60, 70], [lone]):
@@ -194,3 +206,52 @@ def test_a_stream_costs_the_same_for_each_token(tokenizer: TransformersTokenizer
             return perf_counter() - start
 
         assert min(seconds(6000) for _ in range(2)) < 30 * min(seconds(600) for _ in range(3)) + 0.05
+
+
+def test_the_same_texts_give_the_same_tokenizer() -> None:
+    made = trained()
+    assert train_subwords(iter(LEARNT), 290).to_json() == made.to_json()
+    assert made.digest() == trained().digest() != train_subwords(LEARNT, 270).digest()
+    assert made.vocab_size <= 290
+    assert len(made.tokenize("the other").ids) < len("the other")  # merges were learnt
+    assert train_subwords([], 258).tokenize("ab", begin=False).spans == ((0, 1), (1, 2))
+
+
+def test_begin_and_padding_of_a_trained_tokenizer_are_no_text() -> None:
+    made = trained()
+    (begin,) = made.prefix
+    assert {begin, made.pad_token_id} == set((~made.continues).nonzero().flatten().tolist())
+    assert made.ends == frozenset()
+    ids = made.tokenize("<bos><pad>").ids
+    assert made.pad_token_id not in ids
+    assert ids.count(begin) == 1
+    assert made.decode(ids) == "<bos><pad>"
+
+
+def test_a_tokenizer_of_json_is_that_which_was_written() -> None:
+    made = trained()
+    read = SubwordTokenizer.from_json(made.to_json(), made.vocab_size + 7)
+    assert read.to_json() == made.to_json()
+    for text in TEXTS:
+        assert read.tokenize(text) == made.tokenize(text)
+    assert not read.continues[made.vocab_size :].any()
+
+
+@pytest.mark.parametrize(
+    ("data", "size", "told"),
+    [
+        (b"{", 300, "expected a tokenizer of the tokenizers library"),
+        (b"\xff", 300, "expected a tokenizer of the tokenizers library"),
+        (b'{"model": {"type": "Unknown"}}', 300, "expected a tokenizer of the tokenizers library"),
+        (Tokenizer(models.BPE()).to_str().encode(), 300, "expected a tokenizer with the tokens <bos> and <pad>"),
+        (trained().to_json(), 258, "expected a tokenizer of at most 258 ids"),
+    ],
+)
+def test_what_is_no_tokenizer_of_this_model_is_refused(data: bytes, size: int, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        SubwordTokenizer.from_json(data, size)
+
+
+def test_a_vocabulary_has_all_bytes() -> None:
+    with pytest.raises(ConfigError, match="expected vocab_size to be a whole number ≥ 258, got 257"):
+        train_subwords(LEARNT, 257)
