@@ -6,7 +6,6 @@ It is lm-eval's own command with one more model. See examples/README.md.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,21 +15,10 @@ from lm_eval.api.model import LM
 from lm_eval.api.registry import register_model
 
 import bayes_dispatch as bd
-from bayes_dispatch.inference.two_pass.system import System
 
 __all__ = ["BayesDispatchLM"]
 
 MAX_NEW_TOKENS = 256  # where a task says nothing
-
-
-class OneOfEach:
-    """The bundle's dispatcher, asked once for each context: its continuations are compared under the same draws."""
-
-    name = "one of each"
-
-    def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> bd.DispatchPosterior:
-        places = {prompt: n for n, prompt in enumerate(dict.fromkeys(prompts))}
-        return bd.Dispatched().posterior(system, list(places), seed).select([places[prompt] for prompt in prompts])
 
 
 @register_model("bayes-dispatch")
@@ -99,7 +87,7 @@ class BayesDispatchLM(LM):
         ):
             if places:
                 documents = [_document(*texts[n]) for n in places]
-                scores = bd.compare_blends(system, documents, [self.blend], self.seed, strategy=OneOfEach()).scores
+                scores = bd.compare_blends(system, documents, [self.blend], self.seed).scores
                 for n, found in zip(places, [score.scored for score in scores], strict=True):
                     results[n] = float(found.log_probability.sum()), bool(found.right.all())
         return [results[n] for n in range(len(texts))]

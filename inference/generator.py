@@ -66,7 +66,7 @@ class TwoPassGenerator:
             max_new_tokens: tokens to generate, 1 to 65,536; for our own model these are bytes.
             do_sample, temperature: see ``Sampling``; greedy by default.
             seed: of posterior draws and sampling; ``None`` for a fresh one. A prompt's result does not depend on the
-                prompts beside it, except that copies of a prompt draw differently.
+                prompts beside it, except that copies of a prompt draw differently, if not from a strategy's posterior.
             stop: a text with which each ends; a list for any of several.
             own_evidence: whether generated tokens filter the particles, as those of the prompt do: the joint predictive
                 of all tokens, where they are drawn from it. If not, the weights stay as the prompt left them.

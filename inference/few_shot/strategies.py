@@ -24,7 +24,7 @@ from bayes_dispatch.inference.two_pass.first_pass import first_pass
 from bayes_dispatch.inference.two_pass.prompts import check_prompts
 from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, Dispatched, Strategy, System, cut_of
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.generation.sampling import row_seeds
+from bayes_dispatch.model.generation.sampling import prompt_seeds
 
 __all__ = [
     "AskedExpert",
@@ -87,7 +87,7 @@ class Classified:
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
         evidence = first_pass(system.model, system.tokenizer, prompts, block=cut_of(system)).evidence
         shares = np.asarray(self.classify(evidence))
-        return one_hot_draws(shares, system.experts.components, row_seeds(seed, check_prompts(prompts)))
+        return one_hot_draws(shares, system.experts.components, prompt_seeds(seed, check_prompts(prompts)))
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class FewShot:
         return f"few-shot, {self.method.name}"
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
-        count, (own, *_) = len(check_prompts(prompts)), row_seeds(seed, [b""])
+        count, (own, *_) = len(check_prompts(prompts)), prompt_seeds(seed, [b""])
         likelihood = AnswerLikelihood(system.model, system.experts, self.pairs, system.tokenizer)
         found = self.method.infer(FewShotProgram(likelihood, self.prior), own % 2**63).posterior
         return DispatchPosterior(np.repeat(found.weights, count, 1), system.experts.components)
@@ -134,7 +134,7 @@ class ByPrompt:
     name: str = "by prompt"
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
-        seeds = [own % 2**63 for own in row_seeds(seed, check_prompts(prompts))]
+        seeds = [own % 2**63 for own in prompt_seeds(seed, check_prompts(prompts))]
         found = [self.strategy(p).posterior(system, [p], own) for p, own in zip(prompts, seeds, strict=True)]
         return DispatchPosterior(np.concatenate([each.weights for each in found], 1), system.experts.components)
 
@@ -196,4 +196,4 @@ def _asked(
     if len(set(called)) < len(called):
         raise ConfigError(f"expected different names of categories, got {called}")
     probabilities = name_probabilities(system.model, system.tokenizer, prompts, called, adaptation)
-    return one_hot_draws(probabilities, components, row_seeds(seed, check_prompts(prompts)))
+    return one_hot_draws(probabilities, components, prompt_seeds(seed, check_prompts(prompts)))

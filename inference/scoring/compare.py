@@ -40,6 +40,8 @@ def compare_blends(
 ) -> Comparison:
     """Score documents under several blends of the same posterior, whose evidence is each document's prompt.
 
+    Documents with the same prompt, such as the answers to a question, have the same draws of it.
+
     Args:
         bundle: model, tokenizer, experts and dispatcher. documents: with at least one prompt byte and one scored byte.
         blends: all different, or their names (``as_blend``); that of an expert, or ``"base"``, is a blend, too.

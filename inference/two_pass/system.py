@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
+
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.gate import Gate
@@ -11,6 +13,7 @@ from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.two_pass.first_pass import first_pass
+from bayes_dispatch.inference.two_pass.prompts import check_prompts
 from bayes_dispatch.model.backbone import Backbone, Tokenizer
 from bayes_dispatch.model.generation.sampling import row_seeds
 
@@ -51,14 +54,17 @@ def cut_of(system: System) -> int:
 
 
 def dispatch(system: System, prompts: Sequence[str | bytes], seed: int | None) -> tuple[DispatchPosterior, Evidence]:
-    """First pass and posterior; a prompt's draws depend on the seed and the prompt alone.
+    """First pass and posterior; a prompt's draws depend on the seed and the prompt alone, and copies share them.
 
     Raises:
         PromptError: see ``first_pass``.
     """
-    passed = first_pass(system.model, system.tokenizer, prompts, block=cut_of(system))
-    seeds = row_seeds(seed, passed.prompts)
-    return system.dispatcher.posterior(passed.evidence, draws=POSTERIOR_DRAWS, seed=seeds), passed.evidence
+    checked = check_prompts(prompts)
+    place = {prompt: n for n, prompt in enumerate(dict.fromkeys(checked))}
+    evidence = first_pass(system.model, system.tokenizer, list(place), block=cut_of(system)).evidence
+    posterior = system.dispatcher.posterior(evidence, draws=POSTERIOR_DRAWS, seed=row_seeds(seed, list(place)))
+    rows = [place[prompt] for prompt in checked]
+    return posterior.select(rows), evidence.select(np.array(rows))
 
 
 @runtime_checkable
@@ -69,7 +75,7 @@ class Strategy(Protocol):
     def name(self) -> str: ...
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
-        """Draws for each prompt.
+        """Draws for each prompt; the same for copies of one.
 
         Raises:
             PromptError: see ``check_prompts``.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayes_dispatch.arguments import real, whole
 
-__all__ = ["Sampling", "penalise_repetition", "row_generators", "row_seeds"]
+__all__ = ["Sampling", "penalise_repetition", "prompt_seeds", "row_generators", "row_seeds"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +100,13 @@ def row_seeds(seed: int | None, rows: Sequence[bytes]) -> list[int]:
         seen[row] += 1
         seeds.append(int.from_bytes(digest))
     return seeds
+
+
+def prompt_seeds(seed: int | None, prompts: Sequence[bytes]) -> list[int]:
+    """``row_seeds`` of posteriors: copies of a prompt have the same, so that what is compared is of one posterior."""
+    distinct = list(dict.fromkeys(prompts))
+    own = dict(zip(distinct, row_seeds(seed, distinct), strict=True))
+    return [own[prompt] for prompt in prompts]
 
 
 def row_generators(seed: int | None, rows: Sequence[bytes]) -> list[np.random.Generator]:

@@ -13,6 +13,7 @@ import torch
 from bayes_dispatch.errors import ConfigError, PromptError, UnknownNameError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
+from bayes_dispatch.inference.few_shot.strategies import ByPrompt, Classified
 from bayes_dispatch.inference.scoring import compare as compare_module
 from bayes_dispatch.inference.scoring import document_reader as reading_module
 from bayes_dispatch.inference.scoring.compare import compare_blends, compare_systems, score_together
@@ -28,7 +29,7 @@ from bayes_dispatch.inference.two_pass.blends import (
     ThompsonSample,
     TopK,
 )
-from bayes_dispatch.inference.two_pass.system import dispatch
+from bayes_dispatch.inference.two_pass.system import Dispatched, Strategy, dispatch
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
@@ -91,6 +92,24 @@ def test_many_particles_are_filtered_by_every_byte(
         np.testing.assert_allclose(score.nll, expected, atol=1e-9)
         np.testing.assert_allclose(score.entropy, exact.entropy[places].mean(), atol=1e-9)
         np.testing.assert_allclose(score.mutual_information, exact.information[places].mean(), atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "strategy", [None, Classified(lambda evidence: np.full((len(evidence), 4), 0.25)), ByPrompt(lambda p: Dispatched())]
+)
+def test_documents_with_the_same_prompt_are_of_one_posterior(bundle64: "Bundle", strategy: Strategy | None) -> None:
+    """So that choices are compared; the prompt alone decides, whatever stands beside it."""
+    choices = [Document(text, 10) for text in ("kfpa>apfk\nbcde>edcb", "37+58=95\n12+11=23", "kfpa>apfk\nbcde>edcb")]
+    draws = [ThompsonSample(), PosteriorPredictive(12)]
+    one, _, same = zip(
+        *(compare_blends(bundle64, choices, draws, 4, strategy=strategy).of(d.name) for d in draws), strict=True
+    )
+    (alone,) = zip(
+        *(compare_blends(bundle64, choices[:1], draws, 4, strategy=strategy).of(d.name) for d in draws), strict=True
+    )
+    for ours, theirs, expected in zip(one, same, alone, strict=True):
+        assert ours.nll == pytest.approx(theirs.nll, abs=1e-12)
+        assert ours.nll == pytest.approx(expected.nll, abs=1e-9)
 
 
 def test_exact_match_counts_whole_ranges(bundle64: "Bundle") -> None:
