@@ -200,7 +200,7 @@ def _gains(model: Backbone, experts: ExpertBank, own: Sequence[OwnExamples]) -> 
     return found
 
 
-def _calibration(dispatcher: Dispatcher, held: KnownEvidence) -> dict[str, float]:
+def _calibration(dispatcher: Dispatcher, held: KnownEvidence) -> dict[str, float | int]:
     """How well the dispatcher knows the expert of a held-out prompt, and how well it knows how well."""
     pure = np.flatnonzero(held.labels >= 0)
     labels, proba = held.labels[pure], dispatcher.predict_proba(held.evidence.select(pure))

@@ -1,0 +1,150 @@
+"""Our blends beside those who blend adapters today, on documents of real language.
+
+    python benchmarks/real_documents.py --bundle runs/smollm2 --json build/real.jsonl   # three seeds of 64 a set
+    python benchmarks/real_documents.py --json build/real.jsonl --only tables           # of what was scored so far
+    python benchmarks/real_documents.py --bundle runs/smollm2 --only cost
+    python benchmarks/real_documents.py --quick           # a smoke test on a tiny model; the numbers mean nothing
+
+What a file of scores has is not scored again: a run that was stopped goes on, one of other sets or methods adds to it,
+and files of several runs may be joined, line by line. All methods read the same tokens, the prompt's among them; exact
+match is what greedy decoding would answer after the true text before. Fixed blends in hindsight are chosen for each
+document by its own scored part.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import torch
+import typer
+from tqdm import tqdm
+
+import bayes_dispatch as bd
+from bayes_dispatch.app.bundle import transformers_backbone
+from bayes_dispatch.app.tables import Table
+from bayes_dispatch.experts.domains import FOREIGN_TRANSLATIONS, Domain, translations
+from bayes_dispatch.inference.scoring.document_reader import TokenDocument
+from peers.timing import Rounds, Work, interleaved
+from real.methods import GROUPS, ROUTERS, Contest, contest
+from real.records import Record, Records, tables
+from real.sets import HALF, DocumentSet, document_sets
+
+__all__ = ["costs", "main", "run"]
+
+AT_ONCE = 4  # documents that are read together, and kept together
+
+
+def run(
+    contested: Contest,
+    sets: Sequence[DocumentSet],
+    groups: Sequence[str],
+    seeds: Sequence[int],
+    count: int,
+    kept: Records,
+) -> list[Record]:
+    """The records of all these documents; what is not kept is scored."""
+    bundle, found = contested.bundle, []
+    bank = f"{bundle.experts.digest()[:12]} {str(bundle.model.dtype).removeprefix('torch.')}"
+    numbers = [(each, seed, start) for each in sets for seed in seeds for start in range(0, count, AT_ONCE)]
+    for each, seed, start in tqdm(numbers, disable=None):
+        keys = {n: (bank, each.name, seed, n) for n in range(start, min(start + AT_ONCE, count))}
+        todo: dict[tuple[str, ...], list[int]] = {}
+        for n, key in keys.items():
+            done = kept[key].groups if key in kept else []
+            todo.setdefault(tuple(group for group in groups if group not in done), []).append(n)
+        for lacking, own in todo.items():
+            if not lacking:
+                continue
+            cases = [each.case(seed, n) for n in own]
+            for n, case, scores in zip(own, cases, contested.scores(cases, lacking, seed), strict=True):
+                text = TokenDocument.of(case.document, bundle.tokenizer)
+                place, names = (bank, each.name, each.kind, seed, n), list(bundle.experts.components)
+                kept.add(Record(*place, names, text.scored_bytes, len(text.places), list(lacking), scores))
+        found += [kept[key] for key in keys.values()]
+    return found
+
+
+def costs(contested: Contest, each: DocumentSet, repeats: int) -> Table:
+    """Seconds to read one document under each method, beside base: its prompt, and what follows, which is given."""
+    case = each.case(0, 0)
+    works = {name: Work(lambda _, own=name: contested.scores([case], [own], 0)) for name in ("base", *GROUPS)}
+    for name in ROUTERS.keys() - contested.routers.keys():
+        del works[name]
+    times = interleaved(works, "methods", Rounds(repeats, 600))
+    rows = []
+    for name in works:
+        ratio, spread = times.ratio(name, "base")
+        rows.append([name, f"{times.median(name):.2f}", f"{ratio:.2f} ± {ratio * spread:.2f}"])
+    tokens = len(contested.bundle.tokenizer.tokenize(case.document.data).ids)
+    note = f"{tokens} tokens; medians ± half the interquartile range. First pass, posterior and search are part of it."
+    return Table("Reading one document under each method", ["", "seconds", "beside base"], rows, note)
+
+
+def real_parts(
+    directory: Path | None, model: str | None, dtype: str, texts: Path | None
+) -> tuple[bd.Bundle, dict[str, Domain], dict[str, Sequence[Domain]]]:
+    """The bundle, the domains of its experts, and others by kind."""
+    if directory is None:
+        raise typer.BadParameter("expected --bundle, or --quick for a tiny model, got neither")
+    base = None if model is None else transformers_backbone(model, device="cpu", dtype="float32", cast=dtype)
+    bundle = bd.load_bundle(directory, model=base, dtype=None if base else dtype)
+    known = {domain.name: domain for domain in translations(texts)}
+    if missing := [name for name in bundle.experts if name not in known]:
+        raise typer.BadParameter(f"expected experts of {', '.join(known)}, got {missing[0]}")
+    foreign = [replace(domain, directory=texts) for domain in FOREIGN_TRANSLATIONS]
+    return bundle, {name: known[name] for name in bundle.experts}, {"foreign": foreign}
+
+
+def main(
+    bundle: Annotated[Path | None, typer.Option(help="Its experts are named after languages.")] = None,
+    model: Annotated[str | None, typer.Option(help="Its base model, where it lies elsewhere by now.")] = None,
+    texts: Annotated[Path | None, typer.Option(help="Where pip put the packages of the texts.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Lines of scores, kept and added to.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="A name or kind; may be repeated. All.")] = None,
+    methods: Annotated[list[str] | None, typer.Option("--method", help=f"Of {', '.join(GROUPS)}; all.")] = None,
+    documents: Annotated[int, typer.Option(min=2, help="Of each set and seed.")] = 64,
+    seeds: Annotated[int, typer.Option(min=1, help="How many, from 0.")] = 3,
+    dtype: Annotated[str, typer.Option(help="Of the model's weights.")] = "float32",
+    threads: Annotated[int, typer.Option(min=1)] = 1,
+    only: Annotated[str, typer.Option(help="cost, or tables of what --json has.")] = "",
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke test on a tiny model.")] = False,
+) -> None:
+    """Print Markdown tables."""
+    torch.set_num_threads(threads)
+    if only not in ("", "cost", "tables"):
+        raise typer.BadParameter(f"expected cost or tables, got {only!r}")
+    kept = Records(json)
+    if only == "tables":
+        return _print(tables(kept.values()))
+    groups = _chosen(methods, GROUPS, "method")
+    with TemporaryDirectory() as scratch:
+        if quick:
+            from real.quick import quick_bundle, quick_domains
+
+            documents, seeds, parts = 2, 1, (quick_bundle(Path(scratch)), *quick_domains())
+        else:
+            parts = real_parts(bundle, model, dtype, texts)
+        known = document_sets(*parts[1:], 150 if quick else HALF)
+        names = _chosen(sets, [name for each in known for name in (each.kind, each.name)], "set")
+        chosen = [each for each in known if each.name in names or each.kind in names]
+        contested = contest(parts[0], bundle or Path(scratch), list(parts[1].values()), groups)
+    if only == "cost":
+        return _print([costs(contested, chosen[0], 3 if quick else 7)])
+    _print(tables(run(contested, chosen, groups, range(seeds), documents, kept)))
+
+
+def _chosen(names: Sequence[str] | None, known: Sequence[str], what: str) -> list[str]:
+    if unknown := [name for name in names or () if name not in known]:
+        raise typer.BadParameter(f"expected a {what} of {', '.join(dict.fromkeys(known))}, got {unknown[0]!r}")
+    return list(names or known)
+
+
+def _print(made: Sequence[Table]) -> None:
+    for table in made:
+        print(f"{table.to_markdown()}\n", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
