@@ -1,133 +1,298 @@
-"""Serving only what the model is sure of: which number ranks the predictive's bytes and documents best?
+"""How sure is an answer? Scores that tell right answers from wrong ones, calibration, and abstention by the gate.
 
-    python benchmarks/selective_generation.py            # a minute or two for each seed
+    python benchmarks/selective_generation.py            # some minutes on one core
     python benchmarks/selective_generation.py --quick    # a smoke test; the numbers mean nothing
 
-Bytes of held-out answers under ``PosteriorPredictive(16)``, given the true bytes before them, are served in order of
-each of several confidences; the risk is the share of wrong ones. Documents are served in order of the same numbers'
-means, and the risk is the share of their answers that are wrong. AURC is the mean risk over all coverages: less is
-better. Intervals are of a bootstrap over the documents of a table; differences are taken within each resample. Texts
-are left out: no byte of them is an answer, and most are anybody's guess.
+Each held-out document asks one question of its later half, with all that stands before it as the prompt. The answer is
+written greedily up to its newline, and is right where the domain's own checker says so. Three tables come out:
+
+- **Rejection**: the prediction–rejection ratio of each score of the predictive's answers, by lm-polygraph's own code
+  (``polygraph.py``; left out where it is not installed). 1: wrong answers come last; 0: a random order.
+- **Calibration**: the probability of the whole answer as the confidence that it is right. NLL is that of "right" under
+  it, in nats. Base and the best expert stand there with their logits divided by a temperature, too: one of
+  ``TEMPERATURES`` for all sets, of the least NLL on every other question; all are judged on the rest.
+- **Abstention**: what is answered, and what of that is right, where the gate turns prompts down at stated false-alarm
+  rates.
+
+Errors are standard errors, of means over answers or of a bootstrap over answers (pairs of scores stay together).
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated
+import json
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
+from tqdm import tqdm
 
 import bayes_dispatch as bd
+from bayes_dispatch.app.bundle import transformers_backbone
 from bayes_dispatch.app.tables import Table
-from bayes_dispatch.checks.selective import risk_coverage
-from bayes_dispatch.experts.domains import CONVENTIONS
-from bayes_dispatch.inference.scoring.compare import score_together
-from bayes_dispatch.inference.scoring.evaluation import held_out_documents
-from bayes_dispatch.inference.scoring.held_out import KINDS
-from bayes_dispatch.inference.scoring.scores import Score
-from bayes_dispatch.inference.two_pass.system import Dispatched
+from bayes_dispatch.checks.reliability import confidence_curve
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.experts.domains import (
+    CONVENTIONS,
+    FOREIGN_TEXTS,
+    FOREIGN_TRANSLATIONS,
+    TRANSLATIONS,
+    Checked,
+    Interleaved,
+    translations,
+)
+from bayes_dispatch.experts.questions import Question, ask
+from bayes_dispatch.inference.scoring.evaluation import MIXED_SETS, SWITCHING_SETS
+from bayes_dispatch.inference.two_pass.generation import Generation
+from bayes_dispatch.inference.two_pass.system import dispatch
+from polygraph import FIRST, estimators, rejection_ratios, statistics
 
-__all__ = ["Answered", "main", "table"]
+__all__ = ["Answers", "abstention", "calibration", "judge", "main", "rejection", "temperature", "tempered"]
 
-FIRST = "mutual information"
-CONFIDENCES = (FIRST, "entropy", "aleatoric entropy", "most probable byte", "largest mean weight of the prompt")
+PAIRS = (("de", "fr"), ("es", "nb"), ("pt", "ru"), ("pt", "pt_BR"))  # languages in turn, and switching
+SHORT = 8  # a short document has an eighth of the bytes of the others
+PREDICTIVE = "posterior_predictive(16)"
+PLAIN = ("base", "best_expert")  # of one row
+TEMPERATURES = np.geomspace(1 / 4, 8, 41)
+RATES = (0.01, 0.05, 0.1, 0.2)  # of false alarms
+BINS = 10
+Answers = Mapping[str, np.ndarray]
+"""Numbers of N answers by name: ``right``, ``confidence``, ``p_value`` of the gate, ``tempered`` (N, temperatures)
+log-probabilities, and scores by lm-polygraph's names or ours."""
 
 
-@dataclass(frozen=True, eq=False)
-class Answered:
-    """One document.
+def sets_of(names: Collection[str], total: int, texts: Path | None) -> dict[str, tuple[tuple[Checked, ...], int]]:
+    """Name → domains with answers, and the bytes of their documents.
 
-    Attributes:
-        wrong: (P,) which of its scored bytes are wrong. loss: share of its answers that are.
-        confidence: by name of :data:`CONFIDENCES` (P,), more is surer.
+    Args:
+        names: of the experts. total: bytes. texts: where the packages of translations are, if not on Python's path.
+
+    Raises:
+        ConfigError: no expert is of a domain with answers.
     """
+    known = {domain.name: domain for domain in (*CONVENTIONS, *translations(texts))}
+    pure = tuple(known[name] for name in names if name in known)
+    if not pure:
+        raise ConfigError(f"expected experts of {', '.join(known)}, got {', '.join(names)}")
+    pairs = [(known[one], known[other]) for one, other in PAIRS]
+    turn = (*MIXED_SETS.values(), *(Interleaved(f"{a.name} & {b.name}", (a, b)) for a, b in pairs))
+    switch = (*SWITCHING_SETS.values(), *(Interleaved(f"{a.name} then {b.name}", (a, b), "switch") for a, b in pairs))
+    made = {"pure": (pure, total), "in turn": (turn, total), "switching": (switch, total)}
+    fitting = {
+        kind: (tuple(each for each in own if {part.name for part in getattr(each, "kinds", ())} <= set(names)), size)
+        for kind, (own, size) in made.items()
+    }
+    return {kind: own for kind, own in fitting.items() if own[0]} | {"short": (pure, total // SHORT)}
 
-    wrong: np.ndarray
-    loss: float
-    confidence: Mapping[str, np.ndarray]
 
-    @classmethod
-    def of(cls, score: Score, weight: float) -> "Answered":
-        """From a score of the predictive; ``weight``: the largest mean weight that the dispatcher gave the prompt."""
-        scored = score.scored
-        values = (
-            -scored.mutual_information,
-            -scored.entropy,
-            scored.mutual_information - scored.entropy,
-            scored.confidence,
-            np.full(len(scored.right), weight),
+def foreign_answers(bundle: bd.Bundle, total: int, count: int, texts: Path | None) -> Answers:
+    """The predictive's answers to prompts that no expert is for: translations where experts translate, else texts, of
+    which there are p-values alone, since no byte of them is an answer."""
+    if any(domain.name in bundle.experts for domain in TRANSLATIONS):
+        languages = [replace(domain, directory=texts) for domain in FOREIGN_TRANSLATIONS]
+        return judge(bundle, questions(languages, total, count, 0), (), 0, [PREDICTIVE])[PREDICTIVE]
+    rng = np.random.default_rng([0, 17, total])
+    foreign = [domain for domain in FOREIGN_TEXTS for _ in range(count)]
+    prompts = [domain.document(rng, total // 2, total, "held_out").prompt for domain in foreign]
+    return {"p_value": p_values(bundle, prompts, 0)}
+
+
+def questions(domains: Sequence[Checked], total: int, count: int, seed: int) -> list[tuple[Checked, Question]]:
+    """``count`` held-out questions of each domain, and who checks their answers."""
+    rng, found = np.random.default_rng([seed, 16, total]), []
+    for domain in domains:
+        for _ in range(count):
+            size = total
+            while not (document := domain.document(rng, total // 2, size, "held_out")).ranges:
+                size *= 2  # its first item is longer than it should be: there must be another, to ask for
+            found.append((domain, ask(document, rng, 1)))
+    return found
+
+
+def judge(
+    bundle: bd.Bundle,
+    asked: Sequence[tuple[Checked, Question]],
+    scores: Sequence[Any],
+    seed: int,
+    blends: Sequence[str],
+) -> dict[str, dict[str, np.ndarray]]:
+    """Blend → its greedy answers, those of the predictive with ``scores``, which are ``estimators`` or none."""
+    generator, prompts = bd.TwoPassGenerator(bundle), [question.context for _, question in asked]
+    expected = [bundle.tokenizer.tokenize(f"{question.expected}\n", begin=False).ids for _, question in asked]
+    room = 4 + max(map(len, expected))
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for blend in blends:
+        made = generator.generate(prompts, blend=blend, max_new_tokens=room, stop="\n", seed=seed)
+        right = [
+            domain.reward(question.text, question.expected, text.removesuffix("\n")) >= 1
+            for (domain, question), text in zip(asked, made.texts, strict=True)
+        ]
+        confidence = np.exp(np.nansum(made.log_probabilities, axis=1)).clip(0, 1)
+        found[blend] = {"right": np.array(right), "confidence": confidence}
+        if blend in PLAIN:
+            found[blend]["tempered"] = tempered(bundle, made)
+        else:
+            found[blend] |= {str(each): each(statistics(made)) for each in scores}
+            found[blend]["p_value"] = p_values(bundle, prompts, seed)
+    return found
+
+
+@torch.no_grad()
+def tempered(bundle: bd.Bundle, made: Generation) -> np.ndarray:
+    """(N, temperatures) log-probabilities of answers that were written under one row of weights, at each temperature of
+    the model's logits; they are read once more."""
+    model, found = bundle.model, np.empty((len(made.prompts), len(TEMPERATURES)))
+    for n, (prompt, length) in enumerate(zip(made.prompts, made.lengths, strict=True)):
+        ids = torch.tensor([[*bundle.tokenizer.tokenize(prompt).ids, *made.token_ids[n, :length].tolist()]])
+        blended = bundle.experts.blend(torch.from_numpy(made.weights[n]).to(model.weights_dtype))
+        session = model.open(1, ids.shape[1], blended)
+        after = session.read(ids[:, :-1].to(model.device), tail=int(length)).after
+        assert after is not None
+        logs, said = after[0].double().cpu(), ids[0, -int(length) :, None]
+        for t, each in enumerate(TEMPERATURES):
+            found[n, t] = float((logs / each).log_softmax(-1).gather(1, said).sum())
+    return found
+
+
+def p_values(bundle: bd.Bundle, prompts: Sequence[str | bytes], seed: int) -> np.ndarray:
+    """(N,) of the gate; NaN where the bundle has none."""
+    if bundle.gate is None:
+        return np.full(len(prompts), np.nan)
+    return bundle.gate.p_values(bundle.dispatcher, dispatch(bundle, prompts, seed)[1])
+
+
+def rejection(found: Mapping[str, Answers], scores: Sequence[Any], resamples: int, seed: int) -> list[Table]:
+    """Prediction–rejection ratios of each set, and what each score gains over lm-polygraph's first."""
+    rng, names = np.random.default_rng(seed), [str(each) for each in scores]
+    ratios, gains = ([[name] for name in names] for _ in range(2))
+    for answers in found.values():
+        count = len(answers["right"])
+        resampled = [np.arange(count), *rng.integers(count, size=(resamples, count))]
+        drawn = np.array([_ratios(answers, names, chosen) for chosen in resampled])
+        gained = drawn - drawn[:, names.index(FIRST), None]
+        for k in range(len(names)):
+            ratios[k].append(_number(drawn[0, k], drawn[1:, k]))
+            gains[k].append(_number(gained[0, k], gained[1:, k], signed=True))
+    heads = [f"{kind}: {len(own['right'])}, {own['right'].mean():.0%} right" for kind, own in found.items()]
+    title = f"Prediction–rejection ratio of the answers of {PREDICTIVE}"
+    gains = [row for row in gains if row[0] != FIRST]
+    return [Table(title, ["score", *heads], ratios), Table(f"The same minus that of {FIRST}", ["score", *found], gains)]
+
+
+def _ratios(answers: Answers, names: Sequence[str], chosen: np.ndarray) -> list[float]:
+    return list(rejection_ratios({name: answers[name][chosen] for name in names}, answers["right"][chosen]).values())
+
+
+def temperature(right: np.ndarray, logs: np.ndarray) -> int:
+    """Which of ``TEMPERATURES`` gives "right" (N,) the least NLL under log-probabilities (N, temperatures)."""
+    return int(_nll(right[:, None], np.exp(logs)).mean(0).argmin())
+
+
+def calibration(found: Mapping[str, Mapping[str, Answers]]) -> Table:
+    """Share of right answers, ECE and NLL, by set and blend; temperatures are of all sets together."""
+    chosen = {
+        blend: temperature(
+            *(np.concatenate([own[blend][key][::2] for own in found.values()]) for key in ("right", "tempered"))
         )
-        return cls(~scored.right, 1 - score.exact_match, dict(zip(CONFIDENCES, values, strict=True)))
-
-
-def judge(bundle: bd.Bundle, documents: Sequence[bd.Document], seed: int) -> list[Answered]:
-    """The predictive's answers in some documents."""
-    posterior = Dispatched().posterior(bundle, [document.prompt for document in documents], seed)
-    particles = {"predictive": bd.PosteriorPredictive(16).particles(posterior)}
-    scores = score_together(bundle.model, bundle.experts, documents, particles)["predictive"]
-    return [Answered.of(score, float(mean.max())) for score, mean in zip(scores, posterior.mean, strict=True)]
-
-
-def table(kind: str, documents: Sequence[Answered], resamples: int, seed: int) -> Table:
-    """AURC of each confidence, and that of mutual information minus it, with 95% intervals."""
-    rng = np.random.default_rng(seed)
-    whole = _areas(documents)
-    drawn = np.stack(
-        [_areas([documents[n] for n in rng.integers(len(documents), size=len(documents))]) for _ in range(resamples)]
-    )
-    low, high = np.quantile(drawn, [0.025, 0.975], axis=0)  # (level, confidence)
-    gain = drawn[:, :, :1] - drawn
-    worst, best = np.quantile(gain, [0.025, 0.975], axis=0)
+        for blend in PLAIN
+    }
     rows = []
-    for k, name in enumerate(CONFIDENCES):
-        cells = [name]
-        for level in range(2):
-            cells.append(f"{whole[level, k]:.4f} [{low[level, k]:.4f}, {high[level, k]:.4f}]")
-            difference = whole[level, 0] - whole[level, k]
-            cells.append("" if k == 0 else f"{difference:+.4f} [{worst[level, k]:+.4f}, {best[level, k]:+.4f}]")
+    for kind, own in found.items():
+        ways = {}
+        for blend in PLAIN:
+            ways[blend] = own[blend]["right"], own[blend]["confidence"]
+            ways[f"{blend}, temperature {TEMPERATURES[chosen[blend]]:.2f}"] = (
+                own[blend]["right"],
+                np.exp(own[blend]["tempered"][:, chosen[blend]]),
+            )
+        ways[PREDICTIVE] = own[PREDICTIVE]["right"], own[PREDICTIVE]["confidence"]
+        for name, (right, confidence) in ways.items():
+            right, confidence = right[1::2], confidence[1::2].clip(0, 1)
+            error = confidence_curve(confidence, right, BINS).expected_calibration_error
+            rows.append([kind, name, _mean(right), f"{error:.3f}", _mean(_nll(right, confidence))])
+    note = (
+        f"ECE in {BINS} equally filled bins. Temperatures were fitted on one half of the questions; this is the other."
+    )
+    return Table(
+        "The probability of an answer as its confidence", ["questions", "blend", "right", "ECE", "NLL"], rows, note
+    )
+
+
+def abstention(found: Mapping[str, Answers], least: float) -> Table:
+    """What is answered of each set, and what of that is right, at each false-alarm rate from ``least``."""
+    rows = []
+    for rate in (0.0, *(rate for rate in RATES if rate >= least)):
+        cells = [f"{rate:g}" if rate else "none asked"]
+        for own in found.values():
+            answered = own["p_value"] > rate
+            cells.append(_mean(answered))
+            cells.append(_mean(own["right"][answered]) if "right" in own and answered.any() else "–")
         rows.append(cells)
-    heads = ["served in order of", "AURC, bytes", f"{FIRST} minus it", "AURC, documents", f"{FIRST} minus it"]
-    count, wrong = sum(len(each.wrong) for each in documents), np.concatenate([each.wrong for each in documents]).mean()
-    note = f"{len(documents)} documents, {count:,} bytes, {wrong:.3f} of them wrong. Below 0: {FIRST} is better."
-    return Table(f"Serving the surest, {kind} documents", heads, rows, note)
+    heads = ["false-alarm rate", *(head for kind in found for head in (f"{kind}: answered", "right of it"))]
+    return Table(f"Abstention by the gate, answers of {PREDICTIVE}", heads, rows)
 
 
-def _areas(documents: Sequence[Answered]) -> np.ndarray:
-    """(2, confidence) AURC of bytes, and of documents by the mean of theirs."""
-    wrong = np.concatenate([each.wrong for each in documents])
-    losses = np.array([each.loss for each in documents])
-    areas = [
-        (
-            risk_coverage(np.concatenate([each.confidence[name] for each in documents]), wrong).aurc,
-            risk_coverage(np.array([each.confidence[name].mean() for each in documents]), losses).aurc,
-        )
-        for name in CONFIDENCES
-    ]
-    return np.array(areas).T
+def _nll(right: np.ndarray, confidence: np.ndarray) -> np.ndarray:
+    """Nats of "right" or "wrong"; of no answer more than 20."""
+    return -np.log(np.where(right, confidence, 1 - confidence).clip(np.exp(-20), 1))
+
+
+def _mean(values: np.ndarray) -> str:
+    return f"{np.mean(values):.3f} ± {np.std(values) / len(values) ** 0.5:.3f}"
+
+
+def _number(value: float, resampled: np.ndarray, signed: bool = False) -> str:
+    known = resampled[np.isfinite(resampled)]
+    if np.isnan(value) or not len(known):
+        return "–"
+    return f"{value:{'+' if signed else ''}.3f} ± {known.std():.3f}"
 
 
 def main(
-    documents: Annotated[int, typer.Option(min=2, help="of each set and seed")] = 32,
-    first_seed: Annotated[int, typer.Option(min=0, help="of documents and draws")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="how many, from the first")] = 3,
-    resamples: Annotated[int, typer.Option(min=10, help="of the bootstrap")] = 400,
-    quick: Annotated[bool, typer.Option("--quick", help="a smoke test: two documents of one seed")] = False,
+    bundle: Annotated[Path | None, typer.Option(help="A bundle's directory; that of the package by default.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Its base model, where that lies elsewhere by now.")] = None,
+    documents: Annotated[int, typer.Option(min=2, help="Of each domain and seed; each asks one question.")] = 32,
+    total: Annotated[int, typer.Option("--bytes", min=64, help=f"Of a document; short ones have 1/{SHORT}.")] = 256,
+    seeds: Annotated[int, typer.Option(min=1, help="Of documents and draws, from 0.")] = 3,
+    resamples: Annotated[int, typer.Option(min=2, help="Of the bootstrap.")] = 100,
+    texts: Annotated[Path | None, typer.Option(help="Where pip put packages of translations; Python's path.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A smoke test: two documents of one seed.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", dir_okay=False, help="A file for all numbers.")] = None,
 ) -> None:
     """Print Markdown tables."""
+    if json_file is not None and not json_file.parent.is_dir():
+        raise typer.BadParameter(f"expected a file in a directory that exists, got {json_file}")
     torch.set_num_threads(1)
     if quick:
-        documents, seeds, resamples = 2, 1, 10
-    bundle = bd.load_bundle()
-    answered: dict[str, list[Answered]] = {}
-    for kind, domains in (KINDS | {"pure": CONVENTIONS, "foreign": ()}).items():
-        for domain in domains:
-            for seed in range(first_seed, first_seed + seeds):
-                found = judge(bundle, held_out_documents(domain, documents, seed), seed)
-                answered.setdefault(kind, []).extend(found)
-    answered["all"] = [each for found in answered.values() for each in found]
-    for kind, found in answered.items():
-        print(f"{table(kind, found, resamples, first_seed).to_markdown()}\n", flush=True)
+        documents, seeds, resamples = 2, 1, 2
+    base = None if model is None else transformers_backbone(str(model), device="cpu", dtype="auto")
+    system = bd.load_bundle(bundle, model=base)
+    scores: Sequence[Any] = ()
+    try:
+        scores = estimators()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+    found: dict[str, dict[str, Answers]] = {}
+    for kind, (domains, size) in tqdm(sets_of(system.experts.names, total, texts).items(), "sets", disable=None):
+        parts = [
+            judge(system, questions(domains, size, documents, seed), scores, seed, [*PLAIN, PREDICTIVE])
+            for seed in range(seeds)
+        ]
+        found[kind] = {
+            blend: {key: np.concatenate([part[blend][key] for part in parts]) for key in own}
+            for blend, own in parts[0].items()
+        }
+    predictive = {kind: own[PREDICTIVE] for kind, own in found.items()}
+    tables = [*rejection(predictive, scores, resamples, 0), calibration(found)] if scores else [calibration(found)]
+    if system.gate is not None:
+        found["foreign"] = {PREDICTIVE: foreign_answers(system, total, documents, texts)}
+        tables.append(abstention(predictive | {"foreign": found["foreign"][PREDICTIVE]}, system.gate.least_rate))
+    for each in tables:
+        print(f"{each.to_markdown()}\n", flush=True)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found, default=np.ndarray.tolist) + "\n")
 
 
 if __name__ == "__main__":
