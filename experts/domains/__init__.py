@@ -4,6 +4,9 @@ from bayes_dispatch.experts.domains.conventions import CONVENTIONS, SURFACES, Co
 from bayes_dispatch.experts.domains.domain import Checked, Domain, Split, held_out
 from bayes_dispatch.experts.domains.interleaved import Interleaved, Items
 from bayes_dispatch.experts.domains.mixtures import mixed_text
+from bayes_dispatch.experts.domains.natural import NATURAL_MIXTURES, natural_mixtures
+from bayes_dispatch.experts.domains.package_texts import PACKAGE_TEXTS, package_texts
+from bayes_dispatch.experts.domains.tasks import TASKS, ReasoningTask
 from bayes_dispatch.experts.domains.text import BASE_TEXTS, EXPERT_TEXTS, FOREIGN_TEXTS, TextDomain
 from bayes_dispatch.experts.domains.translations import (
     FOREIGN_TRANSLATIONS,
@@ -19,19 +22,25 @@ __all__ = [
     "EXPERT_TEXTS",
     "FOREIGN_TEXTS",
     "FOREIGN_TRANSLATIONS",
+    "NATURAL_MIXTURES",
+    "PACKAGE_TEXTS",
     "SURFACES",
+    "TASKS",
     "TRANSLATIONS",
     "Checked",
     "Convention",
     "Domain",
     "Interleaved",
     "Items",
+    "ReasoningTask",
     "Split",
     "Surface",
     "TextDomain",
     "Translations",
     "held_out",
     "mixed_text",
+    "natural_mixtures",
+    "package_texts",
     "translations",
 ]
 

@@ -1,7 +1,6 @@
 """Where texts come from: files of packages on PyPI, as pip installed them. Nothing is imported, executed or fetched."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,16 +21,41 @@ class Source:
     name: str
     version: str
 
-    def files(self, suffix: str, directory: Path | None = None) -> Sequence[Path]:
-        """The package's files whose names end with ``suffix``, sorted.
+    def files(self, suffix: str, directory: Path | None = None, under: str = "") -> dict[str, Path]:
+        """The package's files whose names end with ``suffix``, in order, by their paths in the package.
 
         Args:
-            suffix: such as ``".mo"``. directory: what ``pip install --target`` filled; without one, Python's own path.
+            suffix: such as ``".mo"``.
+            directory: looked at before Python's own path, as ``pip install --target`` filled it.
+            under: how the paths begin.
 
         Raises:
             ConfigError: the package is not there, or in another version.
         """
-        path = sys.path if directory is None else [str(directory)]
+        found = self._distribution(directory)
+        names = sorted(file.as_posix() for file in found.files or () if ".." not in file.parts)
+        own = [name for name in names if name.startswith(under) and name.endswith(suffix)]
+        return {name: Path(str(found.locate_file(name))) for name in own}
+
+    def texts(self, suffix: str, directory: Path | None = None, under: str = "") -> dict[str, str]:
+        """What stands in those files, as UTF-8.
+
+        Raises:
+            ConfigError: as ``files``.
+        """
+        files = self.files(suffix, directory, under)
+        return {name: path.read_text(encoding="utf-8", errors="ignore") for name, path in files.items()}
+
+    def readme(self, directory: Path | None = None) -> str:
+        """The package's description on PyPI.
+
+        Raises:
+            ConfigError: as ``files``.
+        """
+        return str(self._distribution(directory).metadata.json.get("description", ""))
+
+    def _distribution(self, directory: Path | None) -> metadata.Distribution:
+        path = [*([] if directory is None else [str(directory)]), *sys.path]
         found = next(iter(metadata.distributions(name=self.name, path=path)), None)
         if found is None or found.version.partition("+")[0] != self.version:
             target = "" if directory is None else f" --target {directory}"
@@ -39,5 +63,4 @@ class Source:
                 f"expected {self.name} {self.version} (pip install --no-deps{target} {self.name}=={self.version}), got "
                 f"{'none' if found is None else found.version}"
             )
-        paths = [file for file in found.files or () if file.name.endswith(suffix) and ".." not in file.parts]
-        return [Path(str(found.locate_file(file))) for file in sorted(paths)]
+        return found

@@ -8,7 +8,7 @@ forms, and no text that its translation leaves as it is.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from bayes_dispatch.experts.domains.domain import Split, exact, held_out
 from bayes_dispatch.experts.domains.interleaved import Interleaved
 from bayes_dispatch.experts.domains.sources import Source
 
-__all__ = ["FOREIGN_TRANSLATIONS", "TRANSLATIONS", "Translations", "translations"]
+__all__ = ["FOREIGN_TRANSLATIONS", "SOURCES", "TRANSLATIONS", "Translations", "messages", "translations"]
 
 SOURCES = (
     Source("Django", "5.2.19"),
@@ -111,29 +111,40 @@ def _entries(language: str, directory: Path | None, split: Split) -> tuple[tuple
 @cache
 def _catalogue(language: str, directory: Path | None) -> dict[str, str]:
     """The translation of each text; of several that it has, the first."""
+    found: dict[str, str] = {}
+    for english, translation in messages(FOLDERS[language], directory):
+        if _is_plain(english, translation):
+            found.setdefault(english, translation)
+    return found
+
+
+def messages(folders: Sequence[str], directory: Path | None = None) -> Iterator[tuple[str, str]]:
+    """All English texts without plural forms that differ from their translations, with these.
+
+    Args:
+        folders: names of the folders that hold a language's catalogues.
+        directory: where the packages are, if ``pip install --target`` put them there.
+
+    Raises:
+        ConfigError: a package is missing, or babel.
+    """
     try:
         from babel.messages.mofile import read_mo
     except ImportError:
         raise ConfigError("expected babel, which reads catalogues (pip install babel), got none") from None
-    found: dict[str, str] = {}
-    for path in (path for source in SOURCES for path in source.files(".mo", directory)):
-        if path.parent.parent.name in FOLDERS[language]:
+    for path in (path for source in SOURCES for path in source.files(".mo", directory).values()):
+        if path.parent.parent.name in folders:
             with path.open("rb") as file:
-                messages = list(read_mo(file))
-            for message in messages:
+                found = list(read_mo(file))
+            for message in found:
                 english, translation = message.id, message.string
-                if isinstance(english, str) and isinstance(translation, str) and _is_plain(english, translation):
-                    found.setdefault(english.strip(), translation.strip())
-    return found
+                if isinstance(english, str) and isinstance(translation, str) and english.strip() != translation.strip():
+                    yield english.strip(), translation.strip()
 
 
 def _is_plain(english: str, translation: str) -> bool:
-    texts = english.strip(), translation.strip()
-    return (
-        texts[0] != texts[1]
-        and all(0 < len(text.encode()) <= LONGEST and len(text.splitlines()) == 1 for text in texts)
-        and re.search(r"[A-Za-z]{2}", MARKUP.sub("", english)) is not None
-    )
+    lines = all(0 < len(text.encode()) <= LONGEST and len(text.splitlines()) == 1 for text in (english, translation))
+    return lines and re.search(r"[A-Za-z]{2}", MARKUP.sub("", english)) is not None
 
 
 def translations(directory: Path | None = None) -> tuple[Translations, ...]:

@@ -7,12 +7,12 @@ import pytest
 
 
 @pytest.fixture
-def install(tmp_path: Path) -> Callable[[str, str, Mapping[str, bytes]], Path]:
+def install(tmp_path: Path) -> Callable[..., Path]:
     """Puts a package with some files into a folder, and returns that folder."""
 
-    def put(name: str, version: str, files: Mapping[str, bytes]) -> Path:
+    def put(name: str, version: str, files: Mapping[str, bytes], readme: str = "") -> Path:
         info = f"{name.replace('-', '_').lower()}-{version}.dist-info"
-        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode()
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n\n{readme}".encode()
         files = {**files, f"{info}/METADATA": metadata}
         files[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in files).encode()
         for path, data in files.items():

@@ -1,7 +1,7 @@
 """Catalogues become questions and answers: what is taken, what is scored, and what is held out."""
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +12,10 @@ from babel.messages.mofile import write_mo
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import FOREIGN_TRANSLATIONS, TRANSLATIONS, Checked, Translations, held_out
 from bayes_dispatch.experts.domains.interleaved import Interleaved
+from bayes_dispatch.experts.domains.natural import BackTranslations
 from bayes_dispatch.experts.domains.translations import SOURCES
 
-Install = Callable[[str, str, Mapping[str, bytes]], Path]
+Install = Callable[..., Path]
 ENGLISH = [f"Add page {number}" for number in range(60)]
 LANGUAGES = {
     "de": "Seite {} hinzufügen",
@@ -122,6 +123,22 @@ def test_the_catalogues_translation_alone_is_rewarded(directory: Path) -> None:
     assert domain.reward("EN: Add page 1\nTR:", " Страница 1", " Страница 2") == 0
 
 
+def test_entries_the_other_way(directory: Path) -> None:
+    """Each in its own direction, its split and its order; what is scored is English, or German."""
+    forward = Translations("de", directory)
+    both = Interleaved("both", (forward, BackTranslations(forward)), "random")
+    document = both.document(np.random.default_rng(0), 200, 2000, "train")
+    known = dict(forward.entries("train"))
+    lines = document.data[document.prompt_bytes :].decode().splitlines()
+    pairs = list(zip(lines[::2], lines[1::2], strict=True))
+    assert {first[:4] for first, _ in pairs} == {"EN: ", "TR: "}
+    for first, second in pairs:
+        english, german = sorted((first, second))
+        assert known[english.removeprefix("EN: ")] == german.removeprefix("TR: ")
+    scored = [document.data[start:stop].decode() for start, stop in document.ranges]
+    assert scored == [second[3:] for _, second in pairs]
+
+
 def test_a_language_without_catalogues(directory: Path) -> None:
     with pytest.raises(ConfigError, match=r"^expected translations into fr in the packages' catalogues, got none$"):
         Translations("fr", directory).entries("train")
@@ -129,6 +146,7 @@ def test_a_language_without_catalogues(directory: Path) -> None:
         Translations("xx")
 
 
+@pytest.mark.slow
 def test_the_real_catalogues() -> None:
     """Every language has enough to learn from, and hundreds of texts whose answer near languages share or do not."""
     try:
