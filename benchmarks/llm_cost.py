@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import bayes_dispatch as bd
+from bayes_dispatch.app.shipped import smollm2
 from bayes_dispatch.app.tables import Table
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.first_pass import read_prefix
@@ -32,7 +33,6 @@ from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 from peers.timing import Rounds, Times, Work, interleaved
-from smollm2 import KEPT, smollm2
 
 __all__ = ["main"]
 
@@ -190,6 +190,7 @@ def memory(model: Path, tokens: int) -> Table:
     return Table(f"Memory: {tokens} tokens, {PARTICLES} particles", ["", "MiB before", "MiB more", "bound"], rows)
 
 
+@torch.inference_mode()
 def read_long(model: str, tokens: int, dtype: str) -> None:
     """Print the resident set before, and the largest one (Linux), in KiB."""
     ours = loaded(Path(model), getattr(torch, dtype))[0]
@@ -236,7 +237,7 @@ def loaded(model: Path, dtype: torch.dtype = torch.float32) -> tuple[Ours, Any, 
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="A smoke test; the numbers mean nothing.")] = False,
-    model: Annotated[Path, typer.Option(help="Directory of the model, made if it is not there.")] = KEPT,
+    model: Annotated[Path | None, typer.Option(help="Directory of the model, made if it is not there.")] = None,
 ) -> None:
     """Print the tables."""
     plan = QUICK if quick else FULL

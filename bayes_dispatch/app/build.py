@@ -25,6 +25,7 @@ from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.domains.domain import Domain, Split
 from bayes_dispatch.experts.domains.own import OwnExamples
 from bayes_dispatch.inference.scoring.evidence_sets import (
     KnownEvidence,
@@ -36,10 +37,11 @@ from bayes_dispatch.inference.two_pass.likelihood import ExpertLogLikelihoods
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.storage import read_json, write_json
 
-__all__ = ["BuildSettings", "build_bundle"]
+__all__ = ["BuildSettings", "build_bundle", "claim"]
 
 PROGRAM = Admixture(views={"hidden": "vectors", "counts": "counts"})
-HELD_OUT = 64  # held-out texts of each expert that are scored, at most
+HELD_OUT = 32  # documents of each expert that are scored, as long as the longest prompts
+TOLD = 20_000  # bytes by which a domain is known again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ class BuildSettings:
 def build_bundle(
     model: Backbone,
     experts: ExpertBank,
-    examples: Mapping[str, Sequence[str]] | None = None,
+    examples: Mapping[str, Sequence[str] | Domain] | None = None,
     *,
     unlabelled: Sequence[str] = (),
     settings: BuildSettings | None = None,
@@ -85,8 +87,9 @@ def build_bundle(
 
     Args:
         model: the base model. experts: made for it.
-        examples: texts of each expert, a few dozen or more; one in five is held out. ``"base"`` may have some, too:
-            texts that no expert should touch. ``None`` for a flat dispatcher, which needs none.
+        examples: texts of each expert, a few dozen or more, of which one in five is held out; or a domain that gives
+            any number of them. ``"base"`` may have some, too: texts that no expert should touch. ``None`` for a flat
+            dispatcher, which needs none.
         unlabelled: texts of whatever experts.
         settings: the recipe. out: where to save the bundle; the stages' results lie beside it, in ``OUT.work``, which
             may be deleted when all is done.
@@ -118,8 +121,8 @@ def build_bundle(
         announce(f"no gate: it takes {FEWEST} held-out prompts, and there are {len(held.labels)}")
     elif settings.gate_prompts:
         gate = Gate.calibrate(dispatcher, held.evidence, (held.labels < 0).astype(int), seed=settings.seed)
-    gains = stages.numbers("gains", lambda: _gains(model, experts, own))
-    report = {"examples": _counts(domains), "calibration": _calibration(dispatcher, held), "gains": gains}
+    gains = stages.numbers("gains", lambda: _gains(model, experts, own, settings))
+    report = {"examples": _counts(examples), "calibration": _calibration(dispatcher, held), "gains": gains}
     return _saved(Bundle(model, experts, dispatcher, report, gate=gate), out)
 
 
@@ -129,20 +132,23 @@ def _saved(bundle: Bundle, out: str | Path | None) -> Bundle:
     return bundle
 
 
-def _domains(experts: ExpertBank, examples: Mapping[str, Sequence[str]]) -> dict[str, OwnExamples]:
+def _domains(experts: ExpertBank, examples: Mapping[str, Sequence[str] | Domain]) -> dict[str, Domain]:
     if len(experts) < 2:
         raise ConfigError(f"expected at least two experts to choose among, got {experts.names[0]} alone")
     if unknown := sorted(examples.keys() - set(experts.components)):
         raise ConfigError(f"expected examples of {', '.join(experts.components)}, got some of {unknown[0]}")
     if missing := [name for name in experts.names if not examples.get(name)]:
         raise ConfigError(f"expected examples of every expert, got none of {missing[0]}")
-    return {name: OwnExamples(name, tuple(texts)) for name, texts in examples.items()}
+    return {
+        name: given if isinstance(given, Domain) else OwnExamples(name, tuple(given))
+        for name, given in examples.items()
+    }
 
 
 def _evidence(
     model: Backbone,
     experts: ExpertBank,
-    domains: Mapping[str, OwnExamples],
+    domains: Mapping[str, Domain],
     unlabelled: Sequence[str],
     settings: BuildSettings,
     progress: bool,
@@ -170,7 +176,7 @@ def _with_weights(evidence: Evidence, weights: np.ndarray) -> KnownEvidence:
 
 
 def _held_out(
-    model: Backbone, experts: ExpertBank, own: Sequence[OwnExamples], settings: BuildSettings, progress: bool
+    model: Backbone, experts: ExpertBank, own: Sequence[Domain], settings: BuildSettings, progress: bool
 ) -> KnownEvidence:
     """Prompts of held-out texts, of one expert and of several."""
     pure = max(settings.gate_prompts, 8)
@@ -187,16 +193,16 @@ def _fitted(experts: ExpertBank, known: KnownEvidence, settings: BuildSettings, 
     return dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=progress)
 
 
-def _gains(model: Backbone, experts: ExpertBank, own: Sequence[OwnExamples]) -> dict[str, Any]:
-    """What each expert, and base, says of the held-out texts of each expert, in nats per byte."""
-    score = ExpertLogLikelihoods(model, experts, model.tokenizer)
-    longest = 2048
+def _gains(model: Backbone, experts: ExpertBank, own: Sequence[Domain], settings: BuildSettings) -> dict[str, Any]:
+    """What each expert, and base, says of held-out documents of the expert's own, in nats per byte."""
     found: dict[str, Any] = {}
-    for domain in own:
-        texts = [text.encode()[:longest].decode(errors="ignore") for text in domain.of("held_out")[:HELD_OUT]]
-        means = score(texts).mean(0)
-        nats = {name: round(-float(mean), 5) for name, mean in zip(experts.components, means, strict=True)}
-        found[domain.name] = {"nats_per_byte": nats, "gain": round(nats["base"] - nats[domain.name], 5)}
+    for place, domain in enumerate(own):
+        rng, length = np.random.default_rng([settings.seed, 3, place]), settings.prompt_lengths[1]
+        texts = [domain.document(rng, 0, length, "held_out").cut(length).text for _ in range(HELD_OUT)]
+        alone = ExpertBank([experts[domain.name]])
+        expert, base = -ExpertLogLikelihoods(model, alone, model.tokenizer)(texts).mean(0)
+        nats = {"nats_per_byte": float(expert), "base": float(base), "gain": float(base - expert)}
+        found[domain.name] = {name: round(value, 5) for name, value in nats.items()}
     return found
 
 
@@ -213,29 +219,51 @@ def _calibration(dispatcher: Dispatcher, held: KnownEvidence) -> dict[str, float
     }
 
 
-def _counts(domains: Mapping[str, OwnExamples]) -> dict[str, dict[str, int]]:
-    return {
-        name: {"train": len(domain.of("train")), "held_out": len(domain.of("held_out"))}
-        for name, domain in domains.items()
-    }
+def _counts(examples: Mapping[str, Sequence[str] | Domain]) -> dict[str, int]:
+    """Of the texts that were given."""
+    return {name: len(given) for name, given in examples.items() if not isinstance(given, Domain)}
 
 
 def _inputs(
     model: Backbone,
     experts: ExpertBank,
-    domains: Mapping[str, OwnExamples],
+    domains: Mapping[str, Domain],
     unlabelled: Sequence[str],
     settings: BuildSettings,
 ) -> dict[str, Any]:
     """What decides the result."""
-    texts = json.dumps([{name: domain.texts for name, domain in domains.items()}, list(unlabelled)])
+    texts = json.dumps([{name: _beginning(domain) for name, domain in domains.items()}, list(unlabelled)])
     return {
         "model": experts.base,
         "experts": list(experts.names),
         "digest": experts.digest(),
         "texts": hashlib.blake2b(texts.encode(), digest_size=16).hexdigest(),
-        "settings": json.loads(json.dumps(asdict(settings))),
+        "settings": asdict(settings),
     }
+
+
+def _beginning(domain: Domain) -> Sequence[str]:
+    """What tells a domain from others: all texts, or what a seed gives of each split where there is no end of them."""
+    if isinstance(domain, OwnExamples):
+        return domain.texts
+    splits: tuple[Split, ...] = ("train", "held_out")
+    return [domain.document(np.random.default_rng(0), 0, TOLD, split).text for split in splits]
+
+
+def claim(plan: Path, inputs: dict[str, Any]) -> None:
+    """Write down what a directory's stages are made of, or find there that it is the same.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    inputs = json.loads(json.dumps(inputs))
+    if not plan.exists():
+        write_json(plan, inputs)
+    elif read_json(plan) != inputs:
+        where = plan.parent
+        raise ConfigError(
+            f"expected stages of these inputs in {where}, got those of others: delete it, or use a new --out"
+        )
 
 
 @dataclass(frozen=True)
@@ -249,14 +277,7 @@ class _Stages:
         if out is None:
             return cls(None)
         work = out.with_name(out.name + ".work")
-        plan = work / "inputs.json"
-        if plan.exists():
-            if read_json(plan) != inputs:
-                raise ConfigError(
-                    f"expected stages of these inputs in {work}, got those of others: delete it, or use a new --out"
-                )
-        else:
-            write_json(plan, inputs)
+        claim(work / "inputs.json", inputs)
         return cls(work)
 
     def evidence(self, name: str, make: Callable[[], KnownEvidence]) -> KnownEvidence:

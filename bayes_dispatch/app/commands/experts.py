@@ -12,8 +12,6 @@ __all__ = ["experts", "is_of_a_bundle"]
 
 experts = typer.Typer(help="The experts of a bundle, or of a bank on its own: list, show, check and edit them.")
 
-SHIPPED = Path(__file__).parents[2] / "shipped"  # as in bundle.py, whose imports would double the time of `list`
-
 BankOption = Annotated[Path | None, typer.Option("--bank", help="A bank's directory, in the place of a bundle.")]
 NameArgument = Annotated[str, typer.Argument(help="Name of an expert.", show_default=False)]
 
@@ -126,8 +124,9 @@ def _directory(bundle: Path | None, bank: Path | None) -> Path:
         if bundle is not None:
             raise ConfigError(f"expected --bundle or --bank, got both: {bundle} and {bank}")
         return bank
-    if bundle is None:
-        bundle = SHIPPED
+    from bayes_dispatch.app.shipped import bundle_directory
+
+    bundle = bundle_directory(bundle)
     if not bundle.is_dir():
         raise BundleError(f"expected a bundle directory, got {bundle}, which is none")
     from bayes_dispatch.storage import saved_at

@@ -59,7 +59,8 @@ TemperatureOption = Annotated[
     float | None, typer.Option(help="With --sample: below 1 fewer surprises, above 1 more; default: 1.")
 ]
 BundleOption = Annotated[
-    Path | None, typer.Option("--bundle", help="Directory of the bundle to use; without it, the one that ships.")
+    Path | None,
+    typer.Option("--bundle", help="Directory of the bundle to use; smollm2, or without it our own: those that ship."),
 ]
 SEED_HELP = "Makes random choices repeatable: the same number gives the same result."
 SeedOption = Annotated[int, typer.Option(min=0, help=SEED_HELP)]

@@ -1,16 +1,13 @@
 """The real SmolLM2-135M-Instruct: read from the GGUF of a package, it is the model of the transformers library."""
 
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
-
+from bayes_dispatch.app.shipped import gguf_file, smollm2
 from bayes_dispatch.model.adaptation import Adaptation, Delta
-from smollm2 import gguf_file, smollm2
 
 
 @pytest.mark.slow

@@ -1,0 +1,73 @@
+"""Experts of documents for a language model, and their bundle: how the bundle ``smollm2`` that ships was made."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from bayes_dispatch.app.build import BuildSettings, build_bundle, claim
+from bayes_dispatch.app.bundle import Bundle
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.domains import Domain
+from bayes_dispatch.experts.lora import LoraExpert
+from bayes_dispatch.experts.training import ExpertSettings, train_expert
+from bayes_dispatch.experts.vectors import ExpertVector
+from bayes_dispatch.model.backbone import Backbone
+
+__all__ = ["DocumentsPlan", "train_documents"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentsPlan:
+    """How experts of documents are trained, and joined to a bundle.
+
+    Attributes:
+        experts: the recipe of each. build: of the bundle.
+    """
+
+    experts: ExpertSettings = field(
+        default_factory=lambda: ExpertSettings(steps=40, batch_size=4, length=640, learning_rate=5e-2, adapt_from=15)
+    )
+    build: BuildSettings = field(default_factory=BuildSettings)
+
+
+def train_documents(
+    model: Backbone,
+    domains: Sequence[Domain],
+    plan: DocumentsPlan,
+    out: Path,
+    progress: bool = True,
+    announce: Callable[[str], object] = lambda text: None,
+) -> Bundle:
+    """Train an expert of each domain, fit a dispatcher and a gate for them, and save the bundle.
+
+    Each expert, and each stage after them, is kept in ``OUT.work``: a run that was stopped goes on where it was.
+
+    Args:
+        model: the base model. domains: of different names. plan: the recipes. out: directory of the bundle.
+        progress: show progress bars. announce: called with a line of text as each stage begins.
+
+    Raises:
+        ConfigError: the work directory has experts of another plan or model.
+    """
+    work = out.resolve().with_name(out.name + ".work")
+    claim(work / "experts.json", {"model": model.fingerprint(), "experts": asdict(plan.experts)})
+    experts = []
+    for domain in domains:
+        directory = work / "experts" / domain.name
+        if not directory.exists():
+            announce(f"expert {domain.name}")
+            ExpertBank([_small(train_expert(model, domain, plan.experts, progress))]).save(directory)
+        experts.append(ExpertBank.load(directory)[domain.name])
+    examples = {domain.name: domain for domain in domains}
+    bank = ExpertBank(experts)
+    return build_bundle(model, bank, examples, settings=plan.build, out=out, progress=progress, announce=announce)
+
+
+def _small(expert: ExpertVector | LoraExpert) -> ExpertVector | LoraExpert:
+    """Scales in half precision, whose steps near 1 are of .001, far below what training changes."""
+    if isinstance(expert, LoraExpert):
+        return expert
+    scales = {matrix: z.to(torch.float16) for matrix, z in expert.scales.items()}
+    return ExpertVector(expert.name, scales, expert.base, expert.metadata)
