@@ -27,16 +27,18 @@ OURS: dict[str, tuple[tuple[str, ...], Callable[[np.ndarray], Any]]] = {
     "mutual information, mean": (("mutual_information",), np.mean),
     "predictive entropy, summed": (("entropy",), np.sum),
     "entropy + mutual information, summed": (("entropy", "mutual_information"), np.sum),
+    "surprise + mutual information, summed": (("surprise", "mutual_information"), np.sum),
 }
 """Our scores: which statistics of each token are added, and what is made of an answer's tokens."""
 
 
 def statistics(generation: Generation) -> dict[str, list[np.ndarray]]:
-    """What estimators read, of each token of each answer, in nats: lm-polygraph's names, and mutual information."""
+    """What estimators read, of each token of each answer, in nats: lm-polygraph's names, and ours."""
     numbers = {
         "greedy_log_likelihoods": generation.log_probabilities,
         "entropy": generation.predictive_entropy,
         "mutual_information": generation.mutual_information,
+        "surprise": -generation.log_probabilities,
     }
     return {
         name: [own[:length] for own, length in zip(values, generation.lengths, strict=True)]

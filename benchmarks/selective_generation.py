@@ -1,6 +1,7 @@
 """How sure is an answer? Scores that tell right answers from wrong ones, calibration, and abstention by the gate.
 
-    python benchmarks/selective_generation.py            # some minutes on one core
+    python benchmarks/selective_generation.py            # the shipped bundle: four minutes on one core
+    python benchmarks/selective_generation.py --bundle runs/smollm2 --bytes 768 --dtype bfloat16
     python benchmarks/selective_generation.py --quick    # a smoke test; the numbers mean nothing
 
 Each held-out document asks one question of its later half, with all that stands before it as the prompt. The answer is
@@ -19,7 +20,7 @@ Errors are standard errors, of means over answers or of a bootstrap over answers
 
 import json
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,10 +49,10 @@ from bayes_dispatch.inference.scoring.evaluation import MIXED_SETS, SWITCHING_SE
 from bayes_dispatch.inference.two_pass.generation import Generation
 from bayes_dispatch.inference.two_pass.system import dispatch
 from polygraph import FIRST, estimators, rejection_ratios, statistics
+from real.sets import NEAR, PAIRS
 
-__all__ = ["Answers", "abstention", "calibration", "judge", "main", "rejection", "temperature", "tempered"]
+__all__ = ["Answers", "abstention", "calibration", "judge", "main", "rejection", "run", "temperature", "tempered"]
 
-PAIRS = (("de", "fr"), ("es", "nb"), ("pt", "ru"), ("pt", "pt_BR"))  # languages in turn, and switching
 SHORT = 8  # a short document has an eighth of the bytes of the others
 PREDICTIVE = "posterior_predictive(16)"
 PLAIN = ("base", "best_expert")  # of one row
@@ -76,7 +77,7 @@ def sets_of(names: Collection[str], total: int, texts: Path | None) -> dict[str,
     pure = tuple(known[name] for name in names if name in known)
     if not pure:
         raise ConfigError(f"expected experts of {', '.join(known)}, got {', '.join(names)}")
-    pairs = [(known[one], known[other]) for one, other in PAIRS]
+    pairs = [(known[one], known[other]) for one, other in (*PAIRS, *NEAR)]
     turn = (*MIXED_SETS.values(), *(Interleaved(f"{a.name} & {b.name}", (a, b)) for a, b in pairs))
     switch = (*SWITCHING_SETS.values(), *(Interleaved(f"{a.name} then {b.name}", (a, b), "switch") for a, b in pairs))
     made = {"pure": (pure, total), "in turn": (turn, total), "switching": (switch, total)}
@@ -192,32 +193,23 @@ def temperature(right: np.ndarray, logs: np.ndarray) -> int:
 
 def calibration(found: Mapping[str, Mapping[str, Answers]]) -> Table:
     """Share of right answers, ECE and NLL, by set and blend; temperatures are of all sets together."""
-    chosen = {
-        blend: temperature(
-            *(np.concatenate([own[blend][key][::2] for own in found.values()]) for key in ("right", "tempered"))
-        )
-        for blend in PLAIN
-    }
+    chosen = {}
+    for blend in PLAIN:
+        fitted = (np.concatenate([own[blend][key][::2] for own in found.values()]) for key in ("right", "tempered"))
+        chosen[blend] = temperature(*fitted)
     rows = []
     for kind, own in found.items():
-        ways = {}
-        for blend in PLAIN:
-            ways[blend] = own[blend]["right"], own[blend]["confidence"]
-            ways[f"{blend}, temperature {TEMPERATURES[chosen[blend]]:.2f}"] = (
-                own[blend]["right"],
-                np.exp(own[blend]["tempered"][:, chosen[blend]]),
-            )
-        ways[PREDICTIVE] = own[PREDICTIVE]["right"], own[PREDICTIVE]["confidence"]
-        for name, (right, confidence) in ways.items():
-            right, confidence = right[1::2], confidence[1::2].clip(0, 1)
+        ways = {blend: (own[blend]["right"], own[blend]["confidence"]) for blend in (*PLAIN, PREDICTIVE)}
+        for blend, t in chosen.items():
+            name = f"{blend}, temperature {TEMPERATURES[t]:.2f}"
+            ways[name] = own[blend]["right"], np.exp(own[blend]["tempered"][:, t]).clip(0, 1)
+        for name in sorted(ways):
+            right, confidence = (values[1::2] for values in ways[name])
             error = confidence_curve(confidence, right, BINS).expected_calibration_error
             rows.append([kind, name, _mean(right), f"{error:.3f}", _mean(_nll(right, confidence))])
-    note = (
-        f"ECE in {BINS} equally filled bins. Temperatures were fitted on one half of the questions; this is the other."
-    )
-    return Table(
-        "The probability of an answer as its confidence", ["questions", "blend", "right", "ECE", "NLL"], rows, note
-    )
+    heads = ["questions", "blend", "right", "ECE", "NLL"]
+    note = f"ECE in {BINS} equally filled bins. One half of the questions fitted the temperatures; this is the other."
+    return Table("The probability of an answer as its confidence", heads, rows, note)
 
 
 def abstention(found: Mapping[str, Answers], least: float) -> Table:
@@ -250,9 +242,36 @@ def _number(value: float, resampled: np.ndarray, signed: bool = False) -> str:
     return f"{value:{'+' if signed else ''}.3f} ± {known.std():.3f}"
 
 
+def run(
+    bundle: bd.Bundle, total: int, count: int, seeds: Iterable[int], resamples: int, texts: Path | None = None
+) -> tuple[list[Table], dict[str, dict[str, Answers]]]:
+    """All tables, and the answers that they are of, by set and blend; the options of ``main`` are told there."""
+    scores: Sequence[Any] = ()
+    try:
+        scores = estimators()
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+    found: dict[str, dict[str, Answers]] = {}
+    for kind, (domains, size) in tqdm(sets_of(bundle.experts.names, total, texts).items(), "sets", disable=None):
+        parts = [
+            judge(bundle, questions(domains, size, count, seed), scores, seed, [*PLAIN, PREDICTIVE]) for seed in seeds
+        ]
+        found[kind] = {
+            blend: {key: np.concatenate([part[blend][key] for part in parts]) for key in own}
+            for blend, own in parts[0].items()
+        }
+    predictive = {kind: own[PREDICTIVE] for kind, own in found.items()}
+    tables = [*rejection(predictive, scores, resamples, 0), calibration(found)] if scores else [calibration(found)]
+    if bundle.gate is not None:
+        found["foreign"] = {PREDICTIVE: foreign_answers(bundle, total, count, texts)}
+        tables.append(abstention(predictive | {"foreign": found["foreign"][PREDICTIVE]}, bundle.gate.least_rate))
+    return tables, found
+
+
 def main(
     bundle: Annotated[Path | None, typer.Option(help="A bundle's directory; that of the package by default.")] = None,
     model: Annotated[Path | None, typer.Option(help="Its base model, where that lies elsewhere by now.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights of a model of transformers.")] = None,
     documents: Annotated[int, typer.Option(min=2, help="Of each domain and seed; each asks one question.")] = 32,
     total: Annotated[int, typer.Option("--bytes", min=64, help=f"Of a document; short ones have 1/{SHORT}.")] = 256,
     seeds: Annotated[int, typer.Option(min=1, help="Of documents and draws, from 0.")] = 3,
@@ -267,28 +286,9 @@ def main(
     torch.set_num_threads(1)
     if quick:
         documents, seeds, resamples = 2, 1, 2
-    base = None if model is None else transformers_backbone(str(model), device="cpu", dtype="auto")
-    system = bd.load_bundle(bundle, model=base)
-    scores: Sequence[Any] = ()
-    try:
-        scores = estimators()
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-    found: dict[str, dict[str, Answers]] = {}
-    for kind, (domains, size) in tqdm(sets_of(system.experts.names, total, texts).items(), "sets", disable=None):
-        parts = [
-            judge(system, questions(domains, size, documents, seed), scores, seed, [*PLAIN, PREDICTIVE])
-            for seed in range(seeds)
-        ]
-        found[kind] = {
-            blend: {key: np.concatenate([part[blend][key] for part in parts]) for key in own}
-            for blend, own in parts[0].items()
-        }
-    predictive = {kind: own[PREDICTIVE] for kind, own in found.items()}
-    tables = [*rejection(predictive, scores, resamples, 0), calibration(found)] if scores else [calibration(found)]
-    if system.gate is not None:
-        found["foreign"] = {PREDICTIVE: foreign_answers(system, total, documents, texts)}
-        tables.append(abstention(predictive | {"foreign": found["foreign"][PREDICTIVE]}, system.gate.least_rate))
+    base = None if model is None else transformers_backbone(str(model), device="cpu", dtype="auto", cast=dtype)
+    system = bd.load_bundle(bundle, model=base, dtype=None if base else dtype)
+    tables, found = run(system, total, documents, range(seeds), resamples, texts)
     for each in tables:
         print(f"{each.to_markdown()}\n", flush=True)
     if json_file is not None:

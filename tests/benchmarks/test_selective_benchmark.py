@@ -55,6 +55,7 @@ def test_estimators_give_what_the_generation_reports(bundle: Bundle) -> None:
         "mutual information, mean": np.nanmean(information, 1),
         "predictive entropy, summed": np.nansum(entropy, 1),
         "entropy + mutual information, summed": np.nansum(entropy + information, 1),
+        "surprise + mutual information, summed": np.nansum(information - made.log_probabilities, 1),
     }
     assert found.keys() == expected.keys() >= OURS.keys()
     for name, values in expected.items():
