@@ -1,9 +1,9 @@
 """Our blends beside those who blend adapters today, on documents of real language.
 
-    python benchmarks/real_documents.py --bundle runs/smollm2 --json build/real.jsonl   # three seeds of 64 a set
-    python benchmarks/real_documents.py --json build/real.jsonl --only tables           # of what was scored so far
-    python benchmarks/real_documents.py --bundle runs/smollm2 --only cost
-    python benchmarks/real_documents.py --quick           # a smoke test on a tiny model; the numbers mean nothing
+    python benchmarks/real_documents.py --json build/real.jsonl                  # three seeds of 64 a set: a day
+    python benchmarks/real_documents.py --json build/real.jsonl --only tables    # of what was scored so far
+    python benchmarks/real_documents.py --bundle runs/lora --only cost
+    python benchmarks/real_documents.py --quick    # a smoke test on a tiny model; the numbers mean nothing
 
 What a file of scores has is not scored again: a run that was stopped goes on, one of other sets or methods adds to it,
 and files of several runs may be joined, line by line. All methods read the same tokens, the prompt's among them; exact
@@ -24,7 +24,14 @@ from tqdm import tqdm
 import bayes_dispatch as bd
 from bayes_dispatch.app.bundle import transformers_backbone
 from bayes_dispatch.app.tables import Table
-from bayes_dispatch.experts.domains import FOREIGN_TRANSLATIONS, Domain, translations
+from bayes_dispatch.experts.domains import (
+    FOREIGN_TRANSLATIONS,
+    TASKS,
+    Domain,
+    natural_mixtures,
+    package_texts,
+    translations,
+)
 from bayes_dispatch.inference.scoring.document_reader import TokenDocument
 from peers.timing import Rounds, Work, interleaved
 from real.methods import GROUPS, ROUTERS, Contest, contest
@@ -83,22 +90,23 @@ def costs(contested: Contest, each: DocumentSet, repeats: int) -> Table:
 
 
 def real_parts(
-    directory: Path | None, model: str | None, dtype: str, texts: Path | None
+    directory: Path, model: str | None, dtype: str, texts: Path | None
 ) -> tuple[bd.Bundle, dict[str, Domain], dict[str, Sequence[Domain]]]:
     """The bundle, the domains of its experts, and others by kind."""
-    if directory is None:
-        raise typer.BadParameter("expected --bundle, or --quick for a tiny model, got neither")
     base = None if model is None else transformers_backbone(model, device="cpu", dtype="float32", cast=dtype)
     bundle = bd.load_bundle(directory, model=base, dtype=None if base else dtype)
-    known = {domain.name: domain for domain in translations(texts)}
+    own = {domain.name: domain for domain in package_texts(texts)}
+    known: dict[str, Domain] = own | {domain.name: domain for domain in (*translations(texts), *TASKS)}
     if missing := [name for name in bundle.experts if name not in known]:
         raise typer.BadParameter(f"expected experts of {', '.join(known)}, got {missing[0]}")
     foreign = [replace(domain, directory=texts) for domain in FOREIGN_TRANSLATIONS]
-    return bundle, {name: known[name] for name in bundle.experts}, {"foreign": foreign}
+    foreign += [domain for name, domain in own.items() if name not in bundle.experts]
+    others = {"natural": natural_mixtures(texts), "foreign": foreign}
+    return bundle, {name: known[name] for name in bundle.experts}, others
 
 
 def main(
-    bundle: Annotated[Path | None, typer.Option(help="Its experts are named after languages.")] = None,
+    bundle: Annotated[Path, typer.Option(help="Its experts are named after their domains.")] = Path("smollm2"),
     model: Annotated[str | None, typer.Option(help="Its base model, where it lies elsewhere by now.")] = None,
     texts: Annotated[Path | None, typer.Option(help="Where pip put the packages of the texts.")] = None,
     json: Annotated[Path | None, typer.Option(help="Lines of scores, kept and added to.")] = None,
@@ -129,7 +137,7 @@ def main(
         known = document_sets(*parts[1:], 150 if quick else HALF)
         names = _chosen(sets, [name for each in known for name in (each.kind, each.name)], "set")
         chosen = [each for each in known if each.name in names or each.kind in names]
-        contested = contest(parts[0], bundle or Path(scratch), list(parts[1].values()), groups)
+        contested = contest(parts[0], Path(scratch) if quick else bundle, list(parts[1].values()), groups)
     if only == "cost":
         return _print([costs(contested, chosen[0], 3 if quick else 7)])
     _print(tables(run(contested, chosen, groups, range(seeds), documents, kept)))

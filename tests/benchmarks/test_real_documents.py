@@ -128,6 +128,20 @@ def test_merging_and_its_search(contested: Contest) -> None:
     assert text.scored_bytes == 5 * len(case.owners)
 
 
+def test_scales_have_no_routers_and_merge_all_the_same(contested: Contest, tmp_path: Path) -> None:
+    backbone, generator = contested.bundle.model, torch.Generator().manual_seed(0)
+    ranks = {matrix: rank for matrix, rank in backbone.adaptable().items() if ".3." in matrix}
+    scales = [{name: 0.5 + torch.rand(rank, generator=generator) for name, rank in ranks.items()} for _ in "ab"]
+    names = ("de", "fr")
+    bank = bd.ExpertBank([bd.ExpertVector(*own, backbone.fingerprint()) for own in zip(names, scales, strict=True)])
+    bundle = bd.Bundle(backbone, bank, bd.Dispatcher.flat(names))
+    svf = contest(bundle, tmp_path, [quick_domains()[0][name] for name in names], GROUPS)
+    case, text = SETS["fr"].case(0, 0), text_of(contested, SETS["fr"], 0)
+    (found,) = svf.scores([case], ["experts", *ROUTERS], 0)
+    assert found.keys() == {*bank.components, "right expert"}
+    assert found["fr"] == pytest.approx(judged(svf.under(text, np.eye(2)[[1]]), text), abs=1e-9)
+
+
 def test_blends_score_as_compare_blends_says(contested: Contest) -> None:
     cases = [SETS["de & fr"].case(0, n) for n in range(2)]
     found = contested.scores(cases, [*BLENDS, PAIR], 3)
@@ -200,7 +214,6 @@ def test_bad_input_is_refused() -> None:
         ({"only": "cots"}, "expected cost or tables, got 'cots'"),
         ({"methods": ["arrow"]}, "expected a method of experts, .* got 'arrow'"),
         ({"sets": ["danish"], "quick": True}, "expected a set of pure, .* got 'danish'"),
-        ({}, "expected --bundle, or --quick"),
     ):
         with pytest.raises(typer.BadParameter, match=message):
             real_documents.main(**given)
