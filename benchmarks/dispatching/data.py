@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bayes_dispatch.app.bundle import SHIPPED
-from bayes_dispatch.app.train import PLANS, PROGRAM
+from bayes_dispatch.app.plans import PLANS, PROGRAM
 from bayes_dispatch.dispatcher.evidence.evidence import LENGTHS, Evidence
 from bayes_dispatch.dispatcher.fitting.svi import isolated
 from bayes_dispatch.dispatcher.guide.guides import GuideSettings

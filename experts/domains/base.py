@@ -1,8 +1,9 @@
-"""What the base model is trained on: texts, and questions whose convention changes from item to item.
+"""What the base model is trained on: texts, and questions whose convention, or language, changes from item to item.
 
-Because the convention is drawn anew for each item, no context tells it, and the base model has to hedge.
+Because it is drawn anew for each item, no context tells it, and the base model has to hedge.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +13,7 @@ from bayes_dispatch.experts.domains.domain import Domain
 from bayes_dispatch.experts.domains.interleaved import Interleaved
 from bayes_dispatch.experts.domains.text import BASE_TEXTS
 
-__all__ = ["BaseCorpus"]
+__all__ = ["BaseCorpus", "DomainCorpus"]
 
 HEDGED = (
     *(
@@ -24,8 +25,27 @@ HEDGED = (
 
 
 @dataclass(frozen=True)
+class DomainCorpus:
+    """Rows for pre-training, from domains.
+
+    Attributes:
+        shares: of the rows, for each domain. question_weight: loss weight of what is not scored.
+    """
+
+    shares: Mapping[Domain, float]
+    question_weight: float = 0.3
+
+    def row(self, rng: np.random.Generator, length: int) -> tuple[bytes, list[float]]:
+        """``length`` bytes of one domain, and their weights."""
+        shares = np.array(list(self.shares.values()))
+        domain = list(self.shares)[int(rng.choice(len(shares), p=shares / shares.sum()))]
+        document = domain.document(rng, 0, length, "train").cut(length)
+        return document.data, document.byte_weights(self.question_weight)
+
+
+@dataclass(frozen=True)
 class BaseCorpus:
-    """Rows for pre-training.
+    """Rows for pre-training on conventions.
 
     Attributes:
         words, sums, questions, code, prose: share of the rows of each kind; ``questions`` has words and sums in turn,
@@ -43,8 +63,6 @@ class BaseCorpus:
 
     def row(self, rng: np.random.Generator, length: int) -> tuple[bytes, list[float]]:
         """``length`` bytes of one domain, and their weights."""
-        domains: tuple[Domain, ...] = (*HEDGED, *BASE_TEXTS)
-        shares = np.array([self.words, self.sums, self.questions, self.code, self.prose])
-        domain = domains[int(rng.choice(len(domains), p=shares / shares.sum()))]
-        document = domain.document(rng, 0, length, "train").cut(length)
-        return document.data, document.byte_weights(self.question_weight)
+        shares = self.words, self.sums, self.questions, self.code, self.prose
+        corpus = DomainCorpus(dict(zip((*HEDGED, *BASE_TEXTS), shares, strict=True)), self.question_weight)
+        return corpus.row(rng, length)

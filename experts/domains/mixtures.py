@@ -1,9 +1,10 @@
-"""Texts whose lines come from several domains, with their true shares: what a posterior of weights should find."""
+"""Texts whose parts come from several domains, with their true shares: what a posterior of weights should find."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
+from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Domain, Split
 
 __all__ = ["mixed_text"]
@@ -12,24 +13,40 @@ __all__ = ["mixed_text"]
 def mixed_text(
     domains: Sequence[Domain], weights: Sequence[float], rng: np.random.Generator, total_bytes: int, split: Split
 ) -> tuple[str, np.ndarray]:
-    """Lines of several domains in random order, cut at ``total_bytes``.
+    """Lines of several domains in random order, cut at ``total_bytes``; an answer stays with its question.
 
     Args:
-        domains: where lines come from. weights: wanted share of the bytes of each.
+        domains: where they come from. weights: wanted share of the bytes of each.
         rng: randomness. total_bytes: length of the text. split: of all domains.
 
     Returns:
         The text, and each domain's share of its bytes.
     """
-    lines = [domain.document(rng, 0, 2 * total_bytes, split).text.splitlines(keepends=True) for domain in domains]
+    parts = [_parts(domain.document(rng, 0, 2 * total_bytes, split)) for domain in domains]
     counts = np.zeros(len(domains))
     data = b""
     while len(data) < total_bytes:
         lacking = np.maximum(np.asarray(weights) * (len(data) + 40) - counts, 0) + 1e-9
         which = int(rng.choice(len(domains), p=lacking / lacking.sum()))
-        if not lines[which]:
-            lines[which] = domains[which].document(rng, 0, 2 * total_bytes, split).text.splitlines(keepends=True)
-        line = lines[which].pop(0).encode()[: total_bytes - len(data)]
-        data += line
-        counts[which] += len(line)
+        if not parts[which]:
+            parts[which] = _parts(domains[which].document(rng, 0, 2 * total_bytes, split))
+        part = parts[which].pop(0)[: total_bytes - len(data)]
+        data += part
+        counts[which] += len(part)
     return data.decode(errors="ignore"), counts / counts.sum()  # the end may cut a character
+
+
+def _parts(document: Document) -> list[bytes]:
+    """Lines, but that none ends between what is asked and the end of a scored answer."""
+    lines = [line.encode() for line in document.text.splitlines(keepends=True)]
+    if document.scored is None:
+        return lines
+    ends, parts, part, reached = [stop for _, stop in document.scored], list[bytes](), b"", 0
+    for line in lines:
+        part += line
+        reached += len(line)
+        if not ends or ends[0] <= reached:
+            parts.append(part)
+            part = b""
+            ends = [end for end in ends if end > reached]
+    return [*parts, part] if part else parts

@@ -1,6 +1,6 @@
 """What a bundle is worth, on held-out documents: the tables that ``bayes-dispatch train`` prints and stores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains import CONVENTIONS, Domain, Interleaved
+from bayes_dispatch.experts.domains.interleaved import Items
 from bayes_dispatch.experts.vectors import BASE
 from bayes_dispatch.inference.scoring.compare import compare_blends, score_together
 from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence
@@ -39,6 +40,7 @@ __all__ = [
     "dispatch_report",
     "expert_report",
     "held_out_documents",
+    "interleaved",
     "mixed_report",
     "paired",
     "pure_report",
@@ -46,33 +48,46 @@ __all__ = [
 
 PROMPT_BYTES, TOTAL_BYTES = 128, 256
 REPORTED_BLENDS = (BestExpert(), PosteriorMean(), TopK(2), ThompsonSample(), DEFAULT_BLEND)
-_NAMED = {convention.name: convention for convention in CONVENTIONS}
 
 
-def _interleaved(order: str, *pairs: tuple[str, str]) -> dict[str, Interleaved]:
-    joint = " & " if order == "alternate" else " then "
-    return {joint.join(pair): Interleaved(joint.join(pair), tuple(_NAMED[n] for n in pair), order) for pair in pairs}
+def interleaved(kinds: Iterable[Items], order: str, *pairs: tuple[str, str]) -> dict[str, Interleaved]:
+    """Documents of two kinds each, by a name that tells both: in turn (``"alternate"``), or one, then the other."""
+    joint, named = " & " if order == "alternate" else " then ", {kind.name: kind for kind in kinds}
+    return {joint.join(pair): Interleaved(joint.join(pair), tuple(named[n] for n in pair), order) for pair in pairs}
 
 
-MIXED_SETS = _interleaved(
-    "alternate", ("no_carry", "sort"), ("reversed_add", "shift"), ("add", "reverse"), ("reverse", "sort")
+MIXED_SETS = interleaved(
+    CONVENTIONS, "alternate", ("no_carry", "sort"), ("reversed_add", "shift"), ("add", "reverse"), ("reverse", "sort")
 )
-SWITCHING_SETS = _interleaved("switch", ("add", "reversed_add"), ("reverse", "sort"), ("sort", "no_carry"))
+SWITCHING_SETS = interleaved(CONVENTIONS, "switch", ("add", "reversed_add"), ("reverse", "sort"), ("sort", "no_carry"))
 
 
-def held_out_documents(domain: Domain, count: int, seed: int) -> list[Document]:
-    """Held-out documents of 128 prompt bytes and as many after them."""
+def held_out_documents(
+    domain: Domain, count: int, seed: int, sizes: tuple[int, int] = (PROMPT_BYTES, TOTAL_BYTES)
+) -> list[Document]:
+    """Held-out documents; ``sizes``, here and below: bytes of a prompt, and of the whole with it."""
     rng = np.random.default_rng([seed, 3])
-    return [domain.document(rng, PROMPT_BYTES, TOTAL_BYTES, "held_out") for _ in range(count)]
+    return [domain.document(rng, *sizes, "held_out") for _ in range(count)]
 
 
-def expert_report(model: Backbone, experts: ExpertBank, domain: Domain, count: int, seed: int) -> dict[str, Any]:
-    """Base and every expert on one domain: NLL of the scored bytes (nats) and exact match, with standard errors."""
-    documents = held_out_documents(domain, count, seed)
+def expert_report(
+    model: Backbone,
+    experts: ExpertBank,
+    domain: Domain,
+    count: int,
+    seed: int,
+    sizes: tuple[int, int] = (PROMPT_BYTES, TOTAL_BYTES),
+) -> dict[str, Any]:
+    """Base and every expert on one domain, with standard errors.
+
+    NLL of the scored bytes, nats per byte and per token of the model, and exact match.
+    """
+    documents = held_out_documents(domain, count, seed, sizes)
     vertices = zip(experts.components, np.eye(len(experts.components)), strict=True)
     particles = {component: Particles.single(np.tile(weights, (count, 1))) for component, weights in vertices}
     return {
         component: {name: _mean([getattr(score, name) for score in scores]) for name in ("nll", "exact_match")}
+        | {"nll_per_token": _mean([-score.scored.log_probability.mean() for score in scores])}
         for component, scores in score_together(model, experts, documents, particles).items()
     }
 
@@ -113,15 +128,19 @@ def dispatch_report(
     }
 
 
-def pure_report(system: System, domain: Domain, count: int, seed: int) -> dict[str, Any]:
+def pure_report(
+    system: System, domain: Domain, count: int, seed: int, sizes: tuple[int, int] = (PROMPT_BYTES, TOTAL_BYTES)
+) -> dict[str, Any]:
     """Blends on documents of one domain, and how much NLL each loses to the right expert."""
-    documents = held_out_documents(domain, count, seed)
+    documents = held_out_documents(domain, count, seed, sizes)
     return _versus(compare_blends(system, documents, [domain.name, BASE, *REPORTED_BLENDS], seed).scores, domain.name)
 
 
-def mixed_report(system: System, domain: Domain, count: int, seed: int) -> dict[str, Any]:
-    """Blends on documents that mix or switch conventions, and their paired differences to ``PosteriorPredictive``."""
-    documents = held_out_documents(domain, count, seed)
+def mixed_report(
+    system: System, domain: Domain, count: int, seed: int, sizes: tuple[int, int] = (PROMPT_BYTES, TOTAL_BYTES)
+) -> dict[str, Any]:
+    """Blends on documents that mix or switch domains, and their paired differences to ``PosteriorPredictive``."""
+    documents = held_out_documents(domain, count, seed, sizes)
     return _versus(compare_blends(system, documents, [BASE, *REPORTED_BLENDS], seed).scores, DEFAULT_BLEND.name)
 
 

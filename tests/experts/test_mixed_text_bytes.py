@@ -1,11 +1,14 @@
-"""Lengths and shares of mixed texts are of bytes, whatever the alphabet."""
+"""Lengths and shares of mixed texts are of bytes, whatever the alphabet; answers stay with their questions."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from string import ascii_lowercase
 
 import numpy as np
 import pytest
 
-from bayes_dispatch.experts.domains import CONVENTIONS, mixed_text
+from bayes_dispatch.experts.documents import Document
+from bayes_dispatch.experts.domains import CONVENTIONS, Interleaved, Split, mixed_text
 from bayes_dispatch.experts.domains.own import OwnText
 
 GREEK = OwnText("greek", "μῆνιν ἄειδε θεὰ Πηληϊάδεω Ἀχιλῆος\n" * 400)
@@ -21,3 +24,28 @@ def test_bytes_are_counted(length: int) -> None:
     of_greek = sum(len(line.encode()) for line in greek)
     assert of_greek <= length * shares[0] <= of_greek + length - size
     assert shares.sum() == pytest.approx(1)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of two lines, and its answer, all of which tell whose they are."""
+
+    name: str
+
+    def items(self, rng: np.random.Generator, split: Split) -> Iterator[tuple[str, str]]:
+        for number in range(10**6):
+            yield f"{self.name} {number} ?\n{self.name} {number}:", f" {self.name}"
+
+    def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
+        return Interleaved(self.name, (self,)).document(rng, prompt_bytes, total_bytes, split)
+
+
+def test_an_answer_stays_with_its_question() -> None:
+    text, shares = mixed_text([Asked("a"), Asked("b"), GREEK], [0.4, 0.4, 0.2], np.random.default_rng(0), 600, "train")
+    lines = [line for line in text.splitlines()[:-1] if line[0] in "ab"]
+    starts = [place for place, line in enumerate(lines) if line.endswith("?")]
+    assert {lines[place][0] for place in starts} == {"a", "b"}
+    for place in starts[:-1]:
+        question = lines[place].removesuffix(" ?")
+        assert lines[place + 1] == f"{question}: {question[0]}"
+    assert shares == pytest.approx([0.4, 0.4, 0.2], abs=0.1)

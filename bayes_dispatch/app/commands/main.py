@@ -137,14 +137,24 @@ def train(
     work: Annotated[Path | None, typer.Option(help="Directory of the stages' results; default: OUT.work.")] = None,
     seed: SeedOption = 0,
     processes: Annotated[int, typer.Option(min=1, help="Processes that work at once.")] = 2,
-    plan: Annotated[str, typer.Option(help="full, or smoke: minutes, all stages without any quality.")] = "full",
+    plan: Annotated[
+        str,
+        typer.Option(
+            help="full: conventions, in bytes. translations: of interface texts, in subwords. smoke and "
+            "translations-smoke: minutes, all stages without any quality."
+        ),
+    ] = "full",
+    packages: Annotated[
+        Path | None, typer.Option(help="Where `pip install --target` put the packages of the translations.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train base model, experts and dispatcher, judge them, and write a bundle. A stopped run goes on where it was."""
     check_new_output(out, "bundle.json")
     if work is not None:
         check_output(work)
-    from bayes_dispatch.app.train import PLANS, train_bundle
+    from bayes_dispatch.app.plans import PLANS
+    from bayes_dispatch.app.train import train_bundle
 
     if plan not in PLANS:
         raise UnknownNameError(f"expected a plan of {', '.join(PLANS)}, got {plan!r}")
@@ -154,7 +164,8 @@ def train(
 
     use_one_thread()
     begun = time.perf_counter()
-    report = train_bundle(PLANS[plan].with_seed(seed), out, work, processes, announce=announce).report
+    chosen = PLANS[plan].with_seed(seed)
+    report = train_bundle(chosen, out, work, processes, packages=packages, announce=announce).report
     _print_report(report, as_json)
     print(f"{out}: trained in {(time.perf_counter() - begun) / 60:.1f} minutes", file=sys.stderr)
 

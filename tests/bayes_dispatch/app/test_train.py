@@ -11,10 +11,17 @@ from pathlib import Path
 import pytest
 
 from bayes_dispatch.app.bundle import load_bundle
+from bayes_dispatch.app.curriculum import CURRICULA
+from bayes_dispatch.app.plans import PLANS
 from bayes_dispatch.app.tables import report_tables
-from bayes_dispatch.app.train import PLANS, train_bundle
+from bayes_dispatch.app.train import train_bundle
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.two_pass.blends import DEFAULT_BLEND
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.subwords import SubwordTokenizer
+from tests.packages import install_translations
 
 pytestmark = pytest.mark.slow
 
@@ -89,3 +96,42 @@ def test_stopped_run_goes_on_to_the_same_bundle(trained: tuple[Path, str], tmp_p
 def test_work_of_another_plan_is_refused(trained: tuple[Path, str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"expected stages of this plan .* got those of another"):
         train_bundle(PLANS["smoke"].with_seed(1), tmp_path / "bundle", trained[0].with_name("bundle.work"))
+
+
+@pytest.fixture(scope="module")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("packages")
+    install_translations(directory)
+    return directory
+
+
+def test_translations_become_a_bundle_in_subwords(packages: Path, tmp_path: Path) -> None:
+    """Stopped after its first stage, whose tokenizer is the same whenever it is learnt, and which is done once."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(stage: str) -> None:
+        if stage == "experts":
+            raise Stopped
+
+    plan, out, work = PLANS["translations-smoke"], tmp_path / "out", tmp_path / "out.work"
+    with pytest.raises(Stopped):
+        train_bundle(plan, out, progress=False, packages=packages, announce=stop)
+    learnt = CURRICULA["translations"](packages).subwords(300, plan.seed)
+    assert learnt.to_json() == (work / "tokenizer.json").read_bytes()
+    (work / "pretraining" / "pretraining.safetensors").unlink()  # which is not read again
+    base = MambaFormerForCausalLM.from_pretrained(work / "base")
+    bundle = train_bundle(plan, out, progress=False, packages=packages)
+    assert bundle.model.fingerprint() == base.fingerprint()
+    assert bundle.model.vocab_size == plan.vocabulary
+    assert bundle.experts.names == ("de", "fr", "es", "pt", "pt_BR", "nb", "da", "ru")
+    assert isinstance(bundle.tokenizer, SubwordTokenizer)
+    assert load_bundle(out).tokenizer.tokenize("de é") == learnt.tokenize("de é")
+    assert bundle.report["pure"].keys() == bundle.report["experts"].keys() == set(bundle.experts.names)
+    assert "de & fr" in bundle.report["mixed"]
+    assert "nb then da" in bundle.report["switching"]
+    per_byte, per_token = (bundle.report["experts"]["de"]["base"][name][0] for name in ("nll", "nll_per_token"))
+    assert per_token > 1.2 * per_byte > 0  # a token has more than a byte
+    result = TwoPassGenerator(load_bundle(out)).generate(["EN: Add page 3\nTR:"], blend=DEFAULT_BLEND, max_new_tokens=4)
+    assert len(result.texts) == 1

@@ -1,19 +1,17 @@
 """Catalogues become questions and answers: what is taken, what is scored, and what is held out."""
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from babel.messages.catalog import Catalog
-from babel.messages.mofile import write_mo
 
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import FOREIGN_TRANSLATIONS, TRANSLATIONS, Checked, Translations, held_out
 from bayes_dispatch.experts.domains.interleaved import Interleaved
 from bayes_dispatch.experts.domains.natural import BackTranslations
 from bayes_dispatch.experts.domains.translations import SOURCES
+from tests.packages import mo
 
 Install = Callable[..., Path]
 ENGLISH = [f"Add page {number}" for number in range(60)]
@@ -23,15 +21,6 @@ LANGUAGES = {
     "pt_BR": "Acrescentar página {}",
     "ru": "Страница {}",
 }
-
-
-def mo(entries: dict[str | tuple[str, str], str | tuple[str, ...]]) -> bytes:
-    catalog = Catalog()
-    for english, translation in entries.items():
-        catalog.add(english, translation)
-    file = io.BytesIO()
-    write_mo(file, catalog)
-    return file.getvalue()
 
 
 @pytest.fixture
