@@ -50,7 +50,9 @@ def test_one_prefill_is_two(cut64: "Bundle", blend: Blend) -> None:
     once = generator.generate(PROMPTS, **given)
     assert_same(once, generator.generate(PROMPTS, **given, use_cache=False))
     posterior, evidence = dispatch(cut64, PROMPTS, 1)
-    np.testing.assert_allclose(posterior.weights, once.posterior.weights, rtol=0, atol=1e-10)
+    first = slice(3)  # the fourth prompt is a copy: ``generate`` draws anew for it, and ``dispatch`` does not
+    np.testing.assert_allclose(posterior.weights[:, first], once.posterior.weights[:, first], rtol=0, atol=1e-10)
+    np.testing.assert_array_equal(posterior.weights[:, 3], posterior.weights[:, 1])
     assert set(evidence.views) == {"hidden", "counts"}
     assert cut_of(cut64) == 1
 
