@@ -71,6 +71,15 @@ class Bundle:
         """The model's."""
         return self.model.tokenizer
 
+    @property
+    def cut(self) -> int:
+        """How many blocks no expert touches, so that they run once for both passes and all blends.
+
+        0 where experts touch the first block, or where the model cannot be cut: then the base model reads a prompt once
+        more for its evidence.
+        """
+        return self.model.cut(self.experts.adapts)
+
     def save(self, directory: str | Path) -> None:
         """Write everything, in the place of an earlier bundle in that directory.
 

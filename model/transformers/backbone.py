@@ -57,6 +57,7 @@ class TransformersBackbone:
         self.model = model.eval()
         self.name = name
         self.parts = ModelParts(model)
+        self._path = _path_of(model, self.parts)  # of the list of blocks
         self.depth = self.parts.depth
         self.vocab_size = self.parts.vocab_size
         ends = model.generation_config.eos_token_id if model.generation_config else None
@@ -171,14 +172,13 @@ class TransformersBackbone:
 
     def adaptable(self) -> dict[str, int]:
         """Rank of each matrix that singular-value scales adapt unless told otherwise: linear layers within blocks."""
-        inside = f"{_path_of(self.model, self.parts)}."
-        return {name: min(shape) for name, shape in self.linears().items() if name.startswith(inside)}
+        return {name: min(shape) for name, shape in self.linears().items() if name.startswith(f"{self._path}.")}
 
     def block_of(self, matrix: str) -> int:
         """The block that a matrix is in; one after all blocks counts as the last's, one before them as the first's."""
-        if matrix in self.adaptable():
-            return block_of(matrix)
-        inner = _path_of(self.model, self.parts).removesuffix(self.parts.blocks)
+        if matrix.startswith(f"{self._path}."):
+            return block_of(matrix.removeprefix(self._path))
+        inner = self._path.removesuffix(self.parts.blocks)
         return 0 if matrix.startswith(inner) else self.depth - 1
 
     def cut(self, matrices: Iterable[str]) -> int:

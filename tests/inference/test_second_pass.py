@@ -259,3 +259,12 @@ def test_nan_is_one_clear_error(bundle: "Bundle", make_model: Any, do_sample: bo
 def test_too_many_tokens_are_refused(bundle: "Bundle") -> None:
     with pytest.raises(ConfigError, match="expected max_new_tokens to be a whole number from 1 to 65536, got 65537"):
         TwoPassGenerator(bundle).generate(["a"], blend=PosteriorMean(), max_new_tokens=65_537)
+
+
+def test_a_bundle_tells_how_many_blocks_run_once(cut64: "Bundle", embedded64: "Bundle") -> None:
+    """Whose evaluations the prompts' costs have once, whatever the number of particles."""
+    assert embedded64.cut == 0  # adapted in front of all blocks
+    blend, tokens = PosteriorPredictive(6, merge=0.0), len(PROMPTS[2]) + 1
+    cost = TwoPassGenerator(cut64).generate([PROMPTS[2]], blend=blend, max_new_tokens=1, seed=0).cost
+    assert 0 < cut64.cut < cost.depth
+    assert (cost.first_pass, cost.prefill) == (0, tokens * (cut64.cut + 6 * (cost.depth - cut64.cut)))

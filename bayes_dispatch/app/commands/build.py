@@ -67,8 +67,10 @@ def build(
         announce=lambda line: print(f"bayes-dispatch: {line}", file=sys.stderr),
     )
     if as_json:
-        return print_json({"out": str(out), "experts": list(bank.names), "report": dict(bundle.report)})
-    print(f"wrote {out}: {', '.join(bank.names)} over {model}")
+        return print_json(
+            {"out": str(out), "experts": list(bank.names), "cut": bundle.cut, "report": dict(bundle.report)}
+        )
+    print(f"wrote {out}: {', '.join(bank.names)} over {model}, whose first {bundle.cut} blocks all blends share")
     if "calibration" in bundle.report:
         found = bundle.report["calibration"]
         print(
