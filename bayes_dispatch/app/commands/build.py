@@ -1,4 +1,4 @@
-"""``bayes-dispatch build``: a bundle of a transformers model, LoRA adapters and examples."""
+"""``bayes-dispatch build``: a bundle of a transformers model, its experts and examples."""
 
 import sys
 from collections.abc import Sequence
@@ -17,8 +17,13 @@ PASSAGE = 800  # bytes of the passages that a text file is cut into, about
 
 def build(
     model: Annotated[str, typer.Option(help="Directory of a causal language model of transformers, or a hub name.")],
-    adapter: Annotated[list[str], typer.Option(help="NAME=DIRECTORY of a LoRA adapter of PEFT. Repeatable.")],
     out: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="NAME=DIRECTORY of a LoRA adapter of PEFT. Repeatable.")
+    ] = None,
+    experts: Annotated[
+        list[Path] | None, typer.Option(help="Directory of experts that `train-expert --kind svf` wrote. Repeatable.")
+    ] = None,
     examples: Annotated[
         Path | None,
         typer.Option(
@@ -37,14 +42,16 @@ def build(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a bundle of your own model and adapters.
+    """Make a bundle of your own model and its experts: adapters, or scales.
 
     What takes long is kept in OUT.work, so that a run that was stopped goes on; delete it when all is done.
     """
     given = examples is not None or bool(text)
     refuse_unused("--prompts", prompts, given, "with --examples or --text")
     check_new_output(out, "bundle.json")
-    adapters = _named(adapter, "--adapter")
+    adapters = _named(adapter or (), "--adapter")
+    if not adapters and not experts:
+        raise ConfigError("expected at least one --adapter NAME=DIRECTORY or --experts DIRECTORY, got none")
     from bayes_dispatch.app.build import BuildSettings, build_bundle
     from bayes_dispatch.app.bundle import transformers_backbone
     from bayes_dispatch.experts.bank import ExpertBank
@@ -54,7 +61,12 @@ def build(
     for name, file in _named(text or (), "--text").items():
         texts.setdefault(name, []).extend(_passages(Path(file)))
     backbone = transformers_backbone(model, device=device, dtype=dtype)
-    bank = ExpertBank.from_peft(backbone, adapters)
+    bank = ExpertBank(
+        [
+            *(expert for directory in experts or () for expert in ExpertBank.load(directory).values()),
+            *(ExpertBank.from_peft(backbone, adapters).values() if adapters else ()),
+        ]
+    )
     settings = BuildSettings(seed=seed) if prompts is None else BuildSettings(seed=seed, pure_prompts=prompts)
     bundle = build_bundle(
         backbone,

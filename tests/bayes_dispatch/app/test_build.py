@@ -132,6 +132,24 @@ def test_a_dispatcher_of_examples(model: Path, adapters: dict[str, Path], tmp_pa
     assert not (tmp_path / "nameless").exists()
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_scales_and_adapters_are_one_bank(
+    model: Path, adapters: dict[str, Path], tmp_path: Path, run: Callable[..., str]
+) -> None:
+    (tmp_path / "text.txt").write_text("".join(texts_of("hijklmn", 5, 40)))
+    train = ["train-expert", "--model", str(model), "--kind", "svf", "--steps", "1", "--rank", "3", "--adapt-from", "2"]
+    run(*train, "--name", "middle", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "middle"))
+    build = ["build", "--model", str(model), "--experts", str(tmp_path / "middle"), "--out", str(tmp_path / "bundle")]
+    told = json.loads(run(*build, "--adapter", f"low={adapters['low']}", "--json"))
+    assert told["experts"] == ["middle", "low"]
+    bundle = load_bundle(tmp_path / "bundle")
+    assert told["cut"] == bundle.cut == bundle.experts.adapt_from
+    assert "expected experts of different names" in run(*build, "--adapter", f"middle={adapters['low']}")
+    other = ["build", "--model", str(model), "--out", str(tmp_path / "none")]
+    assert "expected at least one --adapter" in run(*other)
+    assert not (tmp_path / "none").exists()
+
+
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
