@@ -34,15 +34,15 @@ class DocumentSet:
     Attributes:
         name: of the set. kind: of the table that it is in. domains: of the entries; those of
             several have ``items``.
-        order: ``"turn"`` takes them in turn, ``"switch"`` goes from one to the other where the prompt ends, ``"each"``
-            makes every document of one of them.
+        order: ``"turn"`` takes them in turn, ``"switch"`` goes from one to the other where the prompt ends, ``"late"``
+            in the middle of what follows; ``"each"`` makes every document of one of them.
         prompt_bytes: at least, up to the end of an entry. scored_bytes: what follows, about as many.
     """
 
     name: str
     kind: str
     domains: tuple[Domain, ...]
-    order: Literal["turn", "switch", "each"] = "each"
+    order: Literal["turn", "switch", "late", "each"] = "each"
     prompt_bytes: int = HALF
     scored_bytes: int = HALF
 
@@ -58,7 +58,8 @@ class DocumentSet:
         answers: list[tuple[int, int, str]] = []
         items = [domain.items(rng, "held_out") for domain in domains]
         while size < total:
-            which = int(prompt > 0) if self.order == "switch" else (len(answers) + number) % len(items)
+            turn, late = (len(answers) + number) % len(items), size >= total - self.scored_bytes // 2
+            which = {"switch": int(prompt > 0), "late": int(late)}.get(self.order, turn)
             question, answer = next(items[which])
             start, stop = size + len(question.encode()), size + len(f"{question}{answer}".encode())
             answers.append((start, stop, domains[which].name))
@@ -82,8 +83,13 @@ def document_sets(
     """
     made = partial(DocumentSet, prompt_bytes=half, scored_bytes=half)
     sets = [made(name, "pure", (domain,)) for name, domain in experts.items()]
-    for kind, pairs in (("in turn", PAIRS), ("near pairs in turn", NEAR), ("switching", (*PAIRS, *NEAR[:1]))):
-        joint, order = (", then ", "switch") if kind == "switching" else (" & ", "turn")
+    kinds = (
+        ("in turn", " & ", "turn", PAIRS),
+        ("near pairs in turn", " & ", "turn", NEAR),
+        ("switching", ", then ", "switch", (*PAIRS, *NEAR[:1])),
+        ("switching later", ", later ", "late", PAIRS),
+    )
+    for kind, joint, order, pairs in kinds:
         for pair in pairs:
             if set(pair) <= experts.keys():
                 sets.append(made(joint.join(pair), kind, tuple(experts[name] for name in pair), order))

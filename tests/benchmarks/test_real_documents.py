@@ -37,12 +37,15 @@ def text_of(contested: Contest, each: DocumentSet, number: int) -> TokenDocument
 
 
 def test_sets_of_documents() -> None:
-    kinds = ["pure", "in turn", "near pairs in turn", "switching", "short", "natural", "foreign"]
+    kinds = ["pure", "in turn", "near pairs in turn", "switching", "switching later", "short", "natural", "foreign"]
     assert list(dict.fromkeys(each.kind for each in SETS.values())) == kinds
     turn, switch, short = (SETS[name].case(0, 1) for name in ("de & fr", "de, then fr", "short prompts"))
     assert turn.owners[:2] in (("de", "fr"), ("fr", "de"))
     assert set(switch.owners) == {"fr"}
     assert switch.domains == ("de", "fr")
+    late = SETS["de, later fr"].case(0, 1)
+    assert list(dict.fromkeys(late.owners)) == ["de", "fr"]
+    assert late.owners.count("de") in (1, 2, 3)
     assert short.document.prompt.count("EN:") == 2
     for case in (turn, switch):
         data, prompt = case.document.data, case.document.prompt_bytes
