@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from bayes_dispatch.model.backbone import Backbone
 __all__ = ["DocumentsPlan", "train_documents"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class DocumentsPlan:
     """How experts of documents are trained, and joined to a bundle.
 
@@ -26,10 +27,15 @@ class DocumentsPlan:
         experts: the recipe of each. build: of the bundle.
     """
 
-    experts: ExpertSettings = field(
-        default_factory=lambda: ExpertSettings(steps=40, batch_size=4, length=640, learning_rate=5e-2, adapt_from=15)
-    )
+    experts: ExpertSettings
     build: BuildSettings = field(default_factory=BuildSettings)
+
+    @classmethod
+    def of(cls, kind: str, seed: int = 0) -> "DocumentsPlan":
+        """The recipe of the bundle ``smollm2``: the upper half of the blocks, two thousand bytes a step."""
+        sizes: dict[str, Any] = {"steps": 40, "batch_size": 4, "length": 640, "adapt_from": 15, "kind": kind}
+        rate = 5e-2 if kind == "svf" else 4e-3
+        return cls(ExpertSettings(**sizes, learning_rate=rate, seed=seed), BuildSettings(seed=seed))
 
 
 def train_documents(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from bayes_dispatch.app.commands.build import build
+from bayes_dispatch.app.commands.build import build, train_documents
 from bayes_dispatch.app.commands.chat import chat
 from bayes_dispatch.app.commands.compare import compare
 from bayes_dispatch.app.commands.experts import experts
@@ -172,6 +172,7 @@ def train(
 
 app.command()(train_expert)
 app.command()(train_experts)
+app.command()(train_documents)
 app.command()(generate)
 
 

@@ -10,6 +10,7 @@ import torch
 
 from bayes_dispatch.app.build import BuildSettings
 from bayes_dispatch.app.bundle import load_bundle
+from bayes_dispatch.app.commands.main import main
 from bayes_dispatch.app.documents import DocumentsPlan, train_documents
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.dispatcher.guide.guides import GuideSettings
@@ -44,7 +45,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     model = TransformersBackbone.load(tmp_path / "model")
     experts = ExpertSettings(steps=3, batch_size=2, length=40, adapt_from=2, rank=2)
-    plan, out = DocumentsPlan(experts=experts, build=BUILD), tmp_path / "bundle"
+    plan, out = DocumentsPlan(experts, BUILD), tmp_path / "bundle"
     told: list[str] = []
     whole = train_documents(model, DOMAINS, plan, out, False, told.append)
     assert told[:2] == ["expert low", "expert high"]
@@ -64,3 +65,22 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(ConfigError, match="got those of others"):
         train_documents(model, DOMAINS, replace(plan, experts=replace(experts, steps=4)), out, False)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--kind", "dora"], "expected a kind of svf or lora, got 'dora'"),
+        (["--domain", "tlh"], "expected a domain of de, fr, es, pt, pt_BR, nb, da, ru, got 'tlh'"),
+        (["--domain", "de", "--model", "nowhere/at/all"], "expected a directory, or a name on the hub"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_at_once(
+    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["train-documents", "--out", str(tmp_path / "out"), "--packages", str(tmp_path), *given])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
