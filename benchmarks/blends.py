@@ -44,13 +44,11 @@ __all__ = ["ABLATIONS", "Scores", "judge", "main", "tables"]
 
 OURS, BEST_FIXED = bd.PosteriorPredictive(16).name, "best fixed"
 BLENDS = ("base", "best_expert", "top_k(2)", "posterior_mean", "thompson_sample", OURS)
-FIXED, AFTER_PROMPT = "fixed weights", "evidence once: features, then bytes after the prompt"
+FIXED = "fixed weights"
 ABLATIONS = (
     "never switches (ε = 0)",
     FIXED,
     "equal masses",
-    AFTER_PROMPT,
-    "evidence once: bytes alone",
     "4 particles",
     "64 particles",
 )
@@ -128,41 +126,30 @@ class Scores:
 
 
 def particles_of(
-    posterior: bd.DispatchPosterior, documents: Sequence[bd.Document], seed: int
+    posterior: bd.DispatchPosterior, documents: Sequence[bd.Document]
 ) -> tuple[dict[str, Particles], dict[str, list[int]]]:
-    """Blends and ablations by name, and the byte from which masses move where that is not the first.
-
-    Of bytes alone: the vertices share half of the mass, uniform draws from the simplex the rest; no features.
-    """
+    """Blends and ablations by name, and the byte from which masses move where that is not the first."""
     ours = bd.PosteriorPredictive(16).particles(posterior)
     prompts, count, components = ours.weights.shape
     vertices = np.tile(np.eye(components), (prompts, 1, 1))
-    anywhere = np.random.default_rng(seed).dirichlet(np.ones(components), (prompts, count - components))
-    halves = np.repeat([0.5 / components, 0.5 / (count - components)], [components, count - components])
-    blind = Particles(np.concatenate([vertices, anywhere], 1), np.tile(halves, (prompts, 1)), ours.switching)
     modes = (bd.BestExpert(), bd.TopK(2), bd.PosteriorMean(), bd.ThompsonSample())
     particles = {"base": Particles.single(vertices[:, -1]), OURS: ours}
     particles |= {blend.name: blend.particles(posterior) for blend in modes}
     ablated = (
         bd.PosteriorPredictive(16, switching=(0.0,)).particles(posterior),
-        ours,
-        replace(ours, mass=np.full((prompts, count), 1 / count)),
-        ours,
-        blind,
+        replace(ours, mass=ours.target),
+        replace(ours, mass=np.full((prompts, count), 1 / count), target=None),
         bd.PosteriorPredictive(4).particles(posterior),
         bd.PosteriorPredictive(64).particles(posterior),
     )
-    filtered_from = {
-        FIXED: [len(document.data) for document in documents],
-        AFTER_PROMPT: [document.prompt_bytes for document in documents],
-    }
+    filtered_from = {FIXED: [len(document.data) for document in documents]}
     return particles | dict(zip(ABLATIONS, ablated, strict=True)), filtered_from
 
 
 def judge(bundle: bd.Bundle, documents: Sequence[bd.Document], seed: int, progress: bool = False) -> Scores:
     """All blends, ablations and single experts on each document; what is costly on the first quarter of them."""
     posterior = Dispatched().posterior(bundle, [document.prompt for document in documents], seed)
-    particles, filtered_from = particles_of(posterior, documents, seed)
+    particles, filtered_from = particles_of(posterior, documents)
     corners = np.tile(np.eye(len(posterior.experts))[:, None], (len(documents), 1))
     fixed = {name: Particles.single(weights) for name, weights in zip(posterior.experts, corners, strict=True)}
     pairs = {

@@ -554,12 +554,23 @@ class Dispatcher:
         resample: bool,
         proposals: int | None,
     ) -> DispatchPosterior:
-        names = (*self.experts, "base")
-        if not resample:
-            return DispatchPosterior(self.state.answer(prompts, self.prior.mean).draw(draws, generators), names)
-        wanted = max(PROPOSALS, -(-3 * draws // 2)) if proposals is None else proposals
-        weighted = self._weigh(prompts, wanted, generators)
-        return DispatchPosterior(weighted.draw(draws, generators), names, weighted.k_hat, weighted.log_evidence)
+        state, pi = self.state, self.prior.mean
+        answer = state.answer(prompts, pi)
+        found: dict[str, Any] = {}
+        if resample:
+            wanted = max(PROPOSALS, -(-3 * draws // 2)) if proposals is None else whole("proposals", proposals, 25)
+            weighted = state.sampler(answer, prompts, pi, wanted, generators)
+            weights = weighted.draw(draws, generators)
+            found = {"k_hat": weighted.k_hat, "log_evidence": weighted.log_evidence}
+        else:
+            weights = answer.draw(draws, generators)
+        return DispatchPosterior(
+            weights,
+            (*self.experts, "base"),
+            prior=np.tile(state.model.label_shares(pi), (len(prompts), 1)),
+            log_ratios=state.sampler.prior_ratios(answer, weights.swapaxes(0, 1), pi).T,
+            **found,
+        )
 
     def _weigh(self, prompts: Prompts, proposals: int, generators: Sequence[np.random.Generator]) -> Weighted:
         proposals, pi = whole("proposals", proposals, 25), self.prior.mean

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +26,19 @@ __all__ = ["DispatchPosterior"]
 class DispatchPosterior(Frozen):
     """Independent posterior draws of the weights ``w`` of N prompts over K experts and base.
 
+    A dispatcher's is given the features of each prompt: what the prompt is made of. ``mean``, ``interval`` and all the
+    rest are of these draws. Which blend predicts a prompt's next token, given its tokens, is ``Generation.weights``.
+
     Args:
         weights: ``(draw, prompt, K+1)``, each row on the simplex, base last.
         experts: the K+1 names in order; the last is ``"base"``.
         k_hat: ``(prompt,)`` Pareto shape of the importance weights behind the draws, ``None`` where there were none.
             Above .7 the draws of the prompt are not to be trusted.
         log_evidence: ``(prompt,)`` log density of the prompt's evidence under the fitted program, nats, or ``None``.
+        prior: ``(prompt, K+1)`` mean of the weights before the prompt was read. ``None`` where the posterior owes
+            nothing to the prompt itself: then the prompt's tokens are new to it.
+        log_ratios: ``(draw, prompt)`` log density of each draw under the prior over that under the posterior that it
+            was drawn from, to a constant for each prompt; with ``prior``, and without.
         chains: that the draws are of, one after the other; independent draws are one.
 
     Raises:
@@ -48,6 +55,8 @@ class DispatchPosterior(Frozen):
     k_hat: np.ndarray | None = None
     log_evidence: np.ndarray | None = None
     chains: int = field(default=1, kw_only=True)
+    prior: np.ndarray | None = field(default=None, kw_only=True)
+    log_ratios: np.ndarray | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         weights, experts = as_numbers(self.weights, "weights"), several("experts", self.experts)
@@ -59,12 +68,14 @@ class DispatchPosterior(Frozen):
             raise TensorError("expected weights on the simplex, got rows that are negative or do not sum to 1")
         if len(weights) % whole("chains", self.chains, 1):
             raise TensorError(f"expected as many draws of each of {self.chains} chains, got {len(weights)} of all")
-        for name in ("k_hat", "log_evidence"):
+        for name, shape in self._shapes(weights).items():
             if (given := getattr(self, name)) is not None:
                 array = as_numbers(given, name)
-                if array.shape != (weights.shape[1],):
-                    raise TensorError(f"expected {name} of {weights.shape[1]} prompts, got shape {array.shape}")
+                if array.shape != shape:
+                    raise TensorError(f"expected {name} of shape {shape}, got shape {array.shape}")
                 object.__setattr__(self, name, array)
+        if (self.prior is None) != (self.log_ratios is None):
+            raise TensorError("expected prior and log_ratios together, got one without the other")
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "experts", tuple(experts))
         self.__setstate__(vars(self))
@@ -113,9 +124,39 @@ class DispatchPosterior(Frozen):
             TensorError: an index outside the prompts.
         """
         indices = as_rows(indices, len(self))
-        k_hat = None if self.k_hat is None else self.k_hat[indices]
-        log_evidence = None if self.log_evidence is None else self.log_evidence[indices]
-        return DispatchPosterior(self.weights[:, indices], self.experts, k_hat, log_evidence, chains=self.chains)
+        found = {
+            name: values[:, indices]
+            for name in ("weights", "log_ratios")
+            if (values := getattr(self, name)) is not None
+        }
+        found |= {
+            name: values[indices]
+            for name in ("k_hat", "log_evidence", "prior")
+            if (values := getattr(self, name)) is not None
+        }
+        return replace(self, **found)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[DispatchPosterior]) -> DispatchPosterior:
+        """All prompts of posteriors over the same experts, of as many draws; what some of them lack all of them do."""
+
+        def joined(name: str, axis: int = 0) -> np.ndarray | None:
+            given = [values for part in parts if (values := getattr(part, name)) is not None]
+            return np.concatenate(given, axis) if len(given) == len(parts) else None
+
+        names = ("k_hat", "log_evidence", "prior")
+        return replace(
+            parts[0],
+            weights=np.concatenate([part.weights for part in parts], axis=1),
+            log_ratios=joined("log_ratios", 1),
+            **{name: joined(name) for name in names},  # type: ignore[arg-type]  # fields of one type
+        )
+
+    @staticmethod
+    def _shapes(weights: np.ndarray) -> dict[str, tuple[int, ...]]:
+        draws, prompts, _ = weights.shape
+        of_prompts = {"k_hat": (prompts,), "log_evidence": (prompts,)}
+        return {**of_prompts, "prior": weights.shape[1:], "log_ratios": (draws, prompts)}
 
     def to_frame(self, prompts: Sequence[str] | None = None, probability: float = 0.9) -> pandas.DataFrame:
         """Every weight as a row, prompt by prompt and expert by expert.

@@ -34,9 +34,9 @@ def expected_divergence(
     """What going on with the current particles is expected to cost, if the candidates are right, in nats a token.
 
     The mean of ``KL(candidate ‖ current)`` of the next token's distribution after each of the last ``WINDOW`` tokens,
-    which both read afresh, and nothing before them. Both filters begin at their priors and count the user's tokens
-    among these; the weights that they have at the end hold for all places. So what differs is the posterior, and what
-    merging has left of the current particles, not how much either has read.
+    which both read afresh, and nothing before them. Both filters begin at what their posteriors say and count the
+    user's tokens among these; the weights that they have at the end hold for all places. So what differs is the
+    posterior, and what merging has left of the current particles, not how much either has read.
 
     Args:
         system, cut: the model and what goes with it, and how many of its blocks no expert adapts.
@@ -53,7 +53,8 @@ def expected_divergence(
     both = np.concatenate([rows[None], candidate.weights], axis=1)
     said, evaluated = _run(system, prefix, both, len(window))
     count = len(rows)
-    new = _filtered(FilterState.prior(candidate), said, slice(count, None), user)
+    begin_at = FilterState.prior(candidate).aimed(candidate.target).forgotten()
+    new = _filtered(begin_at, said, slice(count, None), user)
     if candidate.refined:
         refined, more = _run(system, prefix, new.mean()[:, None], len(window))
         p, evaluated = refined.after[0, 0].double(), evaluated + more

@@ -166,6 +166,8 @@ def one_hot_draws(
 ) -> DispatchPosterior:
     """Draws of single components, as many of each as its probability says (systematic sampling), in random order.
 
+    The probabilities are taken to be read off the prompts, under a prior to which all components are alike.
+
     Args:
         probabilities: (N, K + 1). components: their names. seeds: of each prompt's order. draws: S.
 
@@ -179,7 +181,13 @@ def one_hot_draws(
     edges = (shares / shares.sum(1, keepdims=True)).cumsum(1)[:, :-1]  # (N, K)
     chosen = (points[:, None, None] > edges).sum(-1)  # (S, N)
     orders = np.stack([np.random.default_rng(seed).permutation(draws) for seed in seeds], 1)
-    return DispatchPosterior(np.eye(len(components))[np.take_along_axis(chosen, orders, 0)], tuple(components))
+    drawn = np.take_along_axis(chosen, orders, 0)
+    return DispatchPosterior(
+        np.eye(len(components))[drawn],
+        tuple(components),
+        prior=np.full(shares.shape, 1 / len(components)),
+        log_ratios=-np.log(np.take_along_axis(shares, drawn.T, 1)).T,
+    )
 
 
 def _asked(

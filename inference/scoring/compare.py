@@ -136,11 +136,11 @@ def score_together(
                     if first is None
                     else [int((t.starts < b).sum()) for t, b in zip(group, first[part], strict=True)]
                 )
-                masses = _log_masses(readings, which, own, begin)
+                last = [text.tokens_before(each.prompt_bytes) for text, each in zip(group, whole, strict=True)]
+                masses = _log_masses(readings, which, own, last, begin)
                 if not each.refined:
                     shared[name] = which, masses
                     continue
-                last = [text.tokens_before(each.prompt_bytes) for text, each in zip(group, whole, strict=True)]
                 mean = list(_refined(masses, last, own))
                 alone = which[:, :1] * 0, torch.zeros_like(masses[:, :, :1])
                 runs.append((mean, read_documents(model, experts, group, mean), {name: alone}))
@@ -155,12 +155,17 @@ def score_together(
 
 
 def _log_masses(
-    readings: Sequence[Reading], place: np.ndarray, particles: Particles, filtered_from: Sequence[int] | None
+    readings: Sequence[Reading],
+    place: np.ndarray,
+    particles: Particles,
+    last: Sequence[int],
+    filtered_from: Sequence[int] | None,
 ) -> Float[Tensor, "N after S"]:
     """The log masses that each token is predicted with, and those after the last.
 
     Args:
-        place: (N, S), which row of its reading each particle is. filtered_from: (N,), the first token that moves them.
+        place: (N, S), which row of its reading each particle is. last: (N,), tokens of the prompt.
+        filtered_from: (N,), the first token that moves them.
     """
     lengths = torch.tensor([reading.own.shape[1] for reading in readings])
     longest, count = int(lengths.max()), place.shape[1]
@@ -171,8 +176,11 @@ def _log_masses(
         own[n, :, : lengths[n]] = reading.own[torch.from_numpy(place[n])]
     first = torch.zeros(len(own)) if filtered_from is None else torch.tensor(list(filtered_from))
     t, masses = torch.arange(longest), ParticleFilter(particles)
-    before = masses.log_weights[:, None]
-    return torch.cat([before, masses.update(own, (t >= first[:, None]) & (t < lengths[:, None]))], 1)
+    before, of_prompt = masses.log_weights[:, None], t < torch.tensor(list(last))[:, None]
+    counts = (t >= first[:, None]) & (t < lengths[:, None])
+    in_prompt = masses.update(own, counts & of_prompt)
+    masses.state = masses.state.aimed(particles.target)
+    return torch.cat([before, torch.where(of_prompt[..., None], in_prompt, masses.update(own, counts & ~of_prompt))], 1)
 
 
 def _alike(weights: Sequence[np.ndarray]) -> list[np.ndarray]:

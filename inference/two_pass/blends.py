@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float
+from scipy.special import logsumexp
 
 from bayes_dispatch.arguments import real, simplex, whole
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
@@ -45,8 +47,10 @@ class Particles:
 
     Attributes:
         weights: (prompt, particle, K + 1), each on the simplex.
-        mass: (prompt, particle), prior probabilities, summing to 1 over the particles. A document that changes its
-            domain draws the new one from them, too.
+        mass: (prompt, particle), prior probabilities, summing to 1 over the particles: before any token of the prompt
+            has been counted.
+        target: (prompt, particle), where a document that changes its domain after the prompt goes, in probabilities;
+            within the prompt it is ``mass``, and ``None`` stands for that everywhere.
         switching: possible values of the probability, at each token, that the document changes its domain; equally
             probable at first, and filtered along with the particles. 0 alone: it never changes.
         merge: once the prompt is read, particles are run as one as long as the mixture is expected to change by no
@@ -66,6 +70,7 @@ class Particles:
     merge: float = 0.0
     refined: bool = False
     layers: np.ndarray | None = None
+    target: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.refined and self.layers is not None:
@@ -83,8 +88,8 @@ class Particles:
 
     def select(self, prompts: slice | np.ndarray) -> "Particles":
         """The particles of some prompts."""
-        layers = None if self.layers is None else self.layers[prompts]
-        return replace(self, weights=self.weights[prompts], mass=self.mass[prompts], layers=layers)
+        names = ("weights", "mass", "layers", "target")
+        return replace(self, **{name: values[prompts] for name in names if (values := getattr(self, name)) is not None})
 
 
 @runtime_checkable
@@ -215,13 +220,18 @@ class PosteriorPredictive(NamedBySettings):
     """Many particles whose predictive distributions are mixed, filtered by every token (DESIGN §8).
 
     With more than K + 1 rows to spend, the vertices (each expert, base) take K + 1 of them, the posterior mean one, and
-    posterior draws the rest; with fewer, all are posterior draws. A vertex enters in proportion to its posterior mean
-    weight, the others enter equally.
+    posterior draws the rest; with fewer, all are posterior draws.
+
+    No token counts twice. Which particle a document is at is told by its tokens alone: before the first, a vertex has
+    its prior weight, and draws have the ratio of the prior to the posterior that they are from (importance sampling,
+    ratios truncated as in Ionides 2008), of which the mean gets the average. Where the document goes if it changes
+    after the prompt is told by the features of the prompt: to a vertex in proportion to its posterior mean weight, to
+    the others equally. A posterior that owes nothing to the prompt (``DispatchPosterior.prior``) tells both.
 
     Attributes:
         draws: particles in all.
         switching, merge: see ``Particles``.
-        flat: share of the mass that the vertices have in equal parts, whatever the posterior.
+        flat: share of the mass that the vertices have in equal parts, whatever prior and posterior.
         vertex_mass: of the rest, that of the vertices together.
 
     Raises:
@@ -248,17 +258,37 @@ class PosteriorPredictive(NamedBySettings):
         fixed = components + 1 if self.draws > components else 0  # vertices and mean
         if self.draws - fixed > available:
             raise ConfigError(f"expected a posterior of at least {self.draws - fixed} draws, got {available}")
-        drawn = posterior.weights[: self.draws - fixed].swapaxes(0, 1)  # (prompt, draw, K + 1)
+        count = self.draws - fixed
+        drawn = posterior.weights[:count].swapaxes(0, 1)  # (prompt, draw, K + 1)
+        equal = np.full((prompts, count), 1 / max(count, 1))
+        ratios = equal if posterior.log_ratios is None or not count else _truncated(posterior.log_ratios[:count].T)
         if not fixed:
-            mass = np.full((prompts, self.draws), 1 / self.draws)
-            return Particles(drawn, mass, self.switching, self.merge)
-        vertices = np.tile(np.eye(components), (prompts, 1, 1))
-        inside = np.full((prompts, self.draws - components), (1 - self.vertex_mass) / (self.draws - components))
-        mass = (1 - self.flat) * np.concatenate([self.vertex_mass * posterior.mean, inside], axis=1)
-        mass[:, :components] += self.flat / components
+            return Particles(drawn, ratios, self.switching, self.merge, target=equal)
+        mean = posterior.mean
         return Particles(
-            np.concatenate([vertices, posterior.mean[:, None], drawn], axis=1), mass, self.switching, self.merge
+            np.concatenate([np.tile(np.eye(components), (prompts, 1, 1)), mean[:, None], drawn], axis=1),
+            self._mass(mean if posterior.prior is None else posterior.prior, ratios),
+            self.switching,
+            self.merge,
+            target=self._mass(mean, equal),
         )
+
+    def _mass(
+        self, vertices: Float[np.ndarray, "prompt component"], drawn: Float[np.ndarray, "prompt draw"]
+    ) -> Float[np.ndarray, "prompt particle"]:
+        """Of vertices, mean and draws; the mean has that of an average draw."""
+        (prompts, components), others = vertices.shape, drawn.shape[1] + 1
+        inside = np.concatenate([np.ones((prompts, 1)), drawn * (others - 1)], axis=1) / others
+        mass = (1 - self.flat) * np.concatenate([self.vertex_mass * vertices, (1 - self.vertex_mass) * inside], axis=1)
+        mass[:, :components] += self.flat / components
+        return mass
+
+
+def _truncated(log_ratios: Float[np.ndarray, "prompt draw"]) -> Float[np.ndarray, "prompt draw"]:
+    """Importance weights that sum to 1, none above √S times the mean of all S before."""
+    ratios = np.exp(log_ratios - logsumexp(log_ratios, axis=1, keepdims=True))
+    ratios = np.minimum(ratios, ratios.shape[1] ** -0.5)
+    return ratios / ratios.sum(1, keepdims=True)
 
 
 @dataclass(frozen=True)

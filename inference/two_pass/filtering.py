@@ -1,8 +1,8 @@
 """Filtering the weights of particles by the tokens read (DESIGN §8).
 
 Particle s has weight ``v_s``; a token multiplies it by that particle's probability of the token, and then a fixed share
-goes back to the prior (Herbster and Warmuth 1998), so that a document may change its domain. Particles stay where they
-are, so their caches stay valid; only weights move.
+goes back to the prior (Herbster and Warmuth 1998), so that a document may change its domain. Once the prompt is read it
+goes to ``Particles.target`` instead. Particles stay where they are, so their caches stay valid; only weights move.
 """
 
 from collections.abc import Sequence
@@ -41,6 +41,10 @@ class FilterState(NamedTuple):
         rates = torch.tensor(particles.switching, dtype=torch.double)
         target = torch.tensor(particles.mass, dtype=torch.double).log()
         return cls(target[:, None], target, rates, np.array(particles.weights)).forgotten()
+
+    def aimed(self, target: Float[np.ndarray, "N S"] | None) -> "FilterState":
+        """With other probabilities of the particles after a switch; ``None`` for the same."""
+        return self if target is None else self._replace(target=torch.tensor(target, dtype=torch.double).log())
 
     def forgotten(self) -> "FilterState":
         """The same particles before any token."""

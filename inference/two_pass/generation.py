@@ -68,11 +68,13 @@ class Generation:
         prompts, texts: prompts as bytes, and their continuations.
         token_ids: (N, max_new_tokens). log_probabilities: (N, max_new_tokens), of each token under the predictive at
             temperature 1, in nats.
-        posterior: the dispatcher's posterior. blend: the blend's name.
-        weights: (N, K + 1), mean blend weights when the prompt had been read: filtered by its tokens where the blend
-            is.
+        posterior: the dispatcher's, given the features of each prompt: what the prompt is made of, with intervals.
+            blend: the blend's name.
+        weights: (N, K + 1), mean blend weights when the prompt had been read. Of a blend of many particles: the mean
+            of their posterior given the prompt's tokens, each counted once, and not its features; of the weights that
+            the next token comes from. Of another blend: those that it runs.
         predictive_entropy, mutual_information: (N, max_new_tokens) in nats, of the next token, and between it and the
-            particle: the epistemic part.
+            particle: the epistemic part, under the same posterior, given the tokens generated so far as well.
         lengths: (N,), tokens that were generated.
         paths: for each prompt (bytes + lengths, K + 1), the mean blend weights before each byte of the prompt and each
             generated one.

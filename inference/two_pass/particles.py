@@ -61,7 +61,7 @@ class Decoding:
         evidence: Bool[Tensor, "N T"] | None = None,
     ) -> None:
         self._reader = reader
-        self._filter = ParticleFilter(particles)
+        self._filter, self._target = ParticleFilter(particles), particles.target
         self._ids, self._lengths, self._evidence, self._continues = ids, lengths, evidence, continues
         self._alone = particles.mass.shape[1] == 1
         self._following: Float[Tensor, "N S V"]
@@ -86,7 +86,7 @@ class Decoding:
         self._mean = None
 
     def read_prompts(self, measured: bool = False) -> Float[np.ndarray, "N S S"] | None:
-        """Read the prompts, and filter the particles by each of their tokens.
+        """Read the prompts, and filter the particles by each of their tokens; then take aim at the particles' target.
 
         Returns:
             Where ``measured`` and there are particles to compare: for ``merge``, by how many nats a token their
@@ -103,6 +103,7 @@ class Decoding:
         if self._evidence is not None:
             counts &= self._evidence
         self.path[:] = self._filter.means(self._update(said.own.nan_to_num(nan=0.0), counts)).swapaxes(0, 1)
+        self._filter.state = self._filter.state.aimed(self._target)
         if not measured:
             return None
         tail = said.after.shape[2]

@@ -107,15 +107,7 @@ class SecondPass:
 
     def posterior(self, prompts: Sequence[int]) -> DispatchPosterior:
         """The posterior of some prompts that have been dispatched."""
-        parts = [self._draws[n] for n in prompts]
-
-        def joined(values: list[np.ndarray | None]) -> np.ndarray | None:
-            given = [each for each in values if each is not None]
-            return np.concatenate(given) if len(given) == len(values) else None
-
-        weights = np.concatenate([part.weights for part in parts], axis=1)
-        k_hat, evidence = [part.k_hat for part in parts], [part.log_evidence for part in parts]
-        return DispatchPosterior(weights, parts[0].experts, joined(k_hat), joined(evidence))
+        return DispatchPosterior.concatenate([self._draws[n] for n in prompts])
 
     def tokens(self) -> Iterator[Step]:
         """Each next token of some prompts, the indices (n,) of these, whether each has ended, and the text it adds."""

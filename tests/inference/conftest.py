@@ -26,8 +26,13 @@ def explicit_filter() -> Callable[..., SimpleNamespace]:
         weights: np.ndarray,
         mass: np.ndarray,
         switching: tuple[float, ...] = (0.0,),
+        target: np.ndarray | None = None,
+        prompt: int = 0,
     ) -> SimpleNamespace:
-        """For T bytes: log-probabilities (T + 1, V), entropy and information (T + 1,), filtered masses (T + 1, S)."""
+        """For T bytes: log-probabilities (T + 1, V), entropy and information (T + 1,), filtered masses (T + 1, S).
+
+        A switch leads to ``mass`` within as many bytes as ``prompt`` has, and then to ``target``, if there is one.
+        """
         ids = torch.tensor([[256, *data]])
         with torch.no_grad():
             each = np.stack(
@@ -53,7 +58,8 @@ def explicit_filter() -> Callable[..., SimpleNamespace]:
             if t < len(data):
                 joint = joint * each[:, t, data[t]]
                 joint /= joint.sum()
-                joint = (1 - rates) * joint + rates * joint.sum(1, keepdims=True) * mass
+                aim = mass if target is None or t < prompt else target
+                joint = (1 - rates) * joint + rates * joint.sum(1, keepdims=True) * aim
         p = np.stack(mixtures)
         return SimpleNamespace(
             log_p=np.log(p), entropy=-(p * np.log(p)).sum(1), information=np.array(information), masses=np.stack(masses)

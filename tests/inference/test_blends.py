@@ -41,19 +41,23 @@ EVERY: list[Blend] = [
 ]
 
 
-def posterior(seed: int, prompts: int = 3, draws: int = 20) -> DispatchPosterior:
-    """Dirichlet draws, sharp or flat, no two components alike."""
+def posterior(seed: int, prompts: int = 3, draws: int = 20, prior: bool = False) -> DispatchPosterior:
+    """Dirichlet draws, sharp or flat, no two components alike; with what was known before the prompt, or without."""
     rng = np.random.default_rng(seed)
     alphas = rng.uniform(0.1, 5, size=(prompts, len(NAMES)))
-    return DispatchPosterior(np.stack([rng.dirichlet(alpha, size=draws) for alpha in alphas], axis=1), NAMES)
+    weights = np.stack([rng.dirichlet(alpha, size=draws) for alpha in alphas], axis=1)
+    if not prior:
+        return DispatchPosterior(weights, NAMES)
+    before, ratios = rng.dirichlet(np.ones(len(NAMES)), prompts), rng.normal(0, 3, (draws, prompts))
+    return DispatchPosterior(weights, NAMES, prior=before, log_ratios=ratios)
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 2**31), prompts=st.integers(1, 4))
+@given(seed=st.integers(0, 2**31), prompts=st.integers(1, 4), prior=st.booleans())
 @pytest.mark.parametrize("blend", EVERY, ids=repr)
-def test_laws_of_every_blend(blend: Blend, seed: int, prompts: int) -> None:
+def test_laws_of_every_blend(blend: Blend, seed: int, prompts: int, prior: bool) -> None:
     assert isinstance(blend, Blend)
-    given_posterior = posterior(seed, prompts)
+    given_posterior = posterior(seed, prompts, prior=prior)
     particles = blend.particles(given_posterior)
     assert particles.weights.shape == (*particles.mass.shape, len(NAMES))
     assert len(particles.weights) == prompts
@@ -65,6 +69,10 @@ def test_laws_of_every_blend(blend: Blend, seed: int, prompts: int) -> None:
         alone = blend.particles(given_posterior.select([i]))
         np.testing.assert_allclose(alone.weights[0], particles.weights[i])
         np.testing.assert_allclose(alone.mass[0], particles.mass[i])
+        if particles.target is not None:
+            assert alone.target is not None
+            np.testing.assert_allclose(particles.target.sum(-1), 1)
+            np.testing.assert_allclose(alone.target[0], particles.target[i])
 
 
 @settings(max_examples=25, deadline=None)
@@ -119,6 +127,25 @@ class TestPosteriorPredictive:
             mean = given_posterior.weights[:, i].mean(0)
             np.testing.assert_allclose(particles.mass[i, :4], 0.8 * 0.4 * mean + 0.2 / 4)
             np.testing.assert_allclose(particles.mass[i, 4:], 0.8 * 0.6 / 5)
+
+    def test_the_prompt_is_not_counted_before_its_tokens_are(self) -> None:
+        """Masses are those of the prior: of vertices its mean, of draws their ratios; features tell the target."""
+        known = posterior(0, prior=True)
+        assert known.prior is not None
+        assert known.log_ratios is not None
+        particles = PosteriorPredictive(9, vertex_mass=0.4, flat=0.2).particles(known)
+        unread = PosteriorPredictive(9, vertex_mass=0.4, flat=0.2).particles(posterior(0))
+        np.testing.assert_array_equal(particles.weights, unread.weights)
+        np.testing.assert_allclose(particles.target, unread.mass)
+        np.testing.assert_allclose(unread.target, unread.mass)
+        np.testing.assert_allclose(particles.mass[:, :4], 0.8 * 0.4 * known.prior + 0.2 / 4)
+        np.testing.assert_allclose(particles.mass[:, 4], 0.8 * 0.6 / 5)
+        for i in range(3):
+            ratios = np.exp(known.log_ratios[:4, i])
+            ratios = np.minimum(ratios, 2 * ratios.mean())  # none above √4 times their mean
+            np.testing.assert_allclose(particles.mass[i, 5:], 0.8 * 0.6 * 4 / 5 * ratios / ratios.sum())
+        few = PosteriorPredictive(1).particles(known)
+        np.testing.assert_allclose(few.mass, 1)
 
     def test_draws_of_single_experts_have_nothing_of_the_flat_part(self) -> None:
         """Where draws are one-hot, each vertex has a fourth of the flat part, once."""

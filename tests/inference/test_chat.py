@@ -186,18 +186,19 @@ class SlowChat:
         """New particles, filtered by the user's bytes."""
         self.prior(given)
         self.count(self.weights, np.flatnonzero(~np.array(self.own)))
+        self.target = given.mass[0] if given.target is None else given.target[0]
         if given.refined:
             self.weights = (self.joint.sum(0) @ self.weights)[None]
             self.target, self.rates, self.joint = np.ones(1), np.zeros((1, 1)), np.ones((1, 1))
 
     def divergence(self, given: Any) -> float:
-        """Of the candidates from what runs, on the last 64 tokens, both from their priors."""
+        """Of the candidates from what runs, on the last 64 tokens, both from what their posteriors say."""
         window = SlowChat(self.system, self.blend, ids=self.ids[-64:], own=self.own[-64:])
         window.weights, window.target, window.rates = self.weights, self.target, self.rates
         window.joint = np.tile(self.target, (len(self.rates), 1)) / len(self.rates)
         window.count(self.weights, np.flatnonzero(~np.array(window.own)))
         q = np.einsum("s,stv->tv", window.joint.sum(0), self.after(self.weights, window.ids))
-        window.begin(given)
+        window.begin(given if given.target is None else replace(given, mass=given.target))
         p = np.einsum("s,stv->tv", window.joint.sum(0), self.after(window.weights, window.ids))
         return float((p * np.log(p / q)).sum(1)[-len(window.ids) :].mean())
 

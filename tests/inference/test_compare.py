@@ -85,7 +85,14 @@ def test_many_particles_are_filtered_by_every_byte(
     particles = blend.particles(posterior)
     for n, (document, score) in enumerate(zip(DOCUMENTS, scores, strict=True)):
         exact = explicit_filter(
-            bundle64.model, bundle64.experts, document.data, particles.weights[n], particles.mass[n], (0.05, 0.001)
+            bundle64.model,
+            bundle64.experts,
+            document.data,
+            particles.weights[n],
+            particles.mass[n],
+            (0.05, 0.001),
+            particles.target[n],
+            document.prompt_bytes,
         )
         places = scored(document)
         expected = -np.mean([exact.log_p[i, document.data[i]] for i in places])
@@ -236,10 +243,17 @@ def test_masses_move_from_the_byte_that_is_said(
             if t >= document.prompt_bytes:
                 joint = joint * own[:, t] / np.exp(log_p[-1])
                 rates = np.array([[0.05], [0.001]])
-                joint = (1 - rates) * joint + rates * joint.sum(1, keepdims=True) * mass
+                joint = (1 - rates) * joint + rates * joint.sum(1, keepdims=True) * particles.target[n]
         np.testing.assert_allclose(found["late"][n].nll, -np.array(log_p)[places].mean(), atol=1e-9)
         exact = explicit_filter(
-            bundle64.model, bundle64.experts, document.data, particles.weights[n], particles.mass[n], (0.05, 0.001)
+            bundle64.model,
+            bundle64.experts,
+            document.data,
+            particles.weights[n],
+            particles.mass[n],
+            (0.05, 0.001),
+            particles.target[n],
+            document.prompt_bytes,
         )
         np.testing.assert_allclose(
             found["always"][n].nll, -np.mean([exact.log_p[i, document.data[i]] for i in places]), atol=1e-9

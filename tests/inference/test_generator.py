@@ -163,6 +163,8 @@ def test_every_number_is_that_of_the_filter_written_out(
             particles.weights[i],
             particles.mass[i],
             particles.switching,
+            None if particles.target is None else particles.target[i],
+            len(prompt),
         )
         after = slice(len(prompt), len(prompt) + 5)
         log_p = exact.log_p[after]

@@ -141,21 +141,47 @@ class ImportanceSampler:
         families).
         """
         weights = mixtures.draw(proposals, generators).swapaxes(0, 1)
-        small = weights < RESOLUTION
-        logs = np.log(np.maximum(weights, RESOLUTION))
-        with np.errstate(divide="ignore"):
-            mixture = np.log(mixtures.shares)[:, None] + _log_dirichlet(mixtures.concentration, logs, small)
-        low, high = map(math.log, self.kappa)
-        kappas = np.exp(low + (high - low) * (np.arange(GRID) + 0.5) / GRID)
-        labels = self.model.label_shares(shares)
-        prior = _log_prior(self.model, kappas, labels, weights, logs, small)  # (N, P, J)
-        ratios = logsumexp(prior, axis=-1) - math.log(GRID) - logsumexp(mixture, axis=-1)
+        ratios, prior = self._ratios(mixtures, weights, shares)
         if self.model.tree is None:
-            weights = _redraw_small(weights, small, prior, kappas[:, None] * labels, generators)
+            concentration = self._kappas[:, None] * self.model.label_shares(shares)
+            weights = _redraw_small(weights, weights < RESOLUTION, prior, concentration, generators)
         # The proposals of a prompt go through the draws of the globals in turn, from one that its generator chooses.
         first = np.array([random.integers(len(self.sites)) for random in generators])
         ratios += self._log_likelihood(prompts, weights, (first[:, None] + np.arange(proposals)) % len(self.sites))
         return weights, ratios
+
+    def prior_ratios(
+        self,
+        mixtures: DirichletMixtures,
+        weights: Float[np.ndarray, "prompt draw weight"],
+        shares: Float[np.ndarray, " weight"],
+    ) -> Float[np.ndarray, "prompt draw"]:
+        """``(N, S)`` log density of weights under the prior over that under the guide's answer.
+
+        With these, draws of the guide's stand for the prior: what the evidence has said of them is taken back.
+
+        Args:
+            mixtures: the guide's answer for N prompts.
+            weights: ``(N, S, K+1)``.
+            shares: ``(K+1,)`` ``pi`` of the prior.
+        """
+        return self._ratios(mixtures, weights, shares)[0]
+
+    @property
+    def _kappas(self) -> Float[np.ndarray, " precision"]:
+        low, high = map(math.log, self.kappa)
+        return np.exp(low + (high - low) * (np.arange(GRID) + 0.5) / GRID)
+
+    def _ratios(
+        self, mixtures: DirichletMixtures, weights: np.ndarray, shares: np.ndarray
+    ) -> tuple[Float[np.ndarray, "prompt draw"], Float[np.ndarray, "prompt draw precision"]]:
+        """The ratios, and the log densities of the prior at each precision."""
+        small = weights < RESOLUTION
+        logs = np.log(np.maximum(weights, RESOLUTION))
+        with np.errstate(divide="ignore"):
+            mixture = np.log(mixtures.shares)[:, None] + _log_dirichlet(mixtures.concentration, logs, small)
+        prior = _log_prior(self.model, self._kappas, self.model.label_shares(shares), weights, logs, small)
+        return logsumexp(prior, axis=-1) - math.log(GRID) - logsumexp(mixture, axis=-1), prior
 
     def _log_likelihood(self, prompts: Prompts, weights: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """``(N, P)`` log density of the evidence given weights ``(N, P, K+1)``, each under its chosen globals."""

@@ -69,6 +69,18 @@ def guess(count: int, width: int, seed: int) -> DirichletMixtures:
     return DirichletMixtures(rng.dirichlet(np.ones(2), count), 0.02 + np.exp(rng.normal(0, 1, (count, 2, width))))
 
 
+def test_draws_of_the_guide_stand_for_the_prior_by_their_ratios() -> None:
+    """Their mean under these is the prior's. Five standard errors: one false alarm in a million for each weight."""
+    answer = DirichletMixtures(np.array([[0.5, 0.5]]), np.array([[[2.0, 1.0, 0.5, 0.5], [0.3, 0.3, 0.6, 0.4]]]))
+    draws, shares = answer.draw(40_000, prompt_generators(0, 1)).swapaxes(0, 1), np.array([0.4, 0.3, 0.2, 0.1])
+    sampler = ImportanceSampler(FULL, [draw_sites(FULL, 0)], 1.0, (0.5, 3.0))
+    ratios = np.exp(sampler.prior_ratios(answer, draws, shares))[0]
+    prior = FULL.label_shares(shares)
+    for values, expected in ((ratios, 1.0), *zip((ratios[:, None] * (draws[0] - prior)).T, np.zeros(4), strict=True)):
+        assert abs(values.mean() - expected) < 5 * values.std() / 200
+    assert abs(draws[0].mean(0) - prior).max() > 0.05
+
+
 @pytest.mark.parametrize("model", [FULL, TREE], ids=["every view", "families"])
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31), temper=st.sampled_from([0.3, 1.0, 4.0]))

@@ -111,8 +111,9 @@ def test_bad_draws(weights: np.ndarray) -> None:
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"k_hat": np.zeros(3)}, TensorError, r"expected k_hat of 2 prompts, got shape \(3,\)"),
-        ({"log_evidence": np.zeros((2, 1))}, TensorError, r"expected log_evidence of 2 prompts, got shape \(2, 1\)"),
+        ({"k_hat": np.zeros(3)}, TensorError, r"expected k_hat of shape \(2,\), got shape \(3,\)"),
+        ({"log_evidence": np.zeros((2, 1))}, TensorError, r"expected log_evidence of shape \(2,\), got shape \(2, 1\)"),
+        ({"prior": np.zeros((2, 3))}, TensorError, "expected prior and log_ratios together, got one without the other"),
         ({"k_hat": ["a", "b"]}, TensorError, "expected numbers as k_hat, got list"),
         ({"chains": 3}, TensorError, "expected as many draws of each of 3 chains, got 2 of all"),
         ({"chains": 0}, ConfigError, "expected chains to be a whole number ≥ 1, got 0"),
