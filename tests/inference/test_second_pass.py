@@ -85,9 +85,8 @@ def test_texts_end_with_stop(cut64: "Bundle", use_cache: bool) -> None:
     generator = TwoPassGenerator(cut64)
     given: dict[str, Any] = {"blend": UNMERGED, "max_new_tokens": 8, "do_sample": True, "temperature": 3.0, "seed": 2}
     free = generator.generate(PROMPTS, **given)
-    row = free.token_ids[2]
-    at = next(t for t in range(6) if row[t : t + 2].max() < 128)
-    stop = bytes(row[at : at + 2].tolist())
+    own, at = next((n, t) for t in range(6) for n in range(4) if free.token_ids[n, t : t + 2].max() < 128)
+    stop = bytes(free.token_ids[own, at : at + 2].tolist())
     found = generator.generate(PROMPTS, **given, stop=["never", stop], use_cache=use_cache)  # any of several
     for n in range(4):
         data = bytes(free.token_ids[n].tolist())
@@ -98,7 +97,7 @@ def test_texts_end_with_stop(cut64: "Bundle", use_cache: bool) -> None:
         np.testing.assert_allclose(found.log_probabilities[n, :length], free.log_probabilities[n, :length], atol=1e-8)
         assert np.isnan(found.log_probabilities[n, length:]).all()
         assert found.paths[n].shape == (len(PROMPTS[n]) + length, 4)
-    assert found.lengths[2] == at + 2 < 8
+    assert found.lengths[own] == at + 2 < 8
     assert found.cost.decode < free.cost.decode or not use_cache
 
 
