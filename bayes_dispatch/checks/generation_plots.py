@@ -72,28 +72,38 @@ def plot_uncertain_bytes(
 
 
 def plot_weight_path(
-    path: Float[np.ndarray, "byte expert"], experts: Sequence[str], marks: Sequence[tuple[int, str]] = ()
+    path: Float[np.ndarray, "token expert"],
+    experts: Sequence[str],
+    marks: Sequence[tuple[int, str]] = (),
+    texts: Sequence[str] = (),
 ) -> Figure:
-    """The blend weights before each byte of a text, stacked: experts in colour, base grey.
+    """The blend weights before each token of a text, stacked: experts in colour, base grey.
 
     Args:
         path: (T, K + 1), as in ``Generation.paths``. experts: K + 1 names, base last.
         marks: places and what begins there, such as the end of the prompt.
+        texts: T, of the tokens, written below them; none by default.
 
     Raises:
-        TensorError: another number of names than weights.
+        TensorError: another number of names than weights, or of texts than tokens.
     """
     path = np.asarray(path, dtype=float)
     if path.ndim != 2 or path.shape[1] != len(experts):
-        raise TensorError(f"expected a path (byte, {len(experts)}), got shape {path.shape}")
+        raise TensorError(f"expected a path (token, {len(experts)}), got shape {path.shape}")
+    if texts and len(texts) != len(path):
+        raise TensorError(f"expected {len(path)} texts, one for each token, got {len(texts)}")
     colours = expert_colours(experts)
-    figure = plain_figure(7.0, 2.2)
+    figure = plain_figure(max(7.0, len(texts) * WIDTH + 1.5), 2.8 if texts else 2.2)
     axis = figure.subplots()
     axis.stackplot(np.arange(len(path)), path.T, colors=[colours[name] for name in experts], labels=experts, lw=0)
     for place, text in marks:
         axis.axvline(place, color="0.2", lw=1)
         axis.text(place, 1.02, f" {text}", fontsize=8, color="0.2")
-    axis.set(xlim=(0, max(1, len(path) - 1)), ylim=(0, 1), xlabel="bytes read", ylabel="weight")
+    axis.set(xlim=(0, max(1, len(path) - 1)), ylim=(0, 1), ylabel="weight")
     plain_axis(axis)
+    if texts:
+        axis.set_xticks(range(len(texts)), texts, rotation=90, fontsize=6, family="monospace")
+    else:
+        axis.set_xlabel("tokens read")
     axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
     return figure

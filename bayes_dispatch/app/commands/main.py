@@ -120,7 +120,7 @@ def demo(
     ),
     seed: SeedOption = 0,
 ) -> None:
-    """First pass, dispatch and generation under every blend, for sixteen fixed prompts."""
+    """First pass, dispatch and generation under every blend, for a few fixed prompts: tables, texts and pictures."""
     check_output(out)
     from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.app.demo import run_demo

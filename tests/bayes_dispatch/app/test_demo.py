@@ -14,7 +14,9 @@ from rich.console import Console
 
 from bayes_dispatch.app import demo
 from bayes_dispatch.app.bundle import Bundle
-from bayes_dispatch.app.demo import FILES, PROMPTS, TITLE, run_demo
+from bayes_dispatch.app.demo import FILES, TITLE, run_demo
+from bayes_dispatch.app.demo_prompts import CONVENTION_PROMPTS as PROMPTS
+from bayes_dispatch.app.demo_prompts import LANGUAGE_PROMPTS, DemoPrompt, prompts_for
 from bayes_dispatch.errors import BundleError
 from bayes_dispatch.experts.domains import held_out
 
@@ -49,6 +51,12 @@ def first(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return out, run(bundle, out)
 
 
+def test_experts_of_languages_are_asked_in_languages() -> None:
+    assert prompts_for(("de", "fr", "nb", "ru", "base")) is LANGUAGE_PROMPTS
+    assert prompts_for(("reverse", "de", "base")) is PROMPTS
+    assert len({prompt.name for prompt in LANGUAGE_PROMPTS}) == len(LANGUAGE_PROMPTS)
+
+
 def test_prompts_are_of_all_kinds() -> None:
     assert len(PROMPTS) >= 10
     assert len({prompt.name for prompt in PROMPTS}) == len(PROMPTS)
@@ -59,7 +67,7 @@ def test_prompts_are_of_all_kinds() -> None:
 
 
 @pytest.mark.parametrize("prompt", [prompt for prompt in PROMPTS if prompt.answer and prompt.answer.endswith("\n")])
-def test_answers_follow_the_conventions(prompt: demo.DemoPrompt) -> None:
+def test_answers_follow_the_conventions(prompt: DemoPrompt) -> None:
     """Every solved item and the answer, by rules written here; no other rule gives the answer too."""
     names = prompt.name.removeprefix("short: ").split(" & ")
     assert prompt.answer is not None
