@@ -137,7 +137,7 @@ def _plot_changing(system: System, prompts: Sequence[DemoPrompt], generation: Ge
     data = prompts[which].text.encode()
     spans = system.tokenizer.tokenize(data).spans[1:]
     texts = [visible(data[start:stop].decode(errors="replace")) for start, stop in spans]
-    return plot_weight_path(generation.paths[which], generation.posterior.experts, texts=texts)
+    return plot_weight_path(generation.paths[which][: len(texts)], generation.posterior.experts, texts=texts)
 
 
 def _weight(mean: float, low: float, high: float) -> str:

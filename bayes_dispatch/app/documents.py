@@ -5,18 +5,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from bayes_dispatch.app.build import BuildSettings, build_bundle, claim
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.experts.bank import ExpertBank
-from bayes_dispatch.experts.domains import Domain
+from bayes_dispatch.experts.domains import BASE_TEXTS, Domain
 from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.experts.training import ExpertSettings, train_expert
-from bayes_dispatch.experts.vectors import ExpertVector
+from bayes_dispatch.experts.vectors import BASE, ExpertVector
 from bayes_dispatch.model.backbone import Backbone
 
 __all__ = ["DocumentsPlan", "train_documents"]
+
+BASE_DOCUMENTS = 100  # of each domain of base
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class DocumentsPlan:
         """The recipe of the bundle ``smollm2``: the upper half of the blocks, two thousand bytes a step."""
         sizes: dict[str, Any] = {"steps": 40, "batch_size": 4, "length": 640, "adapt_from": 15, "kind": kind}
         rate = 5e-2 if kind == "svf" else 4e-3
-        return cls(ExpertSettings(**sizes, learning_rate=rate, seed=seed), BuildSettings(seed=seed))
+        build = BuildSettings(seed=seed, pure_prompts=150, mixed_prompts=300)
+        return cls(ExpertSettings(**sizes, learning_rate=rate, seed=seed), build)
 
 
 def train_documents(
@@ -43,6 +47,7 @@ def train_documents(
     domains: Sequence[Domain],
     plan: DocumentsPlan,
     out: Path,
+    base: Sequence[Domain] = BASE_TEXTS,
     progress: bool = True,
     announce: Callable[[str], object] = lambda text: None,
 ) -> Bundle:
@@ -52,6 +57,7 @@ def train_documents(
 
     Args:
         model: the base model. domains: of different names. plan: the recipes. out: directory of the bundle.
+        base: of texts that no expert should touch.
         progress: show progress bars. announce: called with a line of text as each stage begins.
 
     Raises:
@@ -66,7 +72,10 @@ def train_documents(
             announce(f"expert {domain.name}")
             ExpertBank([_small(train_expert(model, domain, plan.experts, progress))]).save(directory)
         experts.append(ExpertBank.load(directory)[domain.name])
-    examples = {domain.name: domain for domain in domains}
+    rng, length = np.random.default_rng([plan.build.seed, 4]), plan.build.prompt_lengths[1]
+    texts = [domain.document(rng, 0, length, "train").text for domain in base for _ in range(BASE_DOCUMENTS)]
+    examples: dict[str, Domain | list[str]] = {domain.name: domain for domain in domains}
+    examples |= {BASE: texts} if texts else {}
     bank = ExpertBank(experts)
     return build_bundle(model, bank, examples, settings=plan.build, out=out, progress=progress, announce=announce)
 

@@ -47,7 +47,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     experts = ExpertSettings(steps=3, batch_size=2, length=40, adapt_from=2, rank=2)
     plan, out = DocumentsPlan(experts, BUILD), tmp_path / "bundle"
     told: list[str] = []
-    whole = train_documents(model, DOMAINS, plan, out, False, told.append)
+    whole = train_documents(model, DOMAINS, plan, out, [], False, told.append)
     assert told[:2] == ["expert low", "expert high"]
     assert load_bundle(out).experts.digest() == whole.experts.digest()
     work = tmp_path / "bundle.work"
@@ -57,14 +57,14 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     shutil.rmtree(out)
     shutil.rmtree(work / "experts" / "high")  # as if it had been stopped there
     told.clear()
-    again = train_documents(model, DOMAINS, plan, out, False, told.append)
+    again = train_documents(model, DOMAINS, plan, out, [], False, told.append)
     assert "expert high" in told
     assert "expert low" not in told
     assert again.report["gains"] == whole.report["gains"]
     first, second = (each.experts["high"].adaptation().scales for each in (whole, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
     with pytest.raises(ConfigError, match="got those of others"):
-        train_documents(model, DOMAINS, replace(plan, experts=replace(experts, steps=4)), out, False)
+        train_documents(model, DOMAINS, replace(plan, experts=replace(experts, steps=4)), out, [])
 
 
 @pytest.mark.usefixtures("unchecked")
