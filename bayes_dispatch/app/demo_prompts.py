@@ -101,24 +101,24 @@ BRAZILIAN = (("File", "Arquivo"), ("Username", "Usuário"), ("Sign up", "Cadastr
 RUSSIAN = (("Save", "Сохранить"), ("Delete", "Удалить"), ("Home", "Главная"))
 FINNISH = (("Save", "Tallenna"), ("Delete", "Poista"), ("Search", "Haku"))
 READING = "To read a file, write\n\n    with open(path) as file:\n        text = file."
-PAGE = "EN: Page\nTR:"
+ASKED = "EN: Date\nTR:"
 
 LANGUAGE_PROMPTS: tuple[DemoPrompt, ...] = (
-    DemoPrompt("German", "pure", _entries(*GERMAN) + PAGE, " Seite\n"),
-    DemoPrompt("Russian", "pure", _entries(*RUSSIAN) + PAGE, " Страница\n"),
-    DemoPrompt("Brazilian", "near pair", _entries(*BRAZILIAN) + PAGE, " Página\n"),
+    DemoPrompt("German", "pure", _entries(*GERMAN) + ASKED, " Datum\n"),
+    DemoPrompt("Russian", "pure", _entries(*RUSSIAN) + ASKED, " Дата\n"),
+    DemoPrompt("Brazilian", "near pair", _entries(*BRAZILIAN) + ASKED, " Data\n"),
     DemoPrompt(
         "German & French",
         "in turn",
-        _entries(*(pair for both in zip(GERMAN, FRENCH_PAIRS, strict=False) for pair in both)) + PAGE,
-        " Seite\n",
+        _entries(*(pair for both in zip(GERMAN, FRENCH_PAIRS, strict=False) for pair in both)) + ASKED,
+        " Datum\n",
     ),
-    DemoPrompt("German, then Norwegian", "switch", _entries(*GERMAN, *NORWEGIAN) + PAGE, " Side\n"),
-    DemoPrompt("one entry", "short", "EN: Yes\nTR: Ja\n" + PAGE),
+    DemoPrompt("German, then Norwegian", "switch", _entries(*GERMAN, *NORWEGIAN) + ASKED, " Dato\n"),
+    DemoPrompt("one entry", "short", "EN: Yes\nTR: Ja\n" + ASKED),
     DemoPrompt(
         "code in prose", "base", "To read a file, write\n\n    with open(path) as file:\n        text = file.", "read()"
     ),
-    DemoPrompt("Finnish", "foreign", _entries(*FINNISH) + PAGE),
+    DemoPrompt("Finnish", "foreign", _entries(*FINNISH) + ASKED),
 )
 
 

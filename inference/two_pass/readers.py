@@ -134,7 +134,7 @@ class CachedReader:
     def read_prompts(self, own: bool, tail: int = 1) -> Said:
         prefix, owner, new = self._prefix, self._owner, slice(self._read, self._prefix.ids.shape[1])
         self._read = new.stop
-        x = None if prefix.x is None else prefix.x[owner, new]
+        x = None if prefix.x is None else _of_rows(prefix.x[:, new], owner)
         tokens = None if new.start else prefix.tokens[owner]
         return self._spread(self._above.read(prefix.ids[owner, new], tokens, x, own=own, tail=tail))
 
@@ -225,6 +225,11 @@ class UncachedReader:
         filled = [[*chosen, *[chosen[0]] * (width - len(chosen))] for chosen in particles]
         self._seen = [self._seen[prompt] for prompt in prompts]
         self._weights = self._weights[torch.tensor(list(prompts))[:, None], torch.tensor(filled)]
+
+
+def _of_rows(x: Float[Tensor, "U T D"], owner: Int[Tensor, " R"]) -> Float[Tensor, "R T D"]:
+    """The row of each owner: a view where there is but one, since of a long prompt that is much memory."""
+    return x.expand(len(owner), -1, -1) if len(x) == 1 else x[owner]
 
 
 def _said(read: Read) -> Said:

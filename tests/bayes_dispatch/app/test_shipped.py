@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import bayes_dispatch as bd
-from bayes_dispatch.app.demo import PROMPTS, SHOWN_BLENDS
+from bayes_dispatch.app.demo import SHOWN_BLENDS
+from bayes_dispatch.app.demo_prompts import CONVENTION_PROMPTS as PROMPTS
 from bayes_dispatch.inference.two_pass.blends import Blend
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]

