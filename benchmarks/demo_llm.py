@@ -2,9 +2,9 @@
 
     python benchmarks/demo_llm.py --out demo-llm-output     # some ten minutes on two cores; no network
 
-First the bundle ``smollm2`` that ships is asked for translations into eight languages. Then the same model gets two LoRA
-adapters, of Python code and of licences, whose texts are on every machine that this runs on; a bundle of them, texts,
-and a comparison of blends. Each step tells its seconds and its memory.
+First the bundle ``smollm2`` that ships is asked for translations into eight languages. Then the same model gets two
+LoRA adapters, of Python code and of licences, whose texts are on every machine that this runs on; a bundle of them,
+texts, and a comparison of blends. Each step tells its seconds and its memory.
 """
 
 import json
