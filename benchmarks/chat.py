@@ -75,7 +75,14 @@ def endless(generator: TwoPassGenerator, turns: int) -> Table:
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
                 sizes = [f"{len(chat.transcript)}", f"{chat.nbytes / 2**20:.1f}", f"{peak:.0f}"]
                 rows.append([f"{max_context}", f"{n}", f"{seconds:.2f}", *sizes])
-    columns = ["max_context", "turns", "seconds a turn", "bytes of transcript", "MiB of caches", "MiB of process, peak"]
+    columns = [
+        "max_context",
+        "turns",
+        "seconds a turn",
+        "tokens of transcript",
+        "MiB of caches",
+        "MiB of process, peak",
+    ]
     return Table("Endless conversations", columns, rows, "Seconds a turn since the row before.")
 
 

@@ -119,7 +119,7 @@ def _answer_table(prompts: Sequence[DemoPrompt], generations: Sequence[Generatio
     columns = ["prompt", "right answer", *(generation.blend for generation in generations), "MI"]
     note = (
         "First line of each continuation; none is marked where a prompt has no single right one. MI: mutual "
-        f"information between expert weights and the first new byte under {generations[-1].blend}, in nats."
+        f"information between expert weights and the first new token under {generations[-1].blend}, in nats."
     )
     return Table("Generation under each blend", columns, rows, note)
 

@@ -40,7 +40,9 @@ def generate(
     blend: BlendOption = "posterior_predictive",
     top_k: TopKOption = None,
     draws: DrawsOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most bytes to write after each prompt.")] = 32,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens to write after each prompt; of our own model they are bytes.")
+    ] = 32,
     stop: Annotated[
         str | None, typer.Option(help="End a text once it has written this; --escapes holds for it, too.")
     ] = None,
@@ -172,7 +174,7 @@ def _print_generation(generation: "Generation", show_experts: bool) -> None:
             )
             nll, entropy, information = (np.nanmean(value) for value in values)
             note = (
-                f"Blend weight: under {generation.blend}, once the prompt was read. New bytes, in nats: NLL {nll:.3f}, "
+                f"Blend weight: under {generation.blend}, once the prompt was read. New tokens, in nats: NLL {nll:.3f}, "
                 f"entropy {entropy:.3f}, mutual information {information:.4f}."
             )
             console.print(

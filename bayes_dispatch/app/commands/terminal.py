@@ -53,7 +53,7 @@ DrawsOption = Annotated[
     typer.Option(min=1, help="With posterior_predictive or refined_mean: how many draws of the weights; default: 16."),
 ]
 SampleOption = Annotated[
-    bool, typer.Option("--sample", help="Draw each byte at random; without it the most probable one is taken.")
+    bool, typer.Option("--sample", help="Draw each token at random; without it the most probable one is taken.")
 ]
 TemperatureOption = Annotated[
     float | None, typer.Option(help="With --sample: below 1 fewer surprises, above 1 more; default: 1.")
