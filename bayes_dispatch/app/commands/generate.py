@@ -174,8 +174,8 @@ def _print_generation(generation: "Generation", show_experts: bool) -> None:
             )
             nll, entropy, information = (np.nanmean(value) for value in values)
             note = (
-                f"Blend weight: under {generation.blend}, once the prompt was read. New tokens, in nats: NLL {nll:.3f}, "
-                f"entropy {entropy:.3f}, mutual information {information:.4f}."
+                f"Blend weight: under {generation.blend}, once the prompt was read. New tokens, in nats: NLL "
+                f"{nll:.3f}, entropy {entropy:.3f}, mutual information {information:.4f}."
             )
             console.print(
                 weights_table(generation.posterior.select([n]), generation.weights[n].tolist(), note).to_rich()
