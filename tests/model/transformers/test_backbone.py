@@ -215,11 +215,18 @@ class Bytes(nn.Module):
         return x @ (self.weight * self.scale).to(x.dtype).T
 
 
-def quantised(model: PreTrainedModel) -> PreTrainedModel:
+class Uneven(Bytes):
+    """Rounds more where it is given many tokens, as those of bitsandbytes do on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.bfloat16).to(x.dtype) if x.shape[-2] > 8 else x)
+
+
+def quantised(model: PreTrainedModel, layer: type[Bytes] = Bytes) -> PreTrainedModel:
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "layers" in name:
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, Bytes(module))
+            setattr(model.get_submodule(parent), last, layer(module))
     return model
 
 
@@ -240,6 +247,15 @@ def test_a_quantised_model_takes_low_rank_deltas_and_no_singular_values() -> Non
     other = TransformersBackbone(quantised(tiny_model()), tiny_tokenizer())
     with pytest.raises(ConfigError, match=r"^expected a matrix of numbers for singular values, got a Bytes"):
         other.open(1, 10, Adaptation({name: torch.ones(32)}))
+
+
+def test_only_a_quantised_model_may_round_by_the_number_of_tokens() -> None:
+    model = quantised(tiny_model(), Uneven)
+    with pytest.raises(ConfigError, match=r"^expected a model that says the same of a token whatever follows it"):
+        TransformersBackbone(model, tiny_tokenizer())
+    model.is_quantized = True  # as transformers marks what it has quantised
+    backbone = TransformersBackbone(model, tiny_tokenizer())
+    assert (backbone.continues, backbone.cuts) == (True, True)
 
 
 def test_a_cast_model_keeps_its_fingerprint_until_a_weight_changes() -> None:
