@@ -139,7 +139,7 @@ def fixed(data: Data, bundle: bd.Bundle, prompts: int, draws: int, seed: int, qu
     found = {
         "NUTS again": floor,
         "guide alone": DispatchPosterior(answer.draw(count, prompt_generators(seed, len(evidence))), names),
-        "resampled": DispatchPosterior(weighted.draw(count, prompt_generators(seed + 1, len(evidence))), names),
+        "resampled": DispatchPosterior(weighted.draw(count, prompt_generators(seed + 1, len(evidence)))[0], names),
     }
     note = f"{prompts} prompts; NUTS: r-hat at most {np.nanmax(nuts.r_hat):.3f}, {nuts.divergences.sum()} divergences."
     return _table(f"Distance to NUTS, globals fixed, {data} evidence, seed {seed}", found, nuts, note)
@@ -192,7 +192,7 @@ def given_globals(
         sampler = ImportanceSampler(state.model, [sites], state.temper, (kappa, kappa))
         own = prompt_generators(seed + row, count)
         weighted = sampler(state.answer(prompts, shares), prompts, shares, PROPOSALS, own)
-        weights.append(weighted.draw(1, own))
+        weights.append(weighted.draw(1, own)[0])
     return DispatchPosterior(np.concatenate(weights), experts)
 
 

@@ -53,7 +53,8 @@ def run(
 ) -> list[Record]:
     """The records of all these documents; what is not kept is scored."""
     bundle, found = contested.bundle, []
-    bank = f"{bundle.experts.digest()[:12]} {str(bundle.model.dtype).removeprefix('torch.')}"
+    digests = bundle.experts.digest()[:12], bundle.dispatcher.fingerprint[:12]
+    bank = f"{' '.join(digests)} {str(bundle.model.dtype).removeprefix('torch.')}"
     numbers = [(each, seed, start) for each in sets for seed in seeds for start in range(0, count, AT_ONCE)]
     for each, seed, start in tqdm(numbers, disable=None):
         keys = {n: (bank, each.name, seed, n) for n in range(start, min(start + AT_ONCE, count))}
@@ -139,7 +140,8 @@ def main(
         chosen = [each for each in known if each.name in names or each.kind in names]
         contested = contest(parts[0], Path(scratch) if quick else bundle, list(parts[1].values()), groups)
     if only == "cost":
-        return _print([costs(contested, chosen[0], 3 if quick else 7)])
+        several = next((each for each in chosen if len(each.domains) > 1), chosen[0])  # pairs are of these
+        return _print([costs(contested, several, 3 if quick else 7)])
     _print(tables(run(contested, chosen, groups, range(seeds), documents, kept)))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bayes_dispatch.app.shipped import SHIPPED, SMOLLM2, bundle_directory, smollm2
+from bayes_dispatch.app.shipped import SHIPPED, SMOLLM2, bundle_directory, is_smollm2, smollm2
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_evidence
@@ -163,7 +163,7 @@ def _reference(model: Any) -> dict[str, str]:
     name = str(getattr(model, "name", ""))
     if not name:
         raise ConfigError("expected a model with a directory or a name on the hub to refer to, got one without")
-    path = str(Path(name).resolve()) if Path(name).is_dir() else name
+    path = str(Path(name).resolve()) if name != SMOLLM2 and Path(name).is_dir() else name
     dtypes = {"dtype": getattr(model, "loaded_dtype", model.dtype), "cast": model.dtype}
     return {"path": path, "fingerprint": model.fingerprint()} | {
         name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()
@@ -204,7 +204,7 @@ def transformers_backbone(path: str, *, device: str, dtype: str, cast: str | Non
     for asked in {dtype, cast or dtype}:
         if asked not in DTYPES:
             raise ConfigError(f"expected a dtype of {', '.join(DTYPES)}, got {asked!r}")
-    found = TransformersBackbone.load(smollm2() if path == SMOLLM2 else path, dtype=dtype, device=device)
+    found = TransformersBackbone.load(smollm2() if is_smollm2(path) else path, dtype=dtype, device=device)
     found.name = path
     return found if cast in (None, "auto", dtype) else found.cast(getattr(torch, cast))
 

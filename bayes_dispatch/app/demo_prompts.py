@@ -115,9 +115,7 @@ LANGUAGE_PROMPTS: tuple[DemoPrompt, ...] = (
     ),
     DemoPrompt("German, then Norwegian", "switch", _entries(*GERMAN, *NORWEGIAN) + ASKED, " Dato\n"),
     DemoPrompt("one entry", "short", "EN: Yes\nTR: Ja\n" + ASKED),
-    DemoPrompt(
-        "code in prose", "base", "To read a file, write\n\n    with open(path) as file:\n        text = file.", "read()"
-    ),
+    DemoPrompt("code in prose", "base", READING, "read()"),
     DemoPrompt("Finnish", "foreign", _entries(*FINNISH) + ASKED),
 )
 

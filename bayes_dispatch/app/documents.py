@@ -10,6 +10,7 @@ import torch
 
 from bayes_dispatch.app.build import BuildSettings, build_bundle, claim
 from bayes_dispatch.app.bundle import Bundle
+from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import BASE_TEXTS, Domain
 from bayes_dispatch.experts.lora import LoraExpert
@@ -61,8 +62,11 @@ def train_documents(
         progress: show progress bars. announce: called with a line of text as each stage begins.
 
     Raises:
-        ConfigError: the work directory has experts of another plan or model.
+        ConfigError: fewer than two domains, one twice, or a work directory of another plan or model.
     """
+    names = [domain.name for domain in domains]
+    if len(set(names)) < max(2, len(names)):
+        raise ConfigError(f"expected at least two domains, none of them twice, got {', '.join(names)}")
     work = out.resolve().with_name(out.name + ".work")
     claim(work / "experts.json", {"model": model.fingerprint(), "experts": asdict(plan.experts)})
     experts = []

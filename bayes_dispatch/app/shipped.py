@@ -7,15 +7,16 @@ which holds all of it.
 
 import os
 from importlib.metadata import PackageNotFoundError, files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.storage import save_directory
 
-__all__ = ["PACKAGE", "SHIPPED", "SMOLLM2", "bundle_directory", "gguf_file", "kept", "smollm2"]
+__all__ = ["PACKAGE", "SHIPPED", "SMOLLM2", "bundle_directory", "gguf_file", "is_smollm2", "kept", "smollm2"]
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
 SMOLLM2 = "smollm2"  # the name that stands for the model, and for its bundle
@@ -26,7 +27,20 @@ def bundle_directory(name: str | Path | None) -> Path:
     """Where a bundle lies: ``None`` is our own that ships, ``"smollm2"`` the other, and all else a directory."""
     if name is None:
         return SHIPPED
-    return SHIPPED.with_name("shipped_smollm2") if str(name) == SMOLLM2 else Path(name)
+    return SHIPPED.with_name("shipped_smollm2") if is_smollm2(name) else Path(name)
+
+
+def is_smollm2(name: str | Path) -> bool:
+    """Whether a name stands for the model and the bundle of this module.
+
+    Raises:
+        ConfigError: it may stand for a directory of that name, too.
+    """
+    if str(name) != SMOLLM2:
+        return False
+    if (own := Path(SMOLLM2)).is_dir():
+        raise ConfigError(f"expected {SMOLLM2} to name one thing, got a directory, too: give {own.resolve()} for that")
+    return True
 
 
 def kept() -> Path:
@@ -60,6 +74,8 @@ def smollm2(directory: Path | None = None) -> Path:
     if (directory / "config.json").is_file():
         return directory
     file = gguf_file()
+    if find_spec("gguf") is None:
+        raise ConfigError("expected the package gguf, which reads the weights, got none: pip install --no-deps gguf")
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -68,7 +84,11 @@ def smollm2(directory: Path | None = None) -> Path:
     model = LlamaForCausalLM(config)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
-    with save_directory(directory, "config.json") as target:
-        model.save_pretrained(target)
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
+    try:
+        with save_directory(directory, "config.json") as target:
+            model.save_pretrained(target)
+            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
+    except BundleError:
+        if not (directory / "config.json").is_file():  # else another process has made it meanwhile
+            raise
     return directory

@@ -557,10 +557,11 @@ class Dispatcher:
         state, pi = self.state, self.prior.mean
         answer = state.answer(prompts, pi)
         found: dict[str, Any] = {}
+        log_weights: np.ndarray | float = 0.0
         if resample:
             wanted = max(PROPOSALS, -(-3 * draws // 2)) if proposals is None else whole("proposals", proposals, 25)
             weighted = state.sampler(answer, prompts, pi, wanted, generators)
-            weights = weighted.draw(draws, generators)
+            weights, log_weights = weighted.draw(draws, generators)
             found = {"k_hat": weighted.k_hat, "log_evidence": weighted.log_evidence}
         else:
             weights = answer.draw(draws, generators)
@@ -568,7 +569,7 @@ class Dispatcher:
             weights,
             (*self.experts, "base"),
             prior=np.tile(state.model.label_shares(pi), (len(prompts), 1)),
-            log_ratios=state.sampler.prior_ratios(answer, weights.swapaxes(0, 1), pi).T,
+            log_ratios=state.sampler.prior_ratios(answer, weights.swapaxes(0, 1), pi).T - log_weights,
             **found,
         )
 

@@ -136,7 +136,7 @@ class ByPrompt:
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
         seeds = [own % 2**63 for own in prompt_seeds(seed, check_prompts(prompts))]
         found = [self.strategy(p).posterior(system, [p], own) for p, own in zip(prompts, seeds, strict=True)]
-        return DispatchPosterior(np.concatenate([each.weights for each in found], 1), system.experts.components)
+        return DispatchPosterior.concatenate(found)
 
 
 @dataclass(frozen=True, eq=False)

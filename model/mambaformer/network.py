@@ -31,6 +31,9 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
     Args:
         config: its sizes. tokenizer: what its ids are of; ``None`` for bytes.
 
+    Raises:
+        ConfigError: a tokenizer with more tokens, or that ``train_subwords`` did not make.
+
     Example:
         >>> config = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
         >>> MambaFormerForCausalLM(config)(torch.tensor([[256, 104, 105]])).logits.shape
@@ -44,8 +47,8 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
     def __init__(self, config: LanguageModelConfig, tokenizer: SubwordTokenizer | None = None) -> None:
         super().__init__(config.backbone, config.vocab_size)
         self.config = config
-        if tokenizer is not None:
-            self.tokenizer = tokenizer
+        if tokenizer is not None:  # as it will be read again, with all ids of the embedding
+            self.tokenizer = SubwordTokenizer.from_json(tokenizer.to_json(), config.vocab_size)
         self.depth = len(self.blocks)
         self.head = None if config.tie_embeddings else nn.Linear(config.backbone.d_model, config.vocab_size, bias=False)
 

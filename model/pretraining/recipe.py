@@ -44,7 +44,7 @@ class PretrainingSettings:
     checkpoint_every: int = 250
 
     def __post_init__(self) -> None:
-        set_whole(self, steps=1, batch_size=1, length=1, warmup=0, checkpoint_every=1)
+        set_whole(self, steps=1, batch_size=1, length=4, warmup=0, checkpoint_every=1)
         real("learning_rate", self.learning_rate, 0, above=True)
         real("flat", self.flat, 0, 1)
         real("weight_decay", self.weight_decay, 0)

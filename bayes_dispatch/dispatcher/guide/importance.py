@@ -58,15 +58,18 @@ class Weighted:
         """``(N,)`` shape of the ratios' tail; above .7 the weights are not to be trusted."""
         return self._smoothed[1]
 
-    def draw(self, draws: int, generators: Sequence[np.random.Generator]) -> Float[np.ndarray, "draw prompt weight"]:
-        """``(S, N, K+1)`` equally weighted draws, by systematic resampling, in random order."""
+    def draw(
+        self, draws: int, generators: Sequence[np.random.Generator]
+    ) -> tuple[Float[np.ndarray, "draw prompt weight"], Float[np.ndarray, "draw prompt"]]:
+        """Equal draws by systematic resampling, in random order, and the log weight of each as a proposal."""
         count, _, width = self.proposals.shape
-        drawn = np.empty((draws, count, width))
+        drawn, weights = np.empty((draws, count, width)), np.empty((draws, count))
         edges = np.exp(self.log_weights).cumsum(1)[:, :-1]
         for n, random in enumerate(generators):
             points = (np.arange(draws) + random.random()) / draws
-            drawn[:, n] = self.proposals[n, random.permutation(np.searchsorted(edges[n], points))]
-        return drawn
+            chosen = random.permutation(np.searchsorted(edges[n], points))
+            drawn[:, n], weights[:, n] = self.proposals[n, chosen], self.log_weights[n, chosen]
+        return drawn, weights
 
     @cached_property
     def _smoothed(self) -> tuple[np.ndarray, np.ndarray]:
@@ -159,6 +162,7 @@ class ImportanceSampler:
         """``(N, S)`` log density of weights under the prior over that under the guide's answer.
 
         With these, draws of the guide's stand for the prior: what the evidence has said of them is taken back.
+        Resampled draws do with these less their log weights.
 
         Args:
             mixtures: the guide's answer for N prompts.

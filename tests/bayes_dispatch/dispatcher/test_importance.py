@@ -81,6 +81,25 @@ def test_draws_of_the_guide_stand_for_the_prior_by_their_ratios() -> None:
     assert abs(draws[0].mean(0) - prior).max() > 0.05
 
 
+def test_ratios_of_resampled_draws_take_the_evidence_back() -> None:
+    """Below the smoothed tail they are the inverse likelihoods, to a constant, whatever the guide."""
+    prompts, answer, shares = draw_prompts(FULL, 3, 4), guess(3, 4, 5), np.array([0.4, 0.3, 0.2, 0.1])
+    answer = replace(answer, concentration=answer.concentration + 3.0)  # keeps weights above the resolution
+    sampler = ImportanceSampler(FULL, [draw_sites(FULL, 0)], 4.0, KAPPA)
+    weighted = sampler(answer, prompts, shares, 400, prompt_generators(range(3), 3))
+    draws, log_weights = weighted.draw(100, prompt_generators(range(3), 3))
+    found = sampler.prior_ratios(answer, draws.swapaxes(0, 1), shares).T - log_weights
+    likelihoods = weighted.log_ratios - sampler.prior_ratios(answer, weighted.proposals, shares)
+    checked = 0
+    for n in range(3):
+        chosen = [int(np.flatnonzero((weighted.proposals[n] == draw).all(-1))[0]) for draw in draws[:, n]]
+        below = weighted.log_ratios[n, chosen] < np.sort(weighted.log_ratios[n])[-100]
+        left = (found[:, n] + likelihoods[n, chosen])[below]
+        np.testing.assert_allclose(left, np.full(len(left), left[0] if len(left) else 0.0), rtol=0, atol=1e-9)
+        checked += len(left)
+    assert checked > 20
+
+
 @pytest.mark.parametrize("model", [FULL, TREE], ids=["every view", "families"])
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**31), temper=st.sampled_from([0.3, 1.0, 4.0]))
@@ -150,7 +169,7 @@ def test_resampling_is_systematic_and_in_random_order() -> None:
     rng = np.random.default_rng(0)
     proposals, ratios = rng.dirichlet(np.ones(3), (5, 40)), np.log(rng.dirichlet(np.full(40, 0.5), 5))
     weighted = Weighted(proposals, ratios)
-    drawn, weights = weighted.draw(64, prompt_generators(range(5), 5)), np.exp(weighted.log_weights)
+    (drawn, _), weights = weighted.draw(64, prompt_generators(range(5), 5)), np.exp(weighted.log_weights)
     for n in range(5):
         times = (drawn[:, n, None] == proposals[n]).all(-1).sum(0)  # (P,)
         assert times.sum() == 64
@@ -195,7 +214,7 @@ def test_weighted_proposals_have_the_exact_posterior() -> None:
             other[n] = (v**2 * (drawn - torch.tensor(exact[n])) ** 2).sum(0).sqrt().numpy()
     assert (np.abs(mean - exact) < 5 * np.sqrt(error**2 + other**2)).all()
     assert np.abs(exact[0] - exact[1]).max() > 0.2
-    evenly = found.draw(4_000, prompt_generators(range(2), 2)).mean(0)
+    evenly = found.draw(4_000, prompt_generators(range(2), 2))[0].mean(0)
     np.testing.assert_allclose(evenly, mean, atol=5e-3)
 
 
