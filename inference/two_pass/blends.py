@@ -224,7 +224,8 @@ class PosteriorPredictive(NamedBySettings):
 
     No token counts twice. Which particle a document is at is told by its tokens alone: before the first, a vertex has
     its prior weight, and draws have the ratio of the prior to the posterior that they are from (importance sampling,
-    ratios truncated as in Ionides 2008), of which the mean gets the average. Where the document goes if it changes
+    ratios truncated as in Ionides 2008), of which the mean gets the average. These share a fixed mass, so that the
+    features, which chose where draws and mean are, place that much of it. Where the document goes if it changes
     after the prompt is told by the features of the prompt: to a vertex in proportion to its posterior mean weight, to
     the others equally. A posterior that owes nothing to the prompt (``DispatchPosterior.prior``) tells both.
 

@@ -71,8 +71,8 @@ class Generation:
         posterior: the dispatcher's, given the features of each prompt: what the prompt is made of, with intervals.
             blend: the blend's name.
         weights: (N, K + 1), mean blend weights when the prompt had been read. Of a blend of many particles: the mean
-            of their posterior given the prompt's tokens, each counted once, and not its features; of the weights that
-            the next token comes from. Of another blend: those that it runs.
+            of their posterior given the prompt's tokens, each counted once; of the weights that the next token comes
+            from. The features only chose where half of the particles are. Of another blend: those that it runs.
         predictive_entropy, mutual_information: (N, max_new_tokens) in nats, of the next token, and between it and the
             particle: the epistemic part, under the same posterior, given the tokens generated so far as well.
         lengths: (N,), tokens that were generated.
