@@ -86,7 +86,7 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
     """The tables of a bundle's report; a part that was not measured has none.
 
     Raises:
-        BundleError: a part of the report is none that ``bayes-dispatch train`` made.
+        BundleError: a part of the report is none that ``bayes-dispatch train`` or ``build`` made.
     """
     parts: dict[str, Callable[[Any], list[Table]]] = {
         "experts": _experts,
@@ -94,11 +94,28 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
         "pure": _pure,
         "mixed": lambda part: _blended(part, "Documents that alternate two conventions"),
         "switching": lambda part: _blended(part, "Documents that switch convention half-way"),
+        "calibration": _calibration,
+        "gains": _gains,
     }
     try:
         return [table for name, make in parts.items() if name in report for table in make(report[name])]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise BundleError(f"expected the report of a training run in the bundle, got another: {error!r:.80}") from None
+
+
+def _calibration(part: Mapping[str, Any]) -> list[Table]:
+    names = ("prompts", "accuracy", "expected_calibration_error", "log_loss")
+    rows = [[name.replace("_", " "), f"{part[name]:.3f}" if name != "prompts" else str(part[name])] for name in names]
+    return [Table("Which expert a held-out prompt is of", ["", ""], rows)]
+
+
+def _gains(part: Mapping[str, Any]) -> list[Table]:
+    rows = [
+        [name, *(f"{own[key]:.3f}" for key in ("base", "nats_per_byte")), f"{own['gain']:+.3f}"]
+        for name, own in part.items()
+    ]
+    columns = ["expert", "base", "the expert", "gain"]
+    return [Table("What each expert gains on held-out documents of its own", columns, rows, "Nats per byte.")]
 
 
 def report_markdown(report: Mapping[str, Any]) -> str:

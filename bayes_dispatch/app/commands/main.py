@@ -296,7 +296,7 @@ def _print_report(report: Any, as_json: bool) -> None:
     if as_json:
         return print_json(dict(report))
     tables, console = report_tables(report), open_console()
-    if not report:
+    if not tables:
         print("Nothing was measured when this bundle was made. `bayes-dispatch diagnose` judges its dispatcher.")
     for table in tables:
         console.print(table.to_rich())

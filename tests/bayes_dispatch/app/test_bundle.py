@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from bayes_dispatch.app import bundle as bundle_module
+from bayes_dispatch.app import shipped
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError, NotFittedError
@@ -123,7 +123,7 @@ def test_the_same_bundle_is_the_same_files(pristine: Path, tmp_path: Path) -> No
 
 
 def test_without_a_directory_it_is_the_shipped_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bundle_module, "SHIPPED", saved)
+    monkeypatch.setattr(shipped, "SHIPPED", saved)
     assert load_bundle().report == {"note": "tiny"}
 
 

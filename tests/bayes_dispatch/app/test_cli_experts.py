@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from bayes_dispatch.app.bundle import SHIPPED, Bundle
-from bayes_dispatch.app.commands import experts as cli_experts
 from bayes_dispatch.app.commands import main as cli
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.bank_files import verify_bank
@@ -107,7 +106,6 @@ def test_list_shows_metadata_of_all_kinds_and_reads_no_expert(experts: Experts, 
 
 
 def test_without_a_place_it_is_the_shipped_bundle(experts: Experts) -> None:
-    assert cli_experts.SHIPPED == SHIPPED
     assert experts("list", "--json") == experts("list", "--json", "--bundle", SHIPPED)
     assert experts("verify")[0] == 0
 
