@@ -1,6 +1,6 @@
 """A bundle as a model of lm-eval, the language model evaluation harness of EleutherAI.
 
-    python examples/lm_eval_model.py --model bayes-dispatch --tasks conventions --include_path examples
+    python examples/lm_eval_model.py --model bayes-dispatch --tasks conventions --include_path examples --device cpu
 
 It is lm-eval's own command with one more model. See examples/README.md.
 """
@@ -28,7 +28,7 @@ class BayesDispatchLM(LM):
     Args:
         bundle: loaded, or its directory; ``None`` for the one that ships with the package.
         blend: of ``bd.as_blend``, or an expert's name, or ``"base"``.
-        seed: of posterior draws and sampling. device: where a model of the transformers library runs.
+        seed: of posterior draws and sampling. device: where it runs; lm-eval gives cuda:0 unless told.
         batch_size: lm-eval always gives one. It is not needed: texts of similar lengths are read together.
     """
 
