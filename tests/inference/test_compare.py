@@ -54,6 +54,15 @@ def scored(document: Document) -> list[int]:
     return [i for start, stop in document.ranges for i in range(start, stop)]
 
 
+def exactly(
+    explicit_filter: Callable[..., SimpleNamespace], bundle: "Bundle", document: Document, particles: Particles, n: int
+) -> SimpleNamespace:
+    """What the filter written out says of a document under its particles."""
+    own = particles.weights[n], particles.mass[n]
+    rest = (0.05, 0.001), particles.target[n], document.prompt_bytes
+    return explicit_filter(bundle.model, bundle.experts, document.data, *own, *rest)
+
+
 def test_one_particle_is_the_adapted_model(bundle64: "Bundle") -> None:
     frame = compare_blends(bundle64, DOCUMENTS, BLENDS[:5], seed=2).to_frame()
     posterior, _ = dispatch(bundle64, [document.prompt for document in DOCUMENTS], 2)
@@ -84,16 +93,7 @@ def test_many_particles_are_filtered_by_every_byte(
     posterior, _ = dispatch(bundle64, [document.prompt for document in DOCUMENTS], 2)
     particles = blend.particles(posterior)
     for n, (document, score) in enumerate(zip(DOCUMENTS, scores, strict=True)):
-        exact = explicit_filter(
-            bundle64.model,
-            bundle64.experts,
-            document.data,
-            particles.weights[n],
-            particles.mass[n],
-            (0.05, 0.001),
-            particles.target[n],
-            document.prompt_bytes,
-        )
+        exact = exactly(explicit_filter, bundle64, document, particles, n)
         places = scored(document)
         expected = -np.mean([exact.log_p[i, document.data[i]] for i in places])
         np.testing.assert_allclose(score.nll, expected, atol=1e-9)
@@ -245,16 +245,7 @@ def test_masses_move_from_the_byte_that_is_said(
                 rates = np.array([[0.05], [0.001]])
                 joint = (1 - rates) * joint + rates * joint.sum(1, keepdims=True) * particles.target[n]
         np.testing.assert_allclose(found["late"][n].nll, -np.array(log_p)[places].mean(), atol=1e-9)
-        exact = explicit_filter(
-            bundle64.model,
-            bundle64.experts,
-            document.data,
-            particles.weights[n],
-            particles.mass[n],
-            (0.05, 0.001),
-            particles.target[n],
-            document.prompt_bytes,
-        )
+        exact = exactly(explicit_filter, bundle64, document, particles, n)
         np.testing.assert_allclose(
             found["always"][n].nll, -np.mean([exact.log_p[i, document.data[i]] for i in places]), atol=1e-9
         )

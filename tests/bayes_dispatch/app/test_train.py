@@ -94,7 +94,7 @@ def test_stopped_run_goes_on_to_the_same_bundle(trained: tuple[Path, str], tmp_p
 
 
 def test_work_of_another_plan_is_refused(trained: tuple[Path, str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"expected stages of this plan .* got those of another"):
+    with pytest.raises(ConfigError, match=r"expected stages of these inputs .* got those of others"):
         train_bundle(PLANS["smoke"].with_seed(1), tmp_path / "bundle", trained[0].with_name("bundle.work"))
 
 
