@@ -1,6 +1,7 @@
 """Models on disk: ``config.json``, ``model.safetensors``, and ``tokenizer.json`` unless tokens are bytes."""
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
@@ -83,7 +84,9 @@ class Pretrained(nn.Module):
         except ConfigError as error:
             raise BundleError(f"{file}: {error}") from None
         tensors, header = read_tensors(weights)
-        dtype = next((t.dtype for t in tensors.values() if t.dtype in DTYPES), torch.float32)
+        # that of most tensors: safetensors gives them in no order
+        dtypes = Counter(t.dtype for t in tensors.values() if t.dtype in DTYPES)
+        dtype = dtypes.most_common(1)[0][0] if dtypes else torch.float32
         model = cast(Any, cls)(config).to(dtype)
         check_tensors(weights, tensors, {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()})
         if header.get("config", got := _digest(data)) != got:
