@@ -57,7 +57,7 @@ class DocumentSet:
         text, size, prompt = "", 0, 0
         answers: list[tuple[int, int, str]] = []
         items = [domain.items(rng, "held_out") for domain in domains]
-        while size < total:
+        while size < total or size == prompt:  # one answer, at least, follows the prompt
             turn, late = (len(answers) + number) % len(items), size >= total - self.scored_bytes // 2
             which = {"switch": int(prompt > 0), "late": int(late)}.get(self.order, turn)
             question, answer = next(items[which])
@@ -73,21 +73,25 @@ class DocumentSet:
 
 
 def document_sets(
-    experts: Mapping[str, Domain], others: Mapping[str, Sequence[Domain]], half: int = HALF
+    experts: Mapping[str, Domain],
+    others: Mapping[str, Sequence[Domain]],
+    half: int = HALF,
+    several: Sequence[tuple[str, str]] = PAIRS,
 ) -> list[DocumentSet]:
     """All sets of these domains.
 
     Args:
         experts: the domain of each expert. others: kind, such as ``"natural"``, to domains that have none.
         half: bytes of a prompt that is not short, and of what follows any.
+        several: pairs of domains in turn and switching, where both are there; near pairs are ``NEAR``.
     """
     made = partial(DocumentSet, prompt_bytes=half, scored_bytes=half)
     sets = [made(name, "pure", (domain,)) for name, domain in experts.items()]
     kinds = (
-        ("in turn", " & ", "turn", PAIRS),
+        ("in turn", " & ", "turn", several),
         ("near pairs in turn", " & ", "turn", NEAR),
-        ("switching", ", then ", "switch", (*PAIRS, *NEAR[:1])),
-        ("switching later", ", later ", "late", PAIRS),
+        ("switching", ", then ", "switch", (*several, *NEAR[:1])),
+        ("switching later", ", later ", "late", several),
     )
     for kind, joint, order, pairs in kinds:
         for pair in pairs:

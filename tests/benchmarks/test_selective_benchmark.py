@@ -1,8 +1,9 @@
 """Selective generation: ratios are those that risk–coverage curves say, scores those that generation reports, and a
 temperature is found again."""
 
+import json
 import sys
-from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,29 @@ import selective_generation
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.checks.selective import risk_coverage
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.experts.domains import CONVENTIONS, Interleaved, Split
 from bayes_dispatch.inference.generator import TwoPassGenerator
-from polygraph import FIRST, OURS, estimators, rejection_ratios, statistics
-from selective_generation import PREDICTIVE, TEMPERATURES, calibration, questions, sets_of, temperature, tempered
+from selective import asking
+from selective.asking import (
+    FOREIGN,
+    PLAIN,
+    PREDICTIVE,
+    TEMPERATURES,
+    Answer,
+    Asked,
+    Kept,
+    answered,
+    domains_of,
+    questions,
+    sets_of,
+    tempered,
+)
+from selective.polygraph import BOTH, FIRST, OURS, chrf, estimators, rejection_ratios, statistics
+from selective.tables import answers_of, calibration, combined, rejection, temperature
+from tests.packages import install_translations
 
-needed = pytest.mark.skipif(find_spec("lm_polygraph") is None, reason="needs lm-polygraph")
+needed = pytest.mark.skipif(
+    not (find_spec("lm_polygraph") and find_spec("sacrebleu")), reason="needs lm-polygraph and sacrebleu"
+)
 PROMPTS = ["kfpa>apfk\nmgfoe>", "37+58=95\n12+11=", "ab>ba\nkfpa>apfk\ncd>"]
 
 
@@ -31,7 +49,7 @@ def test_ratios_are_the_part_of_the_curve_between_a_random_order_and_the_oracle(
     right = rng.random(500) < 0.7
     scores = {"oracle": 0.1 * rng.random(500) - 1.0 * right, "some": rng.normal(size=500) - 1.0 * right}
     scores |= {str(n): rng.normal(size=500) for n in range(100)}
-    found = rejection_ratios(scores, right)
+    found = dict(zip(scores, rejection_ratios([*scores.values()], 1.0 * right), strict=True))
     assert found["oracle"] == pytest.approx(1)
     random = [found[str(n)] for n in range(100)]  # the mean's false-alarm rate: that of 4 standard errors, 1 in 10,000
     assert abs(np.mean(random)) < 4 * np.std(random) / 10 + 0.01  # lm-polygraph's own random order errs by .003
@@ -39,25 +57,29 @@ def test_ratios_are_the_part_of_the_curve_between_a_random_order_and_the_oracle(
         curve = risk_coverage(-own, ~right)
         room = (~right).mean() - (curve.risk - curve.excess_aurc).mean()
         assert found[name] == pytest.approx(1 - curve.excess_aurc / room, abs=0.01)
-    assert np.isnan(rejection_ratios(scores, np.ones(500, bool))["some"])
+    assert np.isnan(rejection_ratios([scores["some"]], np.ones(500))).all()
+    graded = 0.25 + 0.5 * right  # only the order and the distances of qualities matter
+    assert rejection_ratios([scores["some"]], graded)[0] == pytest.approx(found["some"], abs=1e-9)
 
 
 @needed
 def test_estimators_give_what_the_generation_reports(bundle: Bundle) -> None:
     made = TwoPassGenerator(bundle).generate(PROMPTS, max_new_tokens=6, stop="a", seed=0)
-    found = {str(each): each(statistics(made)) for each in estimators()}
-    entropy, information = made.predictive_entropy, made.mutual_information
+    numbers = np.stack([made.log_probabilities, made.predictive_entropy, made.mutual_information], -1)
+    tokens = [own[:length] for own, length in zip(numbers, made.lengths, strict=True)]
+    found = {str(each): each(statistics(tokens)) for each in estimators()}
+    surprise, entropy, information = -made.log_probabilities, made.predictive_entropy, made.mutual_information
     expected = {
-        FIRST: -np.nansum(made.log_probabilities, 1),
-        "Perplexity": -np.nanmean(made.log_probabilities, 1),
+        FIRST: np.nansum(surprise, 1),
+        "Perplexity": np.nanmean(surprise, 1),
         "MeanTokenEntropy": np.nanmean(entropy, 1),
         "mutual information, summed": np.nansum(information, 1),
         "mutual information, mean": np.nanmean(information, 1),
-        "predictive entropy, summed": np.nansum(entropy, 1),
-        "entropy + mutual information, summed": np.nansum(entropy + information, 1),
-        "surprise + mutual information, summed": np.nansum(information - made.log_probabilities, 1),
+        "entropy, summed": np.nansum(entropy, 1),
+        "entropy + 1 × mutual information, mean": np.nanmean(entropy + information, 1),
+        "surprise + 0.5 × mutual information, summed": np.nansum(surprise + 0.5 * information, 1),
     }
-    assert found.keys() == expected.keys() >= OURS.keys()
+    assert found.keys() == {*list(expected)[:3], *OURS, *BOTH} >= expected.keys()
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-9)
     assert (information[:, 0] > 0).all()
@@ -67,7 +89,7 @@ def test_without_lm_polygraph_one_line_says_so(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "path", [path for path in sys.path if not (Path(path) / "lm_polygraph").is_dir()])
     for name in [name for name in sys.modules if name.startswith("lm_polygraph")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ConfigError, match=r"^expected lm-polygraph .*, got none$"):
+    with pytest.raises(ConfigError, match=r"^expected lm-polygraph and sacrebleu .*, got none$"):
         estimators()
 
 
@@ -106,46 +128,115 @@ def test_the_temperature_of_the_truth_is_found_and_calibrates(truth: float) -> N
     assert scaled[1] < raw[1]
 
 
-def test_sets_are_of_the_experts_that_a_bundle_has() -> None:
-    found = sets_of(("de", "sort", "fr", "reverse", "json"), 256, None)
-    names = {kind: [domain.name for domain in domains] for kind, (domains, _) in found.items()}
-    pure = ["de", "sort", "fr", "reverse"]
-    assert names == {
-        "pure": pure,
-        "in turn": ["reverse & sort", "de & fr"],
-        "switching": ["reverse then sort", "de then fr"],
-        "short": pure,
+@needed
+def test_a_combination_is_chosen_on_the_other_sets() -> None:
+    rng, quality = np.random.default_rng(0), np.linspace(0, 1, 50)
+    one, other = [*BOTH][3], [*BOTH][7]
+
+    def ranked_by(name: str) -> dict[str, np.ndarray]:
+        return {"quality": quality} | {each: -quality if each == name else rng.normal(size=50) for each in BOTH}
+
+    assert combined({"a": ranked_by(one), "b": ranked_by(other)}) == {"a": other, "b": one}
+
+
+def asked(family: str, quality: list[str], right: list[bool]) -> list[Asked]:
+    answers = [
+        Answer(text, good, [(-0.5 - n, 1.0, n)]) for n, (text, good) in enumerate(zip(quality, right, strict=True))
+    ]
+    return [Asked("", family, "pure", 0, n, "de", "Seite", 0.5, {PREDICTIVE: own}) for n, own in enumerate(answers)]
+
+
+@needed
+def test_translations_are_as_good_as_their_chrf_and_other_answers_as_they_are_right() -> None:
+    given = [" Seite", "Seiten", "Ja"], [False, False, True]
+    graded = answers_of(asked("translations", *given), PREDICTIVE, estimators())
+    assert graded["quality"] == pytest.approx([1, chrf("Seiten", "Seite"), 0])
+    assert 0.5 < graded["quality"][1] < 1
+    judged = answers_of(asked("tasks", *given), PREDICTIVE, estimators())
+    assert judged["quality"].tolist() == judged["right"].tolist() == [0, 0, 1]
+    assert judged["confidence"] == pytest.approx(np.exp([-0.5, -1.5, -2.5]))
+    ratios, gains = rejection({"one": judged, "other": graded}, 3, 0)
+    assert [row[0] for row in gains.rows] == [row[0] for row in ratios.rows if row[0] != FIRST]
+    assert str(ratios.rows[0][1]).startswith(
+        "-0.741"
+    )  # the last is right, and the least sure; 1,000 random orders are not all six
+    assert str(ratios.rows[0][2]).startswith("1.000")
+
+
+def test_sets_are_of_the_experts_that_a_bundle_has(tmp_path: Path) -> None:
+    install_translations(tmp_path)
+    experts = ("de", "sort", "fr", "pt", "pt_BR", "reverse", "json", "chain_sum")
+    sets = sets_of(domains_of(experts, tmp_path), 100, tmp_path)
+    assert {(*key, each.name) for key, own in sets.items() for each in own} == {
+        *(("conventions", "pure", name) for name in ("reverse", "sort")),
+        ("conventions", "in turn", "reverse & sort"),
+        ("conventions", "switching", "reverse, then sort"),
+        ("conventions", "short", "short prompts"),
+        *(("translations", "pure", name) for name in ("de", "fr", "pt", "pt_BR")),
+        ("translations", "in turn", "de & fr"),
+        ("translations", "near pairs in turn", "pt & pt_BR"),
+        ("translations", "switching", "de, then fr"),
+        ("translations", "switching", "pt, then pt_BR"),
+        ("translations", "short", "short prompts"),
+        ("tasks", "pure", "chain_sum"),
+        ("tasks", "short", "short prompts"),
+        (FOREIGN, FOREIGN, FOREIGN),
     }
-    assert found["short"][1] == 32
-    with pytest.raises(ConfigError, match=r"^expected experts of reverse, .*, ru, got json$"):
-        sets_of(("json",), 256, None)
+    with pytest.raises(ConfigError, match=r"^expected experts of reverse, .*, chain_sum, got json$"):
+        domains_of(("json",), None)
 
 
-class Long:
-    """Items that are longer than short documents."""
+def test_a_question_is_of_the_domain_that_it_is_said_to_be_of(tmp_path: Path) -> None:
+    install_translations(tmp_path)
+    sets = sets_of(domains_of(("de", "fr"), tmp_path), 100, tmp_path)
+    for kind in ("pure", "in turn", "switching", "short"):
+        found = questions(sets["translations", kind], 0, range(12))
+        assert found[3:7] == questions(sets["translations", kind], 0, range(3, 7))
+        for domain, question in found:
+            assert question.expected.startswith(f" {domain} ")
+            assert question.is_line
+            before = set(question.context.decode().split()) & {"de", "fr"}
+            assert before == {"pure": {domain}, "short": {domain}}.get(kind, before) != set()
+            assert (len(question.context) < 100) == (kind == "short")
+        assert {domain for domain, _ in found} == ({"fr"} if kind == "switching" else {"de", "fr"})
 
-    name = "long"
 
-    def items(self, rng: np.random.Generator, split: Split) -> Iterator[tuple[str, str]]:
-        while True:
-            yield f"{rng.integers(10, 100)}{'-' * 50}>", "answer"
+def as_json(each: Asked) -> str:
+    return json.dumps(asdict(each))
 
 
-def test_a_question_has_an_item_before_it_however_short_the_document() -> None:
-    for domain, question in questions([CONVENTIONS[0], Interleaved("long", (Long(),))], 32, 20, 0):
-        assert question.context.count(b"\n") >= 1
-        assert question.is_line
-        assert domain.reward(question.text, question.expected, question.expected) == 1
-    one, other = (questions(CONVENTIONS, 256, 2, seed) for seed in (0, 1))
-    assert one == questions(CONVENTIONS, 256, 2, 0) != other
+def test_what_is_kept_is_not_asked_again(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "AT_ONCE", 2)
+    monkeypatch.setattr(asking, "ROOM", 6)
+    sets = sets_of(domains_of(bundle.experts.names, None), 40, None)
+    sets = {key: own for key, own in sets.items() if key[1] in ("short", FOREIGN)}
+    path = tmp_path / "new" / "answers.jsonl"
+    args = bundle, sets, 40, None
+    whole = [*answered(*args, 3, [0], Kept(path))]
+    assert [(each.family, each.number) for each in whole] == [(family, n) for family, _ in sets for n in range(3)]
+    for each in whole:
+        assert each.answers.keys() == (set() if each.family == FOREIGN else {*PLAIN, PREDICTIVE})
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:3]))  # stopped
+    again = [*answered(*args, 3, [0], Kept(path))]
+    assert len(path.read_text().splitlines()) == 6
+    assert [each.key for each in again] == [each.key for each in whole]
+    for one, other in zip(again, whole, strict=True):
+        assert one.expected == other.expected
+        for blend, answer in one.answers.items():
+            assert answer.text == other.answers[blend].text
+            np.testing.assert_allclose(answer.tokens, other.answers[blend].tokens, atol=1e-4)
+    monkeypatch.setattr(TwoPassGenerator, "generate", None)
+    assert [*map(as_json, answered(*args, 3, [0], Kept(path)))] == [*map(as_json, again)]
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_the_smoke_test_prints_every_table(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    selective_generation.main(quick=True, json_file=tmp_path / "all.json")
+    selective_generation.main(quick=True, json=tmp_path / "answers.jsonl")
     printed = capsys.readouterr().out
+    selective_generation.main(only="tables", resamples=2, json=tmp_path / "answers.jsonl")
+    assert capsys.readouterr().out == printed
     for name in ("in turn", "switching", "short", "best_expert, temperature", "Abstention by the gate"):
         assert name in printed
     assert "nan" not in printed
-    assert (tmp_path / "all.json").stat().st_size > 1000
