@@ -12,7 +12,6 @@ document by its own scored part.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -21,20 +20,11 @@ import torch
 import typer
 from tqdm import tqdm
 
-import bayes_dispatch as bd
-from bayes_dispatch.app.bundle import transformers_backbone
 from bayes_dispatch.app.tables import Table
-from bayes_dispatch.experts.domains import (
-    FOREIGN_TRANSLATIONS,
-    TASKS,
-    Domain,
-    natural_mixtures,
-    package_texts,
-    translations,
-)
 from bayes_dispatch.inference.scoring.document_reader import TokenDocument
 from peers.timing import Rounds, Work, interleaved
 from real.methods import GROUPS, ROUTERS, Contest, contest
+from real.parts import real_parts
 from real.records import Record, Records, tables
 from real.sets import HALF, DocumentSet, document_sets
 
@@ -88,22 +78,6 @@ def costs(contested: Contest, each: DocumentSet, repeats: int) -> Table:
     tokens = len(contested.bundle.tokenizer.tokenize(case.document.data).ids)
     note = f"{tokens} tokens; medians ± half the interquartile range. First pass, posterior and search are part of it."
     return Table("Reading one document under each method", ["", "seconds", "beside base"], rows, note)
-
-
-def real_parts(
-    directory: Path, model: str | None, dtype: str, texts: Path | None
-) -> tuple[bd.Bundle, dict[str, Domain], dict[str, Sequence[Domain]]]:
-    """The bundle, the domains of its experts, and others by kind."""
-    base = None if model is None else transformers_backbone(model, device="cpu", dtype="float32", cast=dtype)
-    bundle = bd.load_bundle(directory, model=base, dtype=None if base else dtype)
-    own = {domain.name: domain for domain in package_texts(texts)}
-    known: dict[str, Domain] = own | {domain.name: domain for domain in (*translations(texts), *TASKS)}
-    if missing := [name for name in bundle.experts if name not in known]:
-        raise typer.BadParameter(f"expected experts of {', '.join(known)}, got {missing[0]}")
-    foreign = [replace(domain, directory=texts) for domain in FOREIGN_TRANSLATIONS]
-    foreign += [domain for name, domain in own.items() if name not in bundle.experts]
-    others = {"natural": natural_mixtures(texts), "foreign": foreign}
-    return bundle, {name: known[name] for name in bundle.experts}, others
 
 
 def main(

@@ -29,7 +29,7 @@ from dispatching.classifiers import encoded, logistic_regression, targets
 from real.routers import Router, arrow, spectr
 from real.sets import HALF, SHORT, Case
 
-__all__ = ["GROUPS", "ROUTERS", "Contest", "Nats", "contest"]
+__all__ = ["GROUPS", "ROUTERS", "Contest", "Nats", "contest", "logistic", "takes_routers", "training_evidence"]
 
 OURS, FLAT = "posterior_predictive(16)", "flat dispatcher"
 BLENDS = ("best_expert", "posterior_mean", "top_k(2)", "refined_mean(16)", OURS)
@@ -161,25 +161,37 @@ def contest(bundle: bd.Bundle, directory: Path, domains: Sequence[Domain], group
         directory: of the bundle; ``bayes-dispatch build`` leaves its evidence beside it. domains: of its experts, whose
             evidence is made anew where there is none.
     """
+    hard = logistic(training_evidence(bundle, directory, domains))
+    lora = takes_routers(bundle.experts)
+    made = {name: make(bundle.model, bundle.experts) for name, make in ROUTERS.items() if lora and name in groups}
+    return Contest(bundle, lambda evidence: hard(evidence).argmax(1), made)
+
+
+def training_evidence(bundle: bd.Bundle, directory: Path, domains: Sequence[Domain]) -> KnownEvidence:
+    """What the bundle's dispatcher was fitted on, or else evidence of its experts' domains that is made anew."""
     kept = directory.with_name(directory.name + ".work") / "train.npz"
     if kept.exists():
-        known = KnownEvidence(*read_evidence(kept))
-    else:
-        known = pure_evidence(bundle.model, domains, 60, (SHORT, HALF), "train", 0, block=cut_of(bundle))
-    lora = all(isinstance(expert, LoraExpert) for expert in bundle.experts.values())
-    made = {name: make(bundle.model, bundle.experts) for name, make in ROUTERS.items() if lora and name in groups}
-    return Contest(bundle, logistic(known), made)
+        return KnownEvidence(*read_evidence(kept))
+    return pure_evidence(bundle.model, domains, 60, (SHORT, HALF), "train", 0, block=cut_of(bundle))
+
+
+def takes_routers(experts: bd.ExpertBank) -> bool:
+    """Whether all experts are LoRAs."""
+    return all(isinstance(expert, LoraExpert) for expert in experts.values())
 
 
 def logistic(known: KnownEvidence) -> Callable[[Evidence], np.ndarray]:
-    """scikit-learn's LogisticRegression of the prompts of known weights, all that the dispatcher reads of them."""
+    """scikit-learn's LogisticRegression of the prompts of known weights, all that the dispatcher reads of them.
+
+    It gives probabilities (N, K + 1), or (N, K) where no prompt has any weight on base.
+    """
     y = targets(known)
     rows = np.isfinite(y).all(1)
     x, y = encoded(known.evidence)[rows], y[rows]
     y = y[:, : None if y[:, -1].any() else -1]
     scaler = StandardScaler().fit(x)
     fitted = logistic_regression(scaler.transform(x), y, 0)
-    return lambda evidence: fitted.probabilities(scaler.transform(encoded(evidence))).argmax(1)
+    return lambda evidence: fitted.probabilities(scaler.transform(encoded(evidence)))
 
 
 def merged(experts: bd.ExpertBank, weights: np.ndarray) -> Adaptation:

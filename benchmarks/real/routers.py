@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from copy import deepcopy
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from bayes_dispatch.experts.peft import write_peft
 from bayes_dispatch.model.adaptation import Delta
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 
-__all__ = ["TOP", "Router", "arrow", "spectr"]
+__all__ = ["TOP", "Router", "arrow", "arrow_shares", "spectr"]
 
 TOP = 3  # adapters that a token may have: PEFT's default
 
@@ -26,10 +27,39 @@ Router = Callable[[Tensor], Tensor]  # ids (1, T) to logits (1, T, V)
 
 
 def arrow(backbone: TransformersBackbone, experts: bd.ExpertBank) -> Router:
-    """PEFT's Arrow (Ostapenko and others 2024, arXiv 2405.11157).
+    """PEFT's Arrow (Ostapenko and others 2024, arXiv 2405.11157)."""
+    model = _arrow_model(backbone, experts)
+    return lambda ids: model(input_ids=ids).logits
 
-    It takes adapters of one rank that cover every layer: others are filled with zeros, which changes no update.
+
+def arrow_shares(backbone: TransformersBackbone, experts: bd.ExpertBank) -> Callable[[Tensor], Tensor]:
+    """Of prompts (B, T) the shares (B, K) that Arrow gives the adapters: means over tokens and adapted matrices.
+
+    They are those of the blend that it serves: of the ``TOP`` adapters of a token, and none for the others.
     """
+    model = _arrow_model(backbone, experts)
+    routers = [model.get_base_model().get_submodule(matrix).lora_arrow["arrow_router"] for matrix in experts.adapts]
+    found: list[Tensor] = []
+
+    def add(router: Any, inputs: tuple[Any, ...]) -> None:
+        like = (inputs[0].to(router.prototypes) @ router.prototypes.T).abs()  # (B, T, K)
+        top = like.topk(router.top_k, dim=-1)
+        shares = torch.zeros_like(like).scatter(-1, top.indices, (top.values / router.temperature).softmax(-1))
+        found.append(shares.mean(1))
+
+    for router in routers:
+        router.register_forward_pre_hook(add)
+
+    def read(ids: Tensor) -> Tensor:
+        found.clear()
+        model.get_base_model().base_model(input_ids=ids, use_cache=False)
+        return torch.stack(found).double().mean(0)
+
+    return read
+
+
+def _arrow_model(backbone: TransformersBackbone, experts: bd.ExpertBank) -> Any:
+    """It takes adapters of one rank that cover every layer: others are filled with zeros, and left out again."""
     from peft import ArrowConfig, create_arrow_model
 
     kinds = {matrix.rpartition(".")[2] for matrix in experts.adapts}
@@ -41,7 +71,10 @@ def arrow(backbone: TransformersBackbone, experts: bd.ExpertBank) -> Router:
             write_peft(Path(scratch) / name, deltas, backbone.name, ())
         paths = [f"{scratch}/{name}" for name in experts]
         model = create_arrow_model(deepcopy(backbone.model), paths, ArrowConfig(top_k=min(TOP, len(paths)))).eval()
-    return lambda ids: model(input_ids=ids).logits
+    inner = model.get_base_model()
+    for matrix in set(matrices) - set(experts.adapts):
+        inner.set_submodule(matrix, inner.get_submodule(matrix).base_layer)
+    return model
 
 
 def spectr(backbone: TransformersBackbone, experts: bd.ExpertBank) -> Router:

@@ -7,7 +7,7 @@ import numpy as np
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Domain, Split
 
-__all__ = ["mixed_text"]
+__all__ = ["mixed_parts", "mixed_text"]
 
 
 def mixed_text(
@@ -22,18 +22,29 @@ def mixed_text(
     Returns:
         The text, and each domain's share of its bytes.
     """
-    parts = [_parts(domain.document(rng, 0, 2 * total_bytes, split)) for domain in domains]
-    counts = np.zeros(len(domains))
-    data = b""
-    while len(data) < total_bytes:
-        lacking = np.maximum(np.asarray(weights) * (len(data) + 40) - counts, 0) + 1e-9
-        which = int(rng.choice(len(domains), p=lacking / lacking.sum()))
-        if not parts[which]:
-            parts[which] = _parts(domains[which].document(rng, 0, 2 * total_bytes, split))
-        part = parts[which].pop(0)[: total_bytes - len(data)]
+    data, counts = b"", np.zeros(len(domains))
+    for which, part in mixed_parts(domains, weights, rng, total_bytes, split):
         data += part
         counts[which] += len(part)
     return data.decode(errors="ignore"), counts / counts.sum()  # the end may cut a character
+
+
+def mixed_parts(
+    domains: Sequence[Domain], weights: Sequence[float], rng: np.random.Generator, total_bytes: int, split: Split
+) -> list[tuple[int, bytes]]:
+    """The lines that :func:`mixed_text` joins, each after the index of its domain."""
+    parts = [_parts(domain.document(rng, 0, 2 * total_bytes, split)) for domain in domains]
+    found, counts, size = list[tuple[int, bytes]](), np.zeros(len(domains)), 0
+    while size < total_bytes:
+        lacking = np.maximum(np.asarray(weights) * (size + 40) - counts, 0) + 1e-9
+        which = int(rng.choice(len(domains), p=lacking / lacking.sum()))
+        if not parts[which]:
+            parts[which] = _parts(domains[which].document(rng, 0, 2 * total_bytes, split))
+        part = parts[which].pop(0)[: total_bytes - size]
+        found.append((which, part))
+        counts[which] += len(part)
+        size += len(part)
+    return found
 
 
 def _parts(document: Document) -> list[bytes]:
