@@ -40,6 +40,12 @@ def test_answers_alone_are_scored() -> None:
     assert scored == [line.removeprefix("A:") for line in lines[1::2]]
 
 
+@needs_the_package
+def test_zero_which_has_no_digits_is_not_converted() -> None:
+    items = islice(ReasoningTask("base_conversion").items(np.random.default_rng(0), "train"), 400)
+    assert all(answer.strip() for _, answer in items)
+
+
 def test_right_by_hand() -> None:
     task = ReasoningTask("spell_backward")
     if MISSING:
