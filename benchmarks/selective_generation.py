@@ -13,8 +13,9 @@ written greedily up to its newline, and is right where the domain's own checker 
 - **Rejection**: the prediction–rejection ratio of each score of the predictive's answers, by lm-polygraph's own code
   (``selective/polygraph.py``; left out where it is not installed). 1: the worst answers come last; 0: a random order.
   An answer is as good as it is right; a translation is as good as its chrF, since of several good translations the
-  catalogue has one, and a small model rarely hits it. "Both" adds mutual information to entropy or to −log p; which,
-  how much of it, and whether summed or averaged, is chosen for each set by the ratios on the family's other sets.
+  catalogue has one, and a small model rarely hits it. The last two rows are of −log p (surprise) or entropy, without
+  and with mutual information added; which, how much of it, and whether summed or averaged, is chosen for each set by
+  the ratios on the family's other sets. Their difference is what mutual information is worth.
 - **Calibration**: the probability of the whole answer as the confidence that it is right. NLL is that of "right" under
   it, in nats. Base and the best expert stand there with their logits divided by a temperature, too: one of
   ``TEMPERATURES`` for all sets, of the least NLL on a random half of the questions; all are judged on the rest.

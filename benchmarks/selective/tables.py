@@ -10,11 +10,12 @@ from bayes_dispatch.checks.reliability import confidence_curve
 from selective.asking import PLAIN, PREDICTIVE, TEMPERATURES, Asked
 from selective.polygraph import BOTH, FIRST, chrf, estimators, rejection_ratios, statistics
 
-__all__ = ["Answers", "abstention", "answers_of", "calibration", "combined", "rejection", "temperature"]
+__all__ = ["APART", "Answers", "abstention", "answers_of", "calibration", "combined", "rejection", "temperature"]
 
 RATES = (0.01, 0.05, 0.1, 0.2)  # of false alarms
 BINS = 10
-TOGETHER = "both, chosen on the other sets"
+APART = "surprise or entropy, chosen on the other sets"
+TOGETHER = "with mutual information, chosen on the other sets"
 Answers = Mapping[str, np.ndarray]
 """Numbers of N answers by name: ``right``, ``confidence``, ``p_value`` of the gate, ``tempered`` (N, temperatures)
 log-probabilities; ``quality`` (0 … 1) and scores by lm-polygraph's names or ours, where that is there."""
@@ -42,38 +43,44 @@ def answers_of(asked: Sequence[Asked], blend: str, scores: Sequence[Any]) -> dic
 
 
 def rejection(found: Mapping[str, Answers], resamples: int, seed: int) -> list[Table]:
-    """Prediction–rejection ratios of each set, and what each score gains over lm-polygraph's first."""
+    """Prediction–rejection ratios of each set, and what each score gains over lm-polygraph's first, and over the best
+    that knows no mutual information."""
     names = [str(each) for each in estimators() if str(each) not in BOTH]
-    chosen = combined(found)
-    rng, ratios, gains = np.random.default_rng(seed), *([[name] for name in (*names, TOGETHER)] for _ in range(2))
+    without, chosen = combined(found, [name for name in names if "mutual" not in name]), combined(found, [*BOTH])
+    shown = [*names, APART, TOGETHER]
+    rng, ratios, gains = np.random.default_rng(seed), [[name] for name in shown], dict[tuple[str, str], list[str]]()
     for kind, answers in found.items():
-        scores, count = [answers[name] for name in (*names, chosen[kind])], len(answers["right"])
+        scores, count = [answers[name] for name in (*names, without[kind], chosen[kind])], len(answers["right"])
         resampled = [np.arange(count), *rng.integers(count, size=(resamples, count))]
         drawn = np.array(
             [rejection_ratios([own[rows] for own in scores], answers["quality"][rows]) for rows in resampled]
         )
-        gained = drawn - drawn[:, names.index(FIRST), None]
-        for k in range(len(scores)):
-            ratios[k].append(_number(drawn[0, k], drawn[1:, k]))
-            gains[k].append(_number(gained[0, k], gained[1:, k], signed=True))
+        for row, own in zip(ratios, drawn.T, strict=True):
+            row.append(_number(own[0], own[1:]))
+        for less in (FIRST, APART):
+            gained = (drawn - drawn[:, shown.index(less), None]).T
+            for name, own in zip(shown, gained, strict=True):
+                gains.setdefault((less, name), [name]).append(_number(own[0], own[1:], signed=True))
     heads = [f"{kind}: {len(own['right'])} of quality {own['quality'].mean():.2f}" for kind, own in found.items()]
     title = f"Prediction–rejection ratio of the answers of {PREDICTIVE}"
-    note = f"Both: {'; '.join(f'{kind}: {name}' for kind, name in chosen.items())}."
-    gains = [row for row in gains if row[0] != FIRST]
+    note = "Chosen: " + "; ".join(f"{kind}: {without[kind]}, and {chosen[kind]}" for kind in found) + "."
     return [
         Table(title, ["score", *heads], ratios, note),
-        Table(f"The same minus that of {FIRST}", ["score", *found], gains),
+        *(
+            Table(f"The same minus that of {less}", ["score", *found], [gains[less, n] for n in shown if n != less])
+            for less in (FIRST, APART)
+        ),
     ]
 
 
-def combined(found: Mapping[str, Answers]) -> dict[str, str]:
-    """The combination of ``BOTH`` for each set: that of the greatest mean ratio on all *other* sets."""
+def combined(found: Mapping[str, Answers], names: Sequence[str]) -> dict[str, str]:
+    """Which of the scores ``names`` has the greatest mean ratio on all *other* sets, for each set."""
     ratios = {
-        kind: np.nan_to_num(rejection_ratios([own[name] for name in BOTH], own["quality"]))
+        kind: np.nan_to_num(rejection_ratios([own[name] for name in names], own["quality"]))
         for kind, own in found.items()
     }
     total = np.sum([*ratios.values()], axis=0)
-    return {kind: [*BOTH][int((total - own).argmax())] for kind, own in ratios.items()}
+    return {kind: names[int((total - own).argmax())] for kind, own in ratios.items()}
 
 
 def temperature(right: np.ndarray, logs: np.ndarray) -> int:

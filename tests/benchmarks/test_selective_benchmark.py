@@ -34,7 +34,7 @@ from selective.asking import (
     tempered,
 )
 from selective.polygraph import BOTH, FIRST, OURS, chrf, estimators, rejection_ratios, statistics
-from selective.tables import answers_of, calibration, combined, rejection, temperature
+from selective.tables import APART, answers_of, calibration, combined, rejection, temperature
 from tests.packages import install_translations
 
 needed = pytest.mark.skipif(
@@ -136,7 +136,7 @@ def test_a_combination_is_chosen_on_the_other_sets() -> None:
     def ranked_by(name: str) -> dict[str, np.ndarray]:
         return {"quality": quality} | {each: -quality if each == name else rng.normal(size=50) for each in BOTH}
 
-    assert combined({"a": ranked_by(one), "b": ranked_by(other)}) == {"a": other, "b": one}
+    assert combined({"a": ranked_by(one), "b": ranked_by(other)}, [*BOTH]) == {"a": other, "b": one}
 
 
 def asked(family: str, quality: list[str], right: list[bool]) -> list[Asked]:
@@ -155,8 +155,9 @@ def test_translations_are_as_good_as_their_chrf_and_other_answers_as_they_are_ri
     judged = answers_of(asked("tasks", *given), PREDICTIVE, estimators())
     assert judged["quality"].tolist() == judged["right"].tolist() == [0, 0, 1]
     assert judged["confidence"] == pytest.approx(np.exp([-0.5, -1.5, -2.5]))
-    ratios, gains = rejection({"one": judged, "other": graded}, 3, 0)
-    assert [row[0] for row in gains.rows] == [row[0] for row in ratios.rows if row[0] != FIRST]
+    ratios, *gains = rejection({"one": judged, "other": graded}, 3, 0)
+    for table, less in zip(gains, (FIRST, APART), strict=True):
+        assert [row[0] for row in table.rows] == [row[0] for row in ratios.rows if row[0] != less]
     assert str(ratios.rows[0][1]).startswith(
         "-0.741"
     )  # the last is right, and the least sure; 1,000 random orders are not all six
