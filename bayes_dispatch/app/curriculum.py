@@ -24,6 +24,7 @@ from bayes_dispatch.model.subwords import SubwordTokenizer, train_subwords
 __all__ = ["CURRICULA", "Curriculum"]
 
 ROWS, ROW_BYTES = 4000, 1024  # that subwords are learnt from
+LONGEST = 32  # bytes of a text and of its translation: names of buttons and fields, of which a small model learns many
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ def _conventions(packages: Path | None) -> Curriculum:
 
 def _translations(packages: Path | None) -> Curriculum:
     """Of entry to entry the language changes in what the base model reads: it cannot know it, and has to hedge."""
-    languages = translations(packages)
+    languages = translations(packages, LONGEST)
     code, prose = BASE_TEXTS
     return Curriculum(
         corpus=DomainCorpus({Interleaved("translations", languages, "random"): 0.85, code: 0.05, prose: 0.1}),
         experts=languages,
         base=BASE_TEXTS,
-        foreign=tuple(Translations(domain.language, packages) for domain in FOREIGN_TRANSLATIONS),
+        foreign=tuple(Translations(domain.language, packages, LONGEST) for domain in FOREIGN_TRANSLATIONS),
         mixed=interleaved(languages, "alternate", ("de", "fr"), ("es", "nb"), ("pt", "pt_BR"), ("da", "ru")),
         switching=interleaved(languages, "switch", ("de", "fr"), ("es", "de"), ("nb", "da")),
     )

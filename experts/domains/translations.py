@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Split, exact, held_out
@@ -55,17 +56,20 @@ class Translations:
     Attributes:
         language: such as ``"pt_BR"``; also the domain's name.
         directory: where the packages are, if ``pip install --target`` put them there.
+        longest: the most bytes of a text, at most 120.
 
     Raises:
-        ConfigError: the language is none that is read here.
+        ConfigError: the language is none that is read here, or texts are to be longer.
     """
 
     language: str
     directory: Path | None = None
+    longest: int = LONGEST
 
     def __post_init__(self) -> None:
         if self.language not in FOLDERS:
             raise ConfigError(f"expected a language of {', '.join(FOLDERS)}, got {self.language!r:.40}")
+        whole("longest", self.longest, 1, LONGEST)
 
     @property
     def name(self) -> str:
@@ -77,7 +81,7 @@ class Translations:
         Raises:
             ConfigError: a package is missing (the message tells how to install it), or none has any.
         """
-        found = _entries(self.language, self.directory, split)
+        found = _entries(self.language, self.directory, self.longest, split)
         if not found:
             raise ConfigError(f"expected translations into {self.language} in the packages' catalogues, got none")
         return found
@@ -100,11 +104,12 @@ class Translations:
 
 
 @cache
-def _entries(language: str, directory: Path | None, split: Split) -> tuple[tuple[str, str], ...]:
+def _entries(language: str, directory: Path | None, longest: int, split: Split) -> tuple[tuple[str, str], ...]:
     return tuple(
         (english, translation)
         for english, translation in _catalogue(language, directory).items()
         if held_out(english) == (split == "held_out")
+        and max(len(english.encode()), len(translation.encode())) <= longest
     )
 
 
@@ -147,13 +152,14 @@ def _is_plain(english: str, translation: str) -> bool:
     return lines and re.search(r"[A-Za-z]{2}", MARKUP.sub("", english)) is not None
 
 
-def translations(directory: Path | None = None) -> tuple[Translations, ...]:
+def translations(directory: Path | None = None, longest: int = LONGEST) -> tuple[Translations, ...]:
     """A domain for each of eight languages: two Romance pairs, a Scandinavian one, German and Russian.
 
     Args:
         directory: where the packages are, if ``pip install --target`` put them there.
+        longest: the most bytes of a text.
     """
-    return tuple(Translations(language, directory) for language in ("de", "fr", "es", "pt", "pt_BR", "nb", "da", "ru"))
+    return tuple(Translations(language, directory, longest) for language in ("de", "fr", "es", "pt", "pt_BR", "nb", "da", "ru"))
 
 
 TRANSLATIONS = translations()
