@@ -10,11 +10,10 @@ import bayes_dispatch as bd
 from bayes_dispatch.app.bundle import transformers_backbone
 from bayes_dispatch.experts.domains import (
     FOREIGN_TRANSLATIONS,
-    TASKS,
     Domain,
     natural_mixtures,
     package_texts,
-    translations,
+    real_domains,
 )
 
 __all__ = ["real_parts"]
@@ -26,11 +25,10 @@ def real_parts(
     """The bundle, the domains of its experts, and others by kind; ``dtype`` is its own by default."""
     base = None if model is None else transformers_backbone(model, device="cpu", dtype="float32", cast=dtype)
     bundle = bd.load_bundle(directory, model=base, dtype=None if base else dtype)
-    own = {domain.name: domain for domain in package_texts(texts)}
-    known: dict[str, Domain] = own | {domain.name: domain for domain in (*translations(texts), *TASKS)}
+    known = real_domains(texts)
     if missing := [name for name in bundle.experts if name not in known]:
         raise typer.BadParameter(f"expected experts of {', '.join(known)}, got {missing[0]}")
-    foreign = [replace(domain, directory=texts) for domain in FOREIGN_TRANSLATIONS]
-    foreign += [domain for name, domain in own.items() if name not in bundle.experts]
+    foreign: list[Domain] = [replace(domain, directory=texts) for domain in FOREIGN_TRANSLATIONS]
+    foreign += [domain for domain in package_texts(texts) if domain.name not in bundle.experts]
     others = {"natural": natural_mixtures(texts), "foreign": foreign}
     return bundle, {name: known[name] for name in bundle.experts}, others

@@ -1,5 +1,7 @@
 """The domains: conventions on shared surfaces, texts of the Python installation, translations of packages on PyPI."""
 
+from pathlib import Path
+
 from bayes_dispatch.experts.domains.conventions import CONVENTIONS, SURFACES, Convention, Surface
 from bayes_dispatch.experts.domains.domain import Checked, Domain, Split, held_out
 from bayes_dispatch.experts.domains.interleaved import Interleaved, Items
@@ -41,7 +43,18 @@ __all__ = [
     "mixed_text",
     "natural_mixtures",
     "package_texts",
+    "real_domains",
     "translations",
 ]
 
 EXPERT_DOMAINS: tuple[Domain, ...] = (*CONVENTIONS, *EXPERT_TEXTS)
+
+
+def real_domains(directory: Path | None = None) -> dict[str, Domain]:
+    """By name, the eighteen domains that the bundle ``smollm2`` has experts of: languages, package texts and tasks.
+
+    Args:
+        directory: where the packages are, if ``pip install --target`` put them there; reasoning-gym must be on Python's
+            path.
+    """
+    return {domain.name: domain for domain in (*translations(directory), *package_texts(directory), *TASKS)}

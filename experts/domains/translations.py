@@ -159,7 +159,9 @@ def translations(directory: Path | None = None, longest: int = LONGEST) -> tuple
         directory: where the packages are, if ``pip install --target`` put them there.
         longest: the most bytes of a text.
     """
-    return tuple(Translations(language, directory, longest) for language in ("de", "fr", "es", "pt", "pt_BR", "nb", "da", "ru"))
+    return tuple(
+        Translations(language, directory, longest) for language in ("de", "fr", "es", "pt", "pt_BR", "nb", "da", "ru")
+    )
 
 
 TRANSLATIONS = translations()

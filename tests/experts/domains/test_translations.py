@@ -55,6 +55,15 @@ def test_what_is_taken(directory: Path) -> None:
     assert entries == {english: f"Seite {english.split()[-1]} hinzufügen" for english in ENGLISH} | {"Widest": "ü" * 60}
 
 
+def test_short_texts_alone(directory: Path) -> None:
+    """Both sides count, in bytes."""
+    domain = Translations("de", directory, 19)
+    entries = domain.entries("train") + domain.entries("held_out")
+    assert {english for english, _ in entries} == {english for english in ENGLISH if len(english) == 10}
+    with pytest.raises(ConfigError, match="expected longest to be a whole number from 1 to 120, got 121"):
+        Translations("de", directory, 121)
+
+
 def test_an_english_text_is_in_one_split_for_all_languages(directory: Path) -> None:
     for language in LANGUAGES:
         domain = Translations(language, directory)
