@@ -19,7 +19,8 @@ class TrainingPlan:
 
     Attributes:
         seed: of everything random. curriculum: of ``CURRICULA``.
-        backbone: the model. vocabulary: of its subwords; ``None`` for bytes. precision: of products in pre-training.
+        backbone: the model. vocabulary: of its subwords; ``None`` for bytes.
+        precision: of products in pre-training, and of the weights that it ends with, which experts see in float32.
         pretraining, experts: recipes. svi, guide: settings of the dispatcher's fit.
         pure_prompts: labelled prompts per domain for the dispatcher. mixed_prompts: prompts of known mixture for it.
         gate_pure_prompts: held-out prompts per domain that calibrate the gate. gate_mixed_prompts: of several domains.

@@ -102,9 +102,12 @@ def _base_model(
         tokenizer = None if plan.vocabulary is None else _subwords(plan, plan.vocabulary, curriculum, work)
         size = ByteTokenizer.vocab_size if plan.vocabulary is None else plan.vocabulary
         config = LanguageModelConfig(backbone=plan.backbone, vocab_size=size)
-        pretrain(
+        model = pretrain(
             config, curriculum.corpus, plan.pretraining, work / "pretraining", processes, progress, compute, tokenizer
-        ).save_pretrained(directory)
+        )
+        if plan.precision == "bfloat16":
+            model.bfloat16().float()  # in place: all weights are rounded, and so kept in half the bytes
+        model.save_pretrained(directory)
     return MambaFormerForCausalLM.from_pretrained(directory)
 
 

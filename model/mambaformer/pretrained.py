@@ -54,6 +54,8 @@ class Pretrained(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the model and its tokenizer, in the place of an earlier save in that directory.
 
+        Weights in float32 that bfloat16 holds without loss, all of them, take half the bytes.
+
         Raises:
             BundleError: the directory is a link, or holds anything else.
         """
@@ -64,7 +66,11 @@ class Pretrained(nn.Module):
                 data = self.tokenizer.to_json()
                 write_output(new / "tokenizer.json", data)
                 header["tokenizer"] = _digest(data)
-            write_tensors(new / "model.safetensors", self.state_dict(), header)
+            tensors = self.state_dict()
+            if all(t.dtype == torch.float32 and torch.equal(t, t.bfloat16().float()) for t in tensors.values()):
+                tensors = {name: t.bfloat16() for name, t in tensors.items()}
+                header["dtype"] = "float32"
+            write_tensors(new / "model.safetensors", tensors, header)
 
     @classmethod
     def from_pretrained(cls: type[M], directory: str | Path) -> M:
@@ -84,6 +90,8 @@ class Pretrained(nn.Module):
         except ConfigError as error:
             raise BundleError(f"{file}: {error}") from None
         tensors, header = read_tensors(weights)
+        if header.get("dtype") == "float32":
+            tensors = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in tensors.items()}
         # that of most tensors: safetensors gives them in no order
         dtypes = Counter(t.dtype for t in tensors.values() if t.dtype in DTYPES)
         dtype = dtypes.most_common(1)[0][0] if dtypes else torch.float32

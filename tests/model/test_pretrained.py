@@ -55,6 +55,24 @@ def test_it_is_loaded_in_the_dtype_that_it_was_saved_in(
         assert {t.dtype for t in again.state_dict().values()} == {dtype}
 
 
+def test_weights_that_bfloat16_holds_take_half_the_bytes(make_model: "MakeModel", tmp_path: Path) -> None:
+    """And come back in float32; one that it does not hold leaves all of them whole."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "whole")
+    model.bfloat16().float()
+    model.save_pretrained(tmp_path / "half")
+    whole, half = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "half"))
+    assert whole - half > 1.99 * sum(t.numel() for t in model.state_dict().values())  # but for the header
+    again = MambaFormerForCausalLM.from_pretrained(tmp_path / "half")
+    assert again.fingerprint() == model.fingerprint()
+    assert {t.dtype for t in again.state_dict().values()} == {torch.float32}
+    with torch.no_grad():
+        again.norm.weight[0] += 1e-5
+    again.save_pretrained(tmp_path / "half")
+    assert (tmp_path / "half" / "model.safetensors").stat().st_size == whole
+    assert MambaFormerForCausalLM.from_pretrained(tmp_path / "half").fingerprint() == again.fingerprint()
+
+
 def test_a_tokenizer_is_kept_beside_the_weights(make_model: "MakeModel", tmp_path: Path) -> None:
     """Without its file there are bytes; one that is missing, edited or too large for the embedding is refused."""
     tokenizer, file = train_subwords(["the other"] * 9, 262), tmp_path / "model" / "tokenizer.json"
