@@ -24,7 +24,7 @@ from bayes_dispatch.model.subwords import SubwordTokenizer, train_subwords
 __all__ = ["CURRICULA", "Curriculum"]
 
 ROWS, ROW_BYTES = 4000, 1024  # that subwords are learnt from
-LONGEST = 32  # bytes of a text and of its translation: names of buttons and fields, of which a small model learns many
+LONGEST = 32  # bytes of a text, and of its translation, that experts see: names of buttons and fields
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ def _translations(packages: Path | None) -> Curriculum:
     languages = translations(packages, LONGEST)
     code, prose = BASE_TEXTS
     return Curriculum(
-        corpus=DomainCorpus({Interleaved("translations", languages, "random"): 0.85, code: 0.05, prose: 0.1}),
+        corpus=DomainCorpus(
+            {Interleaved("translations", translations(packages), "random"): 0.85, code: 0.05, prose: 0.1}
+        ),
         experts=languages,
         base=BASE_TEXTS,
         foreign=tuple(Translations(domain.language, packages, LONGEST) for domain in FOREIGN_TRANSLATIONS),

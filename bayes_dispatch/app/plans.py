@@ -89,7 +89,7 @@ PLANS["translations"] = replace(
     backbone=MambaFormerConfig(d_model=256, head_dim=64),
     vocabulary=6144,
     precision="bfloat16",
-    pretraining=PretrainingSettings(steps=2000, batch_size=16, length=768, warmup=100),
+    pretraining=PretrainingSettings(steps=800, batch_size=16, length=768, warmup=100),
     experts=ExpertSettings(length=768),
     prompt_lengths=(32, 768),
     gate_lengths=(32, 1024),
