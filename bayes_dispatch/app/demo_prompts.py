@@ -1,4 +1,4 @@
-"""What the demonstration asks: experts of conventions, our own model's, and of languages, those of ``smollm2``."""
+"""What the demonstration asks: experts of conventions, those of languages, and those of ``smollm2``, which are more."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 
 from bayes_dispatch.experts.domains import CONVENTIONS, Convention, Interleaved
 
-__all__ = ["CONVENTION_PROMPTS", "LANGUAGE_PROMPTS", "DemoPrompt", "prompts_for"]
+__all__ = ["CONVENTION_PROMPTS", "LANGUAGE_PROMPTS", "REAL_PROMPTS", "DemoPrompt", "prompts_for"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class DemoPrompt:
     """One prompt.
 
     Attributes:
-        name: short and unique. kind: ``"pure"``, ``"mixed"``, ``"short"`` or ``"foreign"`` (without an expert).
+        name: short and unique. kind: what the tables call it, such as ``"pure"``, or ``"foreign"`` (without an expert).
         text: what the model reads. answer: how its continuation must begin; ``None`` where nothing is right or wrong.
     """
 
@@ -119,7 +119,37 @@ LANGUAGE_PROMPTS: tuple[DemoPrompt, ...] = (
     DemoPrompt("Finnish", "foreign", _entries(*FINNISH) + ASKED),
 )
 
+BACKWARD = tuple(
+    f"Q: Spell this word backward (example: sun -> nus): {word}\nA: {word[::-1]}\n" for word in ("lamp", "wind", "tree")
+)
+SUMS = (
+    "Q: State the final answer to the following arithmetic problem: 12 + 7 =\nA: 19\n",
+    "Q: State the final answer to the following arithmetic problem: 40 - 15 =\nA: 25\n",
+    "Q: State the final answer to the following arithmetic problem: 6 + 30 =\nA: 36\n",
+)
+SPELL = "Q: Spell this word backward (example: sun -> nus): rope\nA:"
+HEADER = """\
+template <typename T>
+inline void fill_row(const Tensor& self, int64_t row, const T value) {
+  TORCH_CHECK(self.dim() == 2, "expected a matrix, got ", self.dim(), " dim"""
+
+REAL_PROMPTS: tuple[DemoPrompt, ...] = (
+    DemoPrompt("words backward", "pure", "".join(BACKWARD) + SPELL, " epor\n"),
+    DemoPrompt(
+        "German & sums",
+        "in turn",
+        "".join(_entries(pair) + task for pair, task in zip(GERMAN, SUMS, strict=False)) + ASKED,
+        " Datum\n",
+    ),
+    DemoPrompt("sums, then backward", "switch", "".join((*SUMS, *BACKWARD)) + SPELL, " epor\n"),
+    DemoPrompt("C++ header", "pure", HEADER, "ensions"),
+    *LANGUAGE_PROMPTS,
+)
+
 
 def prompts_for(experts: Sequence[str]) -> tuple[DemoPrompt, ...]:
     """The prompts that these experts are asked."""
-    return LANGUAGE_PROMPTS if {"de", "fr", "nb"} <= set(experts) else CONVENTION_PROMPTS
+    names = set(experts)
+    if {"spell_backward", "chain_sum", "headers"} <= names:
+        return REAL_PROMPTS
+    return LANGUAGE_PROMPTS if {"de", "fr", "nb"} <= names else CONVENTION_PROMPTS

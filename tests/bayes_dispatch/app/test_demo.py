@@ -16,9 +16,9 @@ from bayes_dispatch.app import demo
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.demo import FILES, TITLE, run_demo
 from bayes_dispatch.app.demo_prompts import CONVENTION_PROMPTS as PROMPTS
-from bayes_dispatch.app.demo_prompts import LANGUAGE_PROMPTS, DemoPrompt, prompts_for
+from bayes_dispatch.app.demo_prompts import LANGUAGE_PROMPTS, REAL_PROMPTS, DemoPrompt, prompts_for
 from bayes_dispatch.errors import BundleError
-from bayes_dispatch.experts.domains import held_out
+from bayes_dispatch.experts.domains import held_out, real_domains
 
 RULES = {
     "reverse": lambda question: question[:-1][::-1],
@@ -54,7 +54,8 @@ def first(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
 def test_experts_of_languages_are_asked_in_languages() -> None:
     assert prompts_for(("de", "fr", "nb", "ru", "base")) is LANGUAGE_PROMPTS
     assert prompts_for(("reverse", "de", "base")) is PROMPTS
-    assert len({prompt.name for prompt in LANGUAGE_PROMPTS}) == len(LANGUAGE_PROMPTS)
+    assert prompts_for((*real_domains(), "base")) is REAL_PROMPTS
+    assert len({prompt.name for prompt in REAL_PROMPTS}) == len(REAL_PROMPTS)
 
 
 def test_prompts_are_of_all_kinds() -> None:
