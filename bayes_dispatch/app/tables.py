@@ -92,8 +92,8 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
         "experts": _experts,
         "dispatch": _dispatch,
         "pure": _pure,
-        "mixed": lambda part: _blended(part, "Documents that alternate two conventions"),
-        "switching": lambda part: _blended(part, "Documents that switch convention half-way"),
+        "mixed": lambda part: _blended(part, "Documents that alternate two domains"),
+        "switching": lambda part: _blended(part, "Documents that switch domain half-way"),
         "calibration": _calibration,
         "gains": _gains,
     }
@@ -150,8 +150,8 @@ def _experts(part: Mapping[str, Any]) -> list[Table]:
         rows.append([domain, *nll[:2], Cell(f"{nll[2].text} ({other})", nll[2].mark), *exact])
     columns = ["domain", "base NLL", "own NLL", "best other NLL", "base exact", "own exact", "other exact"]
     note = (
-        "Held-out documents, scored after 128 prompt bytes. NLL: nats per byte of answers, or of the rest of a text. "
-        "Exact: answers whose every byte is right (the rest of a text never is)."
+        "Held-out documents, scored after their prompt. NLL: nats per byte of answers, or of the rest of a text. Exact: "
+        "answers whose every byte is right (the rest of a text never is)."
     )
     return [Table("Experts", columns, rows, note)]
 
@@ -167,7 +167,7 @@ def _dispatch(part: Mapping[str, Any]) -> list[Table]:
         ["coverage of 90% intervals", _number(found)],
         ["the same on simulations from the fitted model", _number(simulated)],
         [
-            "AUROC of the base weight, foreign texts against 128 bytes of a domain",
+            f"AUROC of the base weight, foreign texts against {max(part['accuracy'], key=int)} bytes of a domain",
             f"{part['foreign_auroc_base_weight']:.3f}",
         ],
     ]
