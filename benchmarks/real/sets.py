@@ -14,7 +14,10 @@ from bayes_dispatch.experts.domains import Domain
 __all__ = ["HALF", "NEAR", "PAIRS", "SHORT", "Case", "DocumentSet", "document_sets"]
 
 HALF, SHORT = 400, 24  # bytes of a prompt, at least, and of what follows it; of a short prompt
-PAIRS = (("de", "fr"), ("es", "nb"), ("pt", "ru"), ("da", "fr"))
+PAIRS = (
+    *(("de", "fr"), ("es", "nb"), ("pt", "ru"), ("da", "fr")),
+    *(("spell_backward", "chain_sum"), ("number_filtering", "prime_factorization"), ("de", "word_sequence_reversal")),
+)
 NEAR = (("pt", "pt_BR"), ("nb", "da"))
 
 
