@@ -90,7 +90,7 @@ PLANS["translations"] = replace(
     vocabulary=6144,
     precision="bfloat16",
     pretraining=PretrainingSettings(steps=800, batch_size=16, length=768, warmup=100),
-    experts=ExpertSettings(length=768),
+    experts=ExpertSettings(steps=120, length=768, learning_rate=0.1),
     prompt_lengths=(32, 768),
     gate_lengths=(32, 1024),
     judged_lengths=(64, 128, 256, 512),
