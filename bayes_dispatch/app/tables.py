@@ -150,8 +150,8 @@ def _experts(part: Mapping[str, Any]) -> list[Table]:
         rows.append([domain, *nll[:2], Cell(f"{nll[2].text} ({other})", nll[2].mark), *exact])
     columns = ["domain", "base NLL", "own NLL", "best other NLL", "base exact", "own exact", "other exact"]
     note = (
-        "Held-out documents, scored after their prompt. NLL: nats per byte of answers, or of the rest of a text. Exact: "
-        "answers whose every byte is right (the rest of a text never is)."
+        "Held-out documents, scored after their prompt. NLL: nats per byte of answers, or of the rest of a text. "
+        "Exact: answers whose every byte is right (the rest of a text never is)."
     )
     return [Table("Experts", columns, rows, note)]
 
