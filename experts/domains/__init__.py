@@ -57,4 +57,5 @@ def real_domains(directory: Path | None = None) -> dict[str, Domain]:
         directory: where the packages are, if ``pip install --target`` put them there; reasoning-gym must be on Python's
             path.
     """
-    return {domain.name: domain for domain in (*translations(directory), *package_texts(directory), *TASKS)}
+    domains: tuple[Domain, ...] = (*translations(directory), *package_texts(directory), *TASKS)
+    return {domain.name: domain for domain in domains}
