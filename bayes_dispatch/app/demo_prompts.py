@@ -119,30 +119,35 @@ LANGUAGE_PROMPTS: tuple[DemoPrompt, ...] = (
     DemoPrompt("Finnish", "foreign", _entries(*FINNISH) + ASKED),
 )
 
-BACKWARD = tuple(
-    f"Q: Spell this word backward (example: sun -> nus): {word}\nA: {word[::-1]}\n" for word in ("lamp", "wind", "tree")
+SPELL = "Q: Spell this word backward (example: sun -> nus): {}\nA:"
+REVERSE = (
+    "Q: Solve the following problem. Provide you answer as a comma-separated list of words with a space after the "
+    "comma. Reverse this list of words: {}\nA:"
 )
-SUMS = (
-    "Q: State the final answer to the following arithmetic problem: 12 + 7 =\nA: 19\n",
-    "Q: State the final answer to the following arithmetic problem: 40 - 15 =\nA: 25\n",
-    "Q: State the final answer to the following arithmetic problem: 6 + 30 =\nA: 36\n",
+SPELT = "".join(f"{SPELL.format(word)} {word[::-1]}\n" for word in ("lamp", "wind", "tree"))
+REVERSED = "".join(
+    f"{REVERSE.format(words)} {answer}\n"
+    for words, answer in (
+        ("red, blue, green", "green, blue, red"),
+        ("one, two", "two, one"),
+        ("cat, dog, bird", "bird, dog, cat"),
+    )
 )
-SPELL = "Q: Spell this word backward (example: sun -> nus): rope\nA:"
 HEADER = """\
 template <typename T>
 inline void fill_row(const Tensor& self, int64_t row, const T value) {
-  TORCH_CHECK(self.dim() == 2, "expected a matrix, got ", self.dim(), " dim"""
+  TORCH_CHECK(self.dim() == 2, "expected a matrix");
+  for (int64_t i = 0; i < self.size(1); i"""
 
 REAL_PROMPTS: tuple[DemoPrompt, ...] = (
-    DemoPrompt("words backward", "pure", "".join(BACKWARD) + SPELL, " epor\n"),
+    DemoPrompt("a word backward", "pure", SPELT + SPELL.format("cat"), " tac\n"),
+    DemoPrompt("C++ header", "pure", HEADER, "++"),
     DemoPrompt(
-        "German & sums",
-        "in turn",
-        "".join(_entries(pair) + task for pair, task in zip(GERMAN, SUMS, strict=False)) + ASKED,
-        " Datum\n",
+        "German, then lists",
+        "switch",
+        _entries(*GERMAN) + REVERSED + REVERSE.format("sun, moon, star"),
+        " star, moon, sun\n",
     ),
-    DemoPrompt("sums, then backward", "switch", "".join((*SUMS, *BACKWARD)) + SPELL, " epor\n"),
-    DemoPrompt("C++ header", "pure", HEADER, "ensions"),
     *LANGUAGE_PROMPTS,
 )
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from bayes_dispatch.checks.plots import expert_colours, plain_axis, plain_figure
+from bayes_dispatch.checks.plots import expert_colours, largest, plain_axis, plain_figure
 from bayes_dispatch.errors import TensorError
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ __all__ = ["plot_uncertain_bytes", "plot_weight_path"]
 
 WIDTH = 0.11  # inches of a character
 LINE = 0.26
+LEGEND = 9  # experts whose names fit beside a path
 VISIBLE = {"\n": "⏎", "\t": "→", " ": "·"}
 
 
@@ -79,6 +80,8 @@ def plot_weight_path(
 ) -> Figure:
     """The blend weights before each token of a text, stacked: experts in colour, base grey.
 
+    Of more than nine experts the smallest are drawn as one.
+
     Args:
         path: (T, K + 1), as in ``Generation.paths``. experts: K + 1 names, base last.
         marks: places and what begins there, such as the end of the prompt.
@@ -92,10 +95,11 @@ def plot_weight_path(
         raise TensorError(f"expected a path (token, {len(experts)}), got shape {path.shape}")
     if texts and len(texts) != len(path):
         raise TensorError(f"expected {len(path)} texts, one for each token, got {len(texts)}")
-    colours = expert_colours(experts)
+    path, names = largest(path, experts, LEGEND)
+    colours = expert_colours(names)
     figure = plain_figure(max(7.0, len(texts) * WIDTH + 1.5), 2.8 if texts else 2.2)
     axis = figure.subplots()
-    axis.stackplot(np.arange(len(path)), path.T, colors=[colours[name] for name in experts], labels=experts, lw=0)
+    axis.stackplot(np.arange(len(path)), path.T, colors=[colours[name] for name in names], labels=names, lw=0)
     for place, text in marks:
         axis.axvline(place, color="0.2", lw=1)
         axis.text(place, 1.02, f" {text}", fontsize=8, color="0.2")

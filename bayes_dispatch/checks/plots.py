@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float
 
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import TensorError
@@ -13,9 +14,10 @@ from bayes_dispatch.errors import TensorError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["expert_colours", "plain_axis", "plain_figure", "plot_blend_bars", "plot_forest"]
+__all__ = ["expert_colours", "largest", "plain_axis", "plain_figure", "plot_blend_bars", "plot_forest"]
 
 BASE_COLOUR = "#b8bcc4"
+OTHERS = "others"
 INK, FAINT = "#22252b", "#e6e8ec"
 # Okabe and Ito's colours and four more, told apart by colour-blind readers as far as so many can be.
 PALETTE = (
@@ -27,7 +29,23 @@ PALETTE = (
 def expert_colours(experts: Sequence[str]) -> dict[str, str]:
     """A colour for each expert, in order; ``"base"`` is grey."""
     colours = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(experts)}
-    return colours | {"base": BASE_COLOUR}
+    return colours | {"base": BASE_COLOUR, OTHERS: FAINT}
+
+
+def largest(
+    weights: Float[np.ndarray, "row expert"], experts: Sequence[str], most: int = len(PALETTE)
+) -> tuple[Float[np.ndarray, "row shown"], list[str]]:
+    """The columns that a stacked picture shows, and their names: colours are few.
+
+    Where there are more than ``most`` experts, those of the largest weight in any row stay, in their order, and base;
+    the weights of the rest are summed as ``"others"``.
+    """
+    if len(experts) - 1 <= most:
+        return weights, list(experts)
+    kept = np.sort(np.argsort(-weights[:, :-1].max(0, initial=0.0), kind="stable")[: most - 1])
+    rest = weights[:, :-1].sum(1) - weights[:, kept].sum(1)
+    shown = np.column_stack([weights[:, kept], rest, weights[:, -1]])
+    return shown, [*(experts[k] for k in kept), OTHERS, experts[-1]]
 
 
 def plot_forest(
@@ -80,6 +98,8 @@ def plot_forest(
 def plot_blend_bars(posterior: DispatchPosterior, prompts: Sequence[str]) -> Figure:
     """Posterior mean of the weights as one stacked bar for each prompt, experts in colour, base grey.
 
+    Of more than twelve experts the smallest are drawn as one.
+
     Args:
         posterior: draws of N prompts.
         prompts: N labels.
@@ -90,16 +110,17 @@ def plot_blend_bars(posterior: DispatchPosterior, prompts: Sequence[str]) -> Fig
     Raises:
         TensorError: another number of labels than prompts.
     """
-    count, mean, colours = _check(posterior, prompts), posterior.mean, expert_colours(posterior.experts)
+    count, (mean, names) = _check(posterior, prompts), largest(posterior.mean, posterior.experts)
+    colours = expert_colours(names)
     figure = plain_figure(9.0, 0.36 * count + 1.3)
     axis = figure.subplots()
     heights = np.arange(count)[::-1]
     left = np.zeros(count)
-    for expert, name in enumerate(posterior.experts):
+    for expert, name in enumerate(names):
         axis.barh(heights, mean[:, expert], 0.74, left, color=colours[name], edgecolor="white", lw=0.8, label=name)
         for row in np.flatnonzero(mean[:, expert] >= 0.12):
             where = left[row] + mean[row, expert] / 2
-            ink = INK if name == "base" else "white"
+            ink = INK if name in ("base", OTHERS) else "white"
             axis.text(where, heights[row], f"{mean[row, expert]:.2f}", ha="center", va="center", fontsize=7, color=ink)
         left += mean[:, expert]
     labels = [_short(prompt, 44) for prompt in prompts]
@@ -111,9 +132,7 @@ def plot_blend_bars(posterior: DispatchPosterior, prompts: Sequence[str]) -> Fig
     axis.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", ".25", ".5", ".75", "1"])
     axis.set_xlabel("posterior mean weight", fontsize=8, color=INK)
     plain_axis(axis)
-    figure.legend(
-        loc="outside upper center", ncols=min(len(posterior.experts), 9), fontsize=8, frameon=False, handlelength=1.0
-    )
+    figure.legend(loc="outside upper center", ncols=min(len(names), 9), fontsize=8, frameon=False, handlelength=1.0)
     return figure
 
 

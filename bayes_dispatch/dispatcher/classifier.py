@@ -34,7 +34,7 @@ class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         n_components: number of classes where no label is known; ``None`` where labels are.
         unlabelled: the value in ``y`` that marks an unknown label; ``None`` where every value is a class. ``-1`` is
             scikit-learn's convention for semi-supervised fits, but a class of its own by default.
-        dimensions: features that the vectors are projected to.
+        dimensions: features that the vectors are projected to; by default twelve, or four more than classes.
         svi_steps: optimiser steps of the program's globals.
         svi_learning_rate: of them, at the start.
         guide_steps: optimiser steps of the guide.
@@ -57,7 +57,7 @@ class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         n_components: int | None = None,
         *,
         unlabelled: Any = None,
-        dimensions: int = 12,
+        dimensions: int | None = None,
         svi_steps: int = 600,
         svi_learning_rate: float = 0.02,
         guide_steps: int = 4_000,

@@ -32,17 +32,20 @@ class FeatureSettings:
     """How the hidden view is projected.
 
     Args:
-        dimensions: features that are kept, D; fewer where the view or the number of prompts is smaller.
+        dimensions: features that are kept, D; fewer where the view or the number of prompts is smaller. By default
+            twelve, or four more than experts where that is more: with fewer than experts, some could not be told apart.
         folds: folds of the out-of-fold features.
         penalties: ridge penalties that cross-validation chooses from, for standardised features.
     """
 
-    dimensions: int = 12
+    dimensions: int | None = None
     folds: int = 5
     penalties: tuple[float, ...] = (1.0, 10.0, 100.0, 1e3, 1e4)
 
     def __post_init__(self) -> None:
-        set_whole(self, dimensions=1, folds=2)
+        set_whole(self, folds=2)
+        if self.dimensions is not None:
+            set_whole(self, dimensions=1)
         object.__setattr__(
             self,
             "penalties",
@@ -50,6 +53,10 @@ class FeatureSettings:
         )
         if not self.penalties:
             raise ConfigError("expected at least one penalty, got none")
+
+    def kept(self, n_experts: int) -> int:
+        """D for so many experts."""
+        return max(12, n_experts + 4) if self.dimensions is None else self.dimensions
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,14 +99,15 @@ def fit_feature_map(
     Returns:
         The map, and ``(N, D)`` features: out-of-fold for prompts with targets, the map's own for the others.
     """
+    dimensions = settings.kept(targets.shape[1] - 1)
     if np.ptp(hidden, axis=0).max() == 0:  # nothing to project
-        count = min(settings.dimensions, hidden.shape[1])
+        count = min(dimensions, hidden.shape[1])
         return FeatureMap(hidden[0], np.zeros((hidden.shape[1], count))), np.zeros((len(hidden), count))
     known = np.isfinite(targets).all(axis=1)
     seen = targets[:, np.nansum(targets, axis=0) > 0] if known.any() else targets[:, :0]
     spare = known.sum() - seen.shape[1]  # prompts beyond one for each class: without any, nothing is within a class
     if seen.shape[1] < 2 or known.sum() < 4 * settings.folds or spare < 1:
-        return _principal(hidden, settings.dimensions)
+        return _principal(hidden, dimensions)
     center, spread = hidden[known].mean(axis=0), spread_of(hidden[known])
     x, y = (hidden - center) / spread, seen[known]
     penalty = RidgeCV(list(settings.penalties)).fit(x[known], y).alpha_
@@ -114,11 +122,11 @@ def fit_feature_map(
     means, *_ = np.linalg.lstsq(y, scores[known], rcond=None)
     between, within = np.cov((y @ means).T), np.cov((scores[known] - y @ means).T)
     within += 1e-6 * np.trace(within) / len(within) * np.eye(len(within))
-    kept = min(settings.dimensions, seen.shape[1] - 1)
+    kept = min(dimensions, seen.shape[1] - 1)
     axes = eigh(between, within)[1][:, ::-1][:, :kept]  # (K', kept)
     directions, features = coefficients @ axes, scores @ axes
 
-    fill = min(settings.dimensions, x.shape[1], known.sum() - 1) - kept
+    fill = min(dimensions, x.shape[1], known.sum() - 1) - kept
     if fill > 0:
         extra = _residual_directions(x[known], y, directions, fill)
         directions, features = np.hstack([directions, extra]), np.hstack([features, x @ extra])

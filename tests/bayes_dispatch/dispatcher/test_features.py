@@ -53,6 +53,20 @@ def test_own_features_are_out_of_fold() -> None:
     assert outside < 0.4
 
 
+def test_by_default_all_experts_can_be_told_apart() -> None:
+    """Twenty classes at the corners of a simplex need nineteen directions; fixed seed."""
+    rng, classes = np.random.default_rng(0), np.arange(600) % 20
+    hidden = 4.0 * np.eye(20, 30)[classes] + rng.normal(size=(600, 30))
+
+    def right(settings: FeatureSettings) -> float:
+        _, own = fit_feature_map(hidden, np.eye(21)[classes], settings, 0)
+        means = np.stack([own[classes == k].mean(0) for k in range(20)])
+        return float((np.square(own[:, None] - means).sum(-1).argmin(1) == classes).mean())
+
+    assert FeatureSettings().kept(8) == FeatureSettings().kept(2) == 12
+    assert 1 - right(FeatureSettings()) < 0.5 * (1 - right(FeatureSettings(dimensions=12)))
+
+
 def test_units_do_not_matter() -> None:
     """Shifting and scaling each raw feature leaves the features as they are, up to their signs."""
     hidden, targets = world()
