@@ -27,9 +27,10 @@ PALETTE = (
 
 
 def expert_colours(experts: Sequence[str]) -> dict[str, str]:
-    """A colour for each expert, in order; ``"base"`` is grey."""
+    """A colour for each expert, in order; ``"base"`` is grey, and ``"others"`` of :func:`largest` light grey."""
     colours = {name: PALETTE[index % len(PALETTE)] for index, name in enumerate(experts)}
-    return colours | {"base": BASE_COLOUR, OTHERS: FAINT}
+    greys = {OTHERS: FAINT} if OTHERS in experts else {}
+    return colours | greys | {"base": BASE_COLOUR}
 
 
 def largest(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from bayes_dispatch.checks.plots import BASE_COLOUR, expert_colours, plot_blend_bars, plot_forest
+from bayes_dispatch.checks.plots import BASE_COLOUR, expert_colours, largest, plot_blend_bars, plot_forest
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import TensorError
 
@@ -72,3 +72,20 @@ def test_pyplot_stays_out() -> None:
         "p(D(np.full((2, 1, 2), .5), ('a', 'base')), ['x']); sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_of_many_experts_the_largest_are_shown() -> None:
+    """Each row still sums to what it did; of few experts all are shown."""
+    weights = np.random.default_rng(0).dirichlet(np.full(20, 0.2), 6)
+    names = [f"e{k}" for k in range(19)] + ["base"]
+    shown, chosen = largest(weights, names, 5)
+    assert chosen[-2:] == ["others", "base"]
+    assert len(chosen) == 6
+    np.testing.assert_allclose(shown.sum(1), 1)
+    np.testing.assert_array_equal(shown[:, -1], weights[:, -1])
+    kept = [names.index(name) for name in chosen[:-2]]
+    np.testing.assert_array_equal(shown[:, :-2], weights[:, kept])
+    assert kept == sorted(kept)
+    assert weights[:, kept].max(0).min() >= np.delete(weights[:, :-1], kept, 1).max()
+    assert len(set(expert_colours(chosen).values())) == 6
+    assert largest(weights[:, :6], names[:5] + ["base"], 5)[1] == names[:5] + ["base"]
