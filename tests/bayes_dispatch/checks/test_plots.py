@@ -88,4 +88,4 @@ def test_of_many_experts_the_largest_are_shown() -> None:
     assert kept == sorted(kept)
     assert weights[:, kept].max(0).min() >= np.delete(weights[:, :-1], kept, 1).max()
     assert len(set(expert_colours(chosen).values())) == 6
-    assert largest(weights[:, :6], names[:5] + ["base"], 5)[1] == names[:5] + ["base"]
+    assert largest(weights[:, :6], [*names[:5], "base"], 5)[1] == [*names[:5], "base"]
