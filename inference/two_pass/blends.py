@@ -18,6 +18,7 @@ from jaxtyping import Float
 from scipy.special import logsumexp
 
 from bayes_dispatch.arguments import real, simplex, whole
+from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import on_simplex
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import BayesDispatchError, ConfigError, UnknownNameError
 
@@ -220,7 +221,8 @@ class PosteriorPredictive(NamedBySettings):
     """Many particles whose predictive distributions are mixed, filtered by every token (DESIGN §8).
 
     With more than K + 1 rows to spend, the vertices (each expert, base) take K + 1 of them, the posterior mean one, and
-    posterior draws the rest; with fewer, all are posterior draws.
+    posterior draws the rest. With fewer, half of the rows are vertices: base, and the experts of the largest posterior
+    mean weight; with fewer than four, all are posterior draws.
 
     No token counts twice. Which particle a document is at is told by its tokens alone: before the first, a vertex has
     its prior weight, and draws have the ratio of the prior to the posterior that they are from (importance sampling,
@@ -256,7 +258,8 @@ class PosteriorPredictive(NamedBySettings):
 
     def particles(self, posterior: DispatchPosterior) -> Particles:
         available, prompts, components = posterior.weights.shape
-        fixed = components + 1 if self.draws > components else 0  # vertices and mean
+        vertices = components if self.draws > components else self.draws // 2
+        fixed = vertices + 1 if self.draws >= 4 else 0  # and the mean
         if self.draws - fixed > available:
             raise ConfigError(f"expected a posterior of at least {self.draws - fixed} draws, got {available}")
         count = self.draws - fixed
@@ -265,23 +268,25 @@ class PosteriorPredictive(NamedBySettings):
         ratios = equal if posterior.log_ratios is None or not count else _truncated(posterior.log_ratios[:count].T)
         if not fixed:
             return Particles(drawn, ratios, self.switching, self.merge, target=equal)
-        mean = posterior.mean
+        mean, prior = posterior.mean, posterior.mean if posterior.prior is None else posterior.prior
+        kept = np.sort(np.argsort(-mean[:, :-1], axis=1, kind="stable")[:, : vertices - 1], axis=1)
+        kept = np.column_stack([kept, np.full(prompts, components - 1)])  # (prompt, vertex), base last
         return Particles(
-            np.concatenate([np.tile(np.eye(components), (prompts, 1, 1)), mean[:, None], drawn], axis=1),
-            self._mass(mean if posterior.prior is None else posterior.prior, ratios),
+            np.concatenate([np.eye(components)[kept], mean[:, None], drawn], axis=1),
+            self._mass(on_simplex(np.take_along_axis(prior, kept, 1)), ratios),
             self.switching,
             self.merge,
-            target=self._mass(mean, equal),
+            target=self._mass(on_simplex(np.take_along_axis(mean, kept, 1)), equal),
         )
 
     def _mass(
-        self, vertices: Float[np.ndarray, "prompt component"], drawn: Float[np.ndarray, "prompt draw"]
+        self, vertices: Float[np.ndarray, "prompt vertex"], drawn: Float[np.ndarray, "prompt draw"]
     ) -> Float[np.ndarray, "prompt particle"]:
         """Of vertices, mean and draws; the mean has that of an average draw."""
-        (prompts, components), others = vertices.shape, drawn.shape[1] + 1
+        (prompts, count), others = vertices.shape, drawn.shape[1] + 1
         inside = np.concatenate([np.ones((prompts, 1)), drawn * (others - 1)], axis=1) / others
         mass = (1 - self.flat) * np.concatenate([self.vertex_mass * vertices, (1 - self.vertex_mass) * inside], axis=1)
-        mass[:, :components] += self.flat / components
+        mass[:, :count] += self.flat / count
         return mass
 
 

@@ -110,8 +110,8 @@ def test_relations_between_blends(seed: int) -> None:
 
 class TestPosteriorPredictive:
     def test_few_particles_are_draws_of_equal_mass(self) -> None:
-        """Up to K + 1 there is no room for the vertices."""
-        for draws in range(1, 5):
+        """Of fewer than four none is a vertex."""
+        for draws in range(1, 4):
             particles = PosteriorPredictive(draws).particles(posterior(0))
             np.testing.assert_array_equal(particles.weights, posterior(0).weights[:draws].swapaxes(0, 1))
             np.testing.assert_allclose(particles.mass, 1 / draws)
@@ -127,6 +127,25 @@ class TestPosteriorPredictive:
             mean = given_posterior.weights[:, i].mean(0)
             np.testing.assert_allclose(particles.mass[i, :4], 0.8 * 0.4 * mean + 0.2 / 4)
             np.testing.assert_allclose(particles.mass[i, 4:], 0.8 * 0.6 / 5)
+
+    @pytest.mark.parametrize("prior", [False, True])
+    def test_half_of_too_few_particles_for_all_vertices_are_the_likeliest_ones(self, prior: bool) -> None:
+        """Base and the experts of the largest posterior means, which share the mass that all vertices would have."""
+        known = posterior(0, prior=prior)
+        particles = PosteriorPredictive(4, vertex_mass=0.4, flat=0.2).particles(known)
+        assert particles.mass.shape == (3, 4)
+        np.testing.assert_allclose(particles.mass.sum(1), 1)
+        np.testing.assert_allclose(particles.target.sum(1), 1)
+        for i in range(3):
+            best = int(known.mean[i, :-1].argmax())
+            np.testing.assert_array_equal(particles.weights[i, :2], np.eye(4)[[best, 3]])
+            np.testing.assert_allclose(particles.weights[i, 2], known.mean[i])
+            np.testing.assert_array_equal(particles.weights[i, 3], known.weights[0, i])
+            share = known.mean[i, [best, 3]] / known.mean[i, [best, 3]].sum()
+            np.testing.assert_allclose(particles.target[i, :2], 0.8 * 0.4 * share + 0.2 / 2)
+            if known.prior is not None:
+                share = known.prior[i, [best, 3]] / known.prior[i, [best, 3]].sum()
+            np.testing.assert_allclose(particles.mass[i, :2], 0.8 * 0.4 * share + 0.2 / 2)
 
     def test_the_prompt_is_not_counted_before_its_tokens_are(self) -> None:
         """Masses are those of the prior: of vertices its mean, of draws their ratios; features tell the target."""
