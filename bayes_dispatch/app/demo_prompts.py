@@ -155,6 +155,6 @@ REAL_PROMPTS: tuple[DemoPrompt, ...] = (
 def prompts_for(experts: Sequence[str]) -> tuple[DemoPrompt, ...]:
     """The prompts that these experts are asked."""
     names = set(experts)
-    if {"spell_backward", "chain_sum", "headers"} <= names:
+    if {"spell_backward", "word_sequence_reversal", "headers", "de", "fr", "nb"} <= names:
         return REAL_PROMPTS
     return LANGUAGE_PROMPTS if {"de", "fr", "nb"} <= names else CONVENTION_PROMPTS

@@ -69,7 +69,11 @@ class ReasoningTask:
 
     def reward(self, question: str, expected: str, answer: str) -> float:
         """What the task's own checker says, 0 … 1: full marks for the right answer, some for what comes near."""
-        return float(_task(self.name).score_answer(answer.strip(), {"answer": expected.strip(), "metadata": {}}))
+        entry = {"answer": expected.strip(), "metadata": {}}
+        try:
+            return float(_task(self.name).score_answer(answer.strip(), entry))
+        except Exception:  # its checkers raise what they like at an answer that they cannot read
+            return 0.0
 
 
 @cache

@@ -222,7 +222,8 @@ class PosteriorPredictive(NamedBySettings):
 
     With more than K + 1 rows to spend, the vertices (each expert, base) take K + 1 of them, the posterior mean one, and
     posterior draws the rest. With fewer, half of the rows are vertices: base, and the experts of the largest posterior
-    mean weight; with fewer than four, all are posterior draws.
+    mean weight, which share what all vertices would have (here the features choose); with fewer than four, all are
+    posterior draws.
 
     No token counts twice. Which particle a document is at is told by its tokens alone: before the first, a vertex has
     its prior weight, and draws have the ratio of the prior to the posterior that they are from (importance sampling,
@@ -259,7 +260,7 @@ class PosteriorPredictive(NamedBySettings):
     def particles(self, posterior: DispatchPosterior) -> Particles:
         available, prompts, components = posterior.weights.shape
         vertices = components if self.draws > components else self.draws // 2
-        fixed = vertices + 1 if self.draws >= 4 else 0  # and the mean
+        fixed = vertices + 1 if self.draws > components or self.draws >= 4 else 0  # and the mean
         if self.draws - fixed > available:
             raise ConfigError(f"expected a posterior of at least {self.draws - fixed} draws, got {available}")
         count = self.draws - fixed

@@ -90,8 +90,8 @@ class Pretrained(nn.Module):
         except ConfigError as error:
             raise BundleError(f"{file}: {error}") from None
         tensors, header = read_tensors(weights)
-        if header.get("dtype") == "float32":
-            tensors = {name: t.float() if t.dtype == torch.bfloat16 else t for name, t in tensors.items()}
+        if header.get("dtype") == "float32" and all(t.dtype == torch.bfloat16 for t in tensors.values()):
+            tensors = {name: t.float() for name, t in tensors.items()}
         # that of most tensors: safetensors gives them in no order
         dtypes = Counter(t.dtype for t in tensors.values() if t.dtype in DTYPES)
         dtype = dtypes.most_common(1)[0][0] if dtypes else torch.float32

@@ -128,6 +128,11 @@ class TestPosteriorPredictive:
             np.testing.assert_allclose(particles.mass[i, :4], 0.8 * 0.4 * mean + 0.2 / 4)
             np.testing.assert_allclose(particles.mass[i, 4:], 0.8 * 0.6 / 5)
 
+    def test_three_particles_of_one_expert_are_its_vertices_and_the_mean(self) -> None:
+        one = DispatchPosterior(np.random.default_rng(0).dirichlet([1.0, 1.0], (8, 2)), ("sort", "base"))
+        weights = PosteriorPredictive(3).particles(one).weights
+        np.testing.assert_allclose(weights, np.concatenate([np.tile(np.eye(2), (2, 1, 1)), one.mean[:, None]], 1))
+
     @pytest.mark.parametrize("prior", [False, True])
     def test_half_of_too_few_particles_for_all_vertices_are_the_likeliest_ones(self, prior: bool) -> None:
         """Base and the experts of the largest posterior means, which share the mass that all vertices would have."""

@@ -105,7 +105,9 @@ def fit_feature_map(
         return FeatureMap(hidden[0], np.zeros((hidden.shape[1], count))), np.zeros((len(hidden), count))
     known = np.isfinite(targets).all(axis=1)
     seen = targets[:, np.nansum(targets, axis=0) > 0] if known.any() else targets[:, :0]
-    spare = known.sum() - seen.shape[1]  # prompts beyond one for each class: without any, nothing is within a class
+    spare = (
+        int(known.sum()) - seen.shape[1]
+    )  # prompts beyond one for each class: without any, nothing is within a class
     if seen.shape[1] < 2 or known.sum() < 4 * settings.folds or spare < 1:
         return _principal(hidden, dimensions)
     center, spread = hidden[known].mean(axis=0), spread_of(hidden[known])
@@ -126,7 +128,7 @@ def fit_feature_map(
     axes = eigh(between, within)[1][:, ::-1][:, :kept]  # (K', kept)
     directions, features = coefficients @ axes, scores @ axes
 
-    fill = min(dimensions, x.shape[1], known.sum() - 1) - kept
+    fill = min(dimensions, x.shape[1], spare) - kept  # what is within class has no more directions
     if fill > 0:
         extra = _residual_directions(x[known], y, directions, fill)
         directions, features = np.hstack([directions, extra]), np.hstack([features, x @ extra])

@@ -67,6 +67,15 @@ def test_by_default_all_experts_can_be_told_apart() -> None:
     assert 1 - right(FeatureSettings()) < 0.5 * (1 - right(FeatureSettings(dimensions=12)))
 
 
+@pytest.mark.parametrize(("count", "classes"), [(40, 20), (60, 30), (20, 10)])
+def test_few_prompts_of_many_experts(count: int, classes: int) -> None:
+    """Directions within class are no more than there are: none is noise of rounding, beside which all else vanishes."""
+    hidden = np.random.default_rng(0).normal(size=(count, 200))
+    feature_map, own = fit_feature_map(hidden, np.eye(classes + 1)[np.arange(count) % classes], FeatureSettings(), 0)
+    for features in (feature_map(hidden), own):
+        assert features.std(0).min() > 1e-2 * features.std(0).max()
+
+
 def test_units_do_not_matter() -> None:
     """Shifting and scaling each raw feature leaves the features as they are, up to their signs."""
     hidden, targets = world()

@@ -28,6 +28,7 @@ def test_questions_and_answers(task: ReasoningTask) -> None:
             assert "\n" not in text + answer
             assert len(f"{question}{answer}".encode()) <= 256
             assert task.reward(question, answer, answer) == 1
+            assert task.reward(question, answer, " 906 = 12 ×, [") < 1
         others = [task.reward(question, answer, wrong) for (question, answer), (_, wrong) in pairwise(items)]
         assert 0 <= min(others) <= np.mean(others) < 0.3
 
