@@ -3,7 +3,8 @@
     python benchmarks/real_dispatch.py --bundle runs/lora --work /tmp/evidence    # eight LoRAs: 20 minutes
     python benchmarks/real_dispatch.py --quick    # a smoke test on a tiny model; the numbers mean nothing
 
-LogisticRegression reads the same features of the same training prompts as the dispatcher. Arrow reads the prompt
+LogisticRegression reads the same features of the same training prompts as the dispatcher, where these lie beside the
+bundle (``BUNDLE.work``); else sixty fresh ones of each domain. Arrow reads the prompt
 through its blend of adapters; a prompt's probabilities are the mean shares that its tokens give the adapters. What was
 read of prompts is kept under ``--work``: a run that was stopped goes on. A prompt of 16 tokens may end before its first
 translation: then nothing in it tells the language.

@@ -94,6 +94,8 @@ def main(
         documents, seeds, resamples = 2, 1, 2
     kept = Kept(json)
     asked: Iterable[Asked] = kept.values()
+    if only and len(banks := {each.bank for each in asked}) != 1:
+        raise typer.BadParameter(f"expected answers of one bundle in --json, got those of {len(banks)}")
     if not only:
         base = None if model is None else transformers_backbone(model, device="cpu", dtype="float32", cast=dtype)
         system = bd.load_bundle(bundle, model=base, dtype=None if base else dtype)

@@ -6,7 +6,7 @@ from zlib import crc32
 import numpy as np
 
 from bayes_dispatch.checks.coverage import SMALLEST
-from bayes_dispatch.errors import PromptError
+from bayes_dispatch.errors import ConfigError, PromptError
 from bayes_dispatch.experts.domains import Domain
 from bayes_dispatch.experts.domains.mixtures import mixed_parts
 from bayes_dispatch.model.backbone import Tokenizer
@@ -46,6 +46,8 @@ def mixed_prompts(
     Domains are drawn, with shares that are uniform on the simplex, until two at least are in a prompt: in a short one
     they are those of short lines.
     """
+    if len(domains) < 2:
+        raise ConfigError(f"expected at least two domains to mix, got {len(domains)}")
     rng, prompts, found = np.random.default_rng([seed, tokens]), list[str](), list[np.ndarray]()
     while len(prompts) < count:
         chosen = rng.choice(len(domains), size=min(int(rng.integers(2, 4)), len(domains)), replace=False)

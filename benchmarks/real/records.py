@@ -12,7 +12,7 @@ from bayes_dispatch.app.tables import Cell, Table
 from bayes_dispatch.checks.paired import paired_comparison
 from real.methods import HARD, OURS, PAIR, ROUTERS, SEARCH, UNIFORM, Nats
 
-__all__ = ["BEST", "Record", "Records", "tables"]
+__all__ = ["BEST", "Record", "Records", "tables", "whole_lines"]
 
 BEST = "best fixed expert"
 ORDER = ("base", "right expert", BEST, PAIR, HARD, UNIFORM, SEARCH, *ROUTERS)
@@ -55,7 +55,7 @@ class Records(dict[tuple[str, str, int, int], Record]):
     def __init__(self, path: Path | None) -> None:
         super().__init__()
         self.path = path
-        for line in path.read_text().splitlines() if path is not None and path.exists() else ():
+        for line in whole_lines(path):
             fields: dict[str, Any] = json.loads(line)
             self._join(Record(**fields | {"scores": {name: Nats(*own) for name, own in fields["scores"].items()}}))
 
@@ -71,6 +71,16 @@ class Records(dict[tuple[str, str, int, int], Record]):
         kept = self.setdefault(record.key, record)
         kept.groups = list(dict.fromkeys(kept.groups + record.groups))
         kept.scores = kept.scores | record.scores
+
+
+def whole_lines(path: Path | None) -> list[str]:
+    """The lines of a file, if there is one; what a run that was stopped left of its last line is taken away."""
+    if path is None or not path.exists():
+        return []
+    whole, _, rest = path.read_text().rpartition("\n")
+    if rest:
+        path.write_text(whole and f"{whole}\n")
+    return whole.splitlines()
 
 
 def tables(records: Iterable[Record]) -> list[Table]:

@@ -24,6 +24,7 @@ from bayes_dispatch.experts.domains import (
 from bayes_dispatch.experts.questions import Question, ask
 from bayes_dispatch.inference.two_pass.generation import Generation
 from bayes_dispatch.inference.two_pass.system import dispatch
+from real.records import whole_lines
 from real.sets import PAIRS, DocumentSet, document_sets
 
 __all__ = [
@@ -35,8 +36,10 @@ __all__ = [
     "Asked",
     "Kept",
     "answered",
+    "domains_of",
     "questions",
     "sets_of",
+    "tempered",
 ]
 
 PREDICTIVE = "posterior_predictive(16)"
@@ -105,7 +108,7 @@ class Kept(dict[tuple[str, str, str, int, int], Asked]):
     def __init__(self, path: Path | None) -> None:
         super().__init__()
         self.path = path
-        for line in path.read_text().splitlines() if path is not None and path.exists() else ():
+        for line in whole_lines(path):
             each = Asked(**json.loads(line))
             own = {blend: Answer(*answer) for blend, answer in each.answers.items()}
             self[each.key] = replace(each, answers=own)

@@ -184,6 +184,12 @@ def test_records_of_several_runs_add_up(tmp_path: Path) -> None:
     assert len(again) == 2
     assert again["b", "de", 0, 0].scores == {"base": Nats(30, 0.5), OURS: Nats(20, 0.5)}
     assert again["b", "de", 0, 0].groups == ["experts", "Arrow", OURS, "uniform merge"]
+    lines = path.read_text()
+    path.write_text(lines + lines[:20])  # a run that was stopped while it wrote
+    again = Records(path)
+    assert again == kept
+    again.add(made_up(2, base=1))
+    assert len(Records(path)) == 3
 
 
 @pytest.mark.slow
