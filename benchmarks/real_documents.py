@@ -25,7 +25,7 @@ from bayes_dispatch.inference.scoring.document_reader import TokenDocument
 from peers.timing import Rounds, Work, interleaved
 from real.methods import GROUPS, ROUTERS, Contest, contest
 from real.parts import real_parts
-from real.records import Record, Records, tables
+from real.records import Record, Records, bank_of, tables
 from real.sets import HALF, DocumentSet, document_sets
 
 __all__ = ["costs", "main", "run"]
@@ -43,8 +43,7 @@ def run(
 ) -> list[Record]:
     """The records of all these documents; what is not kept is scored."""
     bundle, found = contested.bundle, []
-    digests = bundle.experts.digest()[:12], bundle.dispatcher.fingerprint[:12]
-    bank = f"{' '.join(digests)} {str(bundle.model.dtype).removeprefix('torch.')}"
+    bank = bank_of(bundle)
     numbers = [(each, seed, start) for each in sets for seed in seeds for start in range(0, count, AT_ONCE)]
     for each, seed, start in tqdm(numbers, disable=None):
         keys = {n: (bank, each.name, seed, n) for n in range(start, min(start + AT_ONCE, count))}

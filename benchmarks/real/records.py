@@ -1,18 +1,19 @@
 """Scores of documents as lines of JSON, and the tables that are made of them alone."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import bayes_dispatch as bd
 from bayes_dispatch.app.tables import Cell, Table
 from bayes_dispatch.checks.paired import paired_comparison
 from real.methods import HARD, OURS, PAIR, ROUTERS, SEARCH, UNIFORM, Nats
 
-__all__ = ["BEST", "Record", "Records", "tables", "whole_lines"]
+__all__ = ["BEST", "Record", "Records", "add_line", "bank_of", "tables", "whole_lines"]
 
 BEST = "best fixed expert"
 ORDER = ("base", "right expert", BEST, PAIR, HARD, UNIFORM, SEARCH, *ROUTERS)
@@ -23,7 +24,7 @@ class Record:
     """One document under the methods of some groups.
 
     Attributes:
-        bank: digest of the experts, and the dtype. set, kind, seed, number: of the document.
+        bank: see ``bank_of``. set, kind, seed, number: of the document.
         components: experts and base. bytes, tokens: scored ones. groups: those that were run. scores: of each method.
     """
 
@@ -62,10 +63,7 @@ class Records(dict[tuple[str, str, int, int], Record]):
     def add(self, record: Record) -> None:
         """Keep it, in the file as well."""
         self._join(record)
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(vars(record)) + "\n")
+        add_line(self.path, vars(record))
 
     def _join(self, record: Record) -> None:
         kept = self.setdefault(record.key, record)
@@ -81,6 +79,20 @@ def whole_lines(path: Path | None) -> list[str]:
     if rest:
         path.write_text(whole and f"{whole}\n")
     return whole.splitlines()
+
+
+def add_line(path: Path | None, fields: Mapping[str, Any]) -> None:
+    """Add a line to a file of them, if there is one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(fields) + "\n")
+
+
+def bank_of(bundle: bd.Bundle) -> str:
+    """What tells a bundle's scores from another's: digests of experts and dispatcher, and the model's dtype."""
+    digests = bundle.experts.digest()[:12], bundle.dispatcher.fingerprint[:12]
+    return f"{' '.join(digests)} {str(bundle.model.dtype).removeprefix('torch.')}"
 
 
 def tables(records: Iterable[Record]) -> list[Table]:

@@ -24,7 +24,7 @@ from bayes_dispatch.experts.domains import (
 from bayes_dispatch.experts.questions import Question, ask
 from bayes_dispatch.inference.two_pass.generation import Generation
 from bayes_dispatch.inference.two_pass.system import dispatch
-from real.records import whole_lines
+from real.records import add_line, bank_of, whole_lines
 from real.sets import PAIRS, DocumentSet, document_sets
 
 __all__ = [
@@ -46,14 +46,11 @@ PREDICTIVE = "posterior_predictive(16)"
 PLAIN = ("base", "best_expert")  # of one row
 TEMPERATURES = np.geomspace(1 / 4, 8, 41)
 KINDS = ("pure", "in turn", "near pairs in turn", "switching", "short")
-MORE_PAIRS = (  # languages have theirs in ``real.sets``
+MORE_PAIRS = (  # languages and tasks have theirs in ``real.sets``
     ("add", "reversed_add"),
     ("no_carry", "sort"),
     ("reversed_add", "shift"),
     ("reverse", "sort"),
-    ("spell_backward", "word_sequence_reversal"),
-    ("prime_factorization", "base_conversion"),
-    ("number_filtering", "chain_sum"),
 )
 AT_ONCE = 8  # questions that are answered together, and kept together
 ROOM = 64  # tokens of an answer, at most; one that has not ended by then is wrong
@@ -82,7 +79,7 @@ class Asked:
     """A question, and its answers.
 
     Attributes:
-        bank: digests of experts and dispatcher, the model's dtype, and bytes. family, kind, seed, number: of the
+        bank: see ``real.records.bank_of``, and bytes. family, kind, seed, number: of the
             document. domain, expected: of the answer. p_value: of the gate, NaN where there is none.
         answers: by blend.
     """
@@ -116,10 +113,7 @@ class Kept(dict[tuple[str, str, str, int, int], Asked]):
     def add(self, each: Asked) -> None:
         """Keep it, in the file as well."""
         self[each.key] = each
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a") as file:
-                file.write(json.dumps(asdict(each)) + "\n")
+        add_line(self.path, asdict(each))
 
 
 def domains_of(names: Collection[str], texts: Path | None) -> dict[str, dict[str, Checked]]:
@@ -178,8 +172,7 @@ def answered(
 ) -> Iterator[Asked]:
     """``count`` questions of each set and seed with their answers; those that are not kept are asked now."""
     domains = {name: each for own in domains_of(bundle.experts.names, texts).values() for name, each in own.items()}
-    digests = bundle.experts.digest()[:12], bundle.dispatcher.fingerprint[:12]
-    bank = f"{' '.join(digests)} {str(bundle.model.dtype).removeprefix('torch.')} {half}"
+    bank = f"{bank_of(bundle)} {half}"
     work = [(key, seed, start) for key in sets for seed in seeds for start in range(0, count, AT_ONCE)]
     for (family, kind), seed, start in tqdm(work, "questions", disable=None):
         keys = {n: (bank, family, kind, seed, n) for n in range(start, min(start + AT_ONCE, count))}

@@ -90,7 +90,7 @@ class _Kept:
     def tensors(self) -> list[Tensor] | None:
         """The present ones, in the same places; ``None`` where modules or names are others."""
         # walking the modules would take longer than a cached step
-        if any(tuple(now.values()) != then for now, then in self.parts):
+        if any(tuple(present.values()) != kept for present, kept in self.parts):
             return None
         try:
             return [tensor for slot, name in self.slots if (tensor := slot[name]) is not None]

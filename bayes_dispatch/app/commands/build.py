@@ -110,7 +110,7 @@ def train_documents(
 ) -> None:
     """Train experts of real documents, and make a bundle of them: docs/domains.md names documents and packages.
 
-    An expert of the bundle that ships took four to six minutes on one core. What is done is kept in OUT.work, so that
+    An expert of the bundle that ships took three to ten minutes on one core. What is done is kept in OUT.work, so that
     a run that was stopped goes on.
     """
     if kind not in ("svf", "lora"):
