@@ -55,7 +55,7 @@ class LabelError(BayesDispatchError, ValueError):
 
 
 class NotFittedError(BayesDispatchError):
-    """A dispatcher was asked for a posterior before ``fit`` or ``load``."""
+    """A dispatcher was asked for what it has only after ``fit``, ``load`` or ``calibrate``."""
 
 
 class BundleError(BayesDispatchError):

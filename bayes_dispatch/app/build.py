@@ -53,7 +53,8 @@ class BuildSettings:
         seed: of everything random.
         prompt_lengths: shortest and longest of the prompts that are cut from the examples, in bytes.
         pure_prompts: of each expert, for the dispatcher. mixed_prompts: of several experts.
-        gate_prompts: held-out ones of each expert, for the gate, and as many of several; 0 for no gate.
+        gate_prompts: held-out ones of each expert, and as many of several, which calibrate the gate and, by
+            ``Dispatcher.calibrate``, the dispatcher; 0 for neither.
         svi, guide: settings of the dispatcher's fit.
     """
 
@@ -119,9 +120,10 @@ def build_bundle(
     held = stages.evidence("held_out", lambda: _held_out(model, experts, own, settings, progress))
     gate = None
     if settings.gate_prompts and len(held.labels) < FEWEST:
-        announce(f"no gate: it takes {FEWEST} held-out prompts, and there are {len(held.labels)}")
+        announce(f"no gate and no calibration: they take {FEWEST} held-out prompts, and there are {len(held.labels)}")
     elif settings.gate_prompts:
         gate = Gate.calibrate(dispatcher, held.evidence, (held.labels < 0).astype(int), seed=settings.seed)
+        dispatcher.calibrate(held.evidence, held.labels, held.mixtures, seed=settings.seed)
     gains = stages.numbers("gains", lambda: _gains(model, experts, own, settings))
     report = {"examples": _counts(examples), "calibration": _calibration(dispatcher, held), "gains": gains}
     return _saved(Bundle(model, experts, dispatcher, report, gate=gate), out)

@@ -242,9 +242,11 @@ def joint_posterior(
         fields = {name: np.asarray(value) for name, value in mcmc.get_extra_fields().items()}
     weights = _with_known(samples.pop("w"), prompts)
     free = {name: value for name, value in samples.items() if not name.endswith(("gammas", "exponentials"))}
-    found = {"divergences": np.sum(fields["diverging"]), "steps": np.mean(fields["num_steps"])}
-    of_each = {name: np.full(len(prompts), value) for name, value in found.items()}
-    return ReferencePosterior(weights, (*experts, "base"), chains=chains, globals=free, **of_each)
+    found = np.sum(fields["diverging"]), np.mean(fields["num_steps"])
+    divergences, steps = (np.full(len(prompts), value) for value in found)
+    return ReferencePosterior(
+        weights, (*experts, "base"), chains=chains, globals=free, divergences=divergences, steps=steps
+    )
 
 
 class _Data(NamedTuple):

@@ -6,19 +6,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from bayes_dispatch.arguments import real, several, shown, simplex, whole
 from bayes_dispatch.arguments import seed as a_seed
 from bayes_dispatch.dispatcher.arrays import as_numbers
+from bayes_dispatch.dispatcher.conformal import Conformal, ConformalIntervals
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher
@@ -78,6 +79,7 @@ class Dispatcher:
     _report: FitReport | None = field(default=None, init=False, repr=False)
     _prior: PriorState | None = field(default=None, init=False, repr=False)
     _prior_file: Path | None = field(default=None, init=False, repr=False)
+    _conformal: Conformal | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.experts = tuple(several("experts", self.experts))
@@ -177,7 +179,7 @@ class Dispatcher:
         data = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts))
         settings = (self.svi, self.guide, self.features)
         self._state, self._report = fit_parts(self.experts, self.program, data, *settings, self.random_state, progress)
-        self._prior, self._prior_file = self._initial_prior(), None
+        self._prior, self._prior_file, self._conformal = self._initial_prior(), None, None
         return self
 
     def recalibrate(
@@ -189,8 +191,8 @@ class Dispatcher:
     ) -> Dispatcher:
         """A new dispatcher for evidence that has drifted: globals, temper and guide fitted to it, from where they are.
 
-        The projections stay, so a few hundred prompts will do, labelled or not; the serving prior stays too. This
-        dispatcher does not change.
+        The projections stay, so a few hundred prompts will do, labelled or not; the serving prior stays too. What
+        :meth:`calibrate` has found does not. This dispatcher does not change.
 
         Args:
             X, y, mixtures, progress: as in :meth:`fit`.
@@ -204,6 +206,37 @@ class Dispatcher:
         new._state, new._report = refit_parts(self.state, data, self.svi, self.random_state, progress)
         new._prior = self.prior
         return new
+
+    def calibrate(
+        self,
+        X: Evidence | Shaped[np.ndarray, "prompt feature"],
+        y: Int[np.ndarray, " prompt"] | Sequence[int] | None = None,
+        mixtures: Float[np.ndarray, "prompt weight"] | None = None,
+        seed: int = 0,
+    ) -> Dispatcher:
+        """Find, on prompts that ``fit`` has not seen, how wide an interval and how large a set it takes to hold truth.
+
+        That gives :meth:`predict_set`, and ``calibrated_interval`` of posteriors, their guarantee: split conformal, for
+        prompts that are exchangeable with these, whether or not the program is right. The posterior itself, and
+        ``predict_proba``, stay as they are. Both keep to the serving prior of this moment, so the guarantee outlives
+        :meth:`update` and :meth:`feedback`, whose news they do not use: calibrate again to use it. ``fit`` forgets it.
+
+        Args:
+            X: evidence of n prompts, such as those to come; a probability p takes n ≥ p / (1 − p) of them.
+            y, mixtures: as in :meth:`fit`; every prompt must have one of them.
+            seed: of the choice of the expert that each prompt's interval is judged by.
+
+        Returns:
+            The dispatcher itself.
+
+        Raises:
+            NotFittedError: before ``fit``.
+            ConfigError: no prompts, or one whose mixture is not known.
+            EvidenceError, TensorError: as in :meth:`fit`.
+        """
+        data, shares = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts)), self.prior.mean
+        self._conformal = Conformal.of(self._answer(data.evidence, shares), data.targets, shares, a_seed(seed))
+        return self
 
     @property
     def report(self) -> FitReport:
@@ -247,8 +280,8 @@ class Dispatcher:
         evidence = _as_evidence(X)
         draws, generators = whole("draws", draws, 1), prompt_generators(seed, len(evidence))
         if isinstance(self._known, FlatProgram):  # exact: nothing to resample
-            names = (*self.experts, "base")
-            return DispatchPosterior(self._answer(evidence, self.prior.mean).draw(draws, generators), names)
+            weights, names = self._answer(evidence, self.prior.mean).draw(draws, generators), (*self.experts, "base")
+            return DispatchPosterior(weights, names, calibrated=self._intervals(partial(self._answer, evidence)))
         return self._posterior(self.state.prompts(evidence), draws, generators, resample, proposals)
 
     def mixtures_of(self, evidence: Evidence) -> DirichletMixtures:
@@ -382,6 +415,20 @@ class Dispatcher:
         """``(N, K+1)`` probability that each expert (base last) has the largest weight; deterministic."""
         return self.mixtures_of(_as_evidence(X)).probability_best()
 
+    def predict_set(
+        self, X: Evidence | Shaped[np.ndarray, "prompt feature"], probability: float = 0.9
+    ) -> Bool[np.ndarray, "prompt weight"]:
+        """``(N, K+1)`` the experts (base last), at least one for each prompt, among which the one with the largest true
+        share is with at least this probability, for prompts exchangeable with those of :meth:`calibrate`.
+
+        Raises:
+            NotFittedError: before :meth:`calibrate`.
+            ConfigError: a probability outside 0 to 1, or one that takes more calibration prompts.
+        """
+        if (known := self._conformal) is None:
+            raise NotFittedError("expected a calibrated dispatcher, got one before calibrate()")
+        return known.sets(self._answer(_as_evidence(X), known.shares), probability)
+
     def predict(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Shaped[np.ndarray, " prompt"]:
         """``(N,)`` names of the experts most likely to have the largest weight, ``"base"`` among them."""
         return np.array([*self.experts, "base"])[self.predict_proba(X).argmax(axis=1)]
@@ -446,6 +493,8 @@ class Dispatcher:
             kind, (document, arrays) = PROGRAM, known.pack()
         arrays |= {"prior.mean": self.prior.mean, "prior.covariance": self.prior.covariance}
         arrays |= {"prior.initial": self.prior.initial}
+        if self._conformal is not None:
+            arrays |= {f"conformal.{name}": values for name, values in vars(self._conformal).items()}
         settings = {name: asdict(getattr(self, name)) for name in ("svi", "guide", "features", "program")}
         header = {
             "version": VERSION,
@@ -496,6 +545,12 @@ class Dispatcher:
             dispatcher._prior = PriorState(mean, covariance, initial, (*experts, "base"), document["events"])
         except (KeyError, ConfigError) as error:
             raise BundleError(f"expected a serving prior in {directory}, got {error}") from None
+        if found := {name: values for name, values in arrays.items() if name.startswith("conformal.")}:
+            try:
+                dispatcher._conformal = Conformal(*(found[f"conformal.{each.name}"] for each in fields(Conformal)))
+                several("shares", dispatcher._conformal.shares, len(mean))
+            except (KeyError, ConfigError) as error:
+                raise BundleError(f"expected a calibration in {directory}, got {error}") from None
         return dispatcher
 
     def to_arviz(
@@ -570,8 +625,18 @@ class Dispatcher:
             (*self.experts, "base"),
             prior=np.tile(state.model.label_shares(pi), (len(prompts), 1)),
             log_ratios=state.sampler.prior_ratios(answer, weights.swapaxes(0, 1), pi).T - log_weights,
+            calibrated=self._intervals(partial(state.answer, prompts)),
             **found,
         )
+
+    def _intervals(
+        self, answer: Callable[[Float[np.ndarray, " component"]], DirichletMixtures]
+    ) -> ConformalIntervals | None:
+        """Calibrated ones of prompts that have this answer under shares."""
+        if (known := self._conformal) is None:
+            return None
+        found = answer(known.shares)
+        return ConformalIntervals(known.levels, found.shares, found.concentration)
 
     def _weigh(self, prompts: Prompts, proposals: int, generators: Sequence[np.random.Generator]) -> Weighted:
         proposals, pi = whole("proposals", proposals, 25), self.prior.mean

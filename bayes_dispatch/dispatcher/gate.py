@@ -69,7 +69,7 @@ class GateDecision:
 
     def to_base(self, posterior: DispatchPosterior) -> DispatchPosterior:
         """The posterior with all draws of foreign prompts at the base vertex; the others' draws, and what is known of
-        the evidence (``k_hat``, ``log_evidence``), stay.
+        the evidence (``k_hat``, ``log_evidence``, ``calibrated``), stay.
 
         Raises:
             TensorError: a posterior of other prompts.

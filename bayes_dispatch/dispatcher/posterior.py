@@ -11,7 +11,8 @@ from jaxtyping import Float, Shaped
 
 from bayes_dispatch.arguments import number, several, shown, whole
 from bayes_dispatch.dispatcher.arrays import Frozen, as_numbers, as_rows
-from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.dispatcher.conformal import ConformalIntervals
+from bayes_dispatch.errors import ConfigError, NotFittedError, TensorError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +40,7 @@ class DispatchPosterior(Frozen):
             nothing to the prompt itself: then the prompt's tokens are new to it.
         log_ratios: ``(draw, prompt)`` log density of each draw under the prior over that under the posterior that it
             was drawn from, to a constant for each prompt; with ``prior``, and without.
+        calibrated: what ``calibrated_interval`` gives of these prompts; ``None`` without ``Dispatcher.calibrate``.
         chains: that the draws are of, one after the other; independent draws are one.
 
     Raises:
@@ -57,6 +59,7 @@ class DispatchPosterior(Frozen):
     chains: int = field(default=1, kw_only=True)
     prior: np.ndarray | None = field(default=None, kw_only=True)
     log_ratios: np.ndarray | None = field(default=None, kw_only=True)
+    calibrated: ConformalIntervals | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         weights, experts = as_numbers(self.weights, "weights"), several("experts", self.experts)
@@ -76,6 +79,8 @@ class DispatchPosterior(Frozen):
                 object.__setattr__(self, name, array)
         if (self.prior is None) != (self.log_ratios is None):
             raise TensorError("expected prior and log_ratios together, got one without the other")
+        if self.calibrated is not None and len(self.calibrated) != weights.shape[1]:
+            raise TensorError(f"expected calibrated of {weights.shape[1]} prompts, got {len(self.calibrated)}")
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "experts", tuple(experts))
         self.__setstate__(vars(self))
@@ -110,12 +115,30 @@ class DispatchPosterior(Frozen):
     def interval(self, probability: float = 0.9) -> Float[np.ndarray, "2 prompt expert"]:
         """Equal-tailed intervals ``(2, prompt, K+1)``: lower and upper ends of the given posterior probability.
 
+        They hold the truth as often as the program is right; :meth:`calibrated_interval` has a guarantee.
+
         Raises:
             ConfigError: a probability outside 0 to 1.
         """
         if not 0 < number(probability) < 1:
             raise ConfigError(f"expected a probability between 0 and 1, got {shown(probability)}")
         return np.quantile(self.weights, [(1 - probability) / 2, (1 + probability) / 2], axis=0)
+
+    def calibrated_interval(self, probability: float = 0.9) -> Float[np.ndarray, "2 prompt expert"]:
+        """Intervals ``(2, prompt, K+1)`` as ``Dispatcher.calibrate`` corrected them: right even if the program is not.
+
+        For a new prompt exchangeable with the n of calibration, the interval of an expert that is taken at random from
+        those that the posterior counts holds the true share with at least this probability, and at most 1/(n + 1) more
+        where scores do not tie. Counted are experts of a posterior mean of .05 or more, or else the largest. The ends
+        are of the dispatcher's answer, not of ``weights``: gates, resampling and feedback do not move them.
+
+        Raises:
+            NotFittedError: no posterior of a calibrated dispatcher.
+            ConfigError: a probability outside 0 to 1, or one that takes more calibration prompts.
+        """
+        if self.calibrated is None:
+            raise NotFittedError("expected a posterior of a calibrated dispatcher, got one without calibrate()")
+        return self.calibrated(probability)
 
     def select(self, indices: Shaped[np.ndarray, " selected"] | Sequence[int] | slice) -> DispatchPosterior:
         """The posterior of the prompts at ``indices``, in that order.
@@ -134,7 +157,8 @@ class DispatchPosterior(Frozen):
             for name in ("k_hat", "log_evidence", "prior")
             if (values := getattr(self, name)) is not None
         }
-        return replace(self, **found)
+        calibrated = None if self.calibrated is None else self.calibrated.select(indices)
+        return replace(self, **found, calibrated=calibrated)
 
     @classmethod
     def concatenate(cls, parts: Sequence[DispatchPosterior]) -> DispatchPosterior:
@@ -149,6 +173,7 @@ class DispatchPosterior(Frozen):
             parts[0],
             weights=np.concatenate([part.weights for part in parts], axis=1),
             log_ratios=joined("log_ratios", 1),
+            calibrated=ConformalIntervals.concatenate([part.calibrated for part in parts]),
             **{name: joined(name) for name in names},  # type: ignore[arg-type]  # fields of one type
         )
 

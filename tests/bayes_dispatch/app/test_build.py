@@ -111,6 +111,9 @@ def test_a_dispatcher_of_examples(model: Path, adapters: dict[str, Path], tmp_pa
     assert bundle.report["calibration"]["accuracy"] > 0.9
     assert set(bundle.report["gains"]) == set(EXAMPLES)
     assert bundle.gate is not None
+    assert load_bundle(tmp_path / "b").dispatcher.predict_set(
+        bd.first_pass(backbone, backbone.tokenizer, [EXAMPLES["high"][3]]).evidence, 0.95
+    )[0, 1]
     found = bd.TwoPassGenerator(load_bundle(tmp_path / "b")).generate(
         [EXAMPLES["high"][3], EXAMPLES["low"][2]], blend="posterior_mean", max_new_tokens=2, seed=0
     )

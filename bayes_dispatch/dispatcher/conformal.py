@@ -1,0 +1,151 @@
+"""Guarantees beside the model: intervals and sets of stated coverage, from held-out prompts whose mixtures are known.
+
+A posterior is right where its program is. Split conformal prediction (Vovk et al., 2005; Lei et al., 2018) needs no
+program: it scores how far off the posterior was of each of n prompts, and allows a new prompt what p of them, and a
+little more, would have needed. If the new prompt is exchangeable with the n, that is enough with probability at least
+p, whatever the posterior is worth, and at most p + 1/(n + 1) where scores do not tie. The probability is over the
+calibration prompts and the new one together, not for every kind of prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from bayes_dispatch.arguments import number, shown, simplex
+from bayes_dispatch.dispatcher.arrays import Frozen
+from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import RESOLUTION, DirichletMixtures
+from bayes_dispatch.errors import ConfigError
+
+__all__ = ["Conformal", "ConformalIntervals", "conformal_quantile"]
+
+COUNTED = 0.05  # posterior mean of an expert from which on its interval is promised anything
+ROUNDING = 1e-12  # of probabilities: what just meets a quantile is inside
+HALVINGS = 14  # of 0 to 1, where the ends of intervals are sought: a sixteenth of RESOLUTION
+
+
+@dataclass(frozen=True, eq=False)
+class Conformal(Frozen):
+    """What a calibration keeps of its n prompts.
+
+    Attributes:
+        shares: ``(K+1,)`` prior mean of the experts' shares that prompts are scored under: that of calibration, so that
+            later feedback moves no score.
+        levels: ``(n,)`` sorted: of one counted expert of each prompt, the least level at which the central posterior
+            interval holds its true share, to a ``RESOLUTION``.
+        doubts: ``(n,)`` sorted: of each prompt, 1 − the probability that the expert of the largest true share is best.
+    """
+
+    shares: np.ndarray
+    levels: np.ndarray
+    doubts: np.ndarray
+
+    def __post_init__(self) -> None:
+        simplex("shares", self.shares)
+        for name in ("levels", "doubts"):
+            scores = getattr(self, name)
+            if scores.shape != self.levels.shape or scores.ndim != 1 or not len(scores):
+                raise ConfigError(f"expected {name} of one prompt or more, got shapes {scores.shape}")
+            if not (scores.min() >= 0 and scores.max() <= 1 and (np.diff(scores) >= 0).all()):  # NaN fails, too
+                raise ConfigError(f"expected sorted {name} from 0 to 1, got others")
+        self.__setstate__(vars(self))
+
+    @classmethod
+    def of(
+        cls,
+        answer: DirichletMixtures,
+        truth: Float[np.ndarray, "prompt weight"],
+        shares: Float[np.ndarray, " weight"],
+        seed: int,
+    ) -> Conformal:
+        """Scores of N prompts.
+
+        Args:
+            answer: their posterior under a prior of mean ``shares (K+1,)``. truth: ``(N, K+1)`` their weights.
+            seed: of the choice among the experts that the posterior of a prompt counts.
+
+        Raises:
+            ConfigError: no prompts, or one whose weights are NaN.
+        """
+        if not len(known := np.isfinite(truth).all(1)) or not known.all():
+            raise ConfigError(f"expected prompts whose mixtures are known, got {known.sum()} of {len(known)} that are")
+        above, below = (answer.below(np.clip(truth + by, 0, 1)) for by in (RESOLUTION, -RESOLUTION))
+        levels = np.clip(np.maximum(1 - 2 * above, 2 * below - 1), 0, 1)
+        # The choice may not depend on the truth: then prompts, and with them these scores, are exchangeable.
+        mean, random = answer.mean, np.random.default_rng(seed).random(truth.shape)
+        chosen = np.where(mean >= np.minimum(COUNTED, mean.max(1, keepdims=True)), random, -1).argmax(1)
+        largest = truth >= truth.max(1, keepdims=True) - RESOLUTION
+        doubts = np.where(largest, 1 - answer.probability_best(), 0).max(1)
+        return cls(np.array(shares), np.sort(levels[np.arange(len(truth)), chosen]), np.sort(np.clip(doubts, 0, 1)))
+
+    def sets(self, answer: DirichletMixtures, probability: float) -> Bool[np.ndarray, "prompt weight"]:
+        """``(N, K+1)`` the least ambiguous sets (Sadinle et al., 2019), with the likeliest expert in each."""
+        doubts = 1 - answer.probability_best()
+        most = np.maximum(conformal_quantile(self.doubts, probability), doubts.min(1, keepdims=True))
+        return doubts <= most + ROUNDING
+
+
+@dataclass(frozen=True, eq=False)
+class ConformalIntervals(Frozen):
+    """Calibrated intervals of N prompts, at any probability.
+
+    Attributes:
+        levels: ``(n,)`` of the calibration. shares, concentration: of the N prompts' :class:`DirichletMixtures`.
+    """
+
+    levels: np.ndarray
+    shares: np.ndarray
+    concentration: np.ndarray
+
+    def __post_init__(self) -> None:
+        self.__setstate__(vars(self))
+
+    def __len__(self) -> int:
+        return len(self.shares)
+
+    def __call__(self, probability: float) -> Float[np.ndarray, "2 prompt weight"]:
+        """Lower and upper ends: those of the central posterior interval at the calibrated level, of the posterior's
+        distribution itself and not of draws, a ``RESOLUTION`` further out.
+        """
+        level = conformal_quantile(self.levels, probability) + ROUNDING
+        answer = DirichletMixtures(self.shares, self.concentration)
+        low, high = np.zeros((2, 2, len(self), self.concentration.shape[-1]))  # each end lies between the two
+        high += 1
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            above = np.stack([answer.below(middle[0]) >= (1 - level) / 2, answer.below(middle[1]) > (1 + level) / 2])
+            low, high = np.where(above, low, middle), np.where(above, middle, high)
+        return np.clip(np.stack([low[0] - RESOLUTION, high[1] + RESOLUTION]), 0, 1)
+
+    def select(self, rows: Int[np.ndarray, " selected"]) -> ConformalIntervals:
+        """Those of some prompts."""
+        return replace(self, shares=self.shares[rows], concentration=self.concentration[rows])
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[ConformalIntervals | None]) -> ConformalIntervals | None:
+        """Those of all prompts; ``None`` where a part has none, or one of another calibration."""
+        given = [part for part in parts if part is not None]
+        if len(given) < len(parts) or not all(np.array_equal(part.levels, given[0].levels) for part in given):
+            return None
+        shares, concentration = (np.concatenate([getattr(p, n) for p in given]) for n in ("shares", "concentration"))
+        return cls(given[0].levels, shares, concentration)
+
+
+def conformal_quantile(scores: Float[np.ndarray, " score"], probability: float) -> float:
+    """The ⌈(n + 1) p⌉-th of n sorted scores, which one more is not above with probability at least p.
+
+    Raises:
+        ConfigError: a probability outside 0 to 1, or one that takes more scores.
+    """
+    probability, count = number(probability), len(scores)
+    if not 0 < probability < 1:
+        raise ConfigError(f"expected a probability between 0 and 1, got {shown(probability)}")
+    rank = math.ceil(round((count + 1) * probability, 9))  # 20 · 0.9 may be 18.000000000000004
+    if rank > count:
+        fewest = math.ceil(round(probability / (1 - probability), 9))
+        raise ConfigError(f"expected {fewest} or more calibration prompts for {probability:g}, got {count}")
+    return float(scores[rank - 1])

@@ -1,0 +1,260 @@
+"""Calibrated intervals and sets hold the truth as often as stated, of an overconfident posterior too; they are what
+scipy's quantiles say, feedback moves none, and they stay with the fit that they are of."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import beta, betabinom
+from torch import nn
+
+from bayes_dispatch.dispatcher.conformal import ConformalIntervals, conformal_quantile
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.gate import GateDecision
+from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import DirichletMixtures
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.errors import BundleError, ConfigError, NotFittedError, TensorError
+from bayes_dispatch.storage import read_directory, write_directory
+from tests.bayes_dispatch.conftest import EXPERTS, Sample
+
+FALSE_ALARM = 1e-4  # of each two-sided band
+Known = tuple[Evidence, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def known(make_sample: Callable[..., Any]) -> Callable[..., Known]:
+    """Prompts in random order, and their weights: mixtures of all components, or three in four of one expert."""
+
+    def make(count: int, seed: int, mixed: int = 1) -> Known:
+        some, order = make_sample(count, seed, mixed), np.random.default_rng(seed).permutation(count)
+        return some.evidence.select(order), some.weights[order]
+
+    return make
+
+
+@pytest.fixture
+def dispatcher(fitted: Dispatcher) -> Dispatcher:
+    """One to be calibrated."""
+    return copy.copy(fitted)
+
+
+@pytest.fixture
+def overconfident(fitted: Dispatcher) -> Dispatcher:
+    """The same with a guide that is twenty times as sure."""
+    guide = copy.deepcopy(fitted.state.guide)
+    with torch.no_grad():
+        cast(nn.Linear, guide.network[-1]).bias[guide.shape[0] :] += np.log(20)
+    bold = copy.copy(fitted)
+    bold._state = replace(fitted.state, guide=guide)
+    return bold
+
+
+def held(dispatcher: Dispatcher, known: Known, ends: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Of each prompt, whether the interval of a counted expert, taken at random, holds its share."""
+    evidence, weights = known
+    random, mean = np.random.default_rng(seed), dispatcher.mixtures_of(evidence).mean
+    chosen = [random.choice(np.flatnonzero(row >= min(0.05, row.max()))) for row in mean]
+    low, share, high = (each[np.arange(len(weights)), chosen] for each in (ends[0], weights, ends[1]))
+    return (low <= share) & (share <= high)
+
+
+def band(prompts: int, calibrated: int, probability: float) -> np.ndarray:
+    """Of the count of prompts that are held: beta-binomial, exactly, where scores have no ties."""
+    rank = int(np.ceil(round((calibrated + 1) * probability, 9)))
+    return betabinom(prompts, rank, calibrated + 1 - rank).ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2])
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("name", ["dispatcher", "overconfident"])
+def test_intervals_hold_as_often_as_stated(
+    name: str, probability: float, known: Callable[..., Known], request: pytest.FixtureRequest
+) -> None:
+    dispatcher, fresh = request.getfixturevalue(name), known(2000, 12)
+    evidence, weights = known(500, 11)
+    posterior = dispatcher.calibrate(evidence, mixtures=weights).posterior(fresh[0])
+    low, high = band(2000, 500, probability)
+    assert low <= held(dispatcher, fresh, posterior.calibrated_interval(probability)).sum() <= high
+    if name == "overconfident":
+        wider = posterior.interval(probability) + np.array([-0.001, 0.001])[:, None, None]  # no miss by the resolution
+        assert held(dispatcher, fresh, wider).sum() < low
+
+
+def test_on_average_over_calibrations_of_nineteen_prompts(
+    overconfident: Dispatcher, known: Callable[..., Known]
+) -> None:
+    """120 calibrations and 20 fresh prompts of each: at 18 / 20, by 4.5 standard errors of independent calibrations,
+    which 7 of a million seeds miss. Eight prompts cannot tell.
+    """
+    (evidence, weights), rates = known(120 * 39, 21), []
+    for start in range(0, len(weights), 39):
+        rows = np.arange(start, start + 39)
+        overconfident.calibrate(evidence.select(rows[:19]), mixtures=weights[rows[:19]])
+        fresh = evidence.select(rows[19:]), weights[rows[19:]]
+        ends = overconfident.posterior(fresh[0], draws=1).calibrated_interval(0.9)
+        rates.append(held(overconfident, fresh, ends, start).mean())
+    assert abs(np.mean(rates) - 0.9) < 4.5 * np.std(rates) / np.sqrt(len(rates))
+    overconfident.calibrate(evidence.select(range(9)), mixtures=weights[:9]).predict_set(evidence, 0.9)
+    overconfident.calibrate(evidence.select(range(8)), mixtures=weights[:8])
+    for ask in (overconfident.posterior(evidence).calibrated_interval, partial(overconfident.predict_set, evidence)):
+        with pytest.raises(ConfigError, match=r"^expected 9 or more calibration prompts for 0.9, got 8$"):
+            ask(0.9)
+
+
+@pytest.mark.parametrize("probability", [0.95, 0.99])
+def test_sets_hold_as_often_as_stated(
+    probability: float, overconfident: Dispatcher, known: Callable[..., Known]
+) -> None:
+    """The largest share, of prompts of one expert and of mixtures. The likeliest expert alone does not."""
+    evidence, weights = known(500, 31, 4)
+    fresh, truth = known(2000, 32, 4)
+    sets = overconfident.calibrate(evidence, mixtures=weights).predict_set(fresh, probability)
+    best, proba = truth.argmax(1), overconfident.predict_proba(fresh)
+    rows, (low, high) = np.arange(len(truth)), band(2000, 500, probability)
+    assert low <= sets[rows, best].sum() <= high
+    assert sets[rows, proba.argmax(1)].all()
+    assert (proba.argmax(1) == best).sum() < low
+    assert (np.where(sets, proba, 1).min(1) >= np.where(sets, 0, proba).max(1)).all()  # the likeliest, and no others
+
+
+@pytest.mark.parametrize("level", [0.0, 0.5, 0.9, 0.998, 1 - 1e-7, 1.0])
+def test_ends_are_quantiles(level: float) -> None:
+    """Scipy's of one Beta, a thousandth further out, at levels that no 64 draws can tell."""
+    answer = DirichletMixtures(np.ones((3, 1)), np.array([[[0.1, 1.0, 3.0]], [[0.3, 0.3, 0.3]], [[40.0, 2.0, 2.0]]]))
+    alpha = answer.concentration[:, 0]
+    rest = alpha.sum(1, keepdims=True) - alpha
+    ends = ConformalIntervals(np.full(10, level), answer.shares, answer.concentration)(0.9)
+    expected = np.clip(
+        [beta.ppf((1 - level) / 2, alpha, rest) - 1e-3, beta.ppf((1 + level) / 2, alpha, rest) + 1e-3], 0, 1
+    )
+    assert (ends[0] <= expected[0] + 1e-12).all()
+    assert (ends[1] >= expected[1] - 1e-12).all()
+    np.testing.assert_allclose(ends, expected, atol=1e-4)
+
+
+def test_the_quantile_is_the_least_that_will_do() -> None:
+    """Of 99 scores the 90th at .9, whatever the rounding of 100 · p."""
+    scores = np.arange(1, 100) / 100
+    for hundredth in range(1, 100):
+        assert conformal_quantile(scores, hundredth / 100) == hundredth / 100
+    with pytest.raises(ConfigError, match=r"expected 999 or more calibration prompts for 0.999, got 99$"):
+        conformal_quantile(scores, 0.999)
+
+
+def test_labels_are_mixtures_of_one(dispatcher: Dispatcher, fresh: Sample) -> None:
+    by_both = dispatcher.calibrate(fresh.evidence, fresh.labels, fresh.mixtures).predict_set(fresh.evidence)
+    by_mixtures = dispatcher.calibrate(fresh.evidence, mixtures=fresh.weights).predict_set(fresh.evidence)
+    np.testing.assert_array_equal(by_both, by_mixtures)
+
+
+def test_feedback_moves_the_posterior_alone(dispatcher: Dispatcher, fresh: Sample) -> None:
+    dispatcher.calibrate(fresh.evidence, mixtures=fresh.weights)
+    before, sets = dispatcher.posterior(fresh.evidence), dispatcher.predict_set(fresh.evidence)
+    dispatcher.update([1] * 50)
+    for after in (dispatcher.posterior(fresh.evidence), dispatcher.posterior(fresh.evidence, resample=True)):
+        np.testing.assert_array_equal(after.calibrated_interval(), before.calibrated_interval())
+        assert not np.array_equal(after.interval(), before.interval())
+    np.testing.assert_array_equal(dispatcher.predict_set(fresh.evidence), sets)
+
+
+def test_prompts_keep_their_own(dispatcher: Dispatcher, fresh: Sample) -> None:
+    """In any order, one by one, sent elsewhere, and behind a gate; not beside those of another calibration."""
+    dispatcher.calibrate(fresh.evidence, mixtures=fresh.weights)
+    posterior = dispatcher.posterior(fresh.evidence)
+    ends = posterior.calibrated_interval(0.8)
+    np.testing.assert_array_equal(posterior.select([5, 2]).calibrated_interval(0.8), ends[:, [5, 2]])
+    halves = [posterior.select(range(20, 60)), posterior.select([]), posterior.select(range(20))]
+    np.testing.assert_array_equal(
+        DispatchPosterior.concatenate(halves).calibrated_interval(0.8), np.roll(ends, -20, axis=1)
+    )
+    one = dispatcher.posterior(fresh.evidence.select([7])).calibrated_interval(0.8)
+    np.testing.assert_allclose(one, ends[:, [7]], atol=1e-4)
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(posterior)).calibrated_interval(0.8), ends)
+    gated = GateDecision(np.zeros(60), np.ones(60, bool), 0.1).to_base(posterior)
+    np.testing.assert_array_equal(gated.calibrated_interval(0.8), ends)
+    other = dispatcher.calibrate(fresh.evidence.select(range(30)), mixtures=fresh.weights[:30])
+    for part in (other.posterior(fresh.evidence), replace(posterior, calibrated=None)):
+        assert DispatchPosterior.concatenate([posterior, part]).calibrated is None
+    with pytest.raises(TensorError, match="expected calibrated of 60 prompts, got 3"):
+        replace(posterior, calibrated=halves[0].select([0, 1, 2]).calibrated)
+
+
+def test_it_is_saved_and_belongs_to_one_fit(
+    dispatcher: Dispatcher, fresh: Sample, sample: Sample, settings: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    fingerprint = dispatcher.fingerprint
+    dispatcher.save(tmp_path / "without")
+    dispatcher.calibrate(fresh.evidence, mixtures=fresh.weights).save(tmp_path / "with")
+    assert dispatcher.fingerprint == fingerprint
+    ends = dispatcher.posterior(fresh.evidence).calibrated_interval()
+    again = Dispatcher.load(tmp_path / "with")
+    assert again.fingerprint == fingerprint
+    np.testing.assert_array_equal(again.posterior(fresh.evidence).calibrated_interval(), ends)
+    np.testing.assert_array_equal(again.predict_set(fresh.evidence), dispatcher.predict_set(fresh.evidence))
+    refitted = Dispatcher(EXPERTS, **settings()).fit(sample.evidence, sample.labels)
+    refitted.calibrate(fresh.evidence, mixtures=fresh.weights).fit(sample.evidence, sample.labels)
+    for none in (Dispatcher.load(tmp_path / "without"), refitted, refitted.recalibrate(fresh.evidence)):
+        with pytest.raises(NotFittedError, match=r"^expected a calibrated dispatcher, got one before calibrate\(\)$"):
+            none.predict_set(fresh.evidence)
+        with pytest.raises(NotFittedError, match=r"^expected a posterior of a calibrated dispatcher, got one without"):
+            none.posterior(fresh.evidence).calibrated_interval()
+    document, arrays = read_directory(tmp_path / "with", "dispatcher")
+    levels = arrays["conformal.levels"]
+    spoilt: list[dict[str, np.ndarray]] = [
+        {"conformal.levels": levels[::-1]},
+        {"conformal.levels": levels[:-1]},
+        {"conformal.doubts": np.full(60, np.nan)},
+        {"conformal.shares": np.full(3, 1 / 3)},
+        {"conformal.shares": np.full(4, 1.0)},
+    ]
+    for wrong in spoilt:
+        write_directory(tmp_path / "spoilt", "dispatcher", document, arrays | wrong)
+        with pytest.raises(BundleError, match=r"^expected a calibration in [^\n]+$"):
+            Dispatcher.load(tmp_path / "spoilt")
+    del arrays["conformal.doubts"]
+    write_directory(tmp_path / "spoilt", "dispatcher", document, arrays)
+    with pytest.raises(BundleError, match=r"^expected a calibration in [^\n]+$"):
+        Dispatcher.load(tmp_path / "spoilt")
+
+
+def test_without_examples(tmp_path: Path) -> None:
+    """A flat posterior is far off for prompts of one expert, and its calibrated intervals say so."""
+    nothing = Evidence.from_array(np.zeros((40, 1)))
+    flat = Dispatcher.flat(EXPERTS, concentration=30.0).calibrate(nothing, y=np.arange(40) % 3)
+    flat.save(tmp_path)
+    for dispatcher in (flat, Dispatcher.load(tmp_path)):
+        low, high = dispatcher.posterior(nothing).calibrated_interval(0.9)
+        assert low.max() == 0
+        assert high.min() == 1
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_input(dispatcher: Dispatcher, fresh: Sample) -> None:
+    with pytest.raises(ConfigError, match=r"^expected prompts whose mixtures are known, got 45 of 60 that are$"):
+        dispatcher.calibrate(fresh.evidence, fresh.labels)
+    with pytest.raises(ConfigError, match=r"^expected prompts whose mixtures are known, got 0 of 0 that are$"):
+        dispatcher.calibrate(fresh.evidence.select([]), mixtures=fresh.weights[:0])
+    with pytest.raises(TensorError, match="expected mixtures of shape"):
+        dispatcher.calibrate(fresh.evidence, mixtures=fresh.weights[:5])
+    with pytest.raises(ConfigError, match="expected seed"):
+        dispatcher.calibrate(fresh.evidence, mixtures=fresh.weights, seed=-1)
+    with pytest.raises(NotFittedError):
+        Dispatcher(EXPERTS).calibrate(fresh.evidence, mixtures=fresh.weights)
+    dispatcher.calibrate(fresh.evidence, mixtures=fresh.weights)
+    probabilities: list[Any] = [0, 1, 1.5, "x", float("nan")]
+    for probability in probabilities:
+        for ask in (
+            dispatcher.posterior(fresh.evidence).calibrated_interval,
+            partial(dispatcher.predict_set, fresh.evidence),
+        ):
+            with pytest.raises(ConfigError, match=r"^expected a probability between 0 and 1, got "):
+                ask(probability)
