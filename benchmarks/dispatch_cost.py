@@ -34,7 +34,7 @@ from peers.timing import Rounds, Work, interleaved
 __all__ = ["main"]
 
 DRAWS = 64
-WARM_UP = 200  # of NUTS: one chain, the shortest that is of any use
+WARM_UP = 200  # of NUTS: one chain, which costs the least and is too short to converge
 REFERENCE = "posterior, the guide alone"
 FIT = (SVISettings(steps=100, rounds=1), GuideSettings(simulations=4_000, global_draws=20, steps=200))
 
@@ -87,8 +87,10 @@ def serving(plan: Plan) -> Iterator[Table]:
             for name in works
         ]
         if plan.nuts:
-            for name, seconds in zip(("NUTS, compiling", "NUTS, compiled"), _nuts(dispatcher, count), strict=True):
-                rows.append([name, _milliseconds(seconds), f"{seconds / times.median(REFERENCE):.0f}"])
+            calls = zip(("NUTS, compiling", "NUTS, compiled"), _nuts(dispatcher, count), strict=True)
+            for name, (seconds, converged) in calls:
+                shown = f"{name}; {converged} of {count} converged"
+                rows.append([shown, _milliseconds(seconds), f"{seconds / times.median(REFERENCE):.0f}"])
         heads = ["", "ms on the CPU", "times the guide alone"]
         note = (
             f"{DRAWS} draws a prompt. Medians ± half the interquartile range. NUTS: one chain, compiling in wall time."
@@ -100,16 +102,17 @@ def _call(answer: Callable[[Evidence], object], evidence: Evidence, prepared: No
     return answer(evidence)
 
 
-def _nuts(dispatcher: Dispatcher, count: int) -> tuple[float, float]:
-    """Wall seconds of a first call, which compiles, and CPU seconds of a second one for other prompts."""
-    seconds = []
+def _nuts(dispatcher: Dispatcher, count: int) -> list[tuple[float, int]]:
+    """Wall seconds of a first call, which compiles, CPU seconds of a second one for other prompts, and how many of the
+    prompts of each converged."""
+    found = []
     problem = simulated(0, Sizes(pure=2, mixed=2, judged=1, mixtures=2 * count))
     for call, clock in enumerate((time.perf_counter, time.process_time)):
         evidence = problem.mixed.evidence.select(slice(call * count, (call + 1) * count))
         start = clock()
-        reference_posterior(dispatcher, evidence, DRAWS, chains=1, warmup=WARM_UP)
-        seconds.append(clock() - start)
-    return seconds[0], seconds[1]
+        posterior = reference_posterior(dispatcher, evidence, DRAWS, chains=1, warmup=WARM_UP)
+        found.append((clock() - start, int(posterior.converged.sum())))
+    return found
 
 
 def fits(plan: Plan, svi: SVISettings, guide: GuideSettings) -> Iterator[Table]:

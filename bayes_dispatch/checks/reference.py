@@ -15,18 +15,20 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from scipy.stats import norm, rankdata
+from jaxtyping import Bool, Float, Shaped
 
 from bayes_dispatch.arguments import seed as a_seed
 from bayes_dispatch.arguments import whole
+from bayes_dispatch.dispatcher.arrays import as_rows
+from bayes_dispatch.dispatcher.arviz_data import bulk_ess, rank_r_hat
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.fitting.svi import ALONE
+from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import RESOLUTION
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.dispatcher.program.generative import DispatchModel, label_informed_start
 from bayes_dispatch.dispatcher.program.observed import Prompts
@@ -37,7 +39,6 @@ try:
     import jax.numpy as jnp
     import numpyro
     import numpyro.distributions as dist
-    from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
     from numpyro.infer import MCMC, NUTS, init_to_value
     from numpyro.infer.hmc import hmc
     from numpyro.infer.util import constrain_fn, potential_energy
@@ -51,13 +52,14 @@ __all__ = ["ReferencePosterior", "conditional_posterior", "joint_posterior", "lo
 
 FLOOR = 1e-6  # of w inside the likelihoods
 LANES = 64  # chains that run side by side, each draw as long as the longest of them; more run batch after batch
+R_HAT, ESS = 1.01, 400  # at most, and at least, of a run that counts
 MEMORY = 2**26  # numbers that one batch may keep
 Sites = Mapping[str, Any]  # site → array, of torch, NumPy or jax
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ReferencePosterior(DispatchPosterior):
-    """NUTS draws of the weights, chain after chain, with what tells whether they can be trusted.
+    """NUTS draws of the weights, chain after chain, with what tells whether they can be trusted: ``converged``.
 
     Args:
         weights: ``(chain * draw, prompt, K+1)``.
@@ -77,20 +79,45 @@ class ReferencePosterior(DispatchPosterior):
 
     @property
     def r_hat(self) -> Float[np.ndarray, "prompt expert"]:
-        """``(prompt, K+1)`` split r-hat of rank-normalised weights (Vehtari et al. 2021); NaN where one is known."""
-        return self._diagnose(split_gelman_rubin)
+        """``(prompt, K+1)`` split r-hat of rank-normalised weights (Vehtari et al. 2021).
+
+        Weights below a thousandth count as a thousandth, and those near 1 likewise: their logs wander over hundreds of
+        nats that no blend tells apart. NaN where nothing else was drawn, or the weight is known.
+        """
+        return self._diagnose(rank_r_hat)
 
     @property
     def ess(self) -> Float[np.ndarray, "prompt expert"]:
-        """``(prompt, K+1)`` bulk effective sample size over all chains; NaN where a weight is known."""
-        return self._diagnose(effective_sample_size)
+        """``(prompt, K+1)`` bulk effective sample size over all chains, of the same weights as ``r_hat``."""
+        return self._diagnose(bulk_ess)
+
+    @property
+    def converged(self) -> Bool[np.ndarray, " prompt"]:
+        """``(prompt,)`` whether r-hat ≤ 1.01 and bulk ESS ≥ 400 of every weight: only such draws are a reference.
+
+        Vehtari et al. (2021) give these bounds. A single chain has no r-hat, and has never converged.
+        """
+        well = (self.r_hat <= R_HAT) & (self.ess >= ESS)
+        return np.asarray((well | ~self._moves).all(axis=1))
+
+    def select(self, indices: Shaped[np.ndarray, " selected"] | Sequence[int] | slice) -> ReferencePosterior:
+        """The prompts at ``indices``, in that order; raises as :meth:`DispatchPosterior.select`."""
+        rows = as_rows(indices, len(self))
+        own = {"divergences": self.divergences, "steps": self.steps}
+        found = {name: values[rows] for name, values in own.items() if len(values)}  # neither has to be given
+        return replace(cast(ReferencePosterior, super().select(rows)), **found)
+
+    @property
+    def _resolved(self) -> np.ndarray:
+        return np.clip(self.weights, RESOLUTION, 1 - RESOLUTION)
+
+    @property
+    def _moves(self) -> np.ndarray:
+        return np.ptp(self._resolved, axis=0) > 0
 
     def _diagnose(self, statistic: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-        ranks = rankdata(self.weights, axis=0)
-        normal = norm.ppf((ranks - 0.375) / (len(ranks) + 0.25))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            value = statistic(normal.reshape(self.chains, -1, *normal.shape[1:]))
-        return np.where(np.ptp(self.weights, axis=0) > 0, value, np.nan)
+        draws = self._resolved.reshape(self.chains, -1, *self.weights.shape[1:])
+        return np.where(self._moves, statistic(draws), np.nan)
 
 
 def log_density(
@@ -120,7 +147,7 @@ def log_density(
 def reference_posterior(
     dispatcher: Dispatcher,
     evidence: Evidence,
-    draws: int = 500,
+    draws: int = 1000,
     chains: int = 4,
     warmup: int = 500,
     seed: int = 0,
@@ -165,7 +192,7 @@ def conditional_posterior(
     prompts: Prompts,
     experts: Sequence[str],
     sites: Sites,
-    draws: int = 500,
+    draws: int = 1000,
     chains: int = 4,
     warmup: int = 500,
     seed: int = 0,
@@ -207,8 +234,8 @@ def joint_posterior(
     model: DispatchModel,
     prompts: Prompts,
     experts: Sequence[str],
-    draws: int = 500,
-    chains: int = 2,
+    draws: int = 1000,
+    chains: int = 4,
     warmup: int = 500,
     seed: int = 0,
     temper: float = 1.0,

@@ -22,8 +22,10 @@ from bayes_dispatch.storage import write_output
 __all__ = [
     "DRAWS",
     "as_dataset",
+    "bulk_ess",
     "pareto_smoothed",
     "prompt_names",
+    "rank_r_hat",
     "to_inference_data",
     "weight_groups",
     "write_netcdf",
@@ -119,6 +121,23 @@ def pareto_smoothed(
     else:  # 1.x, which takes log likelihoods: the ratios of leave-one-out are their negatives
         log_weights, k_hat = importlib.import_module("arviz_stats.base").array_stats.psislw(-log_ratios)
     return np.asarray(log_weights), np.asarray(k_hat).reshape(len(log_ratios))
+
+
+def rank_r_hat(draws: Float[np.ndarray, "chain draw *rest"]) -> Float[np.ndarray, "*rest"]:
+    """Rank-normalised split r-hat of bulk and tails (Vehtari et al. 2021); NaN of a single chain."""
+    return _of_chains("rhat", draws, "rank") if len(draws) > 1 else np.full(draws.shape[2:], np.nan)
+
+
+def bulk_ess(draws: Float[np.ndarray, "chain draw *rest"]) -> Float[np.ndarray, "*rest"]:
+    """Effective sample size of rank-normalised draws over all chains (Vehtari et al. 2021)."""
+    return _of_chains("ess", draws, "bulk")
+
+
+def _of_chains(statistic: str, draws: np.ndarray, method: str) -> np.ndarray:
+    rest = [f"axis {axis}" for axis in range(draws.ndim - 2)]
+    data = as_dataset({"draws": ((*DRAWS, *rest), draws)}, {})  # what every arviz takes, and gives back
+    with np.errstate(invalid="ignore", divide="ignore"):  # where all draws are one number
+        return np.asarray(getattr(_arviz(), statistic)(data, method=method)["draws"])
 
 
 def _arviz() -> Any:

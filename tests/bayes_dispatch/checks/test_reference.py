@@ -170,13 +170,12 @@ def test_labels_are_conjugate() -> None:
     prompts = Prompts(torch.zeros(5), {}, {}, labels=labels)
     sites = {"pi": torch.tensor([0.5, 0.3, 0.2]), "kappa": kappa}
     found = conditional_posterior(model, prompts, NAMES[:2], sites, draws=500, chains=4, warmup=300, seed=1)
+    assert found.converged.all()
     prior = model.prior_concentration(sites)
     alpha = (prior + torch.eye(3)[labels] * (labels >= 0).unsqueeze(-1)).numpy()
     assert found.weights.shape == (2000, 5, 3)
     assert found.experts == ("a", "b", "base")
     assert found.divergences.sum() <= 0.01 * found.weights.shape[0] * 5
-    assert found.r_hat.max() < 1.03
-    assert found.ess.min() > 300
     for prompt, a in enumerate(alpha):
         marginals = [stats.beta(x, a.sum() - x) for x in a]
         for k, marginal in enumerate(marginals):
@@ -226,7 +225,7 @@ def test_evidence_by_quadrature() -> None:
     prompts = replace(prompts, observed=observed, totals={"counts": observed["counts"].sum(-1)}, missing=missing)
     temper = torch.linspace(0.5, 2.0, count)
     found = conditional_posterior(model, prompts, NAMES[:1], sites, draws=1000, warmup=500, seed=0, temper=temper)
-    assert found.r_hat.max() < 1.02
+    assert found.converged.all()
     nodes = np.linspace(-60.0, 60.0, 4001)  # of logit w
     w = torch.tensor(1 / (1 + np.exp(-nodes)))
     grid = torch.stack([w, torch.tensor(1 / (1 + np.exp(nodes)))], -1)
@@ -251,7 +250,7 @@ def test_joint_without_evidence_is_the_prior() -> None:
     prompts = draw_prompts(model, count, 0)
     prompts = replace(prompts, missing={"hidden": torch.ones(count, dtype=torch.bool)})
     found = joint_posterior(model, prompts, NAMES[:2], draws=800, chains=4, warmup=400, seed=0)
-    assert found.r_hat.max() < 1.05
+    assert found.converged.all()
     error = 5 / np.sqrt(found.ess.min())
     prior = np.array([3.0, 3.0, 1.5]) / 7.5
     assert np.abs(found.globals["pi"].mean(0) - prior).max() < error * 0.17
@@ -277,10 +276,10 @@ def test_joint_follows_known_mixtures() -> None:
         torch.tensor(np.where(mixed, -1, np.arange(16) % 2)),
         torch.tensor(np.where(mixed[:, None], weights, np.nan)),
     )
-    found = joint_posterior(model, prompts, NAMES[:2], draws=300, chains=2, warmup=300, seed=0)
-    np.testing.assert_allclose(found.weights[:, mixed], np.broadcast_to(weights[mixed], (600, 4, 3)))
+    found = joint_posterior(model, prompts, NAMES[:2], draws=500, chains=4, warmup=300, seed=0)
+    np.testing.assert_allclose(found.weights[:, mixed], np.broadcast_to(weights[mixed], (2000, 4, 3)))
     assert np.isnan(found.r_hat[mixed]).all()
-    assert np.nanmax(found.r_hat) < 1.1
+    assert found.converged.all()
     assert (found.mean[~mixed].argmax(1) == np.arange(16)[~mixed] % 2).all()
     np.testing.assert_allclose(found.globals["M"].mean(0), [[2.0, 0.0], [-2.0, 1.0]], atol=0.5)
 
@@ -290,11 +289,12 @@ def test_the_guide_is_near_nuts(trained: Dispatcher, make_sample: Callable[..., 
     """The guide of a small dispatcher against NUTS with the globals at their medians: KS above its floor, and means."""
     torch.set_default_dtype(torch.float32)
     evidence = make_sample(12, 1).evidence  # type: ignore[attr-defined]
-    found = reference.reference_posterior(trained, evidence, draws=300, chains=4, warmup=300, seed=0)
-    assert np.quantile(found.r_hat, 0.95) < 1.05
-    guide = trained.posterior(evidence, draws=800, seed=0)
+    found = reference.reference_posterior(trained, evidence, seed=0)
+    kept = np.flatnonzero(found.converged)
+    assert len(kept) >= 0.9 * len(evidence)
+    guide, found = trained.posterior(evidence, draws=800, seed=0).select(kept), found.select(kept)
     (ours, first, second) = (
-        np.clip(w, 1e-3, 1 - 1e-3) for w in (guide.weights, found.weights[:600], found.weights[600:])
+        np.clip(w, 1e-3, 1 - 1e-3) for w in (guide.weights, found.weights[:2000], found.weights[2000:])
     )
     distance, floor = (stats.ks_2samp(a, first, axis=0, method="asymp").statistic.mean() for a in (ours, second))
     assert distance - floor < 0.15
@@ -314,6 +314,36 @@ def test_posteriors_know_their_chains() -> None:
     assert np.isnan(found.r_hat[2]).all()
     assert (found.ess[0] > 200).all()
     assert (found.ess[1] < 50).all()
+    assert found.select([2, 0]).r_hat.tolist()[1] == found.r_hat[0].tolist()
     shown = found.to_arviz()["posterior"]["weights"]
     assert shown.dims == ("chain", "draw", "prompt", "expert")
     np.testing.assert_array_equal(shown.values[2], weights[200:300])
+
+
+def test_converged_is_r_hat_and_ess() -> None:
+    """Both bounds, against arviz's own figures of each weight; what is below a thousandth, or known, does not count."""
+    import arviz as az
+
+    rng = np.random.default_rng(0)
+    draws = np.zeros((4, 500, 7))
+    noise = rng.normal(size=draws.shape)
+    slow = np.zeros_like(noise)
+    for step in range(1, 500):
+        slow[:, step] = 0.9 * slow[:, step - 1] + noise[:, step]
+    draws = np.stack([0.5 + 0.05 * each for each in (noise, slow)])[[0, 1, 0, 0, 0, 0, 0], ..., 0].transpose(1, 2, 0)
+    draws[0, :, 2] += 0.05  # one chain is elsewhere
+    draws[:, :, 3] = 0.3  # known
+    draws[:, :, 4] = 10.0 ** -np.array([5, 9, 20, 4])[:, None]  # no blend can tell
+    draws[:, :, 5] = np.array([0.2, 0.2, 0.6, 0.2])[:, None]  # chains that never move
+    draws[1:, :, 6] = 0.5  # one alone moves
+    weights = np.clip(draws, 0, 1).reshape(2000, 7)
+    found = ReferencePosterior(np.stack([weights, 1 - weights], -1), ("a", "base"), chains=4)
+    for prompt in (0, 1, 2):
+        of_prompt = found.weights.reshape(4, 500, 7, 2)[:, :, prompt, 0]
+        assert found.r_hat[prompt, 0] == pytest.approx(az.rhat(of_prompt, method="rank"))
+        assert found.ess[prompt, 0] == pytest.approx(az.ess(of_prompt, method="bulk"))
+    assert found.ess[1, 0] < 400 < found.ess[0, 0]
+    assert found.r_hat[2, 0] > 1.01 > found.r_hat[0, 0]
+    assert found.converged.tolist() == [True, False, False, True, True, False, False]
+    alone = replace(found, chains=1)
+    assert alone.converged.tolist() == [False, False, False, True, True, False, False]
