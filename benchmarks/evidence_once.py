@@ -11,7 +11,7 @@
 - *flat*: no features; vertices and draws from a flat Dirichlet, which all tokens filter.
 
 The prompt is half of a document, an eighth of that of a short one, and three quarters of one that changes within it.
-The Brier score is that of the mean weights at the end of the prompt, against the shares of its bytes.
+The Brier score is that of the mean weights at the end of the prompt, against the shares of its tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,6 +32,7 @@ from bayes_dispatch.checks.paired import paired_comparison
 from bayes_dispatch.checks.reliability import confidence_curve
 from bayes_dispatch.inference.scoring.compare import score_together
 from bayes_dispatch.inference.scoring.document_reader import TokenDocument, read_documents
+from bayes_dispatch.inference.scoring.evidence_sets import token_shares
 from bayes_dispatch.inference.scoring.scores import Score
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.filtering import ParticleFilter
@@ -78,16 +79,15 @@ def judge(
     components = bundle.experts.components
     for domain in domains:
         for _ in range(count):
-            parts, of_parts = [domain], [1.0]
-            if hasattr(domain, "with_shares"):
-                document, of_parts = domain.with_shares(rng, prompt, total, "held_out")
-                parts = domain.kinds
+            places = [components.index(part.name) for part in getattr(domain, "kinds", [domain])]
+            if isinstance(domain, bd.experts.domains.Interleaved):
+                document, owners = domain.with_owners(rng, prompt, total, "held_out")
             else:
                 document = domain.document(rng, prompt, total, "held_out")
+                owners = np.zeros(document.prompt_bytes, dtype=int)
             documents.append(document)
-            shares.append(
-                sum(np.eye(len(components))[components.index(p.name)] * s for p, s in zip(parts, of_parts, strict=True))
-            )
+            text = bundle.model.tokenizer.tokenize(document.prompt.encode())
+            shares.append(token_shares(text, np.array(places)[owners], len(components)))
     posterior, _ = dispatch(bundle, [each.prompt for each in documents], seed)
     particles = ways(posterior, seed)
     late = {"prefix": [each.prompt_bytes for each in documents]}

@@ -8,7 +8,8 @@ import numpy as np
 from bayes_dispatch.checks.coverage import SMALLEST
 from bayes_dispatch.errors import ConfigError, PromptError
 from bayes_dispatch.experts.domains import Domain
-from bayes_dispatch.experts.domains.mixtures import mixed_parts
+from bayes_dispatch.experts.domains.mixtures import mixed_parts, owners_of
+from bayes_dispatch.inference.scoring.evidence_sets import token_shares
 from bayes_dispatch.model.backbone import Tokenizer
 
 __all__ = ["beginning", "mixed_prompts", "pure_prompts"]
@@ -41,7 +42,7 @@ def pure_prompts(domain: Domain, tokens: int, count: int, tokenizer: Tokenizer, 
 def mixed_prompts(
     domains: Sequence[Domain], tokens: int, count: int, tokenizer: Tokenizer, seed: int
 ) -> tuple[list[str], np.ndarray]:
-    """Prompts whose lines come from two or three domains, and each domain's share of their bytes (N, K).
+    """Prompts whose lines come from two or three domains, and each domain's share of their tokens (N, K).
 
     Domains are drawn, with shares that are uniform on the simplex, until two at least are in a prompt: in a short one
     they are those of short lines.
@@ -57,11 +58,8 @@ def mixed_prompts(
         prompt = beginning(text, tokens, tokenizer)
         if prompt is None:
             continue
-        shares, left = np.zeros(len(domains)), len(prompt.encode())
-        for which, part in parts:
-            shares[chosen[which]] += min(len(part), left)
-            left -= min(len(part), left)
-        shares /= shares.sum()
+        owners = chosen[owners_of(parts)]
+        shares = token_shares(tokenizer.tokenize(prompt.encode()), owners[: len(prompt.encode())], len(domains))
         if (shares > SMALLEST).sum() > 1:
             prompts.append(prompt)
             found.append(shares)

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Int
 
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Split, exact
+from bayes_dispatch.experts.domains.mixtures import owners_of
 
 __all__ = ["Interleaved", "Items"]
 
@@ -41,18 +43,18 @@ class Interleaved:
 
     def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
         """Items until ``total_bytes`` are reached; the prompt ends with an item, and later answers are scored."""
-        return self.with_shares(rng, prompt_bytes, total_bytes, split)[0]
+        return self.with_owners(rng, prompt_bytes, total_bytes, split)[0]
 
     def reward(self, question: str, expected: str, answer: str) -> float:
         """1 for the right answer, 0 for any other."""
         return exact(expected, answer)
 
-    def with_shares(
+    def with_owners(
         self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split
-    ) -> tuple[Document, list[float]]:
-        """The document, and each kind's share of the bytes of its prompt."""
+    ) -> tuple[Document, Int[np.ndarray, " byte"]]:
+        """The document, and which kind each byte of its prompt is of."""
         text, size, end_of_prompt, scored = "", 0, 0, []
-        bytes_of = [0] * len(self.kinds)
+        parts = list[tuple[int, bytes]]()
         items = [kind.items(rng, split) for kind in self.kinds]
         number = 0
         while size < total_bytes:
@@ -62,14 +64,13 @@ class Interleaved:
             stop = start + len(answer.encode())
             if end_of_prompt == size < prompt_bytes:
                 end_of_prompt = stop + 1
-                bytes_of[which] += stop + 1 - size
+                parts.append((which, f"{question}{answer}\n".encode()))
             else:
                 scored.append((start, stop))
             text += f"{question}{answer}\n"
             size = stop + 1
             number += 1
-        shares = [count / max(end_of_prompt, 1) for count in bytes_of]
-        return Document(text, end_of_prompt, tuple(scored)), shares
+        return Document(text, end_of_prompt, tuple(scored)), owners_of(parts)
 
     def _which(self, rng: np.random.Generator, number: int, progress: float) -> int:
         count = len(self.kinds)

@@ -1,18 +1,19 @@
-"""Texts whose parts come from several domains, with their true shares: what a posterior of weights should find."""
+"""Texts whose parts come from several domains, and which: what a posterior of weights should find."""
 
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Int
 
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Domain, Split
 
-__all__ = ["mixed_parts", "mixed_text"]
+__all__ = ["mixed_parts", "mixed_text", "owners_of"]
 
 
 def mixed_text(
     domains: Sequence[Domain], weights: Sequence[float], rng: np.random.Generator, total_bytes: int, split: Split
-) -> tuple[str, np.ndarray]:
+) -> tuple[str, Int[np.ndarray, " byte"]]:
     """Lines of several domains in random order, cut at ``total_bytes``; an answer stays with its question.
 
     Args:
@@ -20,13 +21,17 @@ def mixed_text(
         rng: randomness. total_bytes: length of the text. split: of all domains.
 
     Returns:
-        The text, and each domain's share of its bytes.
+        The text, and the index of the domain of each of its bytes.
     """
-    data, counts = b"", np.zeros(len(domains))
-    for which, part in mixed_parts(domains, weights, rng, total_bytes, split):
-        data += part
-        counts[which] += len(part)
-    return data.decode(errors="ignore"), counts / counts.sum()  # the end may cut a character
+    parts = mixed_parts(domains, weights, rng, total_bytes, split)
+    text = b"".join(part for _, part in parts).decode(errors="ignore")  # the end may cut a character
+    return text, owners_of(parts)[: len(text.encode())]
+
+
+def owners_of(parts: Sequence[tuple[int, bytes]]) -> Int[np.ndarray, " byte"]:
+    """The index of the domain of each byte of lines that are joined."""
+    whose, sizes = [which for which, _ in parts], [len(part) for _, part in parts]
+    return np.repeat(np.array(whose, dtype=int), sizes)
 
 
 def mixed_parts(

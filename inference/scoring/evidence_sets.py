@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.experts.domains import Domain, Split, mixed_text
 from bayes_dispatch.inference.two_pass.first_pass import first_pass
-from bayes_dispatch.model.backbone import Backbone
+from bayes_dispatch.model.backbone import Backbone, Tokens
 
 __all__ = [
     "KnownEvidence",
@@ -17,6 +18,7 @@ __all__ = [
     "gate_evidence",
     "mixed_evidence",
     "pure_evidence",
+    "token_shares",
 ]
 
 
@@ -26,7 +28,8 @@ class KnownEvidence(NamedTuple):
     Attributes:
         evidence: N prompts.
         labels: (N,) index of a prompt's only domain, −1 where it has several or none.
-        mixtures: (N, K + 1) byte shares of the domains, base last; NaN rows where they are not known.
+        mixtures: (N, K + 1) shares of the domains, base last, of the tokens (:func:`token_shares`); NaN rows where
+            they are not known.
     """
 
     evidence: Evidence
@@ -85,17 +88,32 @@ def mixed_evidence(
     progress: bool = False,
     block: int = 0,
 ) -> KnownEvidence:
-    """Prompts whose lines come from two domains, in a third of them from three, with shares uniform on the simplex."""
+    """Prompts whose lines come from two domains, in a third of them from three.
+
+    Wanted shares of their bytes are uniform on the simplex; what is known of them are the shares of their tokens.
+    """
     rng = np.random.default_rng([seed, 2])
     prompts, mixtures = [], np.zeros((count, len(domains) + 1))
     for row in range(count):
         chosen = rng.choice(len(domains), size=min(3 if rng.random() < 1 / 3 else 2, len(domains)), replace=False)
         weights = rng.dirichlet(np.ones(len(chosen))).tolist()
-        text, shares = mixed_text([domains[i] for i in chosen], weights, rng, _length(rng, lengths), split)
+        text, owners = mixed_text([domains[i] for i in chosen], weights, rng, _length(rng, lengths), split)
         prompts.append(text)
-        mixtures[row, chosen] = shares
+        mixtures[row] = token_shares(model.tokenizer.tokenize(text.encode()), chosen[owners], len(domains) + 1)
     evidence = first_pass(model, model.tokenizer, prompts, progress=progress, block=block).evidence
     return KnownEvidence(evidence, np.full(count, -1), mixtures)
+
+
+def token_shares(text: Tokens, owners: Int[np.ndarray, " byte"], components: int) -> Float[np.ndarray, " component"]:
+    """What share of a text's tokens each component has: those that the mean hidden state is of, all but the first.
+
+    Args:
+        text: the text in tokens; one is of the component of its first byte.
+        owners: the component of each byte of the text. components: how many there are.
+    """
+    starts = np.array([start for start, _ in text.spans[1:] or text.spans])
+    found = np.bincount(owners[np.minimum(starts, len(owners) - 1)], minlength=components)
+    return found / found.sum()
 
 
 def base_evidence(

@@ -155,9 +155,9 @@ def read_prefix(model: Backbone, cut: int, texts: Sequence[Sequence[int]], pad: 
 
 
 def evidence_of(prompts: Sequence[bytes], texts: Sequence[Tokens], views: Mapping[str, np.ndarray]) -> Evidence:
-    """Evidence of what was pooled over prompts, their tokens and their lengths in bytes."""
+    """Evidence of what was pooled over prompts, and of their tokens, of which it counts those that have bytes."""
     counts = np.stack([class_counts(data, text) for data, text in zip(prompts, texts, strict=True)])
-    lengths = np.array([len(data) for data in prompts], dtype=float)
+    lengths = counts.sum(1)
     first = {"hidden": views["hidden"]} if "hidden" in views else {}
     return Evidence(first | {"counts": counts} | dict(views), lengths)
 

@@ -143,7 +143,7 @@ class SlowChat:
         pooled = pooled[pooled > 0] if len(user) > 1 else pooled
         said = Tokens(tuple(self.ids[t] for t in user), tuple(self.spans[t] for t in user))
         counts = class_counts(self.data, said)[None]
-        lengths = np.array([float(len({place for span in said.spans for place in range(*span)}))])
+        lengths = counts.sum(1)
         with torch.no_grad():
             session = model.open(1, len(begin) + len(self.ids), blocks=range(block or model.depth))
             read = session.read(torch.tensor([[*begin, *self.ids]]), own=not block)
@@ -236,7 +236,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("cut64", {"blend": UNMERGED, "threshold": 0.01, "max_context": 32}),
     ("embedded64", {"blend": RefinedMean(6), "threshold": float("inf")}),
     ("llama64", {"blend": UNMERGED, "threshold": 0.05}),
-    ("llama64", {"blend": RefinedMean(6), "threshold": 0.02, "max_context": 32}),
+    ("llama64", {"blend": RefinedMean(6), "threshold": 0.05, "max_context": 32}),
     ("headless64", {"blend": UNMERGED, "threshold": 0.05, "max_context": 32}),
 ]
 
