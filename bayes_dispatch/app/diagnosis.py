@@ -121,7 +121,7 @@ class HeldOutDiagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
-        parts = ("levels", "values", "standard_errors")
+        parts = ("levels", "values", "standard_errors", "widths")
         both = (("found", self.coverage), ("simulated", self.simulated))
         curves = {name: {part: getattr(curve, part).tolist() for part in parts} for name, curve in both}
         return {
@@ -261,7 +261,11 @@ def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
 def _held_out_tables(found: HeldOutDiagnosis, settings: DiagnosisSettings, unjudged: tuple[str, ...]) -> list[Table]:
     curves = found.coverage, found.simulated
     levels = [
-        [f"{level:.0%}", *(f"{curve.values[n]:.3f} ± {curve.standard_errors[n]:.3f}" for curve in curves)]
+        [
+            f"{level:.0%}",
+            *(f"{curve.values[n]:.3f} ± {curve.standard_errors[n]:.3f}" for curve in curves),
+            f"{found.coverage.widths[n]:.3f}",
+        ]
         for n, level in enumerate(found.coverage.levels)
     ]
     names = list(next(iter(found.pure.values())))
@@ -280,7 +284,7 @@ def _held_out_tables(found: HeldOutDiagnosis, settings: DiagnosisSettings, unjud
     ]
     holds = f"The threshold holds with probability {1 - settings.delta:g}."
     return [
-        Table("Coverage of intervals on held-out mixtures", ["nominal", "found", "on simulations"], levels, judged),
+        Table("Coverage of intervals on held-out mixtures", ["nominal", "found", "on simulations", "mean width"], levels, judged),
         Table("P(best) on held-out prompts of one domain", ["length", *names], scores, judged),
         Table("When to trust it", ["", "found"], trust, holds),
     ]

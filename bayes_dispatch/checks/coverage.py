@@ -1,10 +1,13 @@
 """Coverage of the posterior intervals of the weights: how often a true weight lies inside.
 
-One definition throughout: equal-tailed intervals, over the components whose true weight exceeds .02 (a true zero is
-never inside an interval). Coverage below the nominal level is undercoverage: intervals too narrow for the weights that
-count. Some of it is the selection's, for large weights lie in the upper tails even of an exact posterior; how much,
-:func:`simulated_coverage` tells, the same statistic on evidence simulated from the fitted program at the same weights.
-What lies between the two is the program's fault, or the evidence's.
+One definition throughout: equal-tailed intervals, over the components whose posterior mean exceeds .05. An exact
+posterior covers its level on them, for they are chosen without a look at the truth. Chosen by their true weight it does
+not: a component that is there, but that evidence hardly shows, lies in the upper tail even of an exact posterior, and
+those that are not there, always inside, would not make up for it. A true weight of 0 or of 1 ties with draws that are
+next to it (nearer than ``RESOLUTION``), and its rank among them is drawn at random, as in simulation-based calibration:
+an interval that reaches down to 0 would otherwise always hold a 0. Coverage below the nominal level means intervals
+that are too narrow; :func:`simulated_coverage`, the same statistic on evidence simulated from the fitted program, tells
+how much of it is the guide's. The rest is the program's fault, or the evidence's.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bayes_dispatch.arguments import number, several, shown, whole
+from bayes_dispatch.checks.sbc import posterior_ranks
 from bayes_dispatch.dispatcher.arrays import as_points
 from bayes_dispatch.errors import ConfigError, TensorError
 
@@ -26,16 +30,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Coverage", "CoverageCurve", "coverage_curve", "interval_coverage", "simulated_coverage"]
 
-SMALLEST = 0.02  # true weights up to this do not count
+COUNTED = 0.05  # posterior means up to this do not count
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
 class Coverage(NamedTuple):
-    """Share of true weights inside their intervals, its standard error (prompts as clusters), and how many counted."""
+    """Share of true weights inside their intervals, its standard error (prompts as clusters), how many counted, and the
+    mean width of their intervals."""
 
     value: float
     standard_error: float
     count: int  # type: ignore[assignment]  # shadows tuple.count, which nobody needs here
+    width: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +53,14 @@ class CoverageCurve:
         values: ``(L,)`` coverage.
         standard_errors: ``(L,)``, with prompts as clusters.
         count: true weights that counted.
+        widths: ``(L,)`` mean widths of their intervals.
     """
 
     levels: np.ndarray
     values: np.ndarray
     standard_errors: np.ndarray
     count: int
+    widths: np.ndarray
 
 
 def interval_coverage(
@@ -66,24 +74,25 @@ def interval_coverage(
         probability: nominal level.
 
     Returns:
-        The coverage over components whose true weight exceeds .02.
+        The coverage over components whose posterior mean exceeds .05.
 
     Raises:
-        TensorError: truth of another shape or off the simplex, or no weight above .02 in it.
+        TensorError: truth of another shape or off the simplex, or no posterior mean above .05.
         ConfigError: a level outside 0 to 1.
     """
-    truth = as_points(truth, "true weights")
-    if truth.shape != posterior.weights.shape[1:]:
-        raise TensorError(f"expected true weights of shape {posterior.weights.shape[1:]}, got {truth.shape}")
-    counted = truth > SMALLEST
-    if not counted.any():
-        raise TensorError(f"expected a true weight above {SMALLEST}, got none in {len(truth)} prompts")
     low, high = posterior.interval(probability)
-    inside = (low <= truth) & (truth <= high) & counted
+    truth = as_points(truth, "true weights")
+    ranks = posterior_ranks(posterior, truth)
+    counted = posterior.mean > COUNTED
+    if not counted.any():
+        raise TensorError(f"expected a posterior mean above {COUNTED}, got none in {len(truth)} prompts")
+    # A rank among S draws stands for an interval of length 1 / (S + 1): a point of it, so that any level can be held.
+    places = (ranks + np.random.default_rng(0).random(ranks.shape)) / (len(posterior.weights) + 1)
+    inside = (np.abs(places - 0.5) <= probability / 2) & counted
     hits, sizes = inside.sum(1), counted.sum(1)  # (prompt,)
     value = hits.sum() / sizes.sum()
     error = np.sqrt(np.sum((hits - value * sizes) ** 2)) / sizes.sum()
-    return Coverage(float(value), float(error), int(sizes.sum()))
+    return Coverage(float(value), float(error), int(sizes.sum()), float((high - low)[counted].mean()))
 
 
 def coverage_curve(
@@ -102,7 +111,7 @@ def coverage_curve(
         The curve.
 
     Raises:
-        TensorError: truth of another shape or off the simplex, or no weight above .02 in it.
+        TensorError: truth of another shape or off the simplex, or no posterior mean above .05.
         ConfigError: no levels, or levels that do not ascend between 0 and 1.
     """
     levels = _ascending(levels)
@@ -112,6 +121,7 @@ def coverage_curve(
         np.array([coverage.value for coverage in found]),
         np.array([coverage.standard_error for coverage in found]),
         found[0].count,
+        np.array([coverage.width for coverage in found]),
     )
 
 
@@ -136,7 +146,7 @@ def simulated_coverage(
 
     Raises:
         NotFittedError: a dispatcher before ``fit``.
-        TensorError: truth of another shape or off the simplex, or no weight above .02 in it.
+        TensorError: truth of another shape or off the simplex, or no posterior mean above .05.
         ConfigError: no levels, levels that do not ascend between 0 and 1, or a number that is out of range.
     """
     levels, count, weights = _ascending(levels), whole("count", count, 1), None

@@ -5,7 +5,6 @@ from zlib import crc32
 
 import numpy as np
 
-from bayes_dispatch.checks.coverage import SMALLEST
 from bayes_dispatch.errors import ConfigError, PromptError
 from bayes_dispatch.experts.domains import Domain
 from bayes_dispatch.experts.domains.mixtures import mixed_parts, owners_of
@@ -15,6 +14,7 @@ from bayes_dispatch.model.backbone import Tokenizer
 __all__ = ["beginning", "mixed_prompts", "pure_prompts"]
 
 LONGEST = 8  # bytes of a token, in the mean of a prompt
+SMALLEST = 0.02  # share of a domain that is in a prompt
 
 
 def beginning(text: str, tokens: int, tokenizer: Tokenizer) -> str | None:
