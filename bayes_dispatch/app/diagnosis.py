@@ -284,7 +284,12 @@ def _held_out_tables(found: HeldOutDiagnosis, settings: DiagnosisSettings, unjud
     ]
     holds = f"The threshold holds with probability {1 - settings.delta:g}."
     return [
-        Table("Coverage of intervals on held-out mixtures", ["nominal", "found", "on simulations", "mean width"], levels, judged),
+        Table(
+            "Coverage of intervals on held-out mixtures",
+            ["nominal", "found", "on simulations", "mean width"],
+            levels,
+            judged,
+        ),
         Table("P(best) on held-out prompts of one domain", ["length", *names], scores, judged),
         Table("When to trust it", ["", "found"], trust, holds),
     ]

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bayes_dispatch.checks.coverage import Coverage, coverage_curve, interval_coverage, simulated_coverage
+from bayes_dispatch.checks.coverage import coverage_curve, interval_coverage, simulated_coverage
 from bayes_dispatch.checks.reliability import (
     brier_score,
     confidence_curve,
