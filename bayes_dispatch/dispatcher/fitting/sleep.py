@@ -250,7 +250,7 @@ def train_guide(
     Returns:
         The loss of each step, nats per prompt.
     """
-    optimiser = torch.optim.Adam(guide.parameters(), lr=learning_rate)
+    optimiser = torch.optim.Adam(guide.parameters(), lr=learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     n_real = round(settings.real_share * settings.batch_size) if real is not None else 0
     losses: list[float] = []
