@@ -6,6 +6,7 @@ from .app.bundle import Bundle as Bundle
 from .app.bundle import load_bundle as load_bundle
 from .checks.coverage import Coverage as Coverage
 from .checks.coverage import CoverageCurve as CoverageCurve
+from .checks.coverage import calibrated_coverage as calibrated_coverage
 from .checks.coverage import coverage_curve as coverage_curve
 from .checks.coverage import interval_coverage as interval_coverage
 from .checks.coverage import simulated_coverage as simulated_coverage

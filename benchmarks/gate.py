@@ -25,7 +25,7 @@ from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, Domain
-from bayes_dispatch.inference.scoring.evidence_sets import gate_evidence, mixed_evidence, pure_evidence
+from bayes_dispatch.inference.scoring.evidence_sets import calibration_evidence, mixed_evidence, pure_evidence
 from dispatching.foreign import DISGUISED, FOREIGN_KINDS
 
 __all__ = ["main"]
@@ -89,9 +89,9 @@ def judge(gate: Gate, dispatcher: Dispatcher, kinds: Mapping[str, Evidence]) -> 
 
 def compare(bundle: Bundle, sizes: Sizes, seed: int) -> dict[tuple[str, int], Judged]:
     """All scores at all lengths, of one seed."""
-    evidence, groups = gate_evidence(bundle.model, EXPERT_DOMAINS, sizes.pure, sizes.mixed, SPREAD, 100 + seed)
+    known = calibration_evidence(bundle.model, EXPERT_DOMAINS, sizes.pure, sizes.mixed, SPREAD, 100 + seed)
     gates = {
-        name: Gate.calibrate(bundle.dispatcher, evidence, groups, weights=weights, seed=seed)
+        name: Gate.calibrate(bundle.dispatcher, known.evidence, known.groups, weights=weights, seed=seed)
         for name, weights in WEIGHTS.items()
     }
     if bundle.gate is not None:

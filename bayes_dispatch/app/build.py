@@ -122,7 +122,7 @@ def build_bundle(
     if settings.gate_prompts and len(held.labels) < FEWEST:
         announce(f"no gate and no calibration: they take {FEWEST} held-out prompts, and there are {len(held.labels)}")
     elif settings.gate_prompts:
-        gate = Gate.calibrate(dispatcher, held.evidence, (held.labels < 0).astype(int), seed=settings.seed)
+        gate = Gate.calibrate(dispatcher, held.evidence, held.groups, seed=settings.seed)
         dispatcher.calibrate(held.evidence, held.labels, held.mixtures, seed=settings.seed)
     gains = stages.numbers("gains", lambda: _gains(model, experts, own, settings))
     report = {"examples": _counts(examples), "calibration": _calibration(dispatcher, held), "gains": gains}

@@ -1,8 +1,9 @@
-"""Whether a bundle's posterior can be trusted: calibration on simulations, on held-out prompts, and a report of it."""
+"""Whether a bundle's posterior can be trusted: calibration on simulations, and on held-out prompts."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,15 @@ from sklearn.metrics import log_loss
 
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.held_out import held_out_domains
-from bayes_dispatch.app.tables import Cell, Table
 from bayes_dispatch.arguments import number, set_whole, several, shown, whole
-from bayes_dispatch.checks.calibration_plots import plot_coverage, plot_rank_ecdfs, plot_reliability, plot_risk_coverage
-from bayes_dispatch.checks.coverage import CoverageCurve, coverage_curve, simulated_coverage
+from bayes_dispatch.checks.coverage import (
+    Coverage,
+    CoverageCurve,
+    calibrated_coverage,
+    coverage_curve,
+    interval_coverage,
+    simulated_coverage,
+)
 from bayes_dispatch.checks.detection import AUROC, ood_auroc
 from bayes_dispatch.checks.reliability import (
     ReliabilityCurve,
@@ -22,7 +28,7 @@ from bayes_dispatch.checks.reliability import (
     expected_calibration_error,
     reliability_curve,
 )
-from bayes_dispatch.checks.sbc import RankUniformity, SimulationBasedCalibration, simulation_based_calibration
+from bayes_dispatch.checks.sbc import SimulationBasedCalibration, simulation_based_calibration
 from bayes_dispatch.checks.selective import Abstention, RiskCoverage, abstention_threshold, risk_coverage
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
@@ -30,23 +36,12 @@ from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import FOREIGN_TEXTS, Domain
 from bayes_dispatch.inference.scoring.evidence_sets import foreign_evidence, mixed_evidence, pure_evidence
-from bayes_dispatch.storage import write_files, write_json
 
-__all__ = [
-    "FILES",
-    "TITLE",
-    "Diagnosis",
-    "DiagnosisSettings",
-    "HeldOutDiagnosis",
-    "diagnose",
-    "diagnosis_tables",
-    "write_diagnosis",
-]
+__all__ = ["Diagnosis", "DiagnosisSettings", "HeldOutDiagnosis", "diagnose"]
 
+JUDGED = (0.5, 0.9)  # levels of intervals, by length
 PROPOSALS = 1_000  # of each prompt, for importance weights
 CORRECTED_DRAWS = 63  # of them: few, so that next to none repeats
-FILES = ("diagnosis.json", "report.md", "ranks.png", "coverage.png", "reliability.png", "risk_coverage.png")
-TITLE = "# bayes-dispatch: diagnosis"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +91,8 @@ class HeldOutDiagnosis:
     Attributes:
         k_hat: share of prompts whose importance weights can be trusted (k-hat below .7): of mixtures, and by length.
         coverage, simulated: of intervals on held-out mixtures, and on simulations at the same weights.
+        by_length: of intervals at 50 and 90% on the mixtures of a range of lengths in tokens: the posterior's, and the
+            calibrated ones where the dispatcher has any.
         pure: accuracy, ECE, Brier score and log loss of ``predict_proba`` on held-out prompts of one domain, by length.
         reliability: of all of these. risk_coverage: of that half of them that did not choose the threshold.
         abstention: the certified threshold, chosen by the other half; ``None`` where none was certified.
@@ -105,6 +102,7 @@ class HeldOutDiagnosis:
     k_hat: Mapping[str, float]
     coverage: CoverageCurve
     simulated: CoverageCurve
+    by_length: Mapping[str, Mapping[str, Coverage]]
     pure: Mapping[int, Mapping[str, float]]
     reliability: ReliabilityCurve
     risk_coverage: RiskCoverage
@@ -127,6 +125,9 @@ class HeldOutDiagnosis:
         return {
             "k_hat_below_0.7": dict(self.k_hat),
             "coverage": curves,
+            "coverage_by_length": {
+                length: {name: each._asdict() for name, each in row.items()} for length, row in self.by_length.items()
+            },
             "pure": {str(length): dict(scores) for length, scores in self.pure.items()},
             "risk_coverage": {"aurc": self.risk_coverage.aurc, "excess_aurc": self.risk_coverage.excess_aurc},
             "abstention": None if self.abstention is None else asdict(self.abstention) | {"served_after": self.served},
@@ -169,6 +170,7 @@ def diagnose(
     settings: DiagnosisSettings | None = None,
     progress: bool = False,
     own: Mapping[str, Domain] | None = None,
+    packages: Path | None = None,
 ) -> Diagnosis:
     """Measure the calibration of a bundle's dispatcher on simulations and on held-out prompts of its experts' domains.
 
@@ -176,12 +178,13 @@ def diagnose(
         bundle: whose dispatcher it is. settings: how much to measure. progress: show progress bars.
         own: text of experts from a user's files, by their names; of others the project has its own. Experts without
             any are not judged, and with fewer than two that have some, simulations alone are.
+        packages: where pip put those of real documents (docs/domains.md), for experts of these.
 
     Raises:
         UnknownNameError: text of an expert that the bundle does not have.
     """
     settings = settings or DiagnosisSettings()
-    known, names = held_out_domains(bundle, own or {}), bundle.experts.names
+    known, names = held_out_domains(bundle, own or {}, packages), bundle.experts.names
     dispatcher, seed = bundle.dispatcher, settings.seed
     return Diagnosis(
         settings,
@@ -198,7 +201,7 @@ def _judge(
     """On held-out prompts of these experts."""
     names = bundle.experts.names
     domains, places, count = list(known.values()), [names.index(name) for name in known], len(names)
-    model, dispatcher, seed, block = bundle.model, bundle.dispatcher, settings.seed, bundle.experts.adapt_from
+    model, dispatcher, seed, block = bundle.model, bundle.dispatcher, settings.seed, bundle.cut
     mixed = mixed_evidence(
         model, domains, settings.mixtures, settings.mixture_lengths, "held_out", seed, progress, block
     )
@@ -234,6 +237,7 @@ def _judge(
         k_hat,
         coverage,
         simulated,
+        _by_length(posterior, mixed.mixtures, mixed.evidence.known_lengths(), settings.lengths),
         pure,
         reliability_curve(joint, truth),
         risk_coverage(confidence[~first], wrong[~first]),
@@ -242,82 +246,23 @@ def _judge(
     )
 
 
-def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
-    """What was found, for a terminal or a report."""
-    ranks = diagnosis.ranks
-    verdicts: list[list[Cell | str]] = [
-        [c.component, *_verdict(c), *_verdict(d)]
-        for c, d in zip(ranks.components, diagnosis.corrected.components, strict=True)
-    ]
-    settings, held_out = diagnosis.settings, diagnosis.held_out
-    note = f"{settings.simulations} simulations; false-alarm rate {ranks.false_alarm_rate:g} for all together."
-    if held_out is None:
-        note += " No prompt was judged: that takes held-out text of two experts or more (--text NAME=FILE)."
-    columns = ["component", "guide", "by", "resampled", "by"]
-    tables = [Table("Ranks of true weights among posterior draws", columns, verdicts, note)]
-    return tables if held_out is None else [*tables, *_held_out_tables(held_out, settings, diagnosis.unjudged)]
-
-
-def _held_out_tables(found: HeldOutDiagnosis, settings: DiagnosisSettings, unjudged: tuple[str, ...]) -> list[Table]:
-    curves = found.coverage, found.simulated
-    levels = [
-        [
-            f"{level:.0%}",
-            *(f"{curve.values[n]:.3f} ± {curve.standard_errors[n]:.3f}" for curve in curves),
-            f"{found.coverage.widths[n]:.3f}",
-        ]
-        for n, level in enumerate(found.coverage.levels)
-    ]
-    names = list(next(iter(found.pure.values())))
-    scores = [[f"{length} bytes", *(f"{row[name]:.4f}" for name in names)] for length, row in found.pure.items()]
-    foreign, curve, rule, served = found.foreign, found.risk_coverage, found.abstention, found.served
-    judged = f"Without prompts of {', '.join(unjudged)}, of which no held-out text was given." if unjudged else ""
-    trust = [
-        *([f"k-hat below .7: {name}", f"{share:.3f}"] for name, share in found.k_hat.items()),
-        ["AURC (above the oracle's)", f"{curve.aurc:.5f} ({curve.excess_aurc:.5f})"],
-        ["AUROC of the base weight on foreign text", f"{foreign.value:.4f} ± {foreign.standard_error:.4f}"],
-        [
-            f"threshold for risk {settings.risk:g}",
-            "none certified" if rule is None else f"{rule.threshold:.3f}, bound {rule.upper_bound:.4f}",
-        ],
-        ["served, and wrong, on the other half", "–" if served is None else f"{served[0]:.3f}, {served[1]:.4f}"],
-    ]
-    holds = f"The threshold holds with probability {1 - settings.delta:g}."
-    return [
-        Table(
-            "Coverage of intervals on held-out mixtures",
-            ["nominal", "found", "on simulations", "mean width"],
-            levels,
-            judged,
-        ),
-        Table("P(best) on held-out prompts of one domain", ["length", *names], scores, judged),
-        Table("When to trust it", ["", "found"], trust, holds),
-    ]
-
-
-def write_diagnosis(diagnosis: Diagnosis, out: Path) -> list[Path]:
-    """Write the report, its numbers and its pictures into a directory that is made if need be; its other files stay.
-
-    Pictures of an earlier run that this one does not have are removed.
-
-    Raises:
-        BundleError: as :func:`bayes_dispatch.storage.check_files`.
-    """
-    figures, held_out = {"ranks.png": plot_rank_ecdfs(diagnosis.ranks)}, diagnosis.held_out
-    if held_out is not None:
-        figures |= {
-            "coverage.png": plot_coverage(held_out.coverage, held_out.simulated),
-            "reliability.png": plot_reliability(held_out.reliability),
-            "risk_coverage.png": plot_risk_coverage(held_out.risk_coverage, held_out.abstention),
-        }
-    parts = [TITLE, *(table.to_markdown() for table in diagnosis_tables(diagnosis))]
-    parts += [f"![{name.partition('.')[0]}]({name})" for name in figures]
-    with write_files(out, FILES, TITLE) as new:
-        for name, figure in figures.items():
-            figure.savefig(new / name)
-        write_json(new / "diagnosis.json", diagnosis.to_dict())
-        (new / "report.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    return [out / name for name in ("diagnosis.json", "report.md", *figures)]
+def _by_length(
+    posterior: DispatchPosterior, truth: np.ndarray, lengths: np.ndarray, edges: Sequence[int]
+) -> dict[str, dict[str, Coverage]]:
+    """Coverage in each range of lengths that has prompts, and in all."""
+    ends = [1, *sorted(set(edges) - {1}), math.inf]
+    ranges = {
+        f"{low} to {high - 1}" if math.isfinite(high) else f"{low} and more": (lengths >= low) & (lengths < high)
+        for low, high in pairwise(ends)
+    } | {"all": lengths > 0}
+    found = {}
+    for name, chosen in ranges.items():
+        if len(rows := np.flatnonzero(chosen)):
+            some, known = posterior.select(rows), truth[rows]
+            found[name] = {f"posterior {level:.0%}": interval_coverage(some, known, level) for level in JUDGED}
+            if posterior.calibrated is not None:
+                found[name] |= {f"calibrated {p:.0%}": calibrated_coverage(some, known, p) for p in JUDGED}
+    return found
 
 
 @dataclass(frozen=True)
@@ -341,10 +286,6 @@ def _finite(value: Any) -> Any:
 def _trusted(dispatcher: Dispatcher, evidence: Evidence, seed: int) -> float:
     """Share of prompts with k-hat below .7."""
     return float((dispatcher.weigh(evidence, PROPOSALS, seed).k_hat < 0.7).mean())
-
-
-def _verdict(component: RankUniformity) -> tuple[Cell, str]:
-    return Cell("inside", "right") if component.inside else Cell("outside", "wrong"), f"{component.excess:.3f}"
 
 
 def _verdicts(ranks: SimulationBasedCalibration) -> dict[str, Any]:

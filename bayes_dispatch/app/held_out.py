@@ -1,27 +1,29 @@
 """Held-out text of a bundle's experts: the project's own, and what a user gives of the experts from files of theirs."""
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.errors import ConfigError, UnknownNameError
-from bayes_dispatch.experts.domains import EXPERT_DOMAINS, Domain
+from bayes_dispatch.experts.domains import EXPERT_DOMAINS, Domain, real_domains
 from bayes_dispatch.experts.domains.own import read_jsonl, read_text
-from bayes_dispatch.inference.scoring.evidence_sets import gate_evidence
+from bayes_dispatch.inference.scoring.evidence_sets import calibration_evidence
 
-__all__ = ["held_out_domains", "read_own", "with_gate"]
+__all__ = ["calibrated", "held_out_domains", "read_own"]
 
 LONGEST = 4096  # bytes of a prompt with its answer, unless told otherwise
 
 
-def held_out_domains(bundle: Bundle, own: Mapping[str, Domain]) -> dict[str, Domain]:
+def held_out_domains(bundle: Bundle, own: Mapping[str, Domain], packages: Path | None = None) -> dict[str, Domain]:
     """Where held-out prompts of each expert are from, in the order of the experts; others have none.
 
     Args:
         bundle: an expert of it that has kept evidence is from a user's file, whatever its name. own: text of such
-            experts, by their names; it wins over the project's.
+            experts, by their names; it wins over the project's. packages: where pip put those of real documents, if
+            experts of these are in the bundle: see ``experts.domains.real_domains``.
 
     Raises:
         UnknownNameError: text of an expert that the bundle does not have.
@@ -30,6 +32,7 @@ def held_out_domains(bundle: Bundle, own: Mapping[str, Domain]) -> dict[str, Dom
     if unknown := sorted(own.keys() - set(names)):
         raise UnknownNameError(f"expected text of the experts {', '.join(names)}, got some of {', '.join(unknown)}")
     builtin = {domain.name: domain for domain in EXPERT_DOMAINS}
+    builtin |= {} if packages is None else real_domains(packages)
     found: dict[str, Domain] = {}
     for name in names:
         trained_on = bundle.experts.metadata[name].get("domain", "")
@@ -61,7 +64,7 @@ def read_own(texts: Sequence[str], jsonl: Sequence[str], longest: int = LONGEST)
     return found
 
 
-def with_gate(
+def calibrated(
     bundle: Bundle,
     own: Mapping[str, Domain],
     pure: int,
@@ -69,21 +72,26 @@ def with_gate(
     lengths: tuple[int, int],
     seed: int,
     progress: bool = False,
+    packages: Path | None = None,
 ) -> Bundle:
-    """The bundle with a gate, calibrated anew on held-out prompts.
+    """The bundle with a gate, and guarantees of intervals and sets, calibrated anew on held-out prompts.
 
     Args:
         bundle: what there is. own: text of experts from a user's files, by their names.
         pure: prompts of each expert's domain. mixed: prompts of several. lengths: shortest and longest, in bytes.
         seed: of the prompts and of their split. progress: show progress bars.
+        packages: as in :func:`held_out_domains`.
 
     Raises:
         UnknownNameError: text of an expert that the bundle does not have.
         ConfigError: no text of one that it has: its prompts would be foreign to the gate.
     """
-    domains = held_out_domains(bundle, own)
+    domains = held_out_domains(bundle, own, packages)
     if missing := [name for name in bundle.experts.names if name not in domains]:
         raise ConfigError(f"expected held-out text of every expert, got none of {', '.join(missing)}")
-    block, texts = bundle.experts.adapt_from, list(domains.values())
-    evidence, groups = gate_evidence(bundle.model, texts, pure, mixed, lengths, seed, progress, block)
-    return replace(bundle, gate=Gate.calibrate(bundle.dispatcher, evidence, groups, seed=seed))
+    block, texts = bundle.cut, list(domains.values())
+    known = calibration_evidence(bundle.model, texts, pure, mixed, lengths, seed, progress, block)
+    dispatcher = copy(bundle.dispatcher).calibrate(known.evidence, known.labels, known.mixtures, seed)
+    return replace(
+        bundle, dispatcher=dispatcher, gate=Gate.calibrate(dispatcher, known.evidence, known.groups, seed=seed)
+    )

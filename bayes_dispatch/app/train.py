@@ -34,8 +34,8 @@ from bayes_dispatch.inference.scoring.evaluation import (
 from bayes_dispatch.inference.scoring.evidence_sets import (
     KnownEvidence,
     base_evidence,
+    calibration_evidence,
     foreign_evidence,
-    gate_evidence,
     mixed_evidence,
     pure_evidence,
 )
@@ -83,8 +83,8 @@ def train_bundle(
     announce("dispatcher")
     train = _dispatcher_evidence(plan, curriculum, model, experts.adapt_from, progress)
     dispatcher = _fitted_dispatcher(plan, experts, train, work, progress)
-    announce("gate")
-    gate = _calibrated_gate(plan, curriculum.experts, model, experts.adapt_from, dispatcher, work, progress)
+    announce("calibration")
+    dispatcher, gate = _calibrated(plan, curriculum.experts, model, experts.adapt_from, dispatcher, work, progress)
     unjudged = Bundle(model, experts, dispatcher, gate=gate)
     unjudged.save(work / "unjudged")
     announce("evaluation")
@@ -165,7 +165,7 @@ def _fitted_dispatcher(
     return Dispatcher.load(directory)
 
 
-def _calibrated_gate(
+def _calibrated(
     plan: TrainingPlan,
     domains: Sequence[Domain],
     model: MambaFormerForCausalLM,
@@ -173,13 +173,14 @@ def _calibrated_gate(
     dispatcher: Dispatcher,
     work: Path,
     progress: bool,
-) -> Gate:
+) -> tuple[Dispatcher, Gate]:
     directory, seed = work / "gate", plan.seed + 2  # the judged prompts are those of seed + 1
     if not directory.exists():
         counts = plan.gate_pure_prompts, plan.gate_mixed_prompts
-        evidence, groups = gate_evidence(model, domains, *counts, plan.gate_lengths, seed, progress, block)
-        Gate.calibrate(dispatcher, evidence, groups, seed=seed).save(directory)
-    return Gate.load(directory)
+        known = calibration_evidence(model, domains, *counts, plan.gate_lengths, seed, progress, block)
+        dispatcher.calibrate(known.evidence, known.labels, known.mixtures, seed).save(work / "dispatcher")
+        Gate.calibrate(dispatcher, known.evidence, known.groups, seed=seed).save(directory)
+    return dispatcher, Gate.load(directory)
 
 
 def _evaluate(

@@ -17,20 +17,27 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from bayes_dispatch.arguments import number, several, shown, whole
 from bayes_dispatch.checks.sbc import posterior_ranks
 from bayes_dispatch.dispatcher.arrays import as_points
+from bayes_dispatch.dispatcher.conformal import COUNTED
 from bayes_dispatch.errors import ConfigError, TensorError
 
 if TYPE_CHECKING:
     from bayes_dispatch.dispatcher.estimator import Dispatcher
     from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 
-__all__ = ["Coverage", "CoverageCurve", "coverage_curve", "interval_coverage", "simulated_coverage"]
+__all__ = [
+    "Coverage",
+    "CoverageCurve",
+    "calibrated_coverage",
+    "coverage_curve",
+    "interval_coverage",
+    "simulated_coverage",
+]
 
-COUNTED = 0.05  # posterior means up to this do not count
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 
 
@@ -81,18 +88,44 @@ def interval_coverage(
         ConfigError: a level outside 0 to 1.
     """
     low, high = posterior.interval(probability)
-    truth = as_points(truth, "true weights")
-    ranks = posterior_ranks(posterior, truth)
-    counted = posterior.mean > COUNTED
-    if not counted.any():
-        raise TensorError(f"expected a posterior mean above {COUNTED}, got none in {len(truth)} prompts")
+    ranks = posterior_ranks(posterior, as_points(truth, "true weights"))
     # A rank among S draws stands for an interval of length 1 / (S + 1): a point of it, so that any level can be held.
     places = (ranks + np.random.default_rng(0).random(ranks.shape)) / (len(posterior.weights) + 1)
-    inside = (np.abs(places - 0.5) <= probability / 2) & counted
-    hits, sizes = inside.sum(1), counted.sum(1)  # (prompt,)
+    return _coverage(posterior, np.abs(places - 0.5) <= probability / 2, high - low)
+
+
+def calibrated_coverage(
+    posterior: DispatchPosterior, truth: Float[np.ndarray, "prompt weight"], probability: float = 0.9
+) -> Coverage:
+    """Coverage of :meth:`DispatchPosterior.calibrated_interval`, over the same components.
+
+    An interval is taken as it stands: one that reaches down to 0 holds a true weight of 0.
+
+    Args:
+        posterior: of a calibrated dispatcher. truth, probability: as in :func:`interval_coverage`.
+
+    Raises:
+        NotFittedError: the dispatcher was not calibrated.
+        TensorError, ConfigError: as :func:`interval_coverage`, or a level that takes more calibration prompts.
+    """
+    truth = as_points(truth, "true weights")
+    if truth.shape != posterior.weights.shape[1:]:
+        raise TensorError(f"expected true weights of shape {posterior.weights.shape[1:]}, got {truth.shape}")
+    low, high = posterior.calibrated_interval(probability)
+    return _coverage(posterior, (low <= truth) & (truth <= high), high - low)
+
+
+def _coverage(
+    posterior: DispatchPosterior, inside: Bool[np.ndarray, "prompt weight"], widths: Float[np.ndarray, "prompt weight"]
+) -> Coverage:
+    """Over the components that the posterior counts."""
+    counted = posterior.mean > COUNTED
+    if not counted.any():
+        raise TensorError(f"expected a posterior mean above {COUNTED}, got none in {len(counted)} prompts")
+    hits, sizes = (inside & counted).sum(1), counted.sum(1)  # (prompt,)
     value = hits.sum() / sizes.sum()
     error = np.sqrt(np.sum((hits - value * sizes) ** 2)) / sizes.sum()
-    return Coverage(float(value), float(error), int(sizes.sum()), float((high - low)[counted].mean()))
+    return Coverage(float(value), float(error), int(sizes.sum()), float(widths[counted].mean()))
 
 
 def coverage_curve(

@@ -14,8 +14,8 @@ from bayes_dispatch.model.backbone import Backbone, Tokens
 __all__ = [
     "KnownEvidence",
     "base_evidence",
+    "calibration_evidence",
     "foreign_evidence",
-    "gate_evidence",
     "mixed_evidence",
     "pure_evidence",
     "token_shares",
@@ -35,6 +35,11 @@ class KnownEvidence(NamedTuple):
     evidence: Evidence
     labels: np.ndarray
     mixtures: np.ndarray
+
+    @property
+    def groups(self) -> Int[np.ndarray, " prompt"]:
+        """0 for prompts of one domain, 1 for those of several: what a gate is calibrated for, each by itself."""
+        return (self.labels < 0).astype(int)
 
     @classmethod
     def concatenate(cls, parts: Sequence["KnownEvidence"]) -> "KnownEvidence":
@@ -147,7 +152,7 @@ def foreign_evidence(
     return KnownEvidence(found.evidence, np.full(count, -1), np.full((count, experts + 1), np.nan))
 
 
-def gate_evidence(
+def calibration_evidence(
     model: Backbone,
     domains: Sequence[Domain],
     pure: int,
@@ -156,21 +161,17 @@ def gate_evidence(
     seed: int,
     progress: bool = False,
     block: int = 0,
-) -> tuple[Evidence, np.ndarray]:
-    """Held-out prompts of one domain and of several, for ``Gate.calibrate``.
+) -> KnownEvidence:
+    """Held-out prompts of one domain and then of several, for ``Gate.calibrate`` and ``Dispatcher.calibrate``.
 
     Args:
         model: the base model. domains: of the experts. pure: prompts of each. mixed: prompts of several.
         lengths: shortest and longest, in bytes. seed: of the prompts. progress: show progress bars.
         block: that of ``first_pass``.
-
-    Returns:
-        The evidence, and its groups: 0 for prompts of one domain, 1 for those of several.
     """
     known = pure_evidence(model, domains, pure, lengths, "held_out", seed, progress, block)
     several = mixed_evidence(model, domains, mixed, lengths, "held_out", seed, progress, block)
-    both = KnownEvidence.concatenate([known, several])
-    return both.evidence, (both.labels < 0).astype(int)
+    return KnownEvidence.concatenate([known, several])
 
 
 def _length(rng: np.random.Generator, lengths: tuple[int, int]) -> int:

@@ -23,6 +23,7 @@ from bayes_dispatch.app.commands.terminal import (
     JsonOption,
     OwnJsonlOption,
     OwnTextOption,
+    PackagesOption,
     SeedOption,
     check_new_output,
     check_output,
@@ -186,18 +187,19 @@ def calibrate_gate(
     mixed: Annotated[int, typer.Option(min=20, help="Held-out prompts of several domains.")] = 3200,
     longest: Annotated[int, typer.Option(min=16, max=4096, help="Bytes of the longest; the shortest have 16.")] = 1024,
     seed: SeedOption = 2,
+    packages: PackagesOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Calibrate the gate that tells foreign prompts, and write the bundle with it; all else stays."""
+    """Calibrate a bundle on held-out prompts: its gate, which tells foreign ones, its intervals, and its sets."""
     check_new_output(out, "bundle.json")
     from bayes_dispatch.app.held_out import read_own
 
     own = read_own(text or (), jsonl or ())
     from bayes_dispatch.app.bundle import load_bundle
-    from bayes_dispatch.app.held_out import with_gate
+    from bayes_dispatch.app.held_out import calibrated
 
     use_one_thread()
-    new = with_gate(load_bundle(bundle), own, prompts, mixed, (16, longest), seed, progress=sys.stderr.isatty())
+    new = calibrated(load_bundle(bundle), own, prompts, mixed, (16, longest), seed, sys.stderr.isatty(), packages)
     new.save(out)
     gate = new.gate
     assert gate is not None
@@ -237,6 +239,7 @@ def diagnose(
     prompts: Annotated[int, typer.Option(min=20, help="Held-out prompts of each domain and length.")] = 100,
     risk: Annotated[float, typer.Option(help="Share of served prompts that may be wrong.")] = 0.05,
     seed: SeedOption = 1,
+    packages: PackagesOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check a dispatcher's calibration: simulated ranks, coverage, reliability, foreign text, when to abstain.
@@ -245,8 +248,9 @@ def diagnose(
     """
     check_output(out)
     from bayes_dispatch.app.bundle import load_bundle
-    from bayes_dispatch.app.diagnosis import FILES, TITLE, DiagnosisSettings, diagnosis_tables, write_diagnosis
+    from bayes_dispatch.app.diagnosis import DiagnosisSettings
     from bayes_dispatch.app.diagnosis import diagnose as run
+    from bayes_dispatch.app.diagnosis_report import FILES, TITLE, diagnosis_tables, write_diagnosis
     from bayes_dispatch.app.held_out import read_own
     from bayes_dispatch.storage import check_files
 
@@ -254,7 +258,7 @@ def diagnose(
     own = read_own(text or (), jsonl or ())
     settings = DiagnosisSettings(simulations=simulations, mixtures=mixtures, prompts=prompts, risk=risk, seed=seed)
     use_one_thread()
-    found = run(load_bundle(bundle), settings, progress=sys.stderr.isatty(), own=own)
+    found = run(load_bundle(bundle), settings, progress=sys.stderr.isatty(), own=own, packages=packages)
     files, console = write_diagnosis(found, out), open_console()
     if as_json:
         return print_json(found.to_dict())

@@ -24,6 +24,7 @@ __all__ = [
     "JsonOption",
     "OwnJsonlOption",
     "OwnTextOption",
+    "PackagesOption",
     "SampleOption",
     "SeedOption",
     "TemperatureOption",
@@ -68,6 +69,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 OwnTextOption = Annotated[
     list[str] | None,
     typer.Option("--text", help="name=path: the text of an expert of yours; its last tenth is held out. Repeatable."),
+]
+PackagesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--packages", help="Where pip put packages of real documents, for experts of these (docs/domains.md)."
+    ),
 ]
 OwnJsonlOption = Annotated[
     list[str] | None,

@@ -10,14 +10,9 @@ import pytest
 
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.commands import main as cli
-from bayes_dispatch.app.diagnosis import (
-    FILES,
-    Diagnosis,
-    DiagnosisSettings,
-    diagnose,
-    diagnosis_tables,
-    write_diagnosis,
-)
+from bayes_dispatch.app.diagnosis import Diagnosis, DiagnosisSettings, diagnose
+from bayes_dispatch.app.diagnosis_report import FILES, diagnosis_tables, write_diagnosis
+from bayes_dispatch.app.held_out import calibrated
 from bayes_dispatch.checks.reliability import expected_calibration_error
 from bayes_dispatch.checks.selective import Abstention, risk_coverage
 from bayes_dispatch.errors import ConfigError, UnknownNameError
@@ -50,6 +45,21 @@ def test_numbers_are_of_held_out_prompts(bundle: Bundle, found: Diagnosis) -> No
     assert found.ranks.ranks.shape == (40, len(domains) + 1)
     assert found.held_out.coverage.levels.tolist() == found.held_out.simulated.levels.tolist()
     assert (found.held_out.foreign.inside, found.held_out.foreign.outside % 20) == (20 * len(domains), 0)
+
+
+def test_coverage_by_length(bundle: Bundle, found: Diagnosis) -> None:
+    """All mixtures are in one range, of each of which the intervals are judged; calibrated ones where there are any."""
+    rows = found.held_out.by_length
+    assert set(rows) <= {"1 to 15", "16 to 23", "24 and more", "all"}
+    names = ["posterior 50%", "posterior 90%"]
+    assert all(list(row) == names for row in rows.values())
+    counts = [row["posterior 90%"].count for row in rows.values()]
+    assert sum(counts[:-1]) == counts[-1] > 0
+    again = diagnose(calibrated(bundle, {}, 20, 60, (16, 32), seed=1), SETTINGS).held_out.by_length["all"]
+    assert list(again) == [*names, "calibrated 50%", "calibrated 90%"]
+    assert again["posterior 90%"] == rows["all"]["posterior 90%"]
+    assert again["calibrated 90%"].count == counts[-1]
+    assert again["calibrated 90%"].value > again["calibrated 50%"].value
 
 
 def test_same_seed_same_numbers(bundle: Bundle, found: Diagnosis) -> None:

@@ -10,14 +10,14 @@ import pytest
 
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.app.commands import main as cli
-from bayes_dispatch.app.held_out import held_out_domains, read_own, with_gate
+from bayes_dispatch.app.held_out import calibrated, held_out_domains, read_own
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.gate import Gate
-from bayes_dispatch.errors import ConfigError, UnknownNameError
+from bayes_dispatch.errors import ConfigError, NotFittedError, UnknownNameError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import CONVENTIONS
 from bayes_dispatch.experts.domains.own import OwnPairs, OwnPrompts, OwnText
-from bayes_dispatch.inference.scoring.evidence_sets import gate_evidence, pure_evidence
+from bayes_dispatch.inference.scoring.evidence_sets import calibration_evidence, pure_evidence
 
 TEXT = "".join(f"Of {number} things, none is like another.\n" for number in range(60))
 PAIRS = tuple((f"{a}*{b}=", str(a * b)) for a in range(8) for b in range(8))
@@ -38,7 +38,7 @@ def own(bundle: Bundle) -> Bundle:
 
 @pytest.fixture(scope="module")
 def gated(bundle: Bundle) -> Bundle:
-    return with_gate(bundle, {}, 20, 60, (16, 24), seed=1)
+    return calibrated(bundle, {}, 20, 60, (16, 24), seed=1)
 
 
 class TestDomains:
@@ -81,18 +81,25 @@ class TestDomains:
 class TestGate:
     def test_it_is_calibrated_on_held_out_prompts_in_two_groups(self, bundle: Bundle, gated: Bundle) -> None:
         named = {domain.name: domain for domain in CONVENTIONS}
-        evidence, groups = gate_evidence(
-            bundle.model, [named[name] for name in bundle.experts.names], 20, 60, (16, 24), 1
-        )
-        assert groups.tolist() == [0] * 60 + [1] * 60
-        expected = Gate.calibrate(bundle.dispatcher, evidence, groups, seed=1)
+        domains = [named[name] for name in bundle.experts.names]
+        known = calibration_evidence(bundle.model, domains, 20, 60, (16, 24), 1)
+        assert known.groups.tolist() == [0] * 60 + [1] * 60
+        expected = Gate.calibrate(bundle.dispatcher, known.evidence, known.groups, seed=1)
         assert gated.gate is not None
         np.testing.assert_array_equal(gated.gate.scores, expected.scores)
 
+    def test_so_are_intervals_and_sets(self, bundle: Bundle, gated: Bundle) -> None:
+        evidence = pure_evidence(bundle.model, CONVENTIONS[:2], 5, (16, 20), "held_out", 3).evidence
+        assert gated.dispatcher.predict_set(evidence, 0.9).any(1).all()
+        low, high = gated.dispatcher.posterior(evidence).calibrated_interval(0.9)
+        assert (low < high).all()
+        with pytest.raises(NotFittedError):
+            bundle.dispatcher.predict_set(evidence, 0.9)
+
     def test_text_of_every_expert_is_needed(self, own: Bundle) -> None:
         with pytest.raises(ConfigError, match="expected held-out text of every expert, got none of sort"):
-            with_gate(own, {}, 20, 60, (16, 24), seed=1)
-        assert with_gate(own, {"sort": OwnText("sort", TEXT)}, 20, 60, (16, 24), seed=1).gate is not None
+            calibrated(own, {}, 20, 60, (16, 24), seed=1)
+        assert calibrated(own, {"sort": OwnText("sort", TEXT)}, 20, 60, (16, 24), seed=1).gate is not None
 
     def test_a_bundle_keeps_it(self, gated: Bundle, tmp_path: Path) -> None:
         gated.save(tmp_path / "gated")
@@ -122,15 +129,17 @@ class TestCommand:
     def test_in_place(self, bundle: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         saved = tmp_path / "saved"
         bundle.save(saved)
-        before = {path.name: path.read_bytes() for path in (saved / "dispatcher").iterdir()}
         few = ["--prompts", "20", "--mixed", "40", "--longest", "24", "--json"]
         code, out, err = self.run(capfd, "--bundle", saved, "--out", saved, *few)
         assert (code, err) == (0, "")
         told = json.loads(out)
         assert (told["out"], told["ranks"], told["bins"]) == (str(saved), 75, 1)
         assert 1 / 45 < told["least_rate"] <= 1 / 20
-        assert load_bundle(saved).gate is not None
-        assert {path.name: path.read_bytes() for path in (saved / "dispatcher").iterdir()} == before
+        again = load_bundle(saved)
+        assert again.gate is not None
+        assert again.dispatcher.fingerprint == bundle.dispatcher.fingerprint
+        evidence = pure_evidence(bundle.model, CONVENTIONS[:2], 5, (16, 20), "held_out", 3).evidence
+        assert again.dispatcher.posterior(evidence).calibrated is not None
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

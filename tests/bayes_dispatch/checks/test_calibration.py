@@ -5,6 +5,7 @@ given weights and nearly nominal; ECE, Brier and reliability by hand, calibrated
 and sharpened ones are not, the order of prompts does not matter; what is no probability or label is refused.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,15 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bayes_dispatch.checks.coverage import coverage_curve, interval_coverage, simulated_coverage
+from bayes_dispatch.checks.coverage import calibrated_coverage, coverage_curve, interval_coverage, simulated_coverage
 from bayes_dispatch.checks.reliability import (
     brier_score,
     confidence_curve,
     expected_calibration_error,
     reliability_curve,
 )
+from bayes_dispatch.dispatcher.conformal import ConformalIntervals
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
-from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.errors import ConfigError, NotFittedError, TensorError
 
 if TYPE_CHECKING:
     from bayes_dispatch.dispatcher.estimator import Dispatcher
@@ -220,6 +222,22 @@ def test_simulated_coverage_is_at_the_given_weights(fitted: "Dispatcher") -> Non
     np.testing.assert_allclose(drawn, np.tile(truth, (20, 1)), atol=1e-6)
     found = interval_coverage(posterior, drawn)
     assert found == (curve.values[1], curve.standard_errors[1], curve.count, curve.widths[1])
+
+
+def test_calibrated_coverage_is_of_the_intervals_as_they_stand(fitted: "Dispatcher") -> None:
+    drawn, posterior = fitted.simulate(60, draws=64, seed=2)
+    with pytest.raises(NotFittedError, match="expected"):
+        calibrated_coverage(posterior, drawn)
+    truth = drawn[:30]
+    intervals = ConformalIntervals(np.linspace(0.1, 0.9, 30), np.ones((60, 1)), np.full((60, 1, 4), 2.0))
+    able = replace(posterior, calibrated=intervals)
+    coverage = calibrated_coverage(able.select(range(30)), truth, 0.8)
+    low, high = able.calibrated_interval(0.8)
+    counted = able.mean[:30] > 0.05
+    assert coverage.value == ((low[:30] <= truth) & (truth <= high[:30]))[counted].mean()
+    assert coverage.width == pytest.approx((high - low)[:30][counted].mean())
+    with pytest.raises(TensorError, match="expected true weights of shape"):
+        calibrated_coverage(able, truth)
 
 
 @pytest.mark.slow
