@@ -236,6 +236,8 @@ def diagnose(
     ),
     simulations: Annotated[int, typer.Option(min=20, help="Prompts drawn from the fitted program.")] = 1000,
     mixtures: Annotated[int, typer.Option(min=20, help="Held-out prompts of known mixture.")] = 1000,
+    shortest: Annotated[int, typer.Option(min=1, help="Bytes of the shortest of these.")] = 16,
+    longest: Annotated[int, typer.Option(min=1, help="Bytes of the longest of these.")] = 256,
     prompts: Annotated[int, typer.Option(min=20, help="Held-out prompts of each domain and length.")] = 100,
     risk: Annotated[float, typer.Option(help="Share of served prompts that may be wrong.")] = 0.05,
     seed: SeedOption = 1,
@@ -256,7 +258,10 @@ def diagnose(
 
     check_files(out, FILES, TITLE)
     own = read_own(text or (), jsonl or ())
-    settings = DiagnosisSettings(simulations=simulations, mixtures=mixtures, prompts=prompts, risk=risk, seed=seed)
+    span = (shortest, longest)
+    settings = DiagnosisSettings(
+        simulations=simulations, mixtures=mixtures, mixture_lengths=span, prompts=prompts, risk=risk, seed=seed
+    )
     use_one_thread()
     found = run(load_bundle(bundle), settings, progress=sys.stderr.isatty(), own=own, packages=packages)
     files, console = write_diagnosis(found, out), open_console()

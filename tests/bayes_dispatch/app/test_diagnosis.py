@@ -180,11 +180,13 @@ def test_the_command(own: Bundle, given: bool, tmp_path: Path, capfd: pytest.Cap
     (tmp_path / "mine.txt").write_text(MINE.text)
     arguments = ["--bundle", tmp_path / "saved", "--out", tmp_path / "out", "--json"]
     arguments += [part for option in ("--simulations", "--mixtures", "--prompts") for part in (option, 20)]
-    arguments += ["--text", f"sort={tmp_path / 'mine.txt'}"] if given else []
+    arguments += ["--text", f"sort={tmp_path / 'mine.txt'}", "--shortest", 20, "--longest", 40] if given else []
     with pytest.raises(SystemExit) as exit_:
         cli.main(["diagnose", *map(str, arguments)])
     assert exit_.value.code == 0
-    assert json.loads(capfd.readouterr().out)["unjudged"] == ([] if given else ["sort"])
+    told = json.loads(capfd.readouterr().out)
+    assert told["unjudged"] == ([] if given else ["sort"])
+    assert told["settings"]["mixture_lengths"] == ([20, 40] if given else [16, 256])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(FILES)
 
 

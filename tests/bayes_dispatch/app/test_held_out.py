@@ -17,6 +17,7 @@ from bayes_dispatch.errors import ConfigError, NotFittedError, UnknownNameError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import CONVENTIONS
 from bayes_dispatch.experts.domains.own import OwnPairs, OwnPrompts, OwnText
+from bayes_dispatch.experts.domains.translations import Translations
 from bayes_dispatch.inference.scoring.evidence_sets import calibration_evidence, pure_evidence
 
 TEXT = "".join(f"Of {number} things, none is like another.\n" for number in range(60))
@@ -52,6 +53,16 @@ class TestDomains:
         assert list(held_out_domains(own, {"sort": mine}).values())[1] is mine
         with pytest.raises(UnknownNameError, match="expected text of the experts reverse, sort, sums, got some of add"):
             held_out_domains(own, {"add": mine})
+
+    def test_of_real_documents_where_their_packages_are_given(self, bundle: Bundle, tmp_path: Path) -> None:
+        """An expert called `de` is one of German there alone: elsewhere it may be of anybody's text."""
+        first, *others = (bundle.experts[name] for name in bundle.experts.names)
+        german = replace(first, metadata={"domain": "de"})
+        bank = ExpertBank([german, *others])
+        assert first.name not in held_out_domains(replace(bundle, experts=bank), {})
+        found = held_out_domains(replace(bundle, experts=bank), {}, tmp_path)[first.name]
+        assert isinstance(found, Translations)
+        assert found.language == "de"
 
     def test_files(self, tmp_path: Path) -> None:
         (tmp_path / "text.txt").write_text(TEXT)
