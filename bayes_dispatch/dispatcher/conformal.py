@@ -4,14 +4,15 @@ A posterior is right where its program is. Split conformal prediction (Vovk et a
 program: it scores how far off the posterior was of each of n prompts, and allows a new prompt what p of them, and a
 little more, would have needed. If the new prompt is exchangeable with the n, that is enough with probability at least
 p, whatever the posterior is worth, and at most p + 1/(n + 1) where scores do not tie. The probability is over the
-calibration prompts and the new one together, not for every kind of prompt.
+calibration prompts and the new one together, not for every kind of prompt; but prompts are told apart by their length,
+as far as the n go, for short ones are harder.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -23,6 +24,7 @@ from bayes_dispatch.errors import ConfigError
 
 __all__ = ["Conformal", "ConformalIntervals", "conformal_quantile"]
 
+FEWEST, BINS = 200, 4  # prompts of a bin of lengths, and bins, at most
 COUNTED = 0.05  # posterior mean of an expert from which on its interval is promised anything
 ROUNDING = 1e-12  # of probabilities: what just meets a quantile is inside
 HALVINGS = 14  # of 0 to 1, where the ends of intervals are sought: a sixteenth of RESOLUTION
@@ -35,23 +37,25 @@ class Conformal(Frozen):
     Attributes:
         shares: ``(K+1,)`` prior mean of the experts' shares that prompts are scored under: that of calibration, so that
             later feedback moves no score.
-        levels: ``(n,)`` sorted: of one counted expert of each prompt, the least level at which the central posterior
-            interval holds its true share, to a ``RESOLUTION``.
-        doubts: ``(n,)`` sorted: of each prompt, 1 − the probability that the expert of the largest true share is best.
+        levels: ``(n,)`` of one counted expert of each prompt, the least level at which the central posterior interval
+            holds its true share, to a ``RESOLUTION``.
+        doubts: ``(n,)`` of each prompt, 1 − the probability that the expert of the largest true share is best.
+        lengths: ``(n,)`` of each prompt, in tokens; 0 where unknown.
     """
 
     shares: np.ndarray
     levels: np.ndarray
     doubts: np.ndarray
+    lengths: np.ndarray
 
     def __post_init__(self) -> None:
         simplex("shares", self.shares)
-        for name in ("levels", "doubts"):
+        for name, most in (("levels", 1), ("doubts", 1), ("lengths", np.inf)):
             scores = getattr(self, name)
             if scores.shape != self.levels.shape or scores.ndim != 1 or not len(scores):
                 raise ConfigError(f"expected {name} of one prompt or more, got shapes {scores.shape}")
-            if not (scores.min() >= 0 and scores.max() <= 1 and (np.diff(scores) >= 0).all()):  # NaN fails, too
-                raise ConfigError(f"expected sorted {name} from 0 to 1, got others")
+            if not (scores.min() >= 0 and scores.max() <= most and np.isfinite(scores).all()):  # NaN fails, too
+                raise ConfigError(f"expected {name} from 0 to {most}, got others")
         self.__setstate__(vars(self))
 
     @classmethod
@@ -60,12 +64,14 @@ class Conformal(Frozen):
         answer: DirichletMixtures,
         truth: Float[np.ndarray, "prompt weight"],
         shares: Float[np.ndarray, " weight"],
+        lengths: Float[np.ndarray, " prompt"],
         seed: int,
     ) -> Conformal:
         """Scores of N prompts.
 
         Args:
             answer: their posterior under a prior of mean ``shares (K+1,)``. truth: ``(N, K+1)`` their weights.
+            lengths: ``(N,)`` in tokens; 0 where unknown.
             seed: of the choice among the experts that the posterior of a prompt counts.
 
         Raises:
@@ -80,12 +86,31 @@ class Conformal(Frozen):
         chosen = np.where(mean >= np.minimum(COUNTED, mean.max(1, keepdims=True)), random, -1).argmax(1)
         largest = truth >= truth.max(1, keepdims=True) - RESOLUTION
         doubts = np.where(largest, 1 - answer.probability_best(), 0).max(1)
-        return cls(np.array(shares), np.sort(levels[np.arange(len(truth)), chosen]), np.sort(np.clip(doubts, 0, 1)))
+        chosen_levels = levels[np.arange(len(truth)), chosen]
+        return cls(np.array(shares), chosen_levels, np.clip(doubts, 0, 1), np.array(lengths))
 
-    def sets(self, answer: DirichletMixtures, probability: float) -> Bool[np.ndarray, "prompt weight"]:
+    def same(self, other: Conformal) -> bool:
+        """Whether the other one is of the same prompts."""
+        return all(np.array_equal(getattr(self, each.name), getattr(other, each.name)) for each in fields(self))
+
+    def quantiles(
+        self, name: str, lengths: Float[np.ndarray, " prompt"], probability: float
+    ) -> Float[np.ndarray, "prompt 1"]:
+        """``(N, 1)`` what another score ``name``, of a prompt as long, is not above with such a probability."""
+        count = min(BINS, len(self.lengths) // FEWEST)
+        edges = np.unique(np.quantile(self.lengths, np.arange(1, count) / max(count, 1)))
+        places, own = (np.searchsorted(edges, each, side="right") for each in (lengths, self.lengths))
+        found, scores = np.zeros((len(lengths), 1)), getattr(self, name)
+        for place in np.unique(places):
+            found[places == place] = conformal_quantile(np.sort(scores[own == place]), probability)
+        return found
+
+    def sets(
+        self, answer: DirichletMixtures, lengths: Float[np.ndarray, " prompt"], probability: float
+    ) -> Bool[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` the least ambiguous sets (Sadinle et al., 2019), with the likeliest expert in each."""
         doubts = 1 - answer.probability_best()
-        most = np.maximum(conformal_quantile(self.doubts, probability), doubts.min(1, keepdims=True))
+        most = np.maximum(self.quantiles("doubts", lengths, probability), doubts.min(1, keepdims=True))
         return doubts <= most + ROUNDING
 
 
@@ -94,10 +119,12 @@ class ConformalIntervals(Frozen):
     """Calibrated intervals of N prompts, at any probability.
 
     Attributes:
-        levels: ``(n,)`` of the calibration. shares, concentration: of the N prompts' :class:`DirichletMixtures`.
+        known: the calibration. lengths: ``(N,)`` of the N prompts, in tokens.
+        shares, concentration: of their :class:`DirichletMixtures`.
     """
 
-    levels: np.ndarray
+    known: Conformal
+    lengths: np.ndarray
     shares: np.ndarray
     concentration: np.ndarray
 
@@ -111,7 +138,7 @@ class ConformalIntervals(Frozen):
         """Lower and upper ends: those of the central posterior interval at the calibrated level, of the posterior's
         distribution itself and not of draws, a ``RESOLUTION`` further out.
         """
-        level = conformal_quantile(self.levels, probability) + ROUNDING
+        level = self.known.quantiles("levels", self.lengths, probability) + ROUNDING
         answer = DirichletMixtures(self.shares, self.concentration)
         low, high = np.zeros((2, 2, len(self), self.concentration.shape[-1]))  # each end lies between the two
         high += 1
@@ -123,16 +150,18 @@ class ConformalIntervals(Frozen):
 
     def select(self, rows: Int[np.ndarray, " selected"]) -> ConformalIntervals:
         """Those of some prompts."""
-        return replace(self, shares=self.shares[rows], concentration=self.concentration[rows])
+        return replace(
+            self, lengths=self.lengths[rows], shares=self.shares[rows], concentration=self.concentration[rows]
+        )
 
     @classmethod
     def concatenate(cls, parts: Sequence[ConformalIntervals | None]) -> ConformalIntervals | None:
         """Those of all prompts; ``None`` where a part has none, or one of another calibration."""
         given = [part for part in parts if part is not None]
-        if len(given) < len(parts) or not all(np.array_equal(part.levels, given[0].levels) for part in given):
+        if len(given) < len(parts) or not all(part.known.same(given[0].known) for part in given):
             return None
-        shares, concentration = (np.concatenate([getattr(p, n) for p in given]) for n in ("shares", "concentration"))
-        return cls(given[0].levels, shares, concentration)
+        columns = ("lengths", "shares", "concentration")
+        return cls(given[0].known, *(np.concatenate([getattr(part, name) for part in given]) for name in columns))
 
 
 def conformal_quantile(scores: Float[np.ndarray, " score"], probability: float) -> float:

@@ -235,7 +235,8 @@ class Dispatcher:
             EvidenceError, TensorError: as in :meth:`fit`.
         """
         data, shares = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts)), self.prior.mean
-        self._conformal = Conformal.of(self._answer(data.evidence, shares), data.targets, shares, a_seed(seed))
+        answer, lengths = self._answer(data.evidence, shares), data.evidence.known_lengths()
+        self._conformal = Conformal.of(answer, data.targets, shares, lengths, a_seed(seed))
         return self
 
     @property
@@ -280,8 +281,9 @@ class Dispatcher:
         evidence = _as_evidence(X)
         draws, generators = whole("draws", draws, 1), prompt_generators(seed, len(evidence))
         if isinstance(self._known, FlatProgram):  # exact: nothing to resample
-            weights, names = self._answer(evidence, self.prior.mean).draw(draws, generators), (*self.experts, "base")
-            return DispatchPosterior(weights, names, calibrated=self._intervals(partial(self._answer, evidence)))
+            intervals = self._intervals(partial(self._answer, evidence), evidence.known_lengths())
+            weights = self._answer(evidence, self.prior.mean).draw(draws, generators)
+            return DispatchPosterior(weights, (*self.experts, "base"), calibrated=intervals)
         return self._posterior(self.state.prompts(evidence), draws, generators, resample, proposals)
 
     def mixtures_of(self, evidence: Evidence) -> DirichletMixtures:
@@ -427,7 +429,8 @@ class Dispatcher:
         """
         if (known := self._conformal) is None:
             raise NotFittedError("expected a calibrated dispatcher, got one before calibrate()")
-        return known.sets(self._answer(_as_evidence(X), known.shares), probability)
+        evidence = _as_evidence(X)
+        return known.sets(self._answer(evidence, known.shares), evidence.known_lengths(), probability)
 
     def predict(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Shaped[np.ndarray, " prompt"]:
         """``(N,)`` names of the experts most likely to have the largest weight, ``"base"`` among them."""
@@ -625,18 +628,20 @@ class Dispatcher:
             (*self.experts, "base"),
             prior=np.tile(state.model.label_shares(pi), (len(prompts), 1)),
             log_ratios=state.sampler.prior_ratios(answer, weights.swapaxes(0, 1), pi).T - log_weights,
-            calibrated=self._intervals(partial(state.answer, prompts)),
+            calibrated=self._intervals(partial(state.answer, prompts), prompts.lengths.numpy()),
             **found,
         )
 
     def _intervals(
-        self, answer: Callable[[Float[np.ndarray, " component"]], DirichletMixtures]
+        self,
+        answer: Callable[[Float[np.ndarray, " component"]], DirichletMixtures],
+        lengths: Float[np.ndarray, " prompt"],
     ) -> ConformalIntervals | None:
         """Calibrated ones of prompts that have this answer under shares."""
         if (known := self._conformal) is None:
             return None
         found = answer(known.shares)
-        return ConformalIntervals(known.levels, found.shares, found.concentration)
+        return ConformalIntervals(known, lengths, found.shares, found.concentration)
 
     def _weigh(self, prompts: Prompts, proposals: int, generators: Sequence[np.random.Generator]) -> Weighted:
         proposals, pi = whole("proposals", proposals, 25), self.prior.mean

@@ -20,7 +20,7 @@ from bayes_dispatch.checks.reliability import (
     expected_calibration_error,
     reliability_curve,
 )
-from bayes_dispatch.dispatcher.conformal import ConformalIntervals
+from bayes_dispatch.dispatcher.conformal import Conformal, ConformalIntervals
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, NotFittedError, TensorError
 
@@ -229,7 +229,8 @@ def test_calibrated_coverage_is_of_the_intervals_as_they_stand(fitted: "Dispatch
     with pytest.raises(NotFittedError, match="expected"):
         calibrated_coverage(posterior, drawn)
     truth = drawn[:30]
-    intervals = ConformalIntervals(np.linspace(0.1, 0.9, 30), np.ones((60, 1)), np.full((60, 1, 4), 2.0))
+    known = Conformal(np.full(4, 0.25), np.linspace(0.1, 0.9, 30), np.zeros(30), np.ones(30))
+    intervals = ConformalIntervals(known, np.ones(60), np.ones((60, 1)), np.full((60, 1, 4), 2.0))
     able = replace(posterior, calibrated=intervals)
     coverage = calibrated_coverage(able.select(range(30)), truth, 0.8)
     low, high = able.calibrated_interval(0.8)

@@ -17,7 +17,7 @@ import torch
 from scipy.stats import beta, betabinom
 from torch import nn
 
-from bayes_dispatch.dispatcher.conformal import ConformalIntervals, conformal_quantile
+from bayes_dispatch.dispatcher.conformal import Conformal, ConformalIntervals, conformal_quantile
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.gate import GateDecision
@@ -74,19 +74,45 @@ def band(prompts: int, calibrated: int, probability: float) -> np.ndarray:
     return betabinom(prompts, rank, calibrated + 1 - rank).ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2])
 
 
+def bins(calibrated: Known, fresh: Known) -> tuple[np.ndarray, np.ndarray]:
+    """Of 500 prompts of a calibration, and of fresh ones: whether they are longer than the median of those."""
+    median = np.quantile(calibrated[0].known_lengths(), 0.5)
+    longer, others = (each[0].known_lengths() >= median for each in (calibrated, fresh))
+    assert min(longer.sum(), (~longer).sum()) >= 200
+    return longer, others
+
+
 @pytest.mark.parametrize("probability", [0.5, 0.9, 0.99])
 @pytest.mark.parametrize("name", ["dispatcher", "overconfident"])
 def test_intervals_hold_as_often_as_stated(
     name: str, probability: float, known: Callable[..., Known], request: pytest.FixtureRequest
 ) -> None:
-    dispatcher, fresh = request.getfixturevalue(name), known(2000, 12)
-    evidence, weights = known(500, 11)
+    """The short ones, and the long ones."""
+    dispatcher, fresh, (evidence, weights) = request.getfixturevalue(name), known(2000, 12), known(500, 11)
     posterior = dispatcher.calibrate(evidence, mixtures=weights).posterior(fresh[0])
-    low, high = band(2000, 500, probability)
-    assert low <= held(dispatcher, fresh, posterior.calibrated_interval(probability)).sum() <= high
-    if name == "overconfident":
-        wider = posterior.interval(probability) + np.array([-0.001, 0.001])[:, None, None]  # no miss by the resolution
-        assert held(dispatcher, fresh, wider).sum() < low
+    hits, (longer, others) = (
+        held(dispatcher, fresh, posterior.calibrated_interval(probability)),
+        bins(known(500, 11), fresh),
+    )
+    wider = posterior.interval(probability) + np.array([-0.001, 0.001])[:, None, None]  # no miss by the resolution
+    for bin_ in (False, True):
+        low, high = band((others == bin_).sum(), (longer == bin_).sum(), probability)
+        assert low <= hits[others == bin_].sum() <= high
+        if name == "overconfident":
+            assert held(dispatcher, fresh, wider)[others == bin_].sum() < low
+
+
+def test_lengths_are_told_apart(known: Callable[..., Known], overconfident: Dispatcher) -> None:
+    """Long prompts are judged by long ones: were short ones as unlike the posterior as can be, nothing changed."""
+    evidence, weights = known(500, 11)
+    long = evidence.known_lengths() >= np.quantile(evidence.known_lengths(), 0.5)
+    ends = overconfident.calibrate(evidence, mixtures=weights).posterior(evidence).calibrated_interval(0.9)
+    spoilt = np.where(long[:, None], weights, np.roll(weights, 1, axis=1))
+    others = overconfident.calibrate(evidence, mixtures=spoilt).posterior(evidence).calibrated_interval(0.9)
+    np.testing.assert_array_equal(others[:, long], ends[:, long])
+    wider, narrower = ((high - low)[~long] for low, high in (others, ends))
+    assert (wider >= narrower).all()
+    assert wider.mean() > 1.1 * narrower.mean()
 
 
 def test_on_average_over_calibrations_of_nineteen_prompts(
@@ -119,10 +145,12 @@ def test_sets_hold_as_often_as_stated(
     fresh, truth = known(2000, 32, 4)
     sets = overconfident.calibrate(evidence, mixtures=weights).predict_set(fresh, probability)
     best, proba = truth.argmax(1), overconfident.predict_proba(fresh)
-    rows, (low, high) = np.arange(len(truth)), band(2000, 500, probability)
-    assert low <= sets[rows, best].sum() <= high
+    rows, (longer, others) = np.arange(len(truth)), bins((evidence, weights), (fresh, truth))
+    for bin_ in (False, True):
+        low, high = band((others == bin_).sum(), (longer == bin_).sum(), probability)
+        assert low <= sets[rows, best][others == bin_].sum() <= high
+    assert (proba.argmax(1) == best).sum() < band(2000, 500, probability)[0]
     assert sets[rows, proba.argmax(1)].all()
-    assert (proba.argmax(1) == best).sum() < low
     assert (np.where(sets, proba, 1).min(1) >= np.where(sets, 0, proba).max(1)).all()  # the likeliest, and no others
 
 
@@ -132,7 +160,8 @@ def test_ends_are_quantiles(level: float) -> None:
     answer = DirichletMixtures(np.ones((3, 1)), np.array([[[0.1, 1.0, 3.0]], [[0.3, 0.3, 0.3]], [[40.0, 2.0, 2.0]]]))
     alpha = answer.concentration[:, 0]
     rest = alpha.sum(1, keepdims=True) - alpha
-    ends = ConformalIntervals(np.full(10, level), answer.shares, answer.concentration)(0.9)
+    known = Conformal(np.full(3, 1 / 3), np.full(10, level), np.zeros(10), np.zeros(10))
+    ends = ConformalIntervals(known, np.zeros(3), answer.shares, answer.concentration)(0.9)
     expected = np.clip(
         [beta.ppf((1 - level) / 2, alpha, rest) - 1e-3, beta.ppf((1 + level) / 2, alpha, rest) + 1e-3], 0, 1
     )
@@ -210,7 +239,8 @@ def test_it_is_saved_and_belongs_to_one_fit(
     document, arrays = read_directory(tmp_path / "with", "dispatcher")
     levels = arrays["conformal.levels"]
     spoilt: list[dict[str, np.ndarray]] = [
-        {"conformal.levels": levels[::-1]},
+        {"conformal.levels": levels + 1},
+        {"conformal.lengths": levels - 1},
         {"conformal.levels": levels[:-1]},
         {"conformal.doubts": np.full(60, np.nan)},
         {"conformal.shares": np.full(3, 1 / 3)},
