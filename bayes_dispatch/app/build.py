@@ -123,7 +123,8 @@ def build_bundle(
         announce(f"no gate and no calibration: they take {FEWEST} held-out prompts, and there are {len(held.labels)}")
     elif settings.gate_prompts:
         gate = Gate.calibrate(dispatcher, held.evidence, held.groups, seed=settings.seed)
-        dispatcher.calibrate(held.evidence, held.labels, held.mixtures, seed=settings.seed)
+        several = held.several
+        dispatcher.calibrate(several.evidence, mixtures=several.mixtures, seed=settings.seed)
     gains = stages.numbers("gains", lambda: _gains(model, experts, own, settings))
     report = {"examples": _counts(examples), "calibration": _calibration(dispatcher, held), "gains": gains}
     return _saved(Bundle(model, experts, dispatcher, report, gate=gate), out)

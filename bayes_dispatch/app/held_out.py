@@ -91,7 +91,8 @@ def calibrated(
         raise ConfigError(f"expected held-out text of every expert, got none of {', '.join(missing)}")
     block, texts = bundle.cut, list(domains.values())
     known = calibration_evidence(bundle.model, texts, pure, mixed, lengths, seed, progress, block)
-    dispatcher = copy(bundle.dispatcher).calibrate(known.evidence, known.labels, known.mixtures, seed)
+    several = known.several  # of one domain truth is held more easily
+    dispatcher = copy(bundle.dispatcher).calibrate(several.evidence, mixtures=several.mixtures, seed=seed)
     return replace(
         bundle, dispatcher=dispatcher, gate=Gate.calibrate(dispatcher, known.evidence, known.groups, seed=seed)
     )

@@ -178,7 +178,8 @@ def _calibrated(
     if not directory.exists():
         counts = plan.gate_pure_prompts, plan.gate_mixed_prompts
         known = calibration_evidence(model, domains, *counts, plan.gate_lengths, seed, progress, block)
-        dispatcher.calibrate(known.evidence, known.labels, known.mixtures, seed).save(work / "dispatcher")
+        several = known.several
+        dispatcher.calibrate(several.evidence, mixtures=several.mixtures, seed=seed).save(work / "dispatcher")
         Gate.calibrate(dispatcher, known.evidence, known.groups, seed=seed).save(directory)
     return dispatcher, Gate.load(directory)
 

@@ -41,6 +41,12 @@ class KnownEvidence(NamedTuple):
         """0 for prompts of one domain, 1 for those of several: what a gate is calibrated for, each by itself."""
         return (self.labels < 0).astype(int)
 
+    @property
+    def several(self) -> "KnownEvidence":
+        """The prompts of several domains."""
+        rows = np.flatnonzero(self.labels < 0)
+        return KnownEvidence(self.evidence.select(rows), self.labels[rows], self.mixtures[rows])
+
     @classmethod
     def concatenate(cls, parts: Sequence["KnownEvidence"]) -> "KnownEvidence":
         """All prompts of several sets, in order."""
