@@ -30,6 +30,7 @@ from bayes_dispatch.checks.reliability import (
 )
 from bayes_dispatch.checks.sbc import SimulationBasedCalibration, simulation_based_calibration
 from bayes_dispatch.checks.selective import Abstention, RiskCoverage, abstention_threshold, risk_coverage
+from bayes_dispatch.dispatcher.conformal import COUNTED
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
@@ -249,7 +250,7 @@ def _judge(
 def _by_length(
     posterior: DispatchPosterior, truth: np.ndarray, lengths: np.ndarray, edges: Sequence[int]
 ) -> dict[str, dict[str, Coverage]]:
-    """Coverage in each range of lengths that has prompts, and in all."""
+    """Coverage in each range of lengths, and in all, where there are components that the posterior counts."""
     ends = [1, *sorted(set(edges) - {1}), math.inf]
     ranges = {
         f"{low} to {high - 1}" if math.isfinite(high) else f"{low} and more": (lengths >= low) & (lengths < high)
@@ -257,10 +258,10 @@ def _by_length(
     } | {"all": lengths > 0}
     found = {}
     for name, chosen in ranges.items():
-        if len(rows := np.flatnonzero(chosen)):
-            some, known = posterior.select(rows), truth[rows]
+        some, known = posterior.select(np.flatnonzero(chosen)), truth[chosen]
+        if (some.mean > COUNTED).any():
             found[name] = {f"posterior {level:.0%}": interval_coverage(some, known, level) for level in JUDGED}
-            if posterior.calibrated is not None:
+            if some.calibrated is not None:
                 found[name] |= {f"calibrated {p:.0%}": calibrated_coverage(some, known, p) for p in JUDGED}
     return found
 

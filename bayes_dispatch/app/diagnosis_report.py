@@ -46,7 +46,10 @@ def _held_out_tables(found: HeldOutDiagnosis, settings: DiagnosisSettings, unjud
         [name, *(f"{row[h].value:.3f} ± {row[h].standard_error:.3f} ({row[h].width:.2f})" for h in heads)]
         for name, row in found.by_length.items()
     ]
-    widths = "In brackets the mean width." + (f" {judged}" if judged else "")
+    widths = (
+        "In brackets the mean width. Calibrated ones are taken as they stand: those that reach down to 0 hold a 0."
+        + (f" {judged}" if judged else "")
+    )
     names = list(next(iter(found.pure.values())))
     scores = [[f"{length} bytes", *(f"{row[name]:.4f}" for name in names)] for length, row in found.pure.items()]
     foreign, curve, rule, served = found.foreign, found.risk_coverage, found.abstention, found.served

@@ -5,7 +5,9 @@ program: it scores how far off the posterior was of each of n prompts, and allow
 little more, would have needed. If the new prompt is exchangeable with the n, that is enough with probability at least
 p, whatever the posterior is worth, and at most p + 1/(n + 1) where scores do not tie. The probability is over the
 calibration prompts and the new one together, not for every kind of prompt; but prompts are told apart by their length,
-as far as the n go, for short ones are harder.
+as far as the n go, for short ones are harder: all this is then of each bin of lengths and its own n. The bins are cut
+by the calibration prompts' own lengths, which moves the probability by one prompt of a bin at most. A prompt of unknown
+length is in the bin of the shortest.
 """
 
 from __future__ import annotations
@@ -97,13 +99,24 @@ class Conformal(Frozen):
         self, name: str, lengths: Float[np.ndarray, " prompt"], probability: float
     ) -> Float[np.ndarray, "prompt 1"]:
         """``(N, 1)`` what another score ``name``, of a prompt as long, is not above with such a probability."""
-        count = min(BINS, len(self.lengths) // FEWEST)
-        edges = np.unique(np.quantile(self.lengths, np.arange(1, count) / max(count, 1)))
+        edges = self._edges(max(FEWEST, _fewest(probability)))
         places, own = (np.searchsorted(edges, each, side="right") for each in (lengths, self.lengths))
         found, scores = np.zeros((len(lengths), 1)), getattr(self, name)
         for place in np.unique(places):
             found[places == place] = conformal_quantile(np.sort(scores[own == place]), probability)
         return found
+
+    def _edges(self, fewest: int) -> Float[np.ndarray, " edge"]:
+        """Lengths that part the prompts into bins of so many, at least; one bin where there are not twice as many."""
+        ordered, found, start = np.sort(self.lengths), list[float](), 0
+        wanted = min(BINS, len(ordered) // fewest)
+        for place in range(1, wanted):
+            edge = ordered[len(ordered) * place // wanted]
+            shorter = int(np.searchsorted(ordered, edge))
+            if min(shorter - start, len(ordered) - shorter) >= fewest:
+                found.append(float(edge))
+                start = shorter
+        return np.array(found)
 
     def sets(
         self, answer: DirichletMixtures, lengths: Float[np.ndarray, " prompt"], probability: float
@@ -170,11 +183,18 @@ def conformal_quantile(scores: Float[np.ndarray, " score"], probability: float) 
     Raises:
         ConfigError: a probability outside 0 to 1, or one that takes more scores.
     """
-    probability, count = number(probability), len(scores)
-    if not 0 < probability < 1:
-        raise ConfigError(f"expected a probability between 0 and 1, got {shown(probability)}")
-    rank = math.ceil(round((count + 1) * probability, 9))  # 20 · 0.9 may be 18.000000000000004
-    if rank > count:
-        fewest = math.ceil(round(probability / (1 - probability), 9))
+    count, fewest = len(scores), _fewest(probability)
+    if count < fewest:
         raise ConfigError(f"expected {fewest} or more calibration prompts for {probability:g}, got {count}")
-    return float(scores[rank - 1])
+    return float(scores[math.ceil(round((count + 1) * probability, 9)) - 1])  # 20 · 0.9 may be 18.000000000000004
+
+
+def _fewest(probability: float) -> int:
+    """The scores that a probability takes.
+
+    Raises:
+        ConfigError: it is outside 0 to 1.
+    """
+    if not 0 < number(probability) < 1:
+        raise ConfigError(f"expected a probability between 0 and 1, got {shown(probability)}")
+    return math.ceil(round(probability / (1 - probability), 9))

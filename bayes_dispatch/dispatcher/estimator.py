@@ -178,8 +178,9 @@ class Dispatcher:
         """
         data = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts))
         settings = (self.svi, self.guide, self.features)
-        self._state, self._report = fit_parts(self.experts, self.program, data, *settings, self.random_state, progress)
-        self._prior, self._prior_file, self._conformal = self._initial_prior(), None, None
+        parts = fit_parts(self.experts, self.program, data, *settings, self.random_state, progress)
+        self._conformal, (self._state, self._report) = None, parts
+        self._prior, self._prior_file = self._initial_prior(), None
         return self
 
     def recalibrate(

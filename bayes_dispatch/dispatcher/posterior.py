@@ -128,9 +128,10 @@ class DispatchPosterior(Frozen):
         """Intervals ``(2, prompt, K+1)`` as ``Dispatcher.calibrate`` corrected them: right even if the program is not.
 
         For a new prompt exchangeable with the n of calibration, the interval of an expert that is taken at random from
-        those that the posterior counts holds the true share with at least this probability, and at most 1/(n + 1) more
-        where scores do not tie. Counted are experts of a posterior mean of .05 or more, or else the largest. The ends
-        are of the dispatcher's answer, not of ``weights``: gates, resampling and feedback do not move them.
+        those that are counted holds the true share with at least this probability, and at most 1/(n + 1) more where
+        scores do not tie; n is that of the prompt's bin of lengths (``dispatcher.conformal``). Counted are experts of a
+        mean of .05 or more, or else the largest. Mean and ends are of the dispatcher's answer under the prior of
+        calibration, not of ``weights``: gates, resampling and feedback do not move them.
 
         Raises:
             NotFittedError: no posterior of a calibrated dispatcher.

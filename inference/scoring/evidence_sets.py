@@ -104,15 +104,17 @@ def mixed_evidence(
     Wanted shares of their bytes are uniform on the simplex; what is known of them are the shares of their tokens.
     """
     rng = np.random.default_rng([seed, 2])
-    prompts, mixtures = [], np.zeros((count, len(domains) + 1))
-    for row in range(count):
+    prompts, owned = list[str](), list[np.ndarray]()
+    for _ in range(count):
         chosen = rng.choice(len(domains), size=min(3 if rng.random() < 1 / 3 else 2, len(domains)), replace=False)
         weights = rng.dirichlet(np.ones(len(chosen))).tolist()
         text, owners = mixed_text([domains[i] for i in chosen], weights, rng, _length(rng, lengths), split)
         prompts.append(text)
-        mixtures[row] = token_shares(model.tokenizer.tokenize(text.encode()), chosen[owners], len(domains) + 1)
+        owned.append(chosen[owners])
     evidence = first_pass(model, model.tokenizer, prompts, progress=progress, block=block).evidence
-    return KnownEvidence(evidence, np.full(count, -1), mixtures)
+    texts = (model.tokenizer.tokenize(prompt.encode()) for prompt in prompts)
+    shares = [token_shares(*each, len(domains) + 1) for each in zip(texts, owned, strict=True)]
+    return KnownEvidence(evidence, np.full(count, -1), np.array(shares).reshape(count, len(domains) + 1))
 
 
 def token_shares(text: Tokens, owners: Int[np.ndarray, " byte"], components: int) -> Float[np.ndarray, " component"]:

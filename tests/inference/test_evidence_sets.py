@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from bayes_dispatch.errors import PromptError
 from bayes_dispatch.experts.domains import CONVENTIONS
 from bayes_dispatch.experts.domains.own import OwnText
 from bayes_dispatch.inference.scoring.evidence_sets import mixed_evidence, token_shares
@@ -42,3 +43,10 @@ def test_of_bytes_they_are_the_shares_of_bytes(model: MambaFormerForCausalLM) ->
     mixed = mixed_evidence(model, CONVENTIONS[:2], 4, (40, 80), "train", 0)
     whole = mixed.mixtures * mixed.evidence.known_lengths()[:, None]
     np.testing.assert_allclose(whole, whole.round(), atol=1e-9)
+
+
+def test_a_cut_that_leaves_nothing_is_refused(model: MambaFormerForCausalLM) -> None:
+    """As any empty prompt: one byte of a Greek letter is none."""
+    domains = [OwnText(name, "μῆνιν ἄειδε θεὰ\n" * 100) for name in ("one", "other")]
+    with pytest.raises(PromptError, match="expected prompt 0 to have at least 1 byte, got none"):
+        mixed_evidence(model, domains, 2, (1, 1), "train", 0)

@@ -2,6 +2,7 @@
 on it in two groups, and a bundle keeps its gate; another dispatcher's is refused."""
 
 import json
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,11 +100,19 @@ class TestGate:
         assert gated.gate is not None
         np.testing.assert_array_equal(gated.gate.scores, expected.scores)
 
-    def test_so_are_intervals_and_sets(self, bundle: Bundle, gated: Bundle) -> None:
+    def test_so_are_intervals_and_sets_on_those_of_several(self, bundle: Bundle, gated: Bundle) -> None:
+        named = {domain.name: domain for domain in CONVENTIONS}
+        domains = [named[name] for name in bundle.experts.names]
+        several = calibration_evidence(bundle.model, domains, 20, 60, (16, 24), 1).several
+        assert len(several.labels) == 60
+        expected = copy(bundle.dispatcher).calibrate(several.evidence, mixtures=several.mixtures, seed=1)
         evidence = pure_evidence(bundle.model, CONVENTIONS[:2], 5, (16, 20), "held_out", 3).evidence
-        assert gated.dispatcher.predict_set(evidence, 0.9).any(1).all()
-        low, high = gated.dispatcher.posterior(evidence).calibrated_interval(0.9)
-        assert (low < high).all()
+        for ends in (0.5, 0.9):
+            np.testing.assert_array_equal(
+                gated.dispatcher.posterior(evidence).calibrated_interval(ends),
+                expected.posterior(evidence).calibrated_interval(ends),
+            )
+        np.testing.assert_array_equal(gated.dispatcher.predict_set(evidence), expected.predict_set(evidence))
         with pytest.raises(NotFittedError):
             bundle.dispatcher.predict_set(evidence, 0.9)
 

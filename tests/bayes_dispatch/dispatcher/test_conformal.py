@@ -154,6 +154,23 @@ def test_sets_hold_as_often_as_stated(
     assert (np.where(sets, proba, 1).min(1) >= np.where(sets, 0, proba).max(1)).all()  # the likeliest, and no others
 
 
+def test_bins_have_the_prompts_that_it_takes() -> None:
+    """Of lengths that tie, and for probabilities near 1, there are fewer bins; any length, and none, is in one."""
+    scores = np.linspace(0, 1, 1000)
+    asked = np.array([0.0, 3.0, 511.0, 512.0, 9999.0])
+    for shorter in (0, 3, 199, 200, 500):
+        lengths = np.concatenate([np.linspace(8, 500, shorter), np.full(1000 - shorter, 512.0)])
+        known = Conformal(np.full(3, 1 / 3), scores, scores, lengths)
+        found = known.quantiles("levels", asked, 0.9).ravel()
+        bins = len(np.unique(found))
+        assert bins == {0: 1, 3: 1, 199: 1, 200: 2, 500: 3}[shorter]
+        assert known.quantiles("levels", asked, 0.999).ravel() == pytest.approx(1.0)
+        with pytest.raises(ConfigError, match=r"^expected 1999 or more calibration prompts for 0.9995, got 1000$"):
+            known.quantiles("levels", asked, 0.9995)
+        with pytest.raises(ConfigError, match=r"^expected a probability between 0 and 1, got 7.0$"):
+            known.quantiles("levels", asked[:0], 7.0)
+
+
 @pytest.mark.parametrize("level", [0.0, 0.5, 0.9, 0.998, 1 - 1e-7, 1.0])
 def test_ends_are_quantiles(level: float) -> None:
     """Scipy's of one Beta, a thousandth further out, at levels that no 64 draws can tell."""
