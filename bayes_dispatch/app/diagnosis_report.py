@@ -72,7 +72,7 @@ def _held_out_tables(found: HeldOutDiagnosis, settings: DiagnosisSettings, unjud
             judged,
         ),
         Table(
-            "The same by tokens, of the posterior's and of calibrated intervals", ["tokens", *heads], by_length, widths
+            "Coverage by tokens, of the posterior's and of calibrated intervals", ["tokens", *heads], by_length, widths
         ),
         Table("P(best) on held-out prompts of one domain", ["length", *names], scores, judged),
         Table("When to trust it", ["", "found"], trust, holds),
