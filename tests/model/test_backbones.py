@@ -157,7 +157,7 @@ def test_reading_in_pieces_is_reading_at_once_is_the_plain_model(
     assert session.evaluated == 2 * WIDTH * backbone.depth
 
 
-@pytest.mark.parametrize("kind", KINDS, scope="module")  # test_svd_linear.py merges those of a MambaFormer
+@pytest.mark.parametrize("kind", KINDS, indirect=True)  # test_svd_linear.py merges those of a MambaFormer
 def test_an_adapted_row_is_the_model_with_its_matrices_merged(backbone: Any, bound: float) -> None:
     ids = tokens(backbone, 1, WIDTH)
     for adaptation in adaptations(backbone):
@@ -314,13 +314,13 @@ def test_the_cut_is_below_all_that_is_adapted(backbone: Any) -> None:
         close(below.read(ids).hidden, base, 0)
 
 
-@pytest.mark.parametrize("kind", KINDS, scope="module")
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
 def test_what_is_beside_the_blocks_belongs_to_the_nearest(backbone: Any) -> None:
     head = [name for name in backbone.linears() if name not in backbone.adaptable()]
     assert [backbone.cut([name]) for name in head] == [0] * (len(head) - 1) + [backbone.depth - 1]
 
 
-@pytest.mark.parametrize("kind", KINDS, scope="module")
+@pytest.mark.parametrize("kind", KINDS, indirect=True)
 def test_scales_are_of_the_largest_singular_values(backbone: Any, bound: float) -> None:
     ids, given, merged = tokens(backbone, 1, WIDTH), {}, deepcopy(backbone.model)
     for n, (name, rank) in enumerate(backbone.adaptable().items()):
