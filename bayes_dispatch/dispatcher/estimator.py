@@ -615,6 +615,10 @@ class Dispatcher:
     ) -> DispatchPosterior:
         state, pi = self.state, self.prior.mean
         answer = state.answer(prompts, pi)
+
+        def under(shares: Float[np.ndarray, " component"]) -> DirichletMixtures:  # the network runs once where it can
+            return answer if np.array_equal(shares, pi) else state.answer(prompts, shares)
+
         found: dict[str, Any] = {}
         log_weights: np.ndarray | float = 0.0
         if resample:
@@ -629,7 +633,7 @@ class Dispatcher:
             (*self.experts, "base"),
             prior=np.tile(state.model.label_shares(pi), (len(prompts), 1)),
             log_ratios=state.sampler.prior_ratios(answer, weights.swapaxes(0, 1), pi).T - log_weights,
-            calibrated=self._intervals(partial(state.answer, prompts), prompts.lengths.numpy()),
+            calibrated=self._intervals(under, prompts.lengths.numpy()),
             **found,
         )
 

@@ -212,6 +212,24 @@ def test_feedback_moves_the_posterior_alone(dispatcher: Dispatcher, fresh: Sampl
     np.testing.assert_array_equal(dispatcher.predict_set(fresh.evidence), sets)
 
 
+def test_the_network_answers_once_until_feedback(dispatcher: Dispatcher, fresh: Sample) -> None:
+    """Calibrated intervals are of the same answer as the draws, while prompts are served under calibration's prior."""
+    dispatcher.calibrate(fresh.evidence, mixtures=fresh.weights)
+    calls, network = list[int](), dispatcher.state._network
+
+    def counted(inputs: np.ndarray) -> DirichletMixtures:
+        calls.append(len(inputs))
+        return network(inputs)
+
+    dispatcher._state = replace(dispatcher.state)
+    vars(dispatcher._state)["_network"] = counted
+    dispatcher.posterior(fresh.evidence)
+    assert calls == [60]
+    dispatcher.update([1] * 5)
+    dispatcher.posterior(fresh.evidence)
+    assert calls == [60] * 3
+
+
 def test_prompts_keep_their_own(dispatcher: Dispatcher, fresh: Sample) -> None:
     """In any order, one by one, sent elsewhere, and behind a gate; not beside those of another calibration."""
     dispatcher.calibrate(fresh.evidence, mixtures=fresh.weights)
