@@ -35,7 +35,7 @@ class BayesDispatchLM(LM):
     def __init__(
         self,
         bundle: bd.Bundle | str | None = None,
-        blend: str = "posterior_predictive(16)",
+        blend: str = "posterior_predictive",
         seed: int = 0,
         device: str = "cpu",
         batch_size: int | str = 1,

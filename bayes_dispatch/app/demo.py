@@ -14,10 +14,10 @@ from bayes_dispatch.checks.plots import plot_blend_bars, plot_forest
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.blends import (
+    DEFAULT_BLEND,
     BestExpert,
     Blend,
     PosteriorMean,
-    PosteriorPredictive,
     ThompsonSample,
     TopK,
 )
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SHOWN_BLENDS", "run_demo"]
 
-SHOWN_BLENDS: Sequence[Blend] = (BestExpert(), TopK(2), PosteriorMean(), ThompsonSample(), PosteriorPredictive(16))
+SHOWN_BLENDS: Sequence[Blend] = (BestExpert(), TopK(2), PosteriorMean(), ThompsonSample(), DEFAULT_BLEND)
 NEW_TOKENS = 24
 SHOWN = 10  # characters of a continuation in a table
 FILES = ("posterior.nc", "forest.png", "blends.png", "path.png", "report.md")

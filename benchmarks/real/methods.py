@@ -31,7 +31,7 @@ from real.sets import HALF, SHORT, Case
 
 __all__ = ["GROUPS", "ROUTERS", "Contest", "Nats", "contest", "logistic", "takes_routers", "training_evidence"]
 
-OURS, FLAT = "posterior_predictive(16)", "flat dispatcher"
+OURS, FLAT = "posterior_predictive", "flat dispatcher"
 BLENDS = ("best_expert", "posterior_mean", "top_k(2)", "refined_mean(16)", OURS)
 ROUTERS = {"Arrow": arrow, "SpectR": spectr}
 PAIR, HARD, UNIFORM, SEARCH = "best fixed pair", "hard routing", "uniform merge", "LoraHub search"

@@ -42,7 +42,7 @@ __all__ = [
     "tempered",
 ]
 
-PREDICTIVE = "posterior_predictive(16)"
+PREDICTIVE = "posterior_predictive"
 PLAIN = ("base", "best_expert")  # of one row
 TEMPERATURES = np.geomspace(1 / 4, 8, 41)
 KINDS = ("pure", "in turn", "near pairs in turn", "switching", "short")

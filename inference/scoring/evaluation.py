@@ -22,10 +22,10 @@ from bayes_dispatch.inference.scoring.compare import compare_blends, score_toget
 from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence
 from bayes_dispatch.inference.scoring.scores import Score
 from bayes_dispatch.inference.two_pass.blends import (
-    DEFAULT_BLEND,
     BestExpert,
     Particles,
     PosteriorMean,
+    PosteriorPredictive,
     ThompsonSample,
     TopK,
 )
@@ -47,7 +47,8 @@ __all__ = [
 ]
 
 PROMPT_BYTES, TOTAL_BYTES = 128, 256
-REPORTED_BLENDS = (BestExpert(), PosteriorMean(), TopK(2), ThompsonSample(), DEFAULT_BLEND)
+PREDICTIVE = PosteriorPredictive(16)
+REPORTED_BLENDS = (BestExpert(), PosteriorMean(), TopK(2), ThompsonSample(), PREDICTIVE)
 
 
 def interleaved(kinds: Iterable[Items], order: str, *pairs: tuple[str, str]) -> dict[str, Interleaved]:
@@ -139,9 +140,9 @@ def pure_report(
 def mixed_report(
     system: System, domain: Domain, count: int, seed: int, sizes: tuple[int, int] = (PROMPT_BYTES, TOTAL_BYTES)
 ) -> dict[str, Any]:
-    """Blends on documents that mix or switch domains, and their paired differences to ``PosteriorPredictive``."""
+    """Blends on documents that mix or switch domains, and their paired differences to ``PREDICTIVE``."""
     documents = held_out_documents(domain, count, seed, sizes)
-    return _versus(compare_blends(system, documents, [BASE, *REPORTED_BLENDS], seed).scores, DEFAULT_BLEND.name)
+    return _versus(compare_blends(system, documents, [BASE, *REPORTED_BLENDS], seed).scores, PREDICTIVE.name)
 
 
 def paired(scores: Sequence[Score], one: str, other: str) -> list[float]:

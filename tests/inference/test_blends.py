@@ -33,11 +33,13 @@ EVERY: list[Blend] = [
     TopK(4),
     BestExpert(),
     ThompsonSample(),
+    PosteriorPredictive(),
     PosteriorPredictive(1),
     PosteriorPredictive(4),
     PosteriorPredictive(5),
     PosteriorPredictive(16),
     PosteriorPredictive(9, switching=(0.2,), flat=0.0, vertex_mass=0.0),
+    PosteriorPredictive(merge=0.0),
 ]
 
 
@@ -132,6 +134,26 @@ class TestPosteriorPredictive:
         one = DispatchPosterior(np.random.default_rng(0).dirichlet([1.0, 1.0], (8, 2)), ("sort", "base"))
         weights = PosteriorPredictive(3).particles(one).weights
         np.testing.assert_allclose(weights, np.concatenate([np.tile(np.eye(2), (2, 1, 1)), one.mean[:, None]], 1))
+
+    @pytest.mark.parametrize(
+        ("experts", "rows", "vertices"),
+        [(1, 16, 2), (8, 16, 9), (10, 16, 11), (18, 24, 19), (30, 32, 31), (60, 32, 16)],
+    )
+    def test_default_rows(self, experts: int, rows: int, vertices: int) -> None:
+        """Every component has a vertex as long as 32 rows suffice; the same blend as that number's."""
+        weights = np.random.default_rng(0).dirichlet(np.ones(experts + 1), (20, 2))
+        many = DispatchPosterior(weights, (*(f"expert {k}" for k in range(experts)), "base"))
+        for default, given_rows in (
+            (PosteriorPredictive(), PosteriorPredictive(rows)),
+            (RefinedMean(), RefinedMean(rows)),
+        ):
+            found, expected = default.particles(many), given_rows.particles(many)
+            assert found.weights.shape[1] == rows
+            assert ((found.weights == 1).any(-1).sum(1) == vertices).all()
+            for one, other in zip(vars(found).values(), vars(expected).values(), strict=True):
+                np.testing.assert_array_equal(one, other)
+        if vertices == experts + 1:
+            np.testing.assert_array_equal(found.weights[:, :vertices], np.tile(np.eye(vertices), (2, 1, 1)))
 
     @pytest.mark.parametrize("prior", [False, True])
     def test_half_of_too_few_particles_for_all_vertices_are_the_likeliest_ones(self, prior: bool) -> None:
@@ -242,6 +264,10 @@ def test_a_name_gives_the_blend_that_has_it() -> None:
     assert len({blend.name for blend in EVERY}) == len(EVERY)
     assert [kind().name.partition("(")[0] for kind in BLENDS.values()] == list(BLENDS)
     assert as_blend("predictive(4, merge=0.0)") == PosteriorPredictive(4, merge=0.0)
+    named = (PosteriorPredictive(), PosteriorPredictive(merge=0.0), RefinedMean(), RefinedMean(16))
+    assert [blend.name for blend in named] == [
+        *("posterior_predictive", "posterior_predictive(merge=0.0)", "refined_mean", "refined_mean(16)")
+    ]
     assert {alias: as_blend(alias) for alias in ALIASES} == {
         "max": BestExpert(),
         "weighted_average": PosteriorMean(),

@@ -510,7 +510,7 @@ def test_settings_are_checked(bundle: "Bundle", llama64: Any, unchecked: None) -
     with pytest.raises(UnknownNameError, match=r"expected a blend of best_expert, .*, base, or .*, got 'mean'"):
         generator.chat(blend="mean")
     assert generator.chat(blend="max").settings.blend == BestExpert()
-    assert generator.chat().settings.blend == PosteriorPredictive(16)
+    assert generator.chat().settings.blend == PosteriorPredictive()
     wrong = [("threshold", value) for value in (-1.0, float("nan"), "a")]
     for name, value in [*wrong, ("max_context", 1), ("seed", -1)]:
         with pytest.raises(ConfigError, match=f"expected {name} to be"):

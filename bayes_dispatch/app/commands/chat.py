@@ -100,7 +100,8 @@ def chat(
             ("seed", seed, kept.seed),
         ):
             if value is not None and value != began:
-                raise ConfigError(f"expected --{option} {began}, with which the chat in {state} began, got {value}")
+                kept_as = f"no --{option}" if began is None else f"--{option} {began}"
+                raise ConfigError(f"expected {kept_as}, with which the chat in {state} began, got {value}")
     else:
         given = {"seed": seed, "threshold": threshold, "max_context": max_context}
         settings = {name: value for name, value in given.items() if value is not None}

@@ -70,7 +70,7 @@ def compare(
     """Compare blends on documents: NLL, exact match, calibration, entropy and cost, with paired differences."""
     if jsonl is not None and (sets or documents is not None):
         raise ConfigError(f"expected --jsonl, or --set and --documents, got both: {jsonl} beside held-out documents")
-    from bayes_dispatch.inference.two_pass.blends import ALIASES, DEFAULT_BLEND, as_blend, full_name
+    from bayes_dispatch.inference.two_pass.blends import ALIASES, as_blend, full_name
 
     compared = with_options(blends or DEFAULT_BLENDS, top_k, draws)
     names = [full_name(name) for name in compared]
@@ -81,8 +81,8 @@ def compare(
         raise UnknownNameError(f"expected a --reference of {', '.join(names)}, got {reference!r}")
     if other is not None and reference is not None:
         raise ConfigError(f"expected --reference or --other, got both: {reference} and {other}")
-    usual = settings.get("posterior_predictive", DEFAULT_BLEND.name)
-    against = OURS if other is not None else reference or (usual if usual in names else names[0])
+    usual = next((name for name in names if name.partition("(")[0] == "posterior_predictive"), names[0])
+    against = OURS if other is not None else reference or usual
     if csv is not None:
         _check_file(csv)
     from bayes_dispatch.app.bundle import load_bundle

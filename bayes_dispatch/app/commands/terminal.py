@@ -51,7 +51,11 @@ TopKOption = Annotated[
 ]
 DrawsOption = Annotated[
     int | None,
-    typer.Option(min=1, help="With posterior_predictive or refined_mean: how many draws of the weights; default: 16."),
+    typer.Option(
+        min=1,
+        help="With posterior_predictive or refined_mean: how many rows of weights; default: one for each expert and "
+        "base, and some more, from 16 to 32.",
+    ),
 ]
 SampleOption = Annotated[
     bool, typer.Option("--sample", help="Draw each token at random; without it the most probable one is taken.")
@@ -111,7 +115,7 @@ def with_options(blends: Sequence[str], top_k: int | None, draws: int | None) ->
     refuse_unused(
         "--draws", draws, not set(sampled).isdisjoint(names), f"with the blend {' or '.join(sampled)}", others
     )
-    settings = {"top_k": 2 if top_k is None else top_k, **dict.fromkeys(sampled, 16 if draws is None else draws)}
+    settings = {"top_k": 2 if top_k is None else top_k, **({} if draws is None else dict.fromkeys(sampled, draws))}
     return [f"{name}({settings[name]})" if name in settings else name for name in names]
 
 

@@ -81,6 +81,9 @@ def test_a_state_goes_on(talk: Talk) -> None:
         code, out, err = talk(b"ab>\n", *given, *other)
         assert (code, out) == (2, "")
         assert message in err
+    talk(lines[0], "--blend", "posterior_predictive", "--state", "state/default")
+    err = talk(b"", "--draws", "9", "--state", "state/default")[2]
+    assert "expected no --draws, with which the chat in state/default began, got 9" in err
 
 
 def test_what_is_shown(talk: Talk) -> None:

@@ -15,7 +15,7 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.scoring.compare import compare_blends, compare_systems
 from bayes_dispatch.inference.scoring.held_out import held_out_sets
-from bayes_dispatch.inference.two_pass.blends import BestExpert, PosteriorPredictive
+from bayes_dispatch.inference.two_pass.blends import BestExpert, PosteriorPredictive, RefinedMean
 
 Compare = Callable[..., tuple[int, str, str]]
 LINES = [
@@ -63,11 +63,11 @@ def jsonl(tmp_path: Path) -> Path:
 def test_own_documents(compare: Compare, saved: Path, bundle: Bundle, jsonl: Path, tmp_path: Path) -> None:
     (tmp_path / "scores.csv").symlink_to("scores.far")
     code, out, err = compare(
-        *("--bundle", saved, "--jsonl", jsonl, "--blend", "max", "--blend", "predictive", "--draws", "6"),
-        *("--seed", "3", "--json", "--csv", tmp_path / "scores.csv"),
+        *("--bundle", saved, "--jsonl", jsonl, "--blend", "max", "--blend", "predictive(6)", "--blend", "refined_mean"),
+        *("--draws", "5", "--seed", "3", "--json", "--csv", tmp_path / "scores.csv"),
     )
     assert (code, err) == (0, "")
-    found = compare_blends(bundle, OWN, [BestExpert(), PosteriorPredictive(6)], seed=3)
+    found = compare_blends(bundle, OWN, [BestExpert(), PosteriorPredictive(6), RefinedMean(5)], seed=3)
     document = json.loads(out)
     assert (document["seed"], document["reference"]) == (3, "posterior_predictive(6)")
     printed = document["sets"]["own.jsonl"]

@@ -8,7 +8,8 @@ import torch
 import bayes_dispatch as bd
 from bayes_dispatch.app.demo import SHOWN_BLENDS
 from bayes_dispatch.app.demo_prompts import CONVENTION_PROMPTS as PROMPTS
-from bayes_dispatch.inference.two_pass.blends import Blend
+from bayes_dispatch.inference.two_pass.blends import DEFAULT_BLEND, Blend, PosteriorPredictive
+from bayes_dispatch.inference.two_pass.system import dispatch
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unchecked")]
 
@@ -58,6 +59,14 @@ def test_float32_where_the_choice_is_clear(shipped: bd.Bundle, blend: Blend) -> 
             if len(differ):  # both runs chose their best token: the gap is at most the difference of their best
                 gap = abs(logp[differ[0]] - cached.log_probabilities[n, differ[0]])
                 assert gap < CLEAR
+
+
+def test_the_default_has_sixteen_rows(shipped: bd.Bundle) -> None:
+    posterior, _ = dispatch(shipped, TEXTS, seed=0)
+    found, expected = (blend.particles(posterior) for blend in (DEFAULT_BLEND, PosteriorPredictive(16)))
+    assert found.weights.shape == (len(TEXTS), 16, 9)
+    for one, other in zip(vars(found).values(), vars(expected).values(), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_cached_logits_of_the_trained_model(shipped: bd.Bundle) -> None:
