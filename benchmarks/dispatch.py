@@ -1,4 +1,4 @@
-"""The dispatcher beside an ELBO-trained guide and classifiers, on the same splits of simulated and of real evidence.
+"""The dispatcher beside classifiers, on the same splits of simulated and of real evidence.
 
     python benchmarks/dispatch.py --work /tmp/evidence            # three seeds, half an hour on one core
     python benchmarks/dispatch.py --work /tmp/evidence --quick    # seconds; the numbers mean nothing
@@ -23,36 +23,26 @@ from bayes_dispatch.app.tables import Table
 from bayes_dispatch.checks.paired import paired_comparison
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from dispatching.classifiers import FITS, fit_classifier
 from dispatching.data import Problem, Sizes, shipped, simulated
-from dispatching.elbo_guide import ELBOSettings, fit_elbo_guide
 from dispatching.judging import SCORES, Judgement, judge, on_simulations
-from dispatching.methods import ELBO, Method, Ours
+from dispatching.methods import Method, Ours
 
 __all__ = ["FULL", "QUICK", "Budget", "compare", "main"]
 
-REFERENCE = "ours, the guide alone"
-RESAMPLED = "ours, resampled"
+REFERENCE = "ours"
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many prompts, and how long the fits take; without a guide, its training is the problem's."""
+    """How many prompts, and how long the fits take."""
 
     sizes: Sizes = field(default_factory=Sizes)
     svi: SVISettings = field(default_factory=SVISettings)
-    guide: GuideSettings | None = None
-    elbo: ELBOSettings = field(default_factory=ELBOSettings)
 
 
 FULL = Budget()
-QUICK = Budget(
-    Sizes(pure=15, mixed=30, judged=5, mixtures=30),
-    SVISettings(steps=20, rounds=1),
-    GuideSettings(hidden=16, simulations=500, global_draws=8, steps=40),
-    ELBOSettings(steps=20),
-)
+QUICK = Budget(Sizes(pure=15, mixed=30, judged=5, mixtures=30), SVISettings(steps=20, rounds=1))
 
 Data = Callable[[int, Sizes, Path], Problem]
 
@@ -62,18 +52,12 @@ DATA: dict[str, Data] = {"simulated": lambda seed, sizes, work: simulated(seed, 
 def compare(problem: Problem, budget: Budget, seed: int) -> dict[str, Judgement]:
     """Fit and judge every method on one problem."""
     train = problem.train
-    guide = budget.guide or problem.guide
-    dispatcher = Dispatcher(problem.experts, seed, program=problem.program, svi=budget.svi, guide=guide)
+    dispatcher = Dispatcher(problem.experts, seed, program=problem.program, svi=budget.svi)
     dispatcher.fit(train.evidence, train.labels, train.mixtures)
-    methods: dict[str, Method] = {
-        REFERENCE: Ours(dispatcher, resample=False),
-        RESAMPLED: Ours(dispatcher, resample=True),
-        "ELBO-trained guide": ELBO(fit_elbo_guide(dispatcher, train.evidence, budget.elbo, seed)),
-    }
+    methods: dict[str, Method] = {REFERENCE: Ours(dispatcher)}
     methods |= {name: fit_classifier(fit, train, seed) for name, fit in FITS.items()}
     found = {name: judge(method, problem) for name, method in methods.items()}
-    for name, resample in ((REFERENCE, False), (RESAMPLED, True)):
-        found[name].scores.update(on_simulations(dispatcher, problem, resample))
+    found[REFERENCE].scores.update(on_simulations(dispatcher, problem))
     return found
 
 

@@ -25,7 +25,6 @@ from bayes_dispatch.checks.reference import reference_posterior
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from dispatching.classifiers import encoded, targets
 from dispatching.data import Sizes, simulated
 from dispatching.stages import REST, STAGES, FitCost, fit_cost
@@ -35,8 +34,8 @@ __all__ = ["main"]
 
 DRAWS = 64
 WARM_UP = 200  # of NUTS: one chain, which costs the least and is too short to converge
-REFERENCE = "posterior, the guide alone"
-FIT = (SVISettings(steps=100, rounds=1), GuideSettings(simulations=4_000, global_draws=20, steps=200))
+REFERENCE = "posterior"
+FIT = SVISettings(steps=100, rounds=1)
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,13 @@ def serving(plan: Plan) -> Iterator[Table]:
     sizes = Sizes(pure=50, mixed=100, judged=max(1, max(plan.batches) // 8), mixtures=20)
     problem = simulated(0, sizes)
     train = problem.train
-    svi, guide = FIT
-    dispatcher = Dispatcher(problem.experts, svi=svi, guide=guide)
+    dispatcher = Dispatcher(problem.experts, svi=FIT)
     dispatcher.fit(train.evidence, train.labels, train.mixtures)
     scaler = StandardScaler().fit(encoded(train.evidence))
     classes = targets(train).argmax(1)
     logistic = LogisticRegression(max_iter=1000).fit(scaler.transform(encoded(train.evidence)), classes)
     answers: dict[str, Callable[[Evidence], object]] = {
         REFERENCE: lambda evidence: dispatcher.posterior(evidence, DRAWS),
-        "posterior, resampled": lambda evidence: dispatcher.posterior(evidence, DRAWS, resample=True),
         "LogisticRegression.predict_proba": lambda evidence: logistic.predict_proba(
             scaler.transform(encoded(evidence))
         ),
@@ -91,7 +88,7 @@ def serving(plan: Plan) -> Iterator[Table]:
             for name, (seconds, converged) in calls:
                 shown = f"{name}; {converged} of {count} converged"
                 rows.append([shown, _milliseconds(seconds), f"{seconds / times.median(REFERENCE):.0f}"])
-        heads = ["", "ms on the CPU", "times the guide alone"]
+        heads = ["", "ms on the CPU", "times the posterior"]
         note = (
             f"{DRAWS} draws a prompt. Medians ± half the interquartile range. NUTS: one chain, compiling in wall time."
         )
@@ -115,19 +112,17 @@ def _nuts(dispatcher: Dispatcher, count: int) -> list[tuple[float, int]]:
     return found
 
 
-def fits(plan: Plan, svi: SVISettings, guide: GuideSettings) -> Iterator[Table]:
+def fits(plan: Plan, svi: SVISettings) -> Iterator[Table]:
     """Cost of fits of several sizes, by stage, and the slope of its growth."""
     few = plan.experts[0]
-    by_prompts = [fit_cost(count, few, svi, guide) for count in plan.prompts]
-    yield _growth(f"Fits at K = {few}", "N", plan.prompts, by_prompts, svi, guide)
+    by_prompts = [fit_cost(count, few, svi) for count in plan.prompts]
+    yield _growth(f"Fits at K = {few}", "N", plan.prompts, by_prompts, svi)
     known = {(cost.prompts, cost.experts): cost for cost in by_prompts}
-    by_experts = [known.get((plan.among, count)) or fit_cost(plan.among, count, svi, guide) for count in plan.experts]
-    yield _growth(f"Fits at N = {plan.among:,}", "K", plan.experts, by_experts, svi, guide)
+    by_experts = [known.get((plan.among, count)) or fit_cost(plan.among, count, svi) for count in plan.experts]
+    yield _growth(f"Fits at N = {plan.among:,}", "K", plan.experts, by_experts, svi)
 
 
-def _growth(
-    title: str, what: str, sizes: Sequence[int], costs: Sequence[FitCost], svi: SVISettings, guide: GuideSettings
-) -> Table:
+def _growth(title: str, what: str, sizes: Sequence[int], costs: Sequence[FitCost], svi: SVISettings) -> Table:
     stages = [*STAGES.values(), REST]
     rows = []
     for size, cost in zip(sizes, costs, strict=True):
@@ -136,8 +131,7 @@ def _growth(
     slopes = [_slope(sizes, [cost.stages[name].seconds for cost in costs]) for name in stages]
     total = _slope(sizes, [sum(stage.seconds for stage in cost.stages.values()) for cost in costs])
     rows.append([f"time ~ {what}^", *slopes, total])
-    steps = f"{svi.steps} steps of the globals, {guide.steps} of the guide on {guide.simulations:,} simulations"
-    note = f"Peak memory above that before the fit. {steps}; the exponents are of the last two sizes."
+    note = f"Peak memory above that before the fit. {svi.steps} steps of SVI; exponents of the last two sizes."
     return Table(title, ["", *stages, "all"], rows, note)
 
 
@@ -166,10 +160,8 @@ def main(
     if only not in (None, "serving", "fits"):
         raise typer.BadParameter(f"expected serving or fits, got {only!r}")
     plan = QUICK if quick else FULL
-    svi, guide = FIT
-    if quick:
-        svi, guide = replace(svi, steps=20), replace(guide, simulations=400, steps=20)
-    parts = {"serving": serving(plan), "fits": fits(plan, svi, guide)}
+    svi = replace(FIT, steps=20) if quick else FIT
+    parts = {"serving": serving(plan), "fits": fits(plan, svi)}
     for table in chain.from_iterable(part for name, part in parts.items() if only in (None, name)):
         print(f"{table.to_markdown()}\n", flush=True)
 

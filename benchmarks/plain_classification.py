@@ -116,7 +116,7 @@ def main(
     torch.set_num_threads(1)
     names, settings = data or list(SETS), {}
     if quick:
-        names, seeds, settings = names[:1], 1, {"svi_steps": 20, "guide_steps": 20, "simulations": 500}
+        names, seeds, settings = names[:1], 1, {"svi_steps": 20}
     for name in names:
         splits = [scores(name, seed, labels, **settings) for seed in range(seeds)]
         print(f"{table(name, splits).to_markdown()}\n", flush=True)

@@ -85,7 +85,7 @@ def prompts(
 def methods(reader: Reader, classify: Callable[[Evidence], np.ndarray]) -> dict[str, Ask]:
     """What answers for prompts of one length, by name; ``classify`` is as ``logistic`` makes it."""
     bundle = reader.bundle
-    count, ours = len(bundle.experts), Ours(bundle.dispatcher, resample=False)
+    count, ours = len(bundle.experts), Ours(bundle.dispatcher)
 
     def point(shares: np.ndarray) -> Answer:
         shares = np.pad(shares, ((0, 0), (0, count + 1 - shares.shape[1])))

@@ -24,7 +24,6 @@ import bayes_dispatch as bd
 from bayes_dispatch.app.tables import Table
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference.two_pass.blends import Blend, FixedWeights
 
@@ -81,9 +80,8 @@ def system() -> bd.Bundle:
     )
     texts = [("ab>ba\n", "ba>ab\n", "1+2=3\n")[i % 3] * (1 + i % 4) for i in range(30)]
     evidence = bd.first_pass(model, bd.ByteTokenizer(), texts, block=bank.adapt_from).evidence
-    guide = GuideSettings(hidden=16, simulations=500, global_draws=5, steps=60, batch_size=64)
     features = FeatureSettings(dimensions=4, folds=2)
-    dispatcher = bd.Dispatcher(NAMES, svi=SVISettings(steps=40), guide=guide, features=features)
+    dispatcher = bd.Dispatcher(NAMES, svi=SVISettings(steps=40), features=features)
     return bd.Bundle(model, bank, dispatcher.fit(evidence, np.arange(30) % 3))
 
 

@@ -144,7 +144,6 @@ def bundle(model: MambaFormerForCausalLM, bank: ExpertBank) -> Bundle:
     from bayes_dispatch.dispatcher.estimator import Dispatcher
     from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
     from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-    from bayes_dispatch.dispatcher.guide.guides import GuideSettings
     from bayes_dispatch.experts.domains import CONVENTIONS
     from bayes_dispatch.inference.two_pass.first_pass import first_pass
     from bayes_dispatch.model.tokenizer import ByteTokenizer
@@ -156,7 +155,6 @@ def bundle(model: MambaFormerForCausalLM, bank: ExpertBank) -> Bundle:
     dispatcher = Dispatcher(
         EXPERTS,
         svi=SVISettings(steps=40),
-        guide=GuideSettings(hidden=16, simulations=500, global_draws=5, steps=60, batch_size=64),
         features=FeatureSettings(dimensions=4, folds=2),
     )
     dispatcher.fit(first_pass(model, ByteTokenizer(), texts).evidence, labels)

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from bayes_dispatch.app.bundle import Bundle
+from bayes_dispatch.app.held_out import settled
 from bayes_dispatch.arguments import seed, set_whole
 from bayes_dispatch.checks.reliability import expected_calibration_error
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_evidence
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-from bayes_dispatch.dispatcher.gate import FEWEST, Gate
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings
+from bayes_dispatch.dispatcher.gate import FEWEST
 from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
@@ -55,7 +55,7 @@ class BuildSettings:
         pure_prompts: of each expert, for the dispatcher. mixed_prompts: of several experts.
         gate_prompts: held-out ones of each expert, and as many of several, which calibrate the gate and, by
             ``Dispatcher.calibrate``, the dispatcher; 0 for neither.
-        svi, guide: settings of the dispatcher's fit.
+        svi: settings of the dispatcher's fit.
     """
 
     seed: int = 0
@@ -64,7 +64,6 @@ class BuildSettings:
     mixed_prompts: int = 120
     gate_prompts: int = 40
     svi: SVISettings = field(default_factory=SVISettings)
-    guide: GuideSettings = field(default_factory=lambda: GuideSettings(simulations=40_000, steps=4000))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", seed(self.seed))
@@ -122,9 +121,7 @@ def build_bundle(
     if settings.gate_prompts and len(held.labels) < FEWEST:
         announce(f"no gate and no calibration: they take {FEWEST} held-out prompts, and there are {len(held.labels)}")
     elif settings.gate_prompts:
-        gate = Gate.calibrate(dispatcher, held.evidence, held.groups, seed=settings.seed)
-        several = held.several
-        dispatcher.calibrate(several.evidence, mixtures=several.mixtures, seed=settings.seed)
+        dispatcher, gate = settled(dispatcher, held, settings.seed)
     gains = stages.numbers("gains", lambda: _gains(model, experts, own, settings))
     report = {"examples": _counts(examples), "calibration": _calibration(dispatcher, held), "gains": gains}
     return _saved(Bundle(model, experts, dispatcher, report, gate=gate), out)
@@ -193,7 +190,7 @@ def _held_out(
 
 
 def _fitted(experts: ExpertBank, known: KnownEvidence, settings: BuildSettings, progress: bool) -> Dispatcher:
-    dispatcher = Dispatcher(experts.names, settings.seed, svi=settings.svi, guide=settings.guide, program=PROGRAM)
+    dispatcher = Dispatcher(experts.names, settings.seed, svi=settings.svi, program=PROGRAM)
     return dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=progress)
 
 

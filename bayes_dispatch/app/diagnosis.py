@@ -31,8 +31,6 @@ from bayes_dispatch.checks.reliability import (
 from bayes_dispatch.checks.sbc import SimulationBasedCalibration, simulation_based_calibration
 from bayes_dispatch.checks.selective import Abstention, RiskCoverage, abstention_threshold, risk_coverage
 from bayes_dispatch.dispatcher.conformal import COUNTED
-from bayes_dispatch.dispatcher.estimator import Dispatcher
-from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import FOREIGN_TEXTS, Domain
@@ -41,8 +39,6 @@ from bayes_dispatch.inference.scoring.evidence_sets import foreign_evidence, mix
 __all__ = ["Diagnosis", "DiagnosisSettings", "HeldOutDiagnosis", "diagnose"]
 
 JUDGED = (0.5, 0.9)  # levels of intervals, by length
-PROPOSALS = 1_000  # of each prompt, for importance weights
-CORRECTED_DRAWS = 63  # of them: few, so that next to none repeats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +86,6 @@ class HeldOutDiagnosis:
     """What held-out prompts of the experts' domains tell.
 
     Attributes:
-        k_hat: share of prompts whose importance weights can be trusted (k-hat below .7): of mixtures, and by length.
         coverage, simulated: of intervals on held-out mixtures, and on simulations at the same weights.
         by_length: of intervals at 50 and 90% on the mixtures of a range of lengths in tokens: the posterior's, and the
             calibrated ones where the dispatcher has any.
@@ -100,7 +95,6 @@ class HeldOutDiagnosis:
         foreign: how well the weight of base tells foreign prompts from those of the experts' domains.
     """
 
-    k_hat: Mapping[str, float]
     coverage: CoverageCurve
     simulated: CoverageCurve
     by_length: Mapping[str, Mapping[str, Coverage]]
@@ -124,7 +118,6 @@ class HeldOutDiagnosis:
         both = (("found", self.coverage), ("simulated", self.simulated))
         curves = {name: {part: getattr(curve, part).tolist() for part in parts} for name, curve in both}
         return {
-            "k_hat_below_0.7": dict(self.k_hat),
             "coverage": curves,
             "coverage_by_length": {
                 length: {name: each._asdict() for name, each in row.items()} for length, row in self.by_length.items()
@@ -144,15 +137,13 @@ class Diagnosis:
         settings: what was asked for.
         unjudged: experts of which there is no held-out text: they compete for the prompts of the others, and the
             simulations are of them too, but no prompt is theirs.
-        ranks: simulation-based calibration: the guide against the program that it answers for.
-        corrected: the same with the guide's draws resampled by importance, from ``PROPOSALS`` of each prompt.
+        ranks: simulation-based calibration: the posterior against the program that it is of.
         held_out: ``None`` where fewer than two experts have held-out text: then simulations alone were judged.
     """
 
     settings: DiagnosisSettings
     unjudged: tuple[str, ...]
     ranks: SimulationBasedCalibration
-    corrected: SimulationBasedCalibration
     held_out: HeldOutDiagnosis | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,7 +152,6 @@ class Diagnosis:
             "settings": asdict(self.settings),
             "unjudged": list(self.unjudged),
             "ranks": _verdicts(self.ranks),
-            "corrected_ranks": _verdicts(self.corrected),
         } | ({} if self.held_out is None else self.held_out.to_dict())
         return {name: _finite(value) for name, value in found.items()}
 
@@ -191,7 +181,6 @@ def diagnose(
         settings,
         tuple(name for name in names if name not in known),
         simulation_based_calibration(dispatcher, settings.simulations, settings.draws, seed),
-        simulation_based_calibration(_Resampled(dispatcher), settings.simulations, CORRECTED_DRAWS, seed),
         _judge(bundle, settings, known, progress) if len(known) > 1 else None,
     )
 
@@ -212,7 +201,6 @@ def _judge(
     simulated = simulated_coverage(
         dispatcher, mixed.mixtures, count=settings.simulations, draws=settings.draws, seed=seed
     )
-    k_hat = {"mixtures": _trusted(dispatcher, mixed.evidence, seed)}
     pure, probabilities, labels = {}, [], []
     for length in settings.lengths:
         found = pure_evidence(
@@ -221,7 +209,6 @@ def _judge(
         found = found.among(places, count)
         of_length = dispatcher.predict_proba(found.evidence)
         pure[length] = _scores(of_length, found.labels)
-        k_hat[f"{length} bytes"] = _trusted(dispatcher, found.evidence, seed)
         probabilities.append(of_length)
         labels.append(found.labels)
     joint, truth = np.concatenate(probabilities), np.concatenate(labels)
@@ -235,7 +222,6 @@ def _judge(
         for evidence in (found.evidence, foreign.evidence)
     ]
     return HeldOutDiagnosis(
-        k_hat,
         coverage,
         simulated,
         _by_length(posterior, mixed.mixtures, mixed.evidence.known_lengths(), settings.lengths),
@@ -266,27 +252,12 @@ def _by_length(
     return found
 
 
-@dataclass(frozen=True)
-class _Resampled:
-    """A dispatcher whose simulations are answered by resampled draws."""
-
-    dispatcher: Dispatcher
-
-    def simulate(self, count: int, draws: int, seed: int) -> tuple[np.ndarray, DispatchPosterior]:
-        return self.dispatcher.simulate(count, draws, seed, resample=True, proposals=PROPOSALS)
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _finite(each) for name, each in value.items()}
     if isinstance(value, (list, tuple)):
         return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _trusted(dispatcher: Dispatcher, evidence: Evidence, seed: int) -> float:
-    """Share of prompts with k-hat below .7."""
-    return float((dispatcher.weigh(evidence, PROPOSALS, seed).k_hat < 0.7).mean())
 
 
 def _verdicts(ranks: SimulationBasedCalibration) -> dict[str, Any]:

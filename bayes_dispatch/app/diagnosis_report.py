@@ -17,16 +17,12 @@ TITLE = "# bayes-dispatch: diagnosis"
 def diagnosis_tables(diagnosis: Diagnosis) -> list[Table]:
     """What was found, for a terminal or a report."""
     ranks = diagnosis.ranks
-    verdicts: list[list[Cell | str]] = [
-        [c.component, *_verdict(c), *_verdict(d)]
-        for c, d in zip(ranks.components, diagnosis.corrected.components, strict=True)
-    ]
+    verdicts: list[list[Cell | str]] = [[each.component, *_verdict(each)] for each in ranks.components]
     settings, held_out = diagnosis.settings, diagnosis.held_out
     note = f"{settings.simulations} simulations; false-alarm rate {ranks.false_alarm_rate:g} for all together."
     if held_out is None:
         note += " No prompt was judged: that takes held-out text of two experts or more (--text NAME=FILE)."
-    columns = ["component", "guide", "by", "resampled", "by"]
-    tables = [Table("Ranks of true weights among posterior draws", columns, verdicts, note)]
+    tables = [Table("Ranks of true weights among posterior draws", ["component", "ECDF", "by"], verdicts, note)]
     return tables if held_out is None else [*tables, *_held_out_tables(held_out, settings, diagnosis.unjudged)]
 
 
@@ -54,7 +50,6 @@ def _held_out_tables(found: HeldOutDiagnosis, settings: DiagnosisSettings, unjud
     scores = [[f"{length} bytes", *(f"{row[name]:.4f}" for name in names)] for length, row in found.pure.items()]
     foreign, curve, rule, served = found.foreign, found.risk_coverage, found.abstention, found.served
     trust = [
-        *([f"k-hat below .7: {name}", f"{share:.3f}"] for name, share in found.k_hat.items()),
         ["AURC (above the oracle's)", f"{curve.aurc:.5f} ({curve.excess_aurc:.5f})"],
         ["AUROC of the base weight on foreign text", f"{foreign.value:.4f} ± {foreign.standard_error:.4f}"],
         [

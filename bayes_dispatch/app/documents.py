@@ -10,7 +10,6 @@ import torch
 
 from bayes_dispatch.app.build import BuildSettings, build_bundle, claim
 from bayes_dispatch.app.bundle import Bundle
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import BASE_TEXTS, Domain
@@ -40,8 +39,7 @@ class DocumentsPlan:
         """The recipe of the bundle ``smollm2``: the upper half of the blocks, two thousand bytes a step."""
         sizes: dict[str, Any] = {"steps": 40, "batch_size": 4, "length": 640, "adapt_from": 15, "kind": kind}
         rate = 5e-2 if kind == "svf" else 4e-3
-        guide = GuideSettings(hidden=256, simulations=100_000, steps=10_000)
-        build = BuildSettings(seed=seed, pure_prompts=150, mixed_prompts=300, guide=guide)
+        build = BuildSettings(seed=seed, pure_prompts=150, mixed_prompts=300)
         return cls(ExpertSettings(**sizes, learning_rate=rate, seed=seed), build)
 
 

@@ -5,15 +5,19 @@ from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from bayes_dispatch.app.bundle import Bundle
-from bayes_dispatch.dispatcher.gate import Gate
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.gate import FEWEST, Gate
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS, Domain, real_domains
 from bayes_dispatch.experts.domains.own import read_jsonl, read_text
-from bayes_dispatch.inference.scoring.evidence_sets import calibration_evidence
+from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence, calibration_evidence
 
-__all__ = ["calibrated", "held_out_domains", "read_own"]
+__all__ = ["calibrated", "held_out_domains", "read_own", "settled"]
 
+TEMPERING = 300  # held-out prompts that choose the noise temper, at most
 LONGEST = 4096  # bytes of a prompt with its answer, unless told otherwise
 
 
@@ -74,7 +78,7 @@ def calibrated(
     progress: bool = False,
     packages: Path | None = None,
 ) -> Bundle:
-    """The bundle with a gate, and guarantees of intervals and sets, calibrated anew on held-out prompts.
+    """The bundle with noise temper, gate, and guarantees of intervals and sets by new held-out prompts.
 
     Args:
         bundle: what there is. own: text of experts from a user's files, by their names.
@@ -91,8 +95,23 @@ def calibrated(
         raise ConfigError(f"expected held-out text of every expert, got none of {', '.join(missing)}")
     block, texts = bundle.cut, list(domains.values())
     known = calibration_evidence(bundle.model, texts, pure, mixed, lengths, seed, progress, block)
-    several = known.several  # of one domain truth is held more easily
-    dispatcher = copy(bundle.dispatcher).calibrate(several.evidence, mixtures=several.mixtures, seed=seed)
-    return replace(
-        bundle, dispatcher=dispatcher, gate=Gate.calibrate(dispatcher, known.evidence, known.groups, seed=seed)
-    )
+    dispatcher, gate = settled(bundle.dispatcher, known, seed)
+    return replace(bundle, dispatcher=dispatcher, gate=gate)
+
+
+def settled(dispatcher: Dispatcher, known: KnownEvidence, seed: int) -> tuple[Dispatcher, Gate]:
+    """The dispatcher with the noise temper of held-out prompts and their guarantees, and a gate for it.
+
+    A fifth of the prompts, at most ``TEMPERING``, none longer than all of the fit, choose the temper, if enough are
+    left for a gate; the others calibrate. Intervals are calibrated on prompts of several domains: of one, truth is held
+    more easily.
+    """
+    order = np.random.default_rng([seed, 6]).permutation(len(known.labels))
+    short = order[known.evidence.known_lengths()[order] <= float(dispatcher.state.like.lengths.max())]
+    chosen = short[: min(TEMPERING, len(order) // 5, max(len(order) - FEWEST, 0))]
+    some, rest = known.select(np.sort(chosen)), known.select(np.setdiff1d(order, chosen))
+    if len(chosen):
+        dispatcher = dispatcher.retempered(some.evidence, some.labels, some.mixtures, seed)
+    several = rest.several
+    dispatcher = copy(dispatcher).calibrate(several.evidence, mixtures=several.mixtures, seed=seed)
+    return dispatcher, Gate.calibrate(dispatcher, rest.evidence, rest.groups, seed=seed)

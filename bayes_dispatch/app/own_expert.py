@@ -242,7 +242,7 @@ def _fitted(
     progress: bool,
 ) -> Dispatcher:
     """A dispatcher with the settings of another."""
-    new = Dispatcher(names, seed, old.svi, old.guide, old.features, old.program)
+    new = Dispatcher(names, seed, old.svi, old.features, old.program)
     return new.fit(evidence, labels, mixtures, progress=progress)
 
 

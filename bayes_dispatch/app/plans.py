@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, replace
 
 from bayes_dispatch.arguments import set_whole
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from bayes_dispatch.experts.training import ExpertSettings
 from bayes_dispatch.inference.scoring.evaluation import PROMPT_BYTES, TOTAL_BYTES
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
@@ -21,7 +20,7 @@ class TrainingPlan:
         seed: of everything random. curriculum: of ``CURRICULA``.
         backbone: the model. vocabulary: of its subwords; ``None`` for bytes.
         precision: of products in pre-training, and of the weights that it ends with, which experts see in float32.
-        pretraining, experts: recipes. svi, guide: settings of the dispatcher's fit.
+        pretraining, experts: recipes. svi: settings of the dispatcher's fit.
         pure_prompts: labelled prompts per domain for the dispatcher. mixed_prompts: prompts of known mixture for it.
         gate_pure_prompts: held-out prompts per domain that calibrate the gate. gate_mixed_prompts: of several domains.
         prompt_lengths, gate_lengths: shortest and longest of the dispatcher's and of the gate's, in bytes.
@@ -38,7 +37,6 @@ class TrainingPlan:
     pretraining: PretrainingSettings
     experts: ExpertSettings = field(default_factory=ExpertSettings)
     svi: SVISettings = field(default_factory=SVISettings)
-    guide: GuideSettings = field(default_factory=GuideSettings)
     pure_prompts: int = 150
     mixed_prompts: int = 500
     gate_pure_prompts: int = 120
@@ -62,16 +60,12 @@ class TrainingPlan:
 
 
 PLANS = {
-    "full": TrainingPlan(
-        pretraining=PretrainingSettings(steps=1900),
-        guide=GuideSettings(hidden=192, simulations=100_000, steps=10_000),
-    ),
+    "full": TrainingPlan(pretraining=PretrainingSettings(steps=1900)),
     "smoke": TrainingPlan(
         backbone=MambaFormerConfig.tiny(),
         pretraining=PretrainingSettings(steps=20, batch_size=4, length=64, checkpoint_every=10),
         experts=ExpertSettings(steps=5, batch_size=2, length=64),
         svi=SVISettings(steps=30),
-        guide=GuideSettings(simulations=512, steps=50),
         pure_prompts=12,
         mixed_prompts=40,
         gate_pure_prompts=20,

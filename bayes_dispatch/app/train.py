@@ -19,6 +19,7 @@ from tqdm import tqdm
 from bayes_dispatch.app.build import PROGRAM, claim
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.app.curriculum import CURRICULA, Curriculum
+from bayes_dispatch.app.held_out import settled
 from bayes_dispatch.app.plans import TrainingPlan
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.gate import Gate
@@ -160,7 +161,7 @@ def _fitted_dispatcher(
 ) -> Dispatcher:
     directory = work / "dispatcher"
     if not directory.exists():
-        dispatcher = Dispatcher(experts.names, plan.seed, svi=plan.svi, guide=plan.guide, program=PROGRAM)
+        dispatcher = Dispatcher(experts.names, plan.seed, svi=plan.svi, program=PROGRAM)
         dispatcher.fit(train.evidence, train.labels, train.mixtures, progress=progress).save(directory)
     return Dispatcher.load(directory)
 
@@ -178,9 +179,9 @@ def _calibrated(
     if not directory.exists():
         counts = plan.gate_pure_prompts, plan.gate_mixed_prompts
         known = calibration_evidence(model, domains, *counts, plan.gate_lengths, seed, progress, block)
-        several = known.several
-        dispatcher.calibrate(several.evidence, mixtures=several.mixtures, seed=seed).save(work / "dispatcher")
-        Gate.calibrate(dispatcher, known.evidence, known.groups, seed=seed).save(directory)
+        dispatcher, gate = settled(dispatcher, known, seed)
+        dispatcher.save(work / "dispatcher")
+        gate.save(directory)
     return dispatcher, Gate.load(directory)
 
 

@@ -19,7 +19,7 @@ from scipy.stats import binom, poisson
 from bayes_dispatch.arguments import real, whole
 from bayes_dispatch.arguments import seed as a_seed
 from bayes_dispatch.dispatcher.arrays import short_repr
-from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import RESOLUTION
+from bayes_dispatch.dispatcher.exact.cells import RESOLUTION
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, TensorError
 
@@ -177,8 +177,7 @@ def simulation_based_calibration(
 ) -> SimulationBasedCalibration:
     """Draw weights and evidence from a fitted program, infer the weights, and check that their ranks are uniform.
 
-    It checks inference against the program (the guide and its tempering), not the program against real prompts. Draws
-    must be independent: resampled ones repeat, and fail unless they are few among many proposals.
+    It checks inference against the program, not the program against real prompts. Draws must be independent.
 
     Args:
         dispatcher: a fitted one, or another :class:`Simulator`.

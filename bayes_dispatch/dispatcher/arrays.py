@@ -15,7 +15,17 @@ from jaxtyping import Bool, Float, Int
 
 from bayes_dispatch.errors import BayesDispatchError, TensorError
 
-__all__ = ["Frozen", "as_flags", "as_labels", "as_numbers", "as_points", "as_rows", "as_values", "short_repr"]
+__all__ = [
+    "Frozen",
+    "as_flags",
+    "as_labels",
+    "as_numbers",
+    "as_points",
+    "as_rows",
+    "as_values",
+    "on_simplex",
+    "short_repr",
+]
 
 TOLERANCE = 1e-4  # of the sum of a simplex row: float32 and percentages rounded to four digits pass
 
@@ -80,6 +90,11 @@ def as_flags(values: Any, name: str, count: int) -> Bool[np.ndarray, " row"]:
     if array.shape != (count,) or not (array.dtype == bool or np.isin(array, (0, 1)).all()):
         raise TensorError(f"expected {count} booleans as {name}, got {array.dtype} of shape {array.shape}")
     return array.astype(bool)
+
+
+def on_simplex(values: Float[np.ndarray, "*some weight"]) -> Float[np.ndarray, "*some weight"]:
+    """Values ≥ 0 divided by their sum."""
+    return values / values.sum(-1, keepdims=True)
 
 
 class Frozen:

@@ -57,7 +57,7 @@ def fitted_groups(
 
     Returns:
         - ``prior``, ``posterior``: ``weights`` (chain, draw, prompt, expert), and globals such as ``M`` (chain, draw,
-          expert, hidden_feature), in which base has the constants of the program;
+          expert, hidden_feature), base among the experts;
         - ``prior_predictive``, ``posterior_predictive``: each view (chain, draw, prompt, v_feature), NaN where it is
           missing: they replicate what was observed;
         - ``observed_data``: each view as the program sees it, NaN where it is missing;
@@ -111,11 +111,14 @@ def fitted_groups(
 
 
 def _globals(model: DispatchModel, sites: Sequence[Mapping[str, Tensor]], coords: Mapping[str, Any]) -> xr.Dataset:
-    """S draws of the globals: ``pi`` (chain, draw, expert), ``M`` (chain, draw, expert, hidden_feature) and so on; base
-    has constants in place of draws."""
+    """S draws of the globals: ``pi`` (chain, draw, expert), ``M`` (chain, draw, expert, hidden_feature) and so on;
+    base is among the experts."""
     own = {view.site(name): (view, name) for view in model.views for name in view.constants}
+    of_base = {view.site(f"base_{name}") for view in model.views for name in view.constants}  # within those
     variables: dict[str, Any] = {}
     for name in sites[0]:
+        if name in of_base:
+            continue
         if name in own:
             view, parameter = own[name]
             values = torch.stack([view.with_base(each, parameter) for each in sites]).unsqueeze(0).numpy()

@@ -16,7 +16,6 @@ from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from bayes_dispatch.errors import LabelError
 
 __all__ = ["DispatcherClassifier"]
@@ -37,9 +36,6 @@ class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         dimensions: features that the vectors are projected to; by default twelve, or four more than classes.
         svi_steps: optimiser steps of the program's globals.
         svi_learning_rate: of them, at the start.
-        guide_steps: optimiser steps of the guide.
-        simulations: prompts drawn from the fitted program, to train the guide on.
-        hidden: width of the guide's hidden layers.
         random_state: seed, NumPy ``RandomState``, or ``None`` for another fit each time.
 
     Attributes:
@@ -58,11 +54,8 @@ class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         *,
         unlabelled: Any = None,
         dimensions: int | None = None,
-        svi_steps: int = 600,
-        svi_learning_rate: float = 0.02,
-        guide_steps: int = 4_000,
-        simulations: int = 32_000,
-        hidden: int = 128,
+        svi_steps: int = 200,
+        svi_learning_rate: float = 0.1,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.n_components = n_components
@@ -70,9 +63,6 @@ class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
         self.dimensions = dimensions
         self.svi_steps = svi_steps
         self.svi_learning_rate = svi_learning_rate
-        self.guide_steps = guide_steps
-        self.simulations = simulations
-        self.hidden = hidden
         self.random_state = random_state
 
     def __sklearn_tags__(self) -> Any:
@@ -109,7 +99,6 @@ class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             [f"class {label}" for label in classes],  # the prefix lets a class be called "base"
             seed,
             SVISettings(self.svi_steps, self.svi_learning_rate),
-            GuideSettings(hidden=self.hidden, simulations=self.simulations, steps=self.guide_steps),
             FeatureSettings(self.dimensions),
         )
         order = np.lexsort((codes, *X.T))
@@ -132,7 +121,7 @@ class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             ValueError: before ``fit``, or whatever scikit-learn refuses in ``X``.
         """
         evidence = Evidence.from_array(self._checked(X))
-        return _without_base(self.dispatcher_.mixtures_of(evidence).mean)
+        return _without_base(self.dispatcher_.mean(evidence))
 
     def predict(self, X: Any) -> Shaped[np.ndarray, " prompt"]:
         """``(N,)`` the most probable class.

@@ -21,11 +21,13 @@ from jaxtyping import Bool, Float, Int
 
 from bayes_dispatch.arguments import number, shown, simplex
 from bayes_dispatch.dispatcher.arrays import Frozen
-from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import RESOLUTION, DirichletMixtures
+from bayes_dispatch.dispatcher.exact.cells import RESOLUTION, Cells
+from bayes_dispatch.dispatcher.fitting.flat import Dirichlets
 from bayes_dispatch.errors import ConfigError
 
-__all__ = ["Conformal", "ConformalIntervals", "conformal_quantile"]
+__all__ = ["Answer", "Conformal", "ConformalIntervals", "conformal_quantile"]
 
+Answer = Cells | Dirichlets  # distributions themselves, and not draws
 FEWEST, BINS = 200, 4  # prompts of a bin of lengths, and bins, at most
 COUNTED = 0.05  # posterior mean of an expert from which on its interval is promised anything
 ROUNDING = 1e-12  # of probabilities: what just meets a quantile is inside
@@ -63,7 +65,7 @@ class Conformal(Frozen):
     @classmethod
     def of(
         cls,
-        answer: DirichletMixtures,
+        answer: Answer,
         truth: Float[np.ndarray, "prompt weight"],
         shares: Float[np.ndarray, " weight"],
         lengths: Float[np.ndarray, " prompt"],
@@ -119,7 +121,7 @@ class Conformal(Frozen):
         return np.array(found)
 
     def sets(
-        self, answer: DirichletMixtures, lengths: Float[np.ndarray, " prompt"], probability: float
+        self, answer: Answer, lengths: Float[np.ndarray, " prompt"], probability: float
     ) -> Bool[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` the least ambiguous sets (Sadinle et al., 2019), with the likeliest expert in each."""
         doubts = 1 - answer.probability_best()
@@ -133,27 +135,26 @@ class ConformalIntervals(Frozen):
 
     Attributes:
         known: the calibration. lengths: ``(N,)`` of the N prompts, in tokens.
-        shares, concentration: of their :class:`DirichletMixtures`.
+        answer: their posterior.
     """
 
     known: Conformal
     lengths: np.ndarray
-    shares: np.ndarray
-    concentration: np.ndarray
+    answer: Answer
 
     def __post_init__(self) -> None:
         self.__setstate__(vars(self))
 
     def __len__(self) -> int:
-        return len(self.shares)
+        return len(self.answer)
 
     def __call__(self, probability: float) -> Float[np.ndarray, "2 prompt weight"]:
         """Lower and upper ends: those of the central posterior interval at the calibrated level, of the posterior's
         distribution itself and not of draws, a ``RESOLUTION`` further out.
         """
         level = self.known.quantiles("levels", self.lengths, probability) + ROUNDING
-        answer = DirichletMixtures(self.shares, self.concentration)
-        low, high = np.zeros((2, 2, len(self), self.concentration.shape[-1]))  # each end lies between the two
+        answer = self.answer
+        low, high = np.zeros((2, 2, len(self), len(self.known.shares)))  # each end lies between the two
         high += 1
         for _ in range(HALVINGS):
             middle = (low + high) / 2
@@ -163,9 +164,7 @@ class ConformalIntervals(Frozen):
 
     def select(self, rows: Int[np.ndarray, " selected"]) -> ConformalIntervals:
         """Those of some prompts."""
-        return replace(
-            self, lengths=self.lengths[rows], shares=self.shares[rows], concentration=self.concentration[rows]
-        )
+        return replace(self, lengths=self.lengths[rows], answer=self.answer.select(rows))
 
     @classmethod
     def concatenate(cls, parts: Sequence[ConformalIntervals | None]) -> ConformalIntervals | None:
@@ -173,8 +172,8 @@ class ConformalIntervals(Frozen):
         given = [part for part in parts if part is not None]
         if len(given) < len(parts) or not all(part.known.same(given[0].known) for part in given):
             return None
-        columns = ("lengths", "shares", "concentration")
-        return cls(given[0].known, *(np.concatenate([getattr(part, name) for part in given]) for name in columns))
+        answers = [part.answer for part in given]
+        return cls(given[0].known, np.concatenate([part.lengths for part in given]), answers[0].concatenate(answers))  # type: ignore[arg-type]  # all of one kind
 
 
 def conformal_quantile(scores: Float[np.ndarray, " score"], probability: float) -> float:

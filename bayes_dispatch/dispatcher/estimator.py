@@ -19,17 +19,16 @@ from jaxtyping import Bool, Float, Int, Shaped
 from bayes_dispatch.arguments import real, several, shown, simplex, whole
 from bayes_dispatch.arguments import seed as a_seed
 from bayes_dispatch.dispatcher.arrays import as_numbers
-from bayes_dispatch.dispatcher.conformal import Conformal, ConformalIntervals
+from bayes_dispatch.dispatcher.conformal import Answer, Conformal, ConformalIntervals
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
+from bayes_dispatch.dispatcher.exact.cells import Cells, prompt_generators
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher
-from bayes_dispatch.dispatcher.fitting.flat import FlatProgram
+from bayes_dispatch.dispatcher.fitting.flat import Dirichlets, FlatProgram
 from bayes_dispatch.dispatcher.fitting.pipeline import TrainingSet, fit_parts, refit_parts
-from bayes_dispatch.dispatcher.fitting.sleep import simulate
+from bayes_dispatch.dispatcher.fitting.simulation import simulate
 from bayes_dispatch.dispatcher.fitting.svi import FitReport, SVISettings, isolated
-from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import DirichletMixtures, prompt_generators
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings
-from bayes_dispatch.dispatcher.guide.importance import Weighted
+from bayes_dispatch.dispatcher.fitting.temper import KnownPrompts, choose_temper
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.dispatcher.prior.file import LOCK, update_prior, write_prior
 from bayes_dispatch.dispatcher.prior.online import (
@@ -48,9 +47,8 @@ from bayes_dispatch.storage import read_directory, write_directory
 __all__ = ["Dispatcher"]
 
 KIND = "dispatcher"
-VERSION = 2
+VERSION = 3
 PROGRAM, FLAT = "admixture", "flat"  # what there is, as files name it
-PROPOSALS = 96  # at least, and half as many again as the draws that are taken of them
 
 
 @dataclass(eq=False)
@@ -61,7 +59,6 @@ class Dispatcher:
         experts: K names, without base.
         random_state: seed of everything random in ``fit``.
         svi: settings of the globals' fit.
-        guide: settings of the guide and its training.
         features: settings of the projection of vectors.
         program: the generative program: views, families of experts, prior.
 
@@ -72,7 +69,6 @@ class Dispatcher:
     experts: Sequence[str]
     random_state: int = 0
     svi: SVISettings = field(default_factory=SVISettings)
-    guide: GuideSettings = field(default_factory=GuideSettings)
     features: FeatureSettings = field(default_factory=FeatureSettings)
     program: Admixture = field(default_factory=Admixture)
     _state: FittedDispatcher | FlatProgram | None = field(default=None, init=False, repr=False)
@@ -161,7 +157,7 @@ class Dispatcher:
         mixtures: Float[np.ndarray, "prompt weight"] | None = None,
         progress: bool = False,
     ) -> Dispatcher:
-        """Fit projection, globals and guide.
+        """Fit projection, globals and noise temper.
 
         Args:
             X: evidence of N prompts, or an array ``(N, F)`` taken as their hidden view.
@@ -177,7 +173,7 @@ class Dispatcher:
             TensorError: labels outside −1 … K−1, mixtures off the simplex, or another N.
         """
         data = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts))
-        settings = (self.svi, self.guide, self.features)
+        settings = (self.svi, self.features)
         parts = fit_parts(self.experts, self.program, data, *settings, self.random_state, progress)
         self._conformal, (self._state, self._report) = None, parts
         self._prior, self._prior_file = self._initial_prior(), None
@@ -190,7 +186,7 @@ class Dispatcher:
         mixtures: Float[np.ndarray, "prompt weight"] | None = None,
         progress: bool = False,
     ) -> Dispatcher:
-        """A new dispatcher for evidence that has drifted: globals, temper and guide fitted to it, from where they are.
+        """A new dispatcher for evidence that has drifted: globals and temper fitted to it, from where they are.
 
         The projections stay, so a few hundred prompts will do, labelled or not; the serving prior stays too. What
         :meth:`calibrate` has found does not. This dispatcher does not change.
@@ -204,8 +200,37 @@ class Dispatcher:
         """
         data = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts))
         new = replace(self)
-        new._state, new._report = refit_parts(self.state, data, self.svi, self.random_state, progress)
+        new._state, new._report = refit_parts(self.state, self.program, data, self.svi, self.random_state, progress)
         new._prior = self.prior
+        return new
+
+    def retempered(
+        self,
+        X: Evidence | Shaped[np.ndarray, "prompt feature"],
+        y: Int[np.ndarray, " prompt"] | Sequence[int] | None = None,
+        mixtures: Float[np.ndarray, "prompt weight"] | None = None,
+        seed: int = 0,
+    ) -> Dispatcher:
+        """A new dispatcher whose noise temper is chosen by prompts that :meth:`fit` has not seen.
+
+        ``fit`` chooses it by its own prompts, which it explains better than those to come: new documents, other
+        authors. What :meth:`calibrate` has found does not stay: give it other prompts than these.
+
+        Args:
+            X: evidence; 75 prompts of one expert and 75 mixed ones are enough, and as many are drawn of more. Without
+                mixed ones, concatenations of the others stand for them.
+            y, mixtures: as in :meth:`fit`.
+            seed: of the choice among prompts.
+
+        Raises:
+            NotFittedError: before :meth:`fit`.
+            EvidenceError, TensorError: as in :meth:`fit`.
+        """
+        data, state = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts)), self.state
+        known = KnownPrompts(state.prompts(data.evidence), data.targets)
+        temper = choose_temper(state.quadrature, known, state.shares, np.random.default_rng(a_seed(seed)))
+        new = replace(self)
+        new._state, new._report, new._prior = replace(state, temper=temper), self._report, self.prior
         return new
 
     def calibrate(
@@ -256,19 +281,14 @@ class Dispatcher:
         X: Evidence | Shaped[np.ndarray, "prompt feature"],
         draws: int = 64,
         seed: int | Sequence[int] = 0,
-        resample: bool = False,
-        proposals: int | None = None,
     ) -> DispatchPosterior:
-        """Draw from the posterior of the weights, one network call for all prompts.
+        """Draw from the posterior of the weights under the fitted program.
 
         Args:
             X: evidence of N prompts, or an array ``(N, F)`` taken as their hidden view.
             draws: independent draws of each prompt.
             seed: one seed (a prompt's draws then also depend on its row), or one for each prompt. A prompt's draws
                 depend on its evidence and its seed, never on the other prompts.
-            resample: correct the guide's draws by Pareto-smoothed importance sampling against the fitted program; the
-                posterior then has each prompt's ``k_hat`` and ``log_evidence``.
-            proposals: of each prompt, to resample from; by default half as many again as draws, at least 96.
 
         Returns:
             The draws ``(draw, prompt, K+1)``.
@@ -277,39 +297,27 @@ class Dispatcher:
             NotFittedError: before ``fit``.
             EvidenceError: bad evidence.
             TensorError: views of other widths than in ``fit``.
-            ConfigError: fewer than one draw or 25 proposals, or another number of seeds than prompts.
+            ConfigError: fewer than one draw, or another number of seeds than prompts.
         """
         evidence = _as_evidence(X)
         draws, generators = whole("draws", draws, 1), prompt_generators(seed, len(evidence))
         if isinstance(self._known, FlatProgram):  # exact: nothing to resample
             intervals = self._intervals(partial(self._answer, evidence), evidence.known_lengths())
-            weights = self._answer(evidence, self.prior.mean).draw(draws, generators)
+            weights = self._known.answer(evidence, self.prior.mean).draw(draws, generators)
             return DispatchPosterior(weights, (*self.experts, "base"), calibrated=intervals)
-        return self._posterior(self.state.prompts(evidence), draws, generators, resample, proposals)
+        return self._posterior(self.state.prompts(evidence), draws, generators)
 
-    def mixtures_of(self, evidence: Evidence) -> DirichletMixtures:
-        """The guide's answer itself: a mixture of Dirichlets for each prompt, in float64."""
-        return self._answer(evidence, self.prior.mean)
+    def mean(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, "prompt weight"]:
+        """``(N, K+1)`` posterior mean of the weights: of the distribution itself, not of draws."""
+        return self._answer(_as_evidence(X), self.prior.mean).mean
 
-    def weigh(self, X: Evidence | Shaped[np.ndarray, "prompt feature"], proposals: int, seed: int = 0) -> Weighted:
-        """Weighted proposals of each prompt, as :meth:`posterior` resamples them.
-
-        Raises:
-            ConfigError: fewer than 25 proposals.
-        """
-        evidence = _as_evidence(X)
-        return self._weigh(self.state.prompts(evidence), proposals, prompt_generators(seed, len(evidence)))
-
-    def log_evidence(
-        self, X: Evidence | Shaped[np.ndarray, "prompt feature"], seed: int = 0
-    ) -> Float[np.ndarray, " prompt"]:
+    def log_evidence(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, " prompt"]:
         """``(N,)`` log density of each prompt's evidence under the fitted program, nats: what tells drift.
 
         >>> monitor = drift_monitor(dispatcher.log_evidence(held_out))              # doctest: +SKIP
         >>> monitor, report = watch(monitor, dispatcher.log_evidence(arriving))     # doctest: +SKIP
         """
-        evidence = _as_evidence(X)
-        return self._weigh(self.state.prompts(evidence), PROPOSALS, prompt_generators(seed, len(evidence))).log_evidence
+        return self.state.answer(self.state.prompts(_as_evidence(X)), self.prior.mean).log_evidence
 
     @property
     def prior(self) -> PriorState:
@@ -391,7 +399,7 @@ class Dispatcher:
             mean = self._answer(_as_evidence(X), pi).mean
             if len(mean) != len(rewards):
                 raise TensorError(f"expected evidence of {len(rewards)} prompts, got {len(mean)}")
-            likelihoods = likelihoods * evidence_likelihood(mean, pi)
+            likelihoods = likelihoods * evidence_likelihood(mean, self._prior_mean(pi), floor=0.0)
         return self._take_in(likelihoods, forgetting)
 
     def keep_prior(self, path: str | Path) -> PriorState:
@@ -416,7 +424,7 @@ class Dispatcher:
 
     def predict_proba(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` probability that each expert (base last) has the largest weight; deterministic."""
-        return self.mixtures_of(_as_evidence(X)).probability_best()
+        return self._answer(_as_evidence(X), self.prior.mean).probability_best()
 
     def predict_set(
         self, X: Evidence | Shaped[np.ndarray, "prompt feature"], probability: float = 0.9
@@ -443,8 +451,6 @@ class Dispatcher:
         draws: int = 256,
         seed: int = 0,
         weights: Float[np.ndarray, "prompt weight"] | None = None,
-        resample: bool = False,
-        proposals: int | None = None,
     ) -> tuple[Float[np.ndarray, "prompt weight"], DispatchPosterior]:
         """Draw prompts from the fitted program and infer their weights: for calibration by simulation.
 
@@ -453,7 +459,6 @@ class Dispatcher:
             draws: posterior draws of each.
             seed: of simulation and draws.
             weights: ``(count, K+1)`` to simulate at; drawn from the prior by default.
-            resample, proposals: as in :meth:`posterior`.
 
         Returns:
             The true weights ``(count, K+1)`` and the posterior.
@@ -463,24 +468,19 @@ class Dispatcher:
             ConfigError: fewer than one prompt or draw, or weights off the simplex.
             TensorError: weights of another shape.
         """
-        state, count, given = self.state, whole("count", count, 1), None
-        if weights is not None:
-            given = torch.tensor(simplex("weights", weights), dtype=torch.float32)
-            if given.shape != (wanted := (count, len(self.experts) + 1)):
-                raise TensorError(f"expected weights of shape {wanted}, got {tuple(given.shape)}")
-        shares = torch.tensor(self.prior.mean, dtype=torch.float32)
+        state, count = self.state, whole("count", count, 1)
+        if weights is None:
+            prior = state.quadrature.prior(state.labels(self.prior.mean))
+            truth = prior.draw(count, np.random.default_rng([a_seed(seed), 1]))
+        else:
+            truth = simplex("weights", weights)
+            if truth.shape != (wanted := (count, len(self.experts) + 1)):
+                raise TensorError(f"expected weights of shape {wanted}, got {truth.shape}")
         with isolated(a_seed(seed)):
-            drawn = simulate(
-                state.model, state.globals, state.like, count, self.guide, (state.temper,) * 2, 0.0, given, shares
-            )
-        posterior = self._posterior(
-            drawn.prompts.to(torch.float64),
-            whole("draws", draws, 1),
-            prompt_generators(seed, count),
-            resample,
-            proposals,
-        )
-        return drawn.weights.numpy().astype(np.float64), posterior
+            given = torch.tensor(truth, dtype=torch.float32)
+            prompts = simulate(state.model, state.globals.to(torch.float32), state.like, given, state.temper)
+        posterior = self._posterior(prompts.to(torch.float64), whole("draws", draws, 1), prompt_generators(seed, count))
+        return truth, posterior
 
     def save(self, directory: str | Path) -> None:
         """Write ``dispatcher.json`` and ``dispatcher.safetensors`` into a directory, in the place of an earlier save.
@@ -499,7 +499,7 @@ class Dispatcher:
         arrays |= {"prior.initial": self.prior.initial}
         if self._conformal is not None:
             arrays |= {f"conformal.{name}": values for name, values in vars(self._conformal).items()}
-        settings = {name: asdict(getattr(self, name)) for name in ("svi", "guide", "features", "program")}
+        settings = {name: asdict(getattr(self, name)) for name in ("svi", "features", "program")}
         header = {
             "version": VERSION,
             "experts": list(self.experts),
@@ -525,9 +525,8 @@ class Dispatcher:
                 document["experts"],
                 document["random_state"],
                 SVISettings(**document["svi"]),
-                GuideSettings(**_tuples(document["guide"])),
                 FeatureSettings(**_tuples(document["features"])),
-                Admixture(**document["program"]),
+                Admixture(**_tuples(document["program"])),
             )
         except (AttributeError, KeyError, TypeError, ConfigError) as error:
             reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
@@ -541,9 +540,7 @@ class Dispatcher:
                     f"expected the concentration of a flat dispatcher in {directory}, got {error}"
                 ) from None
         else:
-            dispatcher._state = FittedDispatcher.unpack(
-                document, arrays, lambda views: program.model(experts, views), dispatcher.guide
-            )
+            dispatcher._state = FittedDispatcher.unpack(document, arrays, lambda views: program.model(experts, views))
         try:
             mean, covariance, initial = (arrays[f"prior.{name}"] for name in ("mean", "covariance", "initial"))
             dispatcher._prior = PriorState(mean, covariance, initial, (*experts, "base"), document["events"])
@@ -562,13 +559,12 @@ class Dispatcher:
         X: Evidence | Shaped[np.ndarray, "prompt feature"],
         draws: int = 64,
         seed: int = 0,
-        resample: bool = True,
         prompts: Sequence[str] | None = None,
     ) -> Any:
         """Prior, posterior, predictive draws and evidence of prompts as arviz data.
 
         Args:
-            X, draws, seed, resample: as in :meth:`posterior`, whose draws these are.
+            X, draws, seed: as in :meth:`posterior`, whose draws these are.
             prompts: names of the prompts for plots; numbers by default.
 
         Returns:
@@ -579,7 +575,7 @@ class Dispatcher:
         from bayes_dispatch.dispatcher.arviz_groups import fitted_groups
 
         evidence = _as_evidence(X)
-        posterior = self.posterior(evidence, draws, seed, resample)
+        posterior = self.posterior(evidence, draws, seed)
         return to_inference_data(fitted_groups(self.state, evidence, posterior, self._report, prompts, seed))
 
     def _take_in(self, likelihoods: Float[np.ndarray, "event component"], forgetting: float) -> PriorState:
@@ -599,58 +595,43 @@ class Dispatcher:
             return prior_state(np.full(len(names), known.concentration), names)
         return prior_state(known.model.prior_of_shares().double().numpy(), names)
 
-    def _answer(self, evidence: Evidence, pi: Float[np.ndarray, " component"]) -> DirichletMixtures:
+    def _answer(self, evidence: Evidence, pi: Float[np.ndarray, " component"]) -> Cells | Dirichlets:
         known = self._known
         return (
             known.answer(evidence, pi) if isinstance(known, FlatProgram) else known.answer(known.prompts(evidence), pi)
         )
 
-    def _posterior(
-        self,
-        prompts: Prompts,
-        draws: int,
-        generators: Sequence[np.random.Generator],
-        resample: bool,
-        proposals: int | None,
-    ) -> DispatchPosterior:
+    def _prior_mean(self, pi: Float[np.ndarray, " component"]) -> Float[np.ndarray, " component"]:
+        """Of the weights, before a prompt is read."""
+        known = self._known
+        return pi if isinstance(known, FlatProgram) else known.quadrature.prior(known.labels(pi)).mean
+
+    def _posterior(self, prompts: Prompts, draws: int, generators: Sequence[np.random.Generator]) -> DispatchPosterior:
         state, pi = self.state, self.prior.mean
         answer = state.answer(prompts, pi)
 
-        def under(shares: Float[np.ndarray, " component"]) -> DirichletMixtures:  # the network runs once where it can
+        def under(shares: Float[np.ndarray, " component"]) -> Cells:  # computed once where it can be
             return answer if np.array_equal(shares, pi) else state.answer(prompts, shares)
 
-        found: dict[str, Any] = {}
-        log_weights: np.ndarray | float = 0.0
-        if resample:
-            wanted = max(PROPOSALS, -(-3 * draws // 2)) if proposals is None else whole("proposals", proposals, 25)
-            weighted = state.sampler(answer, prompts, pi, wanted, generators)
-            weights, log_weights = weighted.draw(draws, generators)
-            found = {"k_hat": weighted.k_hat, "log_evidence": weighted.log_evidence}
-        else:
-            weights = answer.draw(draws, generators)
+        weights, log_ratios = answer.draw(draws, generators)
         return DispatchPosterior(
             weights,
             (*self.experts, "base"),
-            prior=np.tile(state.model.label_shares(pi), (len(prompts), 1)),
-            log_ratios=state.sampler.prior_ratios(answer, weights.swapaxes(0, 1), pi).T - log_weights,
+            log_evidence=answer.log_evidence,
+            prior=np.tile(self._prior_mean(pi), (len(prompts), 1)),
+            log_ratios=log_ratios,
             calibrated=self._intervals(under, prompts.lengths.numpy()),
-            **found,
         )
 
     def _intervals(
         self,
-        answer: Callable[[Float[np.ndarray, " component"]], DirichletMixtures],
+        answer: Callable[[Float[np.ndarray, " component"]], Answer],
         lengths: Float[np.ndarray, " prompt"],
     ) -> ConformalIntervals | None:
         """Calibrated ones of prompts that have this answer under shares."""
         if (known := self._conformal) is None:
             return None
-        found = answer(known.shares)
-        return ConformalIntervals(known, lengths, found.shares, found.concentration)
-
-    def _weigh(self, prompts: Prompts, proposals: int, generators: Sequence[np.random.Generator]) -> Weighted:
-        proposals, pi = whole("proposals", proposals, 25), self.prior.mean
-        return self.state.sampler(self.state.answer(prompts, pi), prompts, pi, proposals, generators)
+        return ConformalIntervals(known, lengths, answer(known.shares))
 
 
 def _as_evidence(X: Evidence | np.ndarray) -> Evidence:

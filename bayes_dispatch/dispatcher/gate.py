@@ -1,7 +1,7 @@
 """Is a prompt foreign to all experts? A conformal gate that sends such prompts to base, at a stated false-alarm rate.
 
 **Score.** Two numbers of a prompt say "foreign": the log predictive density of its evidence under the fitted program is
-low, or E[w_base], the guide's own mean, is high. Either misses what the other finds: text unlike anything in training
+low, or E[w_base], the posterior mean, is high. Either misses what the other finds: text unlike anything in training
 may spread its weight over experts, and prompts that mix domains have densities nearly as low as foreign ones. Both
 drift with length, so each becomes a residual of a regression on the log length and its square, divided by that of its
 absolute residual; the score is the sum of both.
@@ -35,7 +35,6 @@ from bayes_dispatch.arguments import seed as a_seed
 from bayes_dispatch.dispatcher.arrays import as_numbers, short_repr
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
-from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import prompt_generators
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import BundleError, ConfigError, TensorError
 from bayes_dispatch.storage import read_directory, write_directory
@@ -44,7 +43,6 @@ __all__ = ["Gate", "GateDecision", "foreign_parts"]
 
 KIND = "gate"
 VERSION = 1
-PROPOSALS = 96  # of the importance sampling behind the density
 FITTED = 4  # every fourth prompt is for the regressions
 FEWEST = 80
 PER_BIN = 60  # calibration prompts of each group, at least, where there are several bins
@@ -69,7 +67,7 @@ class GateDecision:
 
     def to_base(self, posterior: DispatchPosterior) -> DispatchPosterior:
         """The posterior with all draws of foreign prompts at the base vertex; the others' draws, and what is known of
-        the evidence (``k_hat``, ``log_evidence``, ``calibrated``), stay.
+        the evidence (``log_evidence``, ``calibrated``), stay.
 
         Raises:
             TensorError: a posterior of other prompts.
@@ -302,8 +300,7 @@ def foreign_parts(
     state = dispatcher.state
     prompts = state.prompts(evidence)
     answer = state.answer(prompts, shares)
-    same = prompt_generators([0] * len(evidence), len(evidence))  # no prompt's score depends on its row
-    density = state.sampler(answer, prompts, shares, PROPOSALS, same).log_evidence
+    density = answer.log_evidence
     base = np.clip(answer.mean[:, -1], 1e-9, 1 - 1e-9)
     return np.stack([-density, np.log(base / (1 - base))], axis=1)
 

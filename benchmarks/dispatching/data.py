@@ -10,10 +10,9 @@ import torch
 
 from bayes_dispatch.app.build import PROGRAM
 from bayes_dispatch.app.bundle import SHIPPED
-from bayes_dispatch.app.plans import PLANS
 from bayes_dispatch.dispatcher.evidence.evidence import LENGTHS, Evidence
+from bayes_dispatch.dispatcher.exact.supports import SupportPrior
 from bayes_dispatch.dispatcher.fitting.svi import isolated
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.settings import Admixture
@@ -32,7 +31,6 @@ __all__ = ["LENGTHS_JUDGED", "Problem", "Sizes", "World", "shipped", "simulated"
 
 LENGTHS_JUDGED = (32, 64, 128)
 SPAN = (16, 256)  # shortest and longest prompt
-KAPPA = (0.2, 4.0)  # precision of simulated mixtures, log-uniform
 STRANGERS = 2  # experts whose prompts are foreign
 DIMENSIONS, CLASSES = 12, 13
 
@@ -59,7 +57,7 @@ class Problem:
     Attributes:
         experts: K names. train: to fit on. pure: held-out prompts of one expert by length.
         mixed: held-out mixtures. foreign: prompts that no expert serves, of the longest length.
-        program: what the dispatcher fits. guide: how its guide is trained.
+        program: what the dispatcher fits.
     """
 
     experts: tuple[str, ...]
@@ -68,7 +66,6 @@ class Problem:
     mixed: KnownEvidence
     foreign: KnownEvidence
     program: Admixture = field(default_factory=Admixture)
-    guide: GuideSettings = field(default_factory=GuideSettings)
 
 
 class World:
@@ -179,16 +176,14 @@ def shipped(seed: int, sizes: Sizes, work: Path, block: int = 0) -> Problem:
 
     names: Sequence[str] = [domain.name for domain in EXPERT_DOMAINS]
     pure = {length: get(str(length)) for length in LENGTHS_JUDGED}
-    plan = PLANS["full"]
-    return Problem(tuple(names), get("train"), pure, get("mixed"), get("foreign"), PROGRAM, plan.guide)
+    return Problem(tuple(names), get("train"), pure, get("mixed"), get("foreign"), PROGRAM)
 
 
 def _mixtures(rng: np.random.Generator, count: int, world: World) -> np.ndarray:
     """``(count, K+1)`` weights from the program's prior, shares ``pi`` drawn once."""
-    pi = rng.dirichlet(np.array([3.0] * world.experts + [1.5]))
-    base = DispatchModel(world.experts, world.views).label_shares(pi)
-    kappas = np.exp(rng.uniform(np.log(KAPPA[0]), np.log(KAPPA[1]), count))
-    return np.stack([rng.dirichlet(kappa * base) for kappa in kappas])
+    model = DispatchModel(world.experts, world.views)
+    pi = rng.dirichlet(model.prior_of_shares().double().numpy())
+    return SupportPrior(model.sizes, model.label_shares(pi)).draw(count, rng)
 
 
 def _lengths(rng: np.random.Generator, count: int) -> np.ndarray:

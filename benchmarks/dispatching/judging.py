@@ -15,7 +15,6 @@ from dispatching.methods import Method
 __all__ = ["LEVELS", "SCORES", "Judgement", "judge", "on_simulations"]
 
 LEVELS = (0.5, 0.9)
-RELIABLE = 0.7  # k-hat below it
 
 SCORES = (
     *(f"accuracy {length}" for length in LENGTHS_JUDGED),
@@ -28,7 +27,6 @@ SCORES = (
     "90% covers on simulations",
     "AUROC, share",
     "AUROC, density",
-    "k-hat < .7",
 )
 
 
@@ -48,8 +46,8 @@ class Judgement:
 def judge(method: Method, problem: Problem) -> Judgement:
     """Every score that the method has.
 
-    Accuracy, ECE and log loss are of P(largest share) on pure prompts, by length and over all lengths; Brier, coverage
-    and k-hat are of mixtures; AUROC tells foreign prompts from pure ones of their length.
+    Accuracy, ECE and log loss are of P(largest share) on pure prompts, by length and over all lengths; Brier and
+    coverage are of mixtures; AUROC tells foreign prompts from pure ones of their length.
     """
     scores: dict[str, float] = {}
     best, labels, inside = [], [], None
@@ -72,14 +70,12 @@ def judge(method: Method, problem: Problem) -> Judgement:
     scores["AUROC, share"] = ood_auroc(inside.foreign, foreign.foreign).value
     if inside.surprise is not None and foreign.surprise is not None:
         scores["AUROC, density"] = ood_auroc(inside.surprise, foreign.surprise).value
-    if mixed.k_hat is not None:
-        scores["k-hat < .7"] = float((mixed.k_hat < RELIABLE).mean())
     return Judgement(scores, errors)
 
 
-def on_simulations(dispatcher: Dispatcher, problem: Problem, resample: bool, draws: int = 256) -> dict[str, float]:
+def on_simulations(dispatcher: Dispatcher, problem: Problem, draws: int = 256) -> dict[str, float]:
     """Coverage on simulations from the fitted program at the same mixtures, by name of a score."""
     truth = problem.mixed.mixtures
-    drawn, posterior = dispatcher.simulate(len(truth), draws, 0, truth, resample)
+    drawn, posterior = dispatcher.simulate(len(truth), draws, 0, truth)
     values = coverage_curve(posterior, drawn, LEVELS).values
     return {f"{level:.0%} covers on simulations": float(value) for level, value in zip(LEVELS, values, strict=True)}

@@ -16,12 +16,11 @@ import torch
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.fitting import pipeline
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from dispatching.data import World
 
 __all__ = ["STAGES", "FitCost", "Stage", "fit_cost"]
 
-STAGES = {"fit_feature_map": "projection", "fit_globals": "globals", "fit_guide": "guide"}
+STAGES = {"fit_feature_map": "projections", "fit_globals": "globals", "choose_temper": "temper"}
 REST = "rest"
 STATUS = Path("/proc/self/status")
 
@@ -47,17 +46,16 @@ class FitCost:
     stages: dict[str, Stage] = field(default_factory=dict)
 
 
-def fit_cost(prompts: int, experts: int, svi: SVISettings, guide: GuideSettings) -> FitCost:
+def fit_cost(prompts: int, experts: int, svi: SVISettings) -> FitCost:
     """Fit to simulated evidence in a fresh process: half of the prompts labelled, one in ten a known mixture."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_fit, prompts, experts, svi, guide).result()
+        return pool.submit(_fit, prompts, experts, svi).result()
 
 
-def _fit(prompts: int, experts: int, svi: SVISettings, guide: GuideSettings) -> FitCost:
+def _fit(prompts: int, experts: int, svi: SVISettings) -> FitCost:
     torch.set_num_threads(1)
-    tiny = GuideSettings(hidden=8, simulations=40, global_draws=2, steps=4)
-    _dispatcher(120, 4, SVISettings(steps=2, rounds=1), tiny)()  # loads and compiles what is loaded on first use
-    fit = _dispatcher(prompts, experts, svi, guide)
+    _dispatcher(120, 4, SVISettings(steps=2, rounds=1))()  # loads and compiles what is loaded on first use
+    fit = _dispatcher(prompts, experts, svi)
     stages: dict[str, Stage] = {}
     before = _kilobytes("VmRSS")
     with _measured(REST, stages, before), ExitStack() as stack:
@@ -68,7 +66,7 @@ def _fit(prompts: int, experts: int, svi: SVISettings, guide: GuideSettings) -> 
     return FitCost(prompts, experts, stages)
 
 
-def _dispatcher(prompts: int, experts: int, svi: SVISettings, guide: GuideSettings) -> Callable[[], object]:
+def _dispatcher(prompts: int, experts: int, svi: SVISettings) -> Callable[[], object]:
     """A fit of evidence that is drawn already."""
     rng = np.random.default_rng(0)
     world = World(experts, 0)
@@ -79,7 +77,7 @@ def _dispatcher(prompts: int, experts: int, svi: SVISettings, guide: GuideSettin
     evidence = world.draw(weights, rng.integers(16, 257, prompts), 1)
     labels = np.where(~mixed & (rng.random(prompts) < 0.5), rows % experts, -1)
     known = np.where(mixed[:, None], weights, np.nan)
-    dispatcher = Dispatcher([f"expert {k}" for k in range(experts)], 0, svi=svi, guide=guide)
+    dispatcher = Dispatcher([f"expert {k}" for k in range(experts)], 0, svi=svi)
     return lambda: dispatcher.fit(evidence, labels, known)
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import bayes_dispatch as bd
 from bayes_dispatch.app.bundle import SHIPPED
 from bayes_dispatch.app.plans import PLANS, TrainingPlan
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS, Domain
 from bayes_dispatch.experts.training import train_expert
 from bayes_dispatch.experts.vectors import BASE
@@ -25,10 +24,7 @@ from dispatching.methods import Ours
 
 __all__ = ["BLENDED", "FULL", "JUDGED", "OWN", "QUICK", "Scores", "first_block_system", "scored", "shipped_scores"]
 
-# The bundle's recipe, but for the guide, which is the library's default: 128 hidden units, 40,000 simulations and 4,000
-# steps, where the bundle's has 192, 100,000 and 10,000.
-FULL = replace(PLANS["full"], guide=GuideSettings())
-QUICK = PLANS["smoke"]
+FULL, QUICK = PLANS["full"], PLANS["smoke"]
 BLENDED = ("pure", "mixed", "foreign")
 JUDGED = ("accuracy 32", "accuracy 128", "Brier, mixes", "AUROC, share")
 OWN = "own expert"
@@ -88,8 +84,7 @@ def first_block_system(work: Path, plan: TrainingPlan, block: int) -> bd.Bundle:
     bank, fitted = bd.ExpertBank(experts), place / "dispatcher"
     if not fitted.exists():
         problem = _problem(work, plan, block)
-        settings = {"svi": plan.svi, "guide": plan.guide, "program": problem.program}
-        dispatcher = bd.Dispatcher(bank.names, plan.seed, **settings)
+        dispatcher = bd.Dispatcher(bank.names, plan.seed, svi=plan.svi, program=problem.program)
         dispatcher.fit(problem.train.evidence, problem.train.labels, problem.train.mixtures).save(fitted)
     return bd.Bundle(model, bank, bd.Dispatcher.load(fitted))
 
@@ -120,7 +115,7 @@ def _beside_base(bundle: bd.Bundle, domain: Domain, plan: TrainingPlan) -> dict[
 
 
 def _dispatch_scores(dispatcher: bd.Dispatcher, problem: Problem) -> dict[str, float]:
-    found = judge(Ours(dispatcher, resample=False), problem).scores
+    found = judge(Ours(dispatcher), problem).scores
     return {name: found[name] for name in JUDGED}
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import bayes_dispatch as bd
 from bayes_dispatch.app.build import BuildSettings, build_bundle
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from bayes_dispatch.experts.domains import Domain, Split
 from bayes_dispatch.experts.domains.own import OwnText
 
@@ -27,7 +26,6 @@ SETTINGS = BuildSettings(
     mixed_prompts=8,
     gate_prompts=0,
     svi=SVISettings(steps=20, rounds=1),
-    guide=GuideSettings(hidden=8, simulations=100, steps=10),
 )
 
 

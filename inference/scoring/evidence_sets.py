@@ -44,7 +44,10 @@ class KnownEvidence(NamedTuple):
     @property
     def several(self) -> "KnownEvidence":
         """The prompts of several domains."""
-        rows = np.flatnonzero(self.labels < 0)
+        return self.select(np.flatnonzero(self.labels < 0))
+
+    def select(self, rows: Int[np.ndarray, " row"]) -> "KnownEvidence":
+        """Some of the prompts."""
         return KnownEvidence(self.evidence.select(rows), self.labels[rows], self.mixtures[rows])
 
     @classmethod

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from scipy.special import logsumexp
 
 from bayes_dispatch.arguments import real, simplex, whole
-from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import on_simplex
+from bayes_dispatch.dispatcher.arrays import on_simplex
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import BayesDispatchError, ConfigError, UnknownNameError
 

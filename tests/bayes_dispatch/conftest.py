@@ -69,23 +69,9 @@ def settings() -> Callable[..., dict[str, Any]]:
     """Settings of a fit that takes a fraction of a second; by default one that learns nothing much."""
     from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
     from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-    from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 
-    def make(
-        svi: int = 4, steps: int = 5, simulations: int = 40, hidden: int = 8, real_share: float = 0.12
-    ) -> dict[str, Any]:
-        return {
-            "svi": SVISettings(steps=svi),
-            "guide": GuideSettings(
-                hidden=hidden,
-                simulations=simulations,
-                global_draws=4,
-                steps=steps,
-                batch_size=min(simulations, 128),
-                real_share=real_share,
-            ),
-            "features": FeatureSettings(dimensions=3, folds=2),
-        }
+    def make(svi: int = 4) -> dict[str, Any]:
+        return {"svi": SVISettings(steps=svi, rounds=1), "features": FeatureSettings(dimensions=3, folds=2)}
 
     return make
 
@@ -95,17 +81,5 @@ def fitted(sample: Sample, settings: Callable[..., dict[str, Any]]) -> Dispatche
     """A dispatcher of three experts fitted on labels and mixtures; not to be changed."""
     from bayes_dispatch.dispatcher.estimator import Dispatcher
 
-    dispatcher = Dispatcher(EXPERTS, **settings(svi=50, steps=120, simulations=2_000, hidden=32))
-    return dispatcher.fit(sample.evidence, sample.labels, sample.mixtures)
-
-
-@pytest.fixture(scope="session")
-def trained(sample: Sample, settings: Callable[..., dict[str, Any]]) -> Dispatcher:
-    """The same with a guide good enough for calibration, in half a minute: for slow tests.
-
-    It is trained on simulations alone: real prompts are not draws from the program's prior, and pull the guide off it.
-    """
-    from bayes_dispatch.dispatcher.estimator import Dispatcher
-
-    dispatcher = Dispatcher(EXPERTS, **settings(svi=100, steps=2_000, simulations=10_000, hidden=64, real_share=0.0))
+    dispatcher = Dispatcher(EXPERTS, **settings(svi=60))
     return dispatcher.fit(sample.evidence, sample.labels, sample.mixtures)

@@ -444,7 +444,7 @@ def test_dispatcher_round_trip(fitted: Dispatcher, fresh: "Sample", tmp_path: Pa
     generator = torch.random.get_rng_state()
     loaded = Dispatcher.load(tmp_path / "a")
     assert torch.equal(torch.random.get_rng_state(), generator)
-    for name in ("experts", "random_state", "svi", "guide", "features"):
+    for name in ("experts", "random_state", "svi", "features", "program"):
         assert getattr(loaded, name) == getattr(fitted, name)
     draws = [d.posterior(fresh.evidence, draws=5, seed=3).weights for d in (fitted, loaded)]
     assert np.array_equal(*draws)
@@ -467,10 +467,10 @@ def test_dispatchers_of_other_formats(fitted: Dispatcher, tmp_path: Path) -> Non
         ({"experts": ["a", "b"]}, arrays),
         ({"experts": None}, arrays),
         ({"views": {"smell": 3}}, arrays),
-        ({}, {name: array for name, array in arrays.items() if name != "guide.network.0.weight"}),
+        ({}, {name: array for name, array in arrays.items() if name != "globals.loc.M"}),
         ({}, {name: array for name, array in arrays.items() if not name.startswith("like.")}),
-        ({}, {**arrays, "guide.center": np.zeros(2, np.float32)}),
-        ({"guide": None}, arrays),
+        ({}, {**arrays, "globals.loc.pi": np.zeros((2, 2), np.float32)}),
+        ({"program": None}, arrays),
         ({"svi": {"stepz": 3}}, arrays),
     ):
         write_directory(tmp_path, "dispatcher", {**document, **changes}, held)

@@ -21,7 +21,7 @@ SIZES = Sizes(pure=20, mixed=30, judged=10, mixtures=40)
 def test_the_smoke_test_prints_every_score_of_every_method(capsys: pytest.CaptureFixture[str]) -> None:
     dispatch.main(seeds=1, data=["simulated"], quick=True)
     printed = capsys.readouterr().out
-    for name in (*SCORES, *FITS, dispatch.REFERENCE, "ours, resampled", "ELBO-trained guide"):
+    for name in (*SCORES, *FITS, dispatch.REFERENCE):
         assert name in printed
     assert "nan" not in printed
 

@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import plain_classification as plain
 
-TINY = {"svi_steps": 2, "guide_steps": 4, "simulations": 40, "hidden": 8}
+TINY = {"svi_steps": 2}
 
 
 @pytest.mark.usefixtures("unchecked")

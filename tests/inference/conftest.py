@@ -73,15 +73,13 @@ def dispatcher_of(names: tuple[str, ...], model: Any, tokenizer: Any) -> "Dispat
     from bayes_dispatch.dispatcher.estimator import Dispatcher
     from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
     from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-    from bayes_dispatch.dispatcher.guide.guides import GuideSettings
     from bayes_dispatch.inference.two_pass.first_pass import first_pass
 
     labels = np.arange(30) % 3
     texts = [("ab>ba\n", "ba>ab\n", "1+2=3\n")[label] * (1 + i % 4) for i, label in enumerate(labels)]
     evidence = first_pass(model, tokenizer, texts, block=1).evidence
-    guide = GuideSettings(hidden=16, simulations=500, global_draws=5, steps=60, batch_size=64)
     features = FeatureSettings(dimensions=4, folds=2)
-    return Dispatcher(names, svi=SVISettings(steps=40), guide=guide, features=features).fit(evidence, labels)
+    return Dispatcher(names, svi=SVISettings(steps=40), features=features).fit(evidence, labels)
 
 
 @pytest.fixture(scope="session")

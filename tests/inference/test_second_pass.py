@@ -120,8 +120,9 @@ def test_merged_particles_cost_fewer_rows_and_little_likelihood(bundle64: "Bundl
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_it_costs(cut64: "Bundle", bundle64: "Bundle") -> None:
-    """One row of experts above a cut reads the prompt once in all; six read it once below and six times above."""
-    tokens = sum(len(prompt) + 1 for prompt in PROMPTS[:3])
+    """One row of experts above a cut reads the prompt once in all; several read it once below, and each above."""
+    lengths = [len(prompt) + 1 for prompt in PROMPTS[:3]]
+    tokens = sum(lengths)
     generator = TwoPassGenerator(cut64)
 
     def cost(blend: Blend, bundle: "Bundle" = cut64) -> Cost:
@@ -130,10 +131,14 @@ def test_what_it_costs(cut64: "Bundle", bundle64: "Bundle") -> None:
     one = cost(PosteriorMean())
     assert one == Cost(3, tokens, 9, first_pass=0, prefill=3 * tokens, decode=3 * 9)
     assert (one.prompt_passes, one.rows) == (1.0, 1.0)
+    particles = UNMERGED.particles(generator.generate(PROMPTS[:3], max_new_tokens=1, seed=0).posterior)
+    rows = [len(np.unique(each, axis=0)) for each in particles.run]  # draws may be vertices
+    assert max(rows) > 3
+    prefill = sum((1 + own * 2) * length for own, length in zip(rows, lengths, strict=True))
     six = cost(UNMERGED)
-    assert six == Cost(3, tokens, 9, first_pass=0, prefill=(1 + 6 * 2) * tokens, decode=(1 + 6 * 2) * 9)
+    assert six == Cost(3, tokens, 9, first_pass=0, prefill=prefill, decode=sum(3 + own * 6 for own in rows))
     refined = cost(RefinedMean(6))
-    assert refined == Cost(3, tokens, 9, first_pass=0, prefill=(1 + 7 * 2) * tokens, decode=3 * 9)
+    assert refined == Cost(3, tokens, 9, first_pass=0, prefill=prefill + 2 * tokens, decode=3 * 9)
     twice = cost(PosteriorMean(), bundle64)  # experts adapt all blocks: the first pass is no prefill
     assert twice == Cost(3, tokens, 9, first_pass=3 * tokens, prefill=3 * tokens, decode=3 * 9)
     assert twice.prompt_passes == 2.0

@@ -1,4 +1,4 @@
-"""What fitting finds, and all that is saved: program, globals, projections, guide and temper, as arrays."""
+"""What fitting finds, and all that is saved: program, globals, projections and temper, as arrays."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayes_dispatch.dispatcher.arrays import on_simplex
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureMap
-from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior
-from bayes_dispatch.dispatcher.guide.dirichlet_mixtures import DirichletMixtures
-from bayes_dispatch.dispatcher.guide.encoding import Encoder
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings, MixtureGuide
-from bayes_dispatch.dispatcher.guide.importance import ImportanceSampler
+from bayes_dispatch.dispatcher.exact.cells import Cells
+from bayes_dispatch.dispatcher.exact.densities import ViewDensity
+from bayes_dispatch.dispatcher.exact.quadrature import Quadrature
+from bayes_dispatch.dispatcher.fitting.simulation import GLOBAL_DRAWS
+from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior, isolated
 from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.views import KINDS, View, floored
@@ -39,18 +40,14 @@ class FittedDispatcher:
         model: the generative program.
         globals: its fitted globals.
         feature_maps: by view the affine map of its raw values; views without one are read as they are.
-        guide: the amortised guide.
         temper: the noise temper τ served with.
-        settings: of the guide.
         like: lengths, totals and missing views of training prompts, for simulations.
     """
 
     model: DispatchModel
     globals: GlobalsPosterior
     feature_maps: Mapping[str, FeatureMap]
-    guide: MixtureGuide
     temper: float
-    settings: GuideSettings
     like: Prompts
 
     def __getstate__(self) -> dict[str, Any]:
@@ -67,20 +64,21 @@ class FittedDispatcher:
         return digest.hexdigest()
 
     @cached_property
-    def encoder(self) -> Encoder:
-        """What makes the network's inputs."""
-        return Encoder(self.model, self.globals.center())
-
-    @cached_property
-    def draws(self) -> tuple[dict[str, Tensor], ...]:
-        """Draws of the globals that serving goes through, always the same."""
+    def quadrature(self) -> Quadrature:
+        """What sums out the weights, under draws of the globals that are always the same."""
         generator = torch.Generator().manual_seed(0)
-        return tuple(self.globals.draw(generator) for _ in range(self.settings.global_draws))
+        draws = [self.globals.draw(generator) for _ in range(GLOBAL_DRAWS)]
+        densities = ViewDensity.of_views(self.model.views, draws, self.temper)
+        return Quadrature(densities, self.model.sizes, self.model.tree)
 
-    @cached_property
-    def sampler(self) -> ImportanceSampler:
-        """Importance sampling under these draws of the globals."""
-        return ImportanceSampler(self.model, self.draws, self.temper, self.settings.kappa)
+    @property
+    def shares(self) -> Float[np.ndarray, " weight"]:
+        """``(K+1,)`` label shares of the program's own prior."""
+        return self.labels(on_simplex(self.model.prior_of_shares().double().numpy()))
+
+    def labels(self, pi: Float[np.ndarray, " weight"]) -> Float[np.ndarray, " weight"]:
+        """``(K+1,)`` label shares under ``pi``: these with a floor."""
+        return on_simplex(np.asarray(self.model.label_shares(pi), dtype=np.float64))
 
     def prompts(self, evidence: Evidence) -> Prompts:
         """Evidence as the program's tensors, float64.
@@ -94,14 +92,9 @@ class FittedDispatcher:
         }
         return as_prompts(self.model, evidence, mapped, torch.float64)
 
-    def answer(self, prompts: Prompts, shares: Float[np.ndarray, " weight"]) -> DirichletMixtures:
-        """The guide's posterior of float64 prompts under ``pi`` = ``shares (K+1,)``."""
-        labels = self.model.label_shares(shares)
-        return self._network(self.encoder(prompts, self.temper, labels))
-
-    @cached_property
-    def _network(self) -> Callable[[np.ndarray], DirichletMixtures]:
-        return self.guide.compiled()
+    def answer(self, prompts: Prompts, pi: Float[np.ndarray, " weight"]) -> Cells:
+        """The posterior of float64 prompts under ``pi (K+1,)``."""
+        return self.quadrature(prompts, self.labels(pi))
 
     def pack(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What JSON holds, and named arrays."""
@@ -109,7 +102,6 @@ class FittedDispatcher:
         document = {"views": views, "temper": self.temper}
         arrays = {f"globals.loc.{name}": value.numpy() for name, value in self.globals.locations.items()}
         arrays |= {f"globals.scale.{name}": value.numpy() for name, value in self.globals.scales.items()}
-        arrays |= {f"guide.{name}": value.float().numpy() for name, value in self.guide.state_dict().items()}
         for name, each in self.feature_maps.items():
             arrays |= {f"features.{name}.center": each.center, f"features.{name}.projection": each.projection}
         arrays |= {"like.lengths": self.like.lengths.numpy()}
@@ -123,7 +115,6 @@ class FittedDispatcher:
         document: Mapping[str, Any],
         arrays: Mapping[str, np.ndarray],
         build: Callable[[tuple[View, ...]], DispatchModel],
-        settings: GuideSettings,
     ) -> FittedDispatcher:
         """The inverse of :meth:`pack`; ``build`` makes the program for its views.
 
@@ -134,9 +125,10 @@ class FittedDispatcher:
             views = tuple(KINDS[view["kind"]](view["width"], view["name"]) for view in document["views"])
             model = build(views)
             globals_ = GlobalsPosterior(_under(arrays, "globals.loc."), _under(arrays, "globals.scale."))
-            with torch.random.fork_rng(devices=[]):  # which its first weights, soon replaced, are drawn from
-                guide = MixtureGuide(Encoder(model, globals_.center()).width, model.n_experts + 1, settings)
-            guide.load_state_dict(_under(arrays, "guide."))
+            with isolated(0):
+                shapes = {name: value.shape for name, value in model.sample_globals().items()}
+            if shapes != (given := {name: value.shape for name, value in globals_.center().items()}):
+                raise TypeError(f"globals of shapes {given}")
             maps = {
                 name: FeatureMap(arrays[f"features.{name}.center"], arrays[f"features.{name}.projection"])
                 for name in (view.name for view in views)
@@ -147,7 +139,7 @@ class FittedDispatcher:
                 _under(arrays, "like.totals."),
                 _under(arrays, "like.missing."),
             )
-            return cls(model, globals_, maps, guide, float(document["temper"]), settings, like)
+            return cls(model, globals_, maps, float(document["temper"]), like)
         except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise BundleError(f"expected the arrays of a dispatcher, got {reason}") from None

@@ -1,4 +1,4 @@
-"""The fit of a dispatcher, stage by stage: projections, globals by SVI, temper and guide."""
+"""The fit of a dispatcher, stage by stage: projections, globals by SVI, noise temper."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from bayes_dispatch.dispatcher.arrays import as_labels, as_numbers
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureMap, FeatureSettings, fit_feature_map, spread_of
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher, as_prompts
-from bayes_dispatch.dispatcher.fitting.sleep import RealPrompts, fit_guide
-from bayes_dispatch.dispatcher.fitting.svi import FitReport, GlobalsPosterior, SVISettings, fit_globals
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings, MixtureGuide
-from bayes_dispatch.dispatcher.program.generative import DispatchModel
+from bayes_dispatch.dispatcher.fitting.svi import FitReport, SVISettings, fit_globals
+from bayes_dispatch.dispatcher.fitting.temper import KnownPrompts, choose_temper
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.dispatcher.program.views import KINDS
@@ -32,7 +30,6 @@ def fit_parts(
     program: Admixture,
     data: TrainingSet,
     svi: SVISettings,
-    guide: GuideSettings,
     features: FeatureSettings,
     seed: int,
     progress: bool,
@@ -64,34 +61,29 @@ def fit_parts(
     every = as_prompts(model, data.evidence, mapped, svi.dtype)
     posterior, report = fit_globals(model, data.observed(every), svi, seed, progress)
     like = every.select(torch.linspace(0, len(every) - 1, min(len(every), LIKE)).long()).to(torch.float32).blank()
-    trained = _guide(model, posterior, like, data, every, guide, seed, progress)
-    return FittedDispatcher(model, posterior, maps, *trained, guide, like), report
+    fitted = FittedDispatcher(model, posterior, maps, 1.0, like)
+    return _tempered(fitted, data, every, program.temper, seed), report
 
 
 @torch.inference_mode(False)
 def refit_parts(
-    parts: FittedDispatcher, data: TrainingSet, svi: SVISettings, seed: int, progress: bool
+    parts: FittedDispatcher, program: Admixture, data: TrainingSet, svi: SVISettings, seed: int, progress: bool
 ) -> tuple[FittedDispatcher, FitReport]:
-    """Fit globals, temper and guide to other evidence, from the globals as they are; the projections stay."""
+    """Fit globals and temper to other evidence, from the globals as they are; the projections stay."""
     every = parts.prompts(data.evidence).to(svi.dtype)
     start = parts.globals.to(svi.dtype)
     posterior, report = fit_globals(parts.model, data.observed(every), svi, seed, progress, start)
-    guide, temper = _guide(parts.model, posterior, parts.like, data, every, parts.settings, seed, progress)
-    return replace(parts, globals=posterior, guide=guide, temper=temper), report
+    return _tempered(replace(parts, globals=posterior), data, every, program.temper, seed), report
 
 
-def _guide(
-    model: DispatchModel,
-    posterior: GlobalsPosterior,
-    like: Prompts,
-    data: TrainingSet,
-    every: Prompts,
-    settings: GuideSettings,
-    seed: int,
-    progress: bool,
-) -> tuple[MixtureGuide, float]:
-    real = RealPrompts(every.to(torch.float32), torch.as_tensor(data.targets, dtype=torch.float32))
-    return fit_guide(model, posterior.to(torch.float32), like, real, settings, seed + 1, progress)
+def _tempered(
+    fitted: FittedDispatcher, data: TrainingSet, every: Prompts, temper: float | None, seed: int
+) -> FittedDispatcher:
+    """With the noise temper that is given, or else the one that training prompts choose."""
+    if temper is None:
+        known = KnownPrompts(every.to(torch.float64), data.targets)
+        temper = choose_temper(fitted.quadrature, known, fitted.shares, np.random.default_rng(seed))
+    return replace(fitted, temper=temper)
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from bayes_dispatch.arguments import real, set_whole
 from bayes_dispatch.arguments import seed as checked_seed
-from bayes_dispatch.dispatcher.guide.guides import AmortisedDirichlet, LocalDirichlet
+from bayes_dispatch.dispatcher.fitting.local_guides import AmortisedDirichlet, LocalDirichlet
 from bayes_dispatch.dispatcher.program.generative import DispatchModel, label_informed_start
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.errors import ConfigError
@@ -54,10 +54,10 @@ class SVISettings:
         precision: of the whole fit, ``"float32"`` or ``"float64"``.
     """
 
-    steps: int = 600
-    learning_rate: float = 0.02
+    steps: int = 200
+    learning_rate: float = 0.1
     batch_size: int = 4096
-    rounds: int = 3
+    rounds: int = 2
     restarts: int = 1
     precision: Literal["float32", "float64"] = "float32"
 

@@ -1,8 +1,8 @@
 """The generative program (Pyro): expert weights of each prompt, and the evidence they explain.
 
 Every prompt is an *admixture*: its pooled features lie near the convex combination of the experts' means, so the
-weights ``w`` are a mixed membership and not a class. A fixed broad component ``base``, last, explains prompts that no
-expert does::
+weights ``w`` are a mixed membership and not a class. A broad component ``base``, last, explains prompts that no expert
+does, and those that are known to be its own::
 
     pi ~ Dirichlet([3]*K + [1.5])          kappa ~ LogNormal(0, .7)
     plate experts:  the globals of each view
@@ -33,10 +33,11 @@ from bayes_dispatch.dispatcher.program.dirichlet_tree import DirichletTree, fami
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.views import View
 
-__all__ = ["DispatchModel", "floored", "label_informed_start"]
+__all__ = ["SIZES", "DispatchModel", "floored", "label_informed_start"]
 
 FLOOR = 1e-6  # of w inside the likelihoods: keeps scales and concentrations off zero
 PRIOR = (3.0, 1.5)  # concentration of pi for an expert, and for base
+SIZES = (0.5, 0.35, 0.15)  # that one, two or three components share a prompt
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class DispatchModel:
         batch_size: prompts in each step's plate; all by default.
         prior: K+1 concentrations of ``pi``, base last; by default 3 for experts and 1.5 for base.
         families: family of each expert, numbered from 0; none by default. Base is a family of its own.
+        sizes: probabilities that one, two or three components share a prompt to be served.
     """
 
     n_experts: int
@@ -56,6 +58,7 @@ class DispatchModel:
     batch_size: int | None = None
     prior: tuple[float, ...] | None = None
     families: tuple[int, ...] | None = None
+    sizes: tuple[float, ...] = SIZES
 
     @property
     def tree(self) -> tuple[int, ...] | None:

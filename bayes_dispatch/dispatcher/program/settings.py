@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from bayes_dispatch.arguments import real
-from bayes_dispatch.dispatcher.program.generative import PRIOR, DispatchModel
+from bayes_dispatch.arguments import real, several, simplex
+from bayes_dispatch.dispatcher.program.generative import PRIOR, SIZES, DispatchModel
 from bayes_dispatch.dispatcher.program.views import KINDS, NAMED_KINDS, View
 from bayes_dispatch.errors import ConfigError, EvidenceError
 
@@ -25,9 +25,12 @@ class Admixture:
             read. By default the views ``hidden``, ``counts`` and ``surprise`` that the evidence of ``fit`` has.
         families: family → names of its experts. An expert in none is a family of its own.
         prior: expert (or ``"base"``) → concentration of ``pi``, for those where it is not 3 (for base 1.5).
+        sizes: probabilities that one, two or three components share a prompt.
+        temper: noise temper τ; by default prompts of known weights choose it.
 
     Raises:
-        ConfigError: an unknown kind, a name that cannot name a view, no view, or a concentration that is not positive.
+        ConfigError: an unknown kind, a name that cannot name a view, no view, a concentration or temper that is not
+            positive, or sizes off the simplex.
 
     Example:
         >>> Admixture(views={"hidden": "vectors", "keywords": "counts"}, prior={"sort": 30.0}).prior
@@ -37,8 +40,14 @@ class Admixture:
     views: Mapping[str, str] | None = None
     families: Mapping[str, Sequence[str]] | None = None
     prior: Mapping[str, float] | None = None
+    sizes: tuple[float, ...] = SIZES
+    temper: float | None = None
 
     def __post_init__(self) -> None:
+        sizes = simplex("sizes", several("sizes", self.sizes, 3))
+        object.__setattr__(self, "sizes", tuple(map(float, sizes)))
+        if self.temper is not None:
+            object.__setattr__(self, "temper", real("temper", self.temper, 0, above=True))
         for name, kind in (self.views or {}).items():
             if kind not in KINDS:
                 raise ConfigError(f"expected a kind of view among {', '.join(KINDS)}, got {kind!r} for {name!r}")
@@ -83,7 +92,7 @@ class Admixture:
 
     def model(self, experts: Sequence[str], views: tuple[View, ...]) -> DispatchModel:
         """The Pyro program for these experts and views."""
-        return DispatchModel(len(experts), views, None, self._prior(experts), self._families(experts))
+        return DispatchModel(len(experts), views, None, self._prior(experts), self._families(experts), self.sizes)
 
     def _prior(self, experts: Sequence[str]) -> tuple[float, ...] | None:
         if self.prior is None:

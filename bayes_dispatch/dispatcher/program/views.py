@@ -1,4 +1,4 @@
-"""Views: kinds of evidence, each with what it draws for every expert, what base has instead, and its likelihood.
+"""Views: kinds of evidence, each with what it draws for every expert and for base, and its likelihood.
 
 Adding a kind is adding a class and a line in :data:`KINDS`. Evidence enters as it was measured: how strongly a view
 speaks is a global of its likelihood, learnt from the prompts, and nothing is normalised by hand.
@@ -48,7 +48,7 @@ class View(ABC):
     width: int
     name: str
     kind: ClassVar[str]  # its key in KINDS
-    constants: ClassVar[Mapping[str, float]]  # what base has in place of each expert's globals
+    constants: ClassVar[Mapping[str, float]]  # each expert's globals, and around what those of base are drawn
 
     @abstractmethod
     def experts(self) -> dict[str, TorchDistributionMixin]:
@@ -79,8 +79,7 @@ class View(ABC):
 
     def with_base(self, sites: Mapping[str, Tensor], parameter: str) -> Float[Tensor, "weight number"]:
         """``(K+1, width)`` a global of the experts, base last."""
-        experts = sites[self.site(parameter)]
-        return torch.cat([experts, experts.new_full((1, self.width), self.constants[parameter])])
+        return torch.cat([sites[self.site(parameter)], sites[self.site(f"base_{parameter}")].unsqueeze(0)])
 
 
 @dataclass(frozen=True)
@@ -96,32 +95,45 @@ class _StudentView(View):
         return {mean: dist.Normal(zeros, 1.0).to_event(1), variance: spread}
 
     def shared(self) -> dict[str, TorchDistributionMixin]:
-        return {}
+        (mean, at), (variance, spread) = self.constants.items()
+        wide, around = torch.full((self.width,), spread), torch.full((self.width,), at)
+        return {
+            f"base_{mean}": dist.Normal(around, 1.0).to_event(1),
+            f"base_{variance}": dist.LogNormal(wide.log(), 0.5).to_event(1),
+        }
 
     def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
+        base = {self.site(f"base_{name}"): torch.full((self.width,), value) for name, value in self.constants.items()}
         (mean, variance), total = map(self.site, self.constants), shares.sum(0).unsqueeze(-1)
         means = shares.T @ values / total
         found = shares.T @ values.square() / total - means.square()
-        return {mean: means, variance: found.clamp(*self.variances)}
+        return {mean: means, variance: found.clamp(*self.variances), **base}
 
     def likelihood(
         self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
     ) -> TorchDistributionMixin:
         means, variances = (self.with_base(sites, name) for name in self.constants)  # (K+1, width)
-        noise = (weights @ variances) * self.noise(sites, prompts, temper).unsqueeze(-1)  # (N, width)
-        return dist.StudentT(6.0, weights @ means, noise.sqrt()).to_event(1)
+        mean, noise = weights @ means, (weights @ variances) * self.noise(sites, prompts).unsqueeze(-1)  # (N, width)
+        noise = noise + self.mixing(sites) * (weights @ means.square() - mean.square()).clamp(min=0)
+        return dist.StudentT(6.0, mean, (temper.unsqueeze(-1) * noise).sqrt()).to_event(1)
 
-    def noise(self, sites: Mapping[str, Tensor], prompts: Prompts, temper: Tensor) -> Float[Tensor, "*draws prompt"]:
-        """What variances are multiplied by, τ included."""
-        return temper
+    def noise(self, sites: Mapping[str, Tensor], prompts: Prompts) -> Float[Tensor, "*draws prompt"]:
+        """What variances are multiplied by, but for τ."""
+        return torch.ones_like(prompts.lengths)
+
+    def mixing(self, sites: Mapping[str, Tensor]) -> Float[Tensor, "*draws 1"] | float:
+        """What the variance of the experts' means under the weights is multiplied by."""
+        return 0.0
 
 
 @dataclass(frozen=True)
 class VectorsView(_StudentView):
-    """``StudentT(6, w @ M, sqrt(τ · length_factor · w @ s2))`` for vectors ``(N, D)``, such as hidden states.
+    """``StudentT(6, w @ M, sqrt(τ · (length_factor · w @ s2 + xi · v)))`` for vectors ``(N, D)``, as hidden states are.
 
-    Per expert ``M ~ Normal(0, 1)[D]``, ``s2 ~ LogNormal(-3, 1)[D]``; base has ``M = 0, s2 = 1``; shared
-    ``lt ~ LogNormal(2.5, 1)`` tells how fast noise falls with length. A fitted affine map brings raw vectors to a few
+    Per expert ``M ~ Normal(0, 1)[D]``, ``s2 ~ LogNormal(-3, 1)[D]``; base's ``s2 ~ LogNormal(0, .5)`` is wide until
+    prompts of its own are known. Shared ``lt ~ LogNormal(2.5, 1)`` tells how fast noise falls with length, and
+    ``xi ~ LogNormal(-4, 1)`` what ``v = w @ M² − (w @ M)²``, the variance of the experts' means, adds at any length: a
+    model that has read one domain reads the next differently. A fitted affine map brings raw vectors to a few
     coordinates of this scale (:mod:`bayes_dispatch.dispatcher.evidence.projection`).
     """
 
@@ -131,20 +143,27 @@ class VectorsView(_StudentView):
     log_variance, variances = -3.0, (5e-3, 1.0)
 
     def shared(self) -> dict[str, TorchDistributionMixin]:
-        return {"lt": dist.LogNormal(torch.tensor(2.5), 1.0)}
+        own = {"lt": dist.LogNormal(torch.tensor(2.5), 1.0), "xi": dist.LogNormal(torch.tensor(-4.0), 1.0)}
+        return super().shared() | own
 
     def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
-        return super().start(values, shares) | {self.site("lt"): torch.tensor(12.0)}
+        return super().start(values, shares) | {
+            self.site("lt"): torch.tensor(12.0),
+            self.site("xi"): torch.tensor(0.02),
+        }
 
-    def noise(self, sites: Mapping[str, Tensor], prompts: Prompts, temper: Tensor) -> Float[Tensor, "*draws prompt"]:
-        return temper * length_factor(prompts.lengths, sites[self.site("lt")])
+    def noise(self, sites: Mapping[str, Tensor], prompts: Prompts) -> Float[Tensor, "*draws prompt"]:
+        return length_factor(prompts.lengths, sites[self.site("lt")])
+
+    def mixing(self, sites: Mapping[str, Tensor]) -> Float[Tensor, "*draws 1"]:
+        return sites[self.site("xi")].unsqueeze(-1)
 
 
 @dataclass(frozen=True)
 class SurpriseView(_StudentView):
     """``StudentT(6, w @ a, sqrt(τ · w @ a2))`` for how badly the reader predicted a prompt, standardised ``(N, 2)``.
 
-    Per expert ``a ~ Normal(0, 1)[2]``, ``a2 ~ LogNormal(-1, 1)[2]``; base has ``a = 4, a2 = 9``: it expects surprise.
+    Per expert ``a ~ Normal(0, 1)[2]``, ``a2 ~ LogNormal(-1, 1)[2]``; base's are around 4 and 9: it expects surprise.
     """
 
     name: str = "surprise"
@@ -155,7 +174,7 @@ class SurpriseView(_StudentView):
 
 @dataclass(frozen=True)
 class _ClassesView(View):
-    """Numbers by class C: per expert ``Phi ~ Dirichlet(.7)[C]``, base is uniform; shared ``conc ~ LogNormal(3, 1)``."""
+    """Numbers by class C: an expert's ``Phi ~ Dirichlet(.7)``, base's ``Dirichlet(5)``; ``conc ~ LogNormal(3, 1)``."""
 
     first: ClassVar[tuple[float, float]]  # what SVI starts from: added to each class, and ``conc``
 
@@ -167,12 +186,14 @@ class _ClassesView(View):
         return {"Phi": dist.Dirichlet(torch.full((self.width,), 0.7))}
 
     def shared(self) -> dict[str, TorchDistributionMixin]:
-        return {"conc": dist.LogNormal(torch.tensor(3.0), 1.0)}
+        even = dist.Dirichlet(torch.full((self.width,), 5.0))
+        return {"conc": dist.LogNormal(torch.tensor(3.0), 1.0), "base_Phi": even}
 
     def start(self, values: Tensor, shares: Tensor) -> dict[str, Tensor]:
         classes = shares.T @ values + self.first[0]  # (K, C)
         phi = classes / classes.sum(-1, keepdim=True)
-        return {self.site("Phi"): phi, self.site("conc"): torch.tensor(self.first[1])}
+        even = torch.full((self.width,), 1.0 / self.width)
+        return {self.site("Phi"): phi, self.site("base_Phi"): even, self.site("conc"): torch.tensor(self.first[1])}
 
     def concentration(self, sites: Mapping[str, Tensor], weights: Tensor, temper: Tensor) -> Float[Tensor, "... class"]:
         """``conc/τ · (w @ Phi) + 1e-3``."""

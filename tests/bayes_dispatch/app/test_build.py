@@ -17,7 +17,6 @@ from bayes_dispatch.app.build import BuildSettings, build_bundle
 from bayes_dispatch.app.bundle import load_bundle
 from bayes_dispatch.app.commands.main import main
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from bayes_dispatch.errors import BayesDispatchError, ConfigError, ForeignExpertError
 from bayes_dispatch.experts.domains.own import read_examples
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
@@ -29,7 +28,6 @@ SMALL = BuildSettings(
     mixed_prompts=12,
     gate_prompts=24,
     svi=SVISettings(steps=60),
-    guide=GuideSettings(hidden=16, simulations=600, steps=80),
 )
 
 

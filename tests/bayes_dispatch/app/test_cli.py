@@ -156,7 +156,7 @@ def test_fit_gives_a_bundle_that_generates(saved: Path, bundle: Bundle, capfd: p
     code, _, err = run(capfd, "fit", "--evidence", "evidence.npz", "--bundle", saved, "--out", "new", "--seed", "5")
     assert (code, err) == (0, "")
     old = bundle.dispatcher
-    expected = Dispatcher(old.experts, 5, old.svi, old.guide, old.features, old.program).fit(evidence, labels)
+    expected = Dispatcher(old.experts, 5, old.svi, old.features, old.program).fit(evidence, labels)
     np.testing.assert_allclose(load_bundle("new").dispatcher.predict_proba(evidence), expected.predict_proba(evidence))
     assert run(capfd, "generate", "--bundle", "new", "--prompt", "ab>", "--max-new-tokens", "2")[0] == 0
 

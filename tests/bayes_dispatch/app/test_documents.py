@@ -13,7 +13,6 @@ from bayes_dispatch.app.bundle import load_bundle
 from bayes_dispatch.app.commands.main import main
 from bayes_dispatch.app.documents import DocumentsPlan, train_documents
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-from bayes_dispatch.dispatcher.guide.guides import GuideSettings
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import real_domains
 from bayes_dispatch.experts.domains.own import OwnText
@@ -28,7 +27,6 @@ BUILD = BuildSettings(
     mixed_prompts=8,
     gate_prompts=0,
     svi=SVISettings(steps=30),
-    guide=GuideSettings(hidden=8, simulations=300, steps=30),
 )
 
 

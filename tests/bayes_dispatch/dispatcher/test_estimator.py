@@ -28,12 +28,9 @@ from bayes_dispatch.errors import BayesDispatchError, ConfigError, LabelError
 FAST: dict[str, Any] = {
     "dimensions": 4,
     "svi_steps": 5,
-    "guide_steps": 100,
-    "simulations": 400,
-    "hidden": 64,
     "random_state": 0,
 }
-GOOD = FAST | {"svi_steps": 60, "guide_steps": 200, "simulations": 2_000}
+GOOD = FAST | {"svi_steps": 60}
 NAMES = np.array(["sort", "base", "add"])
 
 

@@ -60,9 +60,9 @@ def test_density_by_hand() -> None:
     data, sites, w = prompts(), globals_(), simplex(1, N, K + 1)
     tau = torch.linspace(0.5, 2.0, N)
     concentration = sites["kappa"] * (0.95 * sites["pi"] + 0.05 / (K + 1))
-    means = np.vstack([sites["M"].numpy(), np.zeros(D)])
-    variances = np.vstack([sites["s2"].numpy(), np.ones(D)])
-    classes = np.vstack([sites["Phi"].numpy(), np.full(C, 1 / C)])
+    means = np.vstack([sites["M"].numpy(), sites["base_M"].numpy()])
+    variances = np.vstack([sites["s2"].numpy(), sites["base_s2"].numpy()])
+    classes = np.vstack([sites["Phi"].numpy(), sites["base_Phi"].numpy()])
     lt = float(sites["lt"])
     total = 0.0
     for n in range(N):
@@ -70,7 +70,8 @@ def test_density_by_hand() -> None:
         share = ((w[n] + FLOOR) / (w[n] + FLOOR).sum()).numpy()
         length = float(data.lengths[n])
         factor = (1 + 20 * lt / length) / (1 + 0.4 * lt) if length else 1.0
-        sd = np.sqrt(share @ variances * float(tau[n]) * factor)
+        between = share @ means**2 - (share @ means) ** 2
+        sd = np.sqrt(float(tau[n]) * (share @ variances * factor + float(sites["xi"]) * between))
         total += stats.t(6, share @ means, sd).logpdf(data.observed["hidden"][n].numpy()).sum()
         alpha = float(sites["conc"] / tau[n]) * (share @ classes) + 1e-3
         counts = data.observed["counts"][n].numpy().astype(int)

@@ -45,15 +45,13 @@ def many_views(make_sample: "Callable[..., Sample]") -> "tuple[Sample, Evidence]
 
 
 def check(dispatcher: Dispatcher, evidence: Evidence, tmp_path: "Path") -> None:
-    """Draws on the simplex, with and without resampling, simulations, and the same from a file."""
-    for resample in (False, True):
-        posterior = dispatcher.posterior(evidence, draws=6, seed=1, resample=resample)
-        np.testing.assert_allclose(posterior.weights.sum(-1), 1, atol=1e-9)
-        loaded = Dispatcher.load(tmp_path / "saved") if resample else dispatcher
-        dispatcher.save(tmp_path / "saved")
-        loaded = Dispatcher.load(tmp_path / "saved")
-        assert np.array_equal(loaded.posterior(evidence, draws=6, seed=1, resample=resample).weights, posterior.weights)
-        assert loaded.program == dispatcher.program
+    """Draws on the simplex, simulations, and the same from a file."""
+    posterior = dispatcher.posterior(evidence, draws=6, seed=1)
+    np.testing.assert_allclose(posterior.weights.sum(-1), 1, atol=1e-9)
+    dispatcher.save(tmp_path / "saved")
+    loaded = Dispatcher.load(tmp_path / "saved")
+    assert np.array_equal(loaded.posterior(evidence, draws=6, seed=1).weights, posterior.weights)
+    assert loaded.program == dispatcher.program
     assert np.isfinite(dispatcher.log_evidence(evidence)).all()
     truth, found = dispatcher.simulate(9, draws=4)
     assert truth.shape == found.weights.shape[1:]
@@ -62,7 +60,7 @@ def check(dispatcher: Dispatcher, evidence: Evidence, tmp_path: "Path") -> None:
 @pytest.mark.slow
 def test_every_view_at_once(many_views: "tuple[Sample, Evidence]", settings: "Settings", tmp_path: "Path") -> None:
     sample, evidence = many_views
-    dispatcher = Dispatcher(NAMES, **settings(svi=20, steps=40, simulations=300), program=Admixture(views=ALL))
+    dispatcher = Dispatcher(NAMES, **settings(svi=20), program=Admixture(views=ALL))
     dispatcher.fit(evidence, sample.labels, sample.mixtures)
     names = {view.name: view.kind for view in dispatcher.state.model.views}
     assert names == ALL
@@ -78,7 +76,7 @@ def test_each_view_speaks(kind: str, many_views: "tuple[Sample, Evidence]", sett
     """Alone, each of the further views tells its experts apart better than chance (surprise knows base only)."""
     sample, evidence = many_views
     program = Admixture(views={kind: ALL[kind]})
-    dispatcher = Dispatcher(NAMES, **settings(svi=80, steps=400, simulations=3_000, hidden=24), program=program)
+    dispatcher = Dispatcher(NAMES, **settings(svi=80), program=program)
     dispatcher.fit(evidence, sample.labels, sample.mixtures)
     present = ~evidence.is_missing(kind)
     if kind == "surprise":
@@ -94,7 +92,7 @@ def test_families_and_priors(many_views: "tuple[Sample, Evidence]", settings: "S
     """A prior of one expert reaches what is served at once; families come back from a file."""
     sample, evidence = many_views
     program = Admixture(families={"first": ["a", "c"]}, prior={"b": 300.0, "base": 0.5})
-    dispatcher = Dispatcher(NAMES, **settings(svi=20, steps=60, simulations=500), program=program)
+    dispatcher = Dispatcher(NAMES, **settings(svi=20), program=program)
     dispatcher.fit(evidence, sample.labels, sample.mixtures)
     assert dispatcher.state.model.tree == (0, 1, 0, 2)
     assert dispatcher.prior.mean[1] > 0.9

@@ -23,15 +23,10 @@ def prompts() -> Prompts:
 )
 def test_program_as_a_graph(model: DispatchModel) -> None:
     source = pyro.render_model(model, model_args=(prompts(),)).source
-    edges = {"M": "hidden", "s2": "hidden", "lt": "hidden", "Phi": "counts", "conc": "counts", "a": "surprise"}
-    edges |= {
-        "a2": "surprise",
-        "classifier_Phi": "classifier",
-        "classifier_conc": "classifier",
-        "pi": "w",
-        "kappa": "w",
-    }
-    expected = {(parent, child) for parent, child in edges.items()}
+    sites = {"hidden": "M s2 lt xi base_M base_s2", "counts": "Phi conc base_Phi", "surprise": "a a2 base_a base_a2"}
+    sites |= {"classifier": "classifier_Phi classifier_conc classifier_base_Phi", "w": "pi kappa"}
+    edges = {parent: child for child, parents in sites.items() for parent in parents.split()}
+    expected = set(edges.items())
     expected |= {("w", child) for child in ("hidden", "counts", "surprise", "classifier", "labels")}
     lines = [line.split() for line in source.splitlines()]
     assert {(line[0], line[2]) for line in lines if line[1:2] == ["->"]} == expected

@@ -1,0 +1,116 @@
+"""The noise temper τ: how much wider the views' noise is than a prompt's tokens, taken one by one, would have it.
+
+Views are not independent given the weights, nor is a prompt quite what training prompts were. So prompts of known
+weights choose τ, by the posterior density of these weights: a proper score, which a posterior that is too narrow loses
+by as well as one that is too wide. Prompts of the fit itself fit too well, so τ is never below 1, and prompts that the
+fit has not seen choose it better.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+
+from bayes_dispatch.dispatcher.exact.quadrature import Quadrature
+from bayes_dispatch.dispatcher.exact.supports import MOST
+from bayes_dispatch.dispatcher.program.observed import Prompts
+
+__all__ = ["KnownPrompts", "choose_temper"]
+
+TEMPERS = np.geomspace(1.0, 4.0, 5)
+JUDGED = 75  # pure prompts that choose τ, at most, and mixed ones
+FEWEST = 30  # mixed ones, below which pure ones are joined
+SMALL = 0.02  # shares that are taken for none
+
+
+def choose_temper(
+    quadrature: Quadrature, known: KnownPrompts, shares: Float[np.ndarray, " weight"], random: np.random.Generator
+) -> float:
+    """The τ, from 1 to 4, under which weights of known prompts are likeliest; 1 where none are known.
+
+    Args:
+        quadrature: of the fitted program. known: prompts with features as noisy as those of new ones.
+        shares: ``(K+1,)`` label shares of the prior. random: chooses among prompts.
+    """
+    prompts, weights = known.judged(random)
+    if not len(weights):
+        return 1.0
+    coarse = replace(quadrature, rounds=1)
+    supports = np.argsort(-weights, axis=1, kind="stable")[:, :MOST]
+    own = np.take_along_axis(weights, supports, axis=1)
+    own = np.where(own > SMALL, own, 0.0) / np.where(own > SMALL, own, 0.0).sum(1, keepdims=True)
+
+    def score(temper: float) -> float:
+        tempered = coarse.at(temper)
+        evidence = tempered(prompts, shares).log_evidence
+        rows = range(len(weights))
+        at = [tempered.log_density(prompts, n, supports[n : n + 1], own[n : n + 1])[0] for n in rows]
+        return float(np.mean(at - evidence))
+
+    scores = np.array([score(temper) for temper in TEMPERS])
+    best, logs = int(scores.argmax()), np.log(TEMPERS)
+    if best in (0, len(scores) - 1):
+        return float(TEMPERS[best])
+    bend, slope, _ = np.polyfit(logs[best - 1 : best + 2], scores[best - 1 : best + 2], 2)
+    return float(np.exp(-slope / (2 * bend)))
+
+
+@dataclass(frozen=True, eq=False)
+class KnownPrompts:
+    """Prompts, some of which are of known weights.
+
+    Args:
+        prompts: every view observed (missing rows masked).
+        weights: ``(N, K+1)``, one-hot for pure prompts, NaN rows where unknown.
+    """
+
+    prompts: Prompts
+    weights: np.ndarray
+
+    @cached_property
+    def groups(self) -> tuple[Int[np.ndarray, " pure"], Int[np.ndarray, " mixed"]]:
+        """Rows of pure prompts, and of mixed ones."""
+        top = np.nan_to_num(self.weights).max(1)
+        return np.flatnonzero(top == 1), np.flatnonzero((top > 0) & (top < 1))
+
+    def judged(self, random: np.random.Generator) -> tuple[Prompts, Float[np.ndarray, "prompt weight"]]:
+        """Some pure and some mixed prompts, or concatenations of pure ones, with their weights."""
+        pure, mixed = (random.permutation(rows)[:JUDGED] for rows in self.groups)
+        rows = np.concatenate([pure, mixed])
+        prompts, weights = self.prompts.select(torch.from_numpy(rows)), self.weights[rows]
+        if len(mixed) >= FEWEST or len(pure) < 2:
+            return prompts, weights
+        joined, of_joined = self.concatenate(JUDGED, random)
+        return Prompts.concatenate([prompts, joined]), np.concatenate([weights, of_joined])
+
+    def concatenate(
+        self, count: int, random: np.random.Generator
+    ) -> tuple[Prompts, Float[np.ndarray, "prompt weight"]]:
+        """``count`` concatenations of two or three pure prompts, where possible no longer than the longest prompt.
+
+        They have the mean of pooled features by length, and the sum of counts.
+        """
+        prompts, pure = self.prompts, torch.from_numpy(self.groups[0])
+        longest = max(float(prompts.lengths.max()), 1.0)
+        pieces = pure[torch.from_numpy(random.integers(len(pure), size=(8 * count, 3)))]
+        sizes = prompts.lengths[pieces].clamp(min=1.0)
+        sizes[torch.from_numpy(random.random(len(pieces)) < 0.7), 2] = 0.0
+        fits = sizes.sum(-1) <= longest
+        chosen = torch.argsort(fits.int(), descending=True, stable=True)[:count]
+        pieces, sizes = pieces[chosen], sizes[chosen]
+        shares = (sizes / sizes.sum(-1, keepdim=True)).unsqueeze(-1)  # (n, 3, 1)
+        used = sizes > 0
+        unknown = ((prompts.lengths[pieces] == 0) & used).any(-1)
+        lengths = torch.where(unknown, torch.zeros(()), sizes.sum(-1))
+        missing = {name: (mask[pieces] & used).any(-1) for name, mask in prompts.missing.items()}
+        observed = {
+            name: (values[pieces] * (used.unsqueeze(-1) if name in prompts.totals else shares)).sum(1)
+            for name, values in prompts.observed.items()
+        }
+        totals = {name: (values[pieces] * used).sum(-1) for name, values in prompts.totals.items()}
+        weights = (torch.from_numpy(self.weights)[pieces] * shares).sum(1).numpy()
+        return Prompts(lengths, totals, missing, observed), weights

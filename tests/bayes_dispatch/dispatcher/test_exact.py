@@ -1,0 +1,218 @@
+"""The posterior by sums over sets. Laws: it is what drawing from the prior and weighing by the likelihood gives; its
+densities are the program's; splitting goes on to the same answer; a prompt's answer and draws are its own."""
+
+from dataclasses import replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from scipy.special import logsumexp
+from torch import Tensor
+
+from bayes_dispatch.dispatcher.exact import quadrature
+from bayes_dispatch.dispatcher.exact.cells import Cells, prompt_generators
+from bayes_dispatch.dispatcher.exact.densities import ViewDensity
+from bayes_dispatch.dispatcher.exact.quadrature import Quadrature
+from bayes_dispatch.dispatcher.exact.supports import SupportPrior
+from bayes_dispatch.dispatcher.program.generative import DispatchModel
+from bayes_dispatch.dispatcher.program.observed import Prompts
+from bayes_dispatch.dispatcher.program.views import CountsView, ProbabilitiesView, SurpriseView, VectorsView, floored
+
+K = 3
+SHARES = np.array([0.4, 0.3, 0.2, 0.1])
+VIEWS = (VectorsView(2), CountsView(4), SurpriseView(2), ProbabilitiesView(3), VectorsView(5, "embedding"))
+FULL = DispatchModel(K, VIEWS)
+TREE = DispatchModel(4, (VectorsView(2),), families=(0, 1, 0, 1))
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Any:
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def draw_sites(model: DispatchModel, seed: int) -> dict[str, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return model.sample_globals()
+
+
+def draw_prompts(model: DispatchModel, count: int, seed: int, largest: int = 9) -> Prompts:
+    rng = np.random.default_rng(seed)
+    observed = {}
+    for view in model.views:
+        if view.kind == "counts":
+            observed[view.name] = torch.tensor(rng.integers(0, largest, (count, view.width)) * 1.0)
+        elif view.kind == "probabilities":
+            observed[view.name] = floored(torch.tensor(rng.dirichlet(np.full(view.width, 0.2), count)))
+        else:
+            observed[view.name] = torch.tensor(rng.normal(0, 0.5, (count, view.width)))
+    missing = {view.name: torch.tensor(rng.random(count) < 0.2) for view in model.views}
+    lengths = torch.tensor(np.where(rng.random(count) < 0.3, 0.0, rng.integers(1, 500, count)))
+    totals = {view.name: observed[view.name].sum(-1) for view in model.views if view.kind == "counts"}
+    return Prompts(lengths, totals, missing, observed)
+
+
+def exact(model: DispatchModel, seed: int = 0, temper: float = 1.0, **settings: Any) -> Quadrature:
+    """Under one value of the globals."""
+    densities = ViewDensity.of_views(model.views, [draw_sites(model, seed)], temper)
+    return Quadrature(densities, model.sizes, model.tree, **settings)
+
+
+@pytest.mark.parametrize("tree", [None, (0, 1, 0, 1, 2)], ids=["plain", "families"])
+def test_probabilities_of_sets_sum_to_one_and_are_those_of_draws(tree: tuple[int, ...] | None) -> None:
+    """Every set of each size; 60,000 draws, by a χ² test that is false once in a thousand, at a fixed seed."""
+    shares, sizes = np.array([0.3, 0.25, 0.2, 0.15, 0.1]), (0.5, 0.3, 0.2)
+    prior = SupportPrior(sizes, shares, tree)
+    sets = [np.array(list(combinations(range(5), size))) for size in (1, 2, 3)]
+    chances = [np.exp(prior.log_prob(each)) for each in sets]
+    np.testing.assert_allclose([each.sum() for each in chances], sizes)
+    drawn = prior.draw(60_000, np.random.default_rng(0))
+    np.testing.assert_allclose(drawn.sum(1), 1)
+    size = (drawn > 0).sum(1)[:, None]
+    found = [((drawn[:, each] > 0).all(-1) & (size == each.shape[1])).sum(0) for each in sets]
+    counted, expected = np.concatenate(found), 60_000 * np.concatenate(chances)
+    assert counted.sum() == 60_000
+    assert stats.chisquare(counted, expected).pvalue > 1e-3
+    error = drawn.std(0) / np.sqrt(len(drawn))
+    assert (np.abs(drawn.mean(0) - prior.mean) < 4 * error).all()
+    inside = [chance @ np.eye(5)[each].mean(1) for each, chance in zip(sets, chances, strict=True)]
+    np.testing.assert_allclose(prior.mean, np.sum(inside, axis=0))
+
+
+def test_a_pair_is_as_often_of_one_family_as_of_two() -> None:
+    prior = SupportPrior((0.0, 1.0, 0.0), np.full(5, 0.2), (0, 0, 1, 1, 2))
+    pairs = np.array(list(combinations(range(5), 2)))
+    related = np.array([[0, 1], [2, 3]])
+    assert np.exp(prior.log_prob(related)).sum() == pytest.approx(0.5)
+    assert np.exp(prior.log_prob(pairs)).sum() == pytest.approx(1.0)
+    assert np.exp(SupportPrior((0.0, 1.0, 0.0), np.full(5, 0.2)).log_prob(related)).sum() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("model", [FULL, TREE], ids=["every view", "families"])
+@pytest.mark.parametrize("temper", [0.5, 1.0, 3.0])
+def test_densities_are_those_of_the_program(model: DispatchModel, temper: float) -> None:
+    """At any weights of up to three components, missing views and unknown lengths among the prompts."""
+    sites, prompts, rng = draw_sites(model, 3), draw_prompts(model, 6, 4), np.random.default_rng(5)
+    densities = ViewDensity.of_views(model.views, [sites], temper)
+    found = Quadrature(densities, model.sizes, model.tree)
+    for row in range(6):
+        supports = np.stack([rng.permutation(model.n_experts + 1)[:3] for _ in range(8)])
+        own = rng.dirichlet(np.ones(3), 8)
+        own[:3] = np.eye(3)
+        weights = np.zeros((8, model.n_experts + 1))
+        np.put_along_axis(weights, supports, own, 1)
+        one = prompts.select(torch.tensor([row] * 8))
+        expected = sum(model.log_likelihood(sites, torch.tensor(weights), one, temper).values())
+        np.testing.assert_allclose(found.log_density(prompts, row, supports, own), expected.numpy(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("model", [FULL, TREE], ids=["every view", "families"])
+def test_it_is_the_posterior(model: DispatchModel) -> None:
+    """Against 200,000 draws from the prior, weighed by their likelihoods: evidence, moments, and which is best.
+
+    Within five standard errors of the weighed draws and the .01 that pieces of the simplex are wide; seeds are fixed.
+    """
+    prompts = draw_prompts(model, 4, 1)
+    finder, width = exact(model, 2), model.n_experts + 1
+    shares = SHARES if width == 4 else np.full(width, 1 / width)
+    drawn = finder.prior(shares).draw(200_000, np.random.default_rng(0))
+    supports = np.argsort(-drawn, axis=1)[:, :3]
+    own = np.take_along_axis(drawn, supports, 1)
+    answer = finder(prompts, shares)
+    samples, _ = answer.draw(20_000, prompt_generators(0, 4))
+    for row in range(4):
+        density = finder.log_density(prompts, row, supports, own)
+        chance = np.exp(density - logsumexp(density))
+        effective = 1 / (chance**2).sum()
+        assert effective > 500
+        evidence = logsumexp(density) - np.log(len(density))
+        assert abs(answer.log_evidence[row] - evidence) < 5 / np.sqrt(effective) + 0.01
+        mean = chance @ drawn
+        spread = np.sqrt(chance @ (drawn - mean) ** 2)
+        bound = 5 * spread / np.sqrt(effective) + 0.01
+        assert (np.abs(answer.mean[row] - mean) < bound).all()
+        assert (np.abs(samples[:, row].mean(0) - answer.mean[row]) < 5 * spread / np.sqrt(20_000) + 1e-3).all()
+        assert (np.abs(samples[:, row].std(0) - spread) < bound).all()
+        best = np.bincount(drawn.argmax(1), chance, width)
+        assert (np.abs(answer.probability_best()[row] - best) < 5 * np.sqrt(best / effective) + 0.02).all()
+        at = np.full((4, width), 0.3)
+        assert (np.abs(answer.below(at)[row] - chance @ (drawn <= 0.3)) < 2.5 / np.sqrt(effective) + 0.01).all()
+
+
+def test_finer_pieces_change_next_to_nothing() -> None:
+    prompts, finder = draw_prompts(FULL, 8, 6), exact(FULL, 2)
+    coarse, fine = finder(prompts, SHARES), replace(finder, rounds=8)(prompts, SHARES)
+    np.testing.assert_allclose(coarse.log_evidence, fine.log_evidence, atol=0.02)
+    np.testing.assert_allclose(coarse.mean, fine.mean, atol=0.01)
+
+
+def test_many_components_are_tried_beside_the_likeliest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With forty experts not all pairs are tried, and a prompt of two of them is found as if they were."""
+    rng = np.random.default_rng(0)
+    means = rng.normal(0, 1, (40, 6))
+    model = DispatchModel(40, (VectorsView(6),))
+    known = {"lt": torch.tensor(12.0), "xi": torch.tensor(0.01), "base_M": torch.zeros(6), "base_s2": torch.ones(6)}
+    sites = {"M": torch.tensor(means), "s2": torch.full((40, 6), 0.02)} | known
+    finder = Quadrature(ViewDensity.of_views(model.views, [sites], 1.0), model.sizes)
+    pairs = np.stack([rng.choice(40, 2, replace=False) for _ in range(12)])
+    seen = torch.tensor(0.4 * means[pairs[:, 0]] + 0.6 * means[pairs[:, 1]] + rng.normal(0, 0.1, (12, 6)))
+    prompts = Prompts(torch.full((12,), 60.0), {}, {"hidden": torch.zeros(12, dtype=torch.bool)}, {"hidden": seen})
+    shares = np.full(41, 1 / 41)
+    some = finder(prompts, shares)
+    monkeypatch.setattr(quadrature, "PAIRED", 41)
+    every = Quadrature(finder.densities, model.sizes)(prompts, shares)
+    np.testing.assert_allclose(some.log_evidence, every.log_evidence, atol=0.1)
+    np.testing.assert_allclose(some.mean, every.mean, atol=0.05)
+    assert (np.take_along_axis(some.mean, pairs, 1).sum(1) > 0.5).mean() > 0.7
+
+
+def test_draws_and_answers_are_a_prompt_s_own() -> None:
+    prompts, finder = draw_prompts(FULL, 5, 7), exact(FULL, 2)
+    answer, alone = finder(prompts, SHARES), finder(prompts.select(torch.tensor([3])), SHARES)
+    np.testing.assert_array_equal(answer.mean[3], alone.mean[0])
+    drawn, ratios = answer.draw(50, prompt_generators([1, 2, 3, 4, 5], 5))
+    own, own_ratios = alone.draw(50, prompt_generators([4], 1))
+    np.testing.assert_array_equal(drawn[:, 3], own[:, 0])
+    np.testing.assert_array_equal(ratios[:, 3], own_ratios[:, 0])
+    picked = answer.select(np.array([3, 0]))
+    np.testing.assert_array_equal(picked.mean, answer.mean[[3, 0]])
+    joined = Cells.concatenate([alone, picked])
+    np.testing.assert_array_equal(joined.mean, answer.mean[[3, 3, 0]])
+    np.testing.assert_array_equal(joined.draw(9, prompt_generators([1, 2, 3], 3))[0].shape, (9, 3, 4))
+    assert len(finder(prompts.select(torch.tensor([], dtype=torch.long)), SHARES)) == 0
+
+
+def test_ratios_take_the_evidence_back() -> None:
+    """Draws with their ratios stand for the prior: five standard errors, at a fixed seed."""
+    prompts, finder = draw_prompts(FULL, 1, 8), exact(FULL, 2, temper=30.0)
+    drawn, log_ratios = finder(prompts, SHARES).draw(60_000, prompt_generators(0, 1))
+    ratios, prior = np.exp(log_ratios[:, 0]), finder.prior(SHARES).mean
+    off = (ratios[:, None] * (drawn[:, 0] - prior)).T
+    for values, expected in ((ratios, 1.0), *((each, 0.0) for each in off)):
+        assert abs(values.mean() - expected) < 5 * values.std() / np.sqrt(len(values)) + 0.01
+
+
+def test_uncertain_means_of_experts_are_noise() -> None:
+    """Two globals a step apart give the density of a wider one between them, not that of their middle alone."""
+    model = DispatchModel(2, (VectorsView(1),))
+    known = {"s2": torch.full((2, 1), 0.1), "lt": torch.tensor(12.0), "xi": torch.tensor(0.01)}
+    known |= {"base_M": torch.zeros(1), "base_s2": torch.ones(1)}
+    sites = [known | {"M": torch.tensor([[m], [5.0]])} for m in (-0.5, 0.5)]
+    (density,) = ViewDensity.of_views(model.views, sites, 1.0)
+    np.testing.assert_allclose(density.columns[0, :2], [0.0, 0.1 + 0.25], atol=1e-4)
+
+
+def test_the_distribution_function_of_cells_is_that_of_their_draws() -> None:
+    """Kolmogorov–Smirnov of every component, one false alarm in a thousand each, at a fixed seed; atoms are exact."""
+    answer = exact(FULL, 2)(draw_prompts(FULL, 2, 9), SHARES)
+    drawn, _ = answer.draw(4_000, prompt_generators(0, 2))
+    for point in (0.0, 0.01, 0.2, 0.5, 0.9, 1.0):
+        found, expected = answer.below(np.full((2, 4), point)), (drawn <= point + 1e-12).mean(0)
+        assert (np.abs(found - expected) < 3.3 * np.sqrt(0.25 / 4_000)).all()
+    assert (answer.below(np.full((2, 4), -0.001)) == 0).all()
+    np.testing.assert_allclose(answer.below(np.ones((2, 4))), 1)
