@@ -7,7 +7,7 @@ those that are not there, always inside, would not make up for it. A true weight
 next to it (nearer than ``RESOLUTION``), and its rank among them is drawn at random, as in simulation-based calibration:
 an interval that reaches down to 0 would otherwise always hold a 0. Coverage below the nominal level means intervals
 that are too narrow; :func:`simulated_coverage`, the same statistic on evidence simulated from the fitted program, tells
-how much of it is the guide's, or at given weights the prior's, for which these weights may be rare. The rest is the
+how much of it is the prior's, for which weights that are given may be rare. The rest is the
 likelihoods' fault, or the evidence's.
 """
 

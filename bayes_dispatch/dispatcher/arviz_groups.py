@@ -39,7 +39,7 @@ def fitted_groups(
 ) -> dict[str, xr.Dataset]:
     """Every group for N prompts, with as many draws of each kind as the posterior has of the weights.
 
-    Draw s of the weights stands beside an independent draw s of the fitted globals: the guide's answer has them
+    Draw s of the weights stands beside an independent draw s of the fitted globals: the posterior has them
     integrated out. A prior draw of the weights is made under its own globals.
 
     There is no ``log_likelihood``, on purpose: ``az.loo`` would misread it. Each prompt has weights of its own, and
@@ -62,7 +62,7 @@ def fitted_groups(
           missing: they replicate what was observed;
         - ``observed_data``: each view as the program sees it, NaN where it is missing;
         - ``constant_data``: ``lengths`` (prompt), NaN where unknown;
-        - ``sample_stats``: ``k_hat`` and ``log_evidence`` (prompt) of resampled draws, ``elbo`` (step), nats a prompt.
+        - ``sample_stats``: ``log_evidence`` (prompt), ``elbo`` (step), nats a prompt.
 
     Raises:
         EvidenceError: none of the program's views.

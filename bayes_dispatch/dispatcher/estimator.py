@@ -301,7 +301,7 @@ class Dispatcher:
         """
         evidence = _as_evidence(X)
         draws, generators = whole("draws", draws, 1), prompt_generators(seed, len(evidence))
-        if isinstance(self._known, FlatProgram):  # exact: nothing to resample
+        if isinstance(self._known, FlatProgram):
             intervals = self._intervals(partial(self._answer, evidence), evidence.known_lengths())
             weights = self._known.answer(evidence, self.prior.mean).draw(draws, generators)
             return DispatchPosterior(weights, (*self.experts, "base"), calibrated=intervals)

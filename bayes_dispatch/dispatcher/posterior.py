@@ -131,7 +131,7 @@ class DispatchPosterior(Frozen):
         those that are counted holds the true share with at least this probability, and at most 1/(n + 1) more where
         scores do not tie; n is that of the prompt's bin of lengths (``dispatcher.conformal``). Counted are experts of a
         mean of .05 or more, or else the largest. Mean and ends are of the dispatcher's answer under the prior of
-        calibration, not of ``weights``: gates, resampling and feedback do not move them.
+        calibration, not of ``weights``: gates and feedback do not move them.
 
         Raises:
             NotFittedError: no posterior of a calibrated dispatcher.

@@ -1,1 +1,1 @@
-"""Fitting: the globals by SVI, then the guide on simulations from the fitted program."""
+"""Fitting: the globals by SVI, then the noise temper by prompts of known weights."""

@@ -36,7 +36,7 @@ def write_prior(path: str | Path, state: PriorState, fingerprint: str) -> None:
     Args:
         path: the file; missing directories are made.
         state: what to keep.
-        fingerprint: names the dispatcher whose guide serves this prior.
+        fingerprint: names the dispatcher that serves this prior.
 
     Raises:
         BundleError: ``path`` is a directory.
