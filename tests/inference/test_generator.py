@@ -211,8 +211,8 @@ def test_copies_of_a_prompt_draw_differently(bundle64: "Bundle") -> None:
         prompts, blend=PosteriorMean(), max_new_tokens=10, do_sample=True, temperature=2.0, seed=0
     )
     assert len(set(sampled.texts)) == 3
-    draws = generator.generate(prompts, blend=ThompsonSample(), max_new_tokens=1, seed=0)
-    assert len({tuple(row) for row in draws.weights.tolist()}) == 3
+    draws = generator.generate(prompts * 4, blend=ThompsonSample(), max_new_tokens=1, seed=0)
+    assert len({tuple(row) for row in draws.weights.tolist()}) > 2  # some are of one expert alone
 
 
 def stub(bundle: "Bundle", weights: np.ndarray) -> SimpleNamespace:

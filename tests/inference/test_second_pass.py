@@ -269,6 +269,7 @@ def test_a_bundle_tells_how_many_blocks_run_once(cut64: "Bundle", embedded64: "B
     """Whose evaluations the prompts' costs have once, whatever the number of particles."""
     assert embedded64.cut == 0  # adapted in front of all blocks
     blend, tokens = PosteriorPredictive(6, merge=0.0), len(PROMPTS[2]) + 1
-    cost = TwoPassGenerator(cut64).generate([PROMPTS[2]], blend=blend, max_new_tokens=1, seed=0).cost
+    found = TwoPassGenerator(cut64).generate([PROMPTS[2]], blend=blend, max_new_tokens=1, seed=0)
+    cost, rows = found.cost, len(np.unique(blend.particles(found.posterior).run[0], axis=0))
     assert 0 < cut64.cut < cost.depth
-    assert (cost.first_pass, cost.prefill) == (0, tokens * (cut64.cut + 6 * (cost.depth - cut64.cut)))
+    assert (cost.first_pass, cost.prefill) == (0, tokens * (cut64.cut + rows * (cost.depth - cut64.cut)))

@@ -11,9 +11,8 @@ import pytest
 
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.app.commands import main as cli
-from bayes_dispatch.app.held_out import calibrated, held_out_domains, read_own
+from bayes_dispatch.app.held_out import calibrated, held_out_domains, read_own, settled
 from bayes_dispatch.dispatcher.estimator import Dispatcher
-from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.errors import ConfigError, NotFittedError, UnknownNameError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import CONVENTIONS
@@ -96,16 +95,34 @@ class TestGate:
         domains = [named[name] for name in bundle.experts.names]
         known = calibration_evidence(bundle.model, domains, 20, 60, (16, 24), 1)
         assert known.groups.tolist() == [0] * 60 + [1] * 60
-        expected = Gate.calibrate(bundle.dispatcher, known.evidence, known.groups, seed=1)
+        dispatcher, expected = settled(bundle.dispatcher, known, 1)
         assert gated.gate is not None
         np.testing.assert_array_equal(gated.gate.scores, expected.scores)
+        assert gated.dispatcher.state.temper == dispatcher.state.temper
+
+    def test_a_fifth_of_the_prompts_choose_the_temper_and_no_more(self, bundle: Bundle) -> None:
+        """The gate is calibrated on the others, of which three in four have ranks; few are left to the gate alone."""
+        named = {domain.name: domain for domain in CONVENTIONS}
+        domains = [named[name] for name in bundle.experts.names]
+        known = calibration_evidence(bundle.model, domains, 20, 60, (16, 24), 1)
+        dispatcher, gate = settled(bundle.dispatcher, known, 1)
+        assert len(gate.scores) == 72
+        order = np.random.default_rng([1, 6]).permutation(120)[:24]
+        some = known.select(np.sort(order))
+        alone = bundle.dispatcher.retempered(some.evidence, some.labels, some.mixtures, 1)
+        assert dispatcher.state.temper == alone.state.temper
+        few = known.select(np.r_[:40, 60:100])
+        kept, gate = settled(bundle.dispatcher, few, 1)
+        assert kept.state.temper == bundle.dispatcher.state.temper
+        assert len(gate.scores) == 60
 
     def test_so_are_intervals_and_sets_on_those_of_several(self, bundle: Bundle, gated: Bundle) -> None:
         named = {domain.name: domain for domain in CONVENTIONS}
         domains = [named[name] for name in bundle.experts.names]
-        several = calibration_evidence(bundle.model, domains, 20, 60, (16, 24), 1).several
-        assert len(several.labels) == 60
-        expected = copy(bundle.dispatcher).calibrate(several.evidence, mixtures=several.mixtures, seed=1)
+        known = calibration_evidence(bundle.model, domains, 20, 60, (16, 24), 1)
+        order = np.random.default_rng([1, 6]).permutation(120)
+        several = known.select(np.sort(order[24:])).several
+        expected = copy(gated.dispatcher).calibrate(several.evidence, mixtures=several.mixtures, seed=1)
         evidence = pure_evidence(bundle.model, CONVENTIONS[:2], 5, (16, 20), "held_out", 3).evidence
         for ends in (0.5, 0.9):
             np.testing.assert_array_equal(
@@ -153,11 +170,12 @@ class TestCommand:
         code, out, err = self.run(capfd, "--bundle", saved, "--out", saved, *few)
         assert (code, err) == (0, "")
         told = json.loads(out)
-        assert (told["out"], told["ranks"], told["bins"]) == (str(saved), 75, 1)
-        assert 1 / 45 < told["least_rate"] <= 1 / 20
+        assert (told["out"], told["ranks"], told["bins"]) == (str(saved), 60, 1)
+        assert 1 / 37 < told["least_rate"] <= 1 / 20
         again = load_bundle(saved)
         assert again.gate is not None
-        assert again.dispatcher.fingerprint == bundle.dispatcher.fingerprint
+        globals_ = (each.dispatcher.state.globals.locations["M"] for each in (again, bundle))
+        np.testing.assert_array_equal(*globals_)
         evidence = pure_evidence(bundle.model, CONVENTIONS[:2], 5, (16, 20), "held_out", 3).evidence
         assert again.dispatcher.posterior(evidence).calibrated is not None
 
