@@ -1,6 +1,6 @@
 """Plain classification, for which a dispatcher is not made: ``DispatcherClassifier`` beside logistic regression.
 
-    python benchmarks/plain_classification.py            # ten minutes on one core, nearly all of them the dispatcher's
+    python benchmarks/plain_classification.py            # a minute on one core, nearly all of it the dispatcher's
     python benchmarks/plain_classification.py --labels 3 # of each class; regression sees these rows alone
     python benchmarks/plain_classification.py --quick    # a smoke test; the numbers mean nothing
 
