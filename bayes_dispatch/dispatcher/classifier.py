@@ -16,6 +16,7 @@ from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
+from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.errors import LabelError
 
 __all__ = ["DispatcherClassifier"]
@@ -100,6 +101,7 @@ class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc
             seed,
             SVISettings(self.svi_steps, self.svi_learning_rate),
             FeatureSettings(self.dimensions),
+            Admixture(temper=1.0),  # rows of one class each cannot tell how wide the noise of mixtures is
         )
         order = np.lexsort((codes, *X.T))
         self.classes_, self.dispatcher_ = classes, dispatcher.fit(X[order], codes[order])
