@@ -63,12 +63,14 @@ def test_evidence_is_that_of_the_first_pass_below_the_block(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_one_prefill_serves_both_passes(bundle: bd.Bundle) -> None:
-    """From block 0 a prompt is read twice, else once; sixteen particles share what is below the block."""
+    """From block 0 a prompt is read twice, else once; particles share what is below the block, and equal ones a row."""
     depth = 3
     found = costs({0: bundle} | {block: cut(bundle, block) for block in (1, 2)}, 1)
     assert {block: each["mean"].evaluations for block, each in found.items()} == {0: 2 * depth, 1: depth, 2: depth}
     predictive = {block: each["predictive"].evaluations for block, each in found.items()}
-    assert predictive == {0: depth + 16 * depth, 1: 1 + 16 * (depth - 1), 2: 2 + 16 * (depth - 2)}
+    rows = predictive[2] - 2
+    assert 4 <= rows <= 16
+    assert predictive == {0: depth + rows * depth, 1: 1 + rows * (depth - 1), 2: 2 + rows * (depth - 2)}
     assert all(cost.seconds > 0 and cost.ratio[0] > 0 for each in found.values() for cost in each.values())
 
 
