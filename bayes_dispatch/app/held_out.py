@@ -17,7 +17,6 @@ from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence, calibr
 
 __all__ = ["calibrated", "held_out_domains", "read_own", "settled"]
 
-TEMPERING = 300  # held-out prompts that choose the noise temper, at most
 LONGEST = 4096  # bytes of a prompt with its answer, unless told otherwise
 
 
@@ -102,14 +101,16 @@ def calibrated(
 def settled(dispatcher: Dispatcher, known: KnownEvidence, seed: int) -> tuple[Dispatcher, Gate]:
     """The dispatcher with the noise temper of held-out prompts and their guarantees, and a gate for it.
 
-    A fifth of the prompts, at most ``TEMPERING``, none longer than all of the fit, choose the temper, if enough are
-    left for a gate; the others calibrate. Intervals are calibrated on prompts of several domains: of one, truth is held
-    more easily.
+    A fifth of the prompts, taken at random, are for the temper if enough are left for a gate, and the others calibrate:
+    so these stay exchangeable with prompts to come. Of that fifth, those choose that are no longer than all of the fit.
+    Where the program has a temper of its own, all prompts calibrate. Intervals are calibrated on prompts of several
+    domains: of one, truth is held more easily.
     """
     order = np.random.default_rng([seed, 6]).permutation(len(known.labels))
-    short = order[known.evidence.known_lengths()[order] <= float(dispatcher.state.like.lengths.max())]
-    chosen = short[: min(TEMPERING, len(order) // 5, max(len(order) - FEWEST, 0))]
-    some, rest = known.select(np.sort(chosen)), known.select(np.setdiff1d(order, chosen))
+    count = 0 if dispatcher.program.temper is not None else min(len(order) // 5, max(len(order) - FEWEST, 0))
+    lengths, longest = known.evidence.known_lengths(), float(dispatcher.state.like.lengths.max())
+    chosen = np.sort(order[:count][lengths[order[:count]] <= longest])
+    some, rest = known.select(chosen), known.select(np.sort(order[count:]))
     if len(chosen):
         dispatcher = dispatcher.retempered(some.evidence, some.labels, some.mixtures, seed)
     several = rest.several

@@ -199,10 +199,7 @@ class Dispatcher:
             EvidenceError, TensorError: as in :meth:`fit`.
         """
         data = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts))
-        new = replace(self)
-        new._state, new._report = refit_parts(self.state, self.program, data, self.svi, self.random_state, progress)
-        new._prior = self.prior
-        return new
+        return self._of(*refit_parts(self.state, self.program, data, self.svi, self.random_state, progress))
 
     def retempered(
         self,
@@ -224,14 +221,17 @@ class Dispatcher:
 
         Raises:
             NotFittedError: before :meth:`fit`.
+            ConfigError: the program has a temper of its own, or no prompt is of known weights.
             EvidenceError, TensorError: as in :meth:`fit`.
         """
         data, state = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts)), self.state
+        if self.program.temper is not None:
+            raise ConfigError(f"expected a program without a temper, got one with {self.program.temper:g}")
+        if not np.isfinite(data.targets).all(1).any():
+            raise ConfigError("expected prompts of known weights, got none")
         known = KnownPrompts(state.prompts(data.evidence), data.targets)
         temper = choose_temper(state.quadrature, known, state.shares, np.random.default_rng(a_seed(seed)))
-        new = replace(self)
-        new._state, new._report, new._prior = replace(state, temper=temper), self._report, self.prior
-        return new
+        return self._of(replace(state, temper=temper), self._report)
 
     def calibrate(
         self,
@@ -577,6 +577,12 @@ class Dispatcher:
         evidence = _as_evidence(X)
         posterior = self.posterior(evidence, draws, seed)
         return to_inference_data(fitted_groups(self.state, evidence, posterior, self._report, prompts, seed))
+
+    def _of(self, state: FittedDispatcher, report: FitReport | None) -> Dispatcher:
+        """One with other fitted parts, and the same serving prior."""
+        new = replace(self)
+        new._state, new._report, new._prior = state, report, self.prior
+        return new
 
     def _take_in(self, likelihoods: Float[np.ndarray, "event component"], forgetting: float) -> PriorState:
         """The prior after events; to read the one before and to put this one in its place is a single step."""

@@ -471,6 +471,12 @@ def test_dispatchers_of_other_formats(fitted: Dispatcher, tmp_path: Path) -> Non
         ({}, {name: array for name, array in arrays.items() if not name.startswith("like.")}),
         ({}, {**arrays, "globals.loc.pi": np.zeros((2, 2), np.float32)}),
         ({"program": None}, arrays),
+        *(({"temper": temper}, arrays) for temper in (-1.0, 0.0, "abc", None, float("nan"))),
+        ({}, {name: array for name, array in arrays.items() if name != "globals.scale.M"}),
+        ({}, {**arrays, "globals.scale.M": np.zeros(2, np.float32)}),
+        ({}, {**arrays, "features.hidden.projection": np.zeros((6, 1))}),
+        ({}, {**arrays, "like.missing.hidden": np.zeros(3, bool)}),
+        ({}, {name: array for name, array in arrays.items() if name != "like.totals.counts"}),
         ({"svi": {"stepz": 3}}, arrays),
     ):
         write_directory(tmp_path, "dispatcher", {**document, **changes}, held)

@@ -16,6 +16,7 @@ from bayes_dispatch.dispatcher.program.views import View
 
 __all__ = ["ViewDensity"]
 
+FARTHEST = 1e300  # squared deviations, so that densities are finite
 STUDENT = math.lgamma(3.5) - math.lgamma(3.0) - 0.5 * math.log(6.0 * math.pi)
 
 
@@ -25,7 +26,8 @@ class ViewDensity:
 
     Args:
         view: the view.
-        columns: ``(K+1, C)`` what weights mix, base last: means, variances and squares of means, or chances of classes.
+        columns: ``(K+1, C)`` what weights mix, base last: means, variances, squares of means and
+            variances of what the fit does not know of the means; or chances of classes.
         strength: how fast noise falls with length, or how strongly classes speak.
         mixing: what the variance of the experts' means adds to the noise of mixtures.
         temper: noise temper τ.
@@ -41,7 +43,7 @@ class ViewDensity:
     def of_views(
         cls, views: Sequence[View], draws: Sequence[Mapping[str, Tensor]], temper: float
     ) -> tuple[ViewDensity, ...]:
-        """The views' densities under draws of the globals: their means, and the variance of means added to the noise.
+        """The views' densities under draws of the globals: their means, and how unsure the experts' means are.
 
         Densities under each of the draws would have to be averaged; means of the globals do nearly as well, since a
         fit knows them far better than a prompt's evidence is noisy.
@@ -57,8 +59,8 @@ class ViewDensity:
             if view.kind == "vectors":
                 mixing = _mean(draws, view.site("xi"))
             if view.kind in ("vectors", "surprise"):
-                mean, variance = columns[0].mean(0), columns[1].mean(0) + columns[0].var(0)
-                columns = [mean, variance, mean**2]
+                mean = columns[0].mean(0)
+                columns = [mean, columns[1].mean(0), mean**2, columns[0].var(0)]
             else:
                 columns = [columns[0].mean(0)]
             table = np.concatenate(columns, -1)
@@ -87,13 +89,15 @@ class ViewDensity:
         return constant + rising + gammaln(mass) - gammaln(mass + total)
 
     def _student(self, values: np.ndarray, length: float, mixed: np.ndarray) -> np.ndarray:
-        means, noise, squares = np.split(mixed, 3, axis=-1)
+        means, noise, squares, unknown = np.split(mixed, 4, axis=-1)
         if self.view.kind == "vectors":
             if length > 0:
                 noise = noise * (1 + 20 * self.strength / max(length, 1.0)) / (1 + 0.4 * self.strength)
             noise = noise + self.mixing * np.maximum(squares - means**2, 0.0)
-        noise = self.temper * noise
-        tails = 3.5 * np.log1p((values - means) ** 2 / (6.0 * noise)) + 0.5 * np.log(noise)
+        noise = self.temper * noise + unknown
+        with np.errstate(over="ignore"):
+            away = np.minimum((values - means) ** 2 / (6.0 * noise), FARTHEST)
+        tails = 3.5 * np.log1p(away) + 0.5 * np.log(noise)
         return len(values) * STUDENT - tails.sum(-1)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.special import logsumexp
 
+from bayes_dispatch.dispatcher.arrays import on_simplex
 from bayes_dispatch.dispatcher.exact.cells import Cells
 from bayes_dispatch.dispatcher.exact.densities import ViewDensity
 from bayes_dispatch.dispatcher.exact.supports import MOST, SupportPrior
@@ -26,10 +27,11 @@ __all__ = ["Quadrature"]
 
 PAIRED, TRIPLED = 24, 10  # components that are tried in pairs, and in triples
 ANCHORS = 8  # the likeliest alone, each of which is tried beside every other where there are more than ``PAIRED``
-SPLIT = 64  # cells that are split in a round, at most
+SPLIT = 64  # cells of a size that are split in a round, at most
 FINEST = (1.0, 1 / 64, 1 / 16)  # length of the finest cells of one, two and three components
-KEPT, TAIL = 768, 1e-4  # cells of each prompt, at most, and the mass of those that are left out
-NEGLIGIBLE = 1e-4  # mass of a cell that is not split
+KEPT, TAIL = 768, 1e-4  # cells of each prompt, at most, and the mass of those that are left out where there are fewer
+ROUNDING = 1e-9  # of probabilities
+NEGLIGIBLE = 1e-12  # mass of a cell that is not split: where evidence is sharp, the centre of a coarse one says little
 
 CORNER = np.eye(MOST)[:1].repeat(MOST, 0)  # of one component
 INTERVAL = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
@@ -103,10 +105,14 @@ class Quadrature:
         return total
 
     def _cells(self, prompts: Prompts, row: int, prior: SupportPrior) -> Cells:
+        """Which sets are tried is told by evidence and shares alone, and not by how many components are expected."""
         alone = self._pieces(prompts, row, prior, np.arange(self.width)[:, None], CORNER[None])
-        shared = self._pieces(prompts, row, prior, self._sets(prompts, row, alone), _quartered(INTERVAL[None], 2))
-        most = alone.mass.copy()
-        each = logsumexp(shared.mass.reshape(-1, 4), axis=1)
+        shared = self._pieces(
+            prompts, row, prior, self._sets(prompts, row, alone, prior), _quartered(INTERVAL[None], 2)
+        )
+        logs = np.log(prior.shares)
+        most = alone.density + logs
+        each = logsumexp(shared.density.reshape(-1, 4), axis=1) - np.log(4) + logs[shared.supports[::4, :2]].sum(1)
         for slot in range(2):
             np.maximum.at(most, shared.supports[::4, slot], each)
         likely = np.sort(np.argsort(-most, kind="stable")[:TRIPLED])
@@ -125,13 +131,13 @@ class Quadrature:
                 if len(own := chosen[found.sizes[chosen] == size])
             ]
             found = _Pieces.joined([found.take(left), *children])
-        return self._finished(found)
+        return self._finished(self._with_untried(found))
 
-    def _sets(self, prompts: Prompts, row: int, alone: _Pieces) -> np.ndarray:
+    def _sets(self, prompts: Prompts, row: int, alone: _Pieces, prior: SupportPrior) -> np.ndarray:
         """``(P, 2)`` pairs of components to try: all, or those of the ones that go best with the likeliest."""
         if self.width <= PAIRED:
             return self._all_pairs
-        order = np.argsort(-alone.mass, kind="stable")
+        order = np.argsort(-alone.density - np.log(prior.shares), kind="stable")
         anchors, most = order[:ANCHORS], alone.density - np.inf
         for anchor in anchors:
             beside = np.column_stack([np.full(self.width, anchor), np.arange(self.width)])
@@ -158,10 +164,15 @@ class Quadrature:
         return _Pieces(supports, every, np.full(len(every), size), np.full(len(every), edge), masses, density)
 
     def _to_split(self, found: _Pieces) -> np.ndarray:
-        mass = found.mass
+        """The likeliest cells of each size that are not too small: a coarse cell may look worse than its set is."""
         coarse = found.edges > np.array(FINEST)[found.sizes - 1] * (1 + 1e-9)
-        worth = np.flatnonzero(coarse & (mass > mass.max() + np.log(NEGLIGIBLE)))
-        return worth[np.argsort(-mass[worth], kind="stable")[:SPLIT]]
+        chosen = []
+        for size in (2, 3):
+            own = np.flatnonzero(coarse & (found.sizes == size))
+            mass = found.mass[own]
+            worth = own[mass > mass.max(initial=-np.inf) + np.log(NEGLIGIBLE)]
+            chosen.append(worth[np.argsort(-found.mass[worth], kind="stable")[:SPLIT]])
+        return np.concatenate(chosen)
 
     def _children(self, prompts: Prompts, row: int, parents: _Pieces) -> _Pieces:
         size = int(parents.sizes[0])
@@ -173,12 +184,38 @@ class Quadrature:
             supports, corners, parents.sizes.repeat(4), edges, (parents.prior - np.log(4)).repeat(4), density
         )
 
+    def _with_untried(self, found: _Pieces) -> _Pieces:
+        """With the prior mass of the sets that were not tried, as likely as the least likely of those that were.
+
+        It counts where evidence tells little: then it is the prior's.
+        """
+        masses = found.prior.copy()
+        for size in (2, 3):
+            own = np.flatnonzero(found.sizes == size)
+            untried = self.sizes[size - 1] - np.exp(logsumexp(found.prior[own])) if len(own) else 0.0
+            if untried < ROUNDING:
+                continue
+            _, place = np.unique(found.supports[own, :size], axis=0, return_inverse=True)
+            place = place.reshape(-1)
+            prior, joint = (np.full(place.max() + 1, -np.inf) for _ in range(2))
+            np.logaddexp.at(prior, place, found.prior[own])
+            np.logaddexp.at(joint, place, found.mass[own])
+            least = (joint - prior).min()
+            masses[own] += np.logaddexp(0.0, np.log(untried) + least - logsumexp(found.mass[own]))
+        return found._replace(prior=masses)
+
     def _finished(self, found: _Pieces) -> Cells:
         evidence = logsumexp(found.mass)
         order = np.argsort(-found.mass, kind="stable")[:KEPT]
         count = 1 + int(np.searchsorted(np.exp(found.mass[order] - evidence).cumsum(), 1 - TAIL))
-        kept = found.take(np.union1d(order[:count], np.arange(self.width)))  # with each component alone, come first
-        mass = np.exp(kept.mass - logsumexp(kept.mass))
+        best = [own[found.mass[own].argmax()] for size in (2, 3) if len(own := np.flatnonzero(found.sizes == size))]
+        alone = np.arange(self.width)  # these come first, and are never split
+        kept = found.take(np.unique(np.concatenate([order[:count], alone, best])))
+        mass = np.exp(kept.mass - evidence)
+        for size in (1, 2, 3):  # what is left out of a size is the others' of it
+            own, whole = kept.sizes == size, np.exp(found.mass[found.sizes == size] - evidence).sum()
+            mass[own] *= whole / mass[own].sum() if mass[own].sum() > 0 else 0.0
+        mass = on_simplex(mass)
         ratios = (evidence - kept.density)[None]
         one = np.array([evidence])
         return Cells(self.width, mass[None], kept.sizes[None], kept.supports[None], kept.corners[None], ratios, one)

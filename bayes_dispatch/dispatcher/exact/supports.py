@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from bayes_dispatch.dispatcher.arrays import on_simplex
 
@@ -61,38 +62,59 @@ class SupportPrior:
         out, sizes = np.zeros((count, len(self.shares))), random.choice(len(self.sizes), count, p=self.sizes) + 1
         for size in np.unique(sizes):
             rows = np.flatnonzero(sizes == size)
-            possible = [number for number, (total, _) in enumerate(self._classes[size - 1]) if total > 0]
-            wanted, left = random.choice(possible, len(rows)), rows
-            chosen = np.zeros((count, size), dtype=np.int64)
-            while len(left):
-                drawn = random.choice(len(self.shares), (len(left), size), p=self.shares)
-                ordered = np.sort(drawn, axis=1)
-                good = (np.diff(ordered, axis=1) > 0).all(1) & (self._families(drawn) == wanted)
-                chosen[left[good]] = drawn[good]
-                left, wanted = left[~good], wanted[~good]
-            out[rows[:, None], chosen[rows]] = random.dirichlet(np.ones(size), len(rows))
+            chosen = np.stack([self._set(int(size), random) for _ in rows])
+            out[rows[:, None], chosen] = random.dirichlet(np.ones(size), len(rows))
         return out
+
+    def _set(self, size: int, random: np.random.Generator) -> Int[np.ndarray, " size"]:
+        """A set of so many components: first how many families they are of, then which, and then who."""
+        x = self.shares
+        if self.tree is None:
+            return _distinct(x, size, random)
+        families = random.choice([n for n, (total, _) in enumerate(self._classes[size - 1]) if total > 0]) + 1
+        member, sums, pairs, triples = self._by_family
+        if families == size:
+            return np.array(
+                [random.choice(len(x), p=on_simplex(x * member[:, f])) for f in _distinct(sums, size, random)]
+            )
+        if families == 1:
+            own = random.choice(len(sums), p=on_simplex(pairs if size == 2 else triples))
+            return _distinct(x * member[:, own], size, random)
+        own = random.choice(len(sums), p=on_simplex(pairs * (1 - sums)))  # two of a family, and one of another
+        other = random.choice(len(x), p=on_simplex(x * (1 - member[:, own])))
+        return np.append(_distinct(x * member[:, own], 2, random), other)
+
+    @cached_property
+    def _by_family(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """``(K+1, F)`` who is of which family; ``(F,)`` sums of shares, and of products of two and of three of them."""
+        assert self.tree is not None
+        member = np.eye(max(self.tree) + 1)[list(self.tree)]
+        within = [_symmetric(self.shares[inside > 0]) for inside in member.T]
+        sums, pairs, triples = (
+            np.array(values) for values in zip(*((each[0], *each[1:]) for each in within), strict=True)
+        )
+        return member, sums, pairs, triples
 
     @cached_property
     def _classes(self) -> list[list[tuple[float, np.ndarray]]]:
         """By size and number of families less one: the sum over sets of the products of their shares, and its
-        derivative by each share. Without families there is one class of each size."""
+        derivative by each share. Without families there is one class of each size. A sum of 0 is of no set."""
         x = self.shares
-        pairs, triples = _symmetric(x, x.sum())
+        one, two, three = _symmetric(x)
         if self.tree is None:
-            return [[(x.sum(), np.ones_like(x))], [pairs], [triples]]
-        member = np.eye(max(self.tree) + 1)[list(self.tree)]  # (K+1, F)
-        sums = x @ member
-        within = [_symmetric(x * inside, total) for inside, total in zip(member.T, sums, strict=True)]
+            return [[(one, np.ones_like(x))], [(two, one - x)], [(three, _second(x, one, two))]]
+        _, sums, pairs, triples = self._by_family
         own = list(self.tree)
-        two, three = (
-            (sum(each[i][0] for each in within), np.array([within[f][i][1][k] for k, f in enumerate(own)]))
-            for i in (0, 1)
-        )
-        apart, all_apart = ((total, gradient[own]) for total, gradient in _symmetric(sums, sums.sum()))
-        rest = triples[0] - three[0] - all_apart[0], triples[1] - three[1] - all_apart[1]
-        found = [[(x.sum(), np.ones_like(x))], [two, apart], [three, rest, all_apart]]
-        return [[(total if total > 1e-12 else 0.0, gradient) for total, gradient in each] for each in found]
+        first = sums[own] - x  # derivatives of the sums within a component's family, and among families
+        second = _second(x, sums[own], pairs[own])
+        total, apart, all_apart = _symmetric(sums)
+        others = total - sums
+        mixed = first * others[own] + pairs.sum() - pairs[own]
+        return [
+            [(one, np.ones_like(x))],
+            [(pairs.sum(), first), (apart, others[own])],
+            [(triples.sum(), second), (float(pairs @ others), mixed), (all_apart, _second(sums, total, apart)[own])],
+        ]
 
     def _families(self, supports: np.ndarray) -> np.ndarray:
         """How many families sets are of, less one; 0 without families."""
@@ -102,9 +124,22 @@ class SupportPrior:
         return (np.diff(ordered, axis=-1) > 0).sum(-1)
 
 
-def _symmetric(x: np.ndarray, total: float) -> tuple[tuple[float, np.ndarray], tuple[float, np.ndarray]]:
-    """Elementary symmetric polynomials of degree two and three, with their derivatives."""
-    first = total - x
-    pairs = float(x @ first) / 2
-    second = pairs - x * first
-    return (pairs, first), (float(x @ second) / 3, second)
+def _symmetric(x: np.ndarray) -> tuple[float, float, float]:
+    """Sums of the products of one, two and three distinct elements, from terms that are all positive."""
+    one = two = three = 0.0
+    for value in x:
+        one, two, three = one + value, two + value * one, three + value * two
+    return float(one), float(two), float(three)
+
+
+def _second(x: np.ndarray, one: Any, two: Any) -> np.ndarray:
+    """Derivative by each element of the sum of the products of three: of those of two of the others."""
+    return two - x * (one - x)
+
+
+def _distinct(chances: np.ndarray, size: int, random: np.random.Generator) -> Int[np.ndarray, " size"]:
+    """A set of indices in proportion to the product of their chances."""
+    while True:
+        drawn = random.choice(len(chances), size, p=on_simplex(chances))
+        if len(set(drawn.tolist())) == size:
+            return drawn

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bayes_dispatch.arguments import real
 from bayes_dispatch.dispatcher.arrays import on_simplex
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureMap
@@ -25,7 +26,7 @@ from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior, isolated
 from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.views import KINDS, View, floored
-from bayes_dispatch.errors import BundleError, EvidenceError, TensorError
+from bayes_dispatch.errors import BundleError, ConfigError, EvidenceError, TensorError
 
 __all__ = ["FittedDispatcher", "as_prompts"]
 
@@ -56,8 +57,9 @@ class FittedDispatcher:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of everything that is saved: a serving prior belongs to one fit."""
+        """A digest of everything that answers are computed from: a serving prior belongs to one fit."""
         document, arrays = self.pack()
+        document |= {"sizes": self.model.sizes, "families": self.model.families, "prior": self.model.prior}
         digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
         for name, values in sorted(arrays.items()):
             digest.update(name.encode() + np.ascontiguousarray(values).tobytes())
@@ -127,8 +129,8 @@ class FittedDispatcher:
             globals_ = GlobalsPosterior(_under(arrays, "globals.loc."), _under(arrays, "globals.scale."))
             with isolated(0):
                 shapes = {name: value.shape for name, value in model.sample_globals().items()}
-            if shapes != (given := {name: value.shape for name, value in globals_.center().items()}):
-                raise TypeError(f"globals of shapes {given}")
+            _expect("globals", shapes, {name: value.shape for name, value in globals_.center().items()})
+            _expect("scales", _shapes(globals_.locations), _shapes(globals_.scales))
             maps = {
                 name: FeatureMap(arrays[f"features.{name}.center"], arrays[f"features.{name}.projection"])
                 for name in (view.name for view in views)
@@ -139,8 +141,13 @@ class FittedDispatcher:
                 _under(arrays, "like.totals."),
                 _under(arrays, "like.missing."),
             )
-            return cls(model, globals_, maps, float(document["temper"]), like)
-        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            mapped = {name: each.projection.shape[1:] for name, each in maps.items()}
+            _expect("projections", {view.name: (view.width,) for view in views if view.name in maps}, mapped)
+            rows = like.lengths.shape
+            _expect("totals", {view.name: rows for view in views if view.kind == "counts"}, _shapes(like.totals))
+            _expect("missing views", {view.name: rows for view in views}, _shapes(like.missing))
+            return cls(model, globals_, maps, real("temper", document["temper"], 0, above=True), like)
+        except (AttributeError, ConfigError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise BundleError(f"expected the arrays of a dispatcher, got {reason}") from None
 
@@ -184,6 +191,18 @@ def as_prompts(
             _check_kind(view, values, ~absent, "probabilities that sum to 1", (values >= 0) & near)
             observed[view.name] = floored(observed[view.name])
     return Prompts(_tensor(evidence.known_lengths(), dtype), totals, missing, observed)
+
+
+def _shapes(values: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: value.shape for name, value in values.items()}
+
+
+def _expect(what: str, shapes: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse arrays of other names or shapes, by the first that differs."""
+    for name in sorted(shapes.keys() | given.keys()):
+        wanted, found = (None if name not in each else tuple(each[name]) for each in (shapes, given))
+        if wanted != found:
+            raise TypeError(f"{what} {name!r} of shape {found} in the place of {wanted}")
 
 
 def _tensor(values: np.ndarray, dtype: torch.dtype) -> Tensor:

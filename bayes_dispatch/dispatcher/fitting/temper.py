@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 
+from bayes_dispatch.dispatcher.arrays import on_simplex
 from bayes_dispatch.dispatcher.exact.quadrature import Quadrature
 from bayes_dispatch.dispatcher.exact.supports import MOST
 from bayes_dispatch.dispatcher.program.observed import Prompts
@@ -42,7 +43,7 @@ def choose_temper(
     coarse = replace(quadrature, rounds=1)
     supports = np.argsort(-weights, axis=1, kind="stable")[:, :MOST]
     own = np.take_along_axis(weights, supports, axis=1)
-    own = np.where(own > SMALL, own, 0.0) / np.where(own > SMALL, own, 0.0).sum(1, keepdims=True)
+    own = on_simplex(np.where((own > SMALL) | (own == own.max(1, keepdims=True)), own, 0.0))
 
     def score(temper: float) -> float:
         tempered = coarse.at(temper)
@@ -84,7 +85,7 @@ class KnownPrompts:
         prompts, weights = self.prompts.select(torch.from_numpy(rows)), self.weights[rows]
         if len(mixed) >= FEWEST or len(pure) < 2:
             return prompts, weights
-        joined, of_joined = self.concatenate(JUDGED, random)
+        joined, of_joined = self.concatenate(JUDGED - len(mixed), random)
         return Prompts.concatenate([prompts, joined]), np.concatenate([weights, of_joined])
 
     def concatenate(
@@ -92,9 +93,12 @@ class KnownPrompts:
     ) -> tuple[Prompts, Float[np.ndarray, "prompt weight"]]:
         """``count`` concatenations of two or three pure prompts, where possible no longer than the longest prompt.
 
-        They have the mean of pooled features by length, and the sum of counts.
+        They have the mean of pooled features by length, and the sum of counts. Prompts of unknown length are joined
+        where there are no others: then all are as long.
         """
         prompts, pure = self.prompts, torch.from_numpy(self.groups[0])
+        measured = pure[prompts.lengths[pure] > 0]
+        pure = measured if len(measured) > 1 else pure
         longest = max(float(prompts.lengths.max()), 1.0)
         pieces = pure[torch.from_numpy(random.integers(len(pure), size=(8 * count, 3)))]
         sizes = prompts.lengths[pieces].clamp(min=1.0)

@@ -100,6 +100,27 @@ class TestGate:
         np.testing.assert_array_equal(gated.gate.scores, expected.scores)
         assert gated.dispatcher.state.temper == dispatcher.state.temper
 
+    def test_what_calibrates_is_a_random_part_of_the_prompts(self, bundle: Bundle) -> None:
+        """Prompts longer than all of the fit neither choose the temper nor go to the gate in the others' place."""
+        named = {domain.name: domain for domain in CONVENTIONS}
+        known = calibration_evidence(bundle.model, [named[name] for name in bundle.experts.names], 20, 60, (16, 90), 1)
+        lengths, longest = known.evidence.known_lengths(), float(bundle.dispatcher.state.like.lengths.max())
+        order = np.random.default_rng([1, 6]).permutation(120)
+        assert (lengths[order[:24]] > longest).any()
+        _, gate = settled(bundle.dispatcher, known, 1)
+        assert len(gate.scores) == 72
+
+    def test_a_temper_of_the_program_s_own_stays(self, bundle: Bundle) -> None:
+        named = {domain.name: domain for domain in CONVENTIONS}
+        known = calibration_evidence(bundle.model, [named[name] for name in bundle.experts.names], 20, 60, (16, 24), 1)
+        fixed = copy(bundle.dispatcher)
+        fixed.program = replace(fixed.program, temper=bundle.dispatcher.state.temper)
+        dispatcher, gate = settled(fixed, known, 1)
+        assert dispatcher.state is fixed.state
+        assert len(gate.scores) == 90
+        with pytest.raises(ConfigError, match="expected a program without a temper"):
+            fixed.retempered(known.evidence, known.labels, known.mixtures)
+
     def test_a_fifth_of_the_prompts_choose_the_temper_and_no_more(self, bundle: Bundle) -> None:
         """The gate is calibrated on the others, of which three in four have ranks; few are left to the gate alone."""
         named = {domain.name: domain for domain in CONVENTIONS}

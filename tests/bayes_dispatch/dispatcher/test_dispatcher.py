@@ -2,6 +2,7 @@
 uncertainty, simulations are of the program. Bad input is one clear line."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,6 +83,13 @@ def test_no_evidence_is_uncertainty(fitted: Dispatcher, fresh: "Sample") -> None
     assert fitted.predict_proba(nothing).max() < 0.8
     pure = fresh.labels >= 0
     assert fitted.posterior(nothing).entropy.mean() > fitted.posterior(fresh.evidence).entropy[pure].mean()
+
+
+def test_programs_of_other_sizes_are_other_dispatchers(fitted: Dispatcher) -> None:
+    """A gate or a prior that belongs to one is refused by the other."""
+    state = fitted.state
+    other = replace(state, model=replace(state.model, sizes=(1.0, 0.0, 0.0)))
+    assert other.fingerprint != state.fingerprint
 
 
 def test_no_prompts(fitted: Dispatcher) -> None:

@@ -197,14 +197,89 @@ def test_ratios_take_the_evidence_back() -> None:
         assert abs(values.mean() - expected) < 5 * values.std() / np.sqrt(len(values)) + 0.01
 
 
-def test_uncertain_means_of_experts_are_noise() -> None:
-    """Two globals a step apart give the density of a wider one between them, not that of their middle alone."""
+@pytest.mark.parametrize("length", [16.0, 60.0, 4000.0])
+@pytest.mark.parametrize("at", [0.0, 0.6])
+def test_uncertain_means_are_no_noise_of_tokens(length: float, at: float) -> None:
+    """Under many draws of a mean, the density is the average of theirs within .25 nats, however long the prompt."""
     model = DispatchModel(2, (VectorsView(1),))
-    known = {"s2": torch.full((2, 1), 0.1), "lt": torch.tensor(12.0), "xi": torch.tensor(0.01)}
+    known = {"s2": torch.full((2, 1), 0.05), "lt": torch.tensor(140.0), "xi": torch.tensor(0.01)}
     known |= {"base_M": torch.zeros(1), "base_s2": torch.ones(1)}
-    sites = [known | {"M": torch.tensor([[m], [5.0]])} for m in (-0.5, 0.5)]
-    (density,) = ViewDensity.of_views(model.views, sites, 1.0)
-    np.testing.assert_allclose(density.columns[0, :2], [0.0, 0.1 + 0.25], atol=1e-4)
+    drawn = 0.3 * torch.from_numpy(stats.norm.ppf((np.arange(400) + 0.5) / 400))
+    sites = [known | {"M": torch.stack([mean, torch.tensor(5.0)])[:, None]} for mean in drawn]
+    missing = {"hidden": torch.zeros(1, dtype=torch.bool)}
+    prompts = Prompts(torch.tensor([length]), {}, missing, {"hidden": torch.tensor([[at]])})
+    alone = np.zeros((1, 1), dtype=np.int64), np.ones((1, 1))
+
+    def density(some: list[dict[str, Tensor]]) -> float:
+        finder = Quadrature(ViewDensity.of_views(model.views, some, 1.0), model.sizes)
+        return float(finder.log_density(prompts, 0, *alone)[0])
+
+    average = logsumexp([density([each]) for each in sites]) - np.log(len(sites))
+    assert density(sites) == pytest.approx(average, abs=0.25)
+
+
+def test_without_evidence_it_is_the_prior() -> None:
+    """With more components than are tried together, too: sizes as the prior has them, and an evidence of 1."""
+    for experts, families in ((8, None), (23, None), (50, None), (50, tuple(n // 5 for n in range(50)))):
+        model = DispatchModel(experts, (VectorsView(2),), families=families)
+        finder = exact(model, 1)
+        blank = Prompts(torch.zeros(1), {}, {"hidden": torch.ones(1, dtype=torch.bool)}, {"hidden": torch.zeros(1, 2)})
+        answer = finder(blank, np.full(experts + 1, 1 / (experts + 1)))
+        sizes = np.bincount(answer.sizes[0], answer.mass[0], 4)[1:]
+        np.testing.assert_allclose(sizes, model.sizes, atol=0.002)
+        assert answer.log_evidence[0] == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(0.0, 0.0, 1.0), (0.0, 1.0, 0.0)])
+def test_sizes_do_not_say_which_components_are_tried(sizes: tuple[float, ...]) -> None:
+    """With forty experts, where one size alone can be, its sets are as likely beside each other as where all can be.
+
+    Within .03: of triples that are many and alike, not all cells are kept.
+    """
+    rng, size = np.random.default_rng(0), sizes.index(1.0) + 1
+    means = rng.normal(0, 1, (40, 8))
+    known = {"lt": torch.tensor(12.0), "xi": torch.tensor(0.01), "base_M": torch.zeros(8), "base_s2": torch.ones(8)}
+    sites = {"M": torch.tensor(means), "s2": torch.full((40, 8), 0.02)} | known
+    densities = ViewDensity.of_views((VectorsView(8),), [sites], 1.0)
+    sets = np.stack([rng.choice(40, size, replace=False) for _ in range(10)])
+    seen = torch.tensor(means[sets].mean(1) + rng.normal(0, 0.1, (10, 8)))
+    prompts = Prompts(torch.full((10,), 60.0), {}, {"hidden": torch.zeros(10, dtype=torch.bool)}, {"hidden": seen})
+    shares = np.full(41, 1 / 41)
+    one, every = Quadrature(densities, sizes)(prompts, shares), Quadrature(densities, (0.3, 0.3, 0.4))(prompts, shares)
+    mass = every.mass * (every.sizes == size)
+    own = replace(every, mass=mass / mass.sum(1, keepdims=True))
+    np.testing.assert_allclose(one.mean, own.mean, atol=0.03)
+
+
+@pytest.mark.parametrize("spread", [0.02, 0.005, 0.001])
+def test_sharp_evidence_is_not_pruned_away(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pairs among five components, against splitting every cell as far: evidence within .05, and who shares it."""
+    rng = np.random.default_rng(1)
+    means = rng.normal(0, 1, (4, 8))
+    known = {"lt": torch.tensor(12.0), "xi": torch.tensor(0.01), "base_M": torch.zeros(8), "base_s2": torch.ones(8)}
+    sites = {"M": torch.tensor(means), "s2": torch.full((4, 8), spread)} | known
+    model = DispatchModel(4, (VectorsView(8),))
+    finder = Quadrature(ViewDensity.of_views(model.views, [sites], 1.0), model.sizes)
+    share = rng.uniform(0.1, 0.9, (12, 1))
+    centers = share * means[rng.integers(0, 2, 12)] + (1 - share) * means[rng.integers(2, 4, 12)]
+    seen = torch.tensor(centers + rng.normal(0, spread**0.5, (12, 8)))
+    prompts = Prompts(torch.full((12,), 60.0), {}, {"hidden": torch.zeros(12, dtype=torch.bool)}, {"hidden": seen})
+    found = finder(prompts, np.full(5, 0.2))
+    for name, value in (("SPLIT", 100_000), ("NEGLIGIBLE", 1e-300), ("KEPT", 100_000)):
+        monkeypatch.setattr(quadrature, name, value)
+    whole = finder(prompts, np.full(5, 0.2))
+    np.testing.assert_allclose(found.log_evidence, whole.log_evidence, atol=0.05)
+    for size in (1, 2, 3):
+        share_of = [(each.mass * (each.sizes == size)).sum(1) for each in (found, whole)]
+        np.testing.assert_allclose(*share_of, atol=0.05)
+
+
+def test_what_is_far_from_everything_has_a_posterior() -> None:
+    prompts = draw_prompts(DispatchModel(K, (VectorsView(2),)), 1, 3)
+    prompts.observed["hidden"][:] = 1e200
+    answer = exact(DispatchModel(K, (VectorsView(2),)), 2)(prompts, SHARES)
+    assert np.isfinite(answer.log_evidence).all()
+    np.testing.assert_allclose(answer.mean.sum(1), 1)
 
 
 def test_the_distribution_function_of_cells_is_that_of_their_draws() -> None:

@@ -11,9 +11,11 @@ from bayes_dispatch.dispatcher.fitting import temper as module
 from bayes_dispatch.dispatcher.fitting.simulation import simulate
 from bayes_dispatch.dispatcher.fitting.svi import isolated
 from bayes_dispatch.dispatcher.fitting.temper import KnownPrompts, choose_temper
+from bayes_dispatch.errors import ConfigError
 
 if TYPE_CHECKING:
     from bayes_dispatch.dispatcher.estimator import Dispatcher
+    from tests.bayes_dispatch.conftest import Sample
 
 
 def known(fitted: "Dispatcher", count: int, temper: float, seed: int, pure: bool = False) -> KnownPrompts:
@@ -62,18 +64,40 @@ def test_new_prompts_choose_another_temper(fitted: "Dispatcher") -> None:
     assert low < high
 
 
-def test_so_many_known_prompts_choose_the_temper(fitted: "Dispatcher") -> None:
-    """75 pure and 75 mixed ones, at most: the cost of a fit does not grow with them. Few mixed ones are joined by
+def test_so_many_known_prompts_choose_the_temper(fitted: "Dispatcher", fresh: "Sample") -> None:
+    """75 pure and 75 mixed ones, at most: the cost of a fit does not grow with them. Few mixed ones are filled up by
     concatenations of pure ones; where nothing is known the temper is 1."""
     pure, mixed = known(fitted, 100, 1.0, 0, pure=True), known(fitted, 200, 1.0, 1)
     random = np.random.default_rng(0)
-    for prompts, counts in ((mixed, (0, 75)), (pure, (75, 75))):
+    rows = np.r_[:10]
+    few = KnownPrompts(
+        type(pure.prompts).concatenate([pure.prompts, mixed.prompts.select(torch.from_numpy(rows))]),
+        np.concatenate([pure.weights, mixed.weights[rows]]),
+    )
+    for prompts, counts in ((mixed, (0, 75)), (pure, (75, 75)), (few, (75, 75))):
         chosen, weights = prompts.judged(random)
         assert len(chosen) == len(weights) == sum(counts)
         assert int((weights.max(1) == 1).sum()) >= counts[0]
         np.testing.assert_allclose(weights.sum(1), 1)
     nothing = KnownPrompts(pure.prompts, np.full((100, 4), np.nan))
     assert choose_temper(fitted.state.quadrature, nothing, fitted.state.shares, random) == 1.0
+    with pytest.raises(ConfigError, match="expected prompts of known weights, got none"):
+        fitted.retempered(fresh.evidence)
+
+
+def test_a_mixture_of_next_to_nothing_is_judged_by_its_largest(fitted: "Dispatcher") -> None:
+    """Were every share small, each would be taken for none, and no temper could be told."""
+    prompts = known(fitted, 60, 3.0, 4)
+    spread = prompts.weights.copy()
+    spread[0] = 0.25
+    state = fitted.state
+    tempers = []
+    for small in (0.02, 0.3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "SMALL", small)
+            chosen = KnownPrompts(prompts.prompts, spread)
+            tempers.append(choose_temper(state.quadrature, chosen, state.shares, np.random.default_rng(0)))
+    assert min(tempers) > 1.2
 
 
 def test_concatenations_are_means_by_length_and_sums_of_counts(fitted: "Dispatcher") -> None:
