@@ -124,7 +124,7 @@ class Quadrature:
             chosen = self._to_split(found)
             if not len(chosen):
                 break
-            left = np.setdiff1d(np.arange(len(found.sizes)), chosen)
+            left = np.delete(np.arange(len(found.sizes)), chosen)
             children = [
                 self._children(prompts, row, found.take(own))
                 for size in (2, 3)
@@ -171,7 +171,8 @@ class Quadrature:
             own = np.flatnonzero(coarse & (found.sizes == size))
             mass = found.mass[own]
             worth = own[mass > mass.max(initial=-np.inf) + np.log(NEGLIGIBLE)]
-            chosen.append(worth[np.argsort(-found.mass[worth], kind="stable")[:SPLIT]])
+            most = slice(None) if len(worth) <= SPLIT else np.argpartition(-found.mass[worth], SPLIT)[:SPLIT]
+            chosen.append(worth[most])
         return np.concatenate(chosen)
 
     def _children(self, prompts: Prompts, row: int, parents: _Pieces) -> _Pieces:
@@ -195,8 +196,8 @@ class Quadrature:
             untried = self.sizes[size - 1] - np.exp(logsumexp(found.prior[own])) if len(own) else 0.0
             if untried < ROUNDING:
                 continue
-            _, place = np.unique(found.supports[own, :size], axis=0, return_inverse=True)
-            place = place.reshape(-1)
+            names = found.supports[own, :size] @ self.width ** np.arange(size)
+            _, place = np.unique(names, return_inverse=True)
             prior, joint = (np.full(place.max() + 1, -np.inf) for _ in range(2))
             np.logaddexp.at(prior, place, found.prior[own])
             np.logaddexp.at(joint, place, found.mass[own])

@@ -113,14 +113,14 @@ def test_densities_are_those_of_the_program(model: DispatchModel, temper: float)
 
 @pytest.mark.parametrize("model", [FULL, TREE], ids=["every view", "families"])
 def test_it_is_the_posterior(model: DispatchModel) -> None:
-    """Against 200,000 draws from the prior, weighed by their likelihoods: evidence, moments, and which is best.
+    """Against 100,000 draws from the prior, weighed by their likelihoods: evidence, moments, and which is best.
 
     Within five standard errors of the weighed draws and the .01 that pieces of the simplex are wide; seeds are fixed.
     """
     prompts = draw_prompts(model, 4, 1)
     finder, width = exact(model, 2), model.n_experts + 1
     shares = SHARES if width == 4 else np.full(width, 1 / width)
-    drawn = finder.prior(shares).draw(200_000, np.random.default_rng(0))
+    drawn = finder.prior(shares).draw(100_000, np.random.default_rng(0))
     supports = np.argsort(-drawn, axis=1)[:, :3]
     own = np.take_along_axis(drawn, supports, 1)
     answer = finder(prompts, shares)

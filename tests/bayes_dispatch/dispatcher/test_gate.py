@@ -72,14 +72,14 @@ class TestRate:
         assert band[0] <= alarms <= band[1]
 
     def test_on_average_over_small_calibrations(self, dispatcher: Dispatcher) -> None:
-        """150 calibrations of 60 ranks, one bin, 40 fresh prompts each: at k / (n + 1) = 3 / 61, by 5 standard errors
+        """100 calibrations of 60 ranks, one bin, 20 fresh prompts each: at k / (n + 1) = 3 / 61, by 5 standard errors
         of independent calibrations; false alarms in fewer than 1 of 100,000 seeds.
         """
         rates = []
-        for seed in range(150):
+        for seed in range(100):
             gate = Gate.calibrate(dispatcher, prompts(80, 1000 + seed), bins=1)
-            rates.append(gate.decide(dispatcher, prompts(40, 2000 + seed), RATE).foreign.mean())
-        assert abs(np.mean(rates) - 3 / 61) < 5 * np.std(rates) / 150**0.5
+            rates.append(gate.decide(dispatcher, prompts(20, 2000 + seed), RATE).foreign.mean())
+        assert abs(np.mean(rates) - 3 / 61) < 5 * np.std(rates) / 100**0.5
         assert gate.least_rate == 1 / 61
 
     def test_of_each_group_whatever_their_shares(self, dispatcher: Dispatcher) -> None:
