@@ -1,11 +1,11 @@
 """The gate of the shipped bundle: how often it sends prompts to base that it should not, and those that it should.
 
-    python benchmarks/gate.py              # seven minutes on one core
+    python benchmarks/gate.py              # five minutes on one core
     python benchmarks/gate.py --quick
 
-*Both* parts of the score, and either alone, are calibrated anew for each seed on held-out prompts, and judged on others
-of 32, 64 and 128 bytes: of one domain, of several, of base's own text (which may go to base), and foreign ones, of
-which *products* look like sums (``37+58=2146``) and are not in the mean.
+A gate is calibrated *anew* for each seed on held-out prompts, and judged on others of 32, 64 and 128 bytes: of one
+domain, of several, of base's own text (which may go to base), and foreign ones, of which *products* look like sums
+(``37+58=2146``) and are not in the mean.
 *Shipped* is the gate that comes with the package, which was calibrated on longer prompts too.
 """
 
@@ -32,7 +32,6 @@ __all__ = ["main"]
 
 LENGTHS = (32, 64, 128)
 SPREAD = (16, 256)  # bytes of the prompts of calibration
-WEIGHTS = {"both": (1.0, 1.0), "density alone": (1.0, 0.0), "base alone": (0.0, 1.0)}
 INSIDE = ("one domain", "several domains")
 BASE = "text of base"
 RATE = 0.05
@@ -57,7 +56,7 @@ FULL, QUICK = Sizes(), Sizes(pure=20, mixed=160, judged=16, foreign=4)
 
 
 class Judged(NamedTuple):
-    """One score at one length: by kind of prompts the share sent to base, and AUROC against both kinds inside."""
+    """One gate at one length: by kind of prompts the share sent to base, and AUROC against both kinds inside."""
 
     sent: dict[str, float]
     auroc: dict[str, float]
@@ -88,12 +87,9 @@ def judge(gate: Gate, dispatcher: Dispatcher, kinds: Mapping[str, Evidence]) -> 
 
 
 def compare(bundle: Bundle, sizes: Sizes, seed: int) -> dict[tuple[str, int], Judged]:
-    """All scores at all lengths, of one seed."""
+    """All gates at all lengths, of one seed."""
     known = calibration_evidence(bundle.model, EXPERT_DOMAINS, sizes.pure, sizes.mixed, SPREAD, 100 + seed)
-    gates = {
-        name: Gate.calibrate(bundle.dispatcher, known.evidence, known.groups, weights=weights, seed=seed)
-        for name, weights in WEIGHTS.items()
-    }
+    gates = {"anew": Gate.calibrate(bundle.dispatcher, known.evidence, known.groups, seed=seed)}
     if bundle.gate is not None:
         gates = {"shipped": bundle.gate} | gates
     found = {}

@@ -1,12 +1,10 @@
 """Is a prompt foreign to all experts? A conformal gate that sends such prompts to base, at a stated false-alarm rate.
 
-**Score.** Two numbers of a prompt say "foreign": the log predictive density of its evidence under the fitted program is
-low, or E[w_base], the posterior mean, is high. Either misses what the other finds: text unlike anything in training
-may spread its weight over experts, and prompts that mix domains have densities nearly as low as foreign ones. Both
-drift with length, so each becomes a residual of a regression on the log length and its square, divided by that of its
-absolute residual; the score is the sum of both.
+**Score.** How badly the experts explain a prompt: minus the log predictive density of its evidence under the fitted
+program without base. What base alone explains is foreign, and so is what nothing does. The density drifts with length,
+so the score is a residual of its regression on the log length and its square, divided by that of its absolute residual.
 
-**Guarantee.** The regressions are of one part of the held-out prompts, the ranks of the other. A prompt's p-value is
+**Guarantee.** The regressions are of a quarter of the held-out prompts, the ranks of the others. A prompt's p-value is
 its rank among the calibration prompts of a group that fall into its bin of length, (1 + how many score at least as
 high) / (1 + how many there are), and the largest of these over the groups. If the prompt is exchangeable with the
 calibration prompts of any one group in its bin, P(p ≤ α) ≤ α, whatever the distribution and however few they are: split
@@ -30,24 +28,25 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float, Int
 
-from bayes_dispatch.arguments import number, several, shown, whole
+from bayes_dispatch.arguments import number, shown, whole
 from bayes_dispatch.arguments import seed as a_seed
-from bayes_dispatch.dispatcher.arrays import as_numbers, short_repr
+from bayes_dispatch.dispatcher.arrays import as_numbers, on_simplex, short_repr
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import BundleError, ConfigError, TensorError
 from bayes_dispatch.storage import read_directory, write_directory
 
-__all__ = ["Gate", "GateDecision", "foreign_parts"]
+__all__ = ["Gate", "GateDecision"]
 
 KIND = "gate"
-VERSION = 1
+VERSION = 2
 FITTED = 4  # every fourth prompt is for the regressions
 FEWEST = 80
 PER_BIN = 60  # calibration prompts of each group, at least, where there are several bins
 LENGTH = 64.0  # tokens, where the regressions have their intercepts
-ARRAYS = ("weights", "shares", "locations", "spreads", "edges", "scores", "bins", "groups")
+ARRAYS = ("shares", "location", "spread", "edges", "scores", "bins", "groups")
+NEVER = 1e-300  # share of base, whose logarithm is finite
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,19 +84,18 @@ class Gate:
 
     Attributes:
         dispatcher: fingerprint of the dispatcher's fit.
-        weights: ``(2,)`` of the score's parts, density and base.
         shares: ``(K+1,)`` prior mean of the experts' shares that prompts are scored under: that of calibration, so that
             later feedback moves no score.
-        locations, spreads: ``(2, 3)`` intercept, at 64 tokens, slope and curvature in the log length of each part.
+        location, spread: ``(3,)`` intercept, at 64 tokens, slope and curvature in the log length: of minus the log
+            density, and of its absolute residual.
         edges: ``(B−1,)`` lengths that part the B bins, in tokens, increasing.
         scores, bins, groups: ``(M,)`` of the calibration prompts; bin 0 is of unknown lengths, then 1 … B.
     """
 
     dispatcher: str
-    weights: np.ndarray
     shares: np.ndarray
-    locations: np.ndarray
-    spreads: np.ndarray
+    location: np.ndarray
+    spread: np.ndarray
     edges: np.ndarray
     scores: np.ndarray
     bins: np.ndarray
@@ -111,7 +109,6 @@ class Gate:
         evidence: Evidence,
         groups: Int[np.ndarray, " prompt"] | Sequence[int] | None = None,
         bins: int = 8,
-        weights: tuple[float, float] = (1.0, 1.0),
         seed: int = 0,
     ) -> Gate:
         """A gate from prompts of the experts' domains that the dispatcher was not fitted on.
@@ -122,13 +119,12 @@ class Gate:
             groups: ``(N,)`` integers ≥ 0: kinds of prompts, such as pure and mixed ones, for each of which the rate is
                 to hold, whatever the kinds' shares among prompts to come; one group by default.
             bins: of length, at most: quantiles of the lengths, fewer where a group has too few prompts for them.
-            weights: of the score's parts, density and base.
             seed: of the split into prompts for the regressions (a quarter) and for the ranks.
 
         Raises:
             NotFittedError: a dispatcher before ``fit``.
             EvidenceError, TensorError: evidence of other views, or groups of other prompts.
-            ConfigError: fewer prompts, fewer than one bin, or weights that are negative or both 0.
+            ConfigError: fewer prompts, or fewer than one bin.
         """
         count = len(evidence)
         kinds = np.zeros(count, np.int64) if groups is None else as_numbers(groups, "groups", None)
@@ -137,20 +133,17 @@ class Gate:
         bins, seed = whole("bins", bins, 1), a_seed(seed)
         if count < FEWEST:
             raise ConfigError(f"expected at least {FEWEST} prompts, got {count}")
-        parts_of = [number(weight) for weight in several("weights", weights, 2)]
-        if not (min(parts_of) >= 0 and 0 < sum(parts_of) < np.inf):
-            raise ConfigError(f"expected finite weights of both parts ≥ 0, one above, got {shown(weights)}")
         kinds = np.unique(kinds, return_inverse=True)[1]
         shares = dispatcher.prior.mean
-        parts, lengths = foreign_parts(dispatcher, evidence, shares), evidence.known_lengths()
+        unlikely, lengths = _unlikely(dispatcher, evidence, shares), evidence.known_lengths()
         fitted = np.zeros(count, bool)
         fitted[np.random.default_rng(seed).permutation(count)[: count // FITTED]] = True
-        locations, spreads = _regressions(parts[fitted], lengths[fitted])
+        location, spread = _regressions(unlikely[fitted], lengths[fitted])
         known = lengths[fitted & (lengths > 0)]
         wanted = min(bins, max(1, np.bincount(kinds[~fitted]).min() // PER_BIN))
-        shape = np.array(parts_of), shares, locations, spreads, np.zeros(0)
-        empty = cls(dispatcher.fingerprint, *shape, np.zeros(0), kinds[:0], kinds[:0])
-        gate = replace(empty, scores=empty._score(parts[~fitted], lengths[~fitted]), groups=kinds[~fitted])
+        none = np.zeros(0)
+        empty = cls(dispatcher.fingerprint, shares, location, spread, none, none, kinds[:0], kinds[:0])
+        gate = replace(empty, scores=empty._score(unlikely[~fitted], lengths[~fitted]), groups=kinds[~fitted])
         for most in range(wanted, 0, -1):
             edges = np.unique(np.quantile(known, np.arange(1, most) / most)) if len(known) else np.zeros(0)
             edges = edges[edges > known.min(initial=np.inf)]  # where many prompts are as short as the shortest
@@ -177,7 +170,7 @@ class Gate:
             As :meth:`p_values`.
         """
         self.check_dispatcher(dispatcher)
-        return self._score(foreign_parts(dispatcher, evidence, self.shares), evidence.known_lengths())
+        return self._score(_unlikely(dispatcher, evidence, self.shares), evidence.known_lengths())
 
     def p_values(self, dispatcher: Dispatcher, evidence: Evidence) -> Float[np.ndarray, " prompt"]:
         """``(N,)`` conformal p-values; a prompt's depends on its own evidence alone.
@@ -257,11 +250,11 @@ class Gate:
         return gate
 
     def _score(
-        self, parts: Float[np.ndarray, "prompt 2"], lengths: Float[np.ndarray, " prompt"]
+        self, unlikely: Float[np.ndarray, " prompt"], lengths: Float[np.ndarray, " prompt"]
     ) -> Float[np.ndarray, " prompt"]:
         design = _design(lengths)
-        least = 0.1 * np.abs(self.spreads[:, 0]) + 1e-9  # far from calibrated lengths a curve may fall below 0
-        return (parts - design @ self.locations.T) / np.maximum(design @ self.spreads.T, least) @ self.weights
+        least = 0.1 * abs(self.spread[0]) + 1e-9  # far from calibrated lengths a curve may fall below 0
+        return (unlikely - design @ self.location) / np.maximum(design @ self.spread, least)
 
     def _bins(self, lengths: Float[np.ndarray, " prompt"]) -> Int[np.ndarray, " prompt"]:
         """0 where the length is unknown, then 1 … B."""
@@ -272,10 +265,8 @@ class Gate:
         integers = all(np.issubdtype(array.dtype, np.integer) for array in (self.bins, self.groups))
         if not integers or not len(self.scores) == len(self.bins) == len(self.groups) > 0:
             return "scores, bins and groups of different prompts"
-        if self.weights.shape != (2,) or self.shares.ndim != 1:
-            return f"weights and shares of shapes {self.weights.shape} and {self.shares.shape}"
-        if self.locations.shape != (2, 3) or self.spreads.shape != (2, 3) or self.edges.ndim != 1:
-            return f"regressions of shapes {self.locations.shape} and {self.spreads.shape}"
+        if self.location.shape != (3,) or self.spread.shape != (3,) or self.shares.ndim != 1 or self.edges.ndim != 1:
+            return f"regressions of shapes {self.location.shape} and {self.spread.shape}, or shares or edges in rows"
         if not all(np.isfinite(getattr(self, name)).all() for name in ARRAYS) or not (np.diff(self.edges) > 0).all():
             return "numbers that are not finite, or edges that do not increase"
         if self.bins.min() < 0 or self.bins.max() > len(self.edges) + 1 or self.groups.min() < 0:
@@ -283,34 +274,22 @@ class Gate:
         return None
 
 
-def foreign_parts(
+def _unlikely(
     dispatcher: Dispatcher, evidence: Evidence, shares: Float[np.ndarray, " weight"]
-) -> Float[np.ndarray, "prompt 2"]:
-    """The two parts of the score before calibration, of N prompts: more is more foreign.
-
-    Args:
-        dispatcher: fitted. evidence: of N prompts. shares: ``(K+1,)`` prior mean of the experts' shares.
-
-    Returns:
-        ``(N, 2)``: minus the log density of the evidence, in nats, and the log odds of E[w_base].
-
-    Raises:
-        NotFittedError: a dispatcher before ``fit``. EvidenceError, TensorError: evidence of other views.
-    """
+) -> Float[np.ndarray, " prompt"]:
+    """``(N,)`` minus the log density, in nats, of evidence that base has no share in, under label shares ``(K+1,)``."""
     state = dispatcher.state
-    prompts = state.prompts(evidence)
-    answer = state.answer(prompts, shares)
-    density = answer.log_evidence
-    base = np.clip(answer.mean[:, -1], 1e-9, 1 - 1e-9)
-    return np.stack([-density, np.log(base / (1 - base))], axis=1)
+    of_experts = on_simplex(np.append(state.labels(shares)[:-1], NEVER))
+    return -state.quadrature(state.prompts(evidence), of_experts).log_evidence
 
 
-def _regressions(parts: Float[np.ndarray, "prompt 2"], lengths: Float[np.ndarray, " prompt"]) -> tuple[np.ndarray, ...]:
-    """Least squares, of each part and then of its absolute residual."""
+def _regressions(
+    unlikely: Float[np.ndarray, " prompt"], lengths: Float[np.ndarray, " prompt"]
+) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
+    """Least squares, of the scores before calibration and then of their absolute residuals."""
     design = _design(lengths)
-    locations = np.linalg.lstsq(design, parts)[0].T
-    residuals = np.abs(parts - design @ locations.T)
-    return locations, np.linalg.lstsq(design, residuals)[0].T
+    location = np.linalg.lstsq(design, unlikely)[0]
+    return location, np.linalg.lstsq(design, np.abs(unlikely - design @ location))[0]
 
 
 def _design(lengths: Float[np.ndarray, " prompt"]) -> Float[np.ndarray, "prompt 3"]:

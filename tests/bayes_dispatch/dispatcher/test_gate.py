@@ -13,7 +13,7 @@ from scipy.stats import betabinom
 
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
-from bayes_dispatch.dispatcher.gate import Gate, foreign_parts
+from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.errors import BundleError, ConfigError, NotFittedError, TensorError
 from bayes_dispatch.storage import read_directory, write_directory
 
@@ -119,13 +119,19 @@ class TestPower:
         """At least 95 of 100, of which nearly all are found; at .98 fewer come in 1 of 20,000 seeds."""
         assert gate.decide(dispatcher, foreign(100, 10, length), RATE).foreign.sum() >= 95
 
-    def test_one_part_alone_can_be_asked_for(self, dispatcher: Dispatcher) -> None:
-        held_out, fresh = prompts(200, 11), prompts(20, 12)
-        parts = foreign_parts(dispatcher, fresh, dispatcher.prior.mean)
-        of_one_length = fresh.known_lengths() == 64
-        for column, weights in enumerate(((1.0, 0.0), (0.0, 2.0))):
-            scores = Gate.calibrate(dispatcher, held_out, weights=weights).foreignness(dispatcher, fresh)
-            np.testing.assert_array_equal(scores[of_one_length].argsort(), parts[of_one_length, column].argsort())
+    def test_what_base_explains_is_foreign_too(self, settings: Callable[..., dict[str, Any]]) -> None:
+        """Of a dispatcher that was fitted on prompts of base, and knows new ones."""
+        rng, means = np.random.default_rng(1), np.concatenate([MEANS, -2 * MEANS[:1]])
+
+        def of(labels: np.ndarray) -> Evidence:
+            hidden = means[labels] + 0.5 * rng.normal(size=(len(labels), 6))
+            return Evidence({"hidden": hidden}, np.full(len(labels), 64))
+
+        labels = rng.integers(4, size=300)
+        dispatcher = Dispatcher(EXPERTS, **settings(svi=50)).fit(of(labels), mixtures=np.eye(4)[labels])
+        held_out, own = of(rng.integers(3, size=300)), of(np.full(100, 3))
+        assert dispatcher.mean(own)[:, -1].mean() > 0.85
+        assert Gate.calibrate(dispatcher, held_out).decide(dispatcher, own, RATE).foreign.sum() >= 95
 
 
 class TestPrompts:
@@ -194,11 +200,6 @@ class TestDecision:
         (80, {"bins": 0}, ConfigError, "expected bins to be a whole number ≥ 1, got 0"),
         (80, {"groups": np.zeros(79, int)}, TensorError, "expected groups ≥ 0 of 80 prompts"),
         (80, {"groups": np.full(80, -1)}, TensorError, "expected groups ≥ 0 of 80 prompts"),
-        (80, {"weights": (0.0, 0.0)}, ConfigError, "expected finite weights"),
-        (80, {"weights": (-1.0, 2.0)}, ConfigError, "expected finite weights"),
-        (80, {"weights": (1.0, float("nan"))}, ConfigError, "expected finite weights"),
-        (80, {"weights": (1.0, "a")}, ConfigError, "expected finite weights"),
-        (80, {"weights": (1.0,)}, ConfigError, "expected weights to be a list of 2, got"),
         (80, {"groups": [[1], [1, 2]]}, TensorError, "expected numbers as groups, got list"),
     ],
 )
@@ -222,7 +223,7 @@ class TestFiles:
     @pytest.mark.parametrize(
         "change",
         [
-            {"version": 2},
+            {"version": 1},
             {"dispatcher": None},
             {"scores": np.zeros(3)},
             {"scores": np.full(900, np.nan)},
@@ -230,8 +231,8 @@ class TestFiles:
             {"bins": np.full(900, 1.0)},
             {"groups": np.full(900, -1)},
             {"edges": np.array([64.0, 64.0])},
-            {"locations": np.zeros((2, 2))},
-            {"weights": np.zeros(3)},
+            {"location": np.zeros(2)},
+            {"shares": np.zeros((2, 2))},
             {"more": np.zeros(3)},
         ],
         ids=str,
