@@ -48,6 +48,7 @@ __all__ = ["Dispatcher"]
 
 KIND = "dispatcher"
 VERSION = 3
+RETEMPERED = 300  # prompts of each kind that choose the temper anew, at most
 PROGRAM, FLAT = "admixture", "flat"  # what there is, as files name it
 
 
@@ -214,8 +215,8 @@ class Dispatcher:
         authors. What :meth:`calibrate` has found does not stay: give it other prompts than these.
 
         Args:
-            X: evidence; 75 prompts of one expert and 75 mixed ones are enough, and as many are drawn of more. Without
-                mixed ones, concatenations of the others stand for them.
+            X: evidence; the more prompts the better, up to 300 of one expert and 300 mixed ones. Without mixed ones,
+                concatenations of the others stand for them.
             y, mixtures: as in :meth:`fit`.
             seed: of the choice among prompts.
 
@@ -230,7 +231,8 @@ class Dispatcher:
         if not np.isfinite(data.targets).all(1).any():
             raise ConfigError("expected prompts of known weights, got none")
         known = KnownPrompts(state.prompts(data.evidence), data.targets)
-        temper = choose_temper(state.quadrature, known, state.shares, np.random.default_rng(a_seed(seed)))
+        random = np.random.default_rng(a_seed(seed))
+        temper = choose_temper(state.quadrature, known, state.shares, random, RETEMPERED)
         return self._of(replace(state, temper=temper), self._report)
 
     def calibrate(

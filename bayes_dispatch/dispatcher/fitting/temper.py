@@ -23,21 +23,26 @@ from bayes_dispatch.dispatcher.program.observed import Prompts
 __all__ = ["KnownPrompts", "choose_temper"]
 
 TEMPERS = np.geomspace(1.0, 4.0, 5)
-JUDGED = 75  # pure prompts that choose τ, at most, and mixed ones
+JUDGED = 75  # pure prompts of a fit that choose τ, at most, and mixed ones
 FEWEST = 30  # mixed ones, below which pure ones are joined
 SMALL = 0.02  # shares that are taken for none
 
 
 def choose_temper(
-    quadrature: Quadrature, known: KnownPrompts, shares: Float[np.ndarray, " weight"], random: np.random.Generator
+    quadrature: Quadrature,
+    known: KnownPrompts,
+    shares: Float[np.ndarray, " weight"],
+    random: np.random.Generator,
+    judged: int = JUDGED,
 ) -> float:
     """The τ, from 1 to 4, under which weights of known prompts are likeliest; 1 where none are known.
 
     Args:
         quadrature: of the fitted program. known: prompts with features as noisy as those of new ones.
         shares: ``(K+1,)`` label shares of the prior. random: chooses among prompts.
+        judged: pure prompts that are asked, at most, and mixed ones.
     """
-    prompts, weights = known.judged(random)
+    prompts, weights = known.judged(random, judged)
     if not len(weights):
         return 1.0
     coarse = replace(quadrature, rounds=1)
@@ -78,14 +83,14 @@ class KnownPrompts:
         top = np.nan_to_num(self.weights).max(1)
         return np.flatnonzero(top == 1), np.flatnonzero((top > 0) & (top < 1))
 
-    def judged(self, random: np.random.Generator) -> tuple[Prompts, Float[np.ndarray, "prompt weight"]]:
+    def judged(self, random: np.random.Generator, most: int) -> tuple[Prompts, Float[np.ndarray, "prompt weight"]]:
         """Some pure and some mixed prompts, or concatenations of pure ones, with their weights."""
-        pure, mixed = (random.permutation(rows)[:JUDGED] for rows in self.groups)
+        pure, mixed = (random.permutation(rows)[:most] for rows in self.groups)
         rows = np.concatenate([pure, mixed])
         prompts, weights = self.prompts.select(torch.from_numpy(rows)), self.weights[rows]
         if len(mixed) >= FEWEST or len(pure) < 2:
             return prompts, weights
-        joined, of_joined = self.concatenate(JUDGED - len(mixed), random)
+        joined, of_joined = self.concatenate(min(most, JUDGED) - len(mixed), random)
         return Prompts.concatenate([prompts, joined]), np.concatenate([weights, of_joined])
 
     def concatenate(

@@ -75,7 +75,7 @@ def test_so_many_known_prompts_choose_the_temper(fitted: "Dispatcher", fresh: "S
         np.concatenate([pure.weights, mixed.weights[rows]]),
     )
     for prompts, counts in ((mixed, (0, 75)), (pure, (75, 75)), (few, (75, 75))):
-        chosen, weights = prompts.judged(random)
+        chosen, weights = prompts.judged(random, 75)
         assert len(chosen) == len(weights) == sum(counts)
         assert int((weights.max(1) == 1).sum()) >= counts[0]
         np.testing.assert_allclose(weights.sum(1), 1)
