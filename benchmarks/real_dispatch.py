@@ -104,12 +104,18 @@ def methods(reader: Reader, classify: Callable[[Evidence], np.ndarray]) -> dict[
 
 
 def tables(
-    names: Sequence[str], known: Mapping[int, Mapping[str, Prompts]], answers: Mapping[tuple[int, str], Answers]
+    names: Sequence[str],
+    foreign: Sequence[str],
+    count: int,
+    known: Mapping[int, Mapping[str, Prompts]],
+    answers: Mapping[tuple[int, str], Answers],
 ) -> list[Table]:
-    """Prompts of one domain; mixtures and foreign prompts; which of a near pair is taken for the other.
+    """Prompts of one domain; mixtures and foreign prompts; foreign ones by kind; which of a near pair is taken for the
+    other.
 
     Args:
-        names: of the experts. known: prompts by length and kind. answers: by length and method.
+        names: of the experts. foreign: names of the foreign texts. count: prompts of each text and seed.
+        known: prompts by length and kind. answers: by length and method.
     """
     sizes = {kind: len(own.texts) for kind, own in next(iter(known.values())).items()}
     pure = (
@@ -135,6 +141,9 @@ def tables(
     ]
     return [
         *made,
+        Table(
+            "AUROC of foreign prompts, by text", ["text", "method", *map(str, known)], _foreign(foreign, count, answers)
+        ),
         Table(
             "Near pairs", ["held-out prompts", "method", *map(str, known)], _near(names, known, answers), "By tokens."
         ),
@@ -164,6 +173,22 @@ def _several(known: Mapping[str, Prompts], answers: Answers) -> list[str]:
     covers = ["" if posterior is None else _number(*interval_coverage(posterior, truth, level)[:2]) for level in LEVELS]
     found = ood_auroc(answers[PURE].foreign, answers[FOREIGN].foreign)
     return [_mean(((given.shares - truth) ** 2).sum(1)), *covers, _number(found.value, found.standard_error)]
+
+
+def _foreign(names: Sequence[str], count: int, answers: Mapping[tuple[int, str], Answers]) -> list[list[str]]:
+    """Each text alone, ``count`` prompts of a seed, against the prompts of one domain."""
+    rows = []
+    for place, name in enumerate(names):
+        for method in dict.fromkeys(method for _, method in answers):
+            cells = []
+            for (_, own), given in answers.items():
+                if own == method:
+                    scores = given[FOREIGN].foreign
+                    kinds = np.arange(len(scores)) // count % len(names)  # by seed, and then by text
+                    found = ood_auroc(given[PURE].foreign, scores[kinds == place])
+                    cells.append(_number(found.value, found.standard_error))
+            rows.append([name, method, *cells])
+    return rows
 
 
 def _near(
@@ -214,11 +239,12 @@ def main(
         reader = Reader(own, work or Path(gettempdir()) / "bayes-dispatch-evidence")
         asked = methods(reader, logistic(training_evidence(own, bundle, domains)))
         known, answers = dict[int, dict[str, Prompts]](), dict[tuple[int, str], Answers]()
+        foreign = [*parts[2]["foreign"], *FOREIGN_TEXTS]
         for tokens in tqdm(LENGTHS, "tokens", disable=None):
-            known[tokens] = prompts(own, domains, [*parts[2]["foreign"], *FOREIGN_TEXTS], tokens, count, seeds)
+            known[tokens] = prompts(own, domains, foreign, tokens, count, seeds)
             for name, ask in asked.items():
                 answers[tokens, name] = {kind: ask(each.texts) for kind, each in known[tokens].items()}
-        for table in tables(list(own.experts), known, answers):
+        for table in tables(list(own.experts), [each.name for each in foreign], count, known, answers):
             print(f"{table.to_markdown()}\n", flush=True)
 
 

@@ -106,7 +106,7 @@ def test_tables_say_what_was_answered() -> None:
             PURE: Prompts(["a"] * 4, corners[[0, 0, 1, 1]]),
             BASE: Prompts(["a"] * 2, corners[[2, 2]]),
             MIXED: Prompts(["a"] * 2, np.array([[0.5, 0.5, 0], [0.9, 0.1, 0]])),
-            FOREIGN: Prompts(["a"] * 2, np.full((2, 3), np.nan)),
+            FOREIGN: Prompts(["a"] * 4, np.full((4, 3), np.nan)),
         }
     }
 
@@ -117,14 +117,17 @@ def test_tables_say_what_was_answered() -> None:
         PURE: said([0, 1, 1, 1], 0.0),
         BASE: said([2, 0], 0.0),
         MIXED: said([0, 0], 0.0),
-        FOREIGN: said([0, 0], 1.0),
+        FOREIGN: Answer(corners[[0] * 4], corners[[0] * 4], np.array([1.0, -1.0, 1.0, 1.0])),  # of two seeds, one each
     }
-    pure, several, near = tables(["pt", "pt_BR"], known, {(16, "one"): answer})
+    pure, several, foreign, near = tables(["pt", "pt_BR"], ["fi", "uk"], 1, known, {(16, "one"): answer})
     assert pure.rows == [
         ["16", "one", "0.750 ± 0.250", pure.rows[0][3], "6.908 ± 6.908", "0.500 ± 0.500", "0.500 ± 0.500"]
     ]
     assert str(pure.rows[0][3]).startswith("0.250 ± 0.2")
-    assert several.rows == [["16", "one", "0.260 ± 0.240", "", "", "1.000 ± 0.000"]]
+    assert several.rows[0][:5] == ["16", "one", "0.260 ± 0.240", "", ""]
+    assert [str(cell)[:5] for cell in several.rows[0][5:]] == ["0.750"]
+    assert [row[:2] for row in foreign.rows] == [["fi", "one"], ["uk", "one"]]
+    assert [str(row[2])[:5] for row in foreign.rows] == ["1.000", "0.500"]
     assert near.rows == [
         ["pt taken for pt_BR", "one", "0.500 ± 0.500"],
         ["pt_BR taken for pt", "one", "0.000 ± 0.000"],
