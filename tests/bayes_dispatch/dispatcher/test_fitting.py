@@ -330,7 +330,7 @@ def test_known_prompts_are_pure_or_mixed() -> None:
     )  # fmt: skip
     source = KnownPrompts(prompts, weights)
     assert [rows.tolist() for rows in source.groups] == [[0, 3], [1]]
-    judged, known = source.judged(np.random.default_rng(0))
+    judged, known = source.judged(np.random.default_rng(0), 75)
     assert np.isfinite(known).all()
     np.testing.assert_allclose(known.sum(1), 1)
     assert len(judged) == len(known) > 3
