@@ -17,6 +17,7 @@ from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence, calibr
 
 __all__ = ["calibrated", "held_out_domains", "read_own", "settled"]
 
+CHOOSING = 20  # prompts that choose a temper, at least
 LONGEST = 4096  # bytes of a prompt with its answer, unless told otherwise
 
 
@@ -103,13 +104,15 @@ def settled(dispatcher: Dispatcher, known: KnownEvidence, seed: int) -> tuple[Di
 
     A fifth of the prompts, taken at random, are for the temper if enough are left for a gate, and the others calibrate:
     so these stay exchangeable with prompts to come. Of that fifth, those choose that are no longer than all of the fit.
-    Where the program has a temper of its own, all prompts calibrate. Intervals are calibrated on prompts of several
-    domains: of one, truth is held more easily.
+    Where these are too few to choose, or the program has a temper of its own, the temper stays and all prompts
+    calibrate. Intervals are calibrated on prompts of several domains: of one, truth is held more easily.
     """
     order = np.random.default_rng([seed, 6]).permutation(len(known.labels))
     count = 0 if dispatcher.program.temper is not None else min(len(order) // 5, max(len(order) - FEWEST, 0))
     lengths, longest = known.evidence.known_lengths(), float(dispatcher.state.like.lengths.max())
     chosen = np.sort(order[:count][lengths[order[:count]] <= longest])
+    if len(chosen) < CHOOSING:
+        count, chosen = 0, chosen[:0]
     some, rest = known.select(chosen), known.select(np.sort(order[count:]))
     if len(chosen):
         dispatcher = dispatcher.retempered(some.evidence, some.labels, some.mixtures, seed)

@@ -84,8 +84,8 @@ class Gate:
 
     Attributes:
         dispatcher: fingerprint of the dispatcher's fit.
-        shares: ``(K+1,)`` prior mean of the experts' shares that prompts are scored under: that of calibration, so that
-            later feedback moves no score.
+        shares: ``(K+1,)`` prior mean of the experts' shares that prompts are scored under, but for base's: that of
+            calibration, so that later feedback moves no score.
         location, spread: ``(3,)`` intercept, at 64 tokens, slope and curvature in the log length: of minus the log
             density, and of its absolute residual.
         edges: ``(B−1,)`` lengths that part the B bins, in tokens, increasing.
@@ -115,7 +115,8 @@ class Gate:
 
         Args:
             dispatcher: fitted.
-            evidence: of N ≥ 80 prompts. The smallest rate that can be asked for is some ``bins · groups / N``.
+            evidence: of N ≥ 80 prompts, with the views that prompts to come have: without one, scores are on another
+                scale. The smallest rate that can be asked for is some ``bins · groups / N``.
             groups: ``(N,)`` integers ≥ 0: kinds of prompts, such as pure and mixed ones, for each of which the rate is
                 to hold, whatever the kinds' shares among prompts to come; one group by default.
             bins: of length, at most: quantiles of the lengths, fewer where a group has too few prompts for them.

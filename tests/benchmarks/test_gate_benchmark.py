@@ -13,7 +13,7 @@ from dispatching.foreign import DISGUISED, FOREIGN_KINDS
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
-def test_the_smoke_test_prints_every_score_and_kind(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_smoke_test_prints_every_gate_and_kind(capsys: pytest.CaptureFixture[str]) -> None:
     gate.main(quick=True)
     printed = capsys.readouterr().out
     for name in ("anew", *gate.INSIDE, "shipped", *(domain.name for domain in FOREIGN_KINDS), DISGUISED.name):

@@ -86,7 +86,7 @@ class Cells(Frozen):
 
     @property
     def mean(self) -> Float[np.ndarray, "prompt weight"]:
-        """``(N, K+1)`` exact mean."""
+        """``(N, K+1)`` mean, which no draw is needed for."""
         return self._spread(self.mass[..., None] * self._centers)
 
     def probability_best(self) -> Float[np.ndarray, "prompt weight"]:

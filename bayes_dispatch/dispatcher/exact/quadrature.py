@@ -29,7 +29,10 @@ PAIRED, TRIPLED = 24, 10  # components that are tried in pairs, and in triples
 ANCHORS = 8  # the likeliest alone, each of which is tried beside every other where there are more than ``PAIRED``
 SPLIT = 64  # cells of a size that are split in a round, at most
 FINEST = (1.0, 1 / 64, 1 / 16)  # length of the finest cells of one, two and three components
-KEPT, TAIL = 768, 1e-4  # cells of each prompt, at most, and the mass of those that are left out where there are fewer
+KEPT, TAIL = (
+    1024,
+    1e-4,
+)  # cells of a size, at most, and the share of its mass that may be left out where there are fewer
 ROUNDING = 1e-9  # of probabilities
 NEGLIGIBLE = 1e-12  # mass of a cell that is not split: where evidence is sharp, the centre of a coarse one says little
 
@@ -171,8 +174,7 @@ class Quadrature:
             own = np.flatnonzero(coarse & (found.sizes == size))
             mass = found.mass[own]
             worth = own[mass > mass.max(initial=-np.inf) + np.log(NEGLIGIBLE)]
-            most = slice(None) if len(worth) <= SPLIT else np.argpartition(-found.mass[worth], SPLIT)[:SPLIT]
-            chosen.append(worth[most])
+            chosen.append(worth[np.argsort(-found.mass[worth], kind="stable")[:SPLIT]])  # of ties the same anywhere
         return np.concatenate(chosen)
 
     def _children(self, prompts: Prompts, row: int, parents: _Pieces) -> _Pieces:
@@ -188,11 +190,11 @@ class Quadrature:
     def _with_untried(self, found: _Pieces) -> _Pieces:
         """With the prior mass of the sets that were not tried, as likely as the least likely of those that were.
 
-        It counts where evidence tells little: then it is the prior's.
+        It counts where evidence tells little: then as many components share a prompt as under the prior.
         """
         masses = found.prior.copy()
         for size in (2, 3):
-            own = np.flatnonzero(found.sizes == size)
+            own = np.flatnonzero((found.sizes == size) & (found.prior > -np.inf))
             untried = self.sizes[size - 1] - np.exp(logsumexp(found.prior[own])) if len(own) else 0.0
             if untried < ROUNDING:
                 continue
@@ -206,17 +208,22 @@ class Quadrature:
         return found._replace(prior=masses)
 
     def _finished(self, found: _Pieces) -> Cells:
+        """The likeliest cells of each size, which get the mass of its others."""
         evidence = logsumexp(found.mass)
-        order = np.argsort(-found.mass, kind="stable")[:KEPT]
-        count = 1 + int(np.searchsorted(np.exp(found.mass[order] - evidence).cumsum(), 1 - TAIL))
-        best = [own[found.mass[own].argmax()] for size in (2, 3) if len(own := np.flatnonzero(found.sizes == size))]
-        alone = np.arange(self.width)  # these come first, and are never split
-        kept = found.take(np.unique(np.concatenate([order[:count], alone, best])))
-        mass = np.exp(kept.mass - evidence)
-        for size in (1, 2, 3):  # what is left out of a size is the others' of it
-            own, whole = kept.sizes == size, np.exp(found.mass[found.sizes == size] - evidence).sum()
-            mass[own] *= whole / mass[own].sum() if mass[own].sum() > 0 else 0.0
-        mass = on_simplex(mass)
+        rows, scales = [np.arange(self.width)], [np.zeros(self.width)]  # single components come first, and all are kept
+        for size in (2, 3):
+            own = np.flatnonzero(found.sizes == size)
+            own = own[np.argsort(-found.mass[own], kind="stable")]
+            mass = np.exp(found.mass[own] - evidence)
+            whole = mass.sum()
+            if not whole > 0:
+                continue
+            count = min(KEPT, len(own), 1 + int(np.searchsorted(mass.cumsum(), (1 - TAIL) * whole)))
+            rows.append(own[:count])
+            scales.append(np.full(count, np.log(whole / mass[:count].sum())))
+        kept = found.take(np.concatenate(rows))
+        kept = kept._replace(density=kept.density + np.concatenate(scales))
+        mass = on_simplex(np.exp(kept.mass - evidence))
         ratios = (evidence - kept.density)[None]
         one = np.array([evidence])
         return Cells(self.width, mass[None], kept.sizes[None], kept.supports[None], kept.corners[None], ratios, one)

@@ -20,6 +20,7 @@ from bayes_dispatch.dispatcher.arrays import on_simplex
 __all__ = ["MOST", "SupportPrior"]
 
 MOST = 3  # components that share a prompt
+POSSIBLE = 1e-100  # sum over sets of the products of their shares, below which there are none of a kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,9 +44,11 @@ class SupportPrior:
         """Log probabilities ``(·,)`` of sets ``(·, m)`` of components; those of one are distinct, in any order."""
         size = supports.shape[-1]
         classes = self._classes[size - 1]
-        possible = sum(total > 0 for total, _ in classes)
+        possible = sum(total > POSSIBLE for total, _ in classes)
         with np.errstate(divide="ignore"):
-            constants = np.log([self.sizes[size - 1] / possible / total if total > 0 else 0.0 for total, _ in classes])
+            constants = np.log(
+                [self.sizes[size - 1] / possible / total if total > POSSIBLE else 0.0 for total, _ in classes]
+            )
         return np.log(self.shares)[supports].sum(-1) + constants[self._families(supports)]
 
     @cached_property
@@ -53,7 +56,7 @@ class SupportPrior:
         """``(K+1,)`` mean of the weights: near the shares."""
         found = np.zeros(len(self.shares))
         for size, (probability, classes) in enumerate(zip(self.sizes, self._classes, strict=False), 1):
-            inside = [self.shares * gradient / total for total, gradient in classes if total > 0]
+            inside = [self.shares * gradient / total for total, gradient in classes if total > POSSIBLE]
             found += probability * np.mean(inside, axis=0) / size
         return on_simplex(found)
 
@@ -62,27 +65,28 @@ class SupportPrior:
         out, sizes = np.zeros((count, len(self.shares))), random.choice(len(self.sizes), count, p=self.sizes) + 1
         for size in np.unique(sizes):
             rows = np.flatnonzero(sizes == size)
-            chosen = np.stack([self._set(int(size), random) for _ in rows])
+            if self.tree is None:
+                chosen = _distinct(self.shares, len(rows), int(size), random)
+            else:
+                chosen = np.stack([self._set(int(size), random) for _ in rows])
             out[rows[:, None], chosen] = random.dirichlet(np.ones(size), len(rows))
         return out
 
     def _set(self, size: int, random: np.random.Generator) -> Int[np.ndarray, " size"]:
         """A set of so many components: first how many families they are of, then which, and then who."""
         x = self.shares
-        if self.tree is None:
-            return _distinct(x, size, random)
-        families = random.choice([n for n, (total, _) in enumerate(self._classes[size - 1]) if total > 0]) + 1
+        families = random.choice([n for n, (total, _) in enumerate(self._classes[size - 1]) if total > POSSIBLE]) + 1
         member, sums, pairs, triples = self._by_family
         if families == size:
             return np.array(
-                [random.choice(len(x), p=on_simplex(x * member[:, f])) for f in _distinct(sums, size, random)]
+                [random.choice(len(x), p=on_simplex(x * member[:, f])) for f in _distinct(sums, 1, size, random)[0]]
             )
         if families == 1:
             own = random.choice(len(sums), p=on_simplex(pairs if size == 2 else triples))
-            return _distinct(x * member[:, own], size, random)
+            return _distinct(x * member[:, own], 1, size, random)[0]
         own = random.choice(len(sums), p=on_simplex(pairs * (1 - sums)))  # two of a family, and one of another
         other = random.choice(len(x), p=on_simplex(x * (1 - member[:, own])))
-        return np.append(_distinct(x * member[:, own], 2, random), other)
+        return np.append(_distinct(x * member[:, own], 1, 2, random)[0], other)
 
     @cached_property
     def _by_family(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -98,7 +102,7 @@ class SupportPrior:
     @cached_property
     def _classes(self) -> list[list[tuple[float, np.ndarray]]]:
         """By size and number of families less one: the sum over sets of the products of their shares, and its
-        derivative by each share. Without families there is one class of each size. A sum of 0 is of no set."""
+        derivative by each share. Without families there is one class of each size."""
         x = self.shares
         one, two, three = _symmetric(x)
         if self.tree is None:
@@ -137,9 +141,9 @@ def _second(x: np.ndarray, one: Any, two: Any) -> np.ndarray:
     return two - x * (one - x)
 
 
-def _distinct(chances: np.ndarray, size: int, random: np.random.Generator) -> Int[np.ndarray, " size"]:
-    """A set of indices in proportion to the product of their chances."""
-    while True:
-        drawn = random.choice(len(chances), size, p=on_simplex(chances))
-        if len(set(drawn.tolist())) == size:
-            return drawn
+def _distinct(chances: np.ndarray, count: int, size: int, random: np.random.Generator) -> Int[np.ndarray, "set size"]:
+    """Sets of indices in proportion to the product of their chances."""
+    drawn = random.choice(len(chances), (count, size), p=on_simplex(chances))
+    while len(again := np.flatnonzero((np.diff(np.sort(drawn, axis=1), axis=1) == 0).any(1))):
+        drawn[again] = random.choice(len(chances), (len(again), size), p=on_simplex(chances))
+    return drawn

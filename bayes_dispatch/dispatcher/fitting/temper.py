@@ -90,7 +90,7 @@ class KnownPrompts:
         prompts, weights = self.prompts.select(torch.from_numpy(rows)), self.weights[rows]
         if len(mixed) >= FEWEST or len(pure) < 2:
             return prompts, weights
-        joined, of_joined = self.concatenate(min(most, JUDGED) - len(mixed), random)
+        joined, of_joined = self.concatenate(most - len(mixed), random)
         return Prompts.concatenate([prompts, joined]), np.concatenate([weights, of_joined])
 
     def concatenate(

@@ -133,9 +133,11 @@ class TestGate:
         alone = bundle.dispatcher.retempered(some.evidence, some.labels, some.mixtures, 1)
         assert dispatcher.state.temper == alone.state.temper
         few = known.select(np.r_[:40, 60:100])
-        kept, gate = settled(bundle.dispatcher, few, 1)
-        assert kept.state.temper == bundle.dispatcher.state.temper
-        assert len(gate.scores) == 60
+        long = calibration_evidence(bundle.model, domains, 20, 60, (300, 320), 1)  # longer than all of the fit
+        for given, ranks in ((few, 60), (long, 90)):
+            kept, gate = settled(bundle.dispatcher, given, 1)
+            assert kept.state.temper == bundle.dispatcher.state.temper
+            assert len(gate.scores) == ranks
 
     def test_so_are_intervals_and_sets_on_those_of_several(self, bundle: Bundle, gated: Bundle) -> None:
         named = {domain.name: domain for domain in CONVENTIONS}

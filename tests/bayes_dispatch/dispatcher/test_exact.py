@@ -219,7 +219,8 @@ def test_uncertain_means_are_no_noise_of_tokens(length: float, at: float) -> Non
 
 
 def test_without_evidence_it_is_the_prior() -> None:
-    """With more components than are tried together, too: sizes as the prior has them, and an evidence of 1."""
+    """With more components than are tried together, too: sizes as the prior has them, and an evidence of 1. The mean
+    is the prior's where all are tried, and no cell stands for many: so the coarse ones are not cut away."""
     for experts, families in ((8, None), (23, None), (50, None), (50, tuple(n // 5 for n in range(50)))):
         model = DispatchModel(experts, (VectorsView(2),), families=families)
         finder = exact(model, 1)
@@ -228,6 +229,45 @@ def test_without_evidence_it_is_the_prior() -> None:
         sizes = np.bincount(answer.sizes[0], answer.mass[0], 4)[1:]
         np.testing.assert_allclose(sizes, model.sizes, atol=0.002)
         assert answer.log_evidence[0] == pytest.approx(0.0, abs=1e-6)
+        np.testing.assert_allclose(answer.mean[0] * (experts + 1), 1, atol=0.002 if experts < 10 else 1.5)
+        assert answer.mass[0][answer.sizes[0] > 1].max() < 0.01
+
+
+@pytest.mark.parametrize(("experts", "noise"), [(8, 3.0), (11, 3.0), (23, 1.0), (18, 3.0)])
+def test_cells_that_are_left_out_count_to_many(experts: int, noise: float) -> None:
+    """Where evidence is weak, more cells matter than are kept. Those of three get no less than they had, and none of
+    them all of it; the ratios of prior and posterior are those of the masses."""
+    rng = np.random.default_rng(experts)
+    known = {"lt": torch.tensor(1e-9), "xi": torch.tensor(0.01), "base_M": torch.zeros(22), "base_s2": torch.ones(22)}
+    means = torch.tensor(rng.normal(0, 1, (experts, 22)))
+    finder = Quadrature(
+        ViewDensity.of_views(
+            (VectorsView(22),), [{"M": means, "s2": torch.full((experts, 22), noise**2)} | known], 1.0
+        ),
+        (0.5, 0.35, 0.15),
+    )
+    seen = torch.tensor(rng.normal(0, noise, (6, 22)))
+    prompts = Prompts(torch.full((6,), 50.0), {}, {"hidden": torch.zeros(6, dtype=torch.bool)}, {"hidden": seen})
+    shares = np.full(experts + 1, 1 / (experts + 1))
+    answer = finder(prompts, shares)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quadrature, "KEPT", 10**6)
+        patch.setattr(quadrature, "TAIL", 0.0)
+        whole = finder(prompts, shares)
+    np.testing.assert_allclose(answer.mean, whole.mean, atol=0.01)
+    assert answer.mass.shape[1] < whole.mass.shape[1]
+    for size in (1, 2, 3):
+        own, all_of_it = (each.mass * (each.sizes == size) for each in (answer, whole))
+        np.testing.assert_allclose(own.sum(1), all_of_it.sum(1), atol=1e-9)
+        assert size == 1 or own.max() < 2 * all_of_it.max()
+    if experts < 10:  # all sets are tried: ratios are those of the cells' masses under prior and posterior
+        used = np.arange(3) < answer.sizes[..., None, None]
+        volumes = np.abs(np.linalg.det(np.where(used & used.swapaxes(-1, -2), answer.corners, np.eye(3))))
+        prior = finder.prior(shares)
+        for size in (1, 2, 3):
+            rows = (answer.sizes == size) & (answer.mass > 0)
+            under = prior.log_prob(answer.supports[rows][:, :size]) + np.log(volumes[rows])
+            np.testing.assert_allclose(under - np.log(answer.mass[rows]), answer.log_ratios[rows], atol=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [(0.0, 0.0, 1.0), (0.0, 1.0, 0.0)])

@@ -3,7 +3,7 @@ base. It is read as saved, one by one is all at once, and feedback moves nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from scipy.stats import betabinom
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.gate import Gate
+from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.errors import BundleError, ConfigError, NotFittedError, TensorError
 from bayes_dispatch.storage import read_directory, write_directory
 
@@ -119,7 +120,10 @@ class TestPower:
         """At least 95 of 100, of which nearly all are found; at .98 fewer come in 1 of 20,000 seeds."""
         assert gate.decide(dispatcher, foreign(100, 10, length), RATE).foreign.sum() >= 95
 
-    def test_what_base_explains_is_foreign_too(self, settings: Callable[..., dict[str, Any]]) -> None:
+    @pytest.mark.parametrize("families", [None, {"words": EXPERTS}, {"words": EXPERTS[:2], "sums": EXPERTS[2:]}])
+    def test_what_base_explains_is_foreign_too(
+        self, families: dict[str, Sequence[str]] | None, settings: Callable[..., dict[str, Any]]
+    ) -> None:
         """Of a dispatcher that was fitted on prompts of base, and knows new ones."""
         rng, means = np.random.default_rng(1), np.concatenate([MEANS, -2 * MEANS[:1]])
 
@@ -128,7 +132,10 @@ class TestPower:
             return Evidence({"hidden": hidden}, np.full(len(labels), 64))
 
         labels = rng.integers(4, size=300)
-        dispatcher = Dispatcher(EXPERTS, **settings(svi=50)).fit(of(labels), mixtures=np.eye(4)[labels])
+        program = Admixture(families=families)
+        dispatcher = Dispatcher(EXPERTS, program=program, **settings(svi=50)).fit(
+            of(labels), mixtures=np.eye(4)[labels]
+        )
         held_out, own = of(rng.integers(3, size=300)), of(np.full(100, 3))
         assert dispatcher.mean(own)[:, -1].mean() > 0.85
         assert Gate.calibrate(dispatcher, held_out).decide(dispatcher, own, RATE).foreign.sum() >= 95
