@@ -29,10 +29,8 @@ PAIRED, TRIPLED = 24, 10  # components that are tried in pairs, and in triples
 ANCHORS = 8  # the likeliest alone, each of which is tried beside every other where there are more than ``PAIRED``
 SPLIT = 64  # cells of a size that are split in a round, at most
 FINEST = (1.0, 1 / 64, 1 / 16)  # length of the finest cells of one, two and three components
-KEPT, TAIL = (
-    1024,
-    1e-4,
-)  # cells of a size, at most, and the share of its mass that may be left out where there are fewer
+KEPT = 1024  # cells of a size, at most
+TAIL = 1e-4  # share of a size's mass that may be left out where it has fewer
 ROUNDING = 1e-9  # of probabilities
 NEGLIGIBLE = 1e-12  # mass of a cell that is not split: where evidence is sharp, the centre of a coarse one says little
 
