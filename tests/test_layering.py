@@ -1,4 +1,4 @@
-"""Imports flow one way: model → experts → inference → app; dispatcher and checks stand apart from model and experts.
+"""Imports flow one way: model → experts → inference → serving → app; dispatcher and checks stand apart from model and experts.
 There is no circle, every room is planned, and the rules catch what they should."""
 
 import ast
@@ -19,7 +19,8 @@ ALLOWED = {
     "dispatcher": {"errors", "arguments", "storage"},
     "checks": {"errors", "arguments", "storage", "dispatcher"},
     "inference": {"errors", "arguments", "storage", "model", "experts", "dispatcher", "checks"},
-    "app": {"errors", "arguments", "storage", "model", "experts", "dispatcher", "checks", "inference"},
+    "serving": {"errors", "arguments", "storage", "model", "experts", "dispatcher", "checks", "inference"},
+    "app": {"errors", "arguments", "storage", "model", "experts", "dispatcher", "checks", "inference", "serving"},
 }
 PUBLIC = {"__init__", "__main__"}  # the lazy names and the command: they see all rooms
 
@@ -36,9 +37,9 @@ UNSAFE_CALLS = {"__import__", "eval", "exec", "torch.load", "torch.jit.load"}
 
 
 def sources() -> dict[str, Path]:
-    """Module name → file, for the four folders; the symlinks inside bayes_dispatch/ are not followed."""
+    """Module name → file, for the five folders; the symlinks inside bayes_dispatch/ are not followed."""
     modules = {}
-    for folder in (PACKAGE, "model", "experts", "inference"):
+    for folder in (PACKAGE, "model", "experts", "inference", "serving"):
         for path in (ROOT / folder).rglob("*.py"):
             if not any(parent.is_symlink() for parent in path.parents):
                 parts = path.relative_to(ROOT).with_suffix("").parts

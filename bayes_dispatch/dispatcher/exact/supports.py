@@ -65,28 +65,44 @@ class SupportPrior:
         out, sizes = np.zeros((count, len(self.shares))), random.choice(len(self.sizes), count, p=self.sizes) + 1
         for size in np.unique(sizes):
             rows = np.flatnonzero(sizes == size)
-            if self.tree is None:
-                chosen = _distinct(self.shares, len(rows), int(size), random)
-            else:
-                chosen = np.stack([self._set(int(size), random) for _ in rows])
+            chosen = self._sets(len(rows), int(size), random)
             out[rows[:, None], chosen] = random.dirichlet(np.ones(size), len(rows))
         return out
 
-    def _set(self, size: int, random: np.random.Generator) -> Int[np.ndarray, " size"]:
-        """A set of so many components: first how many families they are of, then which, and then who."""
-        x = self.shares
-        families = random.choice([n for n, (total, _) in enumerate(self._classes[size - 1]) if total > POSSIBLE]) + 1
+    def _sets(self, count: int, size: int, random: np.random.Generator) -> Int[np.ndarray, "draw size"]:
+        """Sets of so many components: with families, first how many of these they are of, then which, and then who."""
+        if self.tree is None:
+            return _distinct(self.shares, count, size, random)
+        totals = [total for total, _ in self._classes[size - 1]]
+        families = random.choice([n for n, total in enumerate(totals, 1) if total > POSSIBLE], count)
         member, sums, pairs, triples = self._by_family
-        if families == size:
-            return np.array(
-                [random.choice(len(x), p=on_simplex(x * member[:, f])) for f in _distinct(sums, 1, size, random)[0]]
-            )
-        if families == 1:
-            own = random.choice(len(sums), p=on_simplex(pairs if size == 2 else triples))
-            return _distinct(x * member[:, own], 1, size, random)[0]
-        own = random.choice(len(sums), p=on_simplex(pairs * (1 - sums)))  # two of a family, and one of another
-        other = random.choice(len(x), p=on_simplex(x * (1 - member[:, own])))
-        return np.append(_distinct(x * member[:, own], 1, 2, random)[0], other)
+        found = np.empty((count, size), dtype=np.int64)
+        for number in np.unique(families):
+            rows = np.flatnonzero(families == number)
+            if number == size:
+                own = _distinct(sums, len(rows), size, random).ravel()
+                found[rows] = self._members(own, 1, random).reshape(-1, size)
+            elif number == 1:
+                own = random.choice(len(sums), len(rows), p=on_simplex(pairs if size == 2 else triples))
+                found[rows] = self._members(own, size, random)
+            else:  # two of a family, and one of another
+                own = random.choice(len(sums), len(rows), p=on_simplex(pairs * (1 - sums)))
+                others = self.shares[:, None] * (1 - member)  # (K+1, F)
+                found[rows, :2] = self._members(own, 2, random)
+                for family in np.unique(own):
+                    same = rows[own == family]
+                    found[same, 2] = random.choice(len(others), len(same), p=on_simplex(others[:, family]))
+        return found
+
+    def _members(
+        self, families: Int[np.ndarray, " draw"], size: int, random: np.random.Generator
+    ) -> Int[np.ndarray, "draw size"]:
+        """So many distinct components of each family."""
+        member, found = self._by_family[0], np.empty((len(families), size), dtype=np.int64)
+        for family in np.unique(families):
+            here = families == family
+            found[here] = _distinct(self.shares * member[:, family], int(here.sum()), size, random)
+        return found
 
     @cached_property
     def _by_family(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -1,0 +1,1 @@
+"""OpenAI's protocol, over an engine."""

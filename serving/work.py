@@ -1,0 +1,158 @@
+"""What an engine is asked for, and what it tells while it works on it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.errors import BayesDispatchError
+from bayes_dispatch.inference.two_pass.blends import Blend
+from bayes_dispatch.inference.two_pass.prompts import Writing
+
+__all__ = ["Begun", "BusyError", "Ended", "Engine", "EngineState", "Event", "Message", "Ticket", "Work", "Wrote"]
+
+
+class BusyError(BayesDispatchError):
+    """No room for more waiting requests.
+
+    Attributes:
+        retry_after: seconds after which there may be some.
+    """
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True)
+class Message:
+    """A turn of a conversation. role: ``system``, ``user`` or ``assistant``."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """One text to go on with.
+
+    Attributes:
+        prompt: the text, or the turns of a conversation, of which the user has the last.
+        blend: how its posterior becomes particles.
+        writing: how it is continued; ``None`` to dispatch it alone.
+        seed: of posterior draws and sampling: the same request with the same seed gives the same answer.
+        false_alarm_rate, abstain: see ``TwoPassGenerator.generate``.
+        owner: whose it is: owners take turns in the queue.
+        patience: seconds after which it is given up, wherever it is; ``None`` for ever.
+    """
+
+    prompt: str | tuple[Message, ...]
+    blend: Blend
+    writing: Writing | None
+    seed: int
+    false_alarm_rate: float | None = None
+    abstain: bool = False
+    owner: str = ""
+    patience: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """The prompt has been dispatched.
+
+    Attributes:
+        posterior: of the one prompt. prompt_tokens: what was read. p_value: of the gate, ``None`` where it was not
+            asked. fallback: whether the gate sent it to base.
+    """
+
+    posterior: DispatchPosterior
+    prompt_tokens: int
+    p_value: float | None
+    fallback: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Wrote:
+    """One more token. Its fields are those of ``Streamed``; ``weights`` (K + 1,) are those before it."""
+
+    text: str
+    token_id: int
+    log_probability: float
+    predictive_entropy: float
+    mutual_information: float
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Nothing comes after this.
+
+    Attributes:
+        reason: ``stop`` where the text ended by itself or with a stop, ``length`` at its most tokens, ``dispatched``
+            where nothing else was asked, ``abstained`` where the gate found the prompt foreign and nothing was to be
+            written, ``late`` when patience was over, ``closed`` when the engine shut down, ``cancelled``, or ``failed``.
+        error: what failed. One of the package's own errors is the request's fault; any other is ours.
+    """
+
+    reason: str
+    error: BaseException | None = None
+
+
+Event = Begun | Wrote | Ended
+
+
+@runtime_checkable
+class Ticket(Protocol):
+    """Work that an engine has taken."""
+
+    def cancel(self) -> None:
+        """Want no more of it: its rows are free before the next token. Harmless when it has ended."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineState:
+    """What an engine is at.
+
+    Attributes:
+        waiting, running: requests. waiting_tokens: of the waiting ones' prompts, with those that they may write.
+        rows: of the model, that are run together. cache_bytes: of what they keep.
+        prompt_tokens, new_tokens, steps: so far. closing: whether new work is refused.
+    """
+
+    waiting: int
+    running: int
+    waiting_tokens: int
+    rows: int
+    cache_bytes: int
+    prompt_tokens: int
+    new_tokens: int
+    steps: int
+    closing: bool
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Runs work; may be called from any thread."""
+
+    def submit(self, work: Work, tell: Callable[[Event], None]) -> Ticket:
+        """Take work on.
+
+        Args:
+            tell: called on the engine's thread: with ``Begun``, each ``Wrote``, and once, last of all, ``Ended``. It
+                must be quick, and not raise.
+
+        Raises:
+            PromptError: a prompt that is empty, no UTF-8 or too long. ConfigError: a setting that does not fit.
+            BusyError: the queue is full.
+        """
+        ...
+
+    @property
+    def state(self) -> EngineState: ...
+
+    def close(self, patience: float) -> None:
+        """Refuse new work, give what there is so many seconds to end, and stop."""
+        ...
