@@ -223,6 +223,81 @@ def test_rows_are_permuted_repeated_and_dropped(backbone: Any, bound: float, row
         same(Read(*(each[place : place + 1] for each in gone_on)), said, bound)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_sessions_that_join_go_on_as_they_would_have_alone(backbone: Any, bound: float, cut: bool) -> None:
+    """Of different lengths, adapted and not, joined twice, with rows that leave in between; and no slot is wasted."""
+    lengths, made, alone = [3, 17, 9, 12], [], []
+    ids, later = tokens(backbone, 4, WIDTH), tokens(backbone, 4, 12, seed=1)
+    for sort in adaptations(backbone, 4):
+        blocks = range(1, backbone.depth) if cut else range(backbone.depth)
+        made, alone = [], []
+        for row, length in enumerate(lengths):
+            for sessions in (made, alone):
+                session = backbone.open(1, length + 12, _above(backbone, _shared(sort, row), cut), blocks)
+                session.read(ids[row : row + 1, :length], None, _entering(backbone, ids[row : row + 1, :length], cut))
+                sessions.append(session)
+        batch = made[0]
+        rows = [0]
+
+        def step(part: slice) -> None:
+            x = [_entering(backbone, later[row : row + 1], cut) for row in rows]
+            given = None if x[0] is None else torch.cat(x)[:, part]
+            said = batch.read(later[rows][:, part], None, given, own=True)
+            for place, row in enumerate(rows):
+                own = None if x[place] is None else x[place][:, part]
+                expected = alone[row].read(later[row : row + 1, part], None, own, own=True)
+                same(Read(*(each[place : place + 1] for each in said)), expected, bound * 10)
+
+        batch.join(made[1])
+        rows.append(1)
+        step(slice(0, 4))
+        for row in (2, 3):  # joins late: it has read nothing of the first four
+            for sessions in (made, alone):
+                x = _entering(backbone, later[row : row + 1], cut)
+                sessions[row].read(later[row : row + 1, :4], None, None if x is None else x[:, :4])
+        before = made[2].lengths.tolist()
+        batch.join(made[2])
+        rows.append(2)
+        assert made[2].lengths.tolist() == before
+        step(slice(4, 7))
+        batch.keep([0, 2])
+        rows = [0, 2]
+        step(slice(7, 9))
+        for sessions in (made, alone):
+            x = _entering(backbone, later[3:4], cut)
+            sessions[3].read(later[3:4, 4:9], None, None if x is None else x[:, 4:9])
+        batch.join(made[3])
+        rows.append(3)
+        step(slice(9, 12))
+        assert batch.lengths.tolist() == [lengths[row] + 12 for row in rows]
+        batch.keep([0])
+        apart = alone[0].select([0])
+        if isinstance(backbone, TransformersBackbone):
+            assert batch.nbytes == apart.nbytes
+
+
+def test_sessions_that_do_not_fit_are_not_joined(backbone: Any, bound: float) -> None:
+    ids, later = tokens(backbone, 1, 6), tokens(backbone, 1, 3, seed=1)
+    session, twin, half, empty = (
+        backbone.open(1, 12),
+        backbone.open(1, 12),
+        backbone.open(1, 12, blocks=range(1)),
+        backbone.open(1, 12),
+    )
+    for each in (session, twin, half):
+        each.read(ids)
+    for other in (half, empty):
+        with pytest.raises(TensorError, match="expected"):
+            session.join(other)
+    if isinstance(backbone, TransformersBackbone):
+        one, two = (backbone.open(1, 12, deltas(backbone, seed=seed)) for seed in (0, 1))
+        for each in (one, two):
+            each.read(ids)
+        with pytest.raises(TensorError, match="same factors"):
+            one.join(two)
+    same(read(session, later), read(twin, later), 0)
+
+
 def test_what_is_selected_goes_on_alone_and_leaves_the_first_as_it_was(backbone: Any) -> None:
     ids, later = tokens(backbone, 2, 10), tokens(backbone, 2, 6, seed=1)
     first, twin = backbone.open(2, 16), backbone.open(2, 16)
@@ -444,6 +519,17 @@ def test_what_is_kept_grows_and_is_counted(backbone: Any) -> None:
     assert session.select([0]).nbytes < once
     session.keep([0, 1, 0, 1])
     assert session.nbytes > once
+
+
+def _above(backbone: Any, adaptation: Adaptation, cut: bool) -> Adaptation:
+    """What of it is above the first block."""
+    kept = {name: z for name, z in adaptation.scales.items() if not cut or backbone.cut([name])}
+    return Adaptation(kept, adaptation.deltas)
+
+
+def _entering(backbone: Any, ids: Tensor, cut: bool) -> Tensor | None:
+    """What comes into the second block."""
+    return backbone.open(1, ids.shape[1], blocks=range(1)).read(ids).hidden if cut else None
 
 
 def _shared(adaptation: Adaptation, row: int) -> Adaptation:
