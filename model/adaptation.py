@@ -235,9 +235,7 @@ class Adaptation:
         return tuple(_hash({name: scales[row] for name, scales in near.items()}) for row in range(self.rows))
 
 
-def rows_of_deltas(
-    mine: Mapping[str, Delta], theirs: Mapping[str, Delta], own: int, others: int
-) -> dict[str, Delta]:
+def rows_of_deltas(mine: Mapping[str, Delta], theirs: Mapping[str, Delta], own: int, others: int) -> dict[str, Delta]:
     """What is added to each matrix for ``own`` rows, then for ``others``.
 
     Raises:

@@ -15,6 +15,7 @@ import torch
 
 from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import ConfigError, PromptError
+from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.inference.two_pass.system import System, gate_of
@@ -107,6 +108,11 @@ class BatchedEngine:
             waiting, closing = self._waiting, self._closing is not None
             return replace(self._state, waiting=len(waiting), waiting_tokens=waiting.tokens, closing=closing)
 
+    @property
+    def reply_stop(self) -> str | None:
+        """See ``work.Engine``."""
+        return Form.of(self._system.tokenizer).stop
+
     def close(self, patience: float) -> None:
         """See ``work.Engine``."""
         with self._changed:
@@ -154,7 +160,11 @@ class BatchedEngine:
         """Of what nobody waits for any more."""
         if self._reading is not None and (reason := self._reading[0].over()):
             self._end_reading(Ended(reason))
-        self._leave({n: Ended(reason) for n, (request, _) in enumerate(self._running) if (reason := request.over())})
+        over = {n: Ended(reason) for n, (request, _) in enumerate(self._running) if (reason := request.over())}
+        try:
+            self._leave(over)
+        except Exception as error:
+            self._fail(Ended("failed", error))
 
     def _read(self) -> None:
         """Go on with prompts, a piece at a time, for as long as the last step took: others wait no longer for that."""
@@ -170,8 +180,11 @@ class BatchedEngine:
             if request is None:
                 return False
             told = request
-            self._reading = request, Reading(
-                self._system, request.heard, request.work, self._limits.piece, lambda begun: _tell(told, begun)
+            self._reading = (
+                request,
+                Reading(
+                    self._system, request.heard, request.work, self._limits.piece, lambda begun: _tell(told, begun)
+                ),
             )
         request, reading = self._reading
         try:
@@ -217,6 +230,7 @@ class BatchedEngine:
     def _end_reading(self, ended: Ended) -> None:
         if self._reading is not None:
             request, self._reading = self._reading[0], None
+            self._publish()
             _tell(request, ended)
 
     def _write(self) -> None:
@@ -245,8 +259,11 @@ class BatchedEngine:
             except Exception as error:
                 ended[n] = Ended("failed", error)
                 continue
-            numbers = (token.log_probabilities, token.entropy, token.mutual_information)
-            _tell(request, Wrote(running.written.piece, int(token.ids[0]), *(float(each[0]) for each in numbers), token.weights[0]))
+            log_p, entropy, information = (
+                float(each[0]) for each in (token.log_probabilities, token.entropy, token.mutual_information)
+            )
+            piece = running.written.piece
+            _tell(request, Wrote(piece, int(token.ids[0]), log_p, entropy, information, token.weights[0]))
             if last:
                 ended[n] = Ended(running.reason)
         self._publish(new_tokens=len(self._running) - sum(each.error is not None for each in ended.values()), steps=1)
@@ -259,21 +276,23 @@ class BatchedEngine:
         gone = [(self._running[n][0], why) for n, why in ended.items()]
         left = [n for n in range(len(self._running)) if n not in ended]
         self._running = [self._running[n] for n in left]
-        for request, why in gone:
-            _tell(request, why)
-        if self._batch is not None and left:
-            self._batch.keep(left, [range(running.particles) for _, running in self._running])
-        elif not left:
-            self._batch = None
+        try:
+            if self._batch is not None and left:
+                self._batch.keep(left, [range(running.particles) for _, running in self._running])
+        finally:
+            self._batch = self._batch if left else None
+            self._publish()
+            for request, why in gone:
+                _tell(request, why)
 
     def _fail(self, ended: Ended) -> None:
         """Let all go that are read or run, and begin anew."""
         gone = [request for request, _ in self._running]
         self._running, self._batch = [], None
         self._end_reading(ended)
+        self._publish()
         for request in gone:
             _tell(request, ended)
-        self._publish()
 
     def _retry_after(self) -> int:
         """Seconds in which what waits will have been written, at the pace so far."""

@@ -68,7 +68,8 @@ def hear(tokenizer: Tokenizer, longest: int | None, work: Work) -> Heard:
         raise PromptError("expected a prompt of at least one token, got none")
     room = 0 if work.writing is None else work.writing.max_new_tokens
     if longest is not None and len(heard) + room > longest:
-        raise PromptError(f"expected at most {longest} tokens with the {room} that follow, got a prompt of {len(heard)}")
+        most = f"expected a prompt of at most {longest} tokens with the {room} that follow"
+        raise PromptError(f"{most}, got {len(heard)}")
     return heard
 
 

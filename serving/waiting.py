@@ -73,7 +73,9 @@ class WaitingLine:
         if count >= self._most:
             raise BusyError(f"expected at most {self._most} waiting requests, got one more", retry_after)
         if count and tokens + request.tokens > self._most_tokens:
-            raise BusyError(f"expected at most {self._most_tokens} waiting tokens, got {request.tokens} more", retry_after)
+            raise BusyError(
+                f"expected at most {self._most_tokens} waiting tokens, got {request.tokens} more", retry_after
+            )
         self._of.setdefault(request.work.owner, deque()).append(request)
 
     def next(self) -> Request | None:

@@ -155,7 +155,7 @@ class CachedReader:
         prefix, owner, new = self._prefix, self._owner, slice(self._read, stop)
         self._read = new.stop
         x = None if prefix.x is None else _of_rows(prefix.x[:, new], owner)
-        tokens = None if new.start else prefix.tokens[owner]
+        tokens = None if new.start or stop < prefix.ids.shape[1] else prefix.tokens[owner]
         return self._spread(self._above.read(prefix.ids[owner, new], tokens, x, own=own, tail=tail))
 
     def read(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S V"]:

@@ -273,7 +273,7 @@ def _joined(mine: Any, theirs: Any, slots: int) -> Any:
     if getattr(mine, "keys", None) is None:
         return twin
     if type(mine) not in ATTENTION:
-        raise TensorError(f"expected layers that keep {[each.__name__ for each in ATTENTION]}, got {type(mine).__name__}")
+        raise TensorError(f"expected layers that keep keys and values in order, got {type(mine).__name__}")
     if hasattr(mine, "cumulative_length"):
         twin.cumulative_length = slots
         slots = min(slots, mine.sliding_window - 1)

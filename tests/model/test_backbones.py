@@ -225,55 +225,57 @@ def test_rows_are_permuted_repeated_and_dropped(backbone: Any, bound: float, row
 
 @pytest.mark.parametrize("cut", [False, True])
 def test_sessions_that_join_go_on_as_they_would_have_alone(backbone: Any, bound: float, cut: bool) -> None:
-    """Of different lengths, adapted and not, joined twice, with rows that leave in between; and no slot is wasted."""
-    lengths, made, alone = [3, 17, 9, 12], [], []
+    """Of different lengths, adapted, joined one after the other, with rows that leave in between; no slot is wasted."""
+    lengths, adaptation = [3, 17, 9, 12], adaptations(backbone, 4)[-1]
     ids, later = tokens(backbone, 4, WIDTH), tokens(backbone, 4, 12, seed=1)
-    for sort in adaptations(backbone, 4):
-        blocks = range(1, backbone.depth) if cut else range(backbone.depth)
-        made, alone = [], []
-        for row, length in enumerate(lengths):
-            for sessions in (made, alone):
-                session = backbone.open(1, length + 12, _above(backbone, _shared(sort, row), cut), blocks)
-                session.read(ids[row : row + 1, :length], None, _entering(backbone, ids[row : row + 1, :length], cut))
-                sessions.append(session)
-        batch = made[0]
-        rows = [0]
+    blocks = range(int(cut), backbone.depth)
+    below = backbone.open(4, 32, blocks=range(1)) if cut else None
 
-        def step(part: slice) -> None:
-            x = [_entering(backbone, later[row : row + 1], cut) for row in rows]
-            given = None if x[0] is None else torch.cat(x)[:, part]
-            said = batch.read(later[rows][:, part], None, given, own=True)
-            for place, row in enumerate(rows):
-                own = None if x[place] is None else x[place][:, part]
-                expected = alone[row].read(later[row : row + 1, part], None, own, own=True)
-                same(Read(*(each[place : place + 1] for each in said)), expected, bound * 10)
+    def entering(text: Tensor) -> Tensor | None:
+        return None if below is None else backbone.open(1, 32, blocks=range(1)).read(text[None]).hidden
 
-        batch.join(made[1])
-        rows.append(1)
-        step(slice(0, 4))
-        for row in (2, 3):  # joins late: it has read nothing of the first four
-            for sessions in (made, alone):
-                x = _entering(backbone, later[row : row + 1], cut)
-                sessions[row].read(later[row : row + 1, :4], None, None if x is None else x[:, :4])
-        before = made[2].lengths.tolist()
-        batch.join(made[2])
-        rows.append(2)
-        assert made[2].lengths.tolist() == before
-        step(slice(4, 7))
-        batch.keep([0, 2])
-        rows = [0, 2]
-        step(slice(7, 9))
-        for sessions in (made, alone):
-            x = _entering(backbone, later[3:4], cut)
-            sessions[3].read(later[3:4, 4:9], None, None if x is None else x[:, 4:9])
-        batch.join(made[3])
-        rows.append(3)
-        step(slice(9, 12))
-        assert batch.lengths.tolist() == [lengths[row] + 12 for row in rows]
-        batch.keep([0])
-        apart = alone[0].select([0])
-        if isinstance(backbone, TransformersBackbone):
-            assert batch.nbytes == apart.nbytes
+    texts = [torch.cat([ids[row, :length], later[row]]) for row, length in enumerate(lengths)]
+    whole = [entering(text) for text in texts]
+
+    def read(session: Session, rows: list[int], start: int, stop: int) -> Read:
+        places = [slice(lengths[row] + start, lengths[row] + stop) for row in rows]
+        x = (
+            None
+            if below is None
+            else torch.cat([whole[row][:, place] for row, place in zip(rows, places, strict=True)])
+        )  # type: ignore[index]
+        given = torch.stack([texts[row][place] for row, place in zip(rows, places, strict=True)])
+        return session.read(given, None, x, own=True)
+
+    def begun(row: int, stop: int) -> Session:
+        session = backbone.open(1, 32, _above(backbone, _shared(adaptation, row), cut), blocks)
+        x = None if below is None else whole[row][:, : lengths[row]]  # type: ignore[index]
+        session.read(texts[row][None, : lengths[row]], None, x)
+        for at in range(stop):
+            read(session, [row], at, at + 1)
+        return session
+
+    def goes_on(session: Session, rows: list[int], start: int, stop: int) -> None:
+        said = read(session, rows, start, stop)
+        for place, row in enumerate(rows):
+            expected = read(begun(row, start), [row], start, stop)
+            same(Read(*(each[place : place + 1] for each in said)), expected, bound * 10)  # type: ignore[index]
+
+    batch, late = begun(0, 0), begun(2, 4)
+    batch.join(begun(1, 0))
+    goes_on(batch, [0, 1], 0, 4)
+    batch.join(late)
+    assert late.lengths.tolist() == [lengths[2] + 4]
+    goes_on(late, [2], 4, 7)
+    goes_on(batch, [0, 1, 2], 4, 7)
+    batch.keep([0, 2])
+    goes_on(batch, [0, 2], 7, 9)
+    batch.join(begun(3, 9))
+    goes_on(batch, [0, 2, 3], 9, 12)
+    assert batch.lengths.tolist() == [lengths[row] + 12 for row in (0, 2, 3)]
+    batch.keep([0])
+    if isinstance(backbone, TransformersBackbone):
+        assert batch.nbytes == begun(0, 12).nbytes
 
 
 def test_sessions_that_do_not_fit_are_not_joined(backbone: Any, bound: float) -> None:
@@ -519,6 +521,12 @@ def test_what_is_kept_grows_and_is_counted(backbone: Any) -> None:
     assert session.select([0]).nbytes < once
     session.keep([0, 1, 0, 1])
     assert session.nbytes > once
+
+
+def _above(backbone: Any, adaptation: Adaptation, cut: bool) -> Adaptation:
+    """What of it is above the first block."""
+    kept = {name: z for name, z in adaptation.scales.items() if not cut or backbone.cut([name])}
+    return Adaptation(kept, adaptation.deltas)
 
 
 def _above(backbone: Any, adaptation: Adaptation, cut: bool) -> Adaptation:
