@@ -25,7 +25,7 @@ from bayes_dispatch.inference.scoring.compare import compare_blends, score_toget
 from bayes_dispatch.inference.two_pass.blends import FixedWeights, Particles, PosteriorMean, PosteriorPredictive
 from bayes_dispatch.inference.two_pass.first_pass import read_prefix
 from bayes_dispatch.inference.two_pass.readers import CachedReader, UncachedReader
-from bayes_dispatch.inference.two_pass.second_pass import _on_base
+from bayes_dispatch.inference.two_pass.second_pass import on_base
 from bayes_dispatch.inference.two_pass.system import cut_of
 from bayes_dispatch.model.backbone import padded
 
@@ -169,7 +169,7 @@ def test_a_fit_generates(bundle64: Bundle) -> None:
 
 def test_foreign_prompts_are_left_to_base_in_every_layer(bundle64: Bundle) -> None:
     posterior = Given(np.full(4, 0.25)).posterior(bundle64, PROMPTS, 0)
-    found = _on_base(LayeredMean(fit_of(bundle64)).particles(posterior), np.array([False, True, False]))
+    found = on_base(LayeredMean(fit_of(bundle64)).particles(posterior), np.array([False, True, False]))
     assert found.layers is not None
     np.testing.assert_array_equal(found.layers[1, 0], np.tile([0, 0, 0, 1], (3, 1)))
     np.testing.assert_array_equal(found.weights[1, 0], [0, 0, 0, 1])
