@@ -1,9 +1,9 @@
-"""Random requests to a server of the shipped model, each from one of several threads: what it answers, keeps and grows by.
+"""Random requests from several threads to a server of the shipped model: what it answers, keeps and grows by.
 
     python benchmarks/server_stress.py                   # 2,000 requests, some minutes
     python benchmarks/server_stress.py --requests 200
 
-Most ask for an answer or a stream of a random prompt, blend and seed; a tenth of these were asked before and has to come
+Most ask for an answer or a stream of a random prompt, blend and seed; a tenth of these were asked before, and must come
 back the same, and in the end as ``TwoPassGenerator.generate`` gives it. Of the others, some hang up amid a stream, some
 send a body that is no JSON, a field that nobody knows, a prompt that is too long, or a wrong key. At the end no row may
 be held, and the process may have grown by no more than five hundredths since a tenth of the requests.
