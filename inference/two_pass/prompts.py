@@ -88,7 +88,9 @@ class Writing:
     stops: tuple[str, ...]
 
     @classmethod
-    def of(cls, max_new_tokens: int, do_sample: bool, temperature: float, stop: Stop) -> "Writing":
+    def of(
+        cls, max_new_tokens: int, do_sample: bool, temperature: float, stop: Stop, top_p: float | None = None
+    ) -> "Writing":
         """From the arguments of ``TwoPassGenerator.generate``.
 
         Raises:
@@ -98,9 +100,8 @@ class Writing:
         if not isinstance(stops, Sequence) or not all(isinstance(each, str | bytes) and each for each in stops):
             raise ConfigError(f"expected stop to be a text of at least one byte, or a list of such, got {stop!r:.60}")
         most = whole("max_new_tokens", max_new_tokens, 1, MAX_NEW_TOKENS)
-        return cls(
-            most, Sampling(do_sample=do_sample, temperature=temperature), tuple(utf8(each).decode() for each in stops)
-        )
+        sampling = Sampling(do_sample=do_sample, temperature=temperature, top_p=top_p)
+        return cls(most, sampling, tuple(utf8(each).decode() for each in stops))
 
 
 class Written:
