@@ -120,7 +120,7 @@ class ExpertBank(Mapping[str, Expert]):
     def __len__(self) -> int:
         return len(self.names)
 
-    def blend(self, weights: Weights) -> Adaptation:
+    def blend(self, weights: Weights, alike: bool = False) -> Adaptation:
         """The adaptation ``z(w) = 1 + Σ_k w_k (z_k − 1)``, and ``Σ_k w_k up_k down_k`` where there are LoRA experts.
 
         Experts without weight are not read from disk.
@@ -128,6 +128,7 @@ class ExpertBank(Mapping[str, Expert]):
         Args:
             weights: (K + 1,) for scales that all rows share, or (B, K + 1) for scales of each row; at least 0, of sum
                 1. A tensor's dtype is that of the scales; arrays and lists give torch's default one.
+            alike: give deltas of every expert, as all blends have them whose sessions are to join.
 
         Raises:
             TensorError: another number of components.
@@ -139,7 +140,7 @@ class ExpertBank(Mapping[str, Expert]):
         if self.matrices:
             whole = self._blend(given, range(sum(self.matrices.values())))
             scales = dict(zip(self.matrices, whole.split(list(self.matrices.values()), dim=-1), strict=True))
-        return Adaptation(scales, self._deltas(dict.fromkeys(self._low, given)))
+        return Adaptation(scales, self._deltas(dict.fromkeys(self._low, given), alike))
 
     def blend_by_matrix(self, weights: Weights) -> Adaptation:
         """``blend`` with weights of its own for each adapted matrix.
@@ -173,13 +174,13 @@ class ExpertBank(Mapping[str, Expert]):
         given = self._check(weights, (len(self.layers), len(self.components)))
         return self._by_matrix(given[..., self._layer_of, :])
 
-    def blend_rows(self, weights: Tensor) -> Adaptation:
+    def blend_rows(self, weights: Tensor, alike: bool = False) -> Adaptation:
         """Scales of each row, from (B, K + 1), or from (B, L, K + 1) with weights of its own for each layer.
 
         One row is as good as scales that all rows share, which may be folded into a matrix: it gives these.
         """
         given = weights if len(weights) > 1 else weights[0]
-        return self.blend(given) if weights.ndim == 2 else self.blend_by_layer(given)
+        return self.blend(given, alike) if weights.ndim == 2 else self.blend_by_layer(given)
 
     @classmethod
     def from_peft(cls, backbone: Backbone, adapters: Mapping[str, str | Path]) -> "ExpertBank":
@@ -334,13 +335,13 @@ class ExpertBank(Mapping[str, Expert]):
         deviations = torch.stack([self._deviation(k)[place.start : place.stop] for k in used]).to(weights)
         return 1 + weights[..., used] @ deviations
 
-    def _deltas(self, weights: Mapping[str, Tensor]) -> dict[str, Delta]:
+    def _deltas(self, weights: Mapping[str, Tensor], alike: bool = False) -> dict[str, Delta]:
         """What LoRA experts add to each matrix, for its weights (*B, K + 1)."""
         found: dict[str, Delta] = {}
         for matrix, given in weights.items():
             flat = given.detach().reshape(-1, len(self.components))
             weighty = flat.ne(0).any(dim=0).tolist()
-            used = tuple(k for k in self._low[matrix] if given.requires_grad or weighty[k])
+            used = tuple(k for k in self._low[matrix] if alike or given.requires_grad or weighty[k])
             if used:
                 up, down, ranks = self._stacked(matrix, used)
                 repeats = torch.tensor(ranks, device=given.device)

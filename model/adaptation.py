@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
 
-__all__ = ["Adaptation", "Delta", "MatrixScales", "Scales", "Tensors", "block_of", "rows_of_ones"]
+__all__ = ["Adaptation", "Delta", "MatrixScales", "Scales", "Tensors", "block_of", "rows_of_deltas", "rows_of_ones"]
 
 Digest = str | tuple[str, ...]  # of scales: one for all rows, or one for each; empty where there are none
 
@@ -62,6 +62,20 @@ class Delta(NamedTuple):
     def select(self, rows: Sequence[int] | Tensor) -> "Delta":
         """That of some rows; shared ones stay shared."""
         return self if self.c.ndim == 1 else self._replace(c=self.c[torch.as_tensor(rows, device=self.c.device)])
+
+    def followed_by(self, other: "Delta | None", own: int, others: int) -> "Delta":
+        """That of ``own`` rows, then of ``others``; ``None`` adds nothing.
+
+        Raises:
+            TensorError: other factors.
+        """
+        c = self.c.expand(own, -1)
+        if other is None:
+            return self._replace(c=torch.cat([c, c.new_zeros(others, c.shape[1])]))
+        for mine, theirs in ((self.up, other.up), (self.down, other.down)):
+            if mine is not theirs and not (mine.shape == theirs.shape and torch.equal(mine, theirs)):
+                raise TensorError("expected rows whose deltas have the same factors, got others")
+        return self._replace(c=torch.cat([c, other.c.expand(others, -1)]))
 
     @classmethod
     def joined(cls, deltas: Sequence["Delta"]) -> "Delta":
@@ -158,6 +172,22 @@ class Adaptation:
         deltas = {name: delta.select(index) for name, delta in self.deltas.items()}
         return Adaptation({name: scales[index] for name, scales in self.scales.items()}, deltas)
 
+    def followed_by(self, other: "Adaptation", own: int, others: int) -> "Adaptation":
+        """That of ``own`` rows, then of ``others``.
+
+        Raises:
+            TensorError: scales of other ranks, or deltas of other factors.
+        """
+        scales: dict[str, Tensor] = {}
+        for name in {**self.scales, **other.scales}:
+            parts = [(each.scales.get(name), rows) for each, rows in ((self, own), (other, others))]
+            known = next(z for z, _ in parts if z is not None)
+            filled = [(known.new_ones(known.shape[-1]) if z is None else z).expand(rows, -1) for z, rows in parts]
+            if filled[0].shape[1] != filled[1].shape[1]:
+                raise TensorError(f"expected scales of one rank for {name}, got {[z.shape[1] for z in filled]}")
+            scales[name] = torch.cat(filled)
+        return Adaptation(scales, rows_of_deltas(self.deltas, other.deltas, own, others))
+
     def detached(self) -> "Adaptation":
         """The same without gradients."""
         deltas = {name: Delta(*(each.detach() for each in delta)) for name, delta in self.deltas.items()}
@@ -203,6 +233,20 @@ class Adaptation:
         if self.rows is None:
             return _hash(near)
         return tuple(_hash({name: scales[row] for name, scales in near.items()}) for row in range(self.rows))
+
+
+def rows_of_deltas(mine: Mapping[str, Delta], theirs: Mapping[str, Delta], own: int, others: int) -> dict[str, Delta]:
+    """What is added to each matrix for ``own`` rows, then for ``others``.
+
+    Raises:
+        TensorError: deltas of a matrix have other factors.
+    """
+    found = {name: delta.followed_by(theirs.get(name), own, others) for name, delta in mine.items()}
+    for name in theirs.keys() - mine.keys():
+        delta = theirs[name]
+        nothing = delta._replace(c=delta.c.new_zeros(own, delta.c.shape[-1]))
+        found[name] = nothing.followed_by(delta, own, others)
+    return found
 
 
 def rows_of_ones(z: Tensor) -> bool | Tensor:

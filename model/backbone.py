@@ -112,6 +112,16 @@ class Session(Protocol):
         """A session of its own that goes on from these rows; this one stays as it is."""
         ...
 
+    def join(self, other: "Session") -> None:
+        """Take in copies of the rows of another session, with their adaptations, after one's own.
+
+        Both have read something, however much, under the same blocks of one model; deltas have the same factors.
+
+        Raises:
+            TensorError: they do not fit together. StaleCacheError: a read or change of one was interrupted.
+        """
+        ...
+
     def reserve(self, capacity: int) -> None:
         """Make room for so many tokens of each row in all."""
         ...

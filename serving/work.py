@@ -92,7 +92,7 @@ class Ended:
     Attributes:
         reason: ``stop`` where the text ended by itself or with a stop, ``length`` at its most tokens, ``dispatched``
             where nothing else was asked, ``abstained`` where the gate found the prompt foreign and nothing was to be
-            written, ``late`` when patience was over, ``closed`` when the engine shut down, ``cancelled``, or ``failed``.
+            written, ``late`` when patience was over, ``closed`` when the engine shut down, ``cancelled``, ``failed``.
         error: what failed. One of the package's own errors is the request's fault; any other is ours.
     """
 
@@ -152,6 +152,11 @@ class Engine(Protocol):
 
     @property
     def state(self) -> EngineState: ...
+
+    @property
+    def reply_stop(self) -> str | None:
+        """The text with which a reply in a conversation ends unless told otherwise; ``None`` where a token does."""
+        ...
 
     def close(self, patience: float) -> None:
         """Refuse new work, give what there is so many seconds to end, and stop."""

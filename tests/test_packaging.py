@@ -14,7 +14,7 @@ import bayes_dispatch
 from bayes_dispatch import errors
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("bayes_dispatch", "model", "experts", "inference")
+FOLDERS = ("bayes_dispatch", "model", "experts", "inference", "serving")
 HEAVY = {
     "arviz",
     "h5py",
@@ -56,7 +56,7 @@ def test_unknown_name_is_an_attribute_error() -> None:
         bayes_dispatch.Disptacher  # noqa: B018
 
 
-@pytest.mark.parametrize("name", ["model", "experts", "inference"])
+@pytest.mark.parametrize("name", ["model", "experts", "inference", "serving"])
 @pytest.mark.parametrize("statement", ["import {}", "import {}.a", "from {}.a import b"])
 def test_bare_import_is_banned(name: str, statement: str) -> None:
     source = statement.format(name) + "\n"

@@ -4,6 +4,7 @@ Only the user's tokens are pooled and counted. The model's own are read all the 
 hidden state is what it would be had the whole conversation been read at once.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -67,14 +68,19 @@ class Conversation:
         x = None if self._x is None else self._x[:, : len(self.ids)]
         return Prefix(torch.tensor([self.ids]), torch.tensor([len(self.ids)]), x, None, self._cut)
 
+    @property
+    def whole(self) -> Prefix:
+        """``prefix`` with the session below, for whoever reads on without this conversation."""
+        return replace(self.prefix, below=self._session if self._cut else None)
+
     def user(self, transcript: Transcript) -> Bool[np.ndarray, " T"]:
         """Which of all tokens are of the user's words."""
         return np.concatenate([np.zeros(len(self._begin), dtype=bool), transcript.user])
 
-    def read(self, transcript: Transcript) -> None:
-        """Read below the cut what is new in ``transcript``, whose beginning has been read."""
+    def read(self, transcript: Transcript, most: int | None = None) -> None:
+        """Read below the cut what is new in ``transcript``, whose beginning has been read: at most so many tokens."""
         read = len(self.ids)
-        new = [*self._begin, *transcript.ids.tolist()][read:]
+        new = [*self._begin, *transcript.ids.tolist()][read : None if most is None else read + most]
         if self._session is not None and self._cut:
             x = self._session.read(torch.tensor([new])).hidden
             if self._x is None:
@@ -91,7 +97,7 @@ class Conversation:
         data, words = transcript.said
         if self._session is None:
             return evidence_of([data], [words], {})
-        self._pool(self._session, torch.from_numpy(self.user(transcript)[self._pooled :]))
+        self.pool(transcript)
         count, total, square = self._count, self._sum, self._square
         if not count:
             count, total, square = 1, self._first, float(self._first.square().sum())
@@ -102,9 +108,14 @@ class Conversation:
             views["surprise"] = np.array([[self._nll / count, np.log(residual)]])
         return evidence_of([data], [words], views)
 
-    def _pool(self, session: Session, user: Bool[Tensor, " t"]) -> None:
-        """Add what is the user's of the tokens that are new."""
+    def pool(self, transcript: Transcript) -> None:
+        """Look for evidence in what has been read since: ``evidence`` does, unless it was done bit by bit."""
         new = slice(self._pooled, len(self.ids))
+        if self._session is not None and new.start < new.stop:
+            self._pool(self._session, new, torch.from_numpy(self.user(transcript)[new]))
+
+    def _pool(self, session: Session, new: slice, user: Bool[Tensor, " t"]) -> None:
+        """Add what is the user's of some tokens."""
         if self._x is not None:
             hidden, own = self._x[0, new].double(), None
         else:

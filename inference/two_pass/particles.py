@@ -12,7 +12,7 @@ from bayes_dispatch.errors import TensorError
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.filtering import FilterState, ParticleFilter, predictive
 from bayes_dispatch.inference.two_pass.merging import divergences, representatives
-from bayes_dispatch.inference.two_pass.readers import ParticleReader
+from bayes_dispatch.inference.two_pass.readers import ParticleReader, Said
 from bayes_dispatch.model.generation.sampling import Sampling
 
 __all__ = ["Decoding", "Token"]
@@ -92,9 +92,15 @@ class Decoding:
             Where ``measured`` and there are particles to compare: for ``merge``, by how many nats a token their
             predictives diverged at the end of the prompts.
         """
+        return self.heard(self._reader.read_prompts(*self.asks(measured)), measured)
+
+    def asks(self, measured: bool) -> tuple[bool, int]:
+        """What ``heard`` wants of the reader's ``read_prompts``: ``own`` and ``tail``."""
+        return not self._alone, MEASURED if measured and not self._alone else 1
+
+    def heard(self, said: Said, measured: bool) -> Float[np.ndarray, "N S S"] | None:
+        """``read_prompts``, when the reader has said this of the prompts."""
         self.path[:] = self.weights
-        measured = measured and not self._alone
-        said = self._reader.read_prompts(own=not self._alone, tail=MEASURED if measured else 1)
         self._following = said.after[:, :, -1]
         if said.own is None:  # nothing to filter
             return None
@@ -104,7 +110,7 @@ class Decoding:
             counts &= self._evidence
         self.path[:] = self._filter.means(self._update(said.own.nan_to_num(nan=0.0), counts)).swapaxes(0, 1)
         self._filter.state = self._filter.state.aimed(self._target)
-        if not measured:
+        if not measured or self._alone:
             return None
         tail = said.after.shape[2]
         counted = torch.arange(tail) >= tail - self._lengths[:, None]
@@ -165,11 +171,19 @@ class Decoding:
                 model's own count, too: later ones continue what the likely particles began.
             last: nothing will be asked about what follows them.
         """
-        token = torch.from_numpy(ids)
-        if evidence and not self._alone:
-            self._update(_of(self._following[:, :, None], token[:, None]))
+        if evidence:
+            self.count(ids)
         if not last:
-            self._following = self._reader.read(token)
+            self.follow(self._reader.read(torch.from_numpy(ids)))
+
+    def count(self, ids: Int[np.ndarray, " N"]) -> None:
+        """Filter the particles by tokens that follow."""
+        if not self._alone:
+            self._update(_of(self._following[:, :, None], torch.from_numpy(ids)[:, None]))
+
+    def follow(self, following: Float[Tensor, "N S V"]) -> None:
+        """Go on where particles say this of what follows, whoever has read what came before."""
+        self._following = following
 
     def _update(
         self, log_likelihood: Float[Tensor, "N S T"], counts: Bool[Tensor, "N T"] | None = None

@@ -91,7 +91,7 @@ class Writing:
     def of(
         cls, max_new_tokens: int, do_sample: bool, temperature: float, stop: Stop, top_p: float | None = None
     ) -> "Writing":
-        """From the arguments of ``TwoPassGenerator.generate``.
+        """From the arguments of ``TwoPassGenerator.generate``, and ``top_p`` of ``Sampling``.
 
         Raises:
             ConfigError: a setting out of range, or a stop that is no text, or has no bytes.

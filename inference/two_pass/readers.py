@@ -4,7 +4,7 @@ What is below the first adapted block is the same for all particles of a prompt,
 prompts are one row until the prompts have been read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -81,6 +81,7 @@ class CachedReader:
         prefix: the prompts below the cut; its session stays as it is.
         row: (N,) which row of ``prefix`` each prompt is; the same one for equal prompts.
         capacity: tokens that a prompt and what follows it may have, unless ``lengthen`` makes more room.
+        joins: whether this reader is to ``join`` others.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class CachedReader:
         prefix: Prefix,
         row: Sequence[int],
         capacity: int,
+        joins: bool = False,
     ) -> None:
         self._prefix = prefix
         self._row = list(row)
@@ -103,7 +105,7 @@ class CachedReader:
         blends = np.stack([np.frombuffer(each).reshape(doubles.shape[2:]) for _, each in place])
         self._below = prefix.below
         cut = 0 if prefix.x is None else prefix.cut
-        adaptation = experts.blend_rows(torch.tensor(blends).to(model.weights_dtype))
+        adaptation = experts.blend_rows(torch.tensor(blends).to(model.weights_dtype), alike=joins)
         self._above = model.open(len(blends), capacity, adaptation, range(cut, model.depth))
         self._evaluated_below = 0
         self._read = 0  # tokens of the prompts
@@ -118,9 +120,14 @@ class CachedReader:
         return len(self._owner)
 
     @property
+    def particles(self) -> int:
+        """Of a prompt; those of others are filled up to as many."""
+        return self._index.shape[1]
+
+    @property
     def nbytes(self) -> int:
-        """Of the sessions above the cut."""
-        return self._above.nbytes
+        """Of the sessions; below the cut where the prompts are this reader's own."""
+        return self._above.nbytes + (self._below.nbytes if self._below is not None and self._separate else 0)
 
     def lengthen(self, prefix: Prefix, capacity: int) -> None:
         """Go on with longer prompts, of which those so far are the beginnings: ``read_prompts`` reads what is new.
@@ -132,10 +139,23 @@ class CachedReader:
         self._above.reserve(capacity)
 
     def read_prompts(self, own: bool, tail: int = 1) -> Said:
-        prefix, owner, new = self._prefix, self._owner, slice(self._read, self._prefix.ids.shape[1])
+        return self._read_prompts(self._prefix.ids.shape[1], own, tail)
+
+    def reading(self, own: bool, tail: int, piece: int) -> Generator[None, None, Said]:
+        """``read_prompts`` of prompts of one length, some ``piece`` tokens at a time, with a pause after each."""
+        width, said = self._prefix.ids.shape[1], list[Float[Tensor, "N S t"]]()
+        while width - self._read > piece + tail:  # the last piece has all of the tail
+            part = self._read_prompts(self._read + piece, own, 1)
+            said += [] if part.own is None else [part.own]
+            yield
+        last = self.read_prompts(own, tail)
+        return last if last.own is None else last._replace(own=torch.cat([*said, last.own], -1))
+
+    def _read_prompts(self, stop: int, own: bool, tail: int) -> Said:
+        prefix, owner, new = self._prefix, self._owner, slice(self._read, stop)
         self._read = new.stop
         x = None if prefix.x is None else _of_rows(prefix.x[:, new], owner)
-        tokens = None if new.start else prefix.tokens[owner]
+        tokens = None if new.start or stop < prefix.ids.shape[1] else prefix.tokens[owner]
         return self._spread(self._above.read(prefix.ids[owner, new], tokens, x, own=own, tail=tail))
 
     def read(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S V"]:
@@ -169,6 +189,30 @@ class CachedReader:
             self._above.keep(rows)
         self._index, self._owner = index, torch.tensor([n for n, _ in place])
         self._row, self._separate = list(range(len(prompts))), True
+
+    def join(self, other: "CachedReader") -> None:
+        """Take over the prompts of another reader of the same experts, after one's own; the other is spent.
+
+        Both have read their prompts and ``joins``. Prompts with fewer particles than another are filled up with copies
+        of their first.
+
+        Raises:
+            TensorError: they do not fit together. StaleCacheError: one of them was interrupted.
+        """
+        for each in (self, other):
+            if not each._separate:
+                prompts, particles = each._index.shape
+                each.keep(range(prompts), [range(particles)] * prompts)
+        width = max(each._index.shape[1] for each in (self, other))
+        index = [self._index, other._index + len(self._owner)]
+        index = [torch.cat([own, own[:, :1].expand(-1, width - own.shape[1])], 1) for own in index]
+        self._above.join(other._above)
+        if self._below is not None:
+            assert other._below is not None
+            self._below.join(other._below)
+        self._owner = torch.cat([self._owner, other._owner + len(self._row)])
+        self._index = torch.cat(index)
+        self._row = list(range(len(self._row) + len(other._row)))
 
     def _spread(self, read: Read) -> Said:
         """The particles of each prompt, from their rows."""

@@ -23,7 +23,7 @@ from bayes_dispatch.inference.two_pass.readers import CachedReader, ParticleRead
 from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, Strategy, System, as_strategy, gate_of
 from bayes_dispatch.model.generation.sampling import row_generators, row_seeds
 
-__all__ = ["GenerationRequest", "SecondPass"]
+__all__ = ["GenerationRequest", "SecondPass", "on_base"]
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +152,7 @@ class SecondPass:
         tell(logger, logging.DEBUG, "prefix read", lambda: _of_prefix(prefix, len(group), self._cut))
         tell(logger, logging.DEBUG, "dispatched", lambda: _of_posterior(group, posterior, self.foreign))
         foreign = np.array([n in self.foreign for n in group])
-        particles = _on_base(self._request.blend.particles(posterior), foreign)
+        particles = on_base(self._request.blend.particles(posterior), foreign)
         if self._request.abstain and foreign.any():
             for n in np.array(group)[foreign]:
                 self.weights[n] = np.eye(particles.weights.shape[2])[-1]
@@ -248,7 +248,7 @@ class SecondPass:
         self.cost = self.cost + Cost(self._system.model.depth, **evaluations)
 
 
-def _on_base(particles: Particles, foreign: Bool[np.ndarray, " N"]) -> Particles:
+def on_base(particles: Particles, foreign: Bool[np.ndarray, " N"]) -> Particles:
     """All particles of foreign prompts at base."""
     if not foreign.any():
         return particles

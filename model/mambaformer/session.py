@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import Read, check_rows, check_tokens
+from bayes_dispatch.model.backbone import Read, Session, check_rows, check_tokens
 from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.token_model import check_ids
 
@@ -113,6 +114,15 @@ class MambaFormerSession:
         twin._cache = self._cache.select(rows)
         twin._select(rows)
         return twin
+
+    def join(self, other: Session) -> None:
+        if not isinstance(other, MambaFormerSession) or (other._model, other._blocks) != (self._model, self._blocks):
+            raise TensorError(f"expected a session of the same model and its blocks {self._blocks}, got another")
+        adaptation = self._adaptation.followed_by(other._adaptation, self.rows, other.rows)
+        self._cache.join(other._cache)
+        self._adaptation = adaptation
+        if self._before is not None and other._before is not None:
+            self._before = torch.cat([self._before, other._before])
 
     def reserve(self, capacity: int) -> None:
         self._cache.reserve(capacity)

@@ -5,13 +5,20 @@ from copy import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 from bayes_dispatch.errors import CacheFullError, StaleCacheError, TensorError
-from bayes_dispatch.model.adaptation import Delta
-from bayes_dispatch.model.backbone import Read, check_rows, check_tokens
+from bayes_dispatch.model.adaptation import Delta, rows_of_deltas
+from bayes_dispatch.model.backbone import Read, Session, check_rows, check_tokens
 from bayes_dispatch.model.mambaformer.token_model import check_ids
 from bayes_dispatch.model.transformers.parts import ModelParts
 
@@ -19,6 +26,12 @@ __all__ = ["TransformersSession"]
 
 TOKENS_AT_ONCE = 4096  # rows times tokens that run together
 LOGITS_AT_ONCE = 2**24  # numbers: 64 MiB
+ATTENTION = (  # layers whose keys and values are all that they keep of tokens in order
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
 
 class TransformersSession:
@@ -95,6 +108,7 @@ class TransformersSession:
         for layer in self._layers():
             layer.reorder_cache(index)
         self._select(index)
+        self._forget(int(self._pads.min()))
         self._changing = False
 
     def select(self, rows: Sequence[int]) -> "TransformersSession":
@@ -108,8 +122,45 @@ class TransformersSession:
         twin._select(index)
         return twin
 
+    def join(self, other: Session) -> None:
+        self._whole()
+        if not isinstance(other, TransformersSession) or (other._parts, other._blocks) != (self._parts, self._blocks):
+            raise TensorError(f"expected a session of the same model and its blocks {self._blocks}, got another")
+        other._whole()
+        if not (self._read and other._read):
+            raise TensorError("expected sessions that have read something, got an empty one")
+        deltas = rows_of_deltas(self._deltas, other._deltas, self._rows, other._rows)
+        room = max(self.capacity - self._read, other.capacity - other._read)
+        slots = max(self._read, other._read)
+        layers = {
+            id(mine): _joined(mine, theirs, slots) for mine, theirs in zip(self._layers(), other._layers(), strict=True)
+        }
+        self._changing = True
+        self._cache.layers = [layers.get(id(layer), layer) for layer in self._cache.layers]
+        self._pads = torch.cat([each._pads + slots - each._read for each in (self, other)])
+        before = [each._before for each in (self, other)]
+        self._before = torch.cat(before) if all(each is not None for each in before) else None  # type: ignore[arg-type]
+        self._rows, self._read, self._deltas, self.capacity = self._rows + other._rows, slots, deltas, slots + room
+        self._changing = False
+
     def reserve(self, capacity: int) -> None:
         self.capacity = max(self.capacity, capacity)
+
+    def _forget(self, slots: int) -> None:
+        """Drop the first slots, which hold padding of every row: rows that were joined and are gone had been longer."""
+        if not slots:
+            return
+        for layer in self._layers():
+            keys = getattr(layer, "keys", None)
+            if keys is None:
+                continue
+            if hasattr(layer, "cumulative_length"):
+                layer.cumulative_length -= slots
+                kept = min(layer.cumulative_length, keys.shape[2])
+            else:
+                kept = keys.shape[2] - slots
+            layer.keys, layer.values = (each[:, :, each.shape[2] - kept :] for each in (keys, layer.values))
+        self._read, self._pads, self.capacity = self._read - slots, self._pads - slots, self.capacity - slots
 
     def _select(self, index: Tensor) -> None:
         self._rows = len(index)
@@ -206,6 +257,30 @@ def _tensors(layer: Any) -> list[tuple[str, Tensor]]:
         each = value.items() if isinstance(value, dict) else [("", value)]
         found += [(f"{name}{key}", tensor) for key, tensor in each if isinstance(tensor, Tensor)]
     return found
+
+
+def _joined(mine: Any, theirs: Any, slots: int) -> Any:
+    """A layer with the rows of both, keys and values padded on the left to as many tokens."""
+    twin = copy(mine)
+    named = dict(_tensors(theirs))
+    for name, value in vars(mine).items():
+        if isinstance(value, dict):
+            own = {
+                key: torch.cat([each, named[f"{name}{key}"]]) if isinstance(each, Tensor) else each
+                for key, each in value.items()
+            }
+            setattr(twin, name, own)
+    if getattr(mine, "keys", None) is None:
+        return twin
+    if type(mine) not in ATTENTION:
+        raise TensorError(f"expected layers that keep keys and values in order, got {type(mine).__name__}")
+    if hasattr(mine, "cumulative_length"):
+        twin.cumulative_length = slots
+        slots = min(slots, mine.sliding_window - 1)
+    for name in ("keys", "values"):
+        both = [F.pad(each, (0, 0, slots - each.shape[2], 0)) for each in (getattr(mine, name), named[name])]
+        setattr(twin, name, torch.cat(both))
+    return twin
 
 
 def _copied(layer: Any, index: Tensor) -> Any:

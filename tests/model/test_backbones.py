@@ -223,6 +223,83 @@ def test_rows_are_permuted_repeated_and_dropped(backbone: Any, bound: float, row
         same(Read(*(each[place : place + 1] for each in gone_on)), said, bound)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_sessions_that_join_go_on_as_they_would_have_alone(backbone: Any, bound: float, cut: bool) -> None:
+    """Of different lengths, adapted, joined one after the other, with rows that leave in between; no slot is wasted."""
+    lengths, adaptation = [3, 17, 9, 12], adaptations(backbone, 4)[-1]
+    ids, later = tokens(backbone, 4, WIDTH), tokens(backbone, 4, 12, seed=1)
+    blocks = range(int(cut), backbone.depth)
+    below = backbone.open(4, 32, blocks=range(1)) if cut else None
+
+    def entering(text: Tensor) -> Tensor | None:
+        return None if below is None else backbone.open(1, 32, blocks=range(1)).read(text[None]).hidden
+
+    texts = [torch.cat([ids[row, :length], later[row]]) for row, length in enumerate(lengths)]
+    whole = [entering(text) for text in texts]
+
+    def read(session: Session, rows: list[int], start: int, stop: int) -> Read:
+        places = [slice(lengths[row] + start, lengths[row] + stop) for row in rows]
+        x = (
+            None
+            if below is None
+            else torch.cat([whole[row][:, place] for row, place in zip(rows, places, strict=True)])
+        )  # type: ignore[index]
+        given = torch.stack([texts[row][place] for row, place in zip(rows, places, strict=True)])
+        return session.read(given, None, x, own=True)
+
+    def begun(row: int, stop: int) -> Session:
+        session = backbone.open(1, 32, _above(backbone, _shared(adaptation, row), cut), blocks)
+        x = None if below is None else whole[row][:, : lengths[row]]  # type: ignore[index]
+        session.read(texts[row][None, : lengths[row]], None, x)
+        for at in range(stop):
+            read(session, [row], at, at + 1)
+        return session
+
+    def goes_on(session: Session, rows: list[int], start: int, stop: int) -> None:
+        said = read(session, rows, start, stop)
+        for place, row in enumerate(rows):
+            expected = read(begun(row, start), [row], start, stop)
+            same(Read(*(each[place : place + 1] for each in said)), expected, bound * 10)  # type: ignore[index]
+
+    batch, late = begun(0, 0), begun(2, 4)
+    batch.join(begun(1, 0))
+    goes_on(batch, [0, 1], 0, 4)
+    batch.join(late)
+    assert late.lengths.tolist() == [lengths[2] + 4]
+    goes_on(late, [2], 4, 7)
+    goes_on(batch, [0, 1, 2], 4, 7)
+    batch.keep([0, 2])
+    goes_on(batch, [0, 2], 7, 9)
+    batch.join(begun(3, 9))
+    goes_on(batch, [0, 2, 3], 9, 12)
+    assert batch.lengths.tolist() == [lengths[row] + 12 for row in (0, 2, 3)]
+    batch.keep([0])
+    if isinstance(backbone, TransformersBackbone):
+        assert batch.nbytes == begun(0, 12).nbytes
+
+
+def test_sessions_that_do_not_fit_are_not_joined(backbone: Any, bound: float) -> None:
+    ids, later = tokens(backbone, 1, 6), tokens(backbone, 1, 3, seed=1)
+    session, twin, half, empty = (
+        backbone.open(1, 12),
+        backbone.open(1, 12),
+        backbone.open(1, 12, blocks=range(1)),
+        backbone.open(1, 12),
+    )
+    for each in (session, twin, half):
+        each.read(ids)
+    for other in (half, empty):
+        with pytest.raises(TensorError, match="expected"):
+            session.join(other)
+    if isinstance(backbone, TransformersBackbone):
+        one, two = (backbone.open(1, 12, deltas(backbone, seed=seed)) for seed in (0, 1))
+        for each in (one, two):
+            each.read(ids)
+        with pytest.raises(TensorError, match="same factors"):
+            one.join(two)
+    same(read(session, later), read(twin, later), 0)
+
+
 def test_what_is_selected_goes_on_alone_and_leaves_the_first_as_it_was(backbone: Any) -> None:
     ids, later = tokens(backbone, 2, 10), tokens(backbone, 2, 6, seed=1)
     first, twin = backbone.open(2, 16), backbone.open(2, 16)
@@ -444,6 +521,23 @@ def test_what_is_kept_grows_and_is_counted(backbone: Any) -> None:
     assert session.select([0]).nbytes < once
     session.keep([0, 1, 0, 1])
     assert session.nbytes > once
+
+
+def _above(backbone: Any, adaptation: Adaptation, cut: bool) -> Adaptation:
+    """What of it is above the first block."""
+    kept = {name: z for name, z in adaptation.scales.items() if not cut or backbone.cut([name])}
+    return Adaptation(kept, adaptation.deltas)
+
+
+def _above(backbone: Any, adaptation: Adaptation, cut: bool) -> Adaptation:
+    """What of it is above the first block."""
+    kept = {name: z for name, z in adaptation.scales.items() if not cut or backbone.cut([name])}
+    return Adaptation(kept, adaptation.deltas)
+
+
+def _entering(backbone: Any, ids: Tensor, cut: bool) -> Tensor | None:
+    """What comes into the second block."""
+    return backbone.open(1, ids.shape[1], blocks=range(1)).read(ids).hidden if cut else None
 
 
 def _shared(adaptation: Adaptation, row: int) -> Adaptation:

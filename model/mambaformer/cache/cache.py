@@ -172,6 +172,34 @@ class Cache:
         """An independent copy of some rows, in that order: see ``reorder``."""
         return self.clone().reorder(indices)
 
+    def join(self, other: "Cache") -> None:
+        """Take in copies of the rows of another cache after one's own.
+
+        Raises:
+            TensorError: it is of other blocks, or one of the two has read nothing.
+            StaleCacheError: of another model, or a change of one was interrupted.
+        """
+        other.check_model(self.model)
+        other.check_whole()
+        kinds, others = ([type(state) for state in each.states] for each in (self, other))
+        if (other.blocks, others) != (self.blocks, kinds):
+            raise TensorError(f"expected a cache of the blocks {self.blocks}, got one of {other.blocks}")
+        if not (bool((self.lengths > 0).all()) and bool((other.lengths > 0).all())):
+            raise TensorError("expected caches of rows that have read something, got an empty one")
+        capacity = None if self.capacity is None or other.capacity is None else max(self.capacity, other.capacity)
+        joined = [_joined(*pair, capacity) for pair in zip(self.states, other.states, strict=True)]
+        lengths = torch.cat([self.lengths, other.lengths])
+        dropped = torch.cat([self._per_row(self._dropped), other._per_row(other._dropped)])
+        made_by: list[Digest | None] = [
+            None if mine is None or theirs is None else self._rows(mine) + other._rows(theirs)
+            for mine, theirs in zip(self._made_by, other._made_by, strict=True)
+        ]
+        self.begin()
+        self.states, self._made_by, self.capacity = joined, made_by, capacity
+        self._batch_size += other.batch_size
+        self._read, self._dropped = _one_number(lengths), _one_number(dropped)
+        self._changing = False
+
     def clone(self) -> "Cache":
         """An independent copy."""
         self.check_whole()
@@ -314,6 +342,21 @@ def _layer_info(state: State) -> LayerInfo:
     nbytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     dtype = str(tensors[0].dtype).removeprefix("torch.") if tensors else "none"
     return LayerInfo(type(state).__name__, dtype, nbytes)
+
+
+def _joined(mine: State, theirs: State, capacity: int | None) -> State:
+    """The rows of both states, those of attention with as much room."""
+    both = [copy(each) for each in (mine, theirs)]
+    for each in both:
+        if isinstance(each, AttentionState):
+            slots = capacity if capacity is not None else max(other.slots for other in both)  # type: ignore[attr-defined]
+            each.reserve(slots)
+    own, others = (each.tensors() for each in both)
+    if own.keys() != others.keys():
+        raise TensorError(f"expected states of {sorted(own)}, got {sorted(others)}")
+    for name, tensor in own.items():
+        setattr(both[0], name, torch.cat([tensor, others[name]]))
+    return both[0]
 
 
 def _one_number(numbers: Tensor) -> int | Tensor:

@@ -1,0 +1,322 @@
+"""An engine on one thread: every step reads one more token of all requests together, and one more piece of a prompt.
+
+Rows of different blends share a step of the model (``CachedReader.join``); what a request has filtered, chosen and
+written is its own. So an answer does not depend on what runs beside it, up to the rounding of matrix products.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from threading import Condition, Thread
+from time import monotonic
+
+import torch
+
+from bayes_dispatch.arguments import whole
+from bayes_dispatch.errors import ConfigError, PromptError
+from bayes_dispatch.inference.chat.form import Form
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.two_pass.readers import CachedReader
+from bayes_dispatch.inference.two_pass.system import System, gate_of
+from bayes_dispatch.model.backbone import Backbone
+from bayes_dispatch.serving.reading import Reading, Running, hear
+from bayes_dispatch.serving.waiting import Request, WaitingLine
+from bayes_dispatch.serving.work import BusyError, Ended, EngineState, Event, Work, Wrote
+
+__all__ = ["BatchedEngine", "Limits"]
+
+logger = logging.getLogger(__name__)
+
+LONGEST_WAIT = 60  # seconds after which a client that was refused may try again, at most
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine may hold.
+
+    Attributes:
+        running: requests that share a step. waiting: that wait for that. waiting_tokens: of these, with what they may
+            write. cache_bytes: of all that is kept of what the model has read.
+        piece: tokens of a prompt that are read at a time: more read it sooner, and hold up the others longer.
+
+    Raises:
+        ConfigError: one that is no whole number of at least 1.
+    """
+
+    running: int = 32
+    waiting: int = 256
+    waiting_tokens: int = 262_144
+    cache_bytes: int = 4 * 2**30
+    piece: int = 256
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            whole(name, value, 1)
+
+
+class BatchedEngine:
+    """See ``work.Engine``.
+
+    Args:
+        system: model, tokenizer, experts, dispatcher, and a gate where one is asked.
+        limits: what it may hold; ``Limits()`` by default.
+
+    Raises:
+        ForeignExpertError, ConfigError: see ``TwoPassGenerator``.
+    """
+
+    def __init__(self, system: System, limits: Limits | None = None) -> None:
+        TwoPassGenerator(system)  # whether its parts fit together
+        self._system, self._limits = system, Limits() if limits is None else limits
+        self._row_bytes, self._token_bytes = _cache_bytes(system.model)
+        self._waiting = WaitingLine(self._limits.waiting, self._limits.waiting_tokens)
+        self._closing: float | None = None  # when all is to be over, once it is to close
+        self._state = EngineState(0, 0, 0, 0, 0, 0, 0, 0, False)
+        self._changed = Condition()  # guards the three above, which other threads see
+        self._running: list[tuple[Request, Running]] = []
+        self._reading: tuple[Request, Reading] | None = None
+        self._batch: CachedReader | None = None  # of what runs, in order
+        self._stepped = self._busy = 0.0  # seconds that the last step took, and all work so far
+        self._thread = Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Work, tell: Callable[[Event], None]) -> Request:
+        """See ``work.Engine``."""
+        heard = hear(self._system.tokenizer, self._system.model.longest, work)
+        if work.false_alarm_rate is not None:
+            gate = gate_of(self._system)
+            gate.check_rate(work.false_alarm_rate)
+            gate.check_dispatcher(self._system.dispatcher)
+        elif work.abstain:
+            raise ConfigError("expected a false_alarm_rate to abstain at, got None")
+        patience = math.inf if work.patience is None else work.patience
+        request = Request(work, heard, tell, monotonic() + patience)
+        if self._bytes(1, request.tokens) > self._limits.cache_bytes:
+            most = self._limits.cache_bytes
+            raise PromptError(f"expected a request whose cache fits in {most} bytes, got {request.tokens} tokens")
+        with self._changed:
+            if self._closing is not None:
+                raise BusyError("expected a request to a server that is not shutting down, got one that came late", 5)
+            self._waiting.add(request, self._retry_after())
+            self._changed.notify()
+        return request
+
+    @property
+    def state(self) -> EngineState:
+        with self._changed:
+            waiting, closing = self._waiting, self._closing is not None
+            return replace(self._state, waiting=len(waiting), waiting_tokens=waiting.tokens, closing=closing)
+
+    @property
+    def reply_stop(self) -> str | None:
+        """See ``work.Engine``."""
+        return Form.of(self._system.tokenizer).stop
+
+    def close(self, patience: float) -> None:
+        """See ``work.Engine``."""
+        with self._changed:
+            self._closing = min(monotonic() + patience, math.inf if self._closing is None else self._closing)
+            self._changed.notify()
+        self._thread.join()
+
+    def _work(self) -> None:
+        with torch.no_grad():
+            while not self._over():
+                begun = monotonic()
+                self._let_go()
+                self._read()
+                read = monotonic()
+                self._write()
+                self._stepped, self._busy = monotonic() - read, self._busy + monotonic() - begun
+                self._publish()
+
+    def _over(self) -> bool:
+        """Wait for work; tell everybody, if it is time to end."""
+        with self._changed:
+            while not (self._waiting or self._running or self._reading or self._closing is not None):
+                self._changed.wait()
+            gone = self._waiting.drop()
+            idle = not (self._waiting or self._running or self._reading)
+            over = self._closing is not None and (idle or monotonic() > self._closing)
+            if over:
+                gone += [(request, "closed") for request in self._waiting]
+                self._waiting = WaitingLine(self._limits.waiting, self._limits.waiting_tokens)
+        for request, reason in gone:
+            _tell(request, Ended(reason))
+        if over:
+            self._fail(Ended("closed"))
+        return over
+
+    def _publish(self, **counted: int) -> None:
+        """Let others see what there is, and count what was done."""
+        batch, running = self._batch, len(self._running) + (self._reading is not None)
+        rows, nbytes = (0, 0) if batch is None else (batch.rows, batch.nbytes)
+        with self._changed:
+            so_far = {name: getattr(self._state, name) + count for name, count in counted.items()}
+            self._state = replace(self._state, running=running, rows=rows, cache_bytes=nbytes, **so_far)
+
+    def _let_go(self) -> None:
+        """Of what nobody waits for any more."""
+        if self._reading is not None and (reason := self._reading[0].over()):
+            self._end_reading(Ended(reason))
+        over = {n: Ended(reason) for n, (request, _) in enumerate(self._running) if (reason := request.over())}
+        try:
+            self._leave(over)
+        except Exception as error:
+            self._fail(Ended("failed", error))
+
+    def _read(self) -> None:
+        """Go on with prompts, a piece at a time, for as long as the last step took: others wait no longer for that."""
+        begun = monotonic()
+        while self._read_piece() and not (self._running and monotonic() - begun > self._stepped):
+            pass
+
+    def _read_piece(self) -> bool:
+        """Go on with one prompt; with one that waits, where there is room for it. Whether there was something to do."""
+        if self._reading is None:
+            with self._changed:
+                request = None if len(self._running) >= self._limits.running else self._waiting.next()
+            if request is None:
+                return False
+            told = request
+            self._reading = (
+                request,
+                Reading(
+                    self._system, request.heard, request.work, self._limits.piece, lambda begun: _tell(told, begun)
+                ),
+            )
+        request, reading = self._reading
+        try:
+            if reading.rows and not self._fits(reading.rows, reading.tokens):
+                return False  # until others have ended
+            if reading.step():
+                self._join(request, reading)
+        except Exception as error:
+            self._end_reading(Ended("failed", error))
+        return True
+
+    def _fits(self, rows: int, tokens: int) -> bool:
+        """Whether there is room for so many rows of so many tokens beside what runs.
+
+        Raises:
+            ConfigError: there will never be.
+        """
+        if self._bytes(rows, tokens) > self._limits.cache_bytes:
+            most, needed = self._limits.cache_bytes, f"{rows} rows of {tokens} tokens"
+            raise ConfigError(f"expected a blend whose caches fit in {most} bytes, got {needed}: try fewer draws")
+        held = 0 if self._batch is None else self._batch.rows
+        longest = max([tokens, *(request.tokens for request, _ in self._running)])
+        return self._bytes(held + rows, longest) <= self._limits.cache_bytes
+
+    def _bytes(self, rows: int, tokens: int) -> int:
+        return rows * (self._row_bytes + tokens * self._token_bytes)
+
+    def _join(self, request: Request, reading: Reading) -> None:
+        """Take what has been read into the batch."""
+        self._publish(prompt_tokens=len(request.heard))
+        if reading.running is None or reading.reader is None:
+            return self._end_reading(Ended("dispatched" if request.work.writing is None else "abstained"))
+        self._reading = None
+        self._running.append((request, reading.running))
+        if self._batch is None:
+            self._batch = reading.reader
+            return
+        try:
+            self._batch.join(reading.reader)
+        except Exception as error:
+            self._fail(Ended("failed", error))
+
+    def _end_reading(self, ended: Ended) -> None:
+        if self._reading is not None:
+            request, self._reading = self._reading[0], None
+            self._publish()
+            _tell(request, ended)
+
+    def _write(self) -> None:
+        """One more token of every request that runs."""
+        if not self._running:
+            return
+        try:
+            self._leave(self._choose())
+            if self._running and self._batch is not None:
+                ids = [running.written.ids[-1] for _, running in self._running]
+                following = self._batch.read(torch.tensor(ids))
+                for n, (_, running) in enumerate(self._running):
+                    running.decoding.follow(following[n : n + 1, : running.particles])
+        except Exception as error:  # amid a step: what the rows have read is not to be trusted
+            self._fail(Ended("failed", error))
+
+    def _choose(self) -> dict[int, Ended]:
+        """Choose, tell and count the next token of each; those that end with it, or cannot be gone on with."""
+        ended: dict[int, Ended] = {}
+        for n, (request, running) in enumerate(self._running):
+            try:
+                token = running.decoding.choose(running.writing.sampling, [running.generator])
+                last = running.written.add(int(token.ids[0]))
+                if not last:
+                    running.decoding.count(token.ids)
+            except Exception as error:
+                ended[n] = Ended("failed", error)
+                continue
+            log_p, entropy, information = (
+                float(each[0]) for each in (token.log_probabilities, token.entropy, token.mutual_information)
+            )
+            piece = running.written.piece
+            _tell(request, Wrote(piece, int(token.ids[0]), log_p, entropy, information, token.weights[0]))
+            if last:
+                ended[n] = Ended(running.reason)
+        self._publish(new_tokens=len(self._running) - sum(each.error is not None for each in ended.values()), steps=1)
+        return ended
+
+    def _leave(self, ended: Mapping[int, Ended]) -> None:
+        """Let the requests at these places go, and free their rows."""
+        if not ended:
+            return
+        gone = [(self._running[n][0], why) for n, why in ended.items()]
+        left = [n for n in range(len(self._running)) if n not in ended]
+        self._running = [self._running[n] for n in left]
+        try:
+            if self._batch is not None and left:
+                self._batch.keep(left, [range(running.particles) for _, running in self._running])
+        finally:
+            self._batch = self._batch if left else None
+            self._publish()
+            for request, why in gone:
+                _tell(request, why)
+
+    def _fail(self, ended: Ended) -> None:
+        """Let all go that are read or run, and begin anew."""
+        gone = [request for request, _ in self._running]
+        self._running, self._batch = [], None
+        self._end_reading(ended)
+        self._publish()
+        for request in gone:
+            _tell(request, ended)
+
+    def _retry_after(self) -> int:
+        """Seconds in which what waits will have been written, at the pace so far."""
+        pace = self._state.new_tokens / self._busy if self._busy else 0.0
+        seconds = self._waiting.tokens / pace if pace else 1.0
+        return min(max(1, math.ceil(seconds)), LONGEST_WAIT)
+
+
+def _tell(request: Request, event: Event) -> None:
+    try:
+        request.tell(event)
+    except Exception:
+        logger.exception("telling a client failed")
+        request.cancel()
+
+
+def _cache_bytes(model: Backbone) -> tuple[int, int]:
+    """What a row keeps however short it is, and for each of its tokens."""
+    few, many = 16, 80
+    sizes = []
+    with torch.no_grad():
+        for tokens in (few, many):
+            session = model.open(1, tokens)
+            session.read(torch.zeros(1, tokens, dtype=torch.long))
+            sizes.append(session.nbytes)
+    by_token = (sizes[1] - sizes[0]) // (many - few)
+    return sizes[0] - few * by_token, by_token

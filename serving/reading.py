@@ -1,0 +1,216 @@
+"""From a request to a place in the batch: its prompt is read piece by piece, dispatched, and read by its particles."""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from bayes_dispatch.errors import ConfigError, PromptError
+from bayes_dispatch.inference.chat.conversation import Conversation
+from bayes_dispatch.inference.chat.form import Form
+from bayes_dispatch.inference.chat.state import Transcript
+from bayes_dispatch.inference.two_pass.blends import Particles
+from bayes_dispatch.inference.two_pass.particles import Decoding
+from bayes_dispatch.inference.two_pass.prompts import Writing, Written
+from bayes_dispatch.inference.two_pass.readers import CachedReader
+from bayes_dispatch.inference.two_pass.second_pass import on_base
+from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, System, cut_of, gate_of
+from bayes_dispatch.model.backbone import Tokenizer
+from bayes_dispatch.model.generation.sampling import row_generators, row_seeds
+from bayes_dispatch.model.tokenizer import utf8
+from bayes_dispatch.serving.work import Begun, Message, Work
+
+__all__ = ["Heard", "Reading", "Running", "hear"]
+
+
+@dataclass(frozen=True, eq=False)
+class Heard:
+    """A request in tokens.
+
+    Attributes:
+        begin: ids before all else. transcript: what was said, in which the user's words are evidence.
+        ends: ids with which the answer ends. stops: texts with which it does.
+    """
+
+    begin: tuple[int, ...]
+    transcript: Transcript
+    ends: frozenset[int]
+    stops: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Tokens, those before all else among them."""
+        return len(self.begin) + len(self.transcript)
+
+
+def hear(tokenizer: Tokenizer, longest: int | None, work: Work) -> Heard:
+    """The tokens of a request.
+
+    A conversation has the form of the model's chat template, and without one nothing between its turns; then an answer
+    ends with a line, unless it is told otherwise. What the system says comes before the user's first words, as
+    templates without a place for it have it. The words of system and assistant are no evidence.
+
+    Raises:
+        PromptError: nothing is said, it is no UTF-8, or more than the model can read with the answer.
+        ConfigError: turns of no conversation.
+    """
+    stops = () if work.writing is None else work.writing.stops
+    if isinstance(work.prompt, str):
+        data = utf8(work.prompt)
+        words, nothing = tokenizer.tokenize(data, begin=False), tokenizer.tokenize(b"").ids
+        text = Transcript.empty().followed_by(words.ids, words.spans, data, user=True)
+        heard = Heard(nothing, text, tokenizer.ends, stops)
+    else:
+        form = Form.of(tokenizer)
+        ending = () if form.stop is None else (form.stop,)
+        heard = Heard(form.begin, _conversation(tokenizer, form, work.prompt), form.ends, stops or ending)
+    if not heard.transcript.user.any():
+        raise PromptError("expected a prompt of at least one token, got none")
+    room = 0 if work.writing is None else work.writing.max_new_tokens
+    if longest is not None and len(heard) + room > longest:
+        most = f"expected a prompt of at most {longest} tokens with the {room} that follow"
+        raise PromptError(f"{most}, got {len(heard)}")
+    return heard
+
+
+def _conversation(tokenizer: Tokenizer, form: Form, turns: tuple[Message, ...]) -> Transcript:
+    before = turns[:1] if turns and turns[0].role == "system" else ()
+    said = turns[len(before) :]
+    roles = [turn.role for turn in said]
+    if not roles or len(roles) % 2 == 0 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
+        raise ConfigError(f"expected turns of user and assistant, the user's first and last, got {roles}")
+    text = Transcript.empty()
+    system = "".join(f"{turn.content}\n\n" for turn in before)
+    for turn in said:
+        data = utf8(turn.content)
+        words = tokenizer.tokenize(data, begin=False)
+        if turn.role == "assistant":
+            text = text.followed_by(words.ids, words.spans, data, own=True)
+        elif system:
+            own = utf8(system)
+            told = tokenizer.tokenize(own, begin=False)
+            text = text.followed_by(form.before).followed_by(told.ids, told.spans, own)
+            text = text.followed_by(words.ids, words.spans, data, user=True).followed_by(form.after)
+            system = ""
+        else:
+            text = form.heard(text, data, words)
+    return text
+
+
+@dataclass(eq=False)
+class Running:
+    """A request whose prompt has been read.
+
+    Attributes:
+        decoding: its particles; a batch reads for them. particles: how many are left.
+        written: what it has written. writing, ends: how it ends. generator: that samples.
+    """
+
+    decoding: Decoding
+    particles: int
+    written: Written
+    writing: Writing
+    ends: frozenset[int]
+    generator: np.random.Generator
+
+    @property
+    def reason(self) -> str:
+        """Why it has ended: see ``work.Ended``."""
+        stopped = any(self.written.text.endswith(stop) for stop in self.writing.stops)
+        return "stop" if stopped or self.written.ids[-1] in self.ends else "length"
+
+
+class Reading:
+    """A request whose prompt is being read.
+
+    Args:
+        system: model, tokenizer, experts, dispatcher and gate. heard, work: what is asked.
+        piece: tokens that are read at a time.
+        tell: called with ``Begun`` once the prompt is dispatched.
+
+    Attributes:
+        rows: of the model that it needs; 0 until it is dispatched. tokens: that each of them has room for.
+        running, reader: once the prompt has been read, if there is something to write.
+    """
+
+    def __init__(self, system: System, heard: Heard, work: Work, piece: int, tell: Callable[[Begun], None]) -> None:
+        self.rows = 0
+        self.tokens = len(heard) + (0 if work.writing is None else work.writing.max_new_tokens)
+        self.running: Running | None = None
+        self.reader: CachedReader | None = None
+        self._system, self._heard, self._work, self._tell = system, heard, work, tell
+        self._piece = piece if system.model.continues else len(heard)
+        self._steps = self._read()
+
+    def step(self) -> bool:
+        """Read some more; whether there is nothing left to read.
+
+        Raises:
+            BayesDispatchError: the request cannot be answered.
+        """
+        try:
+            next(self._steps)
+        except StopIteration:
+            return True
+        return False
+
+    def _read(self) -> Generator[None, None, None]:
+        system, heard, writing = self._system, self._heard, self._work.writing
+        conversation = Conversation(system, cut_of(system), heard.begin, self.tokens)
+        while len(conversation.ids) < len(heard):
+            conversation.read(heard.transcript, self._piece)
+            conversation.pool(heard.transcript)
+            yield
+        particles = self._dispatch(conversation)
+        if particles is None or writing is None:
+            return
+        self.rows = particles.mass.shape[1]
+        yield
+        measured = particles.merge > 0
+        decoding, reader = yield from self._hear(conversation, particles, measured)
+        if particles.refined:
+            decoding, reader = yield from self._hear(conversation, Particles.single(decoding.weights), False)
+        self.rows, self.reader = reader.rows, reader
+        writing = replace(writing, stops=heard.stops)
+        self.running = Running(
+            decoding,
+            reader.particles,
+            Written(system.tokenizer, conversation.ids, writing, heard.ends),
+            writing,
+            heard.ends,
+            *row_generators(self._work.seed + 1, [heard.transcript.data]),
+        )
+
+    def _dispatch(self, conversation: Conversation) -> Particles | None:
+        """The particles of the prompt; none where it is foreign and the request abstains."""
+        system, work = self._system, self._work
+        evidence = conversation.evidence(self._heard.transcript)
+        p_value, foreign = None, np.zeros(1, dtype=bool)
+        if work.false_alarm_rate is not None:
+            decision = gate_of(system).decide(system.dispatcher, evidence, work.false_alarm_rate)
+            p_value, foreign = float(decision.p_values[0]), decision.foreign
+        seeds = row_seeds(work.seed, [self._heard.transcript.data])
+        posterior = system.dispatcher.posterior(evidence, draws=POSTERIOR_DRAWS, seed=seeds)
+        self._tell(Begun(posterior, len(self._heard), p_value, bool(foreign[0])))
+        if work.writing is None or (work.abstain and foreign[0]):
+            return None
+        particles = on_base(work.blend.particles(posterior), foreign)
+        if particles.layers is not None:
+            raise ConfigError(f"expected a blend of one set of weights, got {work.blend.name} by layer")
+        return particles
+
+    def _hear(
+        self, conversation: Conversation, particles: Particles, measured: bool
+    ) -> Generator[None, None, tuple[Decoding, CachedReader]]:
+        """Read the prompt under its particles, and merge those that can be."""
+        model, prefix = self._system.model, conversation.whole
+        reader = CachedReader(model, self._system.experts, particles, prefix, [0], self.tokens, joins=True)
+        continues = self._system.tokenizer.continues.clone()
+        continues[list(self._heard.ends)] = True
+        evidence = torch.from_numpy(conversation.user(self._heard.transcript)[None])
+        decoding = Decoding(reader, particles, continues, prefix.ids, prefix.tokens, evidence)
+        own, tail = decoding.asks(measured)
+        kl = decoding.heard((yield from reader.reading(own, tail, self._piece)), measured)
+        if kl is not None and not particles.refined:
+            decoding.merge(kl, particles.merge)
+        return decoding, reader

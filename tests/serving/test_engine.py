@@ -1,0 +1,357 @@
+"""Answers are those of ``generate`` and of a chat, whatever runs beside them; rows are freed, owners take turns,
+caches are bounded, and what fails fails alone."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from threading import Event as Flag
+from threading import Thread
+from time import sleep
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bayes_dispatch.errors import BayesDispatchError, ConfigError, PromptError
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.two_pass.blends import Blend, as_blend
+from bayes_dispatch.inference.two_pass.prompts import Writing
+from bayes_dispatch.inference.two_pass.readers import CachedReader
+from bayes_dispatch.serving.engine import BatchedEngine, Limits
+from bayes_dispatch.serving.reading import hear
+from bayes_dispatch.serving.waiting import Request, WaitingLine
+from bayes_dispatch.serving.work import Begun, BusyError, Ended, Engine, Event, Message, Ticket, Work, Wrote
+
+PROMPTS = ["ab>ba\nab>", "1+2=3\n" * 6, "9", "ba>ab\nabc>" * 3, "12+1="]
+BLENDS = ["posterior_predictive(6)", "posterior_mean", "reverse", "refined_mean(6)", "base", "thompson_sample"]
+
+
+class Heard:
+    """What an engine told of a request."""
+
+    def __init__(self) -> None:
+        self.begun: Begun | None = None
+        self.tokens: list[Wrote] = []
+        self.ended: Ended | None = None
+        self.over = Flag()
+
+    def __call__(self, event: Event) -> None:
+        assert self.ended is None
+        if isinstance(event, Begun):
+            assert self.begun is None
+            self.begun = event
+        elif isinstance(event, Wrote):
+            assert self.begun is not None
+            self.tokens.append(event)
+        else:
+            self.ended = event
+            self.over.set()
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+    def why(self) -> str:
+        assert self.over.wait(60)
+        assert self.ended is not None
+        return self.ended.reason
+
+
+@pytest.fixture(autouse=True)
+def _unchecked(unchecked: None) -> None:
+    """The engine's thread is timed against; checks of every shape would only slow it."""
+
+
+@pytest.fixture(params=["cut64", "llama64", "headless64", "embedded64"])
+def system(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., BatchedEngine]]:
+    """Makes engines, and ends them."""
+    made = []
+
+    def make(system: Any, **limits: int) -> BatchedEngine:
+        engine = BatchedEngine(system, Limits(**limits))
+        made.append(engine)
+        return engine
+
+    yield make
+    for engine in made:
+        engine.close(0)
+
+
+def work(
+    system: Any, prompt: Any = "ab>", blend: str = "base", tokens: int = 8, seed: int = 0, **settings: Any
+) -> Work:
+    writing = Writing.of(tokens, True, 1.5, settings.pop("stop", None))
+    return Work(prompt, named(system, blend), writing, seed, **settings)
+
+
+def named(system: Any, blend: str) -> Blend:
+    return as_blend(blend, system.experts.components)
+
+
+def run(engine: BatchedEngine, works: list[Work]) -> list[Heard]:
+    heard = [Heard() for _ in works]
+    for each, own in zip(works, heard, strict=True):
+        engine.submit(each, own)
+    for own in heard:
+        own.why()
+    return heard
+
+
+@pytest.mark.parametrize("piece", [2, 256])
+def test_answers_are_those_of_generate_whatever_runs_beside(
+    system: Any, start: Callable[..., BatchedEngine], piece: int
+) -> None:
+    """Of every blend at once, of lengths of their own, read in pieces and at once."""
+    engine, generator = start(system, piece=piece, running=4), TwoPassGenerator(system)
+    assert isinstance(engine, Engine)
+    works = [
+        work(
+            system,
+            PROMPTS[(n + n // 6) % 5],
+            BLENDS[n % 6],
+            tokens=3 + 5 * (n % 3),
+            seed=n,
+            stop="a" if n % 4 == 3 else None,
+        )
+        for n in range(18)
+    ]
+    read = written = 0
+    for each, own in zip(works, run(engine, works), strict=True):
+        assert each.writing is not None
+        assert own.ended is not None
+        assert own.ended.error is None
+        alone = generator.generate(
+            [each.prompt], blend=each.blend, max_new_tokens=each.writing.max_new_tokens, do_sample=True,  # type: ignore[list-item]
+            temperature=1.5, seed=each.seed, stop=list(each.writing.stops) or None,
+        )  # fmt: skip
+        count = alone.lengths[0]
+        assert [token.token_id for token in own.tokens] == alone.token_ids[0, :count].tolist()
+        assert own.text == alone.texts[0]
+        for name in ("log_probability", "predictive_entropy", "mutual_information"):
+            plural = name.replace("probability", "probabilities")
+            told = [getattr(token, name) for token in own.tokens]
+            np.testing.assert_allclose(told, getattr(alone, plural)[0, :count], atol=1e-7)
+        np.testing.assert_allclose([token.weights for token in own.tokens], alone.paths[0][-count:], atol=1e-7)
+        assert own.begun is not None
+        np.testing.assert_allclose(own.begun.posterior.weights, alone.posterior.weights, atol=1e-7)
+        assert own.begun.prompt_tokens == len(system.tokenizer.tokenize(each.prompt).ids)
+        read, written = read + own.begun.prompt_tokens, written + len(own.tokens)
+        stopped = own.text.endswith("a") and each.writing.stops
+        assert own.ended.reason == ("stop" if stopped or own.tokens[-1].token_id in system.tokenizer.ends else "length")
+    state = engine.state
+    assert (state.waiting, state.running, state.rows, state.cache_bytes) == (0, 0, 0, 0)
+    assert state.new_tokens == written
+    assert state.prompt_tokens == read
+
+
+def test_a_conversation_is_that_of_a_chat(system: Any, start: Callable[..., BatchedEngine]) -> None:
+    """Its first reply; a system's words come before the user's and are no evidence."""
+    engine = start(system)
+    said = tuple(Message("user", words) for words in ("ab>ba\nab>",))
+    chat = TwoPassGenerator(system).chat(blend=named(system, "posterior_predictive(6)"), seed=3)
+    turn = chat.say(said[0].content, 8, do_sample=True, temperature=1.5)
+    asked = work(system, said, "posterior_predictive(6)", seed=3)
+    (own,) = run(engine, [asked])
+    assert own.text == turn.text
+    assert [token.token_id for token in own.tokens] == turn.token_ids.tolist()
+    longer = (Message("system", "1+2=3"), *said, Message("assistant", "ba\n"), Message("user", "b>"))
+    heard = hear(system.tokenizer, None, replace(asked, prompt=longer))
+    assert heard.transcript.data == b"1+2=3\n\nab>ba\nab>ba\nb>"
+    assert heard.transcript.said[0] == b"ab>ba\nab>b>"
+    assert int(heard.transcript.own.sum()) == len(system.tokenizer.tokenize("ba\n", begin=False).ids)
+
+
+@pytest.mark.parametrize(
+    "roles", [(), ("assistant",), ("system",), ("user", "assistant"), ("user", "user"), ("user", "system", "user")]
+)
+def test_turns_of_no_conversation_are_refused(
+    cut64: Any, start: Callable[..., BatchedEngine], roles: tuple[str, ...]
+) -> None:
+    turns = tuple(Message(role, "ab") for role in roles)
+    with pytest.raises(ConfigError, match="expected turns"):
+        start(cut64).submit(work(cut64, turns), Heard())
+
+
+def test_a_prompt_can_be_dispatched_alone(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    (own,) = run(start(cut64), [replace(work(cut64, "ab>ba\n", seed=5), writing=None)])
+    assert own.why() == "dispatched"
+    assert own.tokens == []
+    assert own.begun is not None
+    alone = TwoPassGenerator(cut64).generate(["ab>ba\n"], blend="base", max_new_tokens=1, seed=5)
+    np.testing.assert_allclose(own.begun.posterior.weights, alone.posterior.weights)
+
+
+def test_what_nobody_waits_for_is_dropped_and_frees_its_rows(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    """Cancelled before, while it is read or written, and late; what stays is as it would have been."""
+    engine = start(cut64, piece=1)
+    long = [work(cut64, "ab>ba\n" * 20, "posterior_predictive(6)", 400, seed=n) for n in range(3)]
+    heard, tickets = [Heard() for _ in range(5)], list[Ticket]()
+    for each, own in zip(long, heard, strict=False):
+        tickets.append(engine.submit(each, own))
+    stays = work(cut64, seed=9, tokens=30)
+    tickets.append(engine.submit(stays, heard[3]))
+    engine.submit(replace(long[0], patience=0.05), heard[4])
+    while not heard[0].tokens:
+        sleep(0.01)
+    for ticket in tickets[:3]:
+        ticket.cancel()
+    assert [own.why() for own in heard[:3]] == ["cancelled"] * 3
+    assert heard[4].why() == "late"
+    assert heard[3].why() in ("length", "stop")
+    (again,) = run(engine, [stays])
+    assert heard[3].text == again.text
+    for ticket in tickets:
+        ticket.cancel()  # harmless
+    assert engine.state.rows == engine.state.cache_bytes == 0
+
+
+def test_caches_stay_within_their_bound(llama64: Any, start: Callable[..., BatchedEngine]) -> None:
+    """What has no room beside others waits for it, what never has any is refused; all else is answered."""
+    probe = start(llama64)
+    needed = probe._bytes(6, 60)
+    engine, most = start(llama64, cache_bytes=2 * needed), [0]
+    heard = [Heard() for _ in range(12)]
+
+    def watch() -> None:
+        while not all(own.over.is_set() for own in heard):
+            most[0] = max(most[0], engine.state.cache_bytes)
+            sleep(0.001)
+
+    watching = Thread(target=watch)
+    watching.start()
+    for n, own in enumerate(heard):
+        engine.submit(work(llama64, "ab>" * 5, "posterior_predictive(6, merge=0.0)", 30, seed=n), own)
+    assert {own.why() for own in heard} <= {"length", "stop"}
+    watching.join()
+    assert 0 < most[0] <= 2 * needed
+    with pytest.raises(PromptError, match="fits in"):
+        start(llama64, cache_bytes=probe._bytes(1, 100)).submit(work(llama64, "ab", tokens=200), Heard())
+    (own,) = run(engine, [work(llama64, "ab>" * 5, "posterior_predictive(40)", 60)])
+    assert own.why() == "failed"
+    assert own.ended is not None
+    assert isinstance(own.ended.error, ConfigError)
+    assert "fewer draws" in str(own.ended.error)
+
+
+def test_more_than_can_wait_is_refused(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    engine = start(cut64, waiting=2, running=1, waiting_tokens=700)
+    first = Heard()
+    ticket = engine.submit(work(cut64, tokens=5000), first)
+    while not first.tokens:
+        sleep(0.01)
+    heard = [Heard(), Heard()]
+    engine.submit(work(cut64, tokens=300), heard[0])
+    with pytest.raises(BusyError, match="700 waiting tokens") as refused:
+        engine.submit(work(cut64, tokens=600), Heard())
+    assert 1 <= refused.value.retry_after <= 60
+    engine.submit(work(cut64, tokens=3), heard[1])
+    with pytest.raises(BusyError, match="at most 2 waiting"):
+        engine.submit(work(cut64, tokens=3), Heard())
+    assert (engine.state.waiting, engine.state.running) == (2, 1)
+    ticket.cancel()
+    assert {own.why() for own in heard} <= {"length", "stop"}
+
+
+def test_owners_take_turns() -> None:
+    line = WaitingLine(100, 10**6)
+    for name in ["a1", "a2", "a3", "b1", "c1", "b2"]:
+        given: Any = SimpleNamespace(owner=name[0], writing=None, name=name)
+        line.add(Request(given, ThreeTokens(), lambda _: None, np.inf), 1)
+    order = [next_.work.name for next_ in iter(line.next, None)]  # type: ignore[attr-defined]
+    assert order == ["a1", "b1", "c1", "a2", "b2", "a3"]
+    assert len(line) == 0
+
+
+class ThreeTokens:
+    """Something heard."""
+
+    def __len__(self) -> int:
+        return 3
+
+
+def test_a_step_that_fails_ends_what_it_was_for_and_nothing_later(
+    cut64: Any, start: Callable[..., BatchedEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start(cut64)
+    whole = CachedReader.read
+
+    def broken(self: CachedReader, tokens: torch.Tensor) -> torch.Tensor:
+        raise MemoryError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CachedReader, "read", broken)
+        both = run(engine, [work(cut64, seed=n) for n in range(2)])
+    assert [own.why() for own in both] == ["failed"] * 2
+    assert all(own.ended is not None and isinstance(own.ended.error, MemoryError) for own in both)
+    assert CachedReader.read is whole
+    (later,) = run(engine, [work(cut64)])
+    assert later.why() in ("length", "stop")
+
+
+def test_a_prompt_that_fails_fails_alone(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    engine = start(cut64)
+    good, bad = run(engine, [work(cut64, tokens=20), work(cut64, blend="top_k(40)")])
+    assert good.why() in ("length", "stop")
+    assert bad.why() == "failed"
+    assert bad.ended is not None
+    assert isinstance(bad.ended.error, BayesDispatchError)
+
+
+def test_what_cannot_be_asked_is_refused_at_once(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    engine = start(cut64)
+    for wrong in (
+        replace(work(cut64), prompt=""),
+        replace(work(cut64), prompt="\ud800"),
+        work(cut64, false_alarm_rate=0.1),  # this system has no gate
+        work(cut64, abstain=True),
+    ):
+        with pytest.raises(BayesDispatchError, match="expected"):
+            engine.submit(wrong, Heard())
+
+
+def test_a_listener_that_raises_harms_nobody(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    def fails(_: Event) -> None:
+        raise RuntimeError("gone")
+
+    engine, own = start(cut64), Heard()
+    engine.submit(work(cut64, tokens=300), fails)
+    engine.submit(work(cut64, tokens=5), own)
+    assert own.why() in ("length", "stop")
+    while engine.state.running:
+        sleep(0.01)
+
+
+def test_it_closes_when_all_is_said_or_patience_is_over(cut64: Any) -> None:
+    for patience, expected in ((60.0, {"length", "stop"}), (0.0, {"closed"})):
+        engine, heard = BatchedEngine(cut64), [Heard() for _ in range(3)]
+        for own in heard:
+            engine.submit(work(cut64, tokens=200), own)
+        engine.close(patience)
+        assert {own.why() for own in heard} <= expected
+        with pytest.raises(BusyError, match="shutting down"):
+            engine.submit(work(cut64), Heard())
+        engine.close(0)
+
+
+def test_threads_may_ask_at_once(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    engine = start(cut64, running=3)
+    expected = [own.text for own in run(engine, [work(cut64, PROMPTS[n % 5], BLENDS[n % 6], 6, n) for n in range(12)])]
+    found: dict[int, str] = {}
+
+    def ask(first: int) -> None:
+        for n in range(first, 12, 3):
+            (own,) = run(engine, [work(cut64, PROMPTS[n % 5], BLENDS[n % 6], 6, n)])
+            found[n] = own.text
+
+    threads = [Thread(target=ask, args=(first,)) for first in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[n] for n in range(12)] == expected
