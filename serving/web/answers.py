@@ -1,7 +1,7 @@
 """OpenAI's objects, of choices. Beside OpenAI's fields they have ``dispatch``, and with logprobs mutual information.
 
 ``dispatch`` is one object where there is one choice, and a list in the order of the choices where there are several. In
-a stream it is in the first chunk of each choice, one object, of that choice. OpenAI's clients keep it as an extra field.
+a stream the first chunk of each choice has that of this choice. OpenAI's clients keep it as an extra field.
 """
 
 import time
@@ -82,9 +82,7 @@ class ChatShape:
         return self._with_reason(choice, "delta", delta, tokens)
 
     @staticmethod
-    def _with_reason(
-        choice: Choice, name: str, said: dict[str, Any], tokens: Sequence[Token] | None
-    ) -> dict[str, Any]:
+    def _with_reason(choice: Choice, name: str, said: dict[str, Any], tokens: Sequence[Token] | None) -> dict[str, Any]:
         told = None if tokens is None else {"content": [_entry(token) for token in tokens], "refusal": None}
         return {"index": choice.index, name: said, "logprobs": told, "finish_reason": choice.reason}
 

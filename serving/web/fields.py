@@ -26,7 +26,9 @@ class _Off:
         if value is None or any(same):
             return None
         allowed = " or ".join(json.dumps(each) for each in (None, *self._values))
-        raise ValueError(f"expected {info.field_name} to be {allowed}: this server has no such thing, got {shown(value)}")
+        raise ValueError(
+            f"expected {info.field_name} to be {allowed}: this server has no such thing, got {shown(value)}"
+        )
 
 
 def _texts(value: Any, info: ValidationInfo) -> list[str]:
@@ -51,7 +53,9 @@ def _content(value: Any) -> str:
         return value
     parts = value if isinstance(value, list) else [None]
     if not all(isinstance(part, dict) and part.keys() == {"type", "text"} for part in parts):
-        raise ValueError(f'expected content to be a text, or a list of {{"type": "text", "text": …}}, got {shown(value)}')
+        raise ValueError(
+            f'expected content to be a text, or a list of {{"type": "text", "text": …}}, got {shown(value)}'
+        )
     if not all(part["type"] == "text" and isinstance(part["text"], str) for part in parts):
         raise ValueError(f"expected content of texts alone, got {shown(value)}")
     return "".join(part["text"] for part in parts)

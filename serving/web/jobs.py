@@ -8,7 +8,6 @@ from typing import Any
 from bayes_dispatch.arguments import seed as checked_seed
 from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.two_pass.blends import DEFAULT_BLEND, Blend, FixedWeights, as_blend
 from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.inference.two_pass.system import System
@@ -50,10 +49,12 @@ class Jobs:
 
     Attributes:
         system: whose experts are named. settings: what requests may ask for.
+        reply_stop: of the engine: what a reply ends with unless told otherwise.
     """
 
     system: System
     settings: WebSettings
+    reply_stop: str | None = None
 
     @property
     def models(self) -> tuple[str, ...]:
@@ -86,8 +87,7 @@ class Jobs:
         if given is None:
             given, param = asked.max_tokens, "max_tokens"
         most = self.settings.max_new_tokens if given is None else given
-        ending = Form.of(self.system.tokenizer).stop
-        stops = asked.stop or ([] if ending is None else [ending])
+        stops = asked.stop or ([] if self.reply_stop is None else [self.reply_stop])
         return self._written(asked, (_messages(asked.messages, "messages"),), "messages", param, most, stops, owner)
 
     def of_dispatch(self, asked: DispatchAsked, owner: str) -> Job:

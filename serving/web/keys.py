@@ -32,7 +32,9 @@ class Keys:
             if not name.isprintable() or not name or " " in name:
                 raise ConfigError(f"expected a name of an API key without spaces, got {name!r:.40}")
             if len(key) < SHORTEST or not key.isascii() or not key.isprintable() or " " in key:
-                raise ConfigError(f"expected an API key of {SHORTEST} or more letters and digits for {name}, got another")
+                raise ConfigError(
+                    f"expected an API key of {SHORTEST} or more letters and digits for {name}, got another"
+                )
             digest = _digest(key.encode())
             if name in self._digests or digest in self._digests.values():
                 raise ConfigError(f"expected distinct names and API keys, got {name} or its key twice")

@@ -41,9 +41,7 @@ class Metrics:
         self._requests = Counter(
             f"{PREFIX}requests", "Requests that were answered.", ["endpoint", "status"], registry=self._registry
         )
-        self._gated = Counter(
-            f"{PREFIX}gated", "Prompts that the gate was asked about.", registry=self._registry
-        )
+        self._gated = Counter(f"{PREFIX}gated", "Prompts that the gate was asked about.", registry=self._registry)
         self._foreign = Counter(
             f"{PREFIX}foreign",
             "Prompts that the gate found foreign: a p-value below the rate that was asked for.",

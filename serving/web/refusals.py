@@ -13,7 +13,11 @@ from bayes_dispatch.serving.work import BusyError, Ended
 
 __all__ = ["RefusedError", "as_refused", "naming", "of_fields"]
 
-KINDS = {401: "authentication_error", 404: "not_found_error", 429: "requests"}  # of type; below 500, others are the request's
+KINDS = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "requests",
+}  # of type; below 500, others are the request's
 
 
 class RefusedError(Exception):
@@ -65,7 +69,9 @@ def as_refused(error: BaseException | Ended, request: str) -> RefusedError:
         return RefusedError(400, str(error))
     reason = error.reason if isinstance(error, Ended) else "failed"
     if reason == "late":
-        return RefusedError(504, "expected time enough for an answer, got none: try again, or ask for less", code="timeout")
+        return RefusedError(
+            504, "expected time enough for an answer, got none: try again, or ask for less", code="timeout"
+        )
     if reason == "closed":
         return closing()
     return RefusedError(500, f"internal error, request id {request}", code="internal_error")
@@ -98,7 +104,9 @@ def of_fields(error: ValidationError) -> RefusedError:
     if kind == "json_invalid":
         return RefusedError(400, f"expected a body of JSON, got something else: {told}")
     if kind == "extra_forbidden":
-        return RefusedError(400, f"expected no field {place!r:.80}: this server has none", param=place, code="unknown_field")
+        return RefusedError(
+            400, f"expected no field {place!r:.80}: this server has none", param=place, code="unknown_field"
+        )
     if kind == "missing":
         return RefusedError(400, f"expected the field {place}, got none", param=place, code="missing_field")
     if kind == "value_error":
