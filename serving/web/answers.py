@@ -8,7 +8,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from bayes_dispatch.serving.work import Begun, Work
 __all__ = ["Answer", "ChatShape", "CompletionShape", "Shape", "dispatch_answer", "dispatch_of", "usage_of"]
 
 
+@runtime_checkable
 class Shape(Protocol):
     """One endpoint's way to say things."""
 

@@ -7,7 +7,7 @@ as if the field were absent.
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from bayes_dispatch.arguments import shown
 from bayes_dispatch.serving.web.refusals import of_fields
@@ -21,7 +21,7 @@ class _Off:
     def __init__(self, *values: Any) -> None:
         self._values = values
 
-    def __call__(self, value: Any, info: ValidationInfo) -> Any:
+    def __call__(self, value: Any, info: Any) -> Any:
         same = (value == each and isinstance(value, bool) == isinstance(each, bool) for each in self._values)
         if value is None or any(same):
             return None
@@ -31,7 +31,7 @@ class _Off:
         )
 
 
-def _texts(value: Any, info: ValidationInfo) -> list[str]:
+def _texts(value: Any, info: Any) -> list[str]:
     """A text, or several."""
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
@@ -39,7 +39,7 @@ def _texts(value: Any, info: ValidationInfo) -> list[str]:
     return texts
 
 
-def _stops(value: Any, info: ValidationInfo) -> list[str]:
+def _stops(value: Any, info: Any) -> list[str]:
     """None, one, or up to four."""
     stops = [] if value is None or value == [] else _texts(value, info)
     if len(stops) > 4 or not all(stops):
