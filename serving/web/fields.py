@@ -51,7 +51,7 @@ def _content(value: Any) -> str:
     """A text, or its parts."""
     if isinstance(value, str):
         return value
-    parts = value if isinstance(value, list) else [None]
+    parts: list[Any] = value if isinstance(value, list) else [None]
     if not all(isinstance(part, dict) and part.keys() == {"type", "text"} for part in parts):
         raise ValueError(
             f'expected content to be a text, or a list of {{"type": "text", "text": …}}, got {shown(value)}'
