@@ -346,3 +346,14 @@ def test_a_server_that_stops_drains_first(system: Any) -> None:
     assert not served.thread.is_alive()
     served.http.close()
     served.client.close()
+
+
+def test_what_is_late_gets_504(system: Any) -> None:
+    """And its rows are free."""
+    served = Served(system, WebSettings(patience=0.02), None)
+    late = served.http.post("/v1/completions", json=GREEDY | {"max_tokens": 1000, "stop": None})
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+    with served.http.stream("POST", "/v1/completions", json=GREEDY | {"max_tokens": 1000, "stream": True}) as answer:
+        told = answer.read().decode()
+    assert answer.status_code == 504 or json.loads(told.split("data: ")[-1])["error"]["code"] == "timeout"
+    served.close()
