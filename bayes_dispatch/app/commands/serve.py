@@ -1,0 +1,86 @@
+"""The command ``serve``: a bundle behind OpenAI's protocol."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bayes_dispatch.app.commands.terminal import BundleOption, refuse_unused, use_one_thread
+from bayes_dispatch.errors import ConfigError, MissingDependencyError
+
+__all__ = ["serve"]
+
+
+def serve(
+    bundle: BundleOption = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; others than this machine's own need keys.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at; 0: any that is free.")] = 8000,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="A file of lines `name key`, which nobody else may read; requests need one of these keys."),
+    ] = None,
+    no_keys: Annotated[
+        bool, typer.Option("--no-keys", help="Let everybody ask who reaches the address; for a trusted network.")
+    ] = False,
+    running: Annotated[int, typer.Option(min=1, help="Most choices that are written at once.")] = 32,
+    waiting: Annotated[int, typer.Option(min=1, help="Most choices that wait; more get status 429.")] = 256,
+    cache_bytes: Annotated[int, typer.Option(min=1, help="Most bytes kept of what the model has read.")] = 4 * 2**30,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens that a choice may ask for.")] = 1024,
+    prompt_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request's prompts.")] = 2**16,
+    body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request's body.")] = 2**20,
+    header_bytes: Annotated[int, typer.Option(min=1024, help="Most bytes of a request's headers.")] = 2**14,
+    patience: Annotated[
+        float, typer.Option(min=0.001, help="Seconds after which a request is given up, with status 504.")
+    ] = 300.0,
+    drain: Annotated[
+        float, typer.Option(min=0, help="Seconds that requests have to end in, once the server is told to stop.")
+    ] = 30.0,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log, too.")] = False,
+) -> None:
+    """Serve a bundle to OpenAI's clients, until SIGINT or SIGTERM; stderr has a line of JSON for each request."""
+    try:
+        from bayes_dispatch.serving.web.app import make_app
+        from bayes_dispatch.serving.web.keys import VARIABLE, Keys, is_loopback
+        from bayes_dispatch.serving.web.server import Server, listen
+        from bayes_dispatch.serving.web.settings import WebSettings
+    except ImportError as error:
+        message = f"expected the extra serve (pip install 'bayes-dispatch[serve]'), got no {error.name}"
+        raise MissingDependencyError(message) from None
+    known = Keys.given(keys, os.environ)
+    refuse_unused("--no-keys", no_keys, known is None, "without keys", "both")
+    if known is None and not no_keys and not is_loopback(host):
+        raise ConfigError(f"expected --keys, {VARIABLE} or --no-keys to listen at {host}, got none of them")
+    settings = WebSettings(
+        body_bytes=body_bytes,
+        header_bytes=header_bytes,
+        prompt_bytes=prompt_bytes,
+        max_new_tokens=max_new_tokens,
+        patience=patience,
+        log_prompts=log_prompts,
+    )
+    listening = listen(host, port)
+    from bayes_dispatch.app.bundle import load_bundle
+    from bayes_dispatch.inference.two_pass.events import JsonLines
+    from bayes_dispatch.serving.engine import BatchedEngine, Limits
+
+    use_one_thread()
+    _log(JsonLines())
+    loaded = load_bundle(bundle)
+    engine = BatchedEngine(loaded, Limits(running=running, waiting=waiting, cache_bytes=cache_bytes))
+    app = make_app(loaded, engine, settings, known, local=not no_keys)
+    Server(app, engine, settings, drain).serve_on(listening)
+
+
+def _log(form: logging.Formatter) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(form)
+    for name, level in (("bayes_dispatch.serving", logging.INFO), ("uvicorn.error", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.addHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = False

@@ -1,0 +1,223 @@
+"""From what a client sent to what an engine is asked: one piece of work for each choice."""
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from bayes_dispatch.arguments import seed as checked_seed
+from bayes_dispatch.arguments import whole
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.inference.two_pass.blends import DEFAULT_BLEND, Blend, FixedWeights, as_blend
+from bayes_dispatch.inference.two_pass.prompts import Writing
+from bayes_dispatch.inference.two_pass.system import System
+from bayes_dispatch.serving.web.fields import Asked, ChatAsked, CompletionAsked, DispatchAsked, Turn
+from bayes_dispatch.serving.web.refusals import RefusedError, naming
+from bayes_dispatch.serving.web.settings import WebSettings
+from bayes_dispatch.serving.work import Message, Work
+
+__all__ = ["BUNDLE", "Job", "Jobs"]
+
+BUNDLE = "bundle"  # the model that blends its experts; bundle:NAME is one of its components
+COMPLETION_TOKENS = 16  # of a completion that asks for no number, as OpenAI's
+SEEDS = 2**31  # that are drawn where none was given: every client's numbers hold them
+ROLES = {"developer": "system"}  # what OpenAI calls the same
+
+Prompt = str | tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked of an engine for one request.
+
+    Attributes:
+        model: its id, as it was asked for. works: one for each choice: prompt by prompt, and ``n`` for each.
+        prompts: how many. stream, usage, logprobs: what the answer has.
+    """
+
+    model: str
+    works: tuple[Work, ...]
+    prompts: int
+    stream: bool = False
+    usage: bool = False
+    logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """What requests mean to a system.
+
+    Attributes:
+        system: whose experts are named. settings: what requests may ask for.
+        reply_stop: of the engine: what a reply ends with unless told otherwise.
+    """
+
+    system: System
+    settings: WebSettings
+    reply_stop: str | None = None
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The ids of all models: the blend, then each component alone."""
+        return (BUNDLE, *(f"{BUNDLE}:{name}" for name in self._components))
+
+    @property
+    def _components(self) -> tuple[str, ...]:
+        return self.system.experts.components
+
+    def of_completion(self, asked: CompletionAsked, owner: str) -> Job:
+        """Of texts to go on with.
+
+        Raises:
+            RefusedError: 400, naming the field; 404 for a model that there is not.
+        """
+        most = COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
+        return self._written(asked, tuple(asked.prompt), "prompt", "max_tokens", most, asked.stop, owner)
+
+    def of_chat(self, asked: ChatAsked, owner: str) -> Job:
+        """Of a conversation to reply to. A model without a chat template ends its reply with a line, as in ``chat``.
+
+        Raises:
+            RefusedError: as :meth:`of_completion`.
+        """
+        if asked.max_tokens is not None and asked.max_completion_tokens is not None:
+            message = "expected max_tokens or max_completion_tokens, which means the same, got both"
+            raise RefusedError(400, message, param="max_tokens")
+        given, param = asked.max_completion_tokens, "max_completion_tokens"
+        if given is None:
+            given, param = asked.max_tokens, "max_tokens"
+        most = self.settings.max_new_tokens if given is None else given
+        stops = asked.stop or ([] if self.reply_stop is None else [self.reply_stop])
+        return self._written(asked, (_messages(asked.messages, "messages"),), "messages", param, most, stops, owner)
+
+    def of_dispatch(self, asked: DispatchAsked, owner: str) -> Job:
+        """Of a text to dispatch.
+
+        Raises:
+            RefusedError: as :meth:`of_completion`.
+        """
+        if asked.model != BUNDLE:
+            self._fixed(asked.model)
+            raise RefusedError(400, f"expected the model {BUNDLE!r} to dispatch, got {asked.model!r}", param="model")
+        prompt = asked.input if isinstance(asked.input, str) else _messages(asked.input, "input")
+        self._check_prompts((prompt,), "input")
+        work = Work(prompt, DEFAULT_BLEND, None, _seed(asked.seed, 1), asked.false_alarm_rate, owner=owner)
+        return Job(asked.model, (replace(work, patience=self.settings.patience),), 1)
+
+    def _written(
+        self,
+        asked: CompletionAsked | ChatAsked,
+        prompts: tuple[Prompt, ...],
+        param: str,
+        most_param: str,
+        most: int,
+        stops: Sequence[str],
+        owner: str,
+    ) -> Job:
+        blend, each = self._blend(asked), asked.n or 1
+        self._check_prompts(prompts, param)
+        if len(prompts) * each > self.settings.choices:
+            message = f"expected at most {self.settings.choices} choices, got {len(prompts)} prompts of {each}"
+            raise RefusedError(400, message, param="n")
+        if asked.stream_options is not None and not asked.stream:
+            raise RefusedError(400, "expected stream_options with stream, got it without", param="stream_options")
+        if asked.abstain and asked.false_alarm_rate is None:
+            raise RefusedError(400, "expected abstain with a false_alarm_rate, got it without", param="abstain")
+        with naming(most_param):
+            whole(most_param, most, 1, self.settings.max_new_tokens)
+        heat = 1.0 if asked.temperature is None else asked.temperature
+        with naming("stop"):
+            writing = Writing.of(most, heat > 0, heat or 1.0, stops, None if asked.top_p == 1 else asked.top_p)
+        seed = _seed(asked.seed, each)
+        works = tuple(
+            Work(
+                prompt,
+                blend,
+                writing,
+                seed + i,
+                asked.false_alarm_rate,
+                bool(asked.abstain),
+                owner,
+                self.settings.patience,
+            )
+            for prompt in prompts
+            for i in range(each)
+        )
+        usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+        told = bool(asked.logprobs) if isinstance(asked, ChatAsked) else asked.logprobs is not None
+        return Job(asked.model, works, len(prompts), bool(asked.stream), usage, told)
+
+    def _check_prompts(self, prompts: tuple[Prompt, ...], param: str) -> None:
+        texts = [
+            text for each in prompts for text in ([each] if isinstance(each, str) else [turn.content for turn in each])
+        ]
+        size = sum(len(text.encode()) for text in texts)
+        if size > self.settings.prompt_bytes:
+            message = f"expected at most {self.settings.prompt_bytes} bytes of prompts, got {size}"
+            raise RefusedError(400, message, param=param, code="context_length_exceeded")
+
+    def _fixed(self, model: str) -> FixedWeights:
+        """All weight on the component that a model's id names.
+
+        Raises:
+            RefusedError: 404.
+        """
+        if model not in self.models:
+            message = f"expected a model of {', '.join(self.models)}, got {model!r:.80}"
+            raise RefusedError(404, message, param="model", code="model_not_found")
+        return FixedWeights.vertex(self._components, model.removeprefix(f"{BUNDLE}:"))
+
+    def _blend(self, asked: Asked) -> Blend:
+        """From the model, or from one of our fields; what contradicts is refused."""
+        given = [name for name in ("blend", "draws", "weights") if getattr(asked, name) is not None]
+        if asked.model != BUNDLE:
+            fixed = self._fixed(asked.model)
+            if given:
+                message = f"expected {given[0]} with the model {BUNDLE!r}, got it with {asked.model!r}, which has none"
+                raise RefusedError(400, message, param=given[0])
+            return fixed
+        if asked.weights is not None:
+            if len(given) > 1:
+                raise RefusedError(400, f"expected weights alone, got them with {given[0]}", param=given[0])
+            with naming("weights"):
+                return FixedWeights(self._weights(asked.weights))
+        blend: Blend = DEFAULT_BLEND
+        if asked.blend is not None:
+            with naming("blend"):
+                blend = as_blend(asked.blend, self._components)
+        if asked.draws is not None:
+            with naming("draws"):
+                blend = _with_draws(blend, asked.draws)
+        return blend
+
+    def _weights(self, given: Any) -> tuple[float, ...]:
+        """In the order of the components; who is not named has none."""
+        if isinstance(given, list):
+            if len(given) != len(self._components):
+                raise ConfigError(f"expected {len(self._components)} weights, got {len(given)}")
+            return tuple(map(float, given))
+        if unknown := given.keys() - set(self._components):
+            raise ConfigError(f"expected weights of {', '.join(self._components)}, got one of {min(unknown)!r:.80}")
+        return tuple(float(given.get(name, 0)) for name in self._components)
+
+
+def _with_draws(blend: Blend, draws: int) -> Blend:
+    settings: Any = blend  # a dataclass
+    if "draws" not in {each.name for each in fields(settings)} or settings.draws is not None:
+        raise ConfigError(f"expected draws with a blend that takes them and says none, got it with {blend.name}")
+    return replace(settings, draws=draws)
+
+
+def _messages(turns: Sequence[Turn], param: str) -> tuple[Message, ...]:
+    if turns[-1].role != "user":
+        raise RefusedError(400, f"expected a last message of the user, got one of {turns[-1].role}", param=param)
+    return tuple(Message(ROLES.get(turn.role, turn.role), turn.content) for turn in turns)
+
+
+def _seed(given: int | None, choices: int) -> int:
+    """The first of so many seeds in a row."""
+    if given is None:
+        return secrets.randbelow(SEEDS)
+    with naming("seed"):
+        checked_seed(given + choices)  # generators of sampling go one further
+        return checked_seed(given)

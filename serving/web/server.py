@@ -1,0 +1,96 @@
+"""A server that ends gracefully: told to stop, it refuses what is new, lets what there is end, and ends itself."""
+
+import asyncio
+import logging
+import socket
+from threading import Thread
+from types import FrameType
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.inference.two_pass.events import tell
+from bayes_dispatch.serving.web.settings import WebSettings
+from bayes_dispatch.serving.work import Engine
+
+__all__ = ["Server", "listen"]
+
+logger = logging.getLogger(__name__)
+
+LAST_WORDS = 5.0  # seconds in which answers that have ended may still be sent
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections.
+
+    Raises:
+        ConfigError: the address is not this machine's, or in use.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"expected a free address of this machine, got {host} port {port}: {why}") from None
+
+
+class Server(uvicorn.Server):
+    """Serves an application until it is told to stop: once to drain, twice to end at once.
+
+    Args:
+        app: of ``make_app``. engine: it is closed with the server. settings: bounds.
+        drain: seconds that requests have to end in, once the server is told to stop.
+    """
+
+    def __init__(self, app: ASGIApp, engine: Engine, settings: WebSettings, drain: float) -> None:
+        config = uvicorn.Config(
+            app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            h11_max_incomplete_event_size=settings.header_bytes,
+            timeout_graceful_shutdown=int(LAST_WORDS),
+        )
+        super().__init__(config)
+        self._engine, self._drain, self._told = engine, drain, False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def serve_on(self, listening: socket.socket) -> None:
+        """Serve connections of a socket, until told to stop."""
+        host, port = listening.getsockname()[:2]
+        tell(logger, logging.INFO, "listening", lambda: {"host": host, "port": port})
+        try:
+            self.run(sockets=[listening])
+        finally:
+            if not self._engine.state.closing:
+                self._engine.close(0)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Remember whose loop it is."""
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """SIGINT or SIGTERM."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Drain; told again, end at once. May be called from any thread."""
+        if self._told or self._loop is None:
+            self.should_exit = self.force_exit = True
+            return
+        self._told = True
+        self._loop.call_soon_threadsafe(lambda: Thread(target=self._close, name="closing", daemon=True).start())
+
+    def _close(self) -> None:
+        tell(logger, logging.INFO, "draining", lambda: {"seconds": self._drain})
+        try:
+            self._engine.close(self._drain)
+        finally:
+            self.should_exit = True

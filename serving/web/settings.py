@@ -1,0 +1,40 @@
+"""What the HTTP layer allows."""
+
+from dataclasses import dataclass
+
+from bayes_dispatch.arguments import real, whole
+
+__all__ = ["WebSettings"]
+
+
+@dataclass(frozen=True)
+class WebSettings:
+    """Bounds of requests, checked before an engine sees them.
+
+    Attributes:
+        body_bytes, header_bytes: of a request. prompt_bytes: of all its prompts, or of its messages.
+        body_seconds: in which a body has to arrive; also those that a client may take to read a piece of a stream.
+        max_new_tokens: that a choice may ask for; a chat that asks for no number gets so many.
+        choices: prompts times ``n``.
+        patience: seconds after which a request is given up, wherever it is; ``None`` for never.
+        log_prompts: whether prompts are written to the log.
+
+    Raises:
+        ConfigError: a bound out of range.
+    """
+
+    body_bytes: int = 2**20
+    header_bytes: int = 2**14
+    prompt_bytes: int = 2**16
+    body_seconds: float = 30.0
+    max_new_tokens: int = 1024
+    choices: int = 32
+    patience: float | None = 300.0
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("body_bytes", "header_bytes", "prompt_bytes", "max_new_tokens", "choices"):
+            whole(name, getattr(self, name), 1)
+        real("body_seconds", self.body_seconds, 0, above=True)
+        if self.patience is not None:
+            real("patience", self.patience, 0, above=True)

@@ -1,0 +1,359 @@
+"""A server on a real port answers OpenAI's own client, refuses by name what it does not know, and frees what nobody
+waits for."""
+
+import inspect
+import itertools
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx2
+import numpy as np
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from openai.resources.chat.completions import Completions as ChatCalls
+from openai.resources.completions import Completions as CompletionCalls
+from prometheus_client.parser import text_string_to_metric_families
+
+from bayes_dispatch.app.bundle import load_bundle
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.serving.engine import BatchedEngine
+from bayes_dispatch.serving.web.app import make_app
+from bayes_dispatch.serving.web.choices import Stops
+from bayes_dispatch.serving.web.fields import ChatAsked, CompletionAsked
+from bayes_dispatch.serving.web.keys import Keys, is_loopback
+from bayes_dispatch.serving.web.server import Server, listen
+from bayes_dispatch.serving.web.settings import WebSettings
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+KEY = "a-key-of-enough-letters"
+PROMPT = "kfpa>lgab\nmold>npme\nhbme>"
+GREEDY: dict[str, Any] = {"model": "bundle", "prompt": PROMPT, "temperature": 0, "seed": 1, "max_tokens": 6}
+
+
+class Served:
+    """A server in a thread."""
+
+    def __init__(self, bundle: Any, settings: WebSettings, keys: Keys | None) -> None:
+        self.engine = BatchedEngine(bundle)
+        app, listening = make_app(bundle, self.engine, settings, keys), listen("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        self.server = Server(app, self.engine, settings, drain=20.0)
+        self.thread = threading.Thread(target=self.server.serve_on, args=[listening])
+        self.thread.start()
+        self.http = httpx2.Client(base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+
+    def close(self) -> None:
+        self.http.close()
+        self.client.close()
+        self.server.stop()
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def system() -> Any:
+    return load_bundle()
+
+
+@pytest.fixture(scope="module")
+def served(system: Any) -> Iterator[Served]:
+    found = Served(system, WebSettings(body_bytes=20_000, prompt_bytes=5_000), Keys([("tests", KEY)]))
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="module")
+def expected(system: Any) -> Any:
+    return TwoPassGenerator(system).generate([PROMPT], max_new_tokens=6, seed=1, stop="\n")
+
+
+def dispatch_of(answer: Any) -> Any:
+    return answer.model_extra["dispatch"]
+
+
+def test_a_completion_is_what_generate_gives(served: Served, expected: Any) -> None:
+    """Text without its stop, log-probabilities, mutual information, posterior."""
+    answer = served.client.completions.create(**GREEDY, stop="\n", logprobs=0)
+    (choice,), text = answer.choices, expected.texts[0]
+    assert text.endswith("\n")
+    assert (choice.text, choice.finish_reason) == (text[:-1], "stop")
+    assert choice.logprobs.token_logprobs == pytest.approx(expected.log_probabilities[0, : len(text) - 1], abs=1e-4)
+    told = choice.logprobs.model_extra["mutual_information"]
+    assert told == pytest.approx(expected.mutual_information[0, : len(text) - 1], abs=1e-4)
+    found = dispatch_of(answer)
+    assert found["mean"] == pytest.approx(expected.posterior.mean[0])
+    assert np.array(found["interval_90"]) == pytest.approx(expected.posterior.interval(0.9)[:, 0].T)
+    assert (found["blend"], found["seed"], found["p_value"], found["fallback"]) == (expected.blend, 1, None, False)
+    assert answer.usage.completion_tokens == len(text)
+
+
+def test_streams_join_to_the_whole(served: Served) -> None:
+    """Of completions: every choice's text and tokens; the first chunk of each has its dispatch, the last the usage."""
+    asked = GREEDY | {"n": 2, "prompt": [PROMPT, "12+3="], "temperature": 1, "top_p": 0.9, "logprobs": 0}
+    whole = served.client.completions.create(**asked)
+    chunks = list(served.client.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    for choice in whole.choices:
+        own = [each for chunk in chunks for each in chunk.choices if each.index == choice.index]
+        assert "".join(each.text for each in own) == choice.text
+        tokens = [token for each in own if each.logprobs for token in each.logprobs.tokens]
+        assert tokens == choice.logprobs.tokens
+        assert own[-1].finish_reason == choice.finish_reason
+    began = {chunk.choices[0].index: dispatch_of(chunk) for chunk in chunks if "dispatch" in chunk.model_extra}
+    assert [began[n] for n in range(4)] == dispatch_of(whole)
+    assert [each["seed"] for each in dispatch_of(whole)] == [1, 2, 1, 2]
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+
+
+def test_a_chat_and_its_stream(served: Served) -> None:
+    """A reply ends with a line, as in ``chat``; a reply may come back as a message."""
+    first = [
+        {"role": "developer", "content": "ab>bc\n"},
+        {"role": "user", "content": [{"type": "text", "text": PROMPT}]},
+    ]
+    asked: dict[str, Any] = {"model": "bundle", "messages": first, "temperature": 0, "seed": 1, "max_tokens": 8}
+    whole = served.client.chat.completions.create(**asked, logprobs=True)
+    text = whole.choices[0].message.content
+    assert "\n" not in text
+    assert "".join(token.token for token in whole.choices[0].logprobs.content) == text
+    assert all(token.model_extra["mutual_information"] >= 0 for token in whole.choices[0].logprobs.content)
+    chunks = list(served.client.chat.completions.create(**asked, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+    assert dispatch_of(chunks[0]) == dispatch_of(whole)
+    again = [*first, whole.choices[0].message.model_dump(), {"role": "user", "content": PROMPT}]
+    assert served.client.chat.completions.create(**asked | {"messages": again}).choices[0].message.role == "assistant"
+
+
+def test_models_and_weights_of_ones_own(served: Served) -> None:
+    """A model of one expert is that expert's vertex, by name or in order; each id can be asked for."""
+    ids = [model.id for model in served.client.models.list()]
+    assert ids[0] == "bundle"
+    assert ids[-1] == "bundle:base"
+    assert served.client.models.retrieve(ids[1]).id == ids[1]
+    vertex = [1.0] + [0.0] * (len(ids) - 2)
+    ways = [{"model": ids[1]}, {"weights": {ids[1].partition(":")[2]: 1}}, {"weights": vertex}]
+    texts = {served.http.post("/v1/completions", json=GREEDY | way).json()["choices"][0]["text"] for way in ways}
+    assert len(texts) == 1
+
+
+def test_dispatch_alone(served: Served, expected: Any) -> None:
+    answer = served.http.post("/v1/dispatch", json={"input": PROMPT, "seed": 1, "false_alarm_rate": 0.05}).json()
+    assert answer["dispatch"]["mean"] == pytest.approx(expected.posterior.mean[0])
+    assert 0 <= answer["dispatch"]["p_value"] <= 1
+    assert answer["usage"]["completion_tokens"] == 0
+
+
+def test_who_abstains_writes_nothing(served: Served) -> None:
+    asked = GREEDY | {"prompt": "Ω≈ç√ ∫˜µ " * 20, "false_alarm_rate": 0.5, "abstain": True}
+    answer = served.http.post("/v1/completions", json=asked).json()
+    assert answer["dispatch"]["fallback"] is True
+    assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == ("", "content_filter")
+
+
+CHAT: dict[str, Any] = {"model": "bundle", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
+TEXT: dict[str, Any] = {"model": "bundle", "prompt": "a", "max_tokens": 1}
+REFUSED = [
+    ("completions", {"foo": 1}, "foo"),
+    ("completions", {"best_of": 2}, "best_of"),
+    ("completions", {"echo": True}, "echo"),
+    ("completions", {"suffix": "x"}, "suffix"),
+    ("completions", {"logprobs": 1}, "logprobs"),
+    ("completions", {"frequency_penalty": 0.5}, "frequency_penalty"),
+    ("completions", {"logit_bias": {"1": 2}}, "logit_bias"),
+    ("completions", {"prompt": [1, 2]}, "prompt"),
+    ("completions", {"prompt": ""}, None),
+    ("completions", {"prompt": "a" * 6000}, "prompt"),
+    ("completions", {"max_tokens": 0}, "max_tokens"),
+    ("completions", {"max_tokens": 10**6}, "max_tokens"),
+    ("completions", {"max_tokens": "3"}, "max_tokens"),
+    ("completions", {"temperature": 3}, "temperature"),
+    ("completions", {"top_p": 0}, "top_p"),
+    ("completions", {"n": 9}, "n"),
+    ("completions", {"n": 8, "prompt": ["a"] * 5}, "n"),
+    ("completions", {"stop": ["a"] * 5}, "stop"),
+    ("completions", {"stop": ""}, "stop"),
+    ("completions", {"seed": -1}, "seed"),
+    ("completions", {"seed": 2**63 - 1}, "seed"),
+    ("completions", {"stream_options": {}}, "stream_options"),
+    ("completions", {"stream": True, "stream_options": {"foo": 1}}, "stream_options.foo"),
+    ("completions", {"blend": "nonsense"}, "blend"),
+    ("completions", {"blend": "__import__('os')"}, "blend"),
+    ("completions", {"draws": 4, "blend": "top_k"}, "draws"),
+    ("completions", {"weights": [1]}, "weights"),
+    ("completions", {"weights": {"nobody": 1}}, "weights"),
+    ("completions", {"weights": {"sort": 0.5}}, "weights"),
+    ("completions", {"weights": {"sort": 1}, "blend": "top_k"}, "blend"),
+    ("completions", {"model": "bundle:sort", "weights": {"sort": 1}}, "weights"),
+    ("completions", {"abstain": True}, "abstain"),
+    ("completions", {"false_alarm_rate": 2}, None),
+    ("chat/completions", {"tools": [{}]}, "tools"),
+    ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format"),
+    ("chat/completions", {"store": True}, "store"),
+    ("chat/completions", {"top_logprobs": 3, "logprobs": True}, "top_logprobs"),
+    ("chat/completions", {"max_completion_tokens": 1}, "max_tokens"),
+    ("chat/completions", {"messages": []}, "messages"),
+    ("chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
+    ("chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+]
+
+
+@pytest.mark.parametrize(("endpoint", "given", "param"), REFUSED)
+def test_refused_by_name(served: Served, endpoint: str, given: dict[str, Any], param: str | None) -> None:
+    answer = served.http.post(f"/v1/{endpoint}", json=(TEXT if endpoint == "completions" else CHAT) | given)
+    error = answer.json()["error"]
+    assert answer.status_code == 400, error
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert (error["param"], error["type"]) == (param, "invalid_request_error")
+    assert error["message"].startswith("expected") or param is None
+    assert answer.headers["x-request-id"].startswith("req-")
+
+
+@pytest.mark.parametrize(("calls", "kind"), [(ChatCalls, ChatAsked), (CompletionCalls, CompletionAsked)])
+def test_every_field_of_openais_client_is_known(calls: Any, kind: Any) -> None:
+    """None is taken for a mistake, and null is as if it were absent."""
+    names = set(inspect.signature(calls.create).parameters) - {"self", "timeout"}
+    assert {name for name in names if not name.startswith("extra_")} <= set(kind.model_fields)
+
+
+def test_what_asks_for_nothing_is_accepted(served: Served) -> None:
+    off = {"frequency_penalty": 0, "logit_bias": {}, "tools": [], "response_format": {"type": "text"}, "store": False}
+    off |= dict.fromkeys(set(ChatAsked.model_fields) - set(CHAT) - set(off))
+    assert served.http.post("/v1/chat/completions", json=CHAT | off).status_code == 200
+
+
+def test_errors_have_openais_shape(served: Served) -> None:
+    post, json_type = served.http.post, {"content-type": "application/json"}
+    wrong = [
+        (post("/v1/completions", content=b"{", headers=json_type), 400),
+        (post("/v1/completions", content=b'{"prompt": "\xff"}', headers=json_type), 400),
+        (post("/v1/completions", content=b"[" * 10_000, headers=json_type), 400),
+        (post("/v1/completions", content=b"a=b"), 415),
+        (post("/v1/completions", json={"prompt": "a" * 30_000}), 413),
+        (post("/v1/completions", content=iter([b"a" * 9_000] * 4), headers=json_type), 413),  # without a length
+        (post("/v1/completions", json=TEXT | {"model": "gpt-4o"}), 404),
+        (post("/v1/nothing", json={}), 404),
+        (served.http.get("/v1/completions"), 405),
+        (served.http.get("/v1/models", headers={"authorization": f"Bearer {KEY}x"}), 401),
+        (served.http.get("/metrics", headers={"authorization": "Basic"}), 401),
+    ]
+    for answer, status in wrong:
+        assert answer.status_code == status, answer.text
+        assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{served.url}/v1", api_key="no", max_retries=0).models.list()
+    assert httpx2.get(f"{served.url}/health").status_code == httpx2.get(f"{served.url}/ready").status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_hangs_up_frees_the_rows(served: Served, stream: bool) -> None:
+    asked = GREEDY | {"max_tokens": 1000, "stop": "never", "stream": stream}
+    with httpx2.Client(base_url=served.url, headers=served.http.headers, timeout=1 if not stream else 60) as client:
+        if stream:
+            with client.stream("POST", "/v1/completions", json=asked) as answer:
+                told = (line for line in answer.iter_lines() if line)
+                assert all(next(told).startswith("data: {") for _ in range(4))
+                assert served.engine.state.running == 1
+        else:
+            with pytest.raises(httpx2.TimeoutException):
+                client.post("/v1/completions", json=asked)
+    deadline = time.monotonic() + 5
+    while (state := served.engine.state).running + state.waiting and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert (state.running, state.waiting, state.rows) == (0, 0, 0)
+
+
+def test_metrics_are_those_of_the_guide(served: Served) -> None:
+    families = {each.name for each in text_string_to_metric_families(served.http.get("/metrics").text)}
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    named = {name.removesuffix("_total") for name in re.findall(r"`(bayes_dispatch_\w+)`", page)}
+    assert named
+    assert named == {name for name in families if not name.endswith("_created")}
+
+
+@given(
+    st.text("abc", max_size=12),
+    st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.lists(st.integers(0, 12), max_size=6),
+)
+def test_a_stop_is_cut_however_the_text_is_split(text: str, stops: list[str], cuts: list[int]) -> None:
+    """What is let through joins to the text up to its stop, and is never taken back."""
+    for end in range(len(text) + 1):
+        if any(text[:end].endswith(stop) for stop in stops):
+            text = text[:end]
+            break
+    ending = max((stop for stop in stops if text.endswith(stop)), key=len, default="")
+    places = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    through = Stops(stops)
+    found = "".join(through.add(text[start:end]) for start, end in itertools.pairwise(places))
+    last, stopped = through.end()
+    assert (found + last, stopped) == (text[: len(text) - len(ending)], bool(ending))
+
+
+def test_keys_are_kept_from_others(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# who asks\nann {KEY}\n")
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="its owner alone"):
+        Keys.read(file)
+    file.chmod(0o600)
+    assert Keys.read(file).owner(KEY.encode()) == "ann"
+    found = Keys.given(None, {"BAYES_DISPATCH_KEYS": f"ann:{KEY},bob:{KEY}2"})
+    assert found is not None
+    assert [found.owner(key.encode()) for key in (KEY, f"{KEY}2", f"{KEY}3")] == ["ann", "bob", None]
+    for wrong in ([], [("ann", "short")], [("ann", KEY), ("bob", KEY)], [("an n", KEY)]):
+        with pytest.raises(ConfigError, match="expected"):
+            Keys(wrong)
+    assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "0.0.0.0", "example.org")] == [
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]
+
+
+def test_a_server_that_stops_drains_first(system: Any) -> None:
+    """What is written is written to its end; what comes late gets 503; without keys, foreign hosts get 403."""
+    served = Served(system, WebSettings(), None)
+    assert served.http.get("/v1/models", headers={"host": "example.org"}).status_code == 403
+    found = SimpleNamespace(text=None)
+
+    def ask() -> None:
+        found.text = served.http.post("/v1/completions", json=GREEDY | {"max_tokens": 60, "stop": None}).json()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    while not served.engine.state.running and asking.is_alive():
+        time.sleep(0.005)
+    served.server.stop()
+    while not served.engine.state.closing:
+        time.sleep(0.001)
+    late = served.http.post("/v1/completions", json=TEXT)
+    asking.join()
+    assert (late.status_code, late.json()["error"]["code"]) == (503, "closing")
+    assert json.dumps(found.text).count("finish_reason") == 1
+    served.thread.join(20)
+    assert not served.thread.is_alive()
+    served.http.close()
+    served.client.close()
+
+
+def test_what_is_late_gets_504(system: Any) -> None:
+    """And its rows are free."""
+    served = Served(system, WebSettings(patience=0.02), None)
+    late = served.http.post("/v1/completions", json=GREEDY | {"max_tokens": 1000, "stop": None})
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
+    with served.http.stream("POST", "/v1/completions", json=GREEDY | {"max_tokens": 1000, "stream": True}) as answer:
+        told = answer.read().decode()
+    assert answer.status_code == 504 or json.loads(told.split("data: ")[-1])["error"]["code"] == "timeout"
+    served.close()
