@@ -146,7 +146,7 @@ class _Desk:
         try:
             hearing = Hearing(self._engine, job.works)
         except BayesDispatchError as error:
-            raise as_refused(error, record.id) from None
+            raise (closing() if self._engine.state.closing else as_refused(error, record.id)) from None
         told = _Told(record, self._metrics, choices)
         try:
             if answer is not None and job.stream:

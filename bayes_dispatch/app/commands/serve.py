@@ -65,12 +65,14 @@ def serve(
     )
     listening = listen(host, port)
     from bayes_dispatch.app.bundle import load_bundle
+    from bayes_dispatch.inference.generator import TwoPassGenerator
     from bayes_dispatch.inference.two_pass.events import JsonLines
     from bayes_dispatch.serving.engine import BatchedEngine, Limits
 
     use_one_thread()
     _log(JsonLines())
     loaded = load_bundle(bundle)
+    TwoPassGenerator(loaded).generate(["a", "b"], max_new_tokens=2)  # compiles what would hold up the first request
     engine = BatchedEngine(loaded, Limits(running=running, waiting=waiting, cache_bytes=cache_bytes))
     app = make_app(loaded, engine, settings, known, local=not no_keys)
     Server(app, engine, settings, drain).serve_on(listening)
