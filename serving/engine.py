@@ -167,9 +167,9 @@ class BatchedEngine:
             self._fail(Ended("failed", error))
 
     def _read(self) -> None:
-        """Go on with prompts, a piece at a time, for as long as the last step took: others wait no longer for that."""
+        """Go on with prompts: by one piece, and by more for as long as the last step took."""
         begun = monotonic()
-        while self._read_piece() and not (self._running and monotonic() - begun > self._stepped):
+        while self._read_piece() and self._running and monotonic() - begun <= self._stepped:
             pass
 
     def _read_piece(self) -> bool:

@@ -85,6 +85,9 @@ def _conversation(tokenizer: Tokenizer, form: Form, turns: tuple[Message, ...]) 
         data = utf8(turn.content)
         words = tokenizer.tokenize(data, begin=False)
         if turn.role == "assistant":
+            if form.stop is not None and not data.endswith(utf8(form.stop)):  # it is cut off where replies are sent
+                data += utf8(form.stop)
+                words = tokenizer.tokenize(data, begin=False)
             text = text.followed_by(words.ids, words.spans, data, own=True)
         elif system:
             own = utf8(system)

@@ -164,6 +164,9 @@ def test_a_conversation_is_that_of_a_chat(system: Any, start: Callable[..., Batc
     heard = hear(system.tokenizer, None, replace(asked, prompt=longer))
     assert heard.transcript.data == b"1+2=3\n\nab>ba\nab>ba\nb>"
     assert heard.transcript.said[0] == b"ab>ba\nab>b>"
+    cut_off = (*longer[:2], Message("assistant", "ba"), longer[3])  # as servers send it
+    if chat._form.stop is not None:
+        assert hear(system.tokenizer, None, replace(asked, prompt=cut_off)).transcript.data == heard.transcript.data
     assert int(heard.transcript.own.sum()) == len(system.tokenizer.tokenize("ba\n", begin=False).ids)
 
 
@@ -185,6 +188,15 @@ def test_a_prompt_can_be_dispatched_alone(cut64: Any, start: Callable[..., Batch
     assert own.begun is not None
     alone = TwoPassGenerator(cut64).generate(["ab>ba\n"], blend="base", max_new_tokens=1, seed=5)
     np.testing.assert_allclose(own.begun.posterior.weights, alone.posterior.weights)
+
+
+def test_reading_alone_holds_up_no_cancelling(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    """Prompts that are dispatched alone, one after the other: the first of them only may still end."""
+    engine, heard = start(cut64, piece=16), [Heard() for _ in range(6)]
+    asked = replace(work(cut64, "ab>ba\n" * 400), writing=None)
+    for ticket in [engine.submit(asked, own) for own in heard]:
+        ticket.cancel()
+    assert [own.why() for own in heard] == ["cancelled"] * 6
 
 
 def test_what_nobody_waits_for_is_dropped_and_frees_its_rows(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
