@@ -77,6 +77,7 @@ class BatchedEngine:
         self._running: list[tuple[Request, Running]] = []
         self._reading: tuple[Request, Reading] | None = None
         self._batch: CachedReader | None = None  # of what runs, in order
+        self._longest = 0  # tokens that its rows have room for, which stays when the one that asked for it has gone
         self._stepped = self._busy = 0.0  # seconds that the last step took, and all work so far
         self._thread = Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -121,15 +122,26 @@ class BatchedEngine:
         self._thread.join()
 
     def _work(self) -> None:
-        with torch.no_grad():
-            while not self._over():
-                begun = monotonic()
-                self._let_go()
-                self._read()
-                read = monotonic()
-                self._write()
-                self._stepped, self._busy = monotonic() - read, self._busy + monotonic() - begun
-                self._publish()
+        try:
+            with torch.no_grad():
+                while not self._over():
+                    begun = monotonic()
+                    self._let_go()
+                    self._read()
+                    read = monotonic()
+                    self._write()
+                    self._stepped, self._busy = monotonic() - read, self._busy + monotonic() - begun
+                    self._publish()
+        except BaseException as error:  # nobody else would tell those who wait
+            logger.exception("the engine has ended")
+            with self._changed:
+                left = [*self._waiting, *(request for request, _ in self._running)]
+                left += [] if self._reading is None else [self._reading[0]]
+                self._waiting = WaitingLine(self._limits.waiting, self._limits.waiting_tokens)
+                self._running, self._reading, self._batch, self._closing = [], None, None, monotonic()
+                self._state = replace(self._state, running=0, rows=0, cache_bytes=0)
+            for request in left:
+                _tell(request, Ended("broken", error))
 
     def _over(self) -> bool:
         """Wait for work; tell everybody, if it is time to end."""
@@ -164,7 +176,7 @@ class BatchedEngine:
         try:
             self._leave(over)
         except Exception as error:
-            self._fail(Ended("failed", error))
+            self._fail(Ended("broken", error))
 
     def _read(self) -> None:
         """Go on with prompts: by one piece, and by more for as long as the last step took."""
@@ -192,8 +204,10 @@ class BatchedEngine:
                 return False  # until others have ended
             if reading.step():
                 self._join(request, reading)
-        except Exception as error:
+        except (ConfigError, PromptError) as error:  # what it asks for cannot be
             self._end_reading(Ended("failed", error))
+        except Exception as error:
+            self._end_reading(Ended("broken", error))
         return True
 
     def _fits(self, rows: int, tokens: int) -> bool:
@@ -205,9 +219,9 @@ class BatchedEngine:
         if self._bytes(rows, tokens) > self._limits.cache_bytes:
             most, needed = self._limits.cache_bytes, f"{rows} rows of {tokens} tokens"
             raise ConfigError(f"expected a blend whose caches fit in {most} bytes, got {needed}: try fewer draws")
-        held = 0 if self._batch is None else self._batch.rows
-        longest = max([tokens, *(request.tokens for request, _ in self._running)])
-        return self._bytes(held + rows, longest) <= self._limits.cache_bytes
+        if self._batch is None:
+            return True
+        return self._bytes(self._batch.rows + rows, max(tokens, self._longest)) <= self._limits.cache_bytes
 
     def _bytes(self, rows: int, tokens: int) -> int:
         return rows * (self._row_bytes + tokens * self._token_bytes)
@@ -220,12 +234,13 @@ class BatchedEngine:
         self._reading = None
         self._running.append((request, reading.running))
         if self._batch is None:
-            self._batch = reading.reader
+            self._batch, self._longest = reading.reader, reading.tokens
             return
+        self._longest = max(self._longest, reading.tokens)
         try:
             self._batch.join(reading.reader)
         except Exception as error:
-            self._fail(Ended("failed", error))
+            self._fail(Ended("broken", error))
 
     def _end_reading(self, ended: Ended) -> None:
         if self._reading is not None:
@@ -245,7 +260,7 @@ class BatchedEngine:
                 for n, (_, running) in enumerate(self._running):
                     running.decoding.follow(following[n : n + 1, : running.particles])
         except Exception as error:  # amid a step: what the rows have read is not to be trusted
-            self._fail(Ended("failed", error))
+            self._fail(Ended("broken", error))
 
     def _choose(self) -> dict[int, Ended]:
         """Choose, tell and count the next token of each; those that end with it, or cannot be gone on with."""
@@ -257,7 +272,7 @@ class BatchedEngine:
                 if not last:
                     running.decoding.count(token.ids)
             except Exception as error:
-                ended[n] = Ended("failed", error)
+                ended[n] = Ended("broken", error)
                 continue
             log_p, entropy, information = (
                 float(each[0]) for each in (token.log_probabilities, token.entropy, token.mutual_information)
@@ -310,7 +325,11 @@ def _tell(request: Request, event: Event) -> None:
 
 
 def _cache_bytes(model: Backbone) -> tuple[int, int]:
-    """What a row keeps however short it is, and for each of its tokens."""
+    """What a row keeps however short it is, and for each of its tokens.
+
+    Raises:
+        TensorError: a model whose sessions cannot be joined.
+    """
     few, many = 16, 80
     sizes = []
     with torch.no_grad():
@@ -318,5 +337,6 @@ def _cache_bytes(model: Backbone) -> tuple[int, int]:
             session = model.open(1, tokens)
             session.read(torch.zeros(1, tokens, dtype=torch.long))
             sizes.append(session.nbytes)
+            session.join(session.select([0]))  # requests will have to
     by_token = (sizes[1] - sizes[0]) // (many - few)
     return sizes[0] - few * by_token, by_token

@@ -92,8 +92,9 @@ class Ended:
     Attributes:
         reason: ``stop`` where the text ended by itself or with a stop, ``length`` at its most tokens, ``dispatched``
             where nothing else was asked, ``abstained`` where the gate found the prompt foreign and nothing was to be
-            written, ``late`` when patience was over, ``closed`` when the engine shut down, ``cancelled``, ``failed``.
-        error: what failed. One of the package's own errors is the request's fault; any other is ours.
+            written, ``late`` when patience was over, ``closed`` when the engine shut down, ``cancelled``; ``failed``
+            where the request asked for what cannot be, and ``broken`` where something of ours failed.
+        error: what failed.
     """
 
     reason: str

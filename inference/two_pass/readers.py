@@ -5,6 +5,7 @@ prompts are one row until the prompts have been read.
 """
 
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -189,6 +190,7 @@ class CachedReader:
             self._above.keep(rows)
         self._index, self._owner = index, torch.tensor([n for n, _ in place])
         self._row, self._separate = list(range(len(prompts))), True
+        self._prefix = replace(self._prefix, x=None, below=None)  # they have been read: nobody needs that again
 
     def join(self, other: "CachedReader") -> None:
         """Take over the prompts of another reader of the same experts, after one's own; the other is spent.
@@ -213,6 +215,7 @@ class CachedReader:
         self._owner = torch.cat([self._owner, other._owner + len(self._row)])
         self._index = torch.cat(index)
         self._row = list(range(len(self._row) + len(other._row)))
+        other._above, other._below = self._above, self._below  # so that its own are not kept
 
     def _spread(self, read: Read) -> Said:
         """The particles of each prompt, from their rows."""

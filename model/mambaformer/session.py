@@ -119,10 +119,10 @@ class MambaFormerSession:
         if not isinstance(other, MambaFormerSession) or (other._model, other._blocks) != (self._model, self._blocks):
             raise TensorError(f"expected a session of the same model and its blocks {self._blocks}, got another")
         adaptation = self._adaptation.followed_by(other._adaptation, self.rows, other.rows)
+        both = [each._before for each in (self, other) if each._before is not None]
+        before = torch.cat(both) if len(both) == 2 else None
         self._cache.join(other._cache)
-        self._adaptation = adaptation
-        if self._before is not None and other._before is not None:
-            self._before = torch.cat([self._before, other._before])
+        self._adaptation, self._before = adaptation, before
 
     def reserve(self, capacity: int) -> None:
         self._cache.reserve(capacity)

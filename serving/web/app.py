@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -61,6 +62,10 @@ def make_app(
     @app.exception_handler(HTTPException)
     async def no_endpoint(_: Request, error: HTTPException) -> Response:
         return RefusedError(error.status_code, f"expected an endpoint of this server, got: {error.detail}").response
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:  # it is raised again, and logged by the front
+        return as_refused(error, request.state.record.id).response
 
     @app.get("/v1/models")
     async def list_models() -> Response:
@@ -124,6 +129,8 @@ class _Desk:
         try:
             async with asyncio.timeout(self._settings.body_seconds):
                 body = await request.body()
+        except ClientDisconnect:  # nobody reads the answer; it is for the log
+            raise RefusedError(499, "expected a whole body, got a client that hung up", code="gone") from None
         except TimeoutError:
             raise RefusedError(408, "expected a body in time, got a part of it", code="timeout") from None
         return read_fields(kind, body)
@@ -177,7 +184,7 @@ class _Told:
             RefusedError: it did.
         """
         if isinstance(event, Ended) and event.reason not in ("stop", "length", "dispatched", "abstained"):
-            if event.error is not None and not isinstance(event.error, BayesDispatchError):
+            if event.error is not None and event.reason == "broken":
                 tell_failure(self.record, event.error)
             raise as_refused(event, self.record.id)
 

@@ -97,7 +97,10 @@ class Front:
         Raises:
             RefusedError: 401, 403 or 413.
         """
-        if int(headers.get("content-length") or 0) > self._settings.body_bytes:
+        told = headers.get("content-length", "0")
+        if not (told.isascii() and told.isdecimal()):
+            raise RefusedError(400, "expected a content-length that is a number, got another")
+        if len(told) > 18 or int(told) > self._settings.body_bytes:
             raise self._too_large()
         if path in OPEN:
             return

@@ -180,7 +180,10 @@ class Jobs:
             if len(given) > 1:
                 raise RefusedError(400, f"expected weights alone, got them with {given[0]}", param=given[0])
             with naming("weights"):
-                return FixedWeights(self._weights(asked.weights))
+                try:
+                    return FixedWeights(self._weights(asked.weights))
+                except OverflowError:
+                    raise ConfigError("expected weights from 0 to 1, got one that is no such number") from None
         blend: Blend = DEFAULT_BLEND
         if asked.blend is not None:
             with naming("blend"):

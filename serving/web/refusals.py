@@ -60,7 +60,7 @@ def as_refused(error: BaseException | Ended, request: str) -> RefusedError:
     """
     if isinstance(error, RefusedError):
         return error
-    if isinstance(error, Ended) and error.error is not None:
+    if isinstance(error, Ended) and error.error is not None and error.reason != "broken":
         return as_refused(error.error, request)
     if isinstance(error, BusyError):
         wait = {"retry-after": str(error.retry_after)}

@@ -251,6 +251,45 @@ def test_caches_stay_within_their_bound(llama64: Any, start: Callable[..., Batch
     assert "fewer draws" in str(own.ended.error)
 
 
+def test_what_a_long_request_left_is_counted(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    """Rows keep the room of the longest that was beside them; readers that have joined keep nothing of their own."""
+    probe = start(cut64)
+    bound = probe._bytes(1, 3000) * 2
+    engine, heard, stays = start(cut64, cache_bytes=bound), [Heard() for _ in range(12)], Heard()
+    long = Heard()
+    engine.submit(work(cut64, "ab>", tokens=400, seed=1), stays)
+    ticket = engine.submit(work(cut64, "ab>", tokens=2900), long)
+    while not long.tokens:
+        sleep(0.001)
+    ticket.cancel()
+    most = 0
+    for n, own in enumerate(heard):
+        engine.submit(work(cut64, "ab>", tokens=20, seed=n), own)
+    while not all(own.over.is_set() for own in heard):
+        most = max(most, engine.state.cache_bytes)
+        sleep(0.001)
+    assert 0 < most <= bound
+
+
+def test_an_engine_that_breaks_tells_everybody(
+    cut64: Any, start: Callable[..., BatchedEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, heard = start(cut64, running=1), [Heard() for _ in range(3)]
+
+    def broken(self: BatchedEngine, **_: int) -> None:
+        raise MemoryError("no more")
+
+    for own in heard:
+        engine.submit(work(cut64, tokens=500), own)
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchedEngine, "_publish", broken)
+        assert heard[2].why() == "broken"
+        assert {own.why() for own in heard} <= {"broken", "length", "stop"}
+    assert engine.state.closing
+    with pytest.raises(BusyError):
+        engine.submit(work(cut64), Heard())
+
+
 def test_more_than_can_wait_is_refused(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
     engine = start(cut64, waiting=2, running=1, waiting_tokens=700)
     first = Heard()
@@ -299,7 +338,7 @@ def test_a_step_that_fails_ends_what_it_was_for_and_nothing_later(
     with monkeypatch.context() as patch:
         patch.setattr(CachedReader, "read", broken)
         both = run(engine, [work(cut64, seed=n) for n in range(2)])
-    assert [own.why() for own in both] == ["failed"] * 2
+    assert [own.why() for own in both] == ["broken"] * 2
     assert all(own.ended is not None and isinstance(own.ended.error, MemoryError) for own in both)
     assert CachedReader.read is whole
     (later,) = run(engine, [work(cut64)])

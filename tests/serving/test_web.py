@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from bayes_dispatch.app.bundle import load_bundle
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.two_pass.particles import Decoding
 from bayes_dispatch.serving.engine import BatchedEngine
 from bayes_dispatch.serving.web.app import make_app
 from bayes_dispatch.serving.web.choices import Stops
@@ -357,3 +358,18 @@ def test_what_is_late_gets_504(system: Any) -> None:
         told = answer.read().decode()
     assert answer.status_code == 504 or json.loads(told.split("data: ")[-1])["error"]["code"] == "timeout"
     served.close()
+
+
+def test_what_breaks_is_told_as_ours(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that predicts NaN is no fault of the request; a number that is too large is."""
+    whole = Decoding.follow
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoding, "follow", lambda self, following: whole(self, following * float("nan")))
+        answer = served.http.post("/v1/completions", json=GREEDY)
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"].startswith("internal error, request id")
+    assert "NaN" not in answer.text
+    body = '{"model": "bundle", "prompt": "a", "weights": [' + ", ".join(["1" + "0" * 400] * 9) + "]}"
+    answer = served.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "weights")
+    assert served.http.post("/v1/completions", json=GREEDY).status_code == 200
