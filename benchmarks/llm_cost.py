@@ -29,7 +29,7 @@ from bayes_dispatch.app.shipped import smollm2
 from bayes_dispatch.app.tables import Table
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.first_pass import read_prefix
-from bayes_dispatch.inference.two_pass.readers import CachedReader
+from bayes_dispatch.inference.two_pass.readers import CachedReader, straight
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 from peers.timing import Rounds, Times, Work, interleaved
@@ -91,7 +91,7 @@ class Ours:
         cut, capacity = self.backbone.cut(self.experts.adapts), len(ids) + count
         prefix = read_prefix(self.backbone, cut, [ids.tolist()], 0, capacity)
         reader = CachedReader(self.backbone, self.experts, particles, prefix, [0], capacity)
-        after = reader.read_prompts(own=True).after[:, :, -1]
+        after = straight(reader.read_prompts(own=True)).after[:, :, -1]
         return Going(after.logsumexp(1), lambda chosen: reader.read(chosen).logsumexp(1))
 
 

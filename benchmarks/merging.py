@@ -25,7 +25,7 @@ from bayes_dispatch.inference.scoring.held_out import KINDS
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.first_pass import read_prefix
 from bayes_dispatch.inference.two_pass.particles import Decoding
-from bayes_dispatch.inference.two_pass.readers import CachedReader
+from bayes_dispatch.inference.two_pass.readers import CachedReader, straight
 from bayes_dispatch.inference.two_pass.system import Dispatched, cut_of
 from bayes_dispatch.model.generation.sampling import Sampling
 
@@ -72,7 +72,7 @@ def read_on(
     rows = list(range(len(prompts)))
     reader = CachedReader(bundle.model, bundle.experts, particles, prefix, rows, capacity)
     decoding = Decoding(reader, particles, tokenizer.continues, prefix.ids, prefix.tokens)
-    kl = decoding.read_prompts(measured=tolerance > 0)
+    kl = straight(decoding.read_prompts(measured=tolerance > 0))
     left = [particles.mass.shape[1]] * len(prompts)
     if kl is not None:
         left = [len(kept) for kept in decoding.merge(kl, tolerance)]

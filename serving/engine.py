@@ -18,7 +18,7 @@ from bayes_dispatch.errors import ConfigError, PromptError
 from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.readers import CachedReader
-from bayes_dispatch.inference.two_pass.system import System, gate_of
+from bayes_dispatch.inference.two_pass.system import System, check_gate
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.serving.reading import Reading, Running, hear
 from bayes_dispatch.serving.waiting import Request, WaitingLine
@@ -86,9 +86,7 @@ class BatchedEngine:
         """See ``work.Engine``."""
         heard = hear(self._system.tokenizer, self._system.model.longest, work)
         if work.false_alarm_rate is not None:
-            gate = gate_of(self._system)
-            gate.check_rate(work.false_alarm_rate)
-            gate.check_dispatcher(self._system.dispatcher)
+            check_gate(self._system, work.false_alarm_rate)
         elif work.abstain:
             raise ConfigError("expected a false_alarm_rate to abstain at, got None")
         patience = math.inf if work.patience is None else work.patience

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from bayes_dispatch.inference.chat.conversation import Conversation
 from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.chat.state import Transcript
 from bayes_dispatch.inference.two_pass.blends import Particles
-from bayes_dispatch.inference.two_pass.particles import Decoding
+from bayes_dispatch.inference.two_pass.particles import Decoding, settle
 from bayes_dispatch.inference.two_pass.prompts import Writing, Written
 from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.inference.two_pass.second_pass import on_base
@@ -169,10 +170,9 @@ class Reading:
             return
         self.rows = particles.mass.shape[1]
         yield
-        measured = particles.merge > 0
-        decoding, reader = yield from self._hear(conversation, particles, measured)
-        if particles.refined:
-            decoding, reader = yield from self._hear(conversation, Particles.single(decoding.weights), False)
+        settled = yield from settle(partial(self._begin, conversation), particles, self._piece)
+        decoding, reader = settled.decoding, settled.decoding.reader
+        assert isinstance(reader, CachedReader)
         self.rows, self.reader = reader.rows, reader
         writing = replace(writing, stops=heard.stops)
         self.running = Running(
@@ -202,18 +202,11 @@ class Reading:
             raise ConfigError(f"expected a blend of one set of weights, got {work.blend.name} by layer")
         return particles
 
-    def _hear(
-        self, conversation: Conversation, particles: Particles, measured: bool
-    ) -> Generator[None, None, tuple[Decoding, CachedReader]]:
-        """Read the prompt under its particles, and merge those that can be."""
-        model, prefix = self._system.model, conversation.whole
-        reader = CachedReader(model, self._system.experts, particles, prefix, [0], self.tokens, joins=True)
-        continues = self._system.tokenizer.continues.clone()
+    def _begin(self, conversation: Conversation, particles: Particles) -> Decoding:
+        """Of the prompt under particles."""
+        system, prefix = self._system, conversation.whole
+        reader = CachedReader(system.model, system.experts, particles, prefix, [0], self.tokens, joins=True)
+        continues = system.tokenizer.continues.clone()
         continues[list(self._heard.ends)] = True
         evidence = torch.from_numpy(conversation.user(self._heard.transcript)[None])
-        decoding = Decoding(reader, particles, continues, prefix.ids, prefix.tokens, evidence)
-        own, tail = decoding.asks(measured)
-        kl = decoding.heard((yield from reader.reading(own, tail, self._piece)), measured)
-        if kl is not None and not particles.refined:
-            decoding.merge(kl, particles.merge)
-        return decoding, reader
+        return Decoding(reader, particles, continues, prefix.ids, prefix.tokens, evidence)

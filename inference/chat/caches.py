@@ -10,8 +10,8 @@ from bayes_dispatch.inference.chat.conversation import Conversation
 from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.chat.state import ChatState, Transcript
 from bayes_dispatch.inference.two_pass.blends import Particles
-from bayes_dispatch.inference.two_pass.particles import Decoding
-from bayes_dispatch.inference.two_pass.readers import CachedReader
+from bayes_dispatch.inference.two_pass.particles import Decoding, settle
+from bayes_dispatch.inference.two_pass.readers import CachedReader, straight
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.two_pass.system import System
@@ -55,14 +55,11 @@ class ChatCaches:
     def adapt(self, particles: Particles, transcript: Transcript) -> None:
         """Read all that the conversation has read under new particles, the user's tokens filtering them."""
         evidence = self.conversation.user(transcript)
-        self.decoding, self.rows = self._begin(particles, evidence), particles.weights[0]
-        kl = self.decoding.read_prompts(measured=particles.merge > 0)
-        if particles.refined:
-            mean = Particles.single(self.decoding.weights)
-            self.decoding, self.rows = self._begin(mean, evidence), mean.weights[0]
-            self.decoding.read_prompts()
-        elif kl is not None:
-            self.rows = self.rows[self.decoding.merge(kl, particles.merge)[0]]
+        settled = straight(settle(lambda own: self._begin(own, evidence), particles))
+        self.decoding = settled.decoding
+        self.rows = settled.weights if particles.refined else particles.weights[0]
+        if settled.kept is not None:
+            self.rows = self.rows[settled.kept[0]]
 
     def write(self, transcript: Transcript) -> None:
         """Read what the model has written since, which filters the particles of this reply."""
@@ -81,7 +78,7 @@ class ChatCaches:
             particles = Particles(state.rows[None], np.full((1, len(state.rows)), 1 / len(state.rows)))
             self.decoding, self.rows = self._begin(particles, evidence), state.rows
             self.decoding.filtered = state.filtered
-            self.decoding.read_prompts()
+            straight(self.decoding.read_prompts())
             return
         self._read_on(evidence)
 

@@ -11,7 +11,7 @@ from bayes_dispatch.inference.chat.state import Transcript
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.filtering import FilterState, ParticleFilter
 from bayes_dispatch.inference.two_pass.first_pass import Prefix, read_prefix
-from bayes_dispatch.inference.two_pass.readers import CachedReader, Said
+from bayes_dispatch.inference.two_pass.readers import CachedReader, Said, straight
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.two_pass.system import System
@@ -72,7 +72,7 @@ def _run(
     particles = Particles(weights, np.ones(weights.shape[:2]))
     reader = CachedReader(system.model, system.experts, particles, prefix, [0], prefix.ids.shape[1])
     tail = min(places, max(1, NUMBERS // (weights.shape[1] * system.model.vocab_size)))
-    return reader.read_prompts(own=True, tail=tail), reader.evaluated
+    return straight(reader.read_prompts(own=True, tail=tail)), reader.evaluated
 
 
 def _filtered(state: FilterState, said: Said, particles: slice, user: np.ndarray) -> ParticleFilter:

@@ -1,7 +1,8 @@
 """A batch of prompts under the particles of a blend: reading them, and going on token by token."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,10 +13,10 @@ from bayes_dispatch.errors import TensorError
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.filtering import FilterState, ParticleFilter, predictive
 from bayes_dispatch.inference.two_pass.merging import divergences, representatives
-from bayes_dispatch.inference.two_pass.readers import ParticleReader, Said
+from bayes_dispatch.inference.two_pass.readers import ParticleReader, straight
 from bayes_dispatch.model.generation.sampling import Sampling
 
-__all__ = ["Decoding", "Token"]
+__all__ = ["Decoding", "Settled", "Token", "settle"]
 
 MEASURED = 32  # tokens at the end of a prompt on which divergences of particles are measured
 
@@ -49,6 +50,7 @@ class Decoding:
 
     Attributes:
         path: (T, N, K + 1), the filtered mean of the blend weights after each token of the prompts.
+        reader: as given.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class Decoding:
         lengths: Int[Tensor, " N"],
         evidence: Bool[Tensor, "N T"] | None = None,
     ) -> None:
-        self._reader = reader
+        self.reader = reader
         self._filter, self._target = ParticleFilter(particles), particles.target
         self._ids, self._lengths, self._evidence, self._continues = ids, lengths, evidence, continues
         self._alone = particles.mass.shape[1] == 1
@@ -85,21 +87,20 @@ class Decoding:
         self._filter.state = state
         self._mean = None
 
-    def read_prompts(self, measured: bool = False) -> Float[np.ndarray, "N S S"] | None:
+    def read_prompts(
+        self, measured: bool = False, piece: int | None = None
+    ) -> Generator[None, None, Float[np.ndarray, "N S S"] | None]:
         """Read the prompts, and filter the particles by each of their tokens; then take aim at the particles' target.
+
+        Args:
+            measured: whether to compare the particles. piece: tokens after which to pause; ``None`` for never.
 
         Returns:
             Where ``measured`` and there are particles to compare: for ``merge``, by how many nats a token their
             predictives diverged at the end of the prompts.
         """
-        return self.heard(self._reader.read_prompts(*self.asks(measured)), measured)
-
-    def asks(self, measured: bool) -> tuple[bool, int]:
-        """What ``heard`` wants of the reader's ``read_prompts``: ``own`` and ``tail``."""
-        return not self._alone, MEASURED if measured and not self._alone else 1
-
-    def heard(self, said: Said, measured: bool) -> Float[np.ndarray, "N S S"] | None:
-        """``read_prompts``, when the reader has said this of the prompts."""
+        measured = measured and not self._alone
+        said = yield from self.reader.read_prompts(not self._alone, MEASURED if measured else 1, piece)
         self.path[:] = self.weights
         self._following = said.after[:, :, -1]
         if said.own is None:  # nothing to filter
@@ -110,7 +111,7 @@ class Decoding:
             counts &= self._evidence
         self.path[:] = self._filter.means(self._update(said.own.nan_to_num(nan=0.0), counts)).swapaxes(0, 1)
         self._filter.state = self._filter.state.aimed(self._target)
-        if not measured or self._alone:
+        if not measured:
             return None
         tail = said.after.shape[2]
         counted = torch.arange(tail) >= tail - self._lengths[:, None]
@@ -122,7 +123,7 @@ class Decoding:
         Args:
             ids: what is new. evidence: which of them filter the particles.
         """
-        said = self._reader.read_prompts(own=not self._alone)
+        said = straight(self.reader.read_prompts(own=not self._alone))
         self._following = said.after[:, :, -1]
         if said.own is not None:
             self._update(said.own, evidence)
@@ -140,7 +141,7 @@ class Decoding:
         chosen = [representatives(own, each, tolerance) for own, each in zip(v, kl, strict=True)]
         left = self._filter.merge(np.stack(chosen))
         self._mean = None
-        self._reader.keep(range(len(left)), left)
+        self.reader.keep(range(len(left)), left)
         width = max(map(len, left))
         index = torch.tensor([[*kept, *[kept[0]] * (width - len(kept))] for kept in left])
         self._following = self._following[torch.arange(len(left))[:, None], index]
@@ -161,7 +162,7 @@ class Decoding:
             raise TensorError("expected a finite log-probability of the next token from the model, got infinity")
         values = ids, chosen, mixed.entropy, mixed.mutual_information
         tokens, log_p, entropy, information = (each.cpu().numpy() for each in values)
-        return Token(tokens, log_p, entropy, information, self.weights, self._reader.rows)
+        return Token(tokens, log_p, entropy, information, self.weights, self.reader.rows)
 
     def append(self, ids: Int[np.ndarray, " N"], evidence: bool = True, last: bool = False) -> None:
         """Go on with these tokens.
@@ -174,7 +175,7 @@ class Decoding:
         if evidence:
             self.count(ids)
         if not last:
-            self.follow(self._reader.read(torch.from_numpy(ids)))
+            self.follow(self.reader.read(torch.from_numpy(ids)))
 
     def count(self, ids: Int[np.ndarray, " N"]) -> None:
         """Filter the particles by tokens that follow."""
@@ -194,10 +195,46 @@ class Decoding:
     def keep(self, prompts: Sequence[int]) -> None:
         """Drop all other prompts; nothing is merged after that."""
         count = self._following.shape[1]
-        self._reader.keep(prompts, [range(count)] * len(prompts))
+        self.reader.keep(prompts, [range(count)] * len(prompts))
         self._filter.select(prompts)
         self._mean = None
         self._following = self._following[torch.tensor(prompts)]
+
+
+class Settled(NamedTuple):
+    """Prompts that have been read, and what is to go on with them.
+
+    Attributes:
+        decoding: goes on. path: the filtered mean of the blend weights after each token of the prompts.
+        weights: that after all of them. kept: the particles that are left of each prompt, where some were merged.
+        evaluated: how often a block has run on a token.
+    """
+
+    decoding: Decoding
+    path: Float[np.ndarray, "T N components"]
+    weights: Float[np.ndarray, "N components"]
+    kept: list[list[int]] | None
+    evaluated: int
+
+
+def settle(
+    begin: Callable[[Particles], Decoding], particles: Particles, piece: int | None = None
+) -> Generator[None, None, Settled]:
+    """Read prompts under their particles; once more where these are only to find one blend; and merge equal ones.
+
+    Args:
+        begin: makes what reads them under given particles. piece: tokens after which to pause; ``None`` for never.
+    """
+    decoding, kept = begin(particles), None
+    kl = yield from decoding.read_prompts(particles.merge > 0, piece)
+    path, weights, evaluated = decoding.path, decoding.weights, decoding.reader.evaluated
+    if particles.refined:
+        decoding = begin(Particles.single(weights))
+        yield from decoding.read_prompts(piece=piece)
+        evaluated += decoding.reader.evaluated
+    elif kl is not None:
+        kept = decoding.merge(kl, particles.merge)
+    return Settled(decoding, path, weights, kept, evaluated)
 
 
 def _of(log_probabilities: Float[Tensor, "N S T V"], tokens: Int[Tensor, "N T"]) -> Float[Tensor, "N S T"]:

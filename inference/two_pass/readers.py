@@ -6,7 +6,7 @@ prompts are one row until the prompts have been read.
 
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.first_pass import Prefix
 from bayes_dispatch.model.backbone import Backbone, Read, padded
 
-__all__ = ["CachedReader", "ParticleReader", "Said", "UncachedReader"]
+__all__ = ["CachedReader", "ParticleReader", "Said", "UncachedReader", "straight"]
 
 Kept = Sequence[Sequence[int]]  # for each prompt that stays, the particles that do
 
@@ -53,12 +53,13 @@ class ParticleReader(Protocol):
         """Rows of the model that are run: distinct particles of all prompts."""
         ...
 
-    def read_prompts(self, own: bool, tail: int = 1) -> Said:
-        """Read the prompts, or what is new in them.
+    def read_prompts(self, own: bool, tail: int = 1, piece: int | None = None) -> Generator[None, None, Said]:
+        """Read the prompts, or what is new in them, and return what is said of it.
 
         Args:
             own: give the log-probability of each token. tail: after how many of the last tokens to give all; where a
                 prompt has fewer, the first of these have no meaning.
+            piece: tokens after which to pause, for prompts of one length; ``None`` for never.
         """
         ...
 
@@ -139,20 +140,16 @@ class CachedReader:
         self._prefix = prefix
         self._above.reserve(capacity)
 
-    def read_prompts(self, own: bool, tail: int = 1) -> Said:
-        return self._read_prompts(self._prefix.ids.shape[1], own, tail)
-
-    def reading(self, own: bool, tail: int, piece: int) -> Generator[None, None, Said]:
-        """``read_prompts`` of prompts of one length, some ``piece`` tokens at a time, with a pause after each."""
+    def read_prompts(self, own: bool, tail: int = 1, piece: int | None = None) -> Generator[None, None, Said]:
         width, said = self._prefix.ids.shape[1], list[Float[Tensor, "N S t"]]()
-        while width - self._read > piece + tail:  # the last piece has all of the tail
-            part = self._read_prompts(self._read + piece, own, 1)
+        while piece is not None and width - self._read > piece + tail:  # the last piece has all of the tail
+            part = self._read_piece(self._read + piece, own, 1)
             said += [] if part.own is None else [part.own]
             yield
-        last = self.read_prompts(own, tail)
-        return last if last.own is None else last._replace(own=torch.cat([*said, last.own], -1))
+        last = self._read_piece(width, own, tail)
+        return last._replace(own=torch.cat([*said, last.own], -1)) if said and last.own is not None else last
 
-    def _read_prompts(self, stop: int, own: bool, tail: int) -> Said:
+    def _read_piece(self, stop: int, own: bool, tail: int) -> Said:
         prefix, owner, new = self._prefix, self._owner, slice(self._read, stop)
         self._read = new.stop
         x = None if prefix.x is None else _of_rows(prefix.x[:, new], owner)
@@ -253,7 +250,11 @@ class UncachedReader:
     def rows(self) -> int:
         return self._weights.shape[0] * self._weights.shape[1]
 
-    def read_prompts(self, own: bool, tail: int = 1) -> Said:
+    def read_prompts(self, own: bool, tail: int = 1, piece: int | None = None) -> Generator[None, None, Said]:
+        yield from ()  # it never pauses
+        return self._read_all(own, tail)
+
+    def _read_all(self, own: bool, tail: int) -> Said:
         shape = tuple(self._weights.shape[:2])
         ids, tokens = (each.repeat_interleave(shape[1], 0) for each in padded(self._seen, 0))
         adaptation = self._blend(self._weights.flatten(0, 1).to(self._model.weights_dtype))
@@ -265,13 +266,26 @@ class UncachedReader:
     def read(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S V"]:
         for row, token in zip(self._seen, tokens.tolist(), strict=True):
             row.append(token)
-        return self.read_prompts(own=False).after[:, :, 0]
+        return self._read_all(own=False, tail=1).after[:, :, 0]
 
     def keep(self, prompts: Sequence[int], particles: Kept) -> None:
         width = max(len(chosen) for chosen in particles)
         filled = [[*chosen, *[chosen[0]] * (width - len(chosen))] for chosen in particles]
         self._seen = [self._seen[prompt] for prompt in prompts]
         self._weights = self._weights[torch.tensor(list(prompts))[:, None], torch.tensor(filled)]
+
+
+Found = TypeVar("Found")
+
+
+def straight(work: Generator[None, None, Found]) -> Found:
+    """What work returns, done without its pauses."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as done:
+            found: Found = done.value
+            return found
 
 
 def _of_rows(x: Float[Tensor, "U T D"], owner: Int[Tensor, " R"]) -> Float[Tensor, "R T D"]:

@@ -17,10 +17,10 @@ from bayes_dispatch.inference.two_pass.blends import Blend, Particles
 from bayes_dispatch.inference.two_pass.events import tell
 from bayes_dispatch.inference.two_pass.first_pass import Prefix, evidence_of, first_pass, read_prefix, token_means
 from bayes_dispatch.inference.two_pass.generation import Cost
-from bayes_dispatch.inference.two_pass.particles import Decoding, Token
+from bayes_dispatch.inference.two_pass.particles import Decoding, Token, settle
 from bayes_dispatch.inference.two_pass.prompts import Writing, Written, check_prompts, tokenized
-from bayes_dispatch.inference.two_pass.readers import CachedReader, ParticleReader, UncachedReader
-from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, Strategy, System, as_strategy, gate_of
+from bayes_dispatch.inference.two_pass.readers import CachedReader, ParticleReader, UncachedReader, straight
+from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, Strategy, System, as_strategy, check_gate, gate_of
 from bayes_dispatch.model.generation.sampling import row_generators, row_seeds
 
 __all__ = ["GenerationRequest", "SecondPass", "on_base"]
@@ -95,9 +95,7 @@ class SecondPass:
         self.cost = Cost(system.model.depth)
         self._system, self._cut, self._request = system, cut, request
         if request.false_alarm_rate is not None:
-            gate = gate_of(system)
-            gate.check_rate(request.false_alarm_rate)
-            gate.check_dispatcher(system.dispatcher)
+            check_gate(system, request.false_alarm_rate)
         asked = request.strategy
         self._given = None if asked is None else asked.posterior(system, prompts, request.seed)
         self._draws: dict[int, DispatchPosterior] = {}
@@ -190,15 +188,12 @@ class SecondPass:
         own = sorted(set(rows))
         prefix, rows = prefix.select(own), [own.index(row) for row in rows]
         with torch.no_grad():
-            decoding, reader, kl = self._read(prefix, rows, particles)
-            weights = decoding.weights
-            for place, n in enumerate(group):
-                self.weights[n] = weights[place]
-                self.paths[n] = decoding.path[: len(self._texts[n].ids) - 1, place]
-            if particles.refined:
-                decoding, reader, _ = self._read(prefix, rows, Particles.single(weights))
-            elif kl is not None:
-                decoding.merge(kl, particles.merge)
+            settled = straight(settle(partial(self._begin, prefix, rows), particles))
+        decoding, reader = settled.decoding, settled.decoding.reader
+        self._count(prefill=settled.evaluated)
+        for place, n in enumerate(group):
+            self.weights[n] = settled.weights[place]
+            self.paths[n] = settled.path[: len(self._texts[n].ids) - 1, place]
         tell(
             logger,
             logging.DEBUG,
@@ -226,10 +221,8 @@ class SecondPass:
             yield token, live, ended, pieces
             live = live[going]
 
-    def _read(
-        self, prefix: Prefix, rows: list[int], particles: Particles
-    ) -> tuple[Decoding, ParticleReader, np.ndarray | None]:
-        """Read the ``rows`` of ``prefix`` under particles; and how these diverge, where they may be merged."""
+    def _begin(self, prefix: Prefix, rows: list[int], particles: Particles) -> Decoding:
+        """Of the ``rows`` of ``prefix`` under particles."""
         system = self._system
         whole = rows == list(range(len(prefix.ids)))
         ids, lengths = (prefix.ids, prefix.tokens) if whole else (prefix.ids[rows], prefix.tokens[rows])
@@ -239,10 +232,7 @@ class SecondPass:
             reader = CachedReader(system.model, system.experts, particles, prefix, rows, capacity)
         else:
             reader = UncachedReader(system.model, system.experts, particles, ids, lengths)
-        decoding = Decoding(reader, particles, system.tokenizer.continues, ids, lengths)
-        kl = decoding.read_prompts(measured=particles.merge > 0)
-        self._count(prefill=reader.evaluated)
-        return decoding, reader, kl
+        return Decoding(reader, particles, system.tokenizer.continues, ids, lengths)
 
     def _count(self, **evaluations: int) -> None:
         self.cost = self.cost + Cost(self._system.model.depth, **evaluations)

@@ -17,7 +17,17 @@ from bayes_dispatch.inference.two_pass.prompts import check_prompts
 from bayes_dispatch.model.backbone import Backbone, Tokenizer
 from bayes_dispatch.model.generation.sampling import row_seeds
 
-__all__ = ["POSTERIOR_DRAWS", "Dispatched", "Strategy", "System", "as_strategy", "cut_of", "dispatch", "gate_of"]
+__all__ = [
+    "POSTERIOR_DRAWS",
+    "Dispatched",
+    "Strategy",
+    "System",
+    "as_strategy",
+    "check_gate",
+    "cut_of",
+    "dispatch",
+    "gate_of",
+]
 
 POSTERIOR_DRAWS = 64
 
@@ -46,6 +56,17 @@ def gate_of(system: System) -> Gate:
     if gate is None:
         raise ConfigError("expected a bundle with a gate for a false-alarm rate, got one without: see calibrate-gate")
     return gate
+
+
+def check_gate(system: System, rate: float) -> None:
+    """Whether the system's gate can be asked at a false-alarm rate.
+
+    Raises:
+        ConfigError: it has none, it is of another dispatcher, or the rate is out of range.
+    """
+    gate = gate_of(system)
+    gate.check_rate(rate)
+    gate.check_dispatcher(system.dispatcher)
 
 
 def cut_of(system: System) -> int:

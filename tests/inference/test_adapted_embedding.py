@@ -25,7 +25,7 @@ from bayes_dispatch.inference.two_pass.blends import (
     TopK,
 )
 from bayes_dispatch.inference.two_pass.first_pass import first_pass, read_prefix
-from bayes_dispatch.inference.two_pass.readers import CachedReader
+from bayes_dispatch.inference.two_pass.readers import CachedReader, straight
 from bayes_dispatch.inference.two_pass.system import cut_of, dispatch
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def test_particles_read_their_own_embedding(make_model: Any, embedded64: Bundle,
     prefix = read_prefix(model, cut_of(system), [[256, *text] for text in texts], 257, 12)
     reader = CachedReader(model, bank, Particles(weights, np.full((2, 3), 1 / 3)), prefix, [0, 1], 12)
     with torch.no_grad():
-        reader.read_prompts(own=False)
+        straight(reader.read_prompts(own=False))
         found = reader.read(torch.tensor([97, 50]))
         for n, text in enumerate(texts):
             ids = torch.tensor([[256, *text, (97, 50)[n]]])

@@ -24,7 +24,7 @@ from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.scoring.compare import compare_blends, score_together
 from bayes_dispatch.inference.two_pass.blends import FixedWeights, Particles, PosteriorMean, PosteriorPredictive
 from bayes_dispatch.inference.two_pass.first_pass import read_prefix
-from bayes_dispatch.inference.two_pass.readers import CachedReader, UncachedReader
+from bayes_dispatch.inference.two_pass.readers import CachedReader, UncachedReader, straight
 from bayes_dispatch.inference.two_pass.second_pass import on_base
 from bayes_dispatch.inference.two_pass.system import cut_of
 from bayes_dispatch.model.backbone import padded
@@ -81,7 +81,7 @@ def test_readers_run_each_layer_under_its_own_weights(
     ]
     token = torch.from_numpy(rng.integers(0, 256, prompts))
     with torch.no_grad():
-        both = ((reader.read_prompts(own=False).after[:, :, 0], reader.read(token)) for reader in readers)
+        both = ((straight(reader.read_prompts(own=False)).after[:, :, 0], reader.read(token)) for reader in readers)
         ends, more = zip(*both, strict=True)
         for n, text in enumerate(texts):
             for s in range(particles):

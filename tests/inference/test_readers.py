@@ -12,7 +12,7 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.first_pass import Prefix, read_prefix
-from bayes_dispatch.inference.two_pass.readers import CachedReader, ParticleReader, UncachedReader
+from bayes_dispatch.inference.two_pass.readers import CachedReader, ParticleReader, UncachedReader, straight
 from bayes_dispatch.model.backbone import padded
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def test_fast_is_slow(
     readers = both(model64, block, prompts, weights)
     lengths = torch.tensor([len(prompt) + 1 for prompt in prompts])
     with torch.no_grad():
-        fast, slow = (reader.read_prompts(own=True, tail=tail) for reader in readers)
+        fast, slow = (straight(reader.read_prompts(own=True, tail=tail)) for reader in readers)
         assert fast.own is not None
         assert slow.own is not None
         real = torch.arange(fast.own.shape[2]) < lengths[:, None]
@@ -107,7 +107,7 @@ def test_what_is_run(model64: "MambaFormerForCausalLM", block: int) -> None:
     above, tokens = 3 - block, len(TEXTS[1]) + 1
     with torch.no_grad():
         for reader in (fast, slow):
-            reader.read_prompts(own=True)
+            straight(reader.read_prompts(own=True))
         assert (fast.rows, fast.evaluated) == (2, 2 * tokens * above)
         assert (slow.rows, slow.evaluated) == (9, 9 * tokens * 3)
         fast.read(torch.tensor([1, 2, 3]))
@@ -124,12 +124,12 @@ def test_prompts_that_grow(model64: "MambaFormerForCausalLM", block: int, droppe
     bank, prefixes = experts_from(model64, block), [prefix_of(model64, block, [text]) for text in (beginning, whole)]
     reader = CachedReader(model64, bank, Particles(weights, np.full((1, 3), 1 / 3)), prefixes[0], [0], 5)
     with torch.no_grad():
-        expected = both(model64, block, [whole], weights)[1].read_prompts(own=True, tail=20)
-        first = reader.read_prompts(own=True, tail=5)
+        expected = straight(both(model64, block, [whole], weights)[1].read_prompts(own=True, tail=20))
+        first = straight(reader.read_prompts(own=True, tail=5))
         if dropped:
             reader.keep([0], [[2, 0]])
         reader.lengthen(prefixes[1], len(whole) + 1)
-        rest = reader.read_prompts(own=True, tail=20)
+        rest = straight(reader.read_prompts(own=True, tail=20))
     chosen = [2, 0] if dropped else [0, 1, 2]
     assert expected.own is not None
     for name in ("own", "after"):

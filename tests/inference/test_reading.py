@@ -19,7 +19,7 @@ from bayes_dispatch.inference.scoring import document_reader as reading_module
 from bayes_dispatch.inference.scoring.compare import score_together
 from bayes_dispatch.inference.scoring.document_reader import TokenDocument, following, read_documents
 from bayes_dispatch.inference.two_pass.blends import Particles
-from bayes_dispatch.inference.two_pass.readers import UncachedReader
+from bayes_dispatch.inference.two_pass.readers import UncachedReader, straight
 from bayes_dispatch.model.mambaformer.session import MambaFormerSession
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
@@ -49,7 +49,7 @@ def one_by_one(
     particles = Particles(weights[None], np.full((1, len(weights)), 1 / len(weights)))
     with torch.no_grad():
         reader = UncachedReader(model, experts, particles, ids, torch.tensor([ids.shape[1]]))
-        after = reader.read_prompts(own=False, tail=ids.shape[1]).after[0]
+        after = straight(reader.read_prompts(own=False, tail=ids.shape[1])).after[0]
     own = torch.stack([after[:, i, byte] for i, byte in enumerate(document.data)], 1)
     return own, torch.stack([after[:, i] for start, stop in document.ranges for i in range(start, stop)], 1)
 
