@@ -76,9 +76,9 @@ def read_on(
     left = [particles.mass.shape[1]] * len(prompts)
     if kl is not None:
         left = [len(kept) for kept in decoding.merge(kl, tolerance)]
-    nll = np.zeros(len(prompts))
+    nll, generator = np.zeros(len(prompts)), np.random.default_rng(0)  # nothing is drawn
     for t, ids in enumerate(after.unbind(1)):
-        token = decoding.choose(Told(ids=ids), [])
+        token = decoding.choose([Told(ids=ids)] * len(left), [generator] * len(left))
         nll -= token.log_probabilities / after.shape[1]
         decoding.append(token.ids, last=t + 1 == after.shape[1])
     return np.array(left), nll

@@ -1,6 +1,6 @@
 """An engine on one thread: every step reads one more token of all requests together, and one more piece of a prompt.
 
-Rows of different blends share a step of the model (``CachedReader.join``); what a request has filtered, chosen and
+Rows of different blends share a step of the model (``Decoding.join``); what a request has filtered, chosen and
 written is its own. So an answer does not depend on what runs beside it, up to the rounding of matrix products.
 """
 
@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from threading import Condition, Thread
 from time import monotonic
 
+import numpy as np
 import torch
 
 from bayes_dispatch.arguments import whole
-from bayes_dispatch.errors import ConfigError, PromptError
+from bayes_dispatch.errors import ConfigError, PromptError, TensorError
 from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.generator import TwoPassGenerator
-from bayes_dispatch.inference.two_pass.readers import CachedReader
+from bayes_dispatch.inference.two_pass.particles import Decoding
 from bayes_dispatch.inference.two_pass.system import System, check_gate
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.serving.reading import Reading, Running, hear
@@ -76,7 +77,7 @@ class BatchedEngine:
         self._changed = Condition()  # guards the three above, which other threads see
         self._running: list[tuple[Request, Running]] = []
         self._reading: tuple[Request, Reading] | None = None
-        self._batch: CachedReader | None = None  # of what runs, in order
+        self._batch: Decoding | None = None  # of what runs, in order
         self._longest = 0  # tokens that its rows have room for, which stays when the one that asked for it has gone
         self._stepped = self._busy = 0.0  # seconds that the last step took, and all work so far
         self._thread = Thread(target=self._work, name="engine", daemon=True)
@@ -161,7 +162,7 @@ class BatchedEngine:
     def _publish(self, **counted: int) -> None:
         """Let others see what there is, and count what was done."""
         batch, running = self._batch, len(self._running) + (self._reading is not None)
-        rows, nbytes = (0, 0) if batch is None else (batch.rows, batch.nbytes)
+        rows, nbytes = (0, 0) if batch is None else (batch.reader.rows, batch.reader.nbytes)
         with self._changed:
             so_far = {name: getattr(self._state, name) + count for name, count in counted.items()}
             self._state = replace(self._state, running=running, rows=rows, cache_bytes=nbytes, **so_far)
@@ -219,7 +220,7 @@ class BatchedEngine:
             raise ConfigError(f"expected a blend whose caches fit in {most} bytes, got {needed}: try fewer draws")
         if self._batch is None:
             return True
-        return self._bytes(self._batch.rows + rows, max(tokens, self._longest)) <= self._limits.cache_bytes
+        return self._bytes(self._batch.reader.rows + rows, max(tokens, self._longest)) <= self._limits.cache_bytes
 
     def _bytes(self, rows: int, tokens: int) -> int:
         return rows * (self._row_bytes + tokens * self._token_bytes)
@@ -227,16 +228,16 @@ class BatchedEngine:
     def _join(self, request: Request, reading: Reading) -> None:
         """Take what has been read into the batch."""
         self._publish(prompt_tokens=len(request.heard))
-        if reading.running is None or reading.reader is None:
+        if reading.running is None or reading.decoding is None:
             return self._end_reading(Ended("dispatched" if request.work.writing is None else "abstained"))
         self._reading = None
         self._running.append((request, reading.running))
         if self._batch is None:
-            self._batch, self._longest = reading.reader, reading.tokens
+            self._batch, self._longest = reading.decoding, reading.tokens
             return
         self._longest = max(self._longest, reading.tokens)
         try:
-            self._batch.join(reading.reader)
+            self._batch.join(reading.decoding)
         except Exception as error:
             self._fail(Ended("broken", error))
 
@@ -248,38 +249,28 @@ class BatchedEngine:
 
     def _write(self) -> None:
         """One more token of every request that runs."""
-        if not self._running:
-            return
         try:
-            self._leave(self._choose())
-            if self._running and self._batch is not None:
-                ids = [running.written.ids[-1] for _, running in self._running]
-                following = self._batch.read(torch.tensor(ids))
-                for n, (_, running) in enumerate(self._running):
-                    running.decoding.follow(following[n : n + 1, : running.particles])
+            if self._batch is not None:
+                self._leave(_unpredictable(self._batch))
+            if self._batch is not None:
+                self._leave(self._choose(self._batch))
+            if self._batch is not None:
+                self._batch.append(np.array([running.written.ids[-1] for _, running in self._running]))
         except Exception as error:  # amid a step: what the rows have read is not to be trusted
             self._fail(Ended("broken", error))
 
-    def _choose(self) -> dict[int, Ended]:
-        """Choose, tell and count the next token of each; those that end with it, or cannot be gone on with."""
+    def _choose(self, batch: Decoding) -> dict[int, Ended]:
+        """Choose and tell the next token of each request; those that end with it."""
+        each = [running for _, running in self._running]
+        token = batch.choose([running.writing.sampling for running in each], [running.generator for running in each])
         ended: dict[int, Ended] = {}
         for n, (request, running) in enumerate(self._running):
-            try:
-                token = running.decoding.choose(running.writing.sampling, [running.generator])
-                last = running.written.add(int(token.ids[0]))
-                if not last:
-                    running.decoding.count(token.ids)
-            except Exception as error:
-                ended[n] = Ended("broken", error)
-                continue
-            log_p, entropy, information = (
-                float(each[0]) for each in (token.log_probabilities, token.entropy, token.mutual_information)
-            )
-            piece = running.written.piece
-            _tell(request, Wrote(piece, int(token.ids[0]), log_p, entropy, information, token.weights[0]))
-            if last:
+            id_, log_p = int(token.ids[n]), float(token.log_probabilities[n])
+            if running.written.add(id_):
                 ended[n] = Ended(running.reason)
-        self._publish(new_tokens=len(self._running) - sum(each.error is not None for each in ended.values()), steps=1)
+            entropy, information = float(token.entropy[n]), float(token.mutual_information[n])
+            _tell(request, Wrote(running.written.piece, id_, log_p, entropy, information, token.weights[n]))
+        self._publish(new_tokens=len(each), steps=1)
         return ended
 
     def _leave(self, ended: Mapping[int, Ended]) -> None:
@@ -291,7 +282,7 @@ class BatchedEngine:
         self._running = [self._running[n] for n in left]
         try:
             if self._batch is not None and left:
-                self._batch.keep(left, [range(running.particles) for _, running in self._running])
+                self._batch.keep(left)
         finally:
             self._batch = self._batch if left else None
             self._publish()
@@ -320,6 +311,12 @@ def _tell(request: Request, event: Event) -> None:
     except Exception:
         logger.exception("telling a client failed")
         request.cancel()
+
+
+def _unpredictable(batch: Decoding) -> dict[int, Ended]:
+    """The requests of which the model says nothing."""
+    error = TensorError("expected finite log-probabilities from the model, got NaN or none")
+    return {n: Ended("broken", error) for n, fine in enumerate(batch.predicts.tolist()) if not fine}
 
 
 def _cache_bytes(model: Backbone) -> tuple[int, int]:

@@ -106,12 +106,9 @@ class Running:
     """A request whose prompt has been read.
 
     Attributes:
-        decoding: its particles; a batch reads for them. particles: how many are left.
         written: what it has written. writing, ends: how it ends. generator: that samples.
     """
 
-    decoding: Decoding
-    particles: int
     written: Written
     writing: Writing
     ends: frozenset[int]
@@ -134,14 +131,14 @@ class Reading:
 
     Attributes:
         rows: of the model that it needs; 0 until it is dispatched. tokens: that each of them has room for.
-        running, reader: once the prompt has been read, if there is something to write.
+        running, decoding: once the prompt has been read, if there is something to write.
     """
 
     def __init__(self, system: System, heard: Heard, work: Work, piece: int, tell: Callable[[Begun], None]) -> None:
         self.rows = 0
         self.tokens = len(heard) + (0 if work.writing is None else work.writing.max_new_tokens)
         self.running: Running | None = None
-        self.reader: CachedReader | None = None
+        self.decoding: Decoding | None = None
         self._system, self._heard, self._work, self._tell = system, heard, work, tell
         self._piece = piece if system.model.continues else len(heard)
         self._steps = self._read()
@@ -171,13 +168,9 @@ class Reading:
         self.rows = particles.mass.shape[1]
         yield
         settled = yield from settle(partial(self._begin, conversation), particles, self._piece)
-        decoding, reader = settled.decoding, settled.decoding.reader
-        assert isinstance(reader, CachedReader)
-        self.rows, self.reader = reader.rows, reader
+        self.decoding, self.rows = settled.decoding, settled.decoding.reader.rows
         writing = replace(writing, stops=heard.stops)
         self.running = Running(
-            decoding,
-            reader.particles,
             Written(system.tokenizer, conversation.ids, writing, heard.ends),
             writing,
             heard.ends,

@@ -180,7 +180,7 @@ class Chat:
             generators = row_generators(seed, [reply.transcript.data])
             while not ended:
                 with torch.no_grad():
-                    token = caches.decoding.choose(writing.sampling, generators)
+                    token = caches.decoding.choose([writing.sampling], generators)
                     last = self._write(reply, caches, token)
                 if last:
                     ended = True

@@ -53,7 +53,7 @@ def write_chat(path: Path, system: "System", settings: ChatSettings, state: Chat
         "rows": torch.from_numpy(np.ascontiguousarray(state.rows)),
         "joint": state.filtered.joint[0],
         "target": state.filtered.target[0],
-        "rates": state.filtered.rates,
+        "rates": state.filtered.rates[0],
         "blends": torch.from_numpy(np.ascontiguousarray(state.filtered.blends[0])),
     }
     chosen = {**vars(settings), "blend": {"kind": type(blend).__name__, "settings": vars(blend)}}
@@ -127,7 +127,7 @@ def _state(transcript: Transcript, tensors: Mapping[str, Tensor], turns: int, co
     masses = [joint.exp().sum(), target.exp().sum(), *rows.sum(1), *blends.sum(1)]
     if turns < 0 or (turns == 0) != (len(rows) == 0) or (turns > 0 and not np.allclose(masses, 1, atol=1e-6)):
         raise ValueError("weights that do not sum to 1")
-    filtered = FilterState(joint[None], target[None], rates, blends[None])
+    filtered = FilterState(joint[None], target[None], rates[None], blends[None])
     return ChatState(transcript, turns, rows, filtered)
 
 

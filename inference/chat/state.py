@@ -174,7 +174,7 @@ class ChatState:
             Transcript.empty(),
             0,
             rows,
-            FilterState(nothing[:, None], nothing, torch.zeros(1, dtype=torch.double), rows[None]),
+            FilterState(nothing[:, None], nothing, torch.zeros(1, 1, dtype=torch.double), rows[None]),
         )
 
 

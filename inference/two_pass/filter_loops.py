@@ -44,7 +44,7 @@ def filter_tokens(
 
     Args:
         joint: (N, E, S) log-probabilities of rate and particle, changed in place. target: (N, S), after a switch.
-        stay, switch: (E,). likelihood: (N, S, T). counts: (N, T) whether the prompt has the token; the others are
+        stay, switch: (N, E). likelihood: (N, S, T). counts: (N, T) whether the prompt has the token; the others are
             logarithms of probabilities.
         found: (N, T, S) log-probabilities of the particles after each token.
     """
@@ -60,9 +60,9 @@ def filter_tokens(
                 for e in range(rates):
                     for s in range(particles):
                         own[e, s] -= total
-                    of_rate = _log_sum(own[e]) + switch[e]
+                    of_rate = _log_sum(own[e]) + switch[n, e]
                     for s in range(particles):
-                        own[e, s] = _log_add(own[e, s] + stay[e], of_rate + target[n, s])
+                        own[e, s] = _log_add(own[e, s] + stay[n, e], of_rate + target[n, s])
             for s in range(particles):
                 found[n, t, s] = _log_sum(own[:, s].copy())
 
@@ -72,24 +72,26 @@ def mix(log_weights: Array, log_probabilities: Array, mixed: Array, entropy: Arr
     """Mix the particles' distributions.
 
     Args:
-        log_weights: (N, S). log_probabilities: (N, S, V), of float32 or float64.
+        log_weights: (N, S); particles of no probability are left out.
+        log_probabilities: (N, S, V), of float32 or float64.
         mixed: (N, V), set to log-probabilities of the mixture. entropy, information: (N,), set to its entropy, and to
             the part that the particles' own entropies leave.
     """
     prompts, particles, tokens = log_probabilities.shape
     terms = np.empty(particles)
     for n in range(prompts):
-        if particles == 1:
+        possible = np.flatnonzero(log_weights[n] != -np.inf)
+        if len(possible) == 1:
             own = 0.0
             for v in range(tokens):
-                mixed[n, v] = log_probabilities[n, 0, v]
+                mixed[n, v] = log_probabilities[n, possible[0], v]
                 own -= math.exp(mixed[n, v]) * mixed[n, v]
             entropy[n], information[n] = own, 0.0
             continue
         for v in range(tokens):
             mixed[n, v] = 0.0
         within = 0.0
-        for s in range(particles):
+        for s in possible:
             weight, own = math.exp(log_weights[n, s]), 0.0
             for v in range(tokens):
                 log_p = np.float64(log_probabilities[n, s, v])
@@ -103,7 +105,8 @@ def mix(log_weights: Array, log_probabilities: Array, mixed: Array, entropy: Arr
             if p > 1e-280:
                 mixed[n, v] = math.log(p)
             else:  # too small for a sum of probabilities, or NaN
-                for s in range(particles):
+                terms[:] = -np.inf
+                for s in possible:
                     terms[s] = log_weights[n, s] + np.float64(log_probabilities[n, s, v])
                 mixed[n, v] = _log_sum(terms)
                 p = math.exp(mixed[n, v])

@@ -27,19 +27,19 @@ class FilterState(NamedTuple):
 
     Attributes:
         joint: (N, E, S), log-probabilities of rate and particle. target: (N, S), those of the particles after a switch.
-        rates: (E,). blends: (N, S, K + 1), the blend weights that particles stand for.
+        rates: (N, E). blends: (N, S, K + 1), the blend weights that particles stand for.
     """
 
     joint: Float[Tensor, "N E S"]
     target: Float[Tensor, "N S"]
-    rates: Float[Tensor, " E"]
+    rates: Float[Tensor, "N E"]
     blends: Float[np.ndarray, "N S components"]
 
     @classmethod
     def prior(cls, particles: Particles) -> "FilterState":
         """Before any token."""
-        rates = torch.tensor(particles.switching, dtype=torch.double)
         target = torch.tensor(particles.mass, dtype=torch.double).log()
+        rates = torch.tensor([particles.switching], dtype=torch.double).repeat(len(target), 1)
         return cls(target[:, None], target, rates, np.array(particles.weights)).forgotten()
 
     def aimed(self, target: Float[np.ndarray, "N S"] | None) -> "FilterState":
@@ -48,7 +48,7 @@ class FilterState(NamedTuple):
 
     def forgotten(self) -> "FilterState":
         """The same particles before any token."""
-        count = len(self.rates)
+        count = self.rates.shape[1]
         return self._replace(joint=(self.target[:, None] - np.log(count)).repeat(1, count, 1))
 
 
@@ -76,7 +76,7 @@ class ParticleFilter:
     @state.setter
     def state(self, state: FilterState) -> None:
         self._joint, self._target, self._rates = array(state.joint), array(state.target), state.rates
-        self._stay, self._switch = array((-state.rates).log1p()), array(state.rates.log())  # (E,)
+        self._stay, self._switch = array((-state.rates).log1p()), array(state.rates.log())  # (N, E)
         self._blends = state.blends  # (N, S, K + 1)
         self._log_weights: np.ndarray | None = None  # (N, S) of the joint, where they are known
 
@@ -119,7 +119,7 @@ class ParticleFilter:
     def _update_by_tensors(self, values: Float[Tensor, "N S T"], counts: Bool[Tensor, "N T"]) -> Float[Tensor, "N T S"]:
         """The slow reference."""
         joint, target = torch.from_numpy(self._joint), torch.from_numpy(self._target)[:, None]
-        stay, switch = (torch.from_numpy(each)[:, None] for each in (self._stay, self._switch))
+        stay, switch = (torch.from_numpy(each)[:, :, None] for each in (self._stay, self._switch))
         found = [values.new_empty(len(values), 0, values.shape[1])]
         for value, read in zip(values.detach().unbind(2), counts.unbind(1), strict=True):
             counted = joint + value[:, None]
@@ -139,11 +139,31 @@ class ParticleFilter:
         """The means of the blend weights under these probabilities of the particles."""
         return np.matmul(log_weights.exp().numpy(), self._blends)
 
-    def select(self, prompts: Sequence[int]) -> None:
-        """Keep some prompts, in that order."""
-        index = np.asarray(prompts)
-        self._joint, self._target, self._blends = self._joint[index], self._target[index], self._blends[index]
-        self._log_weights = None
+    def select(self, prompts: Sequence[int], particles: int) -> None:
+        """Keep some prompts, in that order, and their first ``particles``: others have no probability."""
+        kept, state = torch.tensor(prompts), self.state
+        blends = state.blends[np.asarray(prompts), :particles]
+        joint, target = state.joint[kept][..., :particles], state.target[kept][:, :particles]
+        self.state = FilterState(joint, target, state.rates[kept], blends)
+
+    def join(self, other: "ParticleFilter") -> None:
+        """Take over another's prompts, after one's own.
+
+        Where one has fewer particles or rates, it gets more of no probability.
+        """
+        own, more = self.state, other.state
+        most, particles = (max(own.joint.shape[place], more.joint.shape[place]) for place in (1, 2))
+        wide = [
+            FilterState(
+                _padded(each.joint, (most, particles), -torch.inf),
+                _padded(each.target, (particles,), -torch.inf),
+                _padded(each.rates, (most,), 0.0),
+                _padded(torch.from_numpy(each.blends).mT, (particles,), 0.0).mT.numpy(),
+            )
+            for each in (own, more)
+        ]
+        joint, target, rates = (torch.cat([getattr(each, name) for each in wide]) for name in FilterState._fields[:3])
+        self.state = FilterState(joint, target, rates, np.concatenate([each.blends for each in wide]))
 
     def merge(self, representative: Int[np.ndarray, "N S"]) -> list[list[int]]:
         """Give each particle's probability, now and after a switch, to its representative.
@@ -173,6 +193,12 @@ class ParticleFilter:
         self._target = (target[..., None] + gaps).logsumexp(1).numpy()
         self._log_weights = None
         return left
+
+
+def _padded(values: Tensor, shape: tuple[int, ...], value: float) -> Tensor:
+    """Filled up with a value at the end of the last dimensions."""
+    gaps = [wanted - got for wanted, got in zip(shape, values.shape[-len(shape) :], strict=True)]
+    return torch.nn.functional.pad(values, [n for gap in reversed(gaps) for n in (0, gap)], value=value)
 
 
 class Predictive(NamedTuple):

@@ -40,7 +40,7 @@ class Token:
 
 
 class Decoding:
-    """Filtered particles of N prompts.
+    """Filtered particles of N prompts, at most S of each.
 
     Args:
         reader: of the prompts under these particles. particles: of the prompts.
@@ -64,8 +64,9 @@ class Decoding:
     ) -> None:
         self.reader = reader
         self._filter, self._target = ParticleFilter(particles), particles.target
-        self._ids, self._lengths, self._evidence, self._continues = ids, lengths, evidence, continues
-        self._alone = particles.mass.shape[1] == 1
+        self._ids, self._lengths, self._evidence = ids, lengths, evidence
+        self._stops = ~continues[None]  # (1 or N, V)
+        self._counts = [particles.mass.shape[1]] * len(ids)  # of particles; after these there are only copies
         self._following: Float[Tensor, "N S V"]
         self._mean: np.ndarray | None = None  # of the present weights, where it has been asked for
         self.path = np.empty((ids.shape[1], len(ids), particles.weights.shape[2]))
@@ -76,6 +77,17 @@ class Decoding:
         if self._mean is None:
             self._mean = self._filter.mean()
         return self._mean
+
+    @property
+    def _alone(self) -> bool:
+        """Whether there is nothing to filter."""
+        return max(self._counts) == 1
+
+    @property
+    def predicts(self) -> Bool[Tensor, " N"]:
+        """Of which prompts the model says what may follow, and not NaN."""
+        possible = self._following.isfinite().any(1) & ~self._stops
+        return possible.any(1) & ~self._following.isnan().any((1, 2))
 
     @property
     def filtered(self) -> FilterState:
@@ -140,26 +152,30 @@ class Decoding:
         v = self._filter.log_weights.exp().numpy()
         chosen = [representatives(own, each, tolerance) for own, each in zip(v, kl, strict=True)]
         left = self._filter.merge(np.stack(chosen))
-        self._mean = None
+        self._mean, self._counts = None, list(map(len, left))
         self.reader.keep(range(len(left)), left)
-        width = max(map(len, left))
+        width = max(self._counts)
         index = torch.tensor([[*kept, *[kept[0]] * (width - len(kept))] for kept in left])
         self._following = self._following[torch.arange(len(left))[:, None], index]
         return left
 
-    def choose(self, sampling: Sampling, generators: Sequence[np.random.Generator]) -> Token:
-        """The next token of each prompt.
+    def choose(self, samplings: Sequence[Sampling], generators: Sequence[np.random.Generator]) -> Token:
+        """The next token of each prompt, whose sampling and generator have its place.
 
         Raises:
-            TensorError: the model predicts NaN.
+            TensorError: the model predicts NaN, or nothing that may follow.
         """
         mixed = predictive(self._filter.log_weights, self._following)
         if bool(mixed.log_probabilities.isnan().any()):
             raise TensorError("expected finite log-probabilities from the model, got NaN")
-        ids = sampling.choose(mixed.log_probabilities.masked_fill(~self._continues, -torch.inf), generators)
-        chosen = mixed.log_probabilities.gather(1, ids[:, None])[:, 0]
-        if not bool(chosen.isfinite().all()):
+        logits = mixed.log_probabilities.masked_fill(self._stops, -torch.inf)
+        if not bool(logits.amax(1).isfinite().all()):
             raise TensorError("expected a finite log-probability of the next token from the model, got infinity")
+        ids = torch.empty(len(logits), dtype=torch.long)
+        for sampling in set(samplings):
+            places = [n for n, each in enumerate(samplings) if each == sampling]
+            ids[places] = sampling.choose(logits[places], [generators[n] for n in places])
+        chosen = mixed.log_probabilities.gather(1, ids[:, None])[:, 0]
         values = ids, chosen, mixed.entropy, mixed.mutual_information
         tokens, log_p, entropy, information = (each.cpu().numpy() for each in values)
         return Token(tokens, log_p, entropy, information, self.weights, self.reader.rows)
@@ -172,19 +188,10 @@ class Decoding:
                 model's own count, too: later ones continue what the likely particles began.
             last: nothing will be asked about what follows them.
         """
-        if evidence:
-            self.count(ids)
-        if not last:
-            self.follow(self.reader.read(torch.from_numpy(ids)))
-
-    def count(self, ids: Int[np.ndarray, " N"]) -> None:
-        """Filter the particles by tokens that follow."""
-        if not self._alone:
+        if evidence and not self._alone:
             self._update(_of(self._following[:, :, None], torch.from_numpy(ids)[:, None]))
-
-    def follow(self, following: Float[Tensor, "N S V"]) -> None:
-        """Go on where particles say this of what follows, whoever has read what came before."""
-        self._following = following
+        if not last:
+            self._following = self.reader.read(torch.from_numpy(ids))
 
     def _update(
         self, log_likelihood: Float[Tensor, "N S T"], counts: Bool[Tensor, "N T"] | None = None
@@ -194,11 +201,28 @@ class Decoding:
 
     def keep(self, prompts: Sequence[int]) -> None:
         """Drop all other prompts; nothing is merged after that."""
-        count = self._following.shape[1]
-        self.reader.keep(prompts, [range(count)] * len(prompts))
-        self._filter.select(prompts)
+        self._counts = [self._counts[n] for n in prompts]
+        width = max(self._counts)
+        self.reader.keep(prompts, [range(count) for count in self._counts])
+        self._filter.select(prompts, width)
         self._mean = None
-        self._following = self._following[torch.tensor(prompts)]
+        self._following = self._following[torch.tensor(prompts), :width]
+        self._stops = self._stops if len(self._stops) == 1 else self._stops[torch.tensor(prompts)]
+
+    def join(self, other: "Decoding") -> None:
+        """Take over the prompts of another, after one's own; the other is spent. Nothing is merged after that.
+
+        Raises:
+            TensorError: they do not fit together. StaleCacheError: one of them was interrupted.
+        """
+        own, more = self._following, other._following
+        self.reader.join(other.reader)  # of one kind: both are of one engine
+        self._filter.join(other._filter)
+        width = max(own.shape[1], more.shape[1])
+        copies = [each[:, :1].expand(-1, width - each.shape[1], -1) for each in (own, more)]
+        self._following = torch.cat([torch.cat([own, copies[0]], 1), torch.cat([more, copies[1]], 1)])
+        self._stops = torch.cat([each._stops.expand(len(each._counts), -1) for each in (self, other)])
+        self._counts, self._mean = self._counts + other._counts, None
 
 
 class Settled(NamedTuple):

@@ -74,6 +74,21 @@ class ParticleReader(Protocol):
         """
         ...
 
+    @property
+    def nbytes(self) -> int:
+        """Of what is kept of what was read."""
+        ...
+
+    def join(self, other: "ParticleReader") -> None:
+        """Take over the prompts of another reader of the same experts, after one's own; the other is spent.
+
+        Both have read their prompts. Those with fewer particles than another are filled up with copies of their first.
+
+        Raises:
+            TensorError: they do not fit together. StaleCacheError: one of them was interrupted.
+        """
+        ...
+
 
 class CachedReader:
     """Reads on in sessions of the model.
@@ -120,11 +135,6 @@ class CachedReader:
     @property
     def rows(self) -> int:
         return len(self._owner)
-
-    @property
-    def particles(self) -> int:
-        """Of a prompt; those of others are filled up to as many."""
-        return self._index.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -189,15 +199,9 @@ class CachedReader:
         self._row, self._separate = list(range(len(prompts))), True
         self._prefix = replace(self._prefix, x=None, below=None)  # they have been read: nobody needs that again
 
-    def join(self, other: "CachedReader") -> None:
-        """Take over the prompts of another reader of the same experts, after one's own; the other is spent.
-
-        Both have read their prompts and ``joins``. Prompts with fewer particles than another are filled up with copies
-        of their first.
-
-        Raises:
-            TensorError: they do not fit together. StaleCacheError: one of them was interrupted.
-        """
+    def join(self, other: ParticleReader) -> None:
+        """Both are made with ``joins``."""
+        assert isinstance(other, CachedReader)
         for each in (self, other):
             if not each._separate:
                 prompts, particles = each._index.shape
@@ -250,6 +254,10 @@ class UncachedReader:
     def rows(self) -> int:
         return self._weights.shape[0] * self._weights.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        return 0
+
     def read_prompts(self, own: bool, tail: int = 1, piece: int | None = None) -> Generator[None, None, Said]:
         yield from ()  # it never pauses
         return self._read_all(own, tail)
@@ -273,6 +281,13 @@ class UncachedReader:
         filled = [[*chosen, *[chosen[0]] * (width - len(chosen))] for chosen in particles]
         self._seen = [self._seen[prompt] for prompt in prompts]
         self._weights = self._weights[torch.tensor(list(prompts))[:, None], torch.tensor(filled)]
+
+    def join(self, other: ParticleReader) -> None:
+        assert isinstance(other, UncachedReader)
+        both = (self._weights, other._weights)
+        width = max(own.shape[1] for own in both)
+        filled = [torch.cat([own, own[:, :1].expand(-1, width - own.shape[1], *own.shape[2:])], 1) for own in both]
+        self._weights, self._seen = torch.cat(filled), self._seen + other._seen
 
 
 Found = TypeVar("Found")

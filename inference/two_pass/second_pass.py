@@ -204,7 +204,7 @@ class SecondPass:
         written = {n: Written(self._system.tokenizer, self._texts[n].ids, writing) for n in group}
         while len(live):
             with torch.no_grad():
-                token = decoding.choose(writing.sampling, [self._generators[n] for n in live])
+                token = decoding.choose([writing.sampling] * len(live), [self._generators[n] for n in live])
             ended = np.array([written[n].add(int(each)) for n, each in zip(live, token.ids, strict=True)])
             self.texts.update((int(n), written[n].text) for n in live)
             pieces = [written[n].piece for n in live]

@@ -106,6 +106,6 @@ def test_prompts_can_be_dropped() -> None:
     particles = Particles(np.eye(3)[None].repeat(3, 0), np.array([[0.2, 0.3, 0.5], [1.0, 0.0, 0.0], [0.1, 0.1, 0.8]]))
     weights = ParticleFilter(particles)
     before = weights.mean()
-    weights.select([2, 0])
+    weights.select([2, 0], 3)
     np.testing.assert_array_equal(weights.mean(), before[[2, 0]])
     assert weights.mean()[0, 2] == pytest.approx(0.8)
