@@ -57,7 +57,7 @@ class Read(NamedTuple):
 class Session(Protocol):
     """R rows of tokens that a model reads, and reads on. Rows may be dropped, repeated and permuted between reads.
 
-    A read takes effect whole; after one that was interrupted the session refuses all further ones.
+    A change takes effect whole; after one that was interrupted the session refuses all further ones.
 
     Attributes:
         evaluated: how often a block has run on a token, padding left out.
@@ -96,7 +96,7 @@ class Session(Protocol):
 
         Raises:
             TensorError: shapes that do not fit. CacheFullError: more tokens than there is room for.
-            StaleCacheError: an earlier read was interrupted.
+            StaleCacheError: an earlier change was interrupted.
         """
         ...
 

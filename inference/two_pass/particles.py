@@ -213,7 +213,7 @@ class Decoding:
         """Take over the prompts of another, after one's own; the other is spent. Nothing is merged after that.
 
         Raises:
-            TensorError: they do not fit together. StaleCacheError: one of them was interrupted.
+            TensorError: they do not fit together. StaleCacheError: one of them was interrupted. Then both are spent.
         """
         own, more = self._following, other._following
         self.reader.join(other.reader)  # of one kind: both are of one engine

@@ -85,7 +85,7 @@ class ParticleReader(Protocol):
         Both have read their prompts. Those with fewer particles than another are filled up with copies of their first.
 
         Raises:
-            TensorError: they do not fit together. StaleCacheError: one of them was interrupted.
+            TensorError: they do not fit together. StaleCacheError: one of them was interrupted. Then both are spent.
         """
         ...
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from bayes_dispatch.errors import TensorError
+from bayes_dispatch.errors import StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.backbone import Read, Session, check_rows, check_tokens
 from bayes_dispatch.model.mambaformer.cache import Cache
@@ -56,6 +56,7 @@ class MambaFormerSession:
         self._model, self._cache, self._adaptation, self._blocks = model, cache, adaptation, blocks
         self._whole = blocks.stop == depth
         self._before: Float[Tensor, "R V"] | None = None
+        self._changing = False  # begun, and not ended: spoilt, unless that goes on
 
     @property
     def rows(self) -> int:
@@ -78,6 +79,7 @@ class MambaFormerSession:
         own: bool = False,
         tail: int = 1,
     ) -> Read:
+        self._check_whole()
         check_tokens(ids, tokens, self.rows)  # all is checked before the first piece is read
         width = ids.shape[1]
         self._cache.check_room(len(ids), width if tokens is None else tokens)
@@ -85,10 +87,12 @@ class MambaFormerSession:
             check_ids(ids, self._model.vocab_size)
         counts = None if tokens is None or bool((tokens == width).all()) else tokens
         parts = [slice(start, start + PIECE) for start in range(0, width, PIECE)]
+        self._changing = True
         read = [self._run(ids[:, part], None if x is None else x[:, part], _left(counts, part)) for part in parts]
         hidden = read[0] if len(read) == 1 else torch.cat(read, 1)
         self.evaluated += (ids.numel() if counts is None else int(counts.sum())) * len(self._blocks)
         if not self._whole:
+            self._changing = False
             return Read(None, None, hidden)
         said = self._own(ids, hidden) if own else None
         tail = min(tail, width)
@@ -98,17 +102,22 @@ class MambaFormerSession:
             places = (counts[:, None] - tail + torch.arange(tail)).clamp(min=0)
             after = self.after(hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2])))
         self._before = after[:, -1]
+        self._changing = False
         return Read(said, after, hidden)
 
     def after(self, hidden: Float[Tensor, "R t D"]) -> Float[Tensor, "R t V"]:
         return self._model.logits(hidden, self._adaptation).log_softmax(-1)
 
     def keep(self, rows: Sequence[int]) -> None:
+        self._check_whole()
         check_rows(rows, self.rows)
+        self._changing = True
         self._cache.reorder(rows)
         self._select(rows)
+        self._changing = False
 
     def select(self, rows: Sequence[int]) -> "MambaFormerSession":
+        self._check_whole()
         check_rows(rows, self.rows)
         twin = copy(self)
         twin._cache = self._cache.select(rows)
@@ -118,14 +127,22 @@ class MambaFormerSession:
     def join(self, other: Session) -> None:
         if not isinstance(other, MambaFormerSession) or (other._model, other._blocks) != (self._model, self._blocks):
             raise TensorError(f"expected a session of the same model and its blocks {self._blocks}, got another")
+        self._check_whole()
+        other._check_whole()
         adaptation = self._adaptation.followed_by(other._adaptation, self.rows, other.rows)
         both = [each._before for each in (self, other) if each._before is not None]
         before = torch.cat(both) if len(both) == 2 else None
+        self._changing = True
         self._cache.join(other._cache)
         self._adaptation, self._before = adaptation, before
+        self._changing = False
 
     def reserve(self, capacity: int) -> None:
         self._cache.reserve(capacity)
+
+    def _check_whole(self) -> None:
+        if self._changing:
+            raise StaleCacheError("expected a session whose last change ended, got one that was interrupted")
 
     def _select(self, rows: Sequence[int]) -> None:
         self._adaptation = self._adaptation.select(rows)

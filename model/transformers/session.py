@@ -232,7 +232,7 @@ class TransformersSession:
 
     def _whole(self) -> None:
         if self._changing:
-            raise StaleCacheError("expected a session whose last read ended, got one that was interrupted")
+            raise StaleCacheError("expected a session whose last change ended, got one that was interrupted")
 
     def kept(self) -> list[Tensor]:
         """What the first layer of each kind keeps."""

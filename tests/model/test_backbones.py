@@ -1,10 +1,16 @@
 """The contract of ``Backbone`` and ``Session``: every backbone passes every law here, against the plain model."""
 
+import os
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -450,6 +456,54 @@ def test_an_interrupted_read_leaves_a_session_that_refuses(backbone: Any) -> Non
     for call in (lambda: session.read(ids), lambda: session.keep([0]), lambda: session.select([0])):
         with pytest.raises(StaleCacheError):
             call()
+
+
+@pytest.mark.parametrize("change", ["keep", "join"])
+def test_an_interrupted_change_is_none_or_whole_or_marked(backbone: Any, change: str) -> None:
+    """Wherever it comes: the session is as before it, or as after it, or refuses."""
+    ids = tokens(backbone, 3, 6)
+
+    def session(rows: slice) -> Session:
+        opened = backbone.open(len(ids[rows]), 20)
+        opened.read(ids[rows, :4])
+        return opened  # type: ignore[no-any-return]
+
+    def changed(whole: Session) -> None:
+        whole.keep([1]) if change == "keep" else whole.join(third)
+
+    untouched, done, third = session(slice(2)), session(slice(2)), session(slice(2, 3))
+    lines = interrupted(partial(changed, done), None)
+    expected = {each.rows: read(each, ids[: each.rows, 4:]).after for each in (untouched, done)}
+    for line in np.linspace(1, lines, 8, dtype=int).tolist():
+        each = session(slice(2))
+        interrupted(partial(changed, each), line)
+        with suppress(StaleCacheError):
+            torch.testing.assert_close(read(each, ids[: each.rows, 4:]).after, expected[each.rows])
+
+
+def interrupted(call: Callable[[], object], at: int | None) -> int:
+    """Interrupt a call at its n-th line of this package's model; how many there are, where it is not."""
+    count = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> Any:
+        nonlocal count
+        if f"{os.sep}model{os.sep}" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            count += 1
+            if count == at:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        assert at is not None
+    finally:
+        sys.settrace(before)
+    return count
 
 
 def test_there_is_room_for_so_many_tokens(backbone: Any) -> None:
