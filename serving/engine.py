@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Condition, Thread
 from time import monotonic
 
@@ -70,6 +71,7 @@ class BatchedEngine:
     def __init__(self, system: System, limits: Limits | None = None) -> None:
         TwoPassGenerator(system)  # whether its parts fit together
         self._system, self._limits = system, Limits() if limits is None else limits
+        self._form = Form.of(system.tokenizer)
         self._row_bytes, self._token_bytes = _cache_bytes(system.model)
         self._waiting = WaitingLine(self._limits.waiting, self._limits.waiting_tokens)
         self._closing: float | None = None  # when all is to be over, once it is to close
@@ -85,7 +87,7 @@ class BatchedEngine:
 
     def submit(self, work: Work, tell: Callable[[Event], None]) -> Request:
         """See ``work.Engine``."""
-        heard = hear(self._system.tokenizer, self._system.model.longest, work)
+        heard = hear(self._system.tokenizer, self._form, self._system.model.longest, work)
         if work.false_alarm_rate is not None:
             check_gate(self._system, work.false_alarm_rate)
         elif work.abstain:
@@ -111,7 +113,7 @@ class BatchedEngine:
     @property
     def reply_stop(self) -> str | None:
         """See ``work.Engine``."""
-        return Form.of(self._system.tokenizer).stop
+        return self._form.stop
 
     def close(self, patience: float) -> None:
         """See ``work.Engine``."""
@@ -134,9 +136,8 @@ class BatchedEngine:
         except BaseException as error:  # nobody else would tell those who wait
             logger.exception("the engine has ended")
             with self._changed:
-                left = [*self._waiting, *(request for request, _ in self._running)]
+                left = [*self._waiting.clear(), *(request for request, _ in self._running)]
                 left += [] if self._reading is None else [self._reading[0]]
-                self._waiting = WaitingLine(self._limits.waiting, self._limits.waiting_tokens)
                 self._running, self._reading, self._batch, self._closing = [], None, None, monotonic()
                 self._state = replace(self._state, running=0, rows=0, cache_bytes=0)
             for request in left:
@@ -151,8 +152,7 @@ class BatchedEngine:
             idle = not (self._waiting or self._running or self._reading)
             over = self._closing is not None and (idle or monotonic() > self._closing)
             if over:
-                gone += [(request, "closed") for request in self._waiting]
-                self._waiting = WaitingLine(self._limits.waiting, self._limits.waiting_tokens)
+                gone += [(request, "closed") for request in self._waiting.clear()]
         for request, reason in gone:
             _tell(request, Ended(reason))
         if over:
@@ -190,13 +190,8 @@ class BatchedEngine:
                 request = None if len(self._running) >= self._limits.running else self._waiting.next()
             if request is None:
                 return False
-            told = request
-            self._reading = (
-                request,
-                Reading(
-                    self._system, request.heard, request.work, self._limits.piece, lambda begun: _tell(told, begun)
-                ),
-            )
+            tell = partial(_tell, request)
+            self._reading = request, Reading(self._system, request.heard, request.work, self._limits.piece, tell)
         request, reading = self._reading
         try:
             if reading.rows and not self._fits(reading.rows, reading.tokens):

@@ -31,21 +31,26 @@ class Heard:
 
     Attributes:
         begin: ids before all else. transcript: what was said, in which the user's words are evidence.
-        ends: ids with which the answer ends. stops: texts with which it does.
+        ends: ids with which the answer ends. writing: how it is continued, ``None`` where it is not.
     """
 
     begin: tuple[int, ...]
     transcript: Transcript
     ends: frozenset[int]
-    stops: tuple[str, ...]
+    writing: Writing | None
 
     def __len__(self) -> int:
         """Tokens, those before all else among them."""
         return len(self.begin) + len(self.transcript)
 
+    @property
+    def tokens(self) -> int:
+        """These, and at most those of the answer."""
+        return len(self) + (0 if self.writing is None else self.writing.max_new_tokens)
 
-def hear(tokenizer: Tokenizer, longest: int | None, work: Work) -> Heard:
-    """The tokens of a request.
+
+def hear(tokenizer: Tokenizer, form: Form, longest: int | None, work: Work) -> Heard:
+    """The tokens of a request; ``form`` is that of the tokenizer's conversations.
 
     A conversation has the form of the model's chat template, and without one nothing between its turns; then an answer
     ends with a line, unless it is told otherwise. What the system says comes before the user's first words, as
@@ -55,22 +60,24 @@ def hear(tokenizer: Tokenizer, longest: int | None, work: Work) -> Heard:
         PromptError: nothing is said, it is no UTF-8, or more than the model can read with the answer.
         ConfigError: turns of no conversation.
     """
-    stops = () if work.writing is None else work.writing.stops
+    writing = work.writing
     if isinstance(work.prompt, str):
         data = utf8(work.prompt)
         words, nothing = tokenizer.tokenize(data, begin=False), tokenizer.tokenize(b"").ids
         text = Transcript.empty().followed_by(words.ids, words.spans, data, user=True)
-        heard = Heard(nothing, text, tokenizer.ends, stops)
+        heard = Heard(nothing, text, tokenizer.ends, writing)
     else:
-        form = Form.of(tokenizer)
-        ending = () if form.stop is None else (form.stop,)
-        heard = Heard(form.begin, _conversation(tokenizer, form, work.prompt), form.ends, stops or ending)
+        if writing is not None and form.stop is not None and not writing.stops:
+            writing = replace(writing, stops=(form.stop,))
+        heard = Heard(form.begin, _conversation(tokenizer, form, work.prompt), form.ends, writing)
     if not heard.transcript.user.any():
         raise PromptError("expected a prompt of at least one token, got none")
-    room = 0 if work.writing is None else work.writing.max_new_tokens
-    if longest is not None and len(heard) + room > longest:
-        most = f"expected a prompt of at most {longest} tokens with the {room} that follow"
-        raise PromptError(f"{most}, got {len(heard)}")
+    if longest is not None and heard.tokens > longest:
+        room = longest - len(heard)
+        if not (work.shorter and writing is not None and room > 0):
+            most = f"expected a prompt of at most {longest} tokens with the {heard.tokens - len(heard)} that follow"
+            raise PromptError(f"{most}, got {len(heard)}")
+        heard = replace(heard, writing=replace(writing, max_new_tokens=room))
     return heard
 
 
@@ -136,7 +143,7 @@ class Reading:
 
     def __init__(self, system: System, heard: Heard, work: Work, piece: int, tell: Callable[[Begun], None]) -> None:
         self.rows = 0
-        self.tokens = len(heard) + (0 if work.writing is None else work.writing.max_new_tokens)
+        self.tokens = heard.tokens
         self.running: Running | None = None
         self.decoding: Decoding | None = None
         self._system, self._heard, self._work, self._tell = system, heard, work, tell
@@ -156,7 +163,7 @@ class Reading:
         return False
 
     def _read(self) -> Generator[None, None, None]:
-        system, heard, writing = self._system, self._heard, self._work.writing
+        system, heard, writing = self._system, self._heard, self._heard.writing
         conversation = Conversation(system, cut_of(system), heard.begin, self.tokens)
         while len(conversation.ids) < len(heard):
             conversation.read(heard.transcript, self._piece)
@@ -169,7 +176,6 @@ class Reading:
         yield
         settled = yield from settle(partial(self._begin, conversation), particles, self._piece)
         self.decoding, self.rows = settled.decoding, settled.decoding.reader.rows
-        writing = replace(writing, stops=heard.stops)
         self.running = Running(
             Written(system.tokenizer, conversation.ids, writing, heard.ends),
             writing,

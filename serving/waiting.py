@@ -32,7 +32,7 @@ class Request:
     @property
     def tokens(self) -> int:
         """Of the prompt, and at most of the answer."""
-        return len(self.heard) + (0 if self.work.writing is None else self.work.writing.max_new_tokens)
+        return self.heard.tokens
 
     def over(self) -> str | None:
         """Why nothing more is to be done for it: ``cancelled`` or ``late``."""
@@ -45,7 +45,8 @@ class WaitingLine:
     """Bounded, and fair to owners.
 
     Args:
-        requests, tokens: at most; a request alone may have more tokens than that.
+        requests, tokens: at most, and half of that for each owner who has a name, so that one cannot fill the line for
+            all; where an owner has nothing in it, one request may have more tokens.
     """
 
     def __init__(self, requests: int, tokens: int) -> None:
@@ -69,14 +70,19 @@ class WaitingLine:
         Raises:
             BusyError: there are too many.
         """
-        count, tokens = len(self), self.tokens
-        if count >= self._most:
-            raise BusyError(f"expected at most {self._most} waiting requests, got one more", retry_after)
-        if count and tokens + request.tokens > self._most_tokens:
-            raise BusyError(
-                f"expected at most {self._most_tokens} waiting tokens, got {request.tokens} more", retry_after
-            )
-        self._of.setdefault(request.work.owner, deque()).append(request)
+        owner = request.work.owner
+        self._check(list(self), self._most, self._most_tokens, request, retry_after)
+        if owner:
+            own = list(self._of.get(owner, ()))
+            self._check(own, -(-self._most // 2), -(-self._most_tokens // 2), request, retry_after)
+        self._of.setdefault(owner, deque()).append(request)
+
+    @staticmethod
+    def _check(waiting: list[Request], most: int, most_tokens: int, request: Request, retry_after: int) -> None:
+        if len(waiting) >= most:
+            raise BusyError(f"expected at most {most} waiting requests, got one more", retry_after)
+        if waiting and sum(each.tokens for each in waiting) + request.tokens > most_tokens:
+            raise BusyError(f"expected at most {most_tokens} waiting tokens, got {request.tokens} more", retry_after)
 
     def next(self) -> Request | None:
         """The one whose turn it is."""
@@ -87,6 +93,11 @@ class WaitingLine:
                 self._of[owner] = line  # at the end
             return request
         return None
+
+    def clear(self) -> list[Request]:
+        """Take out all."""
+        gone, self._of = list(self), {}
+        return gone
 
     def drop(self) -> list[tuple[Request, str]]:
         """Take out those that nobody waits for any more, and why."""

@@ -41,7 +41,8 @@ class Work:
     Attributes:
         prompt: the text, or the turns of a conversation, of which the user has the last.
         blend: how its posterior becomes particles.
-        writing: how it is continued; ``None`` to dispatch it alone.
+        writing: how it is continued; ``None`` to dispatch it alone. shorter: by fewer tokens, where the model has not
+            room for as many.
         seed: of posterior draws and sampling: the same request with the same seed gives the same answer.
         false_alarm_rate, abstain: see ``TwoPassGenerator.generate``.
         owner: whose it is: owners take turns in the queue.
@@ -56,6 +57,7 @@ class Work:
     abstain: bool = False
     owner: str = ""
     patience: float | None = None
+    shorter: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+import anyio
 from fastapi import FastAPI, Request
 from sse_starlette import EventSourceResponse
 from starlette.exceptions import HTTPException
@@ -24,6 +25,7 @@ from bayes_dispatch.serving.web.jobs import Job, Jobs
 from bayes_dispatch.serving.web.keys import Keys
 from bayes_dispatch.serving.web.metrics import Metrics
 from bayes_dispatch.serving.web.refusals import RefusedError, as_refused, closing
+from bayes_dispatch.serving.web.server import LAST_WORDS
 from bayes_dispatch.serving.web.settings import WebSettings
 from bayes_dispatch.serving.work import Begun, Ended, Engine, Event, Wrote
 
@@ -151,7 +153,7 @@ class _Desk:
             Choice(n, n // each, () if work.writing is None else work.writing.stops) for n, work in enumerate(job.works)
         ]
         try:
-            hearing = Hearing(self._engine, job.works)
+            hearing = await Hearing.of(self._engine, job.works)
         except BayesDispatchError as error:
             raise (closing() if self._engine.state.closing else as_refused(error, record.id)) from None
         told = _Told(record, self._metrics, choices)
@@ -231,7 +233,13 @@ class _Stream(EventSourceResponse):
 
     def __init__(self, hearing: Hearing, told: _Told, answer: Answer, first: tuple[int, Event], seconds: float) -> None:
         self._hearing, self._told, self._answer = hearing, told, answer
-        super().__init__(self._lines(first), sep="\n", send_timeout=seconds)
+        super().__init__(
+            self._lines(first),
+            sep="\n",
+            send_timeout=seconds,
+            shutdown_event=anyio.Event(),
+            shutdown_grace_period=LAST_WORDS - 1,  # in which what has been told is still sent
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -1,6 +1,7 @@
 """What an engine tells on its own thread, heard by the request's own coroutine."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -20,25 +21,36 @@ class GoneError(Exception):
 
 
 class Hearing:
-    """All of one request's work, from when an engine takes it until it ends or is wanted no more.
+    """All of one request's work, from when an engine takes it until it ends or is wanted no more: see ``of``."""
 
-    Args:
-        engine: is asked at once. works: all or none are taken.
-
-    Raises:
-        BayesDispatchError: what ``Engine.submit`` raises; what was taken before is cancelled.
-    """
-
-    def __init__(self, engine: Engine, works: Sequence[Work]) -> None:
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._tickets: dict[int, Ticket] = {}
+        self._closed = threading.Event()
+
+    @classmethod
+    async def of(cls, engine: Engine, works: Sequence[Work]) -> "Hearing":
+        """Ask an engine for all of the works, or for none; on a thread, as long prompts take a while to tokenize.
+
+        Raises:
+            BayesDispatchError: what ``Engine.submit`` raises; what was taken before is cancelled.
+        """
+        hearing = cls()
         try:
-            for n, work in enumerate(works):
-                self._tickets[n] = engine.submit(work, partial(self._tell, n))
+            await asyncio.to_thread(hearing._submit, engine, works)
         except BaseException:
-            self.close()
+            hearing.close()
             raise
+        return hearing
+
+    def _submit(self, engine: Engine, works: Sequence[Work]) -> None:
+        for n, work in enumerate(works):
+            if self._closed.is_set():
+                return
+            self._tickets[n] = ticket = engine.submit(work, partial(self._tell, n))
+            if self._closed.is_set():  # before it knew of this one
+                ticket.cancel()
 
     async def next(self) -> tuple[int, Event]:
         """The next event, and the number of the work that it is of."""
@@ -54,7 +66,8 @@ class Hearing:
 
     def close(self) -> None:
         """Want no more of what has not ended."""
-        for ticket in self._tickets.values():
+        self._closed.set()
+        for ticket in list(self._tickets.values()):
             ticket.cancel()
 
     def _tell(self, n: int, event: Event) -> None:

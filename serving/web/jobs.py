@@ -88,7 +88,10 @@ class Jobs:
             given, param = asked.max_tokens, "max_tokens"
         most = self.settings.max_new_tokens if given is None else given
         stops = asked.stop or ([] if self.reply_stop is None else [self.reply_stop])
-        return self._written(asked, (_messages(asked.messages, "messages"),), "messages", param, most, stops, owner)
+        job = self._written(asked, (_messages(asked.messages, "messages"),), "messages", param, most, stops, owner)
+        return (
+            job if given is not None else replace(job, works=tuple(replace(each, shorter=True) for each in job.works))
+        )
 
     def of_dispatch(self, asked: DispatchAsked, owner: str) -> Job:
         """Of a text to dispatch.

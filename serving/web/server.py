@@ -14,11 +14,11 @@ from bayes_dispatch.inference.two_pass.events import tell
 from bayes_dispatch.serving.web.settings import WebSettings
 from bayes_dispatch.serving.work import Engine
 
-__all__ = ["Server", "listen"]
+__all__ = ["LAST_WORDS", "Server", "listen"]
 
 logger = logging.getLogger(__name__)
 
-LAST_WORDS = 5.0  # seconds in which answers that have ended may still be sent
+LAST_WORDS = 5  # seconds in which answers that have ended may still be sent
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -55,7 +55,8 @@ class Server(uvicorn.Server):
             server_header=False,
             proxy_headers=False,
             h11_max_incomplete_event_size=settings.header_bytes,
-            timeout_graceful_shutdown=int(LAST_WORDS),
+            limit_concurrency=settings.connections,
+            timeout_graceful_shutdown=LAST_WORDS,
         )
         super().__init__(config)
         self._engine, self._drain, self._told = engine, drain, False

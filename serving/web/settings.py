@@ -15,7 +15,7 @@ class WebSettings:
         body_bytes, header_bytes: of a request. prompt_bytes: of all its prompts, or of its messages.
         body_seconds: in which a body has to arrive; also those that a client may take to read a piece of a stream.
         max_new_tokens: that a choice may ask for; a chat that asks for no number gets so many.
-        choices: prompts times ``n``.
+        choices: prompts times ``n``. connections: at once; others get 503 as plain text.
         patience: seconds after which a request is given up, wherever it is; ``None`` for never.
         log_prompts: whether prompts are written to the log.
 
@@ -29,11 +29,12 @@ class WebSettings:
     body_seconds: float = 30.0
     max_new_tokens: int = 1024
     choices: int = 32
+    connections: int = 1024
     patience: float | None = 300.0
     log_prompts: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("body_bytes", "header_bytes", "prompt_bytes", "max_new_tokens", "choices"):
+        for name in ("body_bytes", "header_bytes", "prompt_bytes", "max_new_tokens", "choices", "connections"):
             whole(name, getattr(self, name), 1)
         real("body_seconds", self.body_seconds, 0, above=True)
         if self.patience is not None:

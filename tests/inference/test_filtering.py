@@ -93,6 +93,33 @@ def test_the_compiled_filter_is_that_of_tensors(
         torch.testing.assert_close(torch.stack(single, 1), found, rtol=0, atol=0, equal_nan=True)
 
 
+kinds_of_filters = st.tuples(st.integers(1, 5), st.sampled_from([(0.0,), (0.1,), (0.0, 0.3)]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(seeds, st.lists(kinds_of_filters, min_size=2, max_size=3))
+def test_joined_filters_stay_what_they_are(seed: int, kinds: list[tuple[int, tuple[float, ...]]]) -> None:
+    """Of any numbers of particles and rates; and so does what is left of them when some have gone."""
+    rng = np.random.default_rng(seed)
+    alone = [ParticleFilter(random_particles(seed + n, 1, *kind)) for n, kind in enumerate(kinds)]
+    joined = ParticleFilter.at(alone[0].state)
+    for other in alone[1:]:
+        joined.join(ParticleFilter.at(other.state))
+    before = list(range(len(kinds)))
+    for left in (before, [len(kinds) - 1, 0], [0]):
+        width = max(kinds[n][0] for n in left)
+        joined.select([before.index(n) for n in left], width)
+        before = left
+        likelihood = torch.from_numpy(rng.normal(size=(len(left), width, 3)))
+        joined.update(likelihood)
+        for place, n in enumerate(left):
+            own, count = alone[n], kinds[n][0]
+            own.update(likelihood[[place], :count])
+            torch.testing.assert_close(joined.log_weights[place, :count], own.log_weights[0], rtol=0, atol=1e-12)
+            assert bool((joined.log_weights[place, count:] == -torch.inf).all())
+            np.testing.assert_allclose(joined.mean()[place], own.mean()[0], atol=1e-12)
+
+
 @settings(max_examples=60, deadline=None)
 @given(seeds, st.integers(1, 6), st.integers(1, 300), st.sampled_from([torch.float32, torch.float64]))
 def test_the_compiled_mixture_is_that_of_tensors(seed: int, count: int, vocabulary: int, dtype: torch.dtype) -> None:

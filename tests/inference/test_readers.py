@@ -36,7 +36,7 @@ def experts_from(model: "MambaFormerForCausalLM", block: int) -> ExpertBank:
 
 
 def both(
-    model: "MambaFormerForCausalLM", block: int, prompts: list[bytes], weights: np.ndarray
+    model: "MambaFormerForCausalLM", block: int, prompts: list[bytes], weights: np.ndarray, joins: bool = False
 ) -> list[ParticleReader]:
     """The fast reader, copies of a prompt sharing its prefix, and the slow one."""
     bank, distinct = experts_from(model, block), list(dict.fromkeys(prompts))
@@ -44,7 +44,7 @@ def both(
     prefix = prefix_of(model, block, distinct)
     ids, tokens = padded([[256, *prompt] for prompt in prompts], 257)
     return [
-        CachedReader(model, bank, particles, prefix, [distinct.index(prompt) for prompt in prompts], 30),
+        CachedReader(model, bank, particles, prefix, [distinct.index(prompt) for prompt in prompts], 30, joins),
         UncachedReader(model, bank, particles, ids, tokens),
     ]
 
@@ -97,6 +97,31 @@ def test_fast_is_slow(
                 chosen = [sorted(rng.choice(3, size=rng.integers(1, 4), replace=False).tolist()) for _ in kept]
                 for reader in readers:
                     reader.keep(kept, chosen)
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_joined_readers_go_on_as_if_alone(model64: "MambaFormerForCausalLM", block: int) -> None:
+    """Of prompts and particles of any number; and when one of them has gone."""
+    rng = np.random.default_rng(2)
+    given = [
+        ([TEXTS[0], TEXTS[2]], rng.dirichlet(np.ones(4), size=(2, 1))),
+        ([TEXTS[1]], rng.dirichlet(np.ones(4), size=(1, 3))),
+    ]
+    alone, joined = ([both(model64, block, *each, joins=True) for each in given] for _ in range(2))
+    with torch.no_grad():
+        for reader in [each for pair in (*alone, *joined) for each in pair]:
+            straight(reader.read_prompts(own=False))
+        fast, slow = joined[0]
+        fast.join(joined[1][0])
+        slow.join(joined[1][1])
+        token = torch.tensor([65, 66, 67])
+        one, other = (pair[1].read(part) for pair, part in zip(alone, (token[:2], token[2:]), strict=True))
+        expected = torch.cat([one.expand(-1, 3, -1), other])
+        for reader in (fast, slow):
+            torch.testing.assert_close(reader.read(token), expected, rtol=0, atol=1e-10)
+            reader.keep([2, 0], [[0, 2], [0]])
+        assert (fast.rows, fast.nbytes > 0) == (3, True)
+        torch.testing.assert_close(fast.read(token[:2]), slow.read(token[:2]), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("block", [0, 1])

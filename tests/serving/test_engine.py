@@ -13,13 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from bayes_dispatch.errors import BayesDispatchError, ConfigError, PromptError
+from bayes_dispatch.errors import BayesDispatchError, ConfigError, PromptError, TensorError
+from bayes_dispatch.inference.chat.form import Form
+from bayes_dispatch.inference.chat.state import Transcript
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.blends import Blend, as_blend
 from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.inference.two_pass.readers import CachedReader
+from bayes_dispatch.model.generation.sampling import Sampling
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
-from bayes_dispatch.serving.reading import hear
+from bayes_dispatch.serving.reading import Heard, hear
 from bayes_dispatch.serving.waiting import Request, WaitingLine
 from bayes_dispatch.serving.work import Begun, BusyError, Ended, Engine, Event, Message, Ticket, Work, Wrote
 
@@ -27,7 +30,7 @@ PROMPTS = ["ab>ba\nab>", "1+2=3\n" * 6, "9", "ba>ab\nabc>" * 3, "12+1="]
 BLENDS = ["posterior_predictive(6)", "posterior_mean", "reverse", "refined_mean(6)", "base", "thompson_sample"]
 
 
-class Heard:
+class Told:
     """What an engine told of a request."""
 
     def __init__(self) -> None:
@@ -94,8 +97,8 @@ def named(system: Any, blend: str) -> Blend:
     return as_blend(blend, system.experts.components)
 
 
-def run(engine: BatchedEngine, works: list[Work]) -> list[Heard]:
-    heard = [Heard() for _ in works]
+def run(engine: BatchedEngine, works: list[Work]) -> list[Told]:
+    heard = [Told() for _ in works]
     for each, own in zip(works, heard, strict=True):
         engine.submit(each, own)
     for own in heard:
@@ -160,13 +163,16 @@ def test_a_conversation_is_that_of_a_chat(system: Any, start: Callable[..., Batc
     (own,) = run(engine, [asked])
     assert own.text == turn.text
     assert [token.token_id for token in own.tokens] == turn.token_ids.tolist()
+    form = Form.of(system.tokenizer)
     longer = (Message("system", "1+2=3"), *said, Message("assistant", "ba\n"), Message("user", "b>"))
-    heard = hear(system.tokenizer, None, replace(asked, prompt=longer))
+    heard = hear(system.tokenizer, form, None, replace(asked, prompt=longer))
     assert heard.transcript.data == b"1+2=3\n\nab>ba\nab>ba\nb>"
     assert heard.transcript.said[0] == b"ab>ba\nab>b>"
     cut_off = (*longer[:2], Message("assistant", "ba"), longer[3])  # as servers send it
-    if chat._form.stop is not None:
-        assert hear(system.tokenizer, None, replace(asked, prompt=cut_off)).transcript.data == heard.transcript.data
+    if form.stop is not None:
+        assert (
+            hear(system.tokenizer, form, None, replace(asked, prompt=cut_off)).transcript.data == heard.transcript.data
+        )
     assert int(heard.transcript.own.sum()) == len(system.tokenizer.tokenize("ba\n", begin=False).ids)
 
 
@@ -178,7 +184,7 @@ def test_turns_of_no_conversation_are_refused(
 ) -> None:
     turns = tuple(Message(role, "ab") for role in roles)
     with pytest.raises(ConfigError, match="expected turns"):
-        start(cut64).submit(work(cut64, turns), Heard())
+        start(cut64).submit(work(cut64, turns), Told())
 
 
 def test_a_prompt_can_be_dispatched_alone(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
@@ -192,7 +198,7 @@ def test_a_prompt_can_be_dispatched_alone(cut64: Any, start: Callable[..., Batch
 
 def test_reading_alone_holds_up_no_cancelling(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
     """Prompts that are dispatched alone, one after the other: the first of them only may still end."""
-    engine, heard = start(cut64, piece=16), [Heard() for _ in range(6)]
+    engine, heard = start(cut64, piece=16), [Told() for _ in range(6)]
     asked = replace(work(cut64, "ab>ba\n" * 400), writing=None)
     for ticket in [engine.submit(asked, own) for own in heard]:
         ticket.cancel()
@@ -203,7 +209,7 @@ def test_what_nobody_waits_for_is_dropped_and_frees_its_rows(cut64: Any, start: 
     """Cancelled before, while it is read or written, and late; what stays is as it would have been."""
     engine = start(cut64, piece=1)
     long = [work(cut64, "ab>ba\n" * 20, "posterior_predictive(6)", 400, seed=n) for n in range(3)]
-    heard, tickets = [Heard() for _ in range(5)], list[Ticket]()
+    heard, tickets = [Told() for _ in range(5)], list[Ticket]()
     for each, own in zip(long, heard, strict=False):
         tickets.append(engine.submit(each, own))
     stays = work(cut64, seed=9, tokens=30)
@@ -228,7 +234,7 @@ def test_caches_stay_within_their_bound(llama64: Any, start: Callable[..., Batch
     probe = start(llama64)
     needed = probe._bytes(6, 60)
     engine, most = start(llama64, cache_bytes=2 * needed), [0]
-    heard = [Heard() for _ in range(12)]
+    heard = [Told() for _ in range(12)]
 
     def watch() -> None:
         while not all(own.over.is_set() for own in heard):
@@ -243,7 +249,7 @@ def test_caches_stay_within_their_bound(llama64: Any, start: Callable[..., Batch
     watching.join()
     assert 0 < most[0] <= 2 * needed
     with pytest.raises(PromptError, match="fits in"):
-        start(llama64, cache_bytes=probe._bytes(1, 100)).submit(work(llama64, "ab", tokens=200), Heard())
+        start(llama64, cache_bytes=probe._bytes(1, 100)).submit(work(llama64, "ab", tokens=200), Told())
     (own,) = run(engine, [work(llama64, "ab>" * 5, "posterior_predictive(40)", 60)])
     assert own.why() == "failed"
     assert own.ended is not None
@@ -255,8 +261,8 @@ def test_what_a_long_request_left_is_counted(cut64: Any, start: Callable[..., Ba
     """Rows keep the room of the longest that was beside them; readers that have joined keep nothing of their own."""
     probe = start(cut64)
     bound = probe._bytes(1, 3000) * 2
-    engine, heard, stays = start(cut64, cache_bytes=bound), [Heard() for _ in range(12)], Heard()
-    long = Heard()
+    engine, heard, stays = start(cut64, cache_bytes=bound), [Told() for _ in range(12)], Told()
+    long = Told()
     engine.submit(work(cut64, "ab>", tokens=400, seed=1), stays)
     ticket = engine.submit(work(cut64, "ab>", tokens=2900), long)
     while not long.tokens:
@@ -274,7 +280,7 @@ def test_what_a_long_request_left_is_counted(cut64: Any, start: Callable[..., Ba
 def test_an_engine_that_breaks_tells_everybody(
     cut64: Any, start: Callable[..., BatchedEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, heard = start(cut64, running=1), [Heard() for _ in range(3)]
+    engine, heard = start(cut64, running=1), [Told() for _ in range(3)]
 
     def broken(self: BatchedEngine, **_: int) -> None:
         raise MemoryError("no more")
@@ -287,43 +293,97 @@ def test_an_engine_that_breaks_tells_everybody(
         assert {own.why() for own in heard} <= {"broken", "length", "stop"}
     assert engine.state.closing
     with pytest.raises(BusyError):
-        engine.submit(work(cut64), Heard())
+        engine.submit(work(cut64), Told())
 
 
 def test_more_than_can_wait_is_refused(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
     engine = start(cut64, waiting=2, running=1, waiting_tokens=700)
-    first = Heard()
+    first = Told()
     ticket = engine.submit(work(cut64, tokens=5000), first)
     while not first.tokens:
         sleep(0.01)
-    heard = [Heard(), Heard()]
+    heard = [Told(), Told()]
     engine.submit(work(cut64, tokens=300), heard[0])
     with pytest.raises(BusyError, match="700 waiting tokens") as refused:
-        engine.submit(work(cut64, tokens=600), Heard())
+        engine.submit(work(cut64, tokens=600), Told())
     assert 1 <= refused.value.retry_after <= 60
     engine.submit(work(cut64, tokens=3), heard[1])
     with pytest.raises(BusyError, match="at most 2 waiting"):
-        engine.submit(work(cut64, tokens=3), Heard())
+        engine.submit(work(cut64, tokens=3), Told())
     assert (engine.state.waiting, engine.state.running) == (2, 1)
     ticket.cancel()
     assert {own.why() for own in heard} <= {"length", "stop"}
 
 
 def test_owners_take_turns() -> None:
-    line = WaitingLine(100, 10**6)
+    line, three = WaitingLine(100, 10**6), Heard((0, 1, 2), Transcript.empty(), frozenset(), None)
     for name in ["a1", "a2", "a3", "b1", "c1", "b2"]:
         given: Any = SimpleNamespace(owner=name[0], writing=None, name=name)
-        line.add(Request(given, ThreeTokens(), lambda _: None, np.inf), 1)
+        line.add(Request(given, three, lambda _: None, np.inf), 1)
     order = [next_.work.name for next_ in iter(line.next, None)]  # type: ignore[attr-defined]
     assert order == ["a1", "b1", "c1", "a2", "b2", "a3"]
     assert len(line) == 0
 
 
-class ThreeTokens:
-    """Something heard."""
+def test_one_owner_cannot_fill_the_line() -> None:
+    """Nor can all of them fill more than there is; who has nothing in it may come with much."""
+    line = WaitingLine(4, 100)
 
-    def __len__(self) -> int:
-        return 3
+    def add(owner: str, tokens: int) -> None:
+        asked: Any = SimpleNamespace(owner=owner)
+        line.add(Request(asked, Heard((0,) * tokens, Transcript.empty(), frozenset(), None), lambda _: None, np.inf), 1)
+
+    add("a", 40)
+    with pytest.raises(BusyError, match="at most 50 waiting tokens, got 20 more"):
+        add("a", 20)
+    add("a", 5)
+    with pytest.raises(BusyError, match="at most 2 waiting requests"):
+        add("a", 1)
+    add("b", 55)
+    with pytest.raises(BusyError, match="at most 100 waiting tokens"):
+        add("c", 1)
+    assert len(line.clear()) == 3
+    assert len(line) == 0
+    for _ in range(4):  # who has no name has all of it
+        add("", 25)
+    with pytest.raises(BusyError, match="at most 4 waiting requests"):
+        add("", 1)
+
+
+def test_a_reply_of_no_stated_length_takes_the_room_there_is(cut64: Any) -> None:
+    form, asked = Form.of(cut64.tokenizer), work(cut64, (Message("user", "abc"),), tokens=50)
+    read = len(hear(cut64.tokenizer, form, None, asked))
+    with pytest.raises(PromptError, match=f"at most 20 tokens with the 50 that follow, got {read}"):
+        hear(cut64.tokenizer, form, 20, asked)
+    shorter = replace(asked, shorter=True)
+    assert hear(cut64.tokenizer, form, 20, shorter).tokens == 20
+    assert hear(cut64.tokenizer, form, 90, shorter).tokens == read + 50
+    with pytest.raises(PromptError, match="at most"):
+        hear(cut64.tokenizer, form, read, shorter)
+
+
+def test_who_gets_nan_is_told_alone(
+    cut64: Any, start: Callable[..., BatchedEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, whole = start(cut64), CachedReader.read
+
+    def poisoned(self: CachedReader, tokens: torch.Tensor) -> torch.Tensor:
+        said = whole(self, tokens)
+        said[tokens == ord("%")] = torch.nan  # after a token that nothing else writes
+        return said
+
+    monkeypatch.setattr(CachedReader, "read", poisoned)
+    monkeypatch.setattr(
+        Sampling, "choose", lambda self, logits, _: torch.full((len(logits),), ord("%" if self.top_k else "a"))
+    )
+    bad = work(cut64, tokens=200)
+    assert bad.writing is not None
+    bad = replace(bad, writing=replace(bad.writing, sampling=Sampling(do_sample=True, top_k=3)))
+    good, wrong = run(engine, [work(cut64, tokens=200, blend="posterior_mean"), bad])
+    assert (good.why(), len(good.tokens), good.text[:3]) == ("length", 200, "aaa")
+    assert (wrong.why(), wrong.text) == ("broken", "%")
+    assert wrong.ended is not None
+    assert isinstance(wrong.ended.error, TensorError)
 
 
 def test_a_step_that_fails_ends_what_it_was_for_and_nothing_later(
@@ -363,14 +423,14 @@ def test_what_cannot_be_asked_is_refused_at_once(cut64: Any, start: Callable[...
         work(cut64, abstain=True),
     ):
         with pytest.raises(BayesDispatchError, match="expected"):
-            engine.submit(wrong, Heard())
+            engine.submit(wrong, Told())
 
 
 def test_a_listener_that_raises_harms_nobody(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
     def fails(_: Event) -> None:
         raise RuntimeError("gone")
 
-    engine, own = start(cut64), Heard()
+    engine, own = start(cut64), Told()
     engine.submit(work(cut64, tokens=300), fails)
     engine.submit(work(cut64, tokens=5), own)
     assert own.why() in ("length", "stop")
@@ -380,13 +440,13 @@ def test_a_listener_that_raises_harms_nobody(cut64: Any, start: Callable[..., Ba
 
 def test_it_closes_when_all_is_said_or_patience_is_over(cut64: Any) -> None:
     for patience, expected in ((60.0, {"length", "stop"}), (0.0, {"closed"})):
-        engine, heard = BatchedEngine(cut64), [Heard() for _ in range(3)]
+        engine, heard = BatchedEngine(cut64), [Told() for _ in range(3)]
         for own in heard:
             engine.submit(work(cut64, tokens=200), own)
         engine.close(patience)
         assert {own.why() for own in heard} <= expected
         with pytest.raises(BusyError, match="shutting down"):
-            engine.submit(work(cut64), Heard())
+            engine.submit(work(cut64), Told())
         engine.close(0)
 
 

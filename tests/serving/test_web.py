@@ -25,7 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from bayes_dispatch.app.bundle import load_bundle
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.generator import TwoPassGenerator
-from bayes_dispatch.inference.two_pass.particles import Decoding
+from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.serving.engine import BatchedEngine
 from bayes_dispatch.serving.web.app import make_app
 from bayes_dispatch.serving.web.choices import Stops
@@ -362,9 +362,9 @@ def test_what_is_late_gets_504(system: Any) -> None:
 
 def test_what_breaks_is_told_as_ours(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that predicts NaN is no fault of the request; a number that is too large is."""
-    whole = Decoding.follow
+    whole = CachedReader.read
     with monkeypatch.context() as patch:
-        patch.setattr(Decoding, "follow", lambda self, following: whole(self, following * float("nan")))
+        patch.setattr(CachedReader, "read", lambda self, tokens: whole(self, tokens) * float("nan"))
         answer = served.http.post("/v1/completions", json=GREEDY)
     assert answer.status_code == 500
     assert answer.json()["error"]["message"].startswith("internal error, request id")

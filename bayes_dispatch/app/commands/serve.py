@@ -60,6 +60,7 @@ def serve(
         header_bytes=header_bytes,
         prompt_bytes=prompt_bytes,
         max_new_tokens=max_new_tokens,
+        choices=min(WebSettings.choices, waiting),  # more could never wait
         patience=patience,
         log_prompts=log_prompts,
     )
