@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
+from bayes_dispatch.loops import compile_with
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.compiled.stepping import MOST_KEPT, MOST_ROWS, Stepper, Steppers
 from bayes_dispatch.model.mambaformer.compiled.switch import kernels, tensors_only
@@ -348,7 +349,7 @@ def test_without_a_directory_to_keep_programs_in() -> None:
     """Text that is in no file has no place for its program: it is compiled and not kept."""
     made: dict[str, Any] = {}
     exec(compile("def double(x):\n    return 2 * x\n", "<text>", "exec"), made)
-    double = kernels().compile_with()(made["double"])
+    double = compile_with()(made["double"])
     assert double(3.5) == 7.0
     assert double.signatures
 

@@ -1,13 +1,14 @@
-"""The fitted program's densities of evidence, in NumPy, at many weights of one prompt at a time."""
+"""The fitted program's densities of evidence at many weights of every prompt."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import numpy as np
-from scipy.special import gammaln
 from torch import Tensor
 
 from bayes_dispatch.dispatcher.program.generative import FLOOR
@@ -15,9 +16,6 @@ from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.views import View
 
 __all__ = ["ViewDensity"]
-
-FARTHEST = 1e300  # squared deviations, so that densities are finite
-STUDENT = math.lgamma(3.5) - math.lgamma(3.0) - 0.5 * math.log(6.0 * math.pi)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,37 +66,40 @@ class ViewDensity:
             made.append(cls(view, floored, strength, mixing, temper))
         return tuple(made)
 
-    def __call__(self, prompts: Prompts, row: int, mixed: np.ndarray) -> np.ndarray:
-        """``(G,)`` log density of the evidence of the prompt at ``row``, nats, where weights mix the columns to
-        ``mixed (G, C)``; 0 where it is missing."""
+    def add(self, prompts: Prompts, supports: np.ndarray, weights: np.ndarray, total: np.ndarray) -> None:
+        """Add to ``total (N, G)`` the log densities of the evidence of N prompts, nats, where components
+        ``supports (N, G, M)`` have ``weights (N, G, M)``; 0 where it is missing."""
         name = self.view.name
-        if prompts.missing[name][row]:
-            return np.zeros(len(mixed))
-        values = prompts.observed[name][row].double().numpy()
+        missing, values = prompts.missing[name].numpy(), prompts.observed[name].double().numpy()
         if self.view.kind in ("vectors", "surprise"):
-            return self._student(values, float(prompts.lengths[row]), mixed)
-        alpha = self.strength / self.temper * mixed + 1e-3
+            mixing, noisier = self.mixing, np.ones(len(values))
+            if self.view.kind == "vectors":
+                lengths = prompts.lengths.double().numpy()
+                longer = (1 + 20 * self.strength / np.maximum(lengths, 1.0)) / (1 + 0.4 * self.strength)
+                noisier = np.where(lengths > 0, longer, 1.0)
+            _loops().add_student(
+                np.ascontiguousarray(values),
+                noisier,
+                missing,
+                self.columns,
+                mixing,
+                self.temper,
+                supports,
+                weights,
+                total,
+            )
+            return
+        add = _loops().add_counts
         if self.view.kind == "probabilities":
-            constants = gammaln(alpha.sum(-1)) - gammaln(alpha).sum(-1)
-            return constants + (alpha - 1) @ np.log(values)
-        seen, total = np.flatnonzero(values), values.sum()
-        own = alpha[:, seen]
-        rising = (gammaln(own + values[seen]) - gammaln(own)).sum(-1)
-        mass = alpha.sum(-1)
-        constant = math.lgamma(total + 1) - gammaln(values[seen] + 1).sum()
-        return constant + rising + gammaln(mass) - gammaln(mass + total)
+            add, values = _loops().add_probabilities, np.log(values)
+        strength = self.strength / self.temper
+        add(np.ascontiguousarray(values), missing, self.columns, strength, supports, weights, total)
 
-    def _student(self, values: np.ndarray, length: float, mixed: np.ndarray) -> np.ndarray:
-        means, noise, squares, unknown = np.split(mixed, 4, axis=-1)
-        if self.view.kind == "vectors":
-            if length > 0:
-                noise = noise * (1 + 20 * self.strength / max(length, 1.0)) / (1 + 0.4 * self.strength)
-            noise = noise + self.mixing * np.maximum(squares - means**2, 0.0)
-        noise = self.temper * noise + unknown
-        with np.errstate(over="ignore"):
-            away = np.minimum((values - means) ** 2 / (6.0 * noise), FARTHEST)
-        tails = 3.5 * np.log1p(away) + 0.5 * np.log(noise)
-        return len(values) * STUDENT - tails.sum(-1)
+
+@cache
+def _loops() -> ModuleType:
+    """The module, imported when it is first needed: numba is slow to import."""
+    return import_module("bayes_dispatch.dispatcher.exact.loops")
 
 
 def _mean(draws: Sequence[Mapping[str, Tensor]], site: str) -> float:

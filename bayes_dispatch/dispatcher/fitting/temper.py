@@ -53,8 +53,7 @@ def choose_temper(
     def score(temper: float) -> float:
         tempered = coarse.at(temper)
         evidence = tempered(prompts, shares).log_evidence
-        rows = range(len(weights))
-        at = [tempered.log_density(prompts, n, supports[n : n + 1], own[n : n + 1])[0] for n in rows]
+        at = tempered.log_density(prompts, supports[:, None], own[:, None])[:, 0]
         return float(np.mean(at - evidence))
 
     scores = np.array([score(temper) for temper in TEMPERS])

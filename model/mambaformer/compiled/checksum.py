@@ -7,7 +7,7 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from bayes_dispatch.model.mambaformer.compiled.loops import compile_with
+from bayes_dispatch.loops import compile_with
 
 __all__ = ["PARTS", "checksum"]
 

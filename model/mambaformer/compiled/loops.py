@@ -7,16 +7,14 @@ All arrays are C-contiguous and of one dtype, float32 or float64. All loops that
 numba keeps their programs on disk, and makes one anew only when the file of its own function changes.
 """
 
-import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
 from numba import types
 from numba.extending import intrinsic, overload
 
 from bayes_dispatch.errors import TensorError
+from bayes_dispatch.loops import compile_with
 
 __all__ = [
     "attend",
@@ -33,27 +31,12 @@ __all__ = [
     "step_mamba2",
 ]
 
-F = TypeVar("F", bound=Callable[..., Any])
 Array = Any  # numba infers what its functions take
 Matrix = tuple[Array, Array, Array, Array, Array]  # as ``product`` takes it
 
 TILE = 64  # tokens whose activations stay in a processor's cache
 CHANNELS = 128  # of a selective scan, likewise
 OTHER_SHAPE = "expected cached states of this model's sizes, got others"  # indices are not checked one by one
-
-
-def compile_with(*fast: str) -> Callable[[F], F]:
-    """Compile with these liberties in floating-point arithmetic, and keep the program on disk where that can be."""
-
-    def compile_function(function: F) -> F:
-        function = inspect.unwrap(function)  # out of the checks that tests put around annotated functions
-        options: Any = {"nogil": True, "error_model": "numpy", "fastmath": set(fast)}
-        try:
-            return cast(F, numba.njit(cache=True, **options)(function))
-        except RuntimeError:  # no directory that can be written to
-            return cast(F, numba.njit(**options)(function))
-
-    return compile_function
 
 
 precise = compile_with("contract")  # an exponential needs its two-part constants as they are

@@ -108,7 +108,8 @@ def test_densities_are_those_of_the_program(model: DispatchModel, temper: float)
         np.put_along_axis(weights, supports, own, 1)
         one = prompts.select(torch.tensor([row] * 8))
         expected = sum(model.log_likelihood(sites, torch.tensor(weights), one, temper).values())
-        np.testing.assert_allclose(found.log_density(prompts, row, supports, own), expected.numpy(), rtol=1e-9)
+        density = found.log_density(prompts.select(torch.tensor([row])), supports[None], own[None])[0]
+        np.testing.assert_allclose(density, expected.numpy(), rtol=1e-9)
 
 
 @pytest.mark.parametrize("model", [FULL, TREE], ids=["every view", "families"])
@@ -126,7 +127,7 @@ def test_it_is_the_posterior(model: DispatchModel) -> None:
     answer = finder(prompts, shares)
     samples, _ = answer.draw(20_000, prompt_generators(0, 4))
     for row in range(4):
-        density = finder.log_density(prompts, row, supports, own)
+        density = finder.log_density(prompts.select(torch.tensor([row])), supports[None], own[None])[0]
         chance = np.exp(density - logsumexp(density))
         effective = 1 / (chance**2).sum()
         assert effective > 500
@@ -208,11 +209,11 @@ def test_uncertain_means_are_no_noise_of_tokens(length: float, at: float) -> Non
     sites = [known | {"M": torch.stack([mean, torch.tensor(5.0)])[:, None]} for mean in drawn]
     missing = {"hidden": torch.zeros(1, dtype=torch.bool)}
     prompts = Prompts(torch.tensor([length]), {}, missing, {"hidden": torch.tensor([[at]])})
-    alone = np.zeros((1, 1), dtype=np.int64), np.ones((1, 1))
+    alone = np.zeros((1, 1, 1), dtype=np.int64), np.ones((1, 1, 1))
 
     def density(some: list[dict[str, Tensor]]) -> float:
         finder = Quadrature(ViewDensity.of_views(model.views, some, 1.0), model.sizes)
-        return float(finder.log_density(prompts, 0, *alone)[0])
+        return float(finder.log_density(prompts, *alone)[0, 0])
 
     average = logsumexp([density([each]) for each in sites]) - np.log(len(sites))
     assert density(sites) == pytest.approx(average, abs=0.25)
