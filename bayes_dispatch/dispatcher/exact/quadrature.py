@@ -246,18 +246,14 @@ def _combined(members: np.ndarray, size: int) -> np.ndarray:
 
 def _log_sum(logs: np.ndarray) -> np.ndarray:
     """``(N,)`` log-sums of rows; those of nothing are −∞."""
-    most = logs.max(1, initial=-np.inf)
-    with np.errstate(divide="ignore"):
-        return np.where(most > -np.inf, most, 0.0) + np.log(
-            np.exp(logs - np.where(most > -np.inf, most, 0.0)[:, None]).sum(1)
-        )
+    return _by_set(logs, np.zeros(logs.shape, dtype=np.int64))[:, 0]
 
 
 def _by_set(logs: np.ndarray, sets: np.ndarray) -> np.ndarray:
-    """``(N, S)`` log-sums of the cells of each set."""
+    """``(N, S)`` log-sums of the cells of each set; those of nothing are −∞."""
     prompts, count = len(logs), int(sets.max()) + 1
-    most = logs.max(1, initial=-np.inf)
-    most = np.where(most > -np.inf, most, 0.0)[:, None]
+    most = logs.max(1, initial=-np.inf, keepdims=True)
+    most = np.where(most > -np.inf, most, 0.0)
     places = (np.arange(prompts)[:, None] * count + sets).ravel()
     sums = np.bincount(places, np.exp(logs - most).ravel(), prompts * count).reshape(prompts, count)
     with np.errstate(divide="ignore"):
