@@ -1,0 +1,173 @@
+"""Locust's clients in a closed loop against servers, side by side: ours, and transformers' own of the base model.
+
+    pip install locust 'transformers[serving]'
+    python benchmarks/load.py                                        # the shipped bundle, 1, 8 and 32 clients
+    python benchmarks/load.py --bundle smollm2 --beside DIR          # and `transformers serve DIR`, the same base model
+    python benchmarks/load.py --overload                             # ten times as many clients as places to wait
+
+Each client asks for one streamed completion after the other, of a prompt, a blend and a seed of its own. "First" is the
+time from a request to its first token, "between" from one to the next. With ``--overload`` the table tells how many
+requests got an answer, and which; every one has to get one.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+BLENDS = ["posterior_predictive", "posterior_mean", "best_expert", "refined_mean", "top_k(2)", "top_k(3)", "base"]
+PROMPTS = ["kfpa>apfk\nbcde>", "37+58=95\n46+27=73\n64+85=", "EN: Save TR: Speichern\nEN: Close TR:", '{"name": "']
+BUSY = (429, 503)
+
+if "LOAD_MODEL" in os.environ:  # this file is also what Locust runs
+    from locust import HttpUser, task
+    from locust.env import Environment
+
+    class Client(HttpUser):
+        """Asks, reads the whole stream, and asks again."""
+
+        def __init__(self, environment: Environment) -> None:
+            super().__init__(environment)
+            self.random = np.random.default_rng()
+
+        @task
+        def ask(self) -> None:
+            body: dict[str, Any] = {
+                "model": os.environ["LOAD_MODEL"],
+                "prompt": PROMPTS[self.random.integers(len(PROMPTS))],
+                "max_tokens": int(os.environ["LOAD_TOKENS"]),
+                "temperature": 1.0,
+                "seed": int(self.random.integers(2**31)),
+                "stream": True,
+            }
+            if os.environ["LOAD_BLENDS"] == "1":
+                body["blend"] = BLENDS[self.random.integers(len(BLENDS))]
+            last, name = time.perf_counter(), "first"
+            with self.client.post("/v1/completions", json=body, stream=True, catch_response=True, name="all") as answer:
+                if answer.status_code in BUSY:
+                    self.told(str(answer.status_code), 0.0)
+                    answer.success()
+                    return
+                for line in answer.iter_lines():
+                    if not line.startswith(b"data: {"):
+                        continue
+                    told = json.loads(line.removeprefix(b"data: "))
+                    if "error" in told:
+                        answer.failure(told["error"]["message"])
+                        return
+                    if any(choice.get("text") for choice in told["choices"]):
+                        now = time.perf_counter()
+                        self.told(name, 1000 * (now - last))
+                        last, name = now, "between"
+
+        def told(self, name: str, milliseconds: float) -> None:
+            self.environment.events.request.fire(
+                request_type="token",
+                name=name,
+                response_time=milliseconds,
+                response_length=0,
+                exception=None,
+                context={},
+            )
+
+
+def free_port() -> int:
+    """One that nobody listens at."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+@contextmanager
+def serving(command: list[str], port: int) -> Iterator[str]:
+    """A server's URL, once it answers; it is ended with the context."""
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            for _ in range(600):
+                if process.poll() is not None:
+                    raise SystemExit(f"expected a server, got exit code {process.returncode} of {' '.join(command)}")
+                try:
+                    urllib.request.urlopen(f"{url}/health", timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            yield url
+        finally:
+            process.terminate()
+
+
+def run(url: str, model: str, clients: int, seconds: int, tokens: int, blends: bool) -> dict[str, Any]:
+    """Locust's statistics by name: of all requests, and of tokens."""
+    settings = {"LOAD_MODEL": model, "LOAD_TOKENS": str(tokens), "LOAD_BLENDS": str(int(blends))}
+    command = [sys.executable, "-m", "locust", "-f", __file__, "--headless", "--json", "--only-summary"]
+    command += ["-H", url, "-u", str(clients), "-r", str(clients), "-t", f"{seconds}s", "-s", "60", "-L", "ERROR"]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
+    found = re.search(r"^\[$.*^\]$", done.stdout, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise SystemExit(f"expected statistics from Locust, got: {done.stdout[-300:]}{done.stderr[-1000:]}")
+    return {each["name"]: each for each in json.loads(found.group())}
+
+
+def quantiles(of: dict[str, Any]) -> str:
+    """Median and 99th percentile in milliseconds, as Locust rounds them."""
+    times = sorted((float(time_), count) for time_, count in of["response_times"].items())
+    values, counts = np.array([each for each, _ in times]), np.array([count for _, count in times])
+    places = np.searchsorted(counts.cumsum() / counts.sum(), [0.5, 0.99])
+    return " / ".join(f"{values[place]:.0f}" for place in places)
+
+
+def main(
+    bundle: Annotated[str | None, typer.Option(help="A bundle; the shipped one by default.")] = None,
+    beside: Annotated[Path | None, typer.Option(help="Folder of its base model, for `transformers serve`.")] = None,
+    clients: Annotated[list[int], typer.Option(help="Clients at once.")] = [1, 8, 32],  # noqa: B006  # typer's way
+    seconds: Annotated[int, typer.Option(help="Of each load.")] = 30,
+    tokens: Annotated[int, typer.Option(help="Of each completion.")] = 64,
+    overload: Annotated[bool, typer.Option("--overload", help="Ten times as many clients as places.")] = False,
+) -> None:
+    """Print a table of loads."""
+    port, other = free_port(), free_port()
+    ours = [sys.executable, "-m", "bayes_dispatch", "serve", "--port", str(port)]
+    ours += [] if bundle is None else ["--bundle", bundle]
+    if overload:
+        with serving([*ours, "--running", "4", "--waiting", "12"], port) as url:
+            found = run(url, "bundle", 160, seconds, tokens, True)
+        asked, failed = found["all"]["num_requests"], found["all"]["num_failures"]
+        refused = {str(code): found[str(code)]["num_requests"] for code in BUSY if str(code) in found}
+        print(f"160 clients, 16 places, {seconds} s: {asked} requests, {refused} refused, {failed} without an answer")
+        raise SystemExit(int(failed > 0))
+    print("| server | clients | requests/s | tokens/s | first p50 / p99 (ms) | between p50 / p99 (ms) | failed |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    servers: list[tuple[str, list[str], int, str, bool]] = [
+        ("ours, blends", ours, port, "bundle", True),
+        ("ours, base", ours, port, "bundle:base", False),
+    ]
+    if beside is not None:
+        theirs = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(beside)]
+        theirs += ["--port", str(other), "--device", "cpu", "--dtype", "float32"]
+        servers.append(("transformers, base", theirs, other, str(beside), False))
+    for count in clients:
+        for name, command, at, model, blends in servers:
+            with serving(command, at) as url:
+                run(url, model, count, 5, tokens, blends)  # to warm up
+                found = run(url, model, count, seconds, tokens, blends)
+            written = sum(found[each]["num_requests"] for each in ("first", "between"))
+            rates = f"{found['all']['num_requests'] / seconds:.1f} | {written / seconds:.0f}"
+            times = f"{quantiles(found['first'])} | {quantiles(found['between'])}"
+            print(f"| {name} | {count} | {rates} | {times} | {found['all']['num_failures']} |", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
