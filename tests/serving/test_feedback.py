@@ -19,7 +19,8 @@ from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.dispatcher.prior import file as prior_file
 from bayes_dispatch.errors import BundleError
-from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, dispatch
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.two_pass.system import dispatch
 from bayes_dispatch.serving.web.arrivals import DRIFT_RATE, Arrivals
 from bayes_dispatch.serving.web.feedback import Learner
 from bayes_dispatch.serving.web.keys import Keys
@@ -51,6 +52,12 @@ class World:
 
     def evidence(self, prompt: str = ASKED["prompt"]) -> Evidence:
         return dispatch(self.system, [prompt], 0)[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled(bundle: Any) -> None:
+    """What the first request would wait for."""
+    TwoPassGenerator(bundle).generate(["a", "b"], max_new_tokens=2)
 
 
 @pytest.fixture
@@ -189,8 +196,7 @@ def test_who_asks_while_others_tell_sees_one_whole_state(world: World) -> None:
     for each in seen:
         assert each["mean"] == pytest.approx(wanted[each["prior_events"]], rel=1e-6)
     assert world.dispatcher.prior.events == 6
-    assert len(wanted) == 7
-    assert POSTERIOR_DRAWS > 1  # else means could agree by chance
+    assert len({tuple(mean) for mean in wanted.values()}) == 7  # else any state would do
 
 
 def test_without_a_file_there_is_no_feedback(bundle: Any, unchecked: None) -> None:
