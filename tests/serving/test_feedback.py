@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 from bayes_dispatch.app.commands.main import app as commands
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
+from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.dispatcher.prior import file as prior_file
 from bayes_dispatch.errors import BundleError
@@ -230,7 +232,8 @@ def made() -> tuple[Callable[..., Evidence], Dispatcher, Gate]:
     random = np.random.default_rng(0)
     labels = np.arange(80) % 2
     hidden = means[labels] + random.normal(size=(80, 4))
-    dispatcher = Dispatcher(["red", "blue"]).fit(Evidence({"hidden": hidden}, np.full(80, 40)), labels)
+    few: dict[str, Any] = {"svi": SVISettings(steps=40), "features": FeatureSettings(dimensions=4, folds=2)}
+    dispatcher = Dispatcher(["red", "blue"], **few).fit(Evidence({"hidden": hidden}, np.full(80, 40)), labels)
     return items, dispatcher, Gate.calibrate(dispatcher, items(400, 1), bins=1)
 
 

@@ -84,7 +84,11 @@ def serve(
     loaded = load_bundle(bundle)
     learner = None
     if prior is not None:
-        loaded.dispatcher.keep_prior(prior)
+        try:
+            loaded.dispatcher.keep_prior(prior)
+        except BaseException:
+            listening.close()
+            raise
         learner = Learner(loaded.dispatcher, REMEMBERED if remembered is None else remembered)
     TwoPassGenerator(loaded).generate(["a", "b"], max_new_tokens=2)  # compiles what would hold up the first request
     engine = BatchedEngine(loaded, Limits(running=running, waiting=waiting, cache_bytes=cache_bytes))
