@@ -1,5 +1,6 @@
 """From a request to a place in the batch: its prompt is read piece by piece, dispatched, and read by its particles."""
 
+import copy
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -186,14 +187,16 @@ class Reading:
     def _dispatch(self, conversation: Conversation) -> Particles | None:
         """The particles of the prompt; none where it is foreign and the request abstains."""
         system, work = self._system, self._work
+        dispatcher = copy.copy(system.dispatcher)  # with the prior of this moment, whatever is learnt meanwhile
         evidence = conversation.evidence(self._heard.transcript)
         p_value, foreign = None, np.zeros(1, dtype=bool)
         if work.false_alarm_rate is not None:
             decision = gate_of(system).decide(system.dispatcher, evidence, work.false_alarm_rate)
             p_value, foreign = float(decision.p_values[0]), decision.foreign
         seeds = row_seeds(work.seed, [self._heard.transcript.data])
-        posterior = system.dispatcher.posterior(evidence, draws=POSTERIOR_DRAWS, seed=seeds)
-        self._tell(Begun(posterior, len(self._heard), p_value, bool(foreign[0])))
+        posterior = dispatcher.posterior(evidence, draws=POSTERIOR_DRAWS, seed=seeds)
+        events = dispatcher.prior.events
+        self._tell(Begun(posterior, len(self._heard), p_value, bool(foreign[0]), evidence, events))
         if work.writing is None or (work.abstain and foreign[0]):
             return None
         particles = on_base(work.blend.particles(posterior), foreign)

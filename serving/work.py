@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import BayesDispatchError
 from bayes_dispatch.inference.two_pass.blends import Blend
@@ -67,12 +68,15 @@ class Begun:
     Attributes:
         posterior: of the one prompt. prompt_tokens: what was read. p_value: of the gate, ``None`` where it was not
             asked. fallback: whether the gate sent it to base.
+        evidence: what the posterior is of. prior_events: labels and rewards that the prior had taken in.
     """
 
     posterior: DispatchPosterior
     prompt_tokens: int
     p_value: float | None
     fallback: bool
+    evidence: Evidence
+    prior_events: int
 
 
 @dataclass(frozen=True, eq=False)

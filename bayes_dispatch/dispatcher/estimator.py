@@ -365,16 +365,17 @@ class Dispatcher:
 
     def feedback(
         self,
-        served: str | Sequence[str],
+        served: str | Sequence[str] | Float[np.ndarray, "event weight"],
         reward: float | Sequence[float] | Float[np.ndarray, " event"],
         X: Evidence | Shaped[np.ndarray, "prompt feature"] | None = None,
         reliability: float = 0.95,
         forgetting: float = 1.0,
     ) -> PriorState:
-        """Take in rewards for the experts that served prompts.
+        """Take in rewards for the experts, or the blends of them, that served prompts.
 
         Args:
-            served: the expert of each event (or of the only one), ``"base"`` too.
+            served: the expert of each event (or of the only one), ``"base"`` too; or ``(E, K+1)`` the weights of the
+                blend that served each.
             reward: from 0, surely wrong, to 1, surely right.
             X: evidence of these prompts. Give it whenever the choice of the expert depended on the prompt: without it
                 the prior drifts towards what is served well.
@@ -387,14 +388,18 @@ class Dispatcher:
         Raises:
             NotFittedError: before ``fit``.
             ConfigError: an unknown expert, or a number outside its range.
-            TensorError, EvidenceError: rewards or evidence of other prompts than were served.
+            TensorError, EvidenceError: rewards or evidence of other prompts than were served, or weights off the
+                simplex.
         """
         names = [*self.experts, "base"]
-        experts = [served] if isinstance(served, str) else several("served", served)
-        if unknown := [name for name in experts if name not in names]:
-            raise ConfigError(f"expected experts among {names}, got {shown(unknown)}")
+        if isinstance(served, np.ndarray) and served.ndim == 2:
+            rows = served
+        else:
+            experts = [served] if isinstance(served, str) else several("served", served)
+            if unknown := [name for name in experts if name not in names]:
+                raise ConfigError(f"expected experts among {names}, got {shown(unknown)}")
+            rows = np.array([names.index(name) for name in experts], dtype=np.int64)
         rewards = np.atleast_1d(as_numbers(reward, "rewards"))
-        rows = np.array([names.index(name) for name in experts], dtype=np.int64)
         likelihoods = feedback_likelihood(rows, rewards, len(names), reliability)
         if X is not None:
             pi = self.prior.mean  # the same for both uses, whatever other threads observe meanwhile

@@ -180,7 +180,17 @@ class Gate:
             ConfigError: another dispatcher than it was calibrated for.
             EvidenceError, TensorError: evidence of other views.
         """
-        scores, places = self.foreignness(dispatcher, evidence), self._bins(evidence.known_lengths())
+        return self.ranked(self.foreignness(dispatcher, evidence), evidence.known_lengths())
+
+    def ranked(
+        self, scores: Float[np.ndarray, " prompt"], lengths: Float[np.ndarray, " prompt"]
+    ) -> Float[np.ndarray, " prompt"]:
+        """``(N,)`` conformal p-values of prompts of these scores of :meth:`foreignness`.
+
+        Args:
+            scores: ``(N,)``. lengths: ``(N,)`` tokens read, 0 where unknown.
+        """
+        places = self._bins(lengths)
         found = np.zeros(len(scores))
         for place in np.unique(places):
             here = places == place

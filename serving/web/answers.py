@@ -107,6 +107,11 @@ class Answer:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
+    @property
+    def name(self) -> str:
+        """The id that the client gets."""
+        return f"{self.shape.prefix}-{self.id}"
+
     def whole(self, choices: Sequence[Choice], parts: Sequence[Sequence[Piece]]) -> dict[str, Any]:
         """All choices at once."""
         told = []
@@ -137,7 +142,7 @@ class Answer:
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "id": f"{self.shape.prefix}-{self.id}",
+            "id": self.name,
             "object": kind,
             "created": self.created,
             "model": self.job.model,
@@ -160,6 +165,7 @@ def dispatch_of(begun: Begun, work: Work) -> dict[str, Any]:
         "fallback": bool(begun.fallback),
         "blend": None if work.writing is None else work.blend.name,
         "seed": work.seed,
+        "prior_events": begun.prior_events,
     }
 
 

@@ -3,7 +3,8 @@
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
 import anyio
@@ -14,11 +15,21 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.errors import BayesDispatchError
 from bayes_dispatch.inference.two_pass.system import System
 from bayes_dispatch.serving.web.answers import Answer, ChatShape, CompletionShape, dispatch_answer, usage_of
+from bayes_dispatch.serving.web.arrivals import Arrivals
 from bayes_dispatch.serving.web.choices import Choice, Piece
-from bayes_dispatch.serving.web.fields import ChatAsked, CompletionAsked, DispatchAsked, Kind, read_fields
+from bayes_dispatch.serving.web.feedback import Learner, feedback_answer
+from bayes_dispatch.serving.web.fields import (
+    ChatAsked,
+    CompletionAsked,
+    DispatchAsked,
+    FeedbackAsked,
+    Kind,
+    read_fields,
+)
 from bayes_dispatch.serving.web.front import Front, Record, tell_failure
 from bayes_dispatch.serving.web.hearing import GoneError, Hearing, unless_gone
 from bayes_dispatch.serving.web.jobs import Job, Jobs
@@ -38,18 +49,23 @@ def make_app(
     settings: WebSettings | None = None,
     keys: Keys | None = None,
     local: bool = True,
+    learner: Learner | None = None,
 ) -> ASGIApp:
     """OpenAI's protocol over an engine, as an ASGI application.
 
     Args:
         system: that the engine runs. settings: bounds; ``WebSettings()`` by default.
         keys: who may ask; ``None`` for everybody. local: see ``Front``.
+        learner: of the system's dispatcher; ``None`` for a prior that stays as it is.
     """
     settings = WebSettings() if settings is None else settings
-    metrics, jobs = Metrics(engine), Jobs(system, settings, engine.reply_stop)
+    gate: Gate | None = getattr(system, "gate", None)  # not every system knows of gates
+    arrivals = None if gate is None else Arrivals(system.dispatcher, gate)
+    metrics = Metrics(engine, system.dispatcher, arrivals, learner)
+    jobs = Jobs(system, settings, engine.reply_stop)
     app, desk, made = (
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
-        _Desk(engine, metrics, settings),
+        _Desk(engine, metrics, settings, learner),
         int(time.time()),
     )
     models = {
@@ -96,6 +112,14 @@ def make_app(
         job = jobs.of_dispatch(await desk.read(request, DispatchAsked), request.state.record.key or "")
         return await desk.answer(request, job, None)
 
+    @app.post("/v1/feedback")
+    async def feedback(request: Request) -> Response:
+        asked = await desk.read(request, FeedbackAsked)
+        if learner is None:
+            message = "expected a server that learns (serve --prior FILE), got one whose prior stays as it is"
+            raise RefusedError(404, message, code="no_feedback")
+        return JSONResponse(feedback_answer(asked, await learner.take(asked, request.state.record.key or "")))
+
     @app.get("/health")
     async def health() -> Response:
         return JSONResponse({"status": "ok"})
@@ -116,8 +140,8 @@ def make_app(
 class _Desk:
     """Takes requests to the engine, and brings back what it tells."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, settings: WebSettings) -> None:
-        self._engine, self._metrics, self._settings = engine, metrics, settings
+    def __init__(self, engine: Engine, metrics: Metrics, settings: WebSettings, learner: Learner | None) -> None:
+        self._engine, self._metrics, self._settings, self._learner = engine, metrics, settings, learner
 
     async def read(self, request: Request, kind: type[Kind]) -> Kind:
         """The fields of a request.
@@ -161,7 +185,8 @@ class _Desk:
             if answer is not None and job.stream:
                 first = await unless_gone(request, hearing.next())
                 told.check(*first)
-                return _Stream(hearing, told, answer, first, self._settings.body_seconds)
+                over = partial(self._over, answer.name, record, choices)
+                return _Stream(hearing, told, answer, first, self._settings.body_seconds, over)
             pieces: list[list[Piece]] = await unless_gone(request, _all_pieces(hearing, told))
         except GoneError:
             hearing.close()
@@ -169,7 +194,13 @@ class _Desk:
         except BaseException:
             hearing.close()
             raise
-        return JSONResponse(dispatch_answer(choices[0], job) if answer is None else answer.whole(choices, pieces))
+        document = dispatch_answer(choices[0], job) if answer is None else answer.whole(choices, pieces)
+        self._over(document["id"], record, choices)
+        return JSONResponse(document)
+
+    def _over(self, name: str, record: Record, choices: list[Choice]) -> None:
+        if self._learner is not None:
+            self._learner.remember(name, record.key or "", choices)
 
 
 class _Told:
@@ -199,8 +230,9 @@ class _Told:
         self.check(n, event)
         choice = self.choices[n]
         if isinstance(event, Begun):
+            if all(each.begun is None for each in self.choices if each.prompt == choice.prompt):
+                self._metrics.dispatched(event)  # copies of a prompt are one arrival
             choice.begun = event
-            self._metrics.dispatched(event.p_value, event.fallback)
         elif isinstance(event, Wrote):
             now = time.monotonic()
             if choice.count == 0 and self.record.first_token_seconds is None:
@@ -231,8 +263,16 @@ async def _all_pieces(hearing: Hearing, told: _Told) -> list[list[Piece]]:
 class _Stream(EventSourceResponse):
     """An answer in chunks; when the client hangs up, what is not written is wanted no more."""
 
-    def __init__(self, hearing: Hearing, told: _Told, answer: Answer, first: tuple[int, Event], seconds: float) -> None:
-        self._hearing, self._told, self._answer = hearing, told, answer
+    def __init__(
+        self,
+        hearing: Hearing,
+        told: _Told,
+        answer: Answer,
+        first: tuple[int, Event],
+        seconds: float,
+        over: Callable[[], None],
+    ) -> None:
+        self._hearing, self._told, self._answer, self._over = hearing, told, answer, over
         super().__init__(
             self._lines(first),
             sep="\n",
@@ -246,6 +286,7 @@ class _Stream(EventSourceResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._hearing.close()
+            self._over()  # who hangs up may say why
 
     async def _lines(self, first: tuple[int, Event]) -> AsyncIterator[dict[str, str]]:
         try:
@@ -265,6 +306,7 @@ class _Stream(EventSourceResponse):
             self._told.record.error = "internal_error"
             yield _line(as_refused(error, self._told.record.id).body)
             return
+        self._over()
         yield {"data": "[DONE]"}
 
     def _chunks(self, n: int, event: Event) -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from bayes_dispatch.serving.work import Begun, Ended, Wrote
 
 __all__ = ["Choice", "Piece", "Stops", "Token"]
@@ -60,7 +62,7 @@ class Choice:
 
     Attributes:
         index: among the choices. begun: its dispatch. reason: OpenAI's ``finish_reason`` when it has ended well.
-        count: tokens so far. prompt: the number of its prompt.
+        count: tokens so far. prompt: the number of its prompt. shares: (K + 1,) the sum of the tokens' weights.
     """
 
     index: int
@@ -69,6 +71,7 @@ class Choice:
     begun: Begun | None = None
     reason: str | None = None
     count: int = 0
+    shares: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         self._stops = Stops(self.stops)
@@ -78,6 +81,7 @@ class Choice:
     def write(self, token: Wrote) -> Piece:
         """What is decided with one more token."""
         self.count += 1
+        self.shares = token.weights if self.shares is None else self.shares + token.weights
         self._waiting.append(Token(token.text, self._written, token.log_probability, token.mutual_information))
         self._written += len(token.text)
         return self._piece(self._stops.add(token.text))

@@ -12,7 +12,16 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from bayes_dispatch.arguments import shown
 from bayes_dispatch.serving.web.refusals import of_fields
 
-__all__ = ["Asked", "ChatAsked", "CompletionAsked", "DispatchAsked", "StreamOptions", "Turn", "read_fields"]
+__all__ = [
+    "Asked",
+    "ChatAsked",
+    "CompletionAsked",
+    "DispatchAsked",
+    "FeedbackAsked",
+    "StreamOptions",
+    "Turn",
+    "read_fields",
+]
 
 
 class _Off:
@@ -114,6 +123,16 @@ class DispatchAsked(_Fields):
     seed: int | None = None
     user: str | None = None
     false_alarm_rate: float | None = None
+
+
+class FeedbackAsked(_Fields):
+    """Of ``/v1/feedback``: a label for an answer's prompt, or a reward for one of its choices."""
+
+    id: Annotated[str, Field(max_length=80)]
+    choice: Annotated[int, Field(ge=0)] | None = None
+    label: Annotated[str, Field(max_length=200)] | None = None
+    reward: Annotated[float, Field(ge=0, le=1)] | None = None
+    expert: Annotated[str, Field(max_length=200)] | None = None
 
 
 class Asked(_Fields):

@@ -24,7 +24,7 @@ __all__ = ["ENDPOINTS", "Front", "Record"]
 logger = logging.getLogger(__name__)
 
 OPEN = ("/health", "/ready")  # that need no key
-ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/dispatch", "/v1/models", "/metrics", *OPEN)
+ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/dispatch", "/v1/feedback", "/v1/models", "/metrics", *OPEN)
 
 
 @dataclass

@@ -6,7 +6,10 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from bayes_dispatch.serving.work import Engine
+from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.serving.web.arrivals import DRIFT_RATE, FOREIGN_RATE, Arrivals
+from bayes_dispatch.serving.web.feedback import Learner
+from bayes_dispatch.serving.work import Begun, Engine
 
 __all__ = ["Metrics"]
 
@@ -26,26 +29,28 @@ COUNTERS = {
     "new_tokens": "Tokens that were written.",
     "steps": "Steps of the model.",
 }
+ARRIVALS = {
+    "gated": "Prompts that the gate was asked about, for these counts.",
+    "foreign": f"Prompts of these whose p-value is at most {FOREIGN_RATE:g}.",
+}
 
 
 class Metrics:
     """Counts of one server, in a registry of its own.
 
     Args:
-        engine: whose state is told.
+        engine: whose state is told. dispatcher: whose prior is told.
+        arrivals: hears of every prompt; ``None`` in a bundle without a gate. learner: if there is one.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self, engine: Engine, dispatcher: Dispatcher, arrivals: Arrivals | None = None, learner: Learner | None = None
+    ) -> None:
+        self._arrivals = arrivals
         self._registry = CollectorRegistry()
-        self._registry.register(_State(engine))
+        self._registry.register(_State(engine, dispatcher, arrivals, learner))
         self._requests = Counter(
             f"{PREFIX}requests", "Requests that were answered.", ["endpoint", "status"], registry=self._registry
-        )
-        self._gated = Counter(f"{PREFIX}gated", "Prompts that the gate was asked about.", registry=self._registry)
-        self._foreign = Counter(
-            f"{PREFIX}foreign",
-            "Prompts that the gate found foreign: a p-value below the rate that was asked for.",
-            registry=self._registry,
         )
         self._first = Histogram(
             f"{PREFIX}first_token_seconds",
@@ -64,11 +69,10 @@ class Metrics:
         """A request has its answer."""
         self._requests.labels(endpoint, str(status)).inc()
 
-    def dispatched(self, p_value: float | None, foreign: bool) -> None:
-        """A prompt has its posterior."""
-        if p_value is not None:
-            self._gated.inc()
-            self._foreign.inc(int(foreign))
+    def dispatched(self, begun: Begun) -> None:
+        """A prompt has its posterior; once, however many choices it has."""
+        if self._arrivals is not None:
+            self._arrivals.add(begun.evidence)
 
     def wrote(self, first: bool, seconds: float) -> None:
         """A token has come, so long after the request, or after the token before it."""
@@ -80,10 +84,12 @@ class Metrics:
 
 
 class _State(Collector):
-    """The engine's own counts, as they are when they are asked for."""
+    """Others' own counts, as they are when they are asked for."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(
+        self, engine: Engine, dispatcher: Dispatcher, arrivals: Arrivals | None, learner: Learner | None
+    ) -> None:
+        self._engine, self._dispatcher, self._arrivals, self._learner = engine, dispatcher, arrivals, learner
 
     def collect(self) -> Iterator[Metric]:
         state = self._engine.state
@@ -91,3 +97,27 @@ class _State(Collector):
             yield GaugeMetricFamily(f"{PREFIX}{name}", told, value=getattr(state, name))
         for name, told in COUNTERS.items():
             yield CounterMetricFamily(f"{PREFIX}{name}", told, value=getattr(state, name))
+        arrivals, learner = self._arrivals, self._learner
+        for name, told in ARRIVALS.items():
+            count = 0 if arrivals is None else getattr(arrivals, name)
+            yield CounterMetricFamily(f"{PREFIX}{name}", told, value=count)
+        yield GaugeMetricFamily(
+            f"{PREFIX}drift_log_martingale",
+            "Evidence that the prompts have drifted from the held-out ones: a log of what a bet against it has won.",
+            value=0 if arrivals is None else arrivals.monitor.log_martingale,
+        )
+        yield GaugeMetricFamily(
+            f"{PREFIX}drift_alarmed",
+            f"Whether that has ever reached log(1 / {DRIFT_RATE:g}) since the start.",
+            value=0 if arrivals is None else int(arrivals.monitor.alarmed),
+        )
+        yield GaugeMetricFamily(
+            f"{PREFIX}prior_events",
+            "Labels and rewards that the prior has taken in.",
+            value=self._dispatcher.prior.events,
+        )
+        yield GaugeMetricFamily(
+            f"{PREFIX}remembered",
+            "Choices that feedback may be given on.",
+            value=0 if learner is None else learner.held,
+        )

@@ -16,6 +16,7 @@ __all__ = ["RefusedError", "as_refused", "naming", "of_fields"]
 KINDS = {
     401: "authentication_error",
     404: "not_found_error",
+    409: "conflict_error",
     429: "requests",
 }  # of type; below 500, others are the request's
 

@@ -29,6 +29,7 @@ from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.serving.engine import BatchedEngine
 from bayes_dispatch.serving.web.app import make_app
 from bayes_dispatch.serving.web.choices import Stops
+from bayes_dispatch.serving.web.feedback import Learner
 from bayes_dispatch.serving.web.fields import ChatAsked, CompletionAsked
 from bayes_dispatch.serving.web.keys import Keys, is_loopback
 from bayes_dispatch.serving.web.server import Server, listen
@@ -43,9 +44,9 @@ GREEDY: dict[str, Any] = {"model": "bundle", "prompt": PROMPT, "temperature": 0,
 class Served:
     """A server in a thread."""
 
-    def __init__(self, bundle: Any, settings: WebSettings, keys: Keys | None) -> None:
+    def __init__(self, bundle: Any, settings: WebSettings, keys: Keys | None, learner: Learner | None = None) -> None:
         self.engine = BatchedEngine(bundle)
-        app, listening = make_app(bundle, self.engine, settings, keys), listen("127.0.0.1", 0)
+        app, listening = make_app(bundle, self.engine, settings, keys, learner=learner), listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         self.server = Server(app, self.engine, settings, drain=20.0)
         self.thread = threading.Thread(target=self.server.serve_on, args=[listening])

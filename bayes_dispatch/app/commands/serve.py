@@ -40,11 +40,20 @@ def serve(
     drain: Annotated[
         float, typer.Option(min=0, help="Seconds that requests have to end in, once the server is told to stop.")
     ] = 30.0,
+    prior: Annotated[
+        Path | None,
+        typer.Option(help="Learn from /v1/feedback: the file where the prior is kept, begun if there is none."),
+    ] = None,
+    remembered: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most choices that feedback may be given on, the latest; 4096 by default."),
+    ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log, too.")] = False,
 ) -> None:
     """Serve a bundle to OpenAI's clients, until SIGINT or SIGTERM; stderr has a line of JSON for each request."""
     try:
         from bayes_dispatch.serving.web.app import make_app
+        from bayes_dispatch.serving.web.feedback import REMEMBERED, Learner
         from bayes_dispatch.serving.web.keys import VARIABLE, Keys, is_loopback
         from bayes_dispatch.serving.web.server import Server, listen
         from bayes_dispatch.serving.web.settings import WebSettings
@@ -55,6 +64,7 @@ def serve(
     refuse_unused("--no-keys", no_keys, known is None, "without keys", "both")
     if known is None and not no_keys and not is_loopback(host):
         raise ConfigError(f"expected --keys, {VARIABLE} or --no-keys to listen at {host}, got none of them")
+    refuse_unused("--remembered", remembered, prior is not None, "with --prior")
     settings = WebSettings(
         body_bytes=body_bytes,
         header_bytes=header_bytes,
@@ -73,9 +83,17 @@ def serve(
     use_one_thread()
     _log(JsonLines())
     loaded = load_bundle(bundle)
+    learner = None
+    if prior is not None:
+        try:
+            loaded.dispatcher.keep_prior(prior)
+        except BaseException:
+            listening.close()
+            raise
+        learner = Learner(loaded.dispatcher, REMEMBERED if remembered is None else remembered)
     TwoPassGenerator(loaded).generate(["a", "b"], max_new_tokens=2)  # compiles what would hold up the first request
     engine = BatchedEngine(loaded, Limits(running=running, waiting=waiting, cache_bytes=cache_bytes))
-    app = make_app(loaded, engine, settings, known, local=not no_keys)
+    app = make_app(loaded, engine, settings, known, local=not no_keys, learner=learner)
     Server(app, engine, settings, drain).serve_on(listening)
 
 

@@ -182,7 +182,7 @@ def label_likelihood(labels: Int[np.ndarray, " event"], components: int) -> Floa
 
 
 def feedback_likelihood(
-    served: Int[np.ndarray, " event"],
+    served: Int[np.ndarray, " event"] | Float[np.ndarray, "event component"],
     reward: Float[np.ndarray, " event"],
     components: int,
     reliability: float = RELIABILITY,
@@ -194,12 +194,16 @@ def feedback_likelihood(
     have been 1: ``L_k = r P(1 | k) + (1 − r) P(0 | k)`` (Pearl 1988, *Probabilistic Reasoning in Intelligent Systems*);
     ½ tells nothing.
 
+    Of a blend, each component may have been what was rewarded, with its weight as the probability: the likelihood is
+    the mean of the components' own. A blend of two halves then tells nothing of which of the two was right.
+
     Who serves may depend on all that was known before the prompt came. Where it depends on the prompt, multiply by
     :func:`evidence_likelihood` of that prompt: without it the prompts that a component gets are taken for ordinary
     ones, and the shares come out wrong, not only wide.
 
     Args:
-        served: ``(E,)`` from 0 to K: the component that served. E ≥ 1.
+        served: ``(E,)`` from 0 to K: the component that served; or ``(E, K+1)`` the weights of the blends that did.
+            E ≥ 1.
         reward: ``(E,)`` in [0, 1].
         components: K+1.
         reliability: in (½, 1).
@@ -208,16 +212,19 @@ def feedback_likelihood(
         ``(E, K+1)``.
 
     Raises:
-        TensorError: served components out of range, rewards outside [0, 1] or NaN, or of another number.
+        TensorError: served components out of range, weights off the simplex, rewards outside [0, 1] or NaN, or of
+            another number.
         ConfigError: a reliability outside (½, 1).
     """
     if not 0.5 < number(reliability) < 1:
         raise ConfigError(f"expected a reliability between .5 and 1, got {shown(reliability)}")
-    hit = label_likelihood(served, components)  # (E, K+1)
+    hit = as_points(served, "weights") if np.ndim(served) == 2 else label_likelihood(served, components)  # (E, K+1)
+    if hit.shape[1] != components:
+        raise TensorError(f"expected weights of {components} components, got {hit.shape[1]}")
     rewards = as_values(reward, "rewards", len(hit))[:, None]
     if rewards.min() < 0 or rewards.max() > 1:
         raise TensorError(f"expected rewards from 0 to 1, got {rewards.min():g} to {rewards.max():g}")
-    success = np.where(hit > 0, reliability, 1 - reliability)
+    success = hit * reliability + (1 - hit) * (1 - reliability)
     return rewards * success + (1 - rewards) * (1 - success)
 
 

@@ -298,3 +298,15 @@ def test_bad_input(unchecked: None, state: PriorState) -> None:
         evidence_likelihood(np.full((2, 4), 0.25), np.full(3, 1 / 3))
     with pytest.raises(TensorError, match="expected means on the simplex"):
         evidence_likelihood(np.ones((2, 4)), np.full(4, 0.25))
+
+
+def test_a_blend_is_rewarded_for_all_its_components() -> None:
+    """Of one component it is that component's own likelihood, bit for bit; of two halves, neither was right more."""
+    rewards = np.array([1.0, 0.3, 0.0, 0.9])
+    alone = feedback_likelihood(np.arange(4), rewards, 4)
+    np.testing.assert_array_equal(feedback_likelihood(np.eye(4), rewards, 4), alone)
+    halves = feedback_likelihood(np.array([[0.5, 0.5, 0, 0]]), np.ones(1), 4)[0]
+    np.testing.assert_allclose(halves, [0.5, 0.5, 0.05, 0.05])
+    for wrong in (np.array([[0.5, 0.6, 0, 0]]), np.array([[0.5, 0.5, 0]])):
+        with pytest.raises(TensorError, match="expected weights"):
+            feedback_likelihood(wrong, np.ones(1), 4)
