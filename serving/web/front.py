@@ -23,8 +23,9 @@ __all__ = ["ENDPOINTS", "Front", "Record"]
 
 logger = logging.getLogger(__name__)
 
-OPEN = ("/health", "/ready")  # that need no key
-ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/dispatch", "/v1/models", "/metrics", *OPEN)
+OPEN = ("/health", "/ready")  # that need no key, and may be asked by any name of this machine
+PAGE = "/"  # needs no key either: it asks its reader for one
+ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/dispatch", "/v1/models", "/metrics", PAGE, *OPEN)
 
 
 @dataclass
@@ -111,6 +112,8 @@ class Front:
                 raise RefusedError(
                     403, "expected this machine's own name as the host, got another", code="foreign_host"
                 )
+            return
+        if path == PAGE:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
