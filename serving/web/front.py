@@ -76,7 +76,7 @@ class Front:
             await send(message)
 
         try:
-            self._admit(scope["path"], Headers(scope=scope), record)
+            self._admit(scope, record)
             await self._app(scope, self._bounded(receive), marked)
         except Exception as error:
             refused = as_refused(error, record.id)
@@ -92,12 +92,17 @@ class Front:
             self._metrics.answered(endpoint, record.status or 499)
             tell(logger, logging.INFO, "request", lambda: record.facts(scope["method"], endpoint))
 
-    def _admit(self, path: str, headers: Headers, record: Record) -> None:
-        """Check key and host.
+    def _admit(self, scope: Scope, record: Record) -> None:
+        """Check size, host and key.
 
         Raises:
-            RefusedError: 401, 403 or 413.
+            RefusedError: 400, 401, 403, 413 or 431.
         """
+        path, headers, most = scope["path"], Headers(scope=scope), self._settings.header_bytes
+        target = len(scope["raw_path"]) + len(scope["query_string"])
+        if target + sum(len(name) + len(value) for name, value in headers.raw) > most:
+            # h11 counts only those of which a part alone has come
+            raise RefusedError(431, f"expected at most {most} bytes of headers, got more", code="too_large")
         told = headers.get("content-length", "0")
         if not (told.isascii() and told.isdecimal()):
             raise RefusedError(400, "expected a content-length that is a number, got another")

@@ -1,6 +1,7 @@
 """The page at ``/`` in a headless Chromium: it shows what the API answers, a column of weights for each token, and what
 is refused; it asks nobody else for anything, and fits a phone."""
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -141,6 +142,24 @@ def test_what_is_written_stays_text(browser: Browser) -> None:
     assert browser.get("document.querySelectorAll('#error *').length") == 0
     refused = "(() => { try { document.body.innerHTML = '<b>'; return 'made'; } catch (e) { return e.name; } })()"
     assert browser.get(refused) == "TypeError"
+
+
+def test_what_an_engine_does_not_know_is_said_so(browser: Browser) -> None:
+    """The text and its weights are there; its shade is none."""
+    logprobs = {"tokens": ["a"], "token_logprobs": [-1.0], "mutual_information": [None], "weights": [[0.25, 0.75]]}
+    dispatch = {"experts": ["b", "base"], "mean": [0.5, 0.5], "interval_90": [[0, 1], [0, 1]], "p_value": None}
+    chunks = [
+        {"choices": [], "dispatch": dispatch | {"fallback": False, "blend": "b", "seed": 1}},
+        {"choices": [{"text": "a", "logprobs": logprobs, "finish_reason": "length"}]},
+    ]
+    stream = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+    browser.get(f"fetch = async () => new Response({json.dumps(stream)})")
+    ask(browser)
+    browser.until(OVER)
+    assert browser.get(TEXT) == ["a"]
+    assert text_of(browser, "#here").endswith("mutual information not known")
+    assert "--unsure-most) * 0)" in browser.get(COLUMNS)[0].replace("0.000", "0")
+    assert browser.complaints == []
 
 
 def test_it_loads_nothing_else(browser: Browser, server: ServerProcess) -> None:

@@ -4,7 +4,7 @@
 const SLOTS = 8; // colours of experts; base has one more, and who has none the last
 const BASE = SLOTS, OTHERS = SLOTS + 1;
 const LEAST = 0.005; // an expert with less than this everywhere is folded away
-const COLOURED = 0.02; // and one with more than this has a colour, where there is one left
+const COLOURED = 0.05; // and one with more than this has a colour, where there is one left
 const UNSURE = Math.LN2; // nats of mutual information of a full shade: one bit
 const DOTTED = 0.1; // and of a dotted line besides
 const REPEAT = 24; // tokens after which the heaviest expert's number stands again
@@ -93,7 +93,8 @@ class Answer {
     this.whole = 0; // tokens that are all in the text
     this.tokens = [];
     this.experts = this.dispatch = this.reason = null;
-    this.since = 0; // the last token that shows its number
+    this.since = 0; // the last token that shows a number,
+    this.shown = null; // and whose
     this.follow = true; // whether the slider stays at the last token
   }
 
@@ -117,7 +118,8 @@ class Answer {
       const heaviest = token.weights.indexOf(Math.max(...token.weights));
       this.length += token.text.length;
       this.tokens.push({ ...token, span, start, heaviest });
-      if (token.text in MARKS) span.dataset.mark = MARKS[token.text];
+      const mark = MARKS[/^\s*\n\s*$/.test(token.text) ? "\n" : token.text];
+      if (mark) span.dataset.mark = mark;
       this.number(this.tokens.length - 1);
       this.draw(this.tokens.at(-1));
       at("text").append(span);
@@ -135,8 +137,9 @@ class Answer {
   // The number of the heaviest expert: where it changes, where a line begins, and now and then.
   number(n) {
     const token = this.tokens[n];
-    const last = this.tokens[n - 1];
-    if (last?.heaviest === token.heaviest && !last.text.endsWith("\n") && n - this.since < REPEAT) return;
+    const changed = this.shown !== token.heaviest || this.tokens[n - 1].text.endsWith("\n");
+    if (token.span.dataset.mark || !(changed || n - this.since >= REPEAT)) return;
+    this.shown = token.heaviest;
     const below = token.weights.slice(0, token.heaviest).reduce((sum, weight) => sum + weight, 0);
     this.since = n;
     token.span.dataset.lead = String(token.heaviest + 1);
