@@ -68,7 +68,7 @@ class Server(uvicorn.Server):
         try:
             self.run(sockets=[listening])
         finally:
-            self._engine.close(0)  # also where it still drains: an interpreter that ends amid a step is aborted
+            self._engine.close(0.0)  # also where it still drains: an interpreter that ends amid a step is aborted
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Remember whose loop it is."""
