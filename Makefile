@@ -67,6 +67,7 @@ wheel-test: $(INSTALLED)
 	  [getattr(bd, name) for name in bd.__all__]; \
 	  stray = [f for n, m in sys.modules.items() if n.startswith("bayes_dispatch") for f in [m.__file__] if sys.prefix not in f]; \
 	  assert not stray, stray; \
+	  from bayes_dispatch.serving.web.page import page_answer; page_answer(); \
 	  print("wheel:", bd.__version__, "with experts", *bd.load_bundle().experts.names)'
 	cd $(WHEEL_TEST) && venv/bin/bayes-dispatch --help >/dev/null
 

@@ -166,5 +166,5 @@ class Engine(Protocol):
         ...
 
     def close(self, patience: float) -> None:
-        """Refuse new work, give what there is so many seconds to end, and stop."""
+        """Refuse new work, give what there is so many seconds to end (of several calls the fewest), and stop."""
         ...

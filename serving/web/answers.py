@@ -1,4 +1,5 @@
-"""OpenAI's objects, of choices. Beside OpenAI's fields they have ``dispatch``, and with logprobs mutual information.
+"""OpenAI's objects, of choices. Beside OpenAI's fields they have ``dispatch``, and with logprobs each token has its
+mutual information and the weights before it.
 
 ``dispatch`` is one object where there is one choice, and a list in the order of the choices where there are several. In
 a stream the first chunk of each choice has that of this choice. OpenAI's clients keep it as an extra field.
@@ -63,6 +64,7 @@ class CompletionShape:
             "top_logprobs": None,
             "text_offset": [token.offset for token in tokens],
             "mutual_information": [token.mutual_information for token in tokens],
+            "weights": [token.weights for token in tokens],
         }
 
 
@@ -95,6 +97,7 @@ def _entry(token: Token) -> dict[str, Any]:
         "bytes": list(token.text.encode()),
         "top_logprobs": [],
         "mutual_information": token.mutual_information,
+        "weights": token.weights,
     }
 
 

@@ -30,11 +30,12 @@ from bayes_dispatch.serving.web.fields import (
     Kind,
     read_fields,
 )
-from bayes_dispatch.serving.web.front import Front, Record, tell_failure
+from bayes_dispatch.serving.web.front import PAGE, Front, Record, tell_failure
 from bayes_dispatch.serving.web.hearing import GoneError, Hearing, unless_gone
 from bayes_dispatch.serving.web.jobs import Job, Jobs
 from bayes_dispatch.serving.web.keys import Keys
 from bayes_dispatch.serving.web.metrics import Metrics
+from bayes_dispatch.serving.web.page import page_answer
 from bayes_dispatch.serving.web.refusals import RefusedError, as_refused, closing
 from bayes_dispatch.serving.web.server import LAST_WORDS
 from bayes_dispatch.serving.web.settings import WebSettings
@@ -84,6 +85,10 @@ def make_app(
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:  # it is raised again, and logged by the front
         return as_refused(error, request.state.record.id).response
+
+    @app.get(PAGE)
+    async def page() -> Response:
+        return page_answer()
 
     @app.get("/v1/models")
     async def list_models() -> Response:

@@ -11,15 +11,23 @@ from bayes_dispatch.serving.work import Begun, Ended, Wrote
 __all__ = ["Choice", "Piece", "Stops", "Token"]
 
 REASONS = {"abstained": "content_filter", "dispatched": "stop", "length": "length", "stop": "stop"}  # as OpenAI's
+WEIGHT_DIGITS = 6  # decimals of a token's weights: a chunk has K + 1 of them
 
 
 class Token(NamedTuple):
-    """What logprobs have of a token. text: characters that it completes. offset: of these, in the choice's text."""
+    """What logprobs have of a token.
+
+    Attributes:
+        text: characters that it completes. offset: of these, in the choice's text.
+        log_probability, mutual_information: in nats; the latter ``None`` where the engine does not know it.
+        weights: of base and the experts before it, in the order of the posterior's experts.
+    """
 
     text: str
     offset: int
     log_probability: float
-    mutual_information: float
+    mutual_information: float | None
+    weights: tuple[float, ...]
 
 
 class Piece(NamedTuple):
@@ -82,7 +90,9 @@ class Choice:
         """What is decided with one more token."""
         self.count += 1
         self.shares = token.weights if self.shares is None else self.shares + token.weights
-        self._waiting.append(Token(token.text, self._written, token.log_probability, token.mutual_information))
+        weights = tuple(round(float(weight), WEIGHT_DIGITS) for weight in token.weights)
+        told = token.log_probability, token.mutual_information, weights
+        self._waiting.append(Token(token.text, self._written, *told))
         self._written += len(token.text)
         return self._piece(self._stops.add(token.text))
 

@@ -23,8 +23,18 @@ __all__ = ["ENDPOINTS", "Front", "Record"]
 
 logger = logging.getLogger(__name__)
 
-OPEN = ("/health", "/ready")  # that need no key
-ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/dispatch", "/v1/feedback", "/v1/models", "/metrics", *OPEN)
+OPEN = ("/health", "/ready")  # that need no key, and may be asked by any name of this machine
+PAGE = "/"  # needs no key either: it asks its reader for one
+ENDPOINTS = (
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/dispatch",
+    "/v1/feedback",
+    "/v1/models",
+    "/metrics",
+    PAGE,
+    *OPEN,
+)
 
 
 @dataclass
@@ -75,7 +85,7 @@ class Front:
             await send(message)
 
         try:
-            self._admit(scope["path"], Headers(scope=scope), record)
+            self._admit(scope, record)
             await self._app(scope, self._bounded(receive), marked)
         except Exception as error:
             refused = as_refused(error, record.id)
@@ -91,12 +101,17 @@ class Front:
             self._metrics.answered(endpoint, record.status or 499)
             tell(logger, logging.INFO, "request", lambda: record.facts(scope["method"], endpoint))
 
-    def _admit(self, path: str, headers: Headers, record: Record) -> None:
-        """Check key and host.
+    def _admit(self, scope: Scope, record: Record) -> None:
+        """Check size, host and key.
 
         Raises:
-            RefusedError: 401, 403 or 413.
+            RefusedError: 400, 401, 403, 413 or 431.
         """
+        path, headers, most = scope["path"], Headers(scope=scope), self._settings.header_bytes
+        target = len(scope["raw_path"]) + len(scope["query_string"])
+        if target + sum(len(name) + len(value) for name, value in headers.raw) > most:
+            # h11 counts only those of which a part alone has come
+            raise RefusedError(431, f"expected at most {most} bytes of headers, got more", code="too_large")
         told = headers.get("content-length", "0")
         if not (told.isascii() and told.isdecimal()):
             raise RefusedError(400, "expected a content-length that is a number, got another")
@@ -111,6 +126,8 @@ class Front:
                 raise RefusedError(
                     403, "expected this machine's own name as the host, got another", code="foreign_host"
                 )
+            return
+        if path == PAGE:
             return
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":

@@ -69,8 +69,7 @@ class Server(uvicorn.Server):
         try:
             self.run(sockets=[listening])
         finally:
-            if not self._engine.state.closing:
-                self._engine.close(0)
+            self._engine.close(0.0)  # also where it still drains: an interpreter that ends amid a step is aborted
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Remember whose loop it is."""

@@ -27,8 +27,9 @@ from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.serving.engine import BatchedEngine
+from bayes_dispatch.serving.web.answers import ChatShape, CompletionShape
 from bayes_dispatch.serving.web.app import make_app
-from bayes_dispatch.serving.web.choices import Stops
+from bayes_dispatch.serving.web.choices import Choice, Piece, Stops, Token
 from bayes_dispatch.serving.web.feedback import Learner
 from bayes_dispatch.serving.web.fields import ChatAsked, CompletionAsked
 from bayes_dispatch.serving.web.keys import Keys, is_loopback
@@ -84,12 +85,14 @@ def dispatch_of(answer: Any) -> Any:
 
 
 def test_a_completion_is_what_generate_gives(served: Served, expected: Any) -> None:
-    """Text without its stop, log-probabilities, mutual information, posterior."""
+    """Text without its stop, log-probabilities, mutual information, weights before each token, posterior."""
     answer = served.client.completions.create(**GREEDY, stop="\n", logprobs=0)
     (choice,), text = answer.choices, expected.texts[0]
     assert text.endswith("\n")
     assert (choice.text, choice.finish_reason) == (text[:-1], "stop")
     assert choice.logprobs.token_logprobs == pytest.approx(expected.log_probabilities[0, : len(text) - 1], abs=1e-4)
+    weights, before = choice.logprobs.model_extra["weights"], expected.paths[0][-expected.lengths[0] :]
+    assert np.array(weights) == pytest.approx(before[: len(text) - 1], abs=1e-4)
     told = choice.logprobs.model_extra["mutual_information"]
     assert told == pytest.approx(expected.mutual_information[0, : len(text) - 1], abs=1e-4)
     found = dispatch_of(answer)
@@ -127,8 +130,12 @@ def test_a_chat_and_its_stream(served: Served) -> None:
     text = whole.choices[0].message.content
     assert "\n" not in text
     assert "".join(token.token for token in whole.choices[0].logprobs.content) == text
-    assert all(token.model_extra["mutual_information"] >= 0 for token in whole.choices[0].logprobs.content)
-    chunks = list(served.client.chat.completions.create(**asked, stream=True))
+    told = [token.model_extra for token in whole.choices[0].logprobs.content]
+    assert all(each["mutual_information"] >= 0 for each in told)
+    assert all(sum(each["weights"]) == pytest.approx(1, abs=1e-5) for each in told)
+    chunks = list(served.client.chat.completions.create(**asked, logprobs=True, stream=True))
+    parts = [token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.content]
+    assert [token.model_extra for token in parts] == told
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
     assert dispatch_of(chunks[0]) == dispatch_of(whole)
     again = [*first, whole.choices[0].message.model_dump(), {"role": "user", "content": PROMPT}]
@@ -280,6 +287,15 @@ def test_metrics_are_those_of_the_guide(served: Served) -> None:
     named = {name.removesuffix("_total") for name in re.findall(r"`(bayes_dispatch_\w+)`", page)}
     assert named
     assert named == {name for name in families if not name.endswith("_created")}
+
+
+def test_what_an_engine_does_not_know_is_null() -> None:
+    """Engines whose model sees one set of weights at a time know no mutual information."""
+    token = Token("a", 0, -1.0, None, (0.25, 0.75))
+    piece, choice = Piece("a", (token,)), Choice(0, 0)
+    told = [shape.part(choice, piece, piece.tokens)["logprobs"] for shape in (CompletionShape(), ChatShape())]
+    assert (told[0]["mutual_information"], told[0]["weights"]) == ([None], [(0.25, 0.75)])
+    assert told[1]["content"][0].items() >= {"mutual_information": None, "weights": (0.25, 0.75)}.items()
 
 
 @given(
