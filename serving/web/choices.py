@@ -12,12 +12,15 @@ REASONS = {"abstained": "content_filter", "dispatched": "stop", "length": "lengt
 
 
 class Token(NamedTuple):
-    """What logprobs have of a token. text: characters that it completes. offset: of these, in the choice's text."""
+    """What logprobs have of a token. text: characters that it completes. offset: of these, in the choice's text.
+
+    mutual_information: ``None`` where the engine does not tell it.
+    """
 
     text: str
     offset: int
     log_probability: float
-    mutual_information: float
+    mutual_information: float | None
 
 
 class Piece(NamedTuple):
