@@ -212,13 +212,12 @@ class VllmEngine:
             if begun is None:
                 return Ended(request.over() or "cancelled")
             self._count(prompt_tokens=len(request.heard))
-            weights = _weights(request.work.blend, begun.posterior, begun.fallback)
             _tell(request, begun)
             if request.work.writing is None:
                 return Ended("dispatched")
             if request.work.abstain and begun.fallback:
                 return Ended("abstained")
-            return await self._write(request, weights)
+            return await self._write(request, _weights(request.work.blend, begun.posterior, begun.fallback))
 
     def _dispatch(self, request: Request) -> Begun | None:
         """Of the prompt; nothing where it is not wanted any more. On a thread of its own: others are written meanwhile.
