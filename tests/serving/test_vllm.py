@@ -32,7 +32,7 @@ from bayes_dispatch.serving.engine import BatchedEngine, Limits
 from bayes_dispatch.serving.vllm.engine import VllmEngine
 from bayes_dispatch.serving.vllm.export import export_bank, whole_bank
 from bayes_dispatch.serving.vllm.format import FIELD, Index, gap, told, weights_of
-from bayes_dispatch.serving.vllm.plugin import Bank, register
+from bayes_dispatch.serving.vllm.plugin import Bank, _row, _scaled, register
 from bayes_dispatch.serving.vllm.upstream import UpstreamError
 from bayes_dispatch.serving.web.app import make_app
 from bayes_dispatch.serving.web.server import Server, listen
@@ -189,6 +189,29 @@ def test_the_plugin_is_light_and_does_nothing_unasked(monkeypatch: pytest.Monkey
     monkeypatch.setenv("BAYES_DISPATCH_VLLM", "/nowhere")
     with pytest.raises(ValueError, match="expected a bank of export-vllm"):
         register()
+
+
+def test_each_token_has_its_requests_weights(llama64: SimpleNamespace, tmp_path: Path) -> None:
+    """Between the factors, in one batch: two blends, another adapter, which stays as it is, and none."""
+    export_bank(llama64, tmp_path)
+    bank, rank, draw = Bank(tmp_path), 8, torch.Generator().manual_seed(0)
+    requests = [
+        SimpleNamespace(
+            lora_request=None if name is None else SimpleNamespace(lora_name=name),
+            sampling_params=SimpleNamespace(extra_args={FIELD: "reverse=0.25,add=0.75"} if name == "bank" else None),
+        )
+        for name in ("bank", "other", None)
+    ]
+    rows = torch.from_numpy(np.stack([_row(bank, each, rank) for each in requests])).repeat_interleave(2, 0)
+    seen = []
+    buffers = torch.randn(3, 6, rank, generator=draw)
+    before = buffers.clone()
+    _scaled(lambda *given: seen.append(given), rows)("y", buffers, "up")
+    assert (seen[0][0], seen[0][2]) == ("y", "up")
+    factors = torch.tensor([0.25] * 2 + [0.0] * 2 + [0.75] * 2 + [1.0] * 2)  # the last two are nobody's
+    torch.testing.assert_close(seen[0][1][:, :2], before[:, :2] * factors)
+    torch.testing.assert_close(seen[0][1][:, 2:4], before[:, 2:4])
+    assert not seen[0][1][:, 4:].any()
 
 
 class Stand:

@@ -51,7 +51,7 @@ RANKS = (8, 4, 8, 8, 2, 8, 8, 8)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TEXT = "the cat and the dog: 12 + 12 = 24; a bath, a path. " * 2  # longer than two blocks of vLLM's cache
 BLOCK, TOKENS, CLOSE, STARTING = 32, 24, 1e-4, 600.0  # seconds
-CLIENTS, TIMED, ROUNDS = 8, 48, 7
+CLIENTS, TIMED, ROUNDS = 8, 48, 11
 
 
 class Answer(NamedTuple):
