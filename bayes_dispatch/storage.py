@@ -51,6 +51,7 @@ __all__ = [
     "write_tensors",
 ]
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # The file that tells what a saved directory consists of, and by its content the other files of such a save. What is no
 # index of ours raises what such access raises.
 CONTENTS: dict[str, Callable[[Any], Collection[str]]] = {
@@ -62,6 +63,11 @@ CONTENTS: dict[str, Callable[[Any], Collection[str]]] = {
     ),
     "dispatcher.json": lambda index: {"dispatcher": {"dispatcher.safetensors"}}[index["format"]],
     "gate.json": lambda index: {"gate": {"gate.safetensors"}}[index["format"]],
+    "vllm.json": lambda index: {
+        f"{folder}/{file}"
+        for folder in ("bank", *(f"experts/{name}" for name in index["ranks"]))
+        for file in ADAPTER_FILES
+    },
 }
 FACTORS_FILE = "factors.safetensors"
 UNFINISHED, FINISHED = ".bayes-dispatch-unfinished", ".bayes-dispatch-finished"  # saves inside their directory

@@ -197,7 +197,7 @@ class Reading:
         posterior = dispatcher.posterior(evidence, draws=POSTERIOR_DRAWS, seed=seeds)
         events = dispatcher.prior.events
         self._tell(Begun(posterior, len(self._heard), p_value, bool(foreign[0]), evidence, events))
-        if work.writing is None or (work.abstain and foreign[0]):
+        if self._heard.writing is None or (work.abstain and foreign[0]):
             return None
         particles = on_base(work.blend.particles(posterior), foreign)
         if particles.layers is not None:

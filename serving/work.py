@@ -81,13 +81,16 @@ class Begun:
 
 @dataclass(frozen=True, eq=False)
 class Wrote:
-    """One more token. Its fields are those of ``Streamed``; ``weights`` (K + 1,) are those before it."""
+    """One more token. Its fields are those of ``Streamed``; ``weights`` (K + 1,) are those before it.
+
+    Entropy and mutual information are ``None`` where an engine cannot tell them.
+    """
 
     text: str
     token_id: int
     log_probability: float
-    predictive_entropy: float
-    mutual_information: float
+    predictive_entropy: float | None
+    mutual_information: float | None
     weights: np.ndarray
 
 

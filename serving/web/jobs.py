@@ -8,7 +8,7 @@ from typing import Any
 from bayes_dispatch.arguments import seed as checked_seed
 from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import ConfigError
-from bayes_dispatch.inference.two_pass.blends import DEFAULT_BLEND, Blend, FixedWeights, as_blend
+from bayes_dispatch.inference.two_pass.blends import Blend, FixedWeights, as_blend
 from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.inference.two_pass.system import System
 from bayes_dispatch.serving.web.fields import Asked, ChatAsked, CompletionAsked, DispatchAsked, Turn
@@ -104,7 +104,7 @@ class Jobs:
             raise RefusedError(400, f"expected the model {BUNDLE!r} to dispatch, got {asked.model!r}", param="model")
         prompt = asked.input if isinstance(asked.input, str) else _messages(asked.input, "input")
         self._check_prompts((prompt,), "input")
-        work = Work(prompt, DEFAULT_BLEND, None, _seed(asked.seed, 1), asked.false_alarm_rate, owner=owner)
+        work = Work(prompt, self.settings.blend, None, _seed(asked.seed, 1), asked.false_alarm_rate, owner=owner)
         return Job(asked.model, (replace(work, patience=self.settings.patience),), 1)
 
     def _written(
@@ -187,7 +187,7 @@ class Jobs:
                     return FixedWeights(self._weights(asked.weights))
                 except OverflowError:
                     raise ConfigError("expected weights from 0 to 1, got one that is no such number") from None
-        blend: Blend = DEFAULT_BLEND
+        blend = self.settings.blend
         if asked.blend is not None:
             with naming("blend"):
                 blend = as_blend(asked.blend, self._components)

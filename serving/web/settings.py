@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from bayes_dispatch.arguments import real, whole
+from bayes_dispatch.inference.two_pass.blends import DEFAULT_BLEND, Blend
 
 __all__ = ["WebSettings"]
 
@@ -18,6 +19,7 @@ class WebSettings:
         choices: prompts times ``n``. connections: at once; others get 503 as plain text.
         patience: seconds after which a request is given up, wherever it is; ``None`` for never.
         log_prompts: whether prompts are written to the log.
+        blend: of requests that name none.
 
     Raises:
         ConfigError: a bound out of range.
@@ -32,6 +34,7 @@ class WebSettings:
     connections: int = 1024
     patience: float | None = 300.0
     log_prompts: bool = False
+    blend: Blend = DEFAULT_BLEND
 
     def __post_init__(self) -> None:
         for name in ("body_bytes", "header_bytes", "prompt_bytes", "max_new_tokens", "choices", "connections"):

@@ -56,7 +56,7 @@ class Told:
         return "".join(token.text for token in self.tokens)
 
     def why(self) -> str:
-        assert self.over.wait(60)
+        assert self.over.wait(600)
         assert self.ended is not None
         return self.ended.reason
 

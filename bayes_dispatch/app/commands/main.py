@@ -18,7 +18,7 @@ from bayes_dispatch.app.commands.chat import chat
 from bayes_dispatch.app.commands.compare import compare
 from bayes_dispatch.app.commands.experts import experts
 from bayes_dispatch.app.commands.generate import generate
-from bayes_dispatch.app.commands.serve import serve
+from bayes_dispatch.app.commands.serve import export_vllm, serve
 from bayes_dispatch.app.commands.terminal import (
     BundleOption,
     JsonOption,
@@ -49,6 +49,7 @@ app.command()(build)
 app.command()(compare)
 app.command()(chat)
 app.command()(serve)
+app.command()(export_vllm)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

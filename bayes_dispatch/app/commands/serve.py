@@ -1,17 +1,24 @@
-"""The command ``serve``: a bundle behind OpenAI's protocol."""
+"""The commands ``serve``, a bundle behind OpenAI's protocol, and ``export-vllm``, its experts for a vLLM server."""
 
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bayes_dispatch.app.commands.terminal import BundleOption, refuse_unused, use_one_thread
+from bayes_dispatch.app.commands.terminal import BundleOption, check_new_output, refuse_unused, use_one_thread
 from bayes_dispatch.errors import ConfigError, MissingDependencyError
 
-__all__ = ["serve"]
+if TYPE_CHECKING:
+    from bayes_dispatch.inference.two_pass.system import System
+    from bayes_dispatch.serving.engine import Limits
+    from bayes_dispatch.serving.work import Engine
+
+__all__ = ["export_vllm", "serve"]
+
+VLLM_KEY = "BAYES_DISPATCH_VLLM_KEY"  # has the key of the vLLM server, if that has one
 
 
 def serve(
@@ -29,7 +36,9 @@ def serve(
     ] = False,
     running: Annotated[int, typer.Option(min=1, help="Most choices that are written at once.")] = 32,
     waiting: Annotated[int, typer.Option(min=1, help="Most choices that wait; more get status 429.")] = 256,
-    cache_bytes: Annotated[int, typer.Option(min=1, help="Most bytes kept of what the model has read.")] = 4 * 2**30,
+    cache_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Most bytes kept of what the model has read; default: 4 GiB.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens that a choice may ask for.")] = 1024,
     prompt_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request's prompts.")] = 2**16,
     body_bytes: Annotated[int, typer.Option(min=1, help="Most bytes of a request's body.")] = 2**20,
@@ -49,9 +58,16 @@ def serve(
         typer.Option(min=1, help="Most choices that feedback may be given on, the latest; 4096 by default."),
     ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log, too.")] = False,
+    vllm: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of a vLLM server that has these experts (export-vllm): it writes, and this process dispatches."
+        ),
+    ] = None,
 ) -> None:
     """Serve a bundle to OpenAI's clients, until SIGINT or SIGTERM; stderr has a line of JSON for each request."""
     try:
+        from bayes_dispatch.inference.two_pass.blends import DEFAULT_BLEND, PosteriorMean
         from bayes_dispatch.serving.web.app import make_app
         from bayes_dispatch.serving.web.feedback import REMEMBERED, Learner
         from bayes_dispatch.serving.web.keys import VARIABLE, Keys, is_loopback
@@ -65,6 +81,7 @@ def serve(
     if known is None and not no_keys and not is_loopback(host):
         raise ConfigError(f"expected --keys, {VARIABLE} or --no-keys to listen at {host}, got none of them")
     refuse_unused("--remembered", remembered, prior is not None, "with --prior")
+    refuse_unused("--cache-bytes", cache_bytes, vllm is None, "without --vllm, where caches are vLLM's", "both")
     settings = WebSettings(
         body_bytes=body_bytes,
         header_bytes=header_bytes,
@@ -73,6 +90,7 @@ def serve(
         choices=min(WebSettings.choices, waiting),  # more could never wait
         patience=patience,
         log_prompts=log_prompts,
+        blend=DEFAULT_BLEND if vllm is None else PosteriorMean(),
     )
     listening = listen(host, port)
     from bayes_dispatch.app.bundle import load_bundle
@@ -85,16 +103,44 @@ def serve(
     loaded = load_bundle(bundle)
     learner = None
     if prior is not None:
-        try:
-            loaded.dispatcher.keep_prior(prior)
-        except BaseException:
-            listening.close()
-            raise
+        loaded.dispatcher.keep_prior(prior)
         learner = Learner(loaded.dispatcher, REMEMBERED if remembered is None else remembered)
-    TwoPassGenerator(loaded).generate(["a", "b"], max_new_tokens=2)  # compiles what would hold up the first request
-    engine = BatchedEngine(loaded, Limits(running=running, waiting=waiting, cache_bytes=cache_bytes))
+    limits = Limits(running=running, waiting=waiting, **({} if cache_bytes is None else {"cache_bytes": cache_bytes}))
+    engine: Engine
+    if vllm is not None:
+        engine = _at_vllm(loaded, vllm, limits)
+    else:
+        TwoPassGenerator(loaded).generate(["a", "b"], max_new_tokens=2)  # compiles what would hold up the first request
+        engine = BatchedEngine(loaded, limits)
     app = make_app(loaded, engine, settings, known, local=not no_keys, learner=learner)
     Server(app, engine, settings, drain).serve_on(listening)
+
+
+def export_vllm(
+    out: Annotated[Path, typer.Option(help="A new directory, or that of an earlier export.")],
+    bundle: BundleOption = None,
+) -> None:
+    """Write a bundle's LoRA experts as adapters that vLLM loads, for serve --vllm."""
+    check_new_output(out, "vllm.json")
+    from bayes_dispatch.app.bundle import load_bundle
+    from bayes_dispatch.serving.vllm.export import export_bank
+    from bayes_dispatch.serving.vllm.format import BANK
+
+    use_one_thread()
+    index = export_bank(load_bundle(bundle), out)
+    print(f"{out}: {', '.join(index.ranks)} in {out / BANK}, of rank {index.rank}; start vLLM with the base model and")
+    print(f"  BAYES_DISPATCH_VLLM={out.resolve()} VLLM_USE_V2_MODEL_RUNNER=0")
+    print(f"  --enable-lora --max-loras 1 --max-lora-rank {index.server_rank}")
+
+
+def _at_vllm(system: "System", url: str, limits: "Limits") -> "Engine":
+    """An engine that lets a vLLM server write."""
+    try:
+        from bayes_dispatch.serving.vllm.engine import VllmEngine
+    except ImportError as error:
+        message = f"expected the extra vllm (pip install 'bayes-dispatch[vllm]'), got no {error.name}"
+        raise MissingDependencyError(message) from None
+    return VllmEngine(system, url, limits, os.environ.get(VLLM_KEY))
 
 
 def _log(form: logging.Formatter) -> None:

@@ -1,0 +1,279 @@
+"""An engine that dispatches here, and lets a vLLM server write.
+
+The first pass runs in this process, one prompt after the other; the server gets a prompt's tokens and the weights of
+its blend, and runs all blends in one batch. It knows one set of weights for each request: a blend of many particles,
+which every token filters, is refused.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from threading import Lock, Thread
+from time import monotonic
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.errors import ConfigError, PromptError
+from bayes_dispatch.inference.chat.form import Form
+from bayes_dispatch.inference.generator import TwoPassGenerator
+from bayes_dispatch.inference.two_pass.blends import Blend
+from bayes_dispatch.inference.two_pass.events import tell
+from bayes_dispatch.inference.two_pass.prompts import Written
+from bayes_dispatch.inference.two_pass.second_pass import on_base
+from bayes_dispatch.inference.two_pass.system import System, check_gate, dispatch
+from bayes_dispatch.serving.engine import Limits
+from bayes_dispatch.serving.reading import Reading, hear
+from bayes_dispatch.serving.vllm.export import check_lora, probes_of
+from bayes_dispatch.serving.vllm.format import told
+from bayes_dispatch.serving.vllm.upstream import Upstream, UpstreamError
+from bayes_dispatch.serving.waiting import Request, WaitingLine
+from bayes_dispatch.serving.work import Begun, BusyError, Ended, EngineState, Event, Work, Wrote
+
+__all__ = ["VllmEngine"]
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER = 1  # seconds
+POLL = 0.02  # seconds between looks at what is left when it closes
+SERVED = "posterior_mean, top_k(2), best_expert, thompson_sample, an expert's name, base, or weights of your own"
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class _Ticket:
+    request: Request
+    engine: "VllmEngine"
+
+    def cancel(self) -> None:
+        """See ``Ticket``: the request to the server is closed, and the server drops it."""
+        self.request.cancel()
+        self.engine.drop(self.request)
+
+
+class VllmEngine:
+    """See ``work.Engine``.
+
+    Args:
+        system: model, tokenizer, LoRA experts, dispatcher, and a gate where one is asked.
+        url: of a server that has the bank of these experts (``export_bank``, ``plugin``).
+        limits: ``running`` requests are at the server at once; of ``cache_bytes`` nothing is kept here.
+        key: the server's, if it has one.
+
+    Attributes:
+        off: nats by which the server is off the probes (``format.gap``).
+
+    Raises:
+        ConfigError: experts that vLLM cannot be given, or a server of another model or other experts.
+        UpstreamError: no server. ForeignExpertError: see ``TwoPassGenerator``.
+    """
+
+    def __init__(self, system: System, url: str, limits: Limits | None = None, key: str | None = None) -> None:
+        TwoPassGenerator(system)  # whether its parts fit together
+        check_lora(system.experts, system.model)
+        self._system, self._limits = system, Limits() if limits is None else limits
+        self._form = Form.of(system.tokenizer)
+        self._never = (~system.tokenizer.continues).nonzero()[:, 0].tolist()
+        self._some = dispatch(system, ["a"], 0)[0]  # to see what blends make of a posterior
+        self._waiting = WaitingLine(self._limits.waiting, self._limits.waiting_tokens)
+        self._deadline = math.inf  # when all is to be over
+        self._state = EngineState(0, 0, 0, 0, 0, 0, 0, 0, False)
+        self._lock, self._closing = Lock(), Lock()  # the first guards the three above, which other threads see
+        self._tasks: dict[Request, asyncio.Task[Ended]] = {}
+        self._over = False  # whether tasks are cancelled because the engine is
+        self._worker = ThreadPoolExecutor(1, "dispatch")
+        self._loop = asyncio.new_event_loop()
+        self._thread = Thread(target=self._loop.run_forever, name="engine", daemon=True)
+        self._thread.start()
+        self._upstream = Upstream(url, key)
+        try:
+            most = self._wait(self._upstream.longest())
+            self.off = self._wait(self._upstream.check(*probes_of(system)))
+        except BaseException:
+            self.close(0)
+            raise
+        tell(logger, logging.INFO, "vllm", lambda: {"url": self._upstream.url, "nats_off": self.off})
+        self._longest = min((each for each in (most, system.model.longest) if each is not None), default=None)
+
+    def submit(self, work: Work, tell: Callable[[Event], None]) -> _Ticket:
+        """See ``work.Engine``."""
+        heard = hear(self._system.tokenizer, self._form, self._longest, work)
+        if work.false_alarm_rate is not None:
+            check_gate(self._system, work.false_alarm_rate)
+        elif work.abstain:
+            raise ConfigError("expected a false_alarm_rate to abstain at, got None")
+        if work.writing is not None:
+            _weights(work.blend, self._some)
+        patience = math.inf if work.patience is None else work.patience
+        request = Request(work, heard, tell, monotonic() + patience)
+        with self._lock:
+            if self._state.closing:
+                raise BusyError("expected a request to a server that is not shutting down, got one that came late", 5)
+            self._waiting.add(request, RETRY_AFTER)
+            self._loop.call_soon_threadsafe(self._take)
+            if work.patience is not None:
+                self._loop.call_soon_threadsafe(self._loop.call_later, work.patience + POLL, self._take)
+        return _Ticket(request, self)
+
+    @property
+    def state(self) -> EngineState:
+        """See ``work.Engine``; of rows, steps and caches the server knows."""
+        with self._lock:
+            waiting, running = self._waiting, len(self._tasks)
+            return replace(self._state, waiting=len(waiting), waiting_tokens=waiting.tokens, running=running)
+
+    @property
+    def reply_stop(self) -> str | None:
+        """See ``work.Engine``."""
+        return self._form.stop
+
+    def drop(self, request: Request) -> None:
+        """Stop what nobody waits for any more."""
+        with suppress(RuntimeError):  # the loop has ended, and all with it
+            self._loop.call_soon_threadsafe(self._drop, request)
+
+    def close(self, patience: float) -> None:
+        """See ``work.Engine``."""
+        with self._lock:
+            self._state = replace(self._state, closing=True)
+            self._deadline = min(self._deadline, monotonic() + patience)
+        with self._closing:
+            if self._thread.is_alive():
+                self._wait(self._drain())
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+                self._loop.close()
+                self._worker.shutdown(cancel_futures=True)
+
+    def _wait(self, coroutine: Coroutine[Any, Any, Found]) -> Found:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+    async def _drain(self) -> None:
+        while (self._tasks or self._waiting) and monotonic() < self._deadline:
+            await asyncio.sleep(POLL)
+        with self._lock:
+            left = self._waiting.clear()
+        for request in left:
+            _tell(request, Ended("closed"))
+        self._over = True
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._upstream.close()
+
+    def _take(self) -> None:
+        """Begin with those whose turn it is, as far as there is room, and let those go that waited for too long."""
+        with self._lock:
+            gone = self._waiting.drop()
+            turn: list[Request] = []
+            while len(self._tasks) + len(turn) < self._limits.running and (request := self._waiting.next()) is not None:
+                turn.append(request)
+            for request in turn:
+                self._tasks[request] = task = self._loop.create_task(self._answer(request))
+                task.add_done_callback(partial(self._end, request))
+        for request, reason in gone:
+            _tell(request, Ended(reason))
+
+    def _drop(self, request: Request) -> None:
+        if request in self._tasks:
+            self._tasks[request].cancel()
+        else:
+            self._take()
+
+    def _end(self, request: Request, task: asyncio.Task[Ended]) -> None:
+        """Tell how a request has ended, and let the next one begin."""
+        if task.cancelled():
+            ended = Ended("closed" if self._over else "cancelled")
+        elif (error := task.exception()) is None:
+            ended = task.result()
+        elif isinstance(error, TimeoutError):
+            ended = Ended("late")
+        else:
+            ended = Ended("failed" if isinstance(error, ConfigError | PromptError | BusyError) else "broken", error)
+        with self._lock:
+            del self._tasks[request]
+        _tell(request, ended)
+        self._take()
+
+    async def _answer(self, request: Request) -> Ended:
+        left = request.deadline - monotonic()
+        async with asyncio.timeout(left if math.isfinite(left) else None):
+            begun = await self._loop.run_in_executor(self._worker, self._dispatch, request)
+            if begun is None:
+                return Ended(request.over() or "cancelled")
+            self._count(prompt_tokens=len(request.heard))
+            _tell(request, begun)
+            if request.work.writing is None:
+                return Ended("dispatched")
+            if request.work.abstain and begun.fallback:
+                return Ended("abstained")
+            return await self._write(request, _weights(request.work.blend, begun.posterior, begun.fallback))
+
+    def _dispatch(self, request: Request) -> Begun | None:
+        """Of the prompt; nothing where it is not wanted any more. On a thread of its own: others are written meanwhile.
+
+        As the engine in this process reads it, but for what would be written.
+        """
+        found: list[Begun] = []
+        heard = replace(request.heard, writing=None)
+        reading = Reading(self._system, heard, request.work, self._limits.piece, found.append)
+        with torch.no_grad():
+            while request.over() is None and not reading.step():
+                pass
+        return found[0] if found else None
+
+    async def _write(self, request: Request, weights: np.ndarray) -> Ended:
+        heard, system, writing = request.heard, self._system, request.heard.writing
+        assert writing is not None
+        ids = [*heard.begin, *heard.transcript.ids.tolist()]
+        written = Written(system.tokenizer, ids, writing, heard.ends)
+        never = [each for each in self._never if each not in heard.ends]
+        blend = told(weights.tolist(), system.experts.components)
+        tokens = self._upstream.write(ids, blend, writing, request.work.seed + 1, sorted(heard.ends), never)
+        async with aclosing(tokens):
+            async for said in tokens:
+                last = written.add(said.token_id)
+                self._count(new_tokens=1)
+                _tell(request, Wrote(written.piece, said.token_id, said.log_probability, None, None, weights))
+                if last:
+                    stopped = any(written.text.endswith(stop) for stop in writing.stops) or said.token_id in heard.ends
+                    return Ended("stop" if stopped else "length")
+                if (reason := request.over()) is not None:
+                    return Ended(reason)
+        raise UpstreamError(
+            f"expected {writing.max_new_tokens} tokens or an end of vLLM, got {len(written.ids)} tokens"
+        )
+
+    def _count(self, **counted: int) -> None:
+        with self._lock:
+            so_far = {name: getattr(self._state, name) + count for name, count in counted.items()}
+            self._state = replace(self._state, **so_far)
+
+
+def _weights(blend: Blend, posterior: DispatchPosterior, fallback: bool = False) -> np.ndarray:
+    """The one set of weights (K + 1,) that a blend is.
+
+    Raises:
+        ConfigError: it is several, or one that the prompt refines, or another for each layer.
+    """
+    particles = blend.particles(posterior)
+    if particles.mass.shape[1] != 1 or particles.refined or particles.layers is not None:
+        raise ConfigError(f"expected a blend that vLLM can run: {SERVED}; got {blend.name}, which needs this process")
+    found: np.ndarray = on_base(particles, np.array([fallback])).weights[0, 0]
+    return found
+
+
+def _tell(request: Request, event: Event) -> None:
+    try:
+        request.tell(event)
+    except Exception:
+        logger.exception("telling a client failed")
+        request.cancel()
