@@ -25,6 +25,10 @@ class BusyError(BayesDispatchError):
         super().__init__(message)
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        """An engine may be in another process."""
+        return type(self), (str(self), self.retry_after)
+
 
 @dataclass(frozen=True)
 class Message:

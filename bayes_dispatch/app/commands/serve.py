@@ -2,14 +2,23 @@
 
 import logging
 import os
+import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bayes_dispatch.app.commands.terminal import BundleOption, refuse_unused, use_one_thread
 from bayes_dispatch.errors import ConfigError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from bayes_dispatch.app.bundle import Bundle
+    from bayes_dispatch.serving.engine import Limits
+    from bayes_dispatch.serving.ray.cluster import Scale
+    from bayes_dispatch.serving.work import Engine
 
 __all__ = ["serve"]
 
@@ -41,6 +50,21 @@ def serve(
         float, typer.Option(min=0, help="Seconds that requests have to end in, once the server is told to stop.")
     ] = 30.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log, too.")] = False,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run the engines in a Ray cluster: RAY_ADDRESS, or one on this machine alone.")
+    ] = False,
+    replicas: Annotated[
+        str | None, typer.Option(help="With --ray: how many engines, as 2; or 1-4, as busy as they are. Default: 1.")
+    ] = None,
+    replica_busy: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --replicas A-B: choices at once that each is to have; default: half of --running."
+        ),
+    ] = None,
+    replica_cpus: Annotated[
+        float | None, typer.Option(min=0.001, help="With --ray: cores set aside for each engine; default: 1.")
+    ] = None,
 ) -> None:
     """Serve a bundle to OpenAI's clients, until SIGINT or SIGTERM; stderr has a line of JSON for each request."""
     try:
@@ -63,19 +87,49 @@ def serve(
         patience=patience,
         log_prompts=log_prompts,
     )
+    refuse_unused("--replicas", replicas, ray, "with --ray")
+    refuse_unused("--replica-cpus", replica_cpus, ray, "with --ray")
+    refuse_unused("--replica-busy", replica_busy, "-" in (replicas or ""), "with --replicas A-B")
+    scale = _scale(replicas or "1", replica_busy or max(1, running // 2), replica_cpus or 1.0) if ray else None
     listening = listen(host, port)
     from bayes_dispatch.app.bundle import load_bundle
-    from bayes_dispatch.inference.generator import TwoPassGenerator
+    from bayes_dispatch.app.engines import started
     from bayes_dispatch.inference.two_pass.events import JsonLines
-    from bayes_dispatch.serving.engine import BatchedEngine, Limits
+    from bayes_dispatch.serving.engine import Limits
 
     use_one_thread()
     _log(JsonLines())
     loaded = load_bundle(bundle)
-    TwoPassGenerator(loaded).generate(["a", "b"], max_new_tokens=2)  # compiles what would hold up the first request
-    engine = BatchedEngine(loaded, Limits(running=running, waiting=waiting, cache_bytes=cache_bytes))
-    app = make_app(loaded, engine, settings, known, local=not no_keys)
-    Server(app, engine, settings, drain).serve_on(listening)
+    limits = Limits(running=running, waiting=waiting, cache_bytes=cache_bytes)
+    name = f"bayes-dispatch-{socket.gethostname()}-{listening.getsockname()[1]}"
+    with (
+        nullcontext(started(loaded, limits))
+        if scale is None
+        else _on_ray(bundle, loaded, limits, scale, name) as engine
+    ):
+        app = make_app(loaded, engine, settings, known, local=not no_keys)
+        Server(app, engine, settings, drain).serve_on(listening)
+
+
+def _scale(replicas: str, busy: int, cpus: float) -> "Scale":
+    try:
+        from bayes_dispatch.serving.ray.cluster import Scale
+    except ImportError as error:
+        message = f"expected the extra ray (pip install 'bayes-dispatch[serve,ray]'), got no {error.name}"
+        raise MissingDependencyError(message) from None
+    return Scale.read(replicas, busy, cpus)
+
+
+@contextmanager
+def _on_ray(bundle: Path | None, loaded: "Bundle", limits: "Limits", scale: "Scale", name: str) -> "Iterator[Engine]":
+    from bayes_dispatch.app.engines import EngineOf
+    from bayes_dispatch.inference.chat.form import Form
+    from bayes_dispatch.serving.ray.cluster import replicas_on_ray
+    from bayes_dispatch.serving.replicas import ReplicatedEngine
+
+    holds = limits.running + limits.waiting
+    with replicas_on_ray(EngineOf.here(bundle, limits), scale, name, holds, limits.waiting) as replicas:
+        yield ReplicatedEngine(replicas, Form.of(loaded.tokenizer).stop)
 
 
 def _log(form: logging.Formatter) -> None:
