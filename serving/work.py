@@ -125,6 +125,7 @@ class EngineState:
         waiting, running: requests. waiting_tokens: of the waiting ones' prompts, with those that they may write.
         rows: of the model, that are run together. cache_bytes: of what they keep.
         prompt_tokens, new_tokens, steps: so far. closing: whether new work is refused.
+        replicas: engines that answer, where this one stands for several.
     """
 
     waiting: int
@@ -136,6 +137,7 @@ class EngineState:
     new_tokens: int
     steps: int
     closing: bool
+    replicas: int = 1
 
 
 @runtime_checkable

@@ -3,13 +3,20 @@
 import logging
 import os
 import re
+import secrets
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-# Before Ray is imported, which reads it: a server tells nobody that it runs.
+# Before Ray is imported, which reads them. A server tells nobody that it runs. A cluster of this machine alone listens
+# at 127.0.0.1 where Ray believes that it can have no other machines, as it does elsewhere than on Linux; and it answers
+# nobody without its token, which Ray would keep in a file that others may read.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+if "RAY_ADDRESS" not in os.environ:
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 import ray
 from ray import serve
@@ -138,8 +145,6 @@ def replicas_on_ray(
         finally:
             serve.delete(name)
     finally:
-        if "RAY_ADDRESS" not in os.environ:
-            serve.shutdown()
         ray.shutdown()
 
 
@@ -154,6 +159,7 @@ def _number(scale: Scale) -> dict[str, Any]:
 
 
 def _connect(scale: Scale) -> None:
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
     if "RAY_ADDRESS" in os.environ:
         try:
@@ -162,9 +168,12 @@ def _connect(scale: Scale) -> None:
             why = str(error).splitlines()[0]
             raise ConfigError(f"expected a Ray cluster at {os.environ['RAY_ADDRESS']}, got none: {why}") from None
         return
-    ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **quiet)
-    cores = ray.cluster_resources()["CPU"]
-    if scale.most * scale.cpus > cores:
-        ray.shutdown()
-        needed = f"{scale.most} replicas of {scale.cpus:g}"
-        raise ConfigError(f"expected replicas for the {cores:g} cores of this machine, got {needed}")
+    ray.init(address="local", include_dashboard=False, **quiet)
+    host, cores = ray.util.get_node_ip_address(), ray.cluster_resources()["CPU"]
+    if host == "127.0.0.1" and scale.most * scale.cpus <= cores:
+        return
+    ray.shutdown()
+    if host != "127.0.0.1":
+        raise ConfigError(f"expected a Ray cluster at 127.0.0.1 alone, got one at {host}")
+    needed = f"{scale.most} replicas of {scale.cpus:g}"
+    raise ConfigError(f"expected replicas for the {cores:g} cores of this machine, got {needed}")
