@@ -22,8 +22,8 @@ __all__ = ["LostError", "Replicas", "ReplicatedEngine", "events_of"]
 
 logger = logging.getLogger(__name__)
 
-TRIES = 3  # replicas that a request may lose: one that breaks what it runs on must not break them all
-PAUSE = 0.2  # seconds before the second try, and twice as long before the third
+TRIES = 3  # replicas that may be lost with a request: one that breaks what it runs on must not break them all
+PAUSE = 0.2  # seconds after a replica is lost, or none was reached
 REPORTS = 1.0  # seconds between two questions for the replicas' states
 SUMMED = ("prompt_tokens", "new_tokens", "steps")  # that never fall, though replicas go
 
@@ -36,15 +36,16 @@ class LostError(Exception):
 class Replicas(Protocol):
     """Engines elsewhere."""
 
-    def run(self, work: Work, tried: Sequence[str]) -> AsyncGenerator[tuple[str, Sequence[Event]], None]:
+    def run(self, work: Work, tried: Sequence[str]) -> AsyncGenerator[tuple[str | None, Sequence[Event]], None]:
         """Run work on one of them; it is wanted no more when the generator is closed.
 
         Args:
             tried: names of those that should not have it, if there are others.
 
         Yields:
-            The name of the one that has it, and what it tells. The last event is ``Ended``, ``failed`` with a
-            ``BusyError`` where there is no room; where the replica is gone it is ``closed``, or there is none.
+            The name of the one that has it, and what it tells: nothing, as soon as it has it. The last event is
+            ``Ended``, ``failed`` with a ``BusyError`` where there is no room; where the replica is gone it is
+            ``closed``, or there is none. No name where all is full.
         """
         ...
 
@@ -207,12 +208,11 @@ class ReplicatedEngine:
         tried: list[str] = []
         while True:
             left = work.patience if work.patience is None else max(work.patience - (monotonic() - begun), 1e-3)
+            reached: str | None = None
             ended = Ended("closed")
             telling.again()
             async with aclosing(self._replicas.run(replace(work, patience=left), tried)) as told:
-                async for name, events in told:
-                    if name not in tried:
-                        tried = [*tried, name]
+                async for reached, events in told:  # noqa: B007
                     for event in events:
                         if isinstance(event, Ended):
                             ended = event
@@ -220,18 +220,20 @@ class ReplicatedEngine:
                             telling(event)
             if isinstance(ended.error, BusyError):
                 with self._lock:
-                    others = self._alive.keys() - set(tried)
-                if not others:
+                    others = self._alive.keys() - {reached, *tried}
+                if reached is None or reached in tried or not others:
                     return ended
             elif ended.reason != "closed":
                 return ended
             else:
-                lost += 1
+                lost += reached is not None
                 if lost == TRIES:
                     raise LostError(
                         f"expected a replica that ends its work, got none in {TRIES} tries"
                     ) from ended.error
-                await asyncio.sleep(PAUSE * lost)
+                await asyncio.sleep(PAUSE)
+            if reached is not None and reached not in tried:
+                tried = [*tried, reached]
 
 
 class _Ticket:

@@ -82,7 +82,7 @@ class RayReplicas:
     def __init__(self, handle: Any) -> None:
         self._run, self._handle = handle.options(method_name="run", stream=True), handle
 
-    async def run(self, work: Work, tried: Sequence[str]) -> AsyncGenerator[tuple[str, Sequence[Event]], None]:
+    async def run(self, work: Work, tried: Sequence[str]) -> AsyncGenerator[tuple[str | None, Sequence[Event]], None]:
         """See ``Replicas``."""
         answer = self._run.remote(work, tried=tuple(tried))
         try:
@@ -90,9 +90,9 @@ class RayReplicas:
                 yield name, events
         except BackPressureError:
             refusal = BusyError("expected a replica that runs, got none, and as many that wait as may", RESTART_SECONDS)
-            yield "", [Ended("failed", refusal)]
-        except LOST as error:
-            yield "", [Ended("closed", error)]
+            yield None, [Ended("failed", refusal)]
+        except LOST:
+            return
         finally:
             answer.cancel()  # does nothing where it has ended
 

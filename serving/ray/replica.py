@@ -27,6 +27,7 @@ class Replica:
 
     async def run(self, work: Work, tried: Sequence[str]) -> AsyncGenerator[tuple[str, list[Event]], None]:
         """See ``Replicas``; what was tried is for the router."""
+        yield self._name, []
         async for events in events_of(self._engine, work):
             if isinstance(last := events[-1], Ended) and last.error is not None and last.reason in ("broken", "closed"):
                 events[-1] = Ended(last.reason, _plain(last.error))

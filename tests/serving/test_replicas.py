@@ -25,9 +25,10 @@ class Here:
         self.engines = engines
         self.taken: list[str] = []
 
-    async def run(self, work: Work, tried: Sequence[str]) -> AsyncGenerator[tuple[str, Sequence[Event]], None]:
+    async def run(self, work: Work, tried: Sequence[str]) -> AsyncGenerator[tuple[str | None, Sequence[Event]], None]:
         name = next((name for name in self.engines if name not in tried), next(iter(self.engines)))
         self.taken.append(name)
+        yield name, []
         async for events in events_of(self.engines[name], work):
             yield name, events
 
@@ -38,8 +39,19 @@ class Here:
 class Reseeded(Here):
     """Whose second engine writes something else."""
 
-    def run(self, work: Work, tried: Sequence[str]) -> AsyncGenerator[tuple[str, Sequence[Event]], None]:
+    def run(self, work: Work, tried: Sequence[str]) -> AsyncGenerator[tuple[str | None, Sequence[Event]], None]:
         return super().run(replace(work, seed=work.seed + 1000 * len(tried)), tried)
+
+
+class Unreached(Here):
+    """Whose engines cannot be reached at first."""
+
+    async def run(self, work: Work, tried: Sequence[str]) -> AsyncGenerator[tuple[str | None, Sequence[Event]], None]:
+        if len(self.taken) < 2 * TRIES:
+            self.taken.append("nobody")
+            return
+        async for told in super().run(work, tried):
+            yield told
 
 
 Start = Callable[..., ReplicatedEngine]
@@ -122,7 +134,7 @@ def test_what_an_ended_replica_began_another_goes_on_with(
     engine, heard = start(replicas), [Heard() for _ in range(6)]
     assert isinstance(engine, Engine)
     works = [
-        work(cut64, 60, seed, ["posterior_predictive(6)", "reverse", "refined_mean(6)"][seed % 3]) for seed in range(6)
+        work(cut64, 30, seed, ["posterior_predictive(6)", "reverse", "refined_mean(6)"][seed % 3]) for seed in range(6)
     ]
     for each, own in zip(works, heard, strict=True):
         engine.submit(each, own)
@@ -156,6 +168,14 @@ def test_who_loses_every_replica_is_told(cut64: Any, here: Callable[..., Here], 
     assert heard.why() == "broken"
     assert isinstance(heard.ended and heard.ended.error, LostError)
     assert len(replicas.taken) == TRIES
+
+
+def test_who_reaches_no_replica_waits_for_one(cut64: Any, here: Callable[..., Here], start: Start) -> None:
+    """However often, since nothing was broken by the request."""
+    heard, asked = Heard(), work(cut64)
+    start(here(Unreached)).submit(asked, heard)
+    assert heard.why() == "length"
+    assert heard.text == alone(cut64, asked)
 
 
 def test_a_full_replica_passes_work_on(cut64: Any, here: Callable[..., Here], start: Start) -> None:
