@@ -2,6 +2,7 @@
 #   make demo                      first pass, dispatch and blended generation with the shipped model
 #   make demo-llm                  SmolLM2-135M from PyPI: eighteen experts, adapters of one's own; some ten minutes
 #   make test                      the fast tests; `make check` runs everything that CI runs
+#   make check-ray                 replicas in a Ray cluster on this machine, one of which is killed under load
 #   make docs                      the guides and the API as a site, in build/site
 #   make PYTHON=python3.12 demo    another interpreter (`make clean` first if .venv was made by the former)
 
@@ -15,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input $(if $(CI),-q
 PYTEST := $(BIN)/python -m pytest
 
 .DELETE_ON_ERROR:
-.PHONY: install demo demo-llm train test slow lint wheel-test notebooks docs check clean
+.PHONY: install demo demo-llm train test slow lint wheel-test notebooks docs check check-ray clean
 
 install: $(INSTALLED)
 
@@ -78,5 +79,17 @@ docs: $(INSTALLED)
 
 check: lint test slow wheel-test notebooks docs
 
+# Ray has an environment of its own: it brings forty packages that nothing else needs. Not part of `make check`.
+RAY := .venv-ray
+
+$(RAY)/.installed: requirements.lock pyproject.toml $(INSTALLED)
+	$(BIN)/python -m venv --clear $(RAY)
+	$(PIP) --python $(RAY)/bin/python install -r requirements.lock 'ray[serve]==2.60.0'
+	$(PIP) --python $(RAY)/bin/python install --no-deps --no-build-isolation -e .
+	@touch $@
+
+check-ray: $(RAY)/.installed
+	$(RAY)/bin/python benchmarks/ray_check.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo-output demo-llm-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RAY) build dist *.egg-info demo-output demo-llm-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -28,7 +28,7 @@ import typer
 
 import bayes_dispatch as bd
 
-RUNNING, WAITING = 8, 2  # of each replica; all that come at once wait at first
+RUNNING, WAITING = 4, 8  # of each replica; all that come at once wait at first
 BLENDS = ["posterior_predictive", "posterior_mean", "sort", "refined_mean", "base"]
 PROMPTS = ["kfpa>lgab\nmold>npme\nhbme>", "37+58=95\n12+21=", "kfpa>apfk\nmold>", "ab>ba\nabc>"]
 TITLE = "ray::ServeReplica"
@@ -264,7 +264,7 @@ def stop(process: subprocess.Popen[bytes], client: httpx.Client) -> dict[str, An
 
 def main(
     requests: Annotated[int, typer.Option(min=30, help="While one is killed.")] = 240,
-    threads: Annotated[int, typer.Option(min=1, max=8, help="That ask at once.")] = 8,
+    threads: Annotated[int, typer.Option(min=1, max=WAITING, help="That ask at once.")] = 8,
 ) -> None:
     """Ask, kill, and tell what came."""
     with tempfile.TemporaryDirectory() as folder:

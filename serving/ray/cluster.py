@@ -1,11 +1,12 @@
 """Starts replicas in a Ray cluster, and asks them."""
 
+import asyncio
 import logging
 import os
 import re
 import secrets
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +18,18 @@ if "RAY_ADDRESS" not in os.environ:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # on a busy machine it takes longer than Ray's 30
 
 import ray
 from ray import serve
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.serve.config import AutoscalingConfig, ProxyLocation, RequestRouterConfig
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+)
 
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.serving.ray.replica import Replica
@@ -93,8 +100,10 @@ class RayReplicas:
             yield None, [Ended("failed", refusal)]
         except LOST:
             return
-        finally:
-            answer.cancel()  # does nothing where it has ended
+        except (asyncio.CancelledError, GeneratorExit):
+            with suppress(RayServeException, RayError):  # it has failed already
+                answer.cancel()
+            raise
 
     async def states(self) -> Mapping[str, EngineState]:
         """See ``Replicas``."""
@@ -161,14 +170,15 @@ def _number(scale: Scale) -> dict[str, Any]:
 def _connect(scale: Scale) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    if "RAY_ADDRESS" in os.environ:
-        try:
-            ray.init(**quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            why = str(error).splitlines()[0]
-            raise ConfigError(f"expected a Ray cluster at {os.environ['RAY_ADDRESS']}, got none: {why}") from None
+    own = "RAY_ADDRESS" not in os.environ
+    try:
+        ray.init(**quiet | ({"address": "local", "include_dashboard": False} if own else {}))
+    except Exception as error:  # Ray raises that class itself, too
+        where = "that starts" if own else f"at {os.environ['RAY_ADDRESS']}"
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"expected a Ray cluster {where}, got none: {why:.300}") from None
+    if not own:
         return
-    ray.init(address="local", include_dashboard=False, **quiet)
     host, cores = ray.util.get_node_ip_address(), ray.cluster_resources()["CPU"]
     if host == "127.0.0.1" and scale.most * scale.cpus <= cores:
         return
