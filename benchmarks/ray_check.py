@@ -149,7 +149,7 @@ def settled(client: httpx.Client) -> bool:
 def served(log: Path) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
     """The server and a client of it; whatever was started is ended."""
     command = [sys.executable, "-m", "bayes_dispatch", "serve", "--port", "8764", "--ray", "--replicas", "2"]
-    command += ["--replica-cpus", "0.2", "--running", str(RUNNING), "--waiting", str(WAITING), "--drain", "60"]
+    command += ["--replica-cpus", "0.2", "--running", str(RUNNING), "--waiting", str(WAITING), "--drain", "200"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
         "OMP_NUM_THREADS": "1"
     }
@@ -251,12 +251,12 @@ def stop(process: subprocess.Popen[bytes], client: httpx.Client) -> dict[str, An
     """With requests amid, which are answered."""
     started = below(process.pid)
     with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(ask, client, body_of(n) | {"max_tokens": 150}) for n in range(4)]
-        until("four that run", lambda: held(client)["running"] == 4)
+        asking = [pool.submit(ask, client, body_of(n) | {"max_tokens": 400}) for n in range(4)]
+        until("some that run", lambda: held(client)["running"] > 0)
         process.send_signal(signal.SIGTERM)
         found = [each.result() for each in asking]
     assert not any(each["failed"] for each in found), f"expected answers while the server drains, got {found}"
-    code = process.wait(60)
+    code = process.wait(300)
     assert code == 0, f"expected the exit status 0, got {code}"
     seconds = until("no process that is left", lambda: not started.keys() & processes().keys(), 30)
     return {"answered while it drained": len(found), "seconds until all processes had ended": round(seconds, 1)}

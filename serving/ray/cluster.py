@@ -18,7 +18,6 @@ if "RAY_ADDRESS" not in os.environ:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # on a busy machine it takes longer than Ray's 30
 
 import ray
 from ray import serve
