@@ -14,6 +14,7 @@ from typing import Any
 # at 127.0.0.1 where Ray believes that it can have no other machines, as it does elsewhere than on Linux; and it answers
 # nobody without its token, which Ray would keep in a file that others may read.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else what still asks for a replica while all ends would start Ray again
 if "RAY_ADDRESS" not in os.environ:
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_AUTH_MODE"] = "token"
@@ -151,6 +152,7 @@ def replicas_on_ray(
         try:
             yield RayReplicas(handle)
         finally:
+            handle.shutdown()
             serve.delete(name)
     finally:
         ray.shutdown()
