@@ -3,6 +3,7 @@
 #   make demo-llm                  SmolLM2-135M from PyPI: eighteen experts, adapters of one's own; some ten minutes
 #   make test                      the fast tests; `make check` runs everything that CI runs
 #   make check-vllm                vLLM beside PEFT and our own engine, in an environment of its own (3.5 GB, ten minutes)
+#   make check-ray                 replicas in a Ray cluster on this machine, one of which is killed under load
 #   make docs                      the guides and the API as a site, in build/site
 #   make PYTHON=python3.12 demo    another interpreter (`make clean` first if .venv was made by the former)
 
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input $(if $(CI),-q
 PYTEST := $(BIN)/python -m pytest
 
 .DELETE_ON_ERROR:
-.PHONY: install demo demo-llm train test slow lint wheel-test notebooks docs check check-vllm clean
+.PHONY: install demo demo-llm train test slow lint wheel-test notebooks docs check check-vllm check-ray clean
 
 install: $(INSTALLED)
 
@@ -92,5 +93,17 @@ $(VLLM)/.installed:
 check-vllm: $(INSTALLED) $(VLLM)/.installed
 	$(BIN)/python -m tests.vllm.check --python $(VLLM)/bin/python
 
+# Ray has an environment of its own: it brings forty packages that nothing else needs. Not part of `make check`.
+RAY := .venv-ray
+
+$(RAY)/.installed: requirements.lock pyproject.toml $(INSTALLED)
+	$(BIN)/python -m venv --clear $(RAY)
+	$(PIP) --python $(RAY)/bin/python install -r requirements.lock 'ray[serve]==2.60.0'
+	$(PIP) --python $(RAY)/bin/python install --no-deps --no-build-isolation -e .
+	@touch $@
+
+check-ray: $(RAY)/.installed
+	$(RAY)/bin/python benchmarks/ray_check.py
+
 clean:
-	rm -rf $(VENV) .venv-vllm build dist *.egg-info demo-output demo-llm-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(RAY) .venv-vllm build dist *.egg-info demo-output demo-llm-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

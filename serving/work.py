@@ -26,6 +26,10 @@ class BusyError(BayesDispatchError):
         super().__init__(message)
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[type, tuple[str, int]]:
+        """An engine may be in another process."""
+        return type(self), (str(self), self.retry_after)
+
 
 @dataclass(frozen=True)
 class Message:
@@ -130,6 +134,7 @@ class EngineState:
         waiting, running: requests. waiting_tokens: of the waiting ones' prompts, with those that they may write.
         rows: of the model, that are run together. cache_bytes: of what they keep.
         prompt_tokens, new_tokens, steps: so far. closing: whether new work is refused.
+        replicas: engines that answer, where this one stands for several.
     """
 
     waiting: int
@@ -141,6 +146,7 @@ class EngineState:
     new_tokens: int
     steps: int
     closing: bool
+    replicas: int = 1
 
 
 @runtime_checkable

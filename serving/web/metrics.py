@@ -23,6 +23,7 @@ GAUGES = {
     "running": "Requests that the model works on.",
     "rows": "Rows of the model that run together.",
     "cache_bytes": "Bytes that the rows keep.",
+    "replicas": "Engines that answer.",
 }
 COUNTERS = {
     "prompt_tokens": "Tokens that were read.",

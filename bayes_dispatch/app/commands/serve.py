@@ -2,7 +2,11 @@
 
 import logging
 import os
+import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +16,10 @@ from bayes_dispatch.app.commands.terminal import BundleOption, check_new_output,
 from bayes_dispatch.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
+    from bayes_dispatch.app.bundle import Bundle
     from bayes_dispatch.inference.two_pass.system import System
     from bayes_dispatch.serving.engine import Limits
+    from bayes_dispatch.serving.ray.cluster import Scale
     from bayes_dispatch.serving.work import Engine
 
 __all__ = ["export_vllm", "serve"]
@@ -64,6 +70,21 @@ def serve(
             help="URL of a vLLM server that has these experts (export-vllm): it writes, and this process dispatches."
         ),
     ] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Run the engines in a Ray cluster: RAY_ADDRESS, or one on this machine alone.")
+    ] = False,
+    replicas: Annotated[
+        str | None, typer.Option(help="With --ray: how many engines, as 2; or 1-4, as busy as they are. Default: 1.")
+    ] = None,
+    replica_busy: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="With --replicas A-B: choices at once that each is to have; default: half of --running."
+        ),
+    ] = None,
+    replica_cpus: Annotated[
+        float | None, typer.Option(min=0.001, help="With --ray: cores set aside for each engine; default: 1.")
+    ] = None,
 ) -> None:
     """Serve a bundle to OpenAI's clients, until SIGINT or SIGTERM; stderr has a line of JSON for each request."""
     try:
@@ -92,28 +113,59 @@ def serve(
         log_prompts=log_prompts,
         blend=DEFAULT_BLEND if vllm is None else PosteriorMean(),
     )
-    listening = listen(host, port)
-    from bayes_dispatch.app.bundle import load_bundle
-    from bayes_dispatch.inference.generator import TwoPassGenerator
-    from bayes_dispatch.inference.two_pass.events import JsonLines
-    from bayes_dispatch.serving.engine import BatchedEngine, Limits
+    refuse_unused("--prior", prior, not ray, "without --ray, whose engines have priors of their own", "both")
+    refuse_unused("--vllm", vllm, not ray, "without --ray", "both")
+    refuse_unused("--replicas", replicas, ray, "with --ray")
+    refuse_unused("--replica-cpus", replica_cpus, ray, "with --ray")
+    refuse_unused("--replica-busy", replica_busy, "-" in (replicas or ""), "with --replicas A-B")
+    scale = _scale(replicas or "1", replica_busy or max(1, running // 2), replica_cpus or 1.0) if ray else None
+    with listen(host, port) as listening:
+        from bayes_dispatch.app.bundle import load_bundle
+        from bayes_dispatch.inference.two_pass.events import JsonLines
+        from bayes_dispatch.serving.engine import Limits
 
-    use_one_thread()
-    _log(JsonLines())
-    loaded = load_bundle(bundle)
-    learner = None
-    if prior is not None:
-        loaded.dispatcher.keep_prior(prior)
-        learner = Learner(loaded.dispatcher, REMEMBERED if remembered is None else remembered)
-    limits = Limits(running=running, waiting=waiting, **({} if cache_bytes is None else {"cache_bytes": cache_bytes}))
-    engine: Engine
-    if vllm is not None:
-        engine = _at_vllm(loaded, vllm, limits)
-    else:
-        TwoPassGenerator(loaded).generate(["a", "b"], max_new_tokens=2)  # compiles what would hold up the first request
-        engine = BatchedEngine(loaded, limits)
-    app = make_app(loaded, engine, settings, known, local=not no_keys, learner=learner)
-    Server(app, engine, settings, drain).serve_on(listening)
+        use_one_thread()
+        _log(JsonLines())
+        loaded, learner = load_bundle(bundle), None
+        if prior is not None:
+            loaded.dispatcher.keep_prior(prior)
+            learner = Learner(loaded.dispatcher, REMEMBERED if remembered is None else remembered)
+        limits = Limits(running=running, waiting=waiting)
+        if cache_bytes is not None:
+            limits = replace(limits, cache_bytes=cache_bytes)
+        name = f"bayes-dispatch-{socket.gethostname()}-{listening.getsockname()[1]}"
+        with _here(loaded, limits, vllm) if scale is None else _on_ray(bundle, loaded, limits, scale, name) as engine:
+            app = make_app(loaded, engine, settings, known, local=not no_keys, learner=learner)
+            Server(app, engine, settings, drain).serve_on(listening)
+
+
+@contextmanager
+def _here(loaded: "Bundle", limits: "Limits", vllm: str | None) -> "Iterator[Engine]":
+    """An engine that writes in this process, or lets a vLLM server write; the server closes it."""
+    from bayes_dispatch.app.engines import started
+
+    yield started(loaded, limits) if vllm is None else _at_vllm(loaded, vllm, limits)
+
+
+def _scale(replicas: str, busy: int, cpus: float) -> "Scale":
+    try:
+        from bayes_dispatch.serving.ray.cluster import Scale
+    except ImportError as error:
+        message = f"expected the extra ray (pip install 'bayes-dispatch[serve,ray]'), got no {error.name}"
+        raise MissingDependencyError(message) from None
+    return Scale.read(replicas, busy, cpus)
+
+
+@contextmanager
+def _on_ray(bundle: Path | None, loaded: "Bundle", limits: "Limits", scale: "Scale", name: str) -> "Iterator[Engine]":
+    from bayes_dispatch.app.engines import EngineOf
+    from bayes_dispatch.inference.chat.form import Form
+    from bayes_dispatch.serving.ray.cluster import replicas_on_ray
+    from bayes_dispatch.serving.replicas import ReplicatedEngine
+
+    holds = limits.running + limits.waiting
+    with replicas_on_ray(EngineOf.here(bundle, limits), scale, name, holds, limits.waiting) as replicas:
+        yield ReplicatedEngine(replicas, Form.of(loaded.tokenizer).stop)
 
 
 def export_vllm(
