@@ -20,18 +20,19 @@ class EngineOf:
     """Called, it makes an engine of the bundle at a path; other kinds of engines want a class like this one.
 
     Attributes:
-        bundle: as for ``load_bundle``. checksum: of its index. limits: of the engine.
+        bundle, dtype: as for ``load_bundle``. checksum: of its index. limits: of the engine.
     """
 
     bundle: Path | None
     checksum: str
     limits: Limits
+    dtype: str | None = None
 
     @classmethod
-    def here(cls, bundle: Path | None, limits: Limits) -> "EngineOf":
+    def here(cls, bundle: Path | None, limits: Limits, dtype: str | None = None) -> "EngineOf":
         """Of a bundle that lies on this machine; elsewhere it has to be the same one, at the same path."""
         named = bundle is None or is_smollm2(bundle)
-        return cls(bundle if named else Path(str(bundle)).absolute(), _checksum(bundle), limits)
+        return cls(bundle if named else Path(str(bundle)).absolute(), _checksum(bundle), limits, dtype)
 
     def __call__(self) -> Engine:
         """Load and start.
@@ -41,7 +42,7 @@ class EngineOf:
         """
         if (found := _checksum(self.bundle)) != self.checksum:
             raise BundleError(f"expected the bundle {self.checksum:.12}, as at the gateway, got {found:.12}")
-        return started(load_bundle(self.bundle), self.limits)
+        return started(load_bundle(self.bundle, dtype=self.dtype), self.limits)
 
 
 def started(system: System, limits: Limits) -> Engine:
