@@ -131,6 +131,7 @@ def quantiles(of: dict[str, Any]) -> str:
 
 def main(
     bundle: Annotated[str | None, typer.Option(help="A bundle; the shipped one by default.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of a transformers model's weights, ours and theirs.")] = None,
     beside: Annotated[Path | None, typer.Option(help="Folder of its base model, for `transformers serve`.")] = None,
     clients: Annotated[list[int], typer.Option(help="Clients at once.")] = [1, 8, 32],  # noqa: B006  # typer's way
     seconds: Annotated[int, typer.Option(help="Of each load.")] = 30,
@@ -141,6 +142,7 @@ def main(
     port, other = free_port(), free_port()
     ours = [sys.executable, "-m", "bayes_dispatch", "serve", "--port", str(port)]
     ours += [] if bundle is None else ["--bundle", bundle]
+    ours += [] if dtype is None else ["--dtype", dtype]
     if overload:
         with serving([*ours, "--running", "4", "--waiting", "12"], port) as url:
             found = run(url, "bundle", 160, seconds, tokens, True)
@@ -156,7 +158,7 @@ def main(
     ]
     if beside is not None:
         theirs = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(beside)]
-        theirs += ["--port", str(other), "--device", "cpu", "--dtype", "float32"]
+        theirs += ["--port", str(other), "--device", "cpu", "--dtype", dtype or "float32"]
         servers.append(("transformers, base", theirs, other, str(beside), False))
     for count in clients:
         for name, command, at, model, blends in servers:

@@ -17,6 +17,7 @@ from bayes_dispatch.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
     from bayes_dispatch.app.bundle import Bundle
+    from bayes_dispatch.app.engines import EngineOf
     from bayes_dispatch.inference.two_pass.system import System
     from bayes_dispatch.serving.engine import Limits
     from bayes_dispatch.serving.ray.cluster import Scale
@@ -29,6 +30,10 @@ VLLM_KEY = "BAYES_DISPATCH_VLLM_KEY"  # has the key of the vLLM server, if that 
 
 def serve(
     bundle: BundleOption = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Of the weights of a transformers model: float32, bfloat16, …; default: the bundle's own."),
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; others than this machine's own need keys.")
     ] = "127.0.0.1",
@@ -121,12 +126,13 @@ def serve(
     scale = _scale(replicas or "1", replica_busy or max(1, running // 2), replica_cpus or 1.0) if ray else None
     with listen(host, port) as listening:
         from bayes_dispatch.app.bundle import load_bundle
+        from bayes_dispatch.app.engines import EngineOf
         from bayes_dispatch.inference.two_pass.events import JsonLines
         from bayes_dispatch.serving.engine import Limits
 
         use_one_thread()
         _log(JsonLines())
-        loaded, learner = load_bundle(bundle), None
+        loaded, learner = load_bundle(bundle, dtype=dtype), None
         if prior is not None:
             loaded.dispatcher.keep_prior(prior)
             learner = Learner(loaded.dispatcher, REMEMBERED if remembered is None else remembered)
@@ -134,7 +140,8 @@ def serve(
         if cache_bytes is not None:
             limits = replace(limits, cache_bytes=cache_bytes)
         name = f"bayes-dispatch-{socket.gethostname()}-{listening.getsockname()[1]}"
-        with _here(loaded, limits, vllm) if scale is None else _on_ray(bundle, loaded, limits, scale, name) as engine:
+        make = EngineOf.here(bundle, limits, dtype)
+        with _here(loaded, limits, vllm) if scale is None else _on_ray(make, loaded, scale, name) as engine:
             app = make_app(loaded, engine, settings, known, local=not no_keys, learner=learner)
             Server(app, engine, settings, drain).serve_on(listening)
 
@@ -157,14 +164,14 @@ def _scale(replicas: str, busy: int, cpus: float) -> "Scale":
 
 
 @contextmanager
-def _on_ray(bundle: Path | None, loaded: "Bundle", limits: "Limits", scale: "Scale", name: str) -> "Iterator[Engine]":
-    from bayes_dispatch.app.engines import EngineOf
+def _on_ray(make: "EngineOf", loaded: "Bundle", scale: "Scale", name: str) -> "Iterator[Engine]":
+    """Engines in a cluster, each made by ``make``."""
     from bayes_dispatch.inference.chat.form import Form
     from bayes_dispatch.serving.ray.cluster import replicas_on_ray
     from bayes_dispatch.serving.replicas import ReplicatedEngine
 
-    holds = limits.running + limits.waiting
-    with replicas_on_ray(EngineOf.here(bundle, limits), scale, name, holds, limits.waiting) as replicas:
+    holds = make.limits.running + make.limits.waiting
+    with replicas_on_ray(make, scale, name, holds, make.limits.waiting) as replicas:
         yield ReplicatedEngine(replicas, Form.of(loaded.tokenizer).stop)
 
 
