@@ -8,7 +8,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from threading import Condition, Thread
 from time import monotonic
 
@@ -141,7 +140,7 @@ class BatchedEngine:
                 self._running, self._reading, self._batch, self._closing = [], None, None, monotonic()
                 self._state = replace(self._state, running=0, rows=0, cache_bytes=0)
             for request in left:
-                _tell(request, Ended("broken", error))
+                request.hear(Ended("broken", error))
 
     def _over(self) -> bool:
         """Wait for work; tell everybody, if it is time to end."""
@@ -154,7 +153,7 @@ class BatchedEngine:
             if over:
                 gone += [(request, "closed") for request in self._waiting.clear()]
         for request, reason in gone:
-            _tell(request, Ended(reason))
+            request.hear(Ended(reason))
         if over:
             self._fail(Ended("closed"))
         return over
@@ -190,7 +189,7 @@ class BatchedEngine:
                 request = None if len(self._running) >= self._limits.running else self._waiting.next()
             if request is None:
                 return False
-            tell = partial(_tell, request)
+            tell = request.hear
             self._reading = request, Reading(self._system, request.heard, request.work, self._limits.piece, tell)
         request, reading = self._reading
         try:
@@ -240,7 +239,7 @@ class BatchedEngine:
         if self._reading is not None:
             request, self._reading = self._reading[0], None
             self._publish()
-            _tell(request, ended)
+            request.hear(ended)
 
     def _write(self) -> None:
         """One more token of every request that runs."""
@@ -264,7 +263,7 @@ class BatchedEngine:
             if running.written.add(id_):
                 ended[n] = Ended(running.reason)
             entropy, information = float(token.entropy[n]), float(token.mutual_information[n])
-            _tell(request, Wrote(running.written.piece, id_, log_p, entropy, information, token.weights[n]))
+            request.hear(Wrote(running.written.piece, id_, log_p, entropy, information, token.weights[n]))
         self._publish(new_tokens=len(each), steps=1)
         return ended
 
@@ -282,7 +281,7 @@ class BatchedEngine:
             self._batch = self._batch if left else None
             self._publish()
             for request, why in gone:
-                _tell(request, why)
+                request.hear(why)
 
     def _fail(self, ended: Ended) -> None:
         """Let all go that are read or run, and begin anew."""
@@ -291,21 +290,13 @@ class BatchedEngine:
         self._end_reading(ended)
         self._publish()
         for request in gone:
-            _tell(request, ended)
+            request.hear(ended)
 
     def _retry_after(self) -> int:
         """Seconds in which what waits will have been written, at the pace so far."""
         pace = self._state.new_tokens / self._busy if self._busy else 0.0
         seconds = self._waiting.tokens / pace if pace else 1.0
         return min(max(1, math.ceil(seconds)), LONGEST_WAIT)
-
-
-def _tell(request: Request, event: Event) -> None:
-    try:
-        request.tell(event)
-    except Exception:
-        logger.exception("telling a client failed")
-        request.cancel()
 
 
 def _unpredictable(batch: Decoding) -> dict[int, Ended]:

@@ -1,5 +1,6 @@
 """Requests that wait for their turn: one of each owner, round and round, and no more than there is room for."""
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from bayes_dispatch.serving.reading import Heard
 from bayes_dispatch.serving.work import BusyError, Event, Work
 
 __all__ = ["Request", "WaitingLine"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -33,6 +36,14 @@ class Request:
     def tokens(self) -> int:
         """Of the prompt, and at most of the answer."""
         return self.heard.tokens
+
+    def hear(self, event: Event) -> None:
+        """``tell`` an event; who cannot bear it wants no more."""
+        try:
+            self.tell(event)
+        except Exception:
+            logger.exception("telling a client failed")
+            self.cancel()
 
     def over(self) -> str | None:
         """Why nothing more is to be done for it: ``cancelled`` or ``late``."""

@@ -161,7 +161,7 @@ class VllmEngine:
         with self._lock:
             left = self._waiting.clear()
         for request in left:
-            _tell(request, Ended("closed"))
+            request.hear(Ended("closed"))
         self._over = True
         tasks = list(self._tasks.values())
         for task in tasks:
@@ -180,7 +180,7 @@ class VllmEngine:
                 self._tasks[request] = task = self._loop.create_task(self._answer(request))
                 task.add_done_callback(partial(self._end, request))
         for request, reason in gone:
-            _tell(request, Ended(reason))
+            request.hear(Ended(reason))
 
     def _drop(self, request: Request) -> None:
         if request in self._tasks:
@@ -200,7 +200,7 @@ class VllmEngine:
             ended = Ended("failed" if isinstance(error, ConfigError | PromptError | BusyError) else "broken", error)
         with self._lock:
             del self._tasks[request]
-        _tell(request, ended)
+        request.hear(ended)
         self._take()
 
     async def _answer(self, request: Request) -> Ended:
@@ -210,7 +210,7 @@ class VllmEngine:
             if begun is None:
                 return Ended(request.over() or "cancelled")
             self._count(prompt_tokens=len(request.heard))
-            _tell(request, begun)
+            request.hear(begun)
             if request.work.writing is None:
                 return Ended("dispatched")
             if request.work.abstain and begun.fallback:
@@ -242,7 +242,7 @@ class VllmEngine:
             async for said in tokens:
                 last = written.add(said.token_id)
                 self._count(new_tokens=1)
-                _tell(request, Wrote(written.piece, said.token_id, said.log_probability, None, None, weights))
+                request.hear(Wrote(written.piece, said.token_id, said.log_probability, None, None, weights))
                 if last:
                     stopped = any(written.text.endswith(stop) for stop in writing.stops) or said.token_id in heard.ends
                     return Ended("stop" if stopped else "length")
@@ -269,11 +269,3 @@ def _weights(blend: Blend, posterior: DispatchPosterior, fallback: bool = False)
         raise ConfigError(f"expected a blend that vLLM can run: {SERVED}; got {blend.name}, which needs this process")
     found: np.ndarray = on_base(particles, np.array([fallback])).weights[0, 0]
     return found
-
-
-def _tell(request: Request, event: Event) -> None:
-    try:
-        request.tell(event)
-    except Exception:
-        logger.exception("telling a client failed")
-        request.cancel()

@@ -3,7 +3,6 @@ caches are bounded, and what fails fails alone."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from threading import Event as Flag
 from threading import Thread
 from time import sleep
 from types import SimpleNamespace
@@ -24,41 +23,11 @@ from bayes_dispatch.model.generation.sampling import Sampling
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
 from bayes_dispatch.serving.reading import Heard, hear
 from bayes_dispatch.serving.waiting import Request, WaitingLine
-from bayes_dispatch.serving.work import Begun, BusyError, Ended, Engine, Event, Message, Ticket, Work, Wrote
+from bayes_dispatch.serving.work import BusyError, Engine, Event, Message, Ticket, Work
+from tests.serving.told import Told
 
 PROMPTS = ["ab>ba\nab>", "1+2=3\n" * 6, "9", "ba>ab\nabc>" * 3, "12+1="]
 BLENDS = ["posterior_predictive(6)", "posterior_mean", "reverse", "refined_mean(6)", "base", "thompson_sample"]
-
-
-class Told:
-    """What an engine told of a request."""
-
-    def __init__(self) -> None:
-        self.begun: Begun | None = None
-        self.tokens: list[Wrote] = []
-        self.ended: Ended | None = None
-        self.over = Flag()
-
-    def __call__(self, event: Event) -> None:
-        assert self.ended is None
-        if isinstance(event, Begun):
-            assert self.begun is None
-            self.begun = event
-        elif isinstance(event, Wrote):
-            assert self.begun is not None
-            self.tokens.append(event)
-        else:
-            self.ended = event
-            self.over.set()
-
-    @property
-    def text(self) -> str:
-        return "".join(token.text for token in self.tokens)
-
-    def why(self) -> str:
-        assert self.over.wait(600)
-        assert self.ended is not None
-        return self.ended.reason
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,8 @@ from bayes_dispatch.serving.vllm.upstream import UpstreamError
 from bayes_dispatch.serving.web.app import make_app
 from bayes_dispatch.serving.web.server import Server, listen
 from bayes_dispatch.serving.web.settings import WebSettings
-from bayes_dispatch.serving.work import Begun, BusyError, Ended, Engine, Event, Ticket, Work, Wrote
+from bayes_dispatch.serving.work import BusyError, Engine, Ticket, Work
+from tests.serving.told import Told
 
 IDS = torch.tensor([[1, 20, 70, 33, 90, 101, 55]])
 KEY = "a-key-of-the-server"
@@ -302,38 +303,6 @@ class Stand:
         self._server.server_close()
 
 
-class Heard:
-    """What an engine told of a request."""
-
-    def __init__(self) -> None:
-        self.begun: Begun | None = None
-        self.tokens: list[Wrote] = []
-        self.ended: Ended | None = None
-        self.over, self.wrote = Flag(), Flag()
-
-    def __call__(self, event: Event) -> None:
-        assert self.ended is None
-        if isinstance(event, Begun):
-            assert self.begun is None
-            self.begun = event
-        elif isinstance(event, Wrote):
-            assert self.begun is not None
-            self.tokens.append(event)
-            self.wrote.set()
-        else:
-            self.ended = event
-            self.over.set()
-
-    @property
-    def text(self) -> str:
-        return "".join(token.text for token in self.tokens)
-
-    def why(self) -> str:
-        assert self.over.wait(60)
-        assert self.ended is not None
-        return self.ended.reason
-
-
 @pytest.fixture(autouse=True)
 def _unchecked(unchecked: None) -> None:
     """Engines are timed against; checks of every shape would only slow them."""
@@ -384,7 +353,7 @@ def test_answers_are_those_of_the_engine_in_this_process(stand: Stand, start: Ca
     ]
     works.append(replace(works[0], prompt=(system_says("b"), says("ab>"))))
     works.append(replace(works[0], writing=None))
-    heard = [(Heard(), Heard()) for _ in works]
+    heard = [(Told(), Told()) for _ in works]
     for each, pair in zip(works, heard, strict=True):
         for one, told_to in zip((engine, own), pair, strict=True):
             assert isinstance(one.submit(each, told_to), Ticket)
@@ -416,7 +385,7 @@ def system_says(text: str) -> Any:
 
 def test_the_server_is_asked_for_what_was_asked(stand: Stand, start: Callable[..., VllmEngine]) -> None:
     """All that changes a token is said, so that no default of the server's holds."""
-    engine, heard = start(), Heard()
+    engine, heard = start(), Told()
     engine.submit(work(stand.system, "sort", 3, sampled=True, top_p=0.5, seed=4), heard)
     assert heard.why() in ("length", "stop")
     body = stand.asked[-1]
@@ -431,7 +400,7 @@ def test_the_server_is_asked_for_what_was_asked(stand: Stand, start: Callable[..
 
 
 def test_a_cancelled_request_is_closed_at_the_server(stand: Stand, start: Callable[..., VllmEngine]) -> None:
-    engine, first, second = start(running=1), Heard(), Heard()
+    engine, first, second = start(running=1), Told(), Told()
     stand.fault = "slow"
     ticket = engine.submit(work(stand.system, tokens=200), first)
     waiting = engine.submit(work(stand.system, tokens=200), second)
@@ -447,7 +416,7 @@ def test_a_cancelled_request_is_closed_at_the_server(stand: Stand, start: Callab
 
 
 def test_a_stop_ends_the_request_at_the_server(stand: Stand, start: Callable[..., VllmEngine]) -> None:
-    engine, whole, cut = start(), Heard(), Heard()
+    engine, whole, cut = start(), Told(), Told()
     engine.submit(work(stand.system, tokens=30), whole)
     assert whole.why() in ("length", "stop")
     stop = whole.text[3]
@@ -459,7 +428,7 @@ def test_a_stop_ends_the_request_at_the_server(stand: Stand, start: Callable[...
 
 
 def test_patience_ends_what_runs_and_what_waits(stand: Stand, start: Callable[..., VllmEngine]) -> None:
-    engine, heard = start(running=1), [Heard(), Heard()]
+    engine, heard = start(running=1), [Told(), Told()]
     stand.fault = "slow"
     for own in heard:
         engine.submit(work(stand.system, tokens=200, patience=0.3), own)
@@ -481,7 +450,7 @@ def test_patience_ends_what_runs_and_what_waits(stand: Stand, start: Callable[..
 def test_a_servers_failure_is_told(
     stand: Stand, start: Callable[..., VllmEngine], fault: str, reason: str, kind: type[Exception], told_of: str
 ) -> None:
-    engine, heard, later = start(), Heard(), Heard()
+    engine, heard, later = start(), Told(), Told()
     stand.fault = fault
     engine.submit(work(stand.system), heard)
     assert heard.why() == reason
@@ -499,10 +468,10 @@ def test_blends_of_many_particles_are_refused_by_name(stand: Stand, start: Calla
     engine = start()
     for blend in ("posterior_predictive", "refined_mean(6)", "posterior_predictive(4)"):
         with pytest.raises(ConfigError, match=rf"posterior_mean, top_k.* got {re.escape(as_blend(blend).name)}"):
-            engine.submit(work(stand.system, blend), Heard())
+            engine.submit(work(stand.system, blend), Told())
     with pytest.raises(ConfigError, match="k of at most 4"):
-        engine.submit(work(stand.system, "top_k(9)"), Heard())
-    alone = Heard()
+        engine.submit(work(stand.system, "top_k(9)"), Told())
+    alone = Told()
     engine.submit(replace(work(stand.system, "posterior_predictive"), writing=None), alone)
     assert alone.why() == "dispatched"
 
@@ -516,23 +485,23 @@ def test_what_cannot_be_asked_is_refused_at_once(stand: Stand, start: Callable[.
         work(stand.system, false_alarm_rate=0.1),  # this system has no gate
     ):
         with pytest.raises(BayesDispatchError, match="expected"):
-            engine.submit(wrong, Heard())
+            engine.submit(wrong, Told())
     with pytest.raises(PromptError, match="at most 300 tokens"):
-        engine.submit(work(stand.system, tokens=299), Heard())
-    stand.fault, first, second = "slow", Heard(), Heard()
+        engine.submit(work(stand.system, tokens=299), Told())
+    stand.fault, first, second = "slow", Told(), Told()
     engine.submit(work(stand.system, tokens=200), first)
     assert first.wrote.wait(60)
     engine.submit(work(stand.system, tokens=200), second)
     with pytest.raises(BusyError, match="at most 1 waiting"):
-        engine.submit(work(stand.system), Heard())
+        engine.submit(work(stand.system), Told())
     engine.close(0)
     assert (first.why(), second.why()) == ("closed", "closed")
     with pytest.raises(BusyError, match="shutting down"):
-        engine.submit(work(stand.system), Heard())
+        engine.submit(work(stand.system), Told())
 
 
 def test_it_closes_when_all_is_said(stand: Stand, start: Callable[..., VllmEngine]) -> None:
-    engine, heard = start(running=1), [Heard() for _ in range(3)]
+    engine, heard = start(running=1), [Told() for _ in range(3)]
     for own in heard:
         engine.submit(work(stand.system), own)
     engine.close(60)
