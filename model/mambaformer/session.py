@@ -133,7 +133,11 @@ class MambaFormerSession:
         both = [each._before for each in (self, other) if each._before is not None]
         before = torch.cat(both) if len(both) == 2 else None
         self._changing = True
-        self._cache.join(other._cache)
+        try:
+            self._cache.join(other._cache)
+        except (TensorError, StaleCacheError):  # refused, and nothing has changed
+            self._changing = False
+            raise
         self._adaptation, self._before = adaptation, before
         self._changing = False
 

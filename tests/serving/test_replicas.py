@@ -15,7 +15,7 @@ from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
 from bayes_dispatch.serving.replicas import TRIES, LostError, ReplicatedEngine, events_of
 from bayes_dispatch.serving.work import BusyError, Engine, EngineState, Event, Work
-from tests.serving.test_engine import Heard
+from tests.serving.told import Told
 
 
 class Here:
@@ -131,7 +131,7 @@ def test_what_an_ended_replica_began_another_goes_on_with(
 ) -> None:
     """Whether it has told nothing, its posterior, or a dozen tokens."""
     replicas = here(running=3, piece=4)
-    engine, heard = start(replicas), [Heard() for _ in range(6)]
+    engine, heard = start(replicas), [Told() for _ in range(6)]
     assert isinstance(engine, Engine)
     works = [
         work(cut64, 30, seed, ["posterior_predictive(6)", "reverse", "refined_mean(6)"][seed % 3]) for seed in range(6)
@@ -149,7 +149,7 @@ def test_what_an_ended_replica_began_another_goes_on_with(
 
 
 def test_another_text_is_an_error(cut64: Any, here: Callable[..., Here], start: Start) -> None:
-    replicas, heard = here(Reseeded), Heard()
+    replicas, heard = here(Reseeded), Told()
     engine = start(replicas)
     engine.submit(work(cut64, 400), heard)
     until(lambda: len(heard.tokens) > 20)
@@ -160,7 +160,7 @@ def test_another_text_is_an_error(cut64: Any, here: Callable[..., Here], start: 
 
 
 def test_who_loses_every_replica_is_told(cut64: Any, here: Callable[..., Here], start: Start) -> None:
-    replicas, heard = here(), Heard()
+    replicas, heard = here(), Told()
     engine = start(replicas)
     for each in replicas.engines.values():
         each.close(0)
@@ -172,7 +172,7 @@ def test_who_loses_every_replica_is_told(cut64: Any, here: Callable[..., Here], 
 
 def test_who_reaches_no_replica_waits_for_one(cut64: Any, here: Callable[..., Here], start: Start) -> None:
     """However often, since nothing was broken by the request."""
-    heard, asked = Heard(), work(cut64)
+    heard, asked = Told(), work(cut64)
     start(here(Unreached)).submit(asked, heard)
     assert heard.why() == "length"
     assert heard.text == alone(cut64, asked)
@@ -183,7 +183,7 @@ def test_a_full_replica_passes_work_on(cut64: Any, here: Callable[..., Here], st
     replicas = here(running=1, waiting=1)
     engine, heard = start(replicas), []
     for n in range(5):
-        heard.append(Heard())
+        heard.append(Told())
         engine.submit(work(cut64, 1000, seed=n), heard[-1])
         until(
             lambda n=n: (
@@ -202,7 +202,7 @@ def test_a_full_replica_passes_work_on(cut64: Any, here: Callable[..., Here], st
 
 
 def test_who_cancels_frees_the_rows_of_its_replica(cut64: Any, here: Callable[..., Here], start: Start) -> None:
-    replicas, heard = here(), Heard()
+    replicas, heard = here(), Told()
     ticket = start(replicas).submit(work(cut64, 3000), heard)
     until(lambda: len(heard.tokens) > 3)
     ticket.cancel()
@@ -212,14 +212,14 @@ def test_who_cancels_frees_the_rows_of_its_replica(cut64: Any, here: Callable[..
 
 
 def test_patience_counts_from_the_beginning(cut64: Any, here: Callable[..., Here], start: Start) -> None:
-    replicas, heard = here(), Heard()
+    replicas, heard = here(), Told()
     start(replicas).submit(work(cut64, 3000, patience=0.1), heard)
     assert heard.why() == "late"
     until(lambda: idle(replicas.engines["first"]))
 
 
 def test_what_a_replica_refuses_is_told(cut64: Any, here: Callable[..., Here], start: Start) -> None:
-    heard = Heard()
+    heard = Told()
     start(here()).submit(work(cut64, prompt=""), heard)
     assert heard.why() == "failed"
     assert isinstance(heard.ended and heard.ended.error, PromptError)
@@ -228,20 +228,20 @@ def test_what_a_replica_refuses_is_told(cut64: Any, here: Callable[..., Here], s
 def test_closing_drains_and_then_cuts_off(cut64: Any, here: Callable[..., Here], start: Start) -> None:
     replicas = here()
     for patience, reason in ((30, "length"), (0, "closed")):
-        engine, heard = start(replicas), Heard()
+        engine, heard = start(replicas), Told()
         engine.submit(work(cut64, 40 if patience else 3000), heard)
         until(lambda own=heard: own.begun is not None)  # type: ignore[misc]
         engine.close(patience)
         assert heard.why() == reason
         assert engine.state.closing
         with pytest.raises(BusyError, match="shutting down"):
-            engine.submit(work(cut64), Heard())
+            engine.submit(work(cut64), Told())
         until(lambda: idle(replicas.engines["first"]))
 
 
 def test_the_state_is_of_all_replicas(cut64: Any, here: Callable[..., Here], start: Start) -> None:
     """Counts stay when a replica goes."""
-    replicas, heard = here(), [Heard(), Heard()]
+    replicas, heard = here(), [Told(), Told()]
     engine = start(replicas)
     for name, own in zip(("first", "second"), heard, strict=True):
         replicas.engines[name].submit(work(cut64, 5), own)
