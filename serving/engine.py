@@ -47,7 +47,7 @@ class Limits:
 
     running: int = 32
     waiting: int = 256
-    waiting_tokens: int = 262_144
+    waiting_tokens: int = 2**21
     cache_bytes: int = 4 * 2**30
     piece: int = 256
 

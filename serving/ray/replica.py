@@ -1,11 +1,11 @@
 """What Ray Serve runs on each machine: one engine, asked over the cluster's own wire."""
 
 import logging
-import traceback
 from collections.abc import AsyncGenerator, Callable, Sequence
 
 from ray import serve
 
+from bayes_dispatch.inference.two_pass.events import of_error
 from bayes_dispatch.serving.replicas import events_of
 from bayes_dispatch.serving.work import Ended, Engine, EngineState, Event, Work
 
@@ -54,6 +54,5 @@ class Replica:
 
 def _plain(error: BaseException) -> RuntimeError:
     """For other processes, which may not know its class. Its message may have words of a prompt, and stays."""
-    places = [f"{each.filename}:{each.lineno} {each.name}" for each in traceback.extract_tb(error.__traceback__)]
-    logger.error("an engine failed: %s at %s", type(error).__name__, places)
+    logger.error("an engine failed: %s", of_error(error))
     return RuntimeError(f"a replica's engine failed with {type(error).__name__}")

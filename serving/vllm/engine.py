@@ -88,11 +88,11 @@ class VllmEngine:
         self._lock, self._closing = Lock(), Lock()  # the first guards the three above, which other threads see
         self._tasks: dict[Request, asyncio.Task[Ended]] = {}
         self._over = False  # whether tasks are cancelled because the engine is
+        self._upstream = Upstream(url, key)
         self._worker = ThreadPoolExecutor(1, "dispatch")
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
-        self._upstream = Upstream(url, key)
         try:
             most = self._wait(self._upstream.longest())
             self.off = self._wait(self._upstream.check(*probes_of(system)))

@@ -15,7 +15,6 @@ from bayes_dispatch.serving.work import BusyError
 __all__ = ["Said", "Upstream", "UpstreamError"]
 
 CONNECTING = 10.0  # seconds
-SILENT = 120.0  # seconds without a token after which a server is given up
 LONGEST_WAIT = 60  # seconds that a client is told to wait, at most
 UNMASKED = -100.0  # what is added to the logits of tokens that may not be chosen, the least that vLLM takes
 
@@ -36,19 +35,27 @@ class Upstream:
 
     Args:
         url: such as ``http://127.0.0.1:8001``. key: of ``vllm serve --api-key``, if it has one.
+
+    Raises:
+        ConfigError: one that is none.
     """
 
     def __init__(self, url: str, key: str | None = None) -> None:
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
         self.url = url.rstrip("/").removesuffix("/v1")
+        if key is not None and not (key.isascii() and key.isprintable()):
+            raise ConfigError("expected a key of vLLM's server in ASCII, got another")
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=32)  # an engine bounds what runs
-        self._client = httpx2.AsyncClient(
-            base_url=self.url,
-            headers=headers,
-            timeout=httpx2.Timeout(SILENT, connect=CONNECTING),
-            limits=limits,
-            trust_env=False,  # a proxy of the environment is not asked for what is beside us
-        )
+        try:
+            self._client = httpx2.AsyncClient(
+                base_url=self.url,
+                headers=headers,
+                timeout=httpx2.Timeout(None, connect=CONNECTING),  # a busy server may be silent; patience ends that
+                limits=limits,
+                trust_env=False,  # a proxy of the environment is not asked for what is beside us
+            )
+        except httpx2.InvalidURL as error:
+            raise ConfigError(f"expected a URL such as http://127.0.0.1:8001, got {url!r:.80}: {error}") from None
 
     async def close(self) -> None:
         """Hang up."""

@@ -108,6 +108,10 @@ class Turn(_Fields):
     tool_call_id: Annotated[Any, AfterValidator(_Off())] = None
 
 
+# The first wrong one is enough: of a body of many, all errors would hold up everybody for seconds.
+Turns = Annotated[list[Turn], Field(min_length=1, max_length=4096, fail_fast=True)]
+
+
 def _input_kind(value: Any) -> str:
     return "(messages)" if isinstance(value, list) else "(text)"
 
@@ -116,7 +120,7 @@ class DispatchAsked(_Fields):
     """Of ``/v1/dispatch``: a text or messages to dispatch, with nothing written."""
 
     input: Annotated[
-        Annotated[str, Tag("(text)")] | Annotated[list[Turn], Field(min_length=1), Tag("(messages)")],
+        Annotated[str, Tag("(text)")] | Annotated[Turns, Tag("(messages)")],
         Discriminator(_input_kind),
     ]
     model: str = "bundle"
@@ -172,7 +176,7 @@ class CompletionAsked(Asked):
 class ChatAsked(Asked):
     """Of ``/v1/chat/completions``. ``safety_identifier`` is what ``user`` is called now."""
 
-    messages: Annotated[list[Turn], Field(min_length=1)]
+    messages: Turns
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Any, AfterValidator(_Off(0))] = None

@@ -5,7 +5,6 @@ It is plain ASGI around the whole application, so that nothing that fails inside
 
 import logging
 import time
-import traceback
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bayes_dispatch.inference.two_pass.events import tell
+from bayes_dispatch.inference.two_pass.events import of_error, tell
 from bayes_dispatch.serving.web.keys import Keys, is_loopback
 from bayes_dispatch.serving.web.metrics import Metrics
 from bayes_dispatch.serving.web.refusals import RefusedError, as_refused
@@ -96,8 +95,8 @@ class Front:
                 await refused.response(scope, receive, marked)
         finally:
             path = scope["path"]
-            endpoint = next((each for each in ENDPOINTS if path == each or path.startswith("/v1/models/")), "other")
-            endpoint = "/v1/models" if path.startswith("/v1/models/") else endpoint
+            path = "/v1/models" if path.startswith("/v1/models/") else path
+            endpoint = path if path in ENDPOINTS else "other"
             self._metrics.answered(endpoint, record.status or 499)
             tell(logger, logging.INFO, "request", lambda: record.facts(scope["method"], endpoint))
 
@@ -157,7 +156,5 @@ class Front:
 
 
 def tell_failure(record: Record, error: BaseException) -> None:
-    """Log where something of ours failed, without its message, which may have words of the prompt."""
-    places = [f"{each.filename}:{each.lineno} {each.name}" for each in traceback.extract_tb(error.__traceback__)]
-    facts = {"request": record.id, "class": type(error).__name__, "places": places}
-    tell(logger, logging.ERROR, "failed", lambda: facts)
+    """Log where something of ours failed."""
+    tell(logger, logging.ERROR, "failed", lambda: {"request": record.id} | of_error(error))

@@ -131,7 +131,7 @@ class Jobs:
         heat = 1.0 if asked.temperature is None else asked.temperature
         with naming("stop"):
             writing = Writing.of(most, heat > 0, heat or 1.0, stops, None if asked.top_p == 1 else asked.top_p)
-        seed = _seed(asked.seed, each)
+        seed = _seed(asked.seed, len(prompts) * each)  # copies of a prompt go on with it
         works = tuple(
             Work(
                 prompt,
@@ -143,8 +143,8 @@ class Jobs:
                 owner,
                 self.settings.patience,
             )
-            for prompt in prompts
-            for i in range(each)
+            for n, prompt in enumerate(prompts)
+            for i in range(prompts[:n].count(prompt) * each, (prompts[:n].count(prompt) + 1) * each)
         )
         usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         told = bool(asked.logprobs) if isinstance(asked, ChatAsked) else asked.logprobs is not None

@@ -8,8 +8,9 @@ from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import BayesDispatchError, ConfigError
 from bayes_dispatch.inference.two_pass.events import tell
 from bayes_dispatch.serving.web.settings import WebSettings
 from bayes_dispatch.serving.work import Engine
@@ -35,6 +36,27 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"expected a free address of this machine, got {host} port {port}: {why}") from None
 
 
+def _impatient(seconds: float) -> type[H11Protocol]:
+    """Connections that are closed when they have had no request for so long, or but a part of its head."""
+
+    class Impatient(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.loop.call_later(seconds, self._look, None)
+
+        def _look(self, before: RequestResponseCycle | None) -> None:
+            """Close it if there is no request, and has been none since the last look."""
+            if self.transport.is_closing():
+                return
+            cycle: RequestResponseCycle | None = self.cycle
+            if cycle is before and (cycle is None or cycle.response_complete):
+                self.transport.close()
+            else:
+                self.loop.call_later(seconds, self._look, cycle)
+
+    return Impatient
+
+
 class Server(uvicorn.Server):
     """Serves an application until it is told to stop: once to drain, twice to end at once.
 
@@ -46,7 +68,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: ASGIApp, engine: Engine, settings: WebSettings, drain: float) -> None:
         config = uvicorn.Config(
             app,
-            http="h11",
+            http=_impatient(settings.body_seconds),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -60,21 +82,33 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
         self._engine, self._drain, self._told = engine, drain, False
+        self._dead = False  # whether the engine has ended by itself
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def serve_on(self, listening: socket.socket) -> None:
-        """Serve connections of a socket, until told to stop."""
+        """Serve connections of a socket, until told to stop.
+
+        Raises:
+            BayesDispatchError: the engine has ended by itself.
+        """
         host, port = listening.getsockname()[:2]
         tell(logger, logging.INFO, "listening", lambda: {"host": host, "port": port})
         try:
             self.run(sockets=[listening])
         finally:
             self._engine.close(0.0)  # also where it still drains: an interpreter that ends amid a step is aborted
+        if self._dead:
+            raise BayesDispatchError("expected an engine that runs, got one that has ended: the log has more")
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Remember whose loop it is."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to end: also where the engine has, which nobody told it."""
+        self._dead = self._dead or (not self._told and self._engine.state.closing)
+        return await super().on_tick(counter) or self._dead
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """SIGINT or SIGTERM."""

@@ -3,6 +3,7 @@ no generation."""
 
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,3 +91,16 @@ def test_nothing_is_computed_where_nobody_listens() -> None:
 def test_other_records_are_lines_too() -> None:
     record = logging.LogRecord("x", logging.WARNING, "", 0, "so %s", ("what",), None)
     assert json.loads(JsonLines().format(record))["message"] == "so what"
+
+
+def test_of_an_exception_class_and_places_are_told() -> None:
+    """And not its message, which may have words of a prompt."""
+    try:
+        raise ValueError("words of a prompt")
+    except ValueError:
+        record = logging.LogRecord("x", logging.ERROR, __file__, 1, "failed", (), sys.exc_info())
+    line = JsonLines().format(record)
+    told = json.loads(line)
+    assert (told["message"], told["class"]) == ("failed", "ValueError")
+    assert told["places"][-1].endswith("test_of_an_exception_class_and_places_are_told")
+    assert "words" not in line

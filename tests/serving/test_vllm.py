@@ -33,7 +33,7 @@ from bayes_dispatch.serving.vllm.engine import VllmEngine
 from bayes_dispatch.serving.vllm.export import export_bank, whole_bank
 from bayes_dispatch.serving.vllm.format import FIELD, Index, gap, told, weights_of
 from bayes_dispatch.serving.vllm.plugin import Bank, _row, _scaled, register
-from bayes_dispatch.serving.vllm.upstream import UpstreamError
+from bayes_dispatch.serving.vllm.upstream import Upstream, UpstreamError
 from bayes_dispatch.serving.web.app import make_app
 from bayes_dispatch.serving.web.server import Server, listen
 from bayes_dispatch.serving.web.settings import WebSettings
@@ -556,3 +556,9 @@ def test_a_bundle_of_scales_is_refused(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (2, "")
         assert why in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("url", "key"), [("http://127.0.0.1:80a1", None), ("http://127.0.0.1:8001", "schlüssel")])
+def test_what_is_no_url_or_key_is_refused(url: str, key: str | None) -> None:
+    with pytest.raises(ConfigError, match=r"expected a (URL|key)"):
+        Upstream(url, key)

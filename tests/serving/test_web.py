@@ -5,6 +5,7 @@ import inspect
 import itertools
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from openai.resources.completions import Completions as CompletionCalls
 from prometheus_client.parser import text_string_to_metric_families
 
 from bayes_dispatch.app.bundle import load_bundle
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import BayesDispatchError, ConfigError
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.serving.engine import BatchedEngine
@@ -48,7 +49,8 @@ class Served:
     def __init__(self, bundle: Any, settings: WebSettings, keys: Keys | None, learner: Learner | None = None) -> None:
         self.engine = BatchedEngine(bundle)
         app, listening = make_app(bundle, self.engine, settings, keys, learner=learner), listen("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        self.server_address = listening.getsockname()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.server = Server(app, self.engine, settings, drain=20.0)
         self.thread = threading.Thread(target=self.server.serve_on, args=[listening])
         self.thread.start()
@@ -390,3 +392,42 @@ def test_what_breaks_is_told_as_ours(served: Served, monkeypatch: pytest.MonkeyP
     answer = served.http.post("/v1/completions", content=body, headers={"content-type": "application/json"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "weights")
     assert served.http.post("/v1/completions", json=GREEDY).status_code == 200
+
+
+@pytest.mark.parametrize("said", [b"", b"GET /health HTT", b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\nGET "])
+def test_a_connection_without_a_request_is_closed(system: Any, said: bytes) -> None:
+    """Also after an answer; one with a request is not, however long that takes."""
+    served = Served(system, WebSettings(body_seconds=0.3), None)
+    with socket.create_connection(served.server_address, timeout=60) as connection:
+        connection.sendall(said)
+        while connection.recv(65_536):
+            pass
+    answer = served.http.post("/v1/completions", json=GREEDY | {"max_tokens": 300, "stop": None})
+    assert answer.status_code == 200
+    served.close()
+
+
+def test_a_server_whose_engine_has_ended_ends(system: Any) -> None:
+    engine = BatchedEngine(system)
+    server = Server(make_app(system, engine), engine, WebSettings(), drain=1.0)
+    engine.close(0.0)
+    with pytest.raises(BayesDispatchError, match="expected an engine that runs"):
+        server.serve_on(listen("127.0.0.1", 0))
+
+
+def test_copies_of_a_prompt_differ(served: Served, system: Any) -> None:
+    """Each is that of a seed of its own."""
+    asked = {"model": "bundle:base", "temperature": 1, "max_tokens": 8, "seed": 7}
+    found = served.http.post("/v1/completions", json=asked | {"prompt": ["ab>", "1+", "ab>"]}).json()
+    seeds = [each["seed"] for each in found["dispatch"]]
+    assert seeds == [7, 7, 8]
+    generator = TwoPassGenerator(system)
+    for choice, seed, prompt in zip(found["choices"], seeds, ["ab>", "1+", "ab>"], strict=True):
+        alone = generator.generate([prompt], blend="base", max_new_tokens=8, do_sample=True, seed=seed)
+        assert choice["text"] == alone.texts[0]
+
+
+def test_the_first_of_many_faults_is_enough(served: Served) -> None:
+    answer = served.http.post("/v1/chat/completions", json={"model": "bundle", "messages": [{}] * 4000})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages[0].role"

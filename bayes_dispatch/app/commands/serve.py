@@ -113,7 +113,7 @@ def serve(
         header_bytes=header_bytes,
         prompt_bytes=prompt_bytes,
         max_new_tokens=max_new_tokens,
-        choices=min(WebSettings.choices, waiting),  # more could never wait
+        choices=min(WebSettings.choices, waiting if known is None else -(-waiting // 2)),  # more could never wait
         patience=patience,
         log_prompts=log_prompts,
         blend=DEFAULT_BLEND if vllm is None else PosteriorMean(),

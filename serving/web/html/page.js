@@ -325,11 +325,12 @@ at("prompt").addEventListener("keydown", (event) => {
 at("model").addEventListener("change", () => { at("blend").disabled = at("model").value !== "bundle"; });
 at("key").addEventListener("change", models);
 at("at").addEventListener("input", () => {
+  if (!answer) return;
   answer.follow = false;
   answer.look();
 });
 at("text").addEventListener("click", (event) => {
-  const n = answer.tokens.findIndex(({ span }) => span === event.target);
+  const n = !answer ? -1 : answer.tokens.findIndex(({ span }) => span === event.target);
   if (n < 0) return;
   answer.follow = false;
   at("at").value = n + 1;
