@@ -431,3 +431,11 @@ def test_the_first_of_many_faults_is_enough(served: Served) -> None:
     answer = served.http.post("/v1/chat/completions", json={"model": "bundle", "messages": [{}] * 4000})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "messages[0].role"
+
+
+def test_answers_do_not_wait_for_acknowledgements() -> None:
+    """``TCP_NODELAY`` of what a listening socket accepts: a head and its body are two packets."""
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
