@@ -34,8 +34,8 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"expected a free address of this machine, got {host} port {port}: {why}") from None
-    # Connections inherit it; asyncio sets it for its own sockets alone. Without it each answer waits 40 ms for the ACK of
-    # its head.
+    # Connections inherit it; asyncio sets it for its own sockets alone. Without it each answer waits 40 ms for an
+    # acknowledgement of its head.
     found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return found
 
