@@ -131,7 +131,6 @@ def serve(
         from bayes_dispatch.serving.engine import Limits
 
         use_one_thread()
-        _log(JsonLines())
         loaded, learner = load_bundle(bundle, dtype=dtype), None
         if prior is not None:
             loaded.dispatcher.keep_prior(prior)
@@ -140,6 +139,7 @@ def serve(
         if cache_bytes is not None:
             limits = replace(limits, cache_bytes=cache_bytes)
         name = f"bayes-dispatch-{socket.gethostname()}-{listening.getsockname()[1]}"
+        _log(JsonLines())
         make = EngineOf.here(bundle, limits, dtype)
         with _here(loaded, limits, vllm) if scale is None else _on_ray(make, loaded, scale, name) as engine:
             app = make_app(loaded, engine, settings, known, local=not no_keys, learner=learner)
