@@ -140,8 +140,11 @@ def serve(
             limits = replace(limits, cache_bytes=cache_bytes)
         name = f"bayes-dispatch-{socket.gethostname()}-{listening.getsockname()[1]}"
         _log(JsonLines())
-        make = EngineOf.here(bundle, limits, dtype)
-        with _here(loaded, limits, vllm) if scale is None else _on_ray(make, loaded, scale, name) as engine:
+        if scale is None:
+            engines = _here(loaded, limits, vllm)
+        else:
+            engines = _on_ray(EngineOf.here(bundle, limits, dtype), loaded, scale, name)
+        with engines as engine:
             app = make_app(loaded, engine, settings, known, local=not no_keys, learner=learner)
             Server(app, engine, settings, drain).serve_on(listening)
 
