@@ -19,9 +19,9 @@ from bayes_dispatch.errors import ConfigError, PromptError, TensorError
 from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.particles import Decoding
-from bayes_dispatch.inference.two_pass.system import System, check_gate
+from bayes_dispatch.inference.two_pass.system import System
 from bayes_dispatch.model.backbone import Backbone
-from bayes_dispatch.serving.reading import Reading, Running, hear
+from bayes_dispatch.serving.reading import Reading, Running
 from bayes_dispatch.serving.waiting import Request, WaitingLine
 from bayes_dispatch.serving.work import BusyError, Ended, EngineState, Event, Work, Wrote
 
@@ -86,13 +86,7 @@ class BatchedEngine:
 
     def submit(self, work: Work, tell: Callable[[Event], None]) -> Request:
         """See ``work.Engine``."""
-        heard = hear(self._system.tokenizer, self._form, self._system.model.longest, work)
-        if work.false_alarm_rate is not None:
-            check_gate(self._system, work.false_alarm_rate)
-        elif work.abstain:
-            raise ConfigError("expected a false_alarm_rate to abstain at, got None")
-        patience = math.inf if work.patience is None else work.patience
-        request = Request(work, heard, tell, monotonic() + patience)
+        request = Request.of(self._system, self._form, self._system.model.longest, work, tell)
         if self._bytes(1, request.tokens) > self._limits.cache_bytes:
             most = self._limits.cache_bytes
             raise PromptError(f"expected a request whose cache fits in {most} bytes, got {request.tokens} tokens")
@@ -245,9 +239,14 @@ class BatchedEngine:
         """One more token of every request that runs."""
         try:
             if self._batch is not None:
-                self._leave(_unpredictable(self._batch))
-            if self._batch is not None:
-                self._leave(self._choose(self._batch))
+                try:
+                    ended = self._choose(self._batch)
+                except TensorError:  # nothing has been chosen
+                    ended = _unpredictable(self._batch)
+                    if not ended:
+                        raise
+                    return self._leave(ended)
+                self._leave(ended)
             if self._batch is not None:
                 self._batch.append(np.array([running.written.ids[-1] for _, running in self._running]))
         except Exception as error:  # amid a step: what the rows have read is not to be trusted

@@ -1,12 +1,16 @@
 """Requests that wait for their turn: one of each owner, round and round, and no more than there is room for."""
 
 import logging
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import monotonic
 
-from bayes_dispatch.serving.reading import Heard
+from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.inference.chat.form import Form
+from bayes_dispatch.inference.two_pass.system import System, check_gate
+from bayes_dispatch.serving.reading import Heard, hear
 from bayes_dispatch.serving.work import BusyError, Event, Work
 
 __all__ = ["Request", "WaitingLine"]
@@ -27,6 +31,25 @@ class Request:
     tell: Callable[[Event], None]
     deadline: float
     wanted: bool = True
+
+    @classmethod
+    def of(
+        cls, system: System, form: Form, longest: int | None, work: Work, tell: Callable[[Event], None]
+    ) -> "Request":
+        """Work that comes now.
+
+        Args:
+            form: of conversations. longest: tokens that the model can read.
+
+        Raises:
+            PromptError, ConfigError: see ``Engine.submit``.
+        """
+        heard = hear(system.tokenizer, form, longest, work)
+        if work.false_alarm_rate is not None:
+            check_gate(system, work.false_alarm_rate)
+        elif work.abstain:
+            raise ConfigError("expected a false_alarm_rate to abstain at, got None")
+        return cls(work, heard, tell, monotonic() + (math.inf if work.patience is None else work.patience))
 
     def cancel(self) -> None:
         """See ``Ticket``."""

@@ -28,9 +28,9 @@ from bayes_dispatch.inference.two_pass.blends import Blend
 from bayes_dispatch.inference.two_pass.events import tell
 from bayes_dispatch.inference.two_pass.prompts import Written
 from bayes_dispatch.inference.two_pass.second_pass import on_base
-from bayes_dispatch.inference.two_pass.system import System, check_gate, dispatch
+from bayes_dispatch.inference.two_pass.system import System, dispatch
 from bayes_dispatch.serving.engine import Limits
-from bayes_dispatch.serving.reading import Reading, hear
+from bayes_dispatch.serving.reading import Reading
 from bayes_dispatch.serving.vllm.export import check_lora, probes_of
 from bayes_dispatch.serving.vllm.format import told
 from bayes_dispatch.serving.vllm.upstream import Upstream, UpstreamError
@@ -104,15 +104,9 @@ class VllmEngine:
 
     def submit(self, work: Work, tell: Callable[[Event], None]) -> _Ticket:
         """See ``work.Engine``."""
-        heard = hear(self._system.tokenizer, self._form, self._longest, work)
-        if work.false_alarm_rate is not None:
-            check_gate(self._system, work.false_alarm_rate)
-        elif work.abstain:
-            raise ConfigError("expected a false_alarm_rate to abstain at, got None")
+        request = Request.of(self._system, self._form, self._longest, work, tell)
         if work.writing is not None:
             _weights(work.blend, self._some)
-        patience = math.inf if work.patience is None else work.patience
-        request = Request(work, heard, tell, monotonic() + patience)
         with self._lock:
             if self._state.closing:
                 raise BusyError("expected a request to a server that is not shutting down, got one that came late", 5)
