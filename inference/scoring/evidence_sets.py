@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.errors import UnknownNameError
 from bayes_dispatch.experts.domains import Domain, Split, mixed_text
 from bayes_dispatch.inference.two_pass.first_pass import first_pass
 from bayes_dispatch.model.backbone import Backbone, Tokens
@@ -16,6 +17,7 @@ __all__ = [
     "base_evidence",
     "calibration_evidence",
     "foreign_evidence",
+    "known_weights",
     "mixed_evidence",
     "pure_evidence",
     "token_shares",
@@ -146,6 +148,26 @@ def base_evidence(
     found = pure_evidence(model, domains, per_domain, lengths, split, seed, block=block)
     count = len(found.labels)
     return KnownEvidence(found.evidence, np.full(count, -1), np.tile(np.eye(experts + 1)[-1], (count, 1)))
+
+
+def known_weights(
+    names: Sequence[str | None], components: Sequence[str]
+) -> tuple[Int[np.ndarray, " prompt"], Float[np.ndarray, "prompt component"]]:
+    """Labels and mixtures, as in :class:`KnownEvidence`, of prompts that one component each serves best.
+
+    Args:
+        names: of the component of each prompt, base among them; ``None`` where nobody knows. components: base last.
+
+    Raises:
+        UnknownNameError: a name of none of them.
+    """
+    if unknown := [name for name in names if name not in (None, *components)]:
+        raise UnknownNameError(f"expected prompts of {', '.join(components)}, got one of {unknown[0]}")
+    experts = list(components[:-1])
+    labels = np.array([experts.index(name) if name in experts else -1 for name in names])
+    mixtures = np.full((len(names), len(components)), np.nan)
+    mixtures[[name == components[-1] for name in names]] = np.eye(len(components))[-1]
+    return labels, mixtures
 
 
 def foreign_evidence(

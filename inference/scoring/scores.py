@@ -5,7 +5,7 @@ errors are smaller than those of the two means.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,6 +104,26 @@ class Comparison:
     """
 
     scores: tuple[Score, ...]
+
+    @classmethod
+    def concatenate(cls, parts: Sequence["Comparison"]) -> "Comparison":
+        """The documents of several comparisons, one after the other, under the blends that all of them have.
+
+        Raises:
+            ConfigError: no comparison, or one of other blends.
+        """
+        blends = [part.blends for part in parts]
+        if len(set(blends)) != 1:
+            raise ConfigError(f"expected comparisons of the same blends, got {blends or 'none'!r:.200}")
+        begins = np.cumsum([0, *(len(part.of(blends[0][0])) for part in parts)]).tolist()
+        return cls(
+            tuple(
+                replace(score, document=begin + score.document)
+                for blend in blends[0]
+                for begin, part in zip(begins, parts, strict=False)
+                for score in part.of(blend)
+            )
+        )
 
     @property
     def blends(self) -> tuple[str, ...]:

@@ -2,25 +2,15 @@
 
 import asyncio
 import logging
-import os
 import re
-import secrets
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-# Before Ray is imported, which reads them. A server tells nobody that it runs. A cluster of this machine alone listens
-# at 127.0.0.1 where Ray believes that it can have no other machines, as it does elsewhere than on Linux; and it answers
-# nobody without its token, which Ray would keep in a file that others may read.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else what still asks for a replica while all ends would start Ray again
-if "RAY_ADDRESS" not in os.environ:
-    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    os.environ["RAY_AUTH_MODE"] = "token"
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+from bayes_dispatch.serving.ray.connection import connected  # first: it sets what Ray reads when it is imported
 
-import ray
+# isort: split
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.config import AutoscalingConfig, ProxyLocation, RequestRouterConfig
@@ -130,18 +120,21 @@ def replicas_on_ray(
     Raises:
         ConfigError: there is no such cluster, it has too few cores, or the engines could not be made.
     """
-    _connect(scale)
-    deployment = serve.deployment(
-        Replica,
-        name=NAME,
-        ray_actor_options={"num_cpus": scale.cpus},
-        max_ongoing_requests=2 * holds,  # those that end are counted a little longer than the engine holds them
-        max_queued_requests=waiting,
-        health_check_period_s=HEALTH_SECONDS,
-        request_router_config=RequestRouterConfig(request_router_class=UntriedFirst),
-        **_number(scale),
-    )
-    try:
+    with connected() as cores:
+        if cores is not None and scale.most * scale.cpus > cores:
+            needed = f"{scale.most} replicas of {scale.cpus:g}"
+            raise ConfigError(f"expected replicas for the {cores:g} cores of this machine, got {needed}")
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        deployment = serve.deployment(
+            Replica,
+            name=NAME,
+            ray_actor_options={"num_cpus": scale.cpus},
+            max_ongoing_requests=2 * holds,  # those that end are counted a little longer than the engine holds them
+            max_queued_requests=waiting,
+            health_check_period_s=HEALTH_SECONDS,
+            request_router_config=RequestRouterConfig(request_router_class=UntriedFirst),
+            **_number(scale),
+        )
         serve.start(proxy_location=ProxyLocation.Disabled)
         try:
             handle = serve.run(deployment.bind(make), name=name, route_prefix=None)
@@ -154,8 +147,6 @@ def replicas_on_ray(
         finally:
             handle.shutdown()
             serve.delete(name)
-    finally:
-        ray.shutdown()
 
 
 def _number(scale: Scale) -> dict[str, Any]:
@@ -166,25 +157,3 @@ def _number(scale: Scale) -> dict[str, Any]:
             min_replicas=scale.least, max_replicas=scale.most, target_ongoing_requests=scale.busy
         )
     }
-
-
-def _connect(scale: Scale) -> None:
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    own = "RAY_ADDRESS" not in os.environ
-    try:
-        ray.init(**quiet | ({"address": "local", "include_dashboard": False} if own else {}))
-    except Exception as error:  # Ray raises that class itself, too
-        where = "that starts" if own else f"at {os.environ['RAY_ADDRESS']}"
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(f"expected a Ray cluster {where}, got none: {why:.300}") from None
-    if not own:
-        return
-    host, cores = ray.util.get_node_ip_address(), ray.cluster_resources()["CPU"]
-    if host == "127.0.0.1" and scale.most * scale.cpus <= cores:
-        return
-    ray.shutdown()
-    if host != "127.0.0.1":
-        raise ConfigError(f"expected a Ray cluster at 127.0.0.1 alone, got one at {host}")
-    needed = f"{scale.most} replicas of {scale.cpus:g}"
-    raise ConfigError(f"expected replicas for the {cores:g} cores of this machine, got {needed}")

@@ -1,12 +1,14 @@
 """Tables of scores say what the single bytes say: means, pooled calibration, paired differences, arviz data. What was
 not compared is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import xarray as xr
 
 from bayes_dispatch.checks.paired import paired_comparison
-from bayes_dispatch.errors import TensorError, UnknownNameError
+from bayes_dispatch.errors import ConfigError, TensorError, UnknownNameError
 from bayes_dispatch.inference.scoring.scores import METRICS, Comparison, Score, ScoredTokens
 
 DOCUMENTS, BYTES = 40, 60
@@ -39,6 +41,19 @@ def comparison() -> Comparison:
             for n in range(DOCUMENTS)
         )
     )
+
+
+def test_comparisons_of_some_documents_each_are_one(comparison: Comparison) -> None:
+    def part(first: int, last: int) -> Comparison:
+        """Documents that are numbered from 0, as they are when these alone are compared."""
+        own = [score for score in comparison.scores if first <= score.document < last]
+        return Comparison(tuple(replace(score, document=score.document - first) for score in own))
+
+    assert Comparison.concatenate([part(0, 7), part(7, 8), part(8, DOCUMENTS)]) == comparison
+    other = Comparison(comparison.of("sure"))
+    for parts in ([], [comparison, other]):
+        with pytest.raises(ConfigError, match="expected comparisons of the same blends"):
+            Comparison.concatenate(parts)
 
 
 def test_a_score_is_the_mean_of_its_bytes() -> None:

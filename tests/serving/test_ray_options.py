@@ -1,4 +1,4 @@
-"""What `serve --ray` refuses before anything starts, and what is sent to a replica; none of it needs Ray."""
+"""What commands refuse of `--ray` before anything starts, and what is sent to a replica; none of it needs Ray."""
 
 import pickle
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from bayes_dispatch.app.bundle_at import BundleAt
 from bayes_dispatch.app.commands import main as cli
 from bayes_dispatch.app.engines import EngineOf
 from bayes_dispatch.app.shipped import SHIPPED
@@ -15,19 +16,19 @@ from bayes_dispatch.serving.engine import BatchedEngine, Limits
 
 def test_a_replica_runs_the_bundle_of_its_gateway_alone(tmp_path: Path, unchecked: None) -> None:
     """Its path and its checksum are sent, not itself."""
-    sent = pickle.dumps(EngineOf.here(None, Limits(running=3)))
+    sent = pickle.dumps(EngineOf(BundleAt.here(None), Limits(running=3)))
     assert len(sent) < 1000
     engine = pickle.loads(sent)()
     assert isinstance(engine, BatchedEngine)
     engine.close(0)
     (tmp_path / "bundle.json").write_bytes((SHIPPED / "bundle.json").read_bytes() + b" ")
-    other = EngineOf.here(tmp_path, Limits())
-    assert other.bundle == tmp_path
+    other = BundleAt.here(tmp_path)
+    assert other.path == tmp_path
     (tmp_path / "bundle.json").write_bytes(b"{}")
-    with pytest.raises(BundleError, match="as at the gateway"):
-        other()
+    with pytest.raises(BundleError, match="as where it was named"):
+        other.load()
     with pytest.raises(BundleError, match="got none"):
-        EngineOf.here(tmp_path / "nothing", Limits())
+        BundleAt.here(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
@@ -47,9 +48,21 @@ def test_options_that_would_do_nothing_are_refused(
     assert told in capfd.readouterr().err
 
 
-def test_ray_is_asked_for_by_name(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        (["serve", "--port", "0", "--ray", "--replicas", "2"], "serve,ray"),
+        (["compare", "--ray"], "ray"),
+        (["fit", "--ray", "--examples", "prompts.jsonl", "--out", "new"], "ray"),
+    ],
+)
+def test_ray_is_asked_for_by_name(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str], extra: str
+) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)  # whether it is installed or not
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        cli.main(["serve", "--port", "0", "--ray", "--replicas", "2"])
+        cli.main(command)
     assert ended.value.code == 2
-    assert "bayes-dispatch[serve,ray]" in capfd.readouterr().err
+    told = f"expected the extra ray (pip install 'bayes-dispatch[{extra}]'), got no ray"
+    assert capfd.readouterr().err == f"bayes-dispatch: error: {told}\n"

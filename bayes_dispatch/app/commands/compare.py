@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +14,10 @@ from bayes_dispatch.app.commands.terminal import (
     BundleOption,
     DrawsOption,
     JsonOption,
+    RayOption,
     SeedOption,
     TopKOption,
+    mapped_on_ray,
     open_console,
     print_json,
     use_one_thread,
@@ -22,10 +26,15 @@ from bayes_dispatch.app.commands.terminal import (
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
     import pandas
 
+    from bayes_dispatch.app.bulk import MapBlocks
+    from bayes_dispatch.app.bundle import Bundle
     from bayes_dispatch.app.tables import Table
-    from bayes_dispatch.inference.scoring.scores import Comparison, SystemComparison
+    from bayes_dispatch.inference.scoring.scores import Comparison
 
 __all__ = ["compare"]
 
@@ -63,6 +72,7 @@ def compare(
     top_k: TopKOption = None,
     draws: DrawsOption = None,
     csv: Annotated[Path | None, typer.Option(help="Write a row for each document and blend to this file.")] = None,
+    ray: RayOption = False,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     bundle: BundleOption = None,
@@ -85,14 +95,16 @@ def compare(
     against = OURS if other is not None else reference or usual
     if csv is not None:
         _check_file(csv)
+    cluster = mapped_on_ray() if ray else None
     from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.experts.document_files import read_documents
-    from bayes_dispatch.inference.scoring.compare import compare_blends, compare_systems
     from bayes_dispatch.inference.scoring.held_out import KINDS, held_out_sets
+    from bayes_dispatch.inference.scoring.scores import SystemComparison
 
-    ours, theirs = load_bundle(bundle), None if other is None else load_bundle(other)
+    places = {OURS: bundle} if other is None else {OURS: bundle, THEIRS: other}
+    systems = {system: load_bundle(place) for system, place in places.items()}
     for name in compared:
-        as_blend(name, ours.experts.components)
+        as_blend(name, systems[OURS].experts.components)
     if jsonl is None:
         given = held_out_sets(list(dict.fromkeys(sets or KINDS)), documents or DEFAULT_DOCUMENTS, seed)
     elif len(own := read_documents(jsonl, LONGEST)) < 2:
@@ -100,25 +112,43 @@ def compare(
     else:
         given = {jsonl.name: own}
     use_one_thread()
-    progress, console = sys.stderr.isatty(), open_console()
+    console = open_console()
     frames: dict[str, pandas.DataFrame] = {}
     printed: dict[str, Any] = {}
-    for name, texts in given.items():
-        found: Comparison | SystemComparison
-        if theirs is None:
-            found = compare_blends(ours, texts, compared, seed, progress)
-        else:
-            found = compare_systems({OURS: ours, THEIRS: theirs}, texts, compared, seed, progress)
-        frames[name], summary, differences = found.to_frame(), found.summary(), found.differences(against)
-        printed[name] = {"summary": summary.to_dict("records"), "differences": differences.to_dict("records")}
-        if not as_json:
-            console.print(_summary_table(name, summary).to_rich())
-            if len(differences):
-                console.print(_difference_table(name, differences, against).to_rich())
+    with _scoring(systems, places, cluster) as score:
+        for name, texts in given.items():
+            each = {system: score(system, texts, compared, seed, sys.stderr.isatty()) for system in systems}
+            found = each[OURS] if other is None else SystemComparison(each)
+            frames[name], summary, differences = found.to_frame(), found.summary(), found.differences(against)
+            printed[name] = {"summary": summary.to_dict("records"), "differences": differences.to_dict("records")}
+            if not as_json:
+                console.print(_summary_table(name, summary).to_rich())
+                if len(differences):
+                    console.print(_difference_table(name, differences, against).to_rich())
     if csv is not None:
         _write(csv, frames)
     if as_json:
         print_json({"seed": seed, "reference": against, "sets": printed})
+
+
+@contextmanager
+def _scoring(
+    systems: "Mapping[str, Bundle]",
+    places: Mapping[str, Path | None],
+    cluster: "AbstractContextManager[MapBlocks] | None",
+) -> "Iterator[Callable[..., Comparison]]":
+    """``compare_blends`` of a system that is called by its name, here or in a cluster."""
+    from bayes_dispatch.inference.scoring.compare import compare_blends
+
+    if cluster is None:
+        yield lambda system, *given: compare_blends(systems[system], *given)
+        return
+    from bayes_dispatch.app.bulk import compare_in_blocks
+    from bayes_dispatch.app.bundle_at import BundleAt
+
+    named = {system: BundleAt.here(place) for system, place in places.items()}
+    with cluster as mapped:
+        yield lambda system, *given: compare_in_blocks(mapped, named[system], *given)
 
 
 def _summary_table(name: str, summary: "pandas.DataFrame") -> "Table":

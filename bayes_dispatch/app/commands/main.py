@@ -17,6 +17,7 @@ from bayes_dispatch.app.commands.build import build, train_documents
 from bayes_dispatch.app.commands.chat import chat
 from bayes_dispatch.app.commands.compare import compare
 from bayes_dispatch.app.commands.experts import experts
+from bayes_dispatch.app.commands.fit import fit
 from bayes_dispatch.app.commands.generate import generate
 from bayes_dispatch.app.commands.serve import export_vllm, serve
 from bayes_dispatch.app.commands.terminal import (
@@ -47,6 +48,7 @@ app = typer.Typer(
 app.add_typer(experts, name="experts")
 app.command()(build)
 app.command()(compare)
+app.command()(fit)
 app.command()(chat)
 app.command()(serve)
 app.command()(export_vllm)
@@ -273,33 +275,6 @@ def diagnose(
     for table in diagnosis_tables(found):
         console.print(table.to_rich())
     console.print(*files, highlight=False, soft_wrap=True)
-
-
-@app.command()
-def fit(
-    evidence: Annotated[
-        Path,
-        typer.Option(help="An .npz file of hidden, counts, lengths, labels and mixtures, as in a first pass."),
-    ],
-    out: Annotated[Path, typer.Option(help="Directory of the new bundle; it may be that of the old one.")],
-    bundle: BundleOption = None,
-    seed: SeedOption = 0,
-) -> None:
-    """Fit a bundle's dispatcher again, to evidence of your own, and write the bundle with it.
-
-    Labels are the numbers of the bundle's experts from 0, and -1 where unknown. The bundle's gate was calibrated for
-    the old dispatcher and is left out: calibrate-gate makes another.
-    """
-    check_new_output(out, "bundle.json")
-    from bayes_dispatch.app.bundle import load_bundle
-    from bayes_dispatch.app.own_expert import with_dispatcher
-    from bayes_dispatch.dispatcher.evidence.files import read_evidence
-
-    use_one_thread()
-    known = read_evidence(evidence)
-    new = with_dispatcher(load_bundle(bundle), known.evidence, known.labels, known.mixtures, seed, progress=True)
-    new.save(out)
-    print(f"{out}: a dispatcher over {', '.join(new.experts.names)}, fitted on {len(known.evidence)} prompts")
 
 
 def _print_report(report: Any, as_json: bool) -> None:

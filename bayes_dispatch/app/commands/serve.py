@@ -126,6 +126,7 @@ def serve(
     scale = _scale(replicas or "1", replica_busy or max(1, running // 2), replica_cpus or 1.0) if ray else None
     with listen(host, port) as listening:
         from bayes_dispatch.app.bundle import load_bundle
+        from bayes_dispatch.app.bundle_at import BundleAt
         from bayes_dispatch.app.engines import EngineOf
         from bayes_dispatch.inference.two_pass.events import JsonLines
         from bayes_dispatch.serving.engine import Limits
@@ -143,7 +144,7 @@ def serve(
         if scale is None:
             engines = _here(loaded, limits, vllm)
         else:
-            engines = _on_ray(EngineOf.here(bundle, limits, dtype), loaded, scale, name)
+            engines = _on_ray(EngineOf(BundleAt.here(bundle, dtype), limits), loaded, scale, name)
         with engines as engine:
             app = make_app(loaded, engine, settings, known, local=not no_keys, learner=learner)
             Server(app, engine, settings, drain).serve_on(listening)

@@ -10,10 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from rich.console import Console
+
+    from bayes_dispatch.app.bulk import MapBlocks
 
 __all__ = [
     "BLENDS_HELP",
@@ -25,12 +29,14 @@ __all__ = [
     "OwnJsonlOption",
     "OwnTextOption",
     "PackagesOption",
+    "RayOption",
     "SampleOption",
     "SeedOption",
     "TemperatureOption",
     "TopKOption",
     "check_new_output",
     "check_output",
+    "mapped_on_ray",
     "open_console",
     "print_json",
     "refuse_unused",
@@ -70,6 +76,12 @@ BundleOption = Annotated[
 SEED_HELP = "Makes random choices repeatable: the same number gives the same result."
 SeedOption = Annotated[int, typer.Option(min=0, help=SEED_HELP)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else, on stdout.")]
+RayOption = Annotated[
+    bool,
+    typer.Option(
+        "--ray", help="Read them in the processes of a Ray cluster, that of RAY_ADDRESS, or one on this machine alone."
+    ),
+]
 OwnTextOption = Annotated[
     list[str] | None,
     typer.Option("--text", help="name=path: the text of an expert of yours; its last tenth is held out. Repeatable."),
@@ -163,6 +175,20 @@ def typed(text: str, escapes: bool) -> bytes:
     if escapes:
         text = "\\".join(part.replace("\\n", "\n") for part in text.split("\\\\"))
     return os.fsencode(text)
+
+
+def mapped_on_ray() -> "AbstractContextManager[MapBlocks]":
+    """A Ray cluster, not yet begun, in which blocks are scored and read.
+
+    Raises:
+        MissingDependencyError: Ray is not installed.
+    """
+    try:
+        from bayes_dispatch.serving.ray.bulk import blocks_on_ray
+    except ImportError as error:
+        message = f"expected the extra ray (pip install 'bayes-dispatch[ray]'), got no {error.name}"
+        raise MissingDependencyError(message) from None
+    return blocks_on_ray()
 
 
 def use_one_thread() -> None:

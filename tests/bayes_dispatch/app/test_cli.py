@@ -161,6 +161,32 @@ def test_fit_gives_a_bundle_that_generates(saved: Path, bundle: Bundle, capfd: p
     assert run(capfd, "generate", "--bundle", "new", "--prompt", "ab>", "--max-new-tokens", "2")[0] == 0
 
 
+def test_fit_reads_prompts(saved: Path, bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of experts, of base, and of nobody knows whom: as with a file of their evidence, labels and mixtures."""
+    from bayes_dispatch.inference.two_pass.first_pass import first_pass
+
+    names = [*bundle.experts.names, "base", None]
+    lines = [
+        {"expert": names[n % 5], "text": ["ab>ba\n", "1+2=3\n", "x y\n", "Hi.", "?"][n % 5] * (1 + n % 4)}
+        for n in range(40)
+    ]
+    lines.sort(key=lambda line: names.index(line["expert"]))  # as they are read
+    Path("prompts.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    evidence = first_pass(bundle.model, bundle.tokenizer, [str(line["text"]) for line in lines]).evidence
+    labels = np.repeat([0, 1, 2, -1, -1], 8)
+    mixtures = np.full((40, 4), np.nan)
+    mixtures[24:32] = [0, 0, 0, 1]
+    np.savez("evidence.npz", labels=labels, mixtures=mixtures, lengths=evidence.lengths, **evidence.views)
+    for given, out in (("--examples", "one"), ("--evidence", "other")):
+        file = "prompts.jsonl" if given == "--examples" else "evidence.npz"
+        code, _, err = run(capfd, "fit", given, file, "--bundle", saved, "--out", out, "--seed", "5")
+        assert (code, err) == (0, "")
+    one, other = (load_bundle(out).dispatcher.predict_proba(evidence) for out in ("one", "other"))
+    np.testing.assert_array_equal(one, other)
+    Path("prompts.jsonl").write_text(json.dumps({"expert": "dance", "text": "a"}), encoding="utf-8")
+    assert_one_line(*run(capfd, "fit", "--examples", "prompts.jsonl", "--bundle", saved, "--out", "third"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -185,6 +211,10 @@ def test_fit_gives_a_bundle_that_generates(saved: Path, bundle: Bundle, capfd: p
             "--kl with the objective reinforce, got it without",
         ),
         (["report", "--json", "--markdown"], "--markdown without --json, got both"),
+        (
+            ["fit", "--evidence", "a.npz", "--out", "new", "--ray"],
+            "--ray with --examples, which are read, got it without",
+        ),
     ],
     ids=" ".join,
 )
@@ -278,6 +308,8 @@ def test_bad_generate_input_is_one_line(arguments: list[str], saved: Path, capfd
         ["fit", "--evidence", "nowhere", "--out", "fitted"],
         ["fit", "--evidence", __file__, "--out", "fitted"],
         ["fit", "--out", "fitted"],
+        ["fit", "--examples", "nowhere", "--out", "fitted"],
+        ["fit", "--examples", __file__, "--evidence", __file__, "--out", "fitted"],
         ["train-experts", "--out", "new"],
         ["train-experts", "--out", "new", "--text", "mine"],
         ["train-experts", "--out", "new", "--text", "mine=nowhere.txt"],

@@ -1,0 +1,69 @@
+"""Many documents, or prompts, in blocks: each is scored, or read, in a process that has loaded the bundle by then.
+
+A posterior depends on the seed and on the prompt alone, so that blocks give what all documents together give, to the
+rounding of matrix products of another size.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from bayes_dispatch.app.bundle import Bundle
+from bayes_dispatch.app.bundle_at import BundleAt
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.experts.documents import Document
+from bayes_dispatch.inference.scoring.compare import compare_blends
+from bayes_dispatch.inference.scoring.scores import Comparison
+from bayes_dispatch.inference.two_pass.first_pass import first_pass
+from bayes_dispatch.inference.two_pass.system import cut_of
+
+__all__ = ["MapBlocks", "compare_in_blocks", "evidence_in_blocks"]
+
+DOCUMENTS = 8  # of a block: as many as are scored together where they have some hundred bytes
+PROMPTS = 64  # of a block: two batches of the first pass
+
+
+# (work, blocks, *constants, progress) → work(block, *constants) of each: ``map_blocks`` of ``serving.ray.bulk``
+MapBlocks = Callable[..., list[Any]]
+
+
+def compare_in_blocks(
+    mapped: MapBlocks,
+    bundle: BundleAt,
+    documents: Sequence[Document],
+    blends: Sequence[str],
+    seed: int = 0,
+    progress: bool = False,
+) -> Comparison:
+    """What ``compare_blends`` finds, block by block.
+
+    Args:
+        mapped: does the work of each block somewhere. bundle: to be loaded wherever a block is scored.
+        documents, blends, seed, progress: as in ``compare_blends``.
+    """
+    return Comparison.concatenate(
+        mapped(score_block, _blocks(documents, DOCUMENTS), bundle, tuple(blends), seed, progress=progress)
+    )
+
+
+def evidence_in_blocks(mapped: MapBlocks, bundle: BundleAt, prompts: Sequence[str], progress: bool = False) -> Evidence:
+    """The evidence of a first pass over the blocks that no expert touches, block by block of prompts."""
+    return Evidence.concatenate(mapped(read_block, _blocks(prompts, PROMPTS), bundle, progress=progress))
+
+
+def score_block(documents: Sequence[Document], bundle: BundleAt, blends: Sequence[str], seed: int) -> Comparison:
+    return compare_blends(_loaded(bundle), documents, blends, seed)
+
+
+def read_block(prompts: Sequence[str], bundle: BundleAt) -> Evidence:
+    system = _loaded(bundle)
+    return first_pass(system.model, system.tokenizer, prompts, block=cut_of(system)).evidence
+
+
+@lru_cache(maxsize=2)  # a process that scores many blocks loads a bundle once; `compare --other` has two
+def _loaded(bundle: BundleAt) -> Bundle:
+    return bundle.load()
+
+
+def _blocks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -1,0 +1,52 @@
+"""A bundle as it is named to other processes and machines: by its path, and the checksum of what is there."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from bayes_dispatch.app.bundle import Bundle, load_bundle
+from bayes_dispatch.app.shipped import bundle_directory, is_smollm2
+from bayes_dispatch.errors import BundleError
+
+__all__ = ["BundleAt"]
+
+
+@dataclass(frozen=True)
+class BundleAt:
+    """Where a bundle lies.
+
+    Attributes:
+        path, dtype: as for ``load_bundle``. checksum: of its index.
+    """
+
+    path: Path | None
+    checksum: str
+    dtype: str | None = None
+
+    @classmethod
+    def here(cls, path: Path | None, dtype: str | None = None) -> "BundleAt":
+        """One that lies on this machine; elsewhere it has to be the same one, at the same path.
+
+        Raises:
+            BundleError: there is none.
+        """
+        named = path is None or is_smollm2(path)
+        return cls(path if named else Path(str(path)).absolute(), _checksum(path), dtype)
+
+    def load(self) -> Bundle:
+        """Load it.
+
+        Raises:
+            BundleError: there is none, or another one.
+        """
+        if (found := _checksum(self.path)) != self.checksum:
+            raise BundleError(f"expected the bundle {self.checksum:.12}, as where it was named, got {found:.12}")
+        return load_bundle(self.path, dtype=self.dtype)
+
+
+def _checksum(path: Path | None) -> str:
+    """Of the index, which has those of all other files."""
+    index = bundle_directory(path) / "bundle.json"
+    if not index.is_file():
+        raise BundleError(f"expected a bundle at {index.parent}, got none")
+    return hashlib.sha256(index.read_bytes()).hexdigest()

@@ -1,0 +1,79 @@
+"""``bayes-dispatch fit``: a bundle's dispatcher again, fitted to prompts of the user's own, or to evidence of them."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bayes_dispatch.app.commands.terminal import (
+    BundleOption,
+    RayOption,
+    SeedOption,
+    check_new_output,
+    mapped_on_ray,
+    refuse_unused,
+    use_one_thread,
+)
+from bayes_dispatch.errors import ConfigError
+
+__all__ = ["fit"]
+
+
+def fit(
+    out: Annotated[Path, typer.Option(help="Directory of the new bundle; it may be that of the old one.")],
+    examples: Annotated[
+        Path | None,
+        typer.Option(
+            help='Lines of {"expert": NAME, "text": …}, each text a prompt; NAME may be "base", or left out where '
+            "nobody knows."
+        ),
+    ] = None,
+    evidence: Annotated[
+        Path | None,
+        typer.Option(
+            help="In place of prompts, what a first pass found of them: an .npz file of hidden, counts, lengths, "
+            "labels and mixtures."
+        ),
+    ] = None,
+    ray: RayOption = False,
+    bundle: BundleOption = None,
+    seed: SeedOption = 0,
+) -> None:
+    """Fit a bundle's dispatcher again, to prompts of your own, and write the bundle with it.
+
+    Labels of evidence are the numbers of the bundle's experts from 0, and -1 where unknown. The bundle's gate was
+    calibrated for the old dispatcher and is left out: calibrate-gate makes another.
+    """
+    if (examples is None) == (evidence is None):
+        raise ConfigError(f"expected either --examples or --evidence, got {'none' if examples is None else 'both'}")
+    refuse_unused("--ray", ray, examples is not None, "with --examples, which are read")
+    check_new_output(out, "bundle.json")
+    cluster = mapped_on_ray() if ray else None
+    from bayes_dispatch.app.bundle import load_bundle
+    from bayes_dispatch.app.own_expert import with_dispatcher
+    from bayes_dispatch.dispatcher.evidence.files import EvidenceFile, read_evidence
+    from bayes_dispatch.experts.domains.own import read_examples
+    from bayes_dispatch.inference.scoring.evidence_sets import known_weights
+    from bayes_dispatch.inference.two_pass.first_pass import first_pass
+
+    use_one_thread()
+    system = load_bundle(bundle)
+    if evidence is not None:
+        known = read_evidence(evidence)
+    elif examples is not None:
+        texts = [(name, text) for name, own in read_examples(examples).items() for text in own]
+        weights = known_weights([name for name, _ in texts], system.experts.components)
+        prompts, progress = [text for _, text in texts], sys.stderr.isatty()
+        if cluster is None:
+            seen = first_pass(system.model, system.tokenizer, prompts, progress=progress, block=system.cut).evidence
+        else:
+            from bayes_dispatch.app.bulk import evidence_in_blocks
+            from bayes_dispatch.app.bundle_at import BundleAt
+
+            with cluster as mapped:
+                seen = evidence_in_blocks(mapped, BundleAt.here(bundle), prompts, progress)
+        known = EvidenceFile(seen, *weights)
+    new = with_dispatcher(system, known.evidence, known.labels, known.mixtures, seed, progress=True)
+    new.save(out)
+    print(f"{out}: a dispatcher over {', '.join(new.experts.names)}, fitted on {len(known.evidence)} prompts")

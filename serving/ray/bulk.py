@@ -1,0 +1,66 @@
+"""The same work on many blocks of items, as tasks of a Ray cluster."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from bayes_dispatch.serving.ray.connection import connected  # first: it sets what Ray reads when it is imported
+
+# isort: split
+import ray
+from ray.exceptions import RayError, RayTaskError
+from tqdm import tqdm
+
+from bayes_dispatch.errors import BayesDispatchError, ConfigError
+
+__all__ = ["blocks_on_ray"]
+
+RETRIES = 3  # of a task whose process is lost; one that raises is not tried again
+
+
+@contextmanager
+def blocks_on_ray() -> Iterator[Callable[..., list[Any]]]:
+    """Connect to a cluster; yields ``map_blocks``, whose results are to be read while the connection lasts.
+
+    Raises:
+        ConfigError: see ``connected``.
+    """
+    with connected():
+        yield map_blocks
+
+
+def map_blocks(
+    work: Callable[..., Any], blocks: Sequence[Sequence[Any]], *constants: Any, progress: bool = False
+) -> list[Any]:
+    """``work(block, *constants)`` of every block, in their order.
+
+    Args:
+        work: a function of this package, which is called in processes of the cluster, by one core each. A process is
+            asked for many blocks, one after the other, so that it may keep what it loads.
+        blocks, constants: are pickled. progress: show a progress bar over the items of the blocks.
+
+    Raises:
+        ConfigError: a block lost its process, and lost it again each time it was tried. BayesDispatchError: what the
+            work raised.
+    """
+    task = ray.remote(max_retries=RETRIES)(work)
+    asked = [task.remote(block, *constants) for block in blocks]
+    found, begin = [], 0
+    with tqdm(total=sum(map(len, blocks)), desc="on Ray", disable=None if progress else True) as bar:
+        for block, each in zip(blocks, asked, strict=True):
+            try:
+                found.append(ray.get(each))
+            except RayError as error:
+                raise _told(error, f"items {begin + 1} to {begin + len(block)}") from None
+            begin += len(block)
+            bar.update(len(block))
+    return found
+
+
+def _told(error: RayError, items: str) -> BayesDispatchError:
+    """In one line; the cause, where the work itself raised it."""
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    if isinstance(cause, BayesDispatchError):
+        return type(cause)(f"in {items}: {cause}")
+    what = " ".join(str(cause).split())
+    return ConfigError(f"expected results of {items} from the Ray cluster, got {type(cause).__name__}: {what:.200}")
