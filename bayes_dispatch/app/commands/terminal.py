@@ -132,10 +132,10 @@ def with_options(blends: Sequence[str], top_k: int | None, draws: int | None) ->
 
 
 def open_console() -> "Console":
-    """Where tables are printed."""
+    """Where tables are printed: stdout as it is now."""
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else WIDTH)
+    return Console(file=sys.stdout, width=None if sys.stdout.isatty() else WIDTH)
 
 
 def print_json(document: Any) -> None:
