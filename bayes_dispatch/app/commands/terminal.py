@@ -79,7 +79,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON documen
 RayOption = Annotated[
     bool,
     typer.Option(
-        "--ray", help="Read them in the processes of a Ray cluster, that of RAY_ADDRESS, or one on this machine alone."
+        "--ray",
+        help="Score the documents, or read the prompts, in a Ray cluster: RAY_ADDRESS, or one on this machine alone.",
     ),
 ]
 OwnTextOption = Annotated[
