@@ -1,4 +1,6 @@
-"""Engines in a Ray cluster: ``cluster`` starts them, ``replica`` is one, ``routing`` chooses among them.
+"""Work in a Ray cluster, to which ``connection`` connects.
 
-``bayes_dispatch.serving.replicas`` makes one engine of them, which knows nothing of Ray.
+Engines: ``cluster`` starts them, ``replica`` is one, ``routing`` chooses among them, and
+``bayes_dispatch.serving.replicas`` makes one engine of them, which knows nothing of Ray. Documents and prompts:
+``bulk`` has blocks of them worked on.
 """
