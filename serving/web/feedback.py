@@ -6,8 +6,8 @@ What is kept of an answer are its prompts' evidence, not their text, and the wei
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,12 +35,11 @@ class _Given:
     """An answer that was given.
 
     Attributes:
-        owner: whose it is. prompts: the number of each choice's prompt. evidence: by that number.
+        prompts: the number of each choice's prompt. evidence: by that number.
         weights: ``(1, K+1)`` of each choice, the mean over its tokens; ``None`` where there are none.
         settled: prompts that have had their feedback.
     """
 
-    owner: str
     prompts: tuple[int, ...]
     evidence: dict[int, Evidence]
     weights: tuple[np.ndarray | None, ...]
@@ -52,7 +51,8 @@ class Learner:
 
     Args:
         dispatcher: whose prior learns; it keeps the prior in a file (``Dispatcher.keep_prior``).
-        most: choices of answers to remember; those of the oldest are forgotten first.
+        most: choices of answers to remember. When there are more, the owner who has the most of them loses the oldest
+            of its answers: nobody can push out those of others who have fewer.
 
     Raises:
         ConfigError: fewer than one.
@@ -60,22 +60,35 @@ class Learner:
 
     def __init__(self, dispatcher: Dispatcher, most: int = REMEMBERED) -> None:
         self._dispatcher, self._most = dispatcher, whole("remembered", most, 1)
-        self._given: OrderedDict[str, _Given] = OrderedDict()
-        self.held = 0  # choices
+        self._given: dict[str, dict[str, _Given]] = {}  # by owner and id, the oldest first
+        self._held: dict[str, int] = {}  # choices, by owner
+        self._thread = ThreadPoolExecutor(1, "feedback")  # so that one is learnt, or is not, before the next is begun
+
+    @property
+    def held(self) -> int:
+        """Choices that are remembered."""
+        return sum(self._held.values())
 
     def remember(self, name: str, owner: str, choices: Sequence[Choice]) -> None:
         """An answer is over; told again, nothing happens. name: its id. owner: who may tell of it."""
-        if name in self._given:
+        own = self._given.setdefault(owner, {})
+        if name in own:
             return
+        while self.held and self.held + len(choices) > self._most:
+            self._forget()
         evidence = {each.prompt: each.begun.evidence for each in choices if each.begun is not None}
         weights = tuple(None if each.shares is None else each.shares[None] / each.count for each in choices)
-        self._given[name] = _Given(owner, tuple(each.prompt for each in choices), evidence, weights)
-        self.held += len(choices)
-        while self.held > self._most and len(self._given) > 1:
-            self.held -= len(self._given.popitem(last=False)[1].prompts)
+        own[name] = _Given(tuple(each.prompt for each in choices), evidence, weights)
+        self._held[owner] = self._held.get(owner, 0) + len(choices)
+
+    def _forget(self) -> None:
+        """One answer: the oldest of who has the most choices."""
+        owner = max(self._held, key=self._held.__getitem__)
+        oldest = self._given[owner].pop(next(iter(self._given[owner])))
+        self._held[owner] -= len(oldest.prompts)
 
     async def take(self, asked: FeedbackAsked, owner: str) -> PriorState:
-        """Let the prior learn of it.
+        """Let the prior learn of it. What comes meanwhile waits.
 
         Returns:
             The prior after it, which the file has, and which following prompts are dispatched with.
@@ -84,28 +97,34 @@ class Learner:
             RefusedError: 400 for what fits no feedback; 404 for an answer that is not remembered, or another's; 409 for
                 a prompt that has had its feedback; 500 where the file cannot be written: nothing has been learnt.
         """
-        given = self._given.get(asked.id)
-        if given is None or given.owner != owner:
+        given = self._given.get(owner, {}).get(asked.id)
+        if given is None:
             message = "expected the id of an answer that was given to this key and is over and remembered, got another"
             raise RefusedError(404, message, param="id", code="answer_not_found")
         choice = self._choice(asked, given)
         learn = self._learning(asked, given, choice)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._once, given, choice, learn)
+
+    @staticmethod
+    def _once(given: _Given, choice: int, learn: Callable[[], PriorState]) -> PriorState:
+        """On the one thread, where it computes, and waits for the disk.
+
+        Raises:
+            RefusedError: 409 or 500, see ``take``.
+        """
         prompt = given.prompts[choice]
         if prompt in given.settled:
             message = f"expected one feedback on a prompt, got another on that of choice {choice}"
             raise RefusedError(409, message, param="id", code="feedback_given")
-        given.settled.add(prompt)  # before anything is awaited: of two at once, the second is refused
         try:
-            return await asyncio.to_thread(learn)
+            learnt = learn()
         except (BundleError, OSError) as error:
-            given.settled.discard(prompt)
             reason = str(error)
             tell(logger, logging.ERROR, "prior not kept", lambda: {"class": type(error).__name__, "reason": reason})
             message = "expected to write the prior's file, got an error: nothing was learnt, and the log has why"
             raise RefusedError(500, message, code="prior_not_kept") from None
-        except Exception:
-            given.settled.discard(prompt)
-            raise
+        given.settled.add(prompt)
+        return learnt
 
     def _choice(self, asked: FeedbackAsked, given: _Given) -> int:
         count = len(given.prompts)
@@ -118,7 +137,7 @@ class Learner:
         return choice
 
     def _learning(self, asked: FeedbackAsked, given: _Given, choice: int) -> Callable[[], PriorState]:
-        """What is to be done on a thread: it computes, and waits for the disk."""
+        """What is to be done."""
         names = [*self._dispatcher.experts, "base"]
         if (asked.label is None) == (asked.reward is None):
             got = "neither" if asked.label is None else "both"

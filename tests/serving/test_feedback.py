@@ -1,7 +1,9 @@
 """Feedback over HTTP moves the prior as the library does, once for a prompt, or not at all; drift shows in counts."""
 
+import asyncio
 import copy
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,8 +26,11 @@ from bayes_dispatch.errors import BundleError
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.system import dispatch
 from bayes_dispatch.serving.web.arrivals import DRIFT_RATE, Arrivals
+from bayes_dispatch.serving.web.choices import Choice
 from bayes_dispatch.serving.web.feedback import Learner
+from bayes_dispatch.serving.web.fields import FeedbackAsked
 from bayes_dispatch.serving.web.keys import Keys
+from bayes_dispatch.serving.web.refusals import RefusedError
 from bayes_dispatch.serving.web.settings import WebSettings
 from tests.serving.test_web import KEY, Served
 
@@ -126,6 +131,57 @@ def test_a_prompt_counts_once(world: World) -> None:
         told = [threads.submit(world.tell, answer, label="add") for _ in range(4)]
         assert sorted(each.result().status_code for each in told) == [200, 409, 409, 409]
     assert world.dispatcher.prior.events == 3
+
+
+def test_a_repeat_waits_for_what_is_being_written(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When that fails, one of the repeats is learnt, and the others are told so then."""
+    answer, came, full, replace = world.ask(), threading.Semaphore(0), threading.Event(), os.replace
+    take = Learner.take
+
+    async def counted(self: Learner, *given: Any) -> Any:
+        came.release()
+        return await take(self, *given)
+
+    def fails_once(*given: Any) -> None:
+        if full.is_set():
+            return replace(*given)
+        for _ in range(4):
+            assert came.acquire(timeout=60)
+        full.set()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Learner, "take", counted)
+    monkeypatch.setattr(os, "replace", fails_once)
+    with ThreadPoolExecutor(4) as threads:
+        told = [threads.submit(world.tell, answer, label="add") for _ in range(4)]
+        assert sorted(each.result().status_code for each in told) == [200, 409, 409, 500]
+    assert world.dispatcher.prior.events == 1
+
+
+def test_one_key_cannot_push_out_the_others(bundle: Any, tmp_path: Path) -> None:
+    """Who has the most loses its oldest; nobody below an equal part loses any, however the others flood."""
+    dispatcher = copy.copy(bundle.dispatcher)
+    dispatcher.keep_prior(tmp_path / "prior.json")
+    learner = Learner(dispatcher, 9)
+    asked = FeedbackAsked(id="0", label="base")
+
+    def known(owner: str, *ids: int) -> list[bool]:
+        return [str(n) in learner._given.get(owner, {}) for n in ids]
+
+    for n in range(2):
+        learner.remember(str(n), "ann", [Choice(0, 0)])
+    for n in range(20):
+        learner.remember(str(n), "bob", [Choice(0, 0)])
+        learner.remember(str(n), "cy", [Choice(k, 0) for k in range(2)])
+    assert learner.held <= 9
+    assert known("ann", 0, 1) == [True, True]
+    assert known("bob", 0, 17, 18, 19) == [False, True, True, True]
+    assert known("cy", 0, 18, 19) == [False, True, True]
+    learner.remember("20", "cy", [Choice(k, 0) for k in range(32)])  # more than all: it is remembered alone
+    assert (learner.held, known("cy", 20)) == (32, [True])
+    with pytest.raises(RefusedError) as refused:
+        asyncio.run(learner.take(asked, "ann"))
+    assert refused.value.status == 404
 
 
 def test_refused_by_name(world: World) -> None:
