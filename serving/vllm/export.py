@@ -14,7 +14,7 @@ from bayes_dispatch.experts.peft import write_peft
 from bayes_dispatch.inference.two_pass.system import System
 from bayes_dispatch.model.adaptation import Delta
 from bayes_dispatch.model.backbone import Backbone
-from bayes_dispatch.serving.vllm.format import BANK, FORMAT, INDEX, RANKS, Index, Probe, told
+from bayes_dispatch.serving.vllm.format import BANK, FORMAT, INDEX, RANKS, Index, Probe, told, tolerance
 from bayes_dispatch.storage import save_directory, write_json
 
 __all__ = ["check_lora", "export_bank", "probes_of", "whole_bank"]
@@ -31,7 +31,8 @@ def export_bank(system: System, directory: str | Path) -> Index:
     its own. ``vllm.json`` tells which columns are whose, and what blends must say of some tokens.
 
     Raises:
-        ConfigError: experts that vLLM cannot be given (see ``check_lora``). ForeignExpertError: of another model.
+        ConfigError: experts that vLLM cannot be given (see ``check_lora``), or too much alike to be told apart.
+        ForeignExpertError: of another model.
         BundleError: the directory is a link, or holds anything else.
     """
     bank, model = system.experts, system.model
@@ -39,6 +40,10 @@ def export_bank(system: System, directory: str | Path) -> Index:
     bank.check_base(model)
     ranks, deltas = whole_bank(bank)
     tokens, probes = probes_of(system)
+    try:
+        tolerance(probes)  # with which a server will be tested
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     name, embeddings = str(getattr(model, "name", "")), getattr(model, "embeddings", ())
     with save_directory(Path(directory), INDEX) as target:
         write_peft(target / BANK, deltas, name, embeddings)

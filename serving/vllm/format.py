@@ -4,6 +4,7 @@ Weights are a text, ``de=0.4,fr=0.6``: each component that has some, once, in an
 component, too. The text is a field of ``vllm_xargs``, or stands after ``blend:`` as the name of a model.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,11 +18,11 @@ __all__ = [
     "INDEX",
     "PREFIX",
     "RANKS",
-    "TOLERANCE",
     "Index",
     "Probe",
     "gap",
     "told",
+    "tolerance",
     "weights_of",
 ]
 
@@ -32,7 +33,8 @@ FIELD = "blend_weights"  # of vllm_xargs
 PREFIX = "blend:"  # of models that are one blend each
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes
 SLACK = 1e-4  # by which weights may miss a sum of 1
-TOLERANCE = 0.1  # nats, the mean over a probe's tokens: half precision is off by less, and another blend by more
+TOLERANCE = 0.1  # nats, the mean over a probe's tokens: half precision is off by less
+LEAST_GAP = 3e-4  # nats by which two probes must differ; single precision may be off by a third of less
 
 
 class Probe(NamedTuple):
@@ -127,17 +129,37 @@ def weights_of(text: object, components: Sequence[str]) -> list[float]:
     return values
 
 
+def tolerance(probes: Sequence[Probe]) -> float:
+    """Nats, the mean over a probe's tokens, that a server may be off: at most a third of what any two probes differ by.
+
+    A server that gives one blend in the place of another is then always off by more.
+
+    Raises:
+        ValueError: two probes differ by too little to be told apart.
+    """
+    pairs = itertools.combinations(probes, 2)
+    least, one, other = min((_apart(a.log_probabilities, b.log_probabilities), a.weights, b.weights) for a, b in pairs)
+    if not least >= LEAST_GAP:  # NaN is not
+        message = f"expected blends of the bank that differ by {LEAST_GAP:g} nats or more on its probe"
+        raise ValueError(f"{message}, got {one} and {other}, which differ by {least:.2g}: a mix-up could not be seen")
+    return min(TOLERANCE, least / 3)
+
+
 def gap(found: Sequence[Sequence[float]], probes: Sequence[Probe]) -> float:
     """By how many nats the log-probabilities of a probe are off, in the mean over its tokens, at most.
 
     Raises:
-        ValueError: by more than may be.
+        ValueError: by more than may be (``tolerance``).
     """
-    worst = 0.0
+    most, worst = tolerance(probes), 0.0
     for own, probe in zip(found, probes, strict=True):
-        off = math.fsum(abs(a - b) for a, b in zip(own, probe.log_probabilities, strict=True)) / len(own)
-        if not off <= TOLERANCE:  # NaN is not
-            message = f"expected the log-probabilities of the blend {probe.weights} within {TOLERANCE} nats"
+        off = _apart(own, probe.log_probabilities)
+        if not off <= most:  # NaN is not
+            message = f"expected the log-probabilities of the blend {probe.weights} within {most:.2g} nats"
             raise ValueError(f"{message}, got ones {off:.3g} off: another model, other experts, or weights unheard")
         worst = max(worst, off)
     return worst
+
+
+def _apart(one: Sequence[float], other: Sequence[float]) -> float:
+    return math.fsum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
