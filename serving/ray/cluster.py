@@ -21,6 +21,7 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
 )
 
+from bayes_dispatch.arguments import real, whole
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.serving.ray.replica import Replica
 from bayes_dispatch.serving.ray.routing import UntriedFirst
@@ -44,7 +45,7 @@ class Scale:
         cpus: cores that Ray sets aside for each, as a fraction of one, too.
 
     Raises:
-        ConfigError: less than 1, or a least above the most.
+        ConfigError: less than 1, or a least above the most; cores that are no number above 0.
     """
 
     least: int
@@ -55,6 +56,8 @@ class Scale:
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.most:
             raise ConfigError(f"expected replicas from 1 on, as 2 or 1-4, got {self.least}-{self.most}")
+        whole("busy", self.busy, 1)
+        real("cpus", self.cpus, 0, above=True)
 
     @classmethod
     def read(cls, text: str, busy: int, cpus: float) -> "Scale":

@@ -3,6 +3,7 @@
 It is plain ASGI around the whole application, so that nothing that fails inside goes unanswered.
 """
 
+import asyncio
 import logging
 import time
 import uuid
@@ -86,6 +87,9 @@ class Front:
         try:
             self._admit(scope, record)
             await self._app(scope, self._bounded(receive), marked)
+        except asyncio.CancelledError:  # the server ends
+            record.error = "cut_off"
+            raise
         except Exception as error:
             refused = as_refused(error, record.id)
             if not isinstance(error, RefusedError):

@@ -3,11 +3,12 @@
 import asyncio
 import logging
 import socket
+import time
 from threading import Thread
 from types import FrameType
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from bayes_dispatch.errors import BayesDispatchError, ConfigError
@@ -66,12 +67,12 @@ class Server(uvicorn.Server):
 
     Args:
         app: of ``make_app``. engine: it is closed with the server. settings: bounds.
-        drain: seconds that requests have to end in, once the server is told to stop.
     """
 
-    def __init__(self, app: ASGIApp, engine: Engine, settings: WebSettings, drain: float) -> None:
+    def __init__(self, app: ASGIApp, engine: Engine, settings: WebSettings) -> None:
         config = uvicorn.Config(
-            app,
+            self._answer,
+            interface="asgi3",
             http=_impatient(settings.body_seconds),
             ws="none",
             lifespan="off",
@@ -82,11 +83,11 @@ class Server(uvicorn.Server):
             proxy_headers=False,
             h11_max_incomplete_event_size=settings.header_bytes,
             limit_concurrency=settings.connections,
-            timeout_graceful_shutdown=LAST_WORDS,
         )
         super().__init__(config)
-        self._engine, self._drain, self._told = engine, drain, False
+        self._app, self._engine, self._drain, self._told = app, engine, settings.drain, False
         self._dead = False  # whether the engine has ended by itself
+        self._now = self._cutting = False  # whether it is to end at once, and whether requests are cut off
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def serve_on(self, listening: socket.socket) -> None:
@@ -121,14 +122,49 @@ class Server(uvicorn.Server):
     def stop(self) -> None:
         """Drain; told again, end at once. May be called from any thread."""
         if self._told or self._loop is None:
-            self.should_exit = self.force_exit = True
+            self.should_exit = self._now = True
             return
         self._told = True
-        self._loop.call_soon_threadsafe(lambda: Thread(target=self._close, name="closing", daemon=True).start())
+        self._loop.call_soon_threadsafe(self._begin_to_close, self._loop)
+
+    def _begin_to_close(self, loop: asyncio.AbstractEventLoop) -> None:
+        tell(logger, logging.INFO, "draining", lambda: {"seconds": self._drain})
+        loop.call_later(self._drain, self._tell_left, "drain over")
+        Thread(target=self._close, name="closing", daemon=True).start()
 
     def _close(self) -> None:
-        tell(logger, logging.INFO, "draining", lambda: {"seconds": self._drain})
         try:
             self._engine.close(self._drain)
         finally:
             self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wait until all answers are sent, and cut off those that are not in time."""
+        cutting = asyncio.create_task(self._cut_off())
+        await super().shutdown(sockets)
+        cutting.cancel()
+
+    async def _cut_off(self) -> None:
+        """uvicorn itself would log each of them as an error with its places."""
+        deadline = time.monotonic() + LAST_WORDS
+        while not self._now and time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+        self._cutting = True
+        self._tell_left("cut off")
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        await asyncio.sleep(0)  # until the connections know
+        for task in list(self.server_state.tasks):
+            task.cancel()
+
+    def _tell_left(self, event: str) -> None:
+        """Log how many requests have no answer yet, if any."""
+        if left := len(self.server_state.tasks):
+            tell(logger, logging.WARNING, event, lambda: {"requests": left})
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            if not self._cutting:
+                raise

@@ -18,6 +18,7 @@ class WebSettings:
         max_new_tokens: that a choice may ask for; a chat that asks for no number gets so many.
         choices: prompts times ``n``. connections: at once; others get 503 as plain text.
         patience: seconds after which a request is given up, wherever it is; ``None`` for never.
+        drain: seconds that requests have to end in, once the server is told to stop.
         log_prompts: whether prompts are written to the log.
         blend: of requests that name none.
 
@@ -33,6 +34,7 @@ class WebSettings:
     choices: int = 32
     connections: int = 1024
     patience: float | None = 300.0
+    drain: float = 30.0
     log_prompts: bool = False
     blend: Blend = DEFAULT_BLEND
 
@@ -42,3 +44,4 @@ class WebSettings:
         real("body_seconds", self.body_seconds, 0, above=True)
         if self.patience is not None:
             real("patience", self.patience, 0, above=True)
+        real("drain", self.drain, 0)

@@ -137,3 +137,6 @@ def test_told_twice_it_ends_at_once() -> None:
         assert "data: [DONE]" not in rest
         assert len(rest) < 1000
         assert code == 0
+        assert [line["requests"] for line in server.lines if line["event"] == "cut off"] == [1]
+        assert {line["level"] for line in server.lines} == {"info", "warning"}
+        assert server.said == []

@@ -10,7 +10,7 @@ from bayes_dispatch.app.bundle_at import BundleAt
 from bayes_dispatch.app.commands import main as cli
 from bayes_dispatch.app.engines import EngineOf
 from bayes_dispatch.app.shipped import SHIPPED
-from bayes_dispatch.errors import BundleError
+from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
 
 
@@ -66,3 +66,12 @@ def test_ray_is_asked_for_by_name(
     assert ended.value.code == 2
     told = f"expected the extra ray (pip install 'bayes-dispatch[{extra}]'), got no ray"
     assert capfd.readouterr().err == f"bayes-dispatch: error: {told}\n"
+
+
+@pytest.mark.parametrize("cpus", [0, -1.0, float("nan"), float("inf")])
+def test_cores_are_a_number(cpus: float) -> None:
+    pytest.importorskip("ray", reason="needs the extra ray")
+    from bayes_dispatch.serving.ray.cluster import Scale
+
+    with pytest.raises(ConfigError, match="expected cpus to be a finite number > 0"):
+        Scale.read("2", 1, cpus)

@@ -31,7 +31,7 @@ from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
 from bayes_dispatch.serving.vllm.engine import VllmEngine
 from bayes_dispatch.serving.vllm.export import export_bank, whole_bank
-from bayes_dispatch.serving.vllm.format import FIELD, Index, gap, told, weights_of
+from bayes_dispatch.serving.vllm.format import FIELD, Index, gap, told, tolerance, weights_of
 from bayes_dispatch.serving.vllm.plugin import Bank, _row, _scaled, register
 from bayes_dispatch.serving.vllm.upstream import Upstream, UpstreamError
 from bayes_dispatch.serving.web.app import make_app
@@ -111,6 +111,36 @@ def test_probes_tell_banks_apart(llama64: SimpleNamespace, uneven64: SimpleNames
     for wrong in ([probe.log_probabilities for probe in others.probes], unheard, swapped, nothing):
         with pytest.raises(ValueError, match="expected the log-probabilities of the blend"):
             gap(wrong, index.probes)
+
+
+def test_probes_that_are_close_are_told_apart_or_refused(llama64: SimpleNamespace, tmp_path: Path) -> None:
+    """Whatever two blends differ by, one in the place of the other is found; where that is too little, none passes."""
+    index = export_bank(llama64, tmp_path)
+    first, second = index.probes[0], index.probes[1]
+    for apart in (1e-3, 0.02, 5.0):
+        near = second._replace(log_probabilities=tuple(each + apart for each in first.log_probabilities))
+        probes = [first, near]
+        assert tolerance(probes) <= apart / 3 * (1 + 1e-9)
+        right = [[each + 0.3 * min(apart, 0.3) for each in probe.log_probabilities] for probe in probes]
+        assert gap(right, probes) == pytest.approx(0.3 * min(apart, 0.3))
+        for mixed in ([first, first], [near, near], [near, first]):
+            with pytest.raises(ValueError, match="expected the log-probabilities of the blend"):
+                gap([probe.log_probabilities for probe in mixed], probes)
+    for apart in (0.0, 2e-4):
+        near = second._replace(log_probabilities=tuple(each + apart for each in first.log_probabilities))
+        with pytest.raises(ValueError, match=r"differ by 0\.0003 nats .* got .* differ by .*: a mix-up") as refused:
+            gap([probe.log_probabilities for probe in (first, near)], [first, near])
+        assert "\n" not in str(refused.value)
+
+
+def test_experts_that_are_alike_are_refused(llama64: SimpleNamespace, tmp_path: Path) -> None:
+    """Already where they are written."""
+    name, first = llama64.experts.names[0], next(iter(llama64.experts.values()))
+    twins = [LoraExpert(each, first.factors, first.base) for each in (name, "twin", *llama64.experts.names[2:])]
+    alike = SimpleNamespace(**{**vars(llama64), "experts": ExpertBank(twins)})
+    with pytest.raises(ConfigError, match=r"expected blends of the bank that differ .* got"):
+        export_bank(alike, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_no_bank_is_refused(llama64: SimpleNamespace, tmp_path: Path) -> None:
@@ -525,7 +555,7 @@ def test_a_web_server_before_it(stand: Stand, start: Callable[..., VllmEngine]) 
 
     engine, settings = start(), WebSettings(blend=as_blend("posterior_mean"))
     listening = listen("127.0.0.1", 0)
-    server = Server(make_app(stand.system, engine, settings), engine, settings, drain=5)
+    server = Server(make_app(stand.system, engine, settings), engine, settings)
     thread = threading.Thread(target=server.serve_on, args=[listening])
     thread.start()
     with httpx2.Client(base_url=f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=60) as http:

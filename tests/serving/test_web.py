@@ -4,6 +4,7 @@ waits for."""
 import inspect
 import itertools
 import json
+import logging
 import re
 import socket
 import threading
@@ -41,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 KEY = "a-key-of-enough-letters"
 PROMPT = "kfpa>lgab\nmold>npme\nhbme>"
 GREEDY: dict[str, Any] = {"model": "bundle", "prompt": PROMPT, "temperature": 0, "seed": 1, "max_tokens": 6}
+LONG = GREEDY | {"max_tokens": 1000, "temperature": 1.5}
 
 
 class Served:
@@ -51,7 +53,7 @@ class Served:
         app, listening = make_app(bundle, self.engine, settings, keys, learner=learner), listen("127.0.0.1", 0)
         self.server_address = listening.getsockname()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
-        self.server = Server(app, self.engine, settings, drain=20.0)
+        self.server = Server(app, self.engine, settings)
         self.thread = threading.Thread(target=self.server.serve_on, args=[listening])
         self.thread.start()
         self.http = httpx2.Client(base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
@@ -368,6 +370,50 @@ def test_a_server_that_stops_drains_first(system: Any) -> None:
     served.client.close()
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_told_twice_it_cuts_off_what_runs(system: Any, stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """One line tells how many requests; nothing is logged as a failure of ours, with its places."""
+    served = Served(system, WebSettings(drain=3000.0), None)
+    asked, cut = LONG | {"stream": stream}, threading.Event()
+
+    def ask() -> None:
+        with pytest.raises(httpx2.RemoteProtocolError):
+            served.http.post("/v1/completions", json=asked)
+        cut.set()
+
+    with caplog.at_level(logging.INFO):
+        asking = threading.Thread(target=ask)
+        asking.start()
+        while not served.engine.state.new_tokens:
+            time.sleep(0.005)
+        served.server.stop()
+        served.server.stop()
+        asking.join()
+        served.thread.join(30)
+    served.close()
+    assert cut.is_set()
+    told = {record.event: record.facts for record in caplog.records if hasattr(record, "event")}
+    assert (told["cut off"], told["request"]["error"]) == ({"requests": 1}, "cut_off")
+    assert max(record.levelno for record in caplog.records) == logging.WARNING
+
+
+def test_when_the_drain_is_over_what_runs_is_told_so(system: Any, caplog: pytest.LogCaptureFixture) -> None:
+    served = Served(system, WebSettings(drain=0.1), None)
+    with caplog.at_level(logging.INFO):
+        with served.http.stream("POST", "/v1/completions", json=LONG | {"stream": True}) as answer:
+            lines = (line for line in answer.iter_lines() if line)
+            next(lines)
+            served.server.stop()
+            *_, last = lines
+        served.thread.join(30)
+    served.close()
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "closing"
+    told = {record.event: record.facts for record in caplog.records if hasattr(record, "event")}
+    assert told["drain over"] == {"requests": 1}
+    assert "cut off" not in told
+    assert max(record.levelno for record in caplog.records) == logging.WARNING
+
+
 def test_what_is_late_gets_504(system: Any) -> None:
     """And its rows are free."""
     served = Served(system, WebSettings(patience=0.02), None)
@@ -409,7 +455,7 @@ def test_a_connection_without_a_request_is_closed(system: Any, said: bytes) -> N
 
 def test_a_server_whose_engine_has_ended_ends(system: Any) -> None:
     engine = BatchedEngine(system)
-    server = Server(make_app(system, engine), engine, WebSettings(), drain=1.0)
+    server = Server(make_app(system, engine), engine, WebSettings())
     engine.close(0.0)
     with pytest.raises(BayesDispatchError, match="expected an engine that runs"):
         server.serve_on(listen("127.0.0.1", 0))

@@ -115,6 +115,7 @@ def serve(
         max_new_tokens=max_new_tokens,
         choices=min(WebSettings.choices, waiting if known is None else -(-waiting // 2)),  # more could never wait
         patience=patience,
+        drain=drain,
         log_prompts=log_prompts,
         blend=DEFAULT_BLEND if vllm is None else PosteriorMean(),
     )
@@ -147,7 +148,7 @@ def serve(
             engines = _on_ray(EngineOf(BundleAt.here(bundle, dtype), limits), loaded, scale, name)
         with engines as engine:
             app = make_app(loaded, engine, settings, known, local=not no_keys, learner=learner)
-            Server(app, engine, settings, drain).serve_on(listening)
+            Server(app, engine, settings).serve_on(listening)
 
 
 @contextmanager

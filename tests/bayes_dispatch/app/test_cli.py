@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.core import TyperOption
+from typer.main import get_command
 
 import bayes_dispatch
 from bayes_dispatch.app.bundle import SHIPPED, Bundle, load_bundle
@@ -320,6 +322,40 @@ def test_bad_generate_input_is_one_line(arguments: list[str], saved: Path, capfd
 def test_bad_input_of_other_commands_is_one_line(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     assert_one_line(*run(capfd, *arguments))
     assert os.listdir() == []
+
+
+NUMBERS = {  # with what each option needs besides
+    "chat --temperature": ["--sample"],
+    "chat --threshold": [],
+    "diagnose --risk": ["--out", "out"],
+    "generate --false-alarm-rate": ["--prompt", "a"],
+    "generate --temperature": ["--prompt", "a", "--sample"],
+    "serve --drain": ["--port", "0"],
+    "serve --patience": ["--port", "0"],
+    "serve --replica-cpus": ["--port", "0", "--ray"],
+    "train-expert --kl": [
+        *("--name", "x", "--out", "out", "--text", "a.txt"),
+        *("--objective", "reinforce", "--reward", "math:hypot"),
+    ],
+}
+
+
+def test_no_number_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    """NaN for every option that takes a fraction, and infinity but where it means never."""
+    options = {
+        f"{name} {option.opts[0]}": option
+        for name, command in get_command(cli.app).commands.items()
+        for option in command.params
+        if isinstance(option, TyperOption) and "float" in str(option.type_descriptor.annotation)
+    }
+    assert options.keys() == NUMBERS.keys()
+    Path("a.txt").write_text("a b\n")
+    for each, needed in NUMBERS.items():
+        command, option = each.split()
+        for value in ("nan", "-inf", *(["inf"] if each != "chat --threshold" else [])):
+            code, out, err = run(capfd, command, f"{option}={value}", *needed)
+            assert_one_line(code, out, err)
+            assert f"got {value}" in err or f"Invalid value for '{option}'" in err or "bayes-dispatch[serve,ray]" in err
 
 
 def test_report_that_was_not_measured(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
