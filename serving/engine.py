@@ -87,7 +87,8 @@ class BatchedEngine:
     def submit(self, work: Work, tell: Callable[[Event], None]) -> Request:
         """See ``work.Engine``."""
         request = Request.of(self._system, self._form, self._system.model.longest, work, tell)
-        if self._bytes(1, request.tokens) > self._limits.cache_bytes:
+        rows = 1 if work.writing is None else 2  # of the first pass, and of one particle at least
+        if self._bytes(rows, request.tokens) > self._limits.cache_bytes:
             most = self._limits.cache_bytes
             raise PromptError(f"expected a request whose cache fits in {most} bytes, got {request.tokens} tokens")
         with self._changed:
@@ -152,13 +153,20 @@ class BatchedEngine:
             self._fail(Ended("closed"))
         return over
 
-    def _publish(self, **counted: int) -> None:
-        """Let others see what there is, and count what was done."""
-        batch, running = self._batch, len(self._running) + (self._reading is not None)
-        rows, nbytes = (0, 0) if batch is None else (batch.reader.rows, batch.reader.nbytes)
+    def _publish(self) -> None:
+        """Let others see what there is."""
+        held = [] if self._batch is None else [(self._batch.reader.rows, self._batch.reader.nbytes)]
+        held += [] if self._reading is None else [self._reading[1].held]
+        rows, nbytes = (sum(each) for each in zip((0, 0), *held, strict=True))
+        running = len(self._running) + (self._reading is not None)
         with self._changed:
-            so_far = {name: getattr(self._state, name) + count for name, count in counted.items()}
-            self._state = replace(self._state, running=running, rows=rows, cache_bytes=nbytes, **so_far)
+            self._state = replace(self._state, running=running, rows=rows, cache_bytes=nbytes)
+
+    def _count(self, **done: int) -> None:
+        """Let others see what was done."""
+        with self._changed:
+            so_far = {name: getattr(self._state, name) + count for name, count in done.items()}
+            self._state = replace(self._state, **so_far)
 
     def _let_go(self) -> None:
         """Of what nobody waits for any more."""
@@ -187,7 +195,7 @@ class BatchedEngine:
             self._reading = request, Reading(self._system, request.heard, request.work, self._limits.piece, tell)
         request, reading = self._reading
         try:
-            if reading.rows and not self._fits(reading.rows, reading.tokens):
+            if not self._fits(reading.rows, reading.tokens):
                 return False  # until others have ended
             if reading.step():
                 self._join(request, reading)
@@ -215,7 +223,7 @@ class BatchedEngine:
 
     def _join(self, request: Request, reading: Reading) -> None:
         """Take what has been read into the batch."""
-        self._publish(prompt_tokens=len(request.heard))
+        self._count(prompt_tokens=len(request.heard))
         if reading.running is None or reading.decoding is None:
             return self._end_reading(Ended("dispatched" if request.work.writing is None else "abstained"))
         self._reading = None
@@ -263,7 +271,7 @@ class BatchedEngine:
                 ended[n] = Ended(running.reason)
             entropy, information = float(token.entropy[n]), float(token.mutual_information[n])
             request.hear(Wrote(running.written.piece, id_, log_p, entropy, information, token.weights[n]))
-        self._publish(new_tokens=len(each), steps=1)
+        self._count(new_tokens=len(each), steps=1)
         return ended
 
     def _leave(self, ended: Mapping[int, Ended]) -> None:

@@ -138,18 +138,28 @@ class Reading:
         tell: called with ``Begun`` once the prompt is dispatched.
 
     Attributes:
-        rows: of the model that it needs; 0 until it is dispatched. tokens: that each of them has room for.
+        rows: of the model that it may need from now on, with that of the first pass. tokens: that each of them has
+            room for.
         running, decoding: once the prompt has been read, if there is something to write.
     """
 
     def __init__(self, system: System, heard: Heard, work: Work, piece: int, tell: Callable[[Begun], None]) -> None:
-        self.rows = 0
+        self.rows = 1
         self.tokens = heard.tokens
         self.running: Running | None = None
         self.decoding: Decoding | None = None
         self._system, self._heard, self._work, self._tell = system, heard, work, tell
         self._piece = piece if system.model.continues else len(heard)
+        self._conversation: Conversation | None = None
+        self._reader: CachedReader | None = None
         self._steps = self._read()
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Rows that it has, and bytes of what they keep."""
+        first, second = self._conversation, self._reader
+        rows = (first is not None) + (0 if second is None else second.rows)
+        return rows, sum(each.nbytes for each in (first, second) if each is not None)
 
     def step(self) -> bool:
         """Read some more; whether there is nothing left to read.
@@ -165,7 +175,7 @@ class Reading:
 
     def _read(self) -> Generator[None, None, None]:
         system, heard, writing = self._system, self._heard, self._heard.writing
-        conversation = Conversation(system, cut_of(system), heard.begin, self.tokens)
+        conversation = self._conversation = Conversation(system, cut_of(system), heard.begin, self.tokens)
         while len(conversation.ids) < len(heard):
             conversation.read(heard.transcript, self._piece)
             conversation.pool(heard.transcript)
@@ -173,10 +183,10 @@ class Reading:
         particles = self._dispatch(conversation)
         if particles is None or writing is None:
             return
-        self.rows = particles.mass.shape[1]
+        self.rows = 1 + particles.mass.shape[1] + particles.refined
         yield
         settled = yield from settle(partial(self._begin, conversation), particles, self._piece)
-        self.decoding, self.rows = settled.decoding, settled.decoding.reader.rows
+        self.decoding = settled.decoding
         self.running = Running(
             Written(system.tokenizer, conversation.ids, writing, heard.ends),
             writing,
@@ -208,6 +218,7 @@ class Reading:
         """Of the prompt under particles."""
         system, prefix = self._system, conversation.whole
         reader = CachedReader(system.model, system.experts, particles, prefix, [0], self.tokens, joins=True)
+        self._reader = reader
         continues = system.tokenizer.continues.clone()
         continues[list(self._heard.ends)] = True
         evidence = torch.from_numpy(conversation.user(self._heard.transcript)[None])

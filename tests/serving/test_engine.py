@@ -201,8 +201,8 @@ def test_what_nobody_waits_for_is_dropped_and_frees_its_rows(cut64: Any, start: 
 def test_caches_stay_within_their_bound(llama64: Any, start: Callable[..., BatchedEngine]) -> None:
     """What has no room beside others waits for it, what never has any is refused; all else is answered."""
     probe = start(llama64)
-    needed = probe._bytes(6, 60)
-    engine, most = start(llama64, cache_bytes=2 * needed), [0]
+    bound = probe._bytes(13, 60)  # two of six particles, and the first pass of one
+    engine, most = start(llama64, cache_bytes=bound), [0]
     heard = [Told() for _ in range(12)]
 
     def watch() -> None:
@@ -216,7 +216,7 @@ def test_caches_stay_within_their_bound(llama64: Any, start: Callable[..., Batch
         engine.submit(work(llama64, "ab>" * 5, "posterior_predictive(6, merge=0.0)", 30, seed=n), own)
     assert {own.why() for own in heard} <= {"length", "stop"}
     watching.join()
-    assert 0 < most[0] <= 2 * needed
+    assert 0 < most[0] <= bound
     with pytest.raises(PromptError, match="fits in"):
         start(llama64, cache_bytes=probe._bytes(1, 100)).submit(work(llama64, "ab", tokens=200), Told())
     (own,) = run(engine, [work(llama64, "ab>" * 5, "posterior_predictive(40)", 60)])
@@ -226,10 +226,28 @@ def test_caches_stay_within_their_bound(llama64: Any, start: Callable[..., Batch
     assert "fewer draws" in str(own.ended.error)
 
 
+def test_what_reads_a_prompt_is_counted(llama64: Any, start: Callable[..., BatchedEngine]) -> None:
+    """The row of the first pass, and what refines particles beside these."""
+    probe = start(llama64)
+    asked = work(llama64, "ab>" * 40, "refined_mean(6)", 2)
+    tokens = probe.submit(asked, Told()).tokens
+    for rows, why in ((7, {"failed"}), (8, {"length", "stop"})):  # of the first pass, six particles and their mean
+        (own,) = run(start(llama64, cache_bytes=probe._bytes(rows, tokens)), [asked])
+        assert own.why() in why
+    engine, own, seen = start(llama64, piece=1), Told(), set[tuple[int, bool]]()
+    engine.submit(asked, own)
+    while not own.over.is_set():
+        state = engine.state
+        if state.running and not own.tokens:
+            seen.add((state.rows, state.cache_bytes > 0))
+    assert (1, True) in seen
+    assert (2, True) < max(seen) <= (8, True)  # equal particles are one row
+
+
 def test_what_a_long_request_left_is_counted(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
     """Rows keep the room of the longest that was beside them; readers that have joined keep nothing of their own."""
     probe = start(cut64)
-    bound = probe._bytes(1, 3000) * 2
+    bound = probe._bytes(1, 3000) * 3
     engine, heard, stays = start(cut64, cache_bytes=bound), [Told() for _ in range(12)], Told()
     long = Told()
     engine.submit(work(cut64, "ab>", tokens=400, seed=1), stays)
