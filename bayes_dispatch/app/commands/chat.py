@@ -19,9 +19,9 @@ from bayes_dispatch.app.commands.terminal import (
     SampleOption,
     TemperatureOption,
     TopKOption,
+    open_bundle,
     refuse_unused,
     typed,
-    use_one_thread,
     with_options,
 )
 from bayes_dispatch.errors import ConfigError
@@ -81,11 +81,9 @@ def chat(
     chosen = as_blend(named)
     ending = ... if stop is None else typed(stop, escapes)
     Writing.of(max_new_tokens, sample, temperature, None if isinstance(ending, EllipsisType) else ending)
-    from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.inference.generator import TwoPassGenerator
 
-    use_one_thread()
-    generator = TwoPassGenerator(load_bundle(bundle))
+    generator = TwoPassGenerator(open_bundle(bundle))
     if state is not None and state.exists():
         conversation = generator.resume_chat(state)
         kept = conversation.settings

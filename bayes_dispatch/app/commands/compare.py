@@ -18,9 +18,9 @@ from bayes_dispatch.app.commands.terminal import (
     SeedOption,
     TopKOption,
     mapped_on_ray,
+    open_bundle,
     open_console,
     print_json,
-    use_one_thread,
     with_options,
 )
 from bayes_dispatch.errors import ConfigError, UnknownNameError
@@ -96,13 +96,12 @@ def compare(
     if csv is not None:
         _check_file(csv)
     cluster = mapped_on_ray() if ray else None
-    from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.experts.document_files import read_documents
     from bayes_dispatch.inference.scoring.held_out import KINDS, held_out_sets
     from bayes_dispatch.inference.scoring.scores import SystemComparison
 
     places = {OURS: bundle} if other is None else {OURS: bundle, THEIRS: other}
-    systems = {system: load_bundle(place) for system, place in places.items()}
+    systems = {system: open_bundle(place) for system, place in places.items()}
     for name in compared:
         as_blend(name, systems[OURS].experts.components)
     if jsonl is None:
@@ -111,7 +110,6 @@ def compare(
         raise ConfigError(f"expected at least 2 documents in {jsonl}, got {len(own)}")
     else:
         given = {jsonl.name: own}
-    use_one_thread()
     console = open_console()
     frames: dict[str, pandas.DataFrame] = {}
     printed: dict[str, Any] = {}

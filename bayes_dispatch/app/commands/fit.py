@@ -12,8 +12,8 @@ from bayes_dispatch.app.commands.terminal import (
     SeedOption,
     check_new_output,
     mapped_on_ray,
+    open_bundle,
     refuse_unused,
-    use_one_thread,
 )
 from bayes_dispatch.errors import ConfigError
 
@@ -50,15 +50,13 @@ def fit(
     refuse_unused("--ray", ray, examples is not None, "with --examples, which are read")
     check_new_output(out, "bundle.json")
     cluster = mapped_on_ray() if ray else None
-    from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.app.own_expert import with_dispatcher
     from bayes_dispatch.dispatcher.evidence.files import EvidenceFile, read_evidence
     from bayes_dispatch.experts.domains.own import read_examples
     from bayes_dispatch.inference.scoring.evidence_sets import known_weights
     from bayes_dispatch.inference.two_pass.first_pass import first_pass
 
-    use_one_thread()
-    system = load_bundle(bundle)
+    system = open_bundle(bundle)
     if evidence is not None:
         known = read_evidence(evidence)
     elif examples is not None:

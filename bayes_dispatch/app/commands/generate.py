@@ -16,11 +16,11 @@ from bayes_dispatch.app.commands.terminal import (
     SeedOption,
     TemperatureOption,
     TopKOption,
+    open_bundle,
     open_console,
     print_json,
     refuse_unused,
     typed,
-    use_one_thread,
     with_options,
 )
 from bayes_dispatch.errors import PromptError
@@ -83,11 +83,9 @@ def generate(
     chosen = as_blend(named)
     checked = check_prompts(prompts)
     ending = None if stop is None else typed(stop, escapes)
-    from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.inference.generator import TwoPassGenerator
 
-    use_one_thread()
-    generation = TwoPassGenerator(load_bundle(bundle)).generate(
+    generation = TwoPassGenerator(open_bundle(bundle)).generate(
         checked,
         blend=chosen,
         max_new_tokens=max_new_tokens,

@@ -29,6 +29,7 @@ from bayes_dispatch.app.commands.terminal import (
     SeedOption,
     check_new_output,
     check_output,
+    open_bundle,
     open_console,
     print_json,
     refuse_unused,
@@ -128,12 +129,10 @@ def demo(
 ) -> None:
     """First pass, dispatch and generation under every blend, for a few fixed prompts: tables, texts and pictures."""
     check_output(out)
-    from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.app.demo import run_demo
 
-    use_one_thread()
     begun, console = time.perf_counter(), open_console()
-    files = run_demo(load_bundle(bundle), out, seed, console)
+    files = run_demo(open_bundle(bundle), out, seed, console)
     console.print(f"Done in {time.perf_counter() - begun:.0f} s:", *files, highlight=False, soft_wrap=True)
 
 
@@ -200,11 +199,9 @@ def calibrate_gate(
     from bayes_dispatch.app.held_out import read_own
 
     own = read_own(text or (), jsonl or ())
-    from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.app.held_out import calibrated
 
-    use_one_thread()
-    new = calibrated(load_bundle(bundle), own, prompts, mixed, (16, longest), seed, sys.stderr.isatty(), packages)
+    new = calibrated(open_bundle(bundle), own, prompts, mixed, (16, longest), seed, sys.stderr.isatty(), packages)
     new.save(out)
     gate = new.gate
     assert gate is not None
@@ -254,7 +251,6 @@ def diagnose(
     Experts of your own are judged on files that you name by --text or --jsonl; else none of the prompts is theirs.
     """
     check_output(out)
-    from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.app.diagnosis import DiagnosisSettings
     from bayes_dispatch.app.diagnosis import diagnose as run
     from bayes_dispatch.app.diagnosis_report import FILES, TITLE, diagnosis_tables, write_diagnosis
@@ -267,8 +263,7 @@ def diagnose(
     settings = DiagnosisSettings(
         simulations=simulations, mixtures=mixtures, mixture_lengths=span, prompts=prompts, risk=risk, seed=seed
     )
-    use_one_thread()
-    found = run(load_bundle(bundle), settings, progress=sys.stderr.isatty(), own=own, packages=packages)
+    found = run(open_bundle(bundle), settings, progress=sys.stderr.isatty(), own=own, packages=packages)
     files, console = write_diagnosis(found, out), open_console()
     if as_json:
         return print_json(found.to_dict())

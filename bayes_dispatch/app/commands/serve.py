@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bayes_dispatch.app.commands.terminal import BundleOption, check_new_output, refuse_unused, use_one_thread
+from bayes_dispatch.app.commands.terminal import BundleOption, check_new_output, open_bundle, refuse_unused
 from bayes_dispatch.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -126,14 +126,12 @@ def serve(
     refuse_unused("--replica-busy", replica_busy, "-" in (replicas or ""), "with --replicas A-B")
     scale = _scale(replicas or "1", replica_busy or max(1, running // 2), replica_cpus or 1.0) if ray else None
     with listen(host, port) as listening:
-        from bayes_dispatch.app.bundle import load_bundle
         from bayes_dispatch.app.bundle_at import BundleAt
         from bayes_dispatch.app.engines import EngineOf
         from bayes_dispatch.inference.two_pass.events import JsonLines
         from bayes_dispatch.serving.engine import Limits
 
-        use_one_thread()
-        loaded, learner = load_bundle(bundle, dtype=dtype), None
+        loaded, learner = open_bundle(bundle, dtype=dtype), None
         if prior is not None:
             loaded.dispatcher.keep_prior(prior)
             learner = Learner(loaded.dispatcher, REMEMBERED if remembered is None else remembered)
@@ -186,12 +184,10 @@ def export_vllm(
 ) -> None:
     """Write a bundle's LoRA experts as adapters that vLLM loads, for serve --vllm."""
     check_new_output(out, "vllm.json")
-    from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.serving.vllm.export import export_bank
     from bayes_dispatch.serving.vllm.format import BANK
 
-    use_one_thread()
-    index = export_bank(load_bundle(bundle), out)
+    index = export_bank(open_bundle(bundle), out)
     print(f"{out}: {', '.join(index.ranks)} in {out / BANK}, of rank {index.rank}; start vLLM with the base model and")
     print(f"  BAYES_DISPATCH_VLLM={out.resolve()} VLLM_USE_V2_MODEL_RUNNER=0")
     print(f"  --enable-lora --max-loras 1 --max-lora-rank {index.server_rank}")

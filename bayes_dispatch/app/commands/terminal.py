@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from bayes_dispatch.app.bulk import MapBlocks
+    from bayes_dispatch.app.bundle import Bundle
 
 __all__ = [
     "BLENDS_HELP",
@@ -37,6 +38,7 @@ __all__ = [
     "check_new_output",
     "check_output",
     "mapped_on_ray",
+    "open_bundle",
     "open_console",
     "print_json",
     "refuse_unused",
@@ -50,6 +52,7 @@ BLENDS_HELP = (
     "thompson_sample; settings may follow, as in top_k(3)."
 )
 WIDTH = 130  # of output that goes to no terminal
+LARGE = 20_000_000  # weights, from which on matrix products gain by more threads
 
 BlendOption = Annotated[str, typer.Option("--blend", help=BLENDS_HELP)]
 TopKOption = Annotated[
@@ -192,8 +195,22 @@ def mapped_on_ray() -> "AbstractContextManager[MapBlocks]":
     return blocks_on_ray()
 
 
+def open_bundle(path: Path | None, dtype: str | None = None) -> "Bundle":
+    """Load a bundle, and use as many threads as its model gains by, unless ``OMP_NUM_THREADS`` tells.
+
+    Raises:
+        BundleError: see ``load_bundle``.
+    """
+    from bayes_dispatch.app.bundle import load_bundle
+
+    bundle = load_bundle(path, dtype=dtype)
+    if sum(out * width for out, width in bundle.model.linears().values()) < LARGE:
+        use_one_thread()
+    return bundle
+
+
 def use_one_thread() -> None:
-    """More gain nothing with so small a model, cost much where cores are busy, and make rounding depend on them."""
+    """More gain nothing with a small model, cost much where cores are busy, and make rounding depend on them."""
     if "OMP_NUM_THREADS" not in os.environ:
         import torch
 

@@ -14,9 +14,9 @@ from bayes_dispatch.app.commands.terminal import (
     JsonOption,
     SeedOption,
     check_new_output,
+    open_bundle,
     print_json,
     refuse_unused,
-    use_one_thread,
 )
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 
@@ -177,12 +177,10 @@ def _train(
     as_json: bool,
 ) -> None:
     """Train an expert for each domain, join them to those that stay, and write and tell what came out."""
-    from bayes_dispatch.app.bundle import load_bundle
     from bayes_dispatch.app.own_expert import RefitSettings, add_experts, check_texts, train_own_expert
     from bayes_dispatch.experts.vectors import check_expert_name
 
-    use_one_thread()
-    old, names = load_bundle(bundle), [domain.name for domain in domains]
+    old, names = open_bundle(bundle), [domain.name for domain in domains]
     keep = [] if keep_experts is False else [name for name in old.experts.names if name not in names]
     for name in names:  # all that would be refused later is refused before training, which takes minutes
         check_expert_name(name)

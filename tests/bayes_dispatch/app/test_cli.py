@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from typer.core import TyperOption
 from typer.main import get_command
 
 import bayes_dispatch
 from bayes_dispatch.app.bundle import SHIPPED, Bundle, load_bundle
 from bayes_dispatch.app.commands import main as cli
+from bayes_dispatch.app.commands import terminal
 from bayes_dispatch.app.tables import report_markdown, report_tables
 from bayes_dispatch.errors import BundleError
 
@@ -425,6 +427,23 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 
     monkeypatch.setattr("bayes_dispatch.app.bundle.load_bundle", interrupted)
     assert run(capfd, "report") == (130, "", "")
+
+
+def test_threads_are_those_that_a_model_gains_by(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for a small model, and torch's own number for a large one, or where the environment tells."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        for large, told, expected in ((0, False, 2), (10**9, True, 2), (10**9, False, 1)):
+            torch.set_num_threads(2)
+            monkeypatch.setattr(terminal, "LARGE", large)
+            if told:
+                monkeypatch.setenv("OMP_NUM_THREADS", "2")
+            terminal.open_bundle(saved)
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_reader_that_leaves(saved: Path) -> None:
