@@ -26,7 +26,6 @@ from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.model.frozen import frozen
-from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.model.pretraining.run import schedule
 
 __all__ = ["EarlyStopping", "ExpertSettings", "Kind", "train_expert"]
@@ -168,10 +167,8 @@ def train_expert(
 
     Raises:
         ConfigError: the objective rewards answers, and the domain has no checker; or no matrix is to be adapted, or
-            the model takes no low-rank updates, or no checkpointing.
+            the model takes no checkpointing.
     """
-    if settings.kind == "lora" and isinstance(model, MambaFormerForCausalLM):
-        raise ConfigError("expected the kind svf for a MambaFormer, which takes scales alone, got lora")
     saving = getattr(model, "checkpointing", None) if settings.checkpointing else nullcontext
     if saving is None:
         raise ConfigError(f"expected a transformers model to checkpoint, got a {type(model).__name__}")

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from bayes_dispatch.errors import TensorError
 __all__ = ["Adaptation", "Delta", "MatrixScales", "Scales", "Tensors", "block_of", "rows_of_deltas", "rows_of_ones"]
 
 Digest = str | tuple[str, ...]  # of scales: one for all rows, or one for each; empty where there are none
+FACTORS = ("up", "down")  # of a delta, which all rows share
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -59,6 +60,11 @@ class Delta(NamedTuple):
         c = self.c if self.c.ndim == 1 else self.c.reshape(len(self.c), *[1] * (inner.ndim - 2), -1)
         return (inner * c) @ self.up.T
 
+    def to(self, like: Tensor) -> "Delta":
+        """On the device and in the dtype of a tensor."""
+        same = self.c.dtype == self.up.dtype == self.down.dtype == like.dtype and self.c.device == like.device
+        return self if same else Delta(*(each.to(like) for each in self))
+
     def select(self, rows: Sequence[int] | Tensor) -> "Delta":
         """That of some rows; shared ones stay shared."""
         return self if self.c.ndim == 1 else self._replace(c=self.c[torch.as_tensor(rows, device=self.c.device)])
@@ -89,13 +95,16 @@ class MatrixScales(NamedTuple):
     """Scales of one matrix, and what is known already when it is used.
 
     Attributes:
-        z: (r,) for all rows, or (B, r). ones: as ``rows_of_ones`` says; ``None`` where nobody has looked.
+        z: (r,) for all rows, or (B, r); ``None`` where nothing is scaled.
+        ones: as ``rows_of_ones`` says; ``None`` where nobody has looked.
         weights: the same object for as long as no weight of the model changes; ``None`` where nobody has looked.
+        delta: what is added; ``None`` for nothing.
     """
 
-    z: Tensor
+    z: Tensor | None
     ones: bool | Tensor | None = None
     weights: object = None
+    delta: Delta | None = None
 
 
 Scales = Tensor | MatrixScales
@@ -155,14 +164,17 @@ class Adaptation:
         return float(min(map(block_of, [*self.scales, *self.deltas]), default=float("inf")))
 
     def matrices(self, weights: object = None) -> dict[str, MatrixScales]:
-        """The scales by matrix, not copied: nobody may change them. ``weights`` as in ``MatrixScales``."""
+        """Scales and deltas by matrix, not copied: nobody may change them. ``weights`` as in ``MatrixScales``."""
         own = cast(Tensors, self.scales).own
         known = {} if weights is None or torch.compiler.is_compiling() else self._ones
-        return {name: MatrixScales(z, known.get(name), weights) for name, z in own.items()}
+        found = {name: MatrixScales(z, known.get(name), weights, self.deltas.get(name)) for name, z in own.items()}
+        for name in self.deltas.keys() - own.keys():
+            found[name] = MatrixScales(None, delta=self.deltas[name])
+        return found
 
     def of(self, matrix: str, weights: object = None) -> MatrixScales | None:
         """``matrices`` of one name, or ``None``."""
-        return self.matrices(weights).get(matrix) if matrix in self.scales else None
+        return self.matrices(weights).get(matrix) if matrix in self.scales or matrix in self.deltas else None
 
     def select(self, rows: Sequence[int] | Tensor) -> "Adaptation":
         """The scales of some rows, in that order; shared scales stay shared."""
@@ -194,11 +206,11 @@ class Adaptation:
         return Adaptation({name: z.detach() for name, z in self.scales.items()}, deltas)
 
     def part(self, name: str) -> "Adaptation":
-        """The scales of the matrices in one part of a model, ``name.…``, under their names within it."""
+        """What it does to the matrices in one part of a model, ``name.…``, under their names within it."""
         return self._parts.get(name, _IDENTITY)
 
     def digest(self, block: int | None = None) -> Digest:
-        """A hash of the scales of one block (``block_of``), or of all; empty where there are none.
+        """A hash of what adapts one block (``block_of``), or all; empty where there is nothing.
 
         One for all rows, or one for each row; a row has the hash that its scales would have if they were shared.
         """
@@ -211,28 +223,33 @@ class Adaptation:
 
     @cached_property
     def _parts(self) -> Mapping[str, "Adaptation"]:  # once: every cached step asks
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, scales in self.scales.items():
-            part, _, rest = name.partition(".")
-            parts.setdefault(part, {})[rest] = scales
-        return {part: Adaptation(scales) for part, scales in parts.items()}
+        def within(part: str, named: Mapping[str, Any]) -> dict[str, Any]:
+            return {name.removeprefix(part): each for name, each in named.items() if name.startswith(part)}
+
+        parts = {name.partition(".")[0] for name in [*self.scales, *self.deltas]}
+        return {part: Adaptation(within(f"{part}.", self.scales), within(f"{part}.", self.deltas)) for part in parts}
 
     @cached_property
     def _digests(self) -> Mapping[int, Digest]:  # once: every cached step asks
-        blocks: dict[int, dict[str, Tensor]] = {}
-        for name in sorted(self.scales):
-            blocks.setdefault(block_of(name), {})[name] = self.scales[name]
-        return {block: self._digest(named) for block, named in blocks.items()}
+        blocks: dict[int, list[str]] = {}
+        for name in {**self.scales, **self.deltas}:
+            blocks.setdefault(block_of(name), []).append(name)
+        return {block: self._digest(names) for block, names in blocks.items()}
 
     @cached_property
     def _whole(self) -> Digest:
-        return self._digest({name: self.scales[name] for name in sorted(self.scales)}) if self.scales else ""
+        return self._digest([*self.scales, *self.deltas]) if self.scales or self.deltas else ""
 
-    def _digest(self, named: Mapping[str, Tensor]) -> Digest:
-        near = {name: scales.detach().cpu() for name, scales in named.items()}
+    def _digest(self, names: Sequence[str]) -> Digest:
+        """Of some matrices: what is for each row, and then what all share."""
+        near = {name: self.scales[name].detach().cpu() for name in sorted(names) if name in self.scales}
+        deltas = {name: self.deltas[name] for name in sorted(names) if name in self.deltas}
+        near |= {f"{name} c": delta.c.detach().cpu() for name, delta in deltas.items()}
+        factors = {f"{name} {part}": getattr(d, part).detach().cpu() for name, d in deltas.items() for part in FACTORS}
+        shared = _hash(factors) if factors else ""
         if self.rows is None:
-            return _hash(near)
-        return tuple(_hash({name: scales[row] for name, scales in near.items()}) for row in range(self.rows))
+            return _hash(near) + shared
+        return tuple(_hash({name: each[row] for name, each in near.items()}) + shared for row in range(self.rows))
 
 
 def rows_of_deltas(mine: Mapping[str, Delta], theirs: Mapping[str, Delta], own: int, others: int) -> dict[str, Delta]:

@@ -1,9 +1,10 @@
 """Subwords of the tokenizers library, as ``model.backbone.Tokenizer``: of a MambaFormer, or of any other model."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -35,6 +36,7 @@ class SubwordTokenizer:
     Attributes:
         vocab_size: as given. pad_token_id: fills rows; nobody reads it. ends: ids with which a text ends.
         continues: (V,), which ids may continue a text: no special ones, none without a token; ends may.
+        settings: the arguments after ``vocab_size``, by name, as JSON holds them.
 
     Raises:
         ConfigError: ids that the model's embedding has not.
@@ -69,6 +71,13 @@ class SubwordTokenizer:
         self.continues[list(self.ends)] = True
         self.pad_token_id = pad
         self.prefix = tuple(prefix)
+        self.settings: dict[str, Any] = {
+            "prefix": list(prefix),
+            "pad": pad,
+            "special": sorted(special := set(special)),
+            "unknown": unknown,
+            "ends": list(ends),
+        }
         self._control = set(special) - {unknown}
         # texts after which a text goes on: some tokenizers put a space before all that begins
         anchors = [(text, self._backend.encode(text, add_special_tokens=False).ids) for text in ("", "\n", ".", "a")]
@@ -76,8 +85,11 @@ class SubwordTokenizer:
         self.replacement = [id_ for id_, _, _ in self._pieces(UNFINISHED, goes_on=True)]  # a whole U+FFFD
 
     @classmethod
-    def from_json(cls, data: bytes, vocab_size: int) -> "SubwordTokenizer":
-        """What ``to_json`` gave, of a tokenizer of ``train_subwords``.
+    def from_json(cls, data: bytes, vocab_size: int, settings: Mapping[str, Any] | None = None) -> "SubwordTokenizer":
+        """What ``to_json`` gave.
+
+        Args:
+            settings: those of the tokenizer; ``None`` for one of ``train_subwords``.
 
         Raises:
             ConfigError: it is none, or one with ids that an embedding of this size has not.
@@ -86,14 +98,21 @@ class SubwordTokenizer:
             backend = Tokenizer.from_str(data.decode())
         except Exception as error:  # that library raises nothing narrower
             raise ConfigError(f"expected a tokenizer of the tokenizers library, got: {error}") from None
-        begin, pad = backend.token_to_id(BEGIN), backend.token_to_id(PAD)
-        if begin is None or pad is None:
+        if settings is None and (settings := _trained(backend)) is None:
             raise ConfigError(f"expected a tokenizer with the tokens {BEGIN} and {PAD}, got one without")
-        return cls(backend, vocab_size, prefix=[begin], pad=pad, special=[begin, pad])
+        try:
+            return cls(backend, vocab_size, **settings)
+        except (TypeError, IndexError) as error:
+            raise ConfigError(f"expected the settings of a tokenizer, got: {error}") from None
 
     def to_json(self) -> bytes:
-        """All of it but ``vocab_size``, as a tokenizer.json of that library."""
+        """All of it but ``vocab_size`` and ``settings``, as a tokenizer.json of that library."""
         return self._backend.to_str().encode()
+
+    @property
+    def trained(self) -> bool:
+        """Whether its settings are those of ``train_subwords``, which ``to_json`` tells."""
+        return self.settings == _trained(self._backend)
 
     def digest(self) -> str:
         """A hash of what texts become."""
@@ -158,6 +177,14 @@ class SubwordTokenizer:
     def stream(self, context: Sequence[int]) -> "SubwordStream":
         """The text that ids add, one after the other, to that of ``context``."""
         return SubwordStream(self, context)
+
+
+def _trained(backend: Tokenizer) -> dict[str, Any] | None:
+    """The settings of a tokenizer of ``train_subwords``, where it could be one."""
+    begin, pad = backend.token_to_id(BEGIN), backend.token_to_id(PAD)
+    if begin is None or pad is None:
+        return None
+    return {"prefix": [begin], "pad": pad, "special": sorted([begin, pad]), "unknown": None, "ends": []}
 
 
 def train_subwords(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:

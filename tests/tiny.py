@@ -21,6 +21,7 @@ from transformers import (
 )
 
 if TYPE_CHECKING:
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
     from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 
 VOCABULARY = 270
@@ -122,6 +123,15 @@ def tiny_backbone(kind: str = "llama", dtype: torch.dtype = torch.float64, seed:
     from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 
     return TransformersBackbone(tiny_model(kind, dtype, seed), tiny_tokenizer(), f"tiny/{kind}")
+
+
+def tiny_converted(kind: str, dtype: torch.dtype = torch.float64) -> "MambaFormerForCausalLM":
+    """A MambaFormer that a model was converted to: of hybrids, half of each head is turned."""
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+    from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
+
+    tokenizer = TransformersTokenizer(tiny_tokenizer(), VOCABULARY, [2])
+    return MambaFormerForCausalLM.from_transformers(tiny_model(kind, dtype), tokenizer=tokenizer)
 
 
 def tiny_adapter(

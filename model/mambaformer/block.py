@@ -36,12 +36,13 @@ def build_mixer(kind: BlockKind, config: MambaFormerConfig) -> nn.Module:
 
 
 class Block(nn.Module):
-    """A residual block: ``x + mixer(norm(x))``."""
+    """A residual block: ``x + residual * mixer(norm(x))``."""
 
-    def __init__(self, mixer: nn.Module, d_model: int) -> None:
+    def __init__(self, mixer: nn.Module, config: MambaFormerConfig) -> None:
         super().__init__()
-        self.norm = RMSNorm(d_model)
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.mixer = mixer
+        self.residual = config.residual_multiplier
 
     def forward(
         self,
@@ -52,10 +53,12 @@ class Block(nn.Module):
         memory: Memory | None = None,
     ) -> Tensor:
         if isinstance(self.mixer, CrossAttention):
-            return x + self.mixer(self.norm(x), scales, memory, state)
-        if isinstance(self.mixer, FeedForward):
-            return x + self.mixer(self.norm(x), scales)
-        return x + self.mixer(self.norm(x), span, scales, state)
+            y = self.mixer(self.norm(x), scales, memory, state)
+        elif isinstance(self.mixer, FeedForward):
+            y = self.mixer(self.norm(x), scales)
+        else:
+            y = self.mixer(self.norm(x), span, scales, state)
+        return x + (y if self.residual == 1 else y * self.residual)
 
     def init_state(self, batch_size: int, capacity: int | None, dtype: torch.dtype, kv_dtype: torch.dtype) -> State:
         """An empty state; a block that needs none has one without tensors."""

@@ -67,9 +67,9 @@ class BlockStack(nn.Module):
         self.backbone = backbone
         self.gradient_checkpointing = False
         if vocab_size is not None:  # before the blocks: the order of the weights is that of their fingerprint
-            self.embedding = SVDEmbedding(vocab_size, backbone.d_model)
-        self.blocks = nn.ModuleList(Block(build(kind, backbone), backbone.d_model) for kind in backbone.block_kinds)
-        self.norm = RMSNorm(backbone.d_model)
+            self.embedding = SVDEmbedding(vocab_size, backbone.d_model, backbone.embedding_multiplier)
+        self.blocks = nn.ModuleList(Block(build(kind, backbone), backbone) for kind in backbone.block_kinds)
+        self.norm = RMSNorm(backbone.d_model, backbone.norm_eps)
         for name, parameter in self.blocks.named_parameters():
             if name.endswith(
                 "out_proj.weight"
@@ -200,6 +200,14 @@ class BlockStack(nn.Module):
         """Name and rank of what can be adapted, too, where it is named: the embedding, and with it a tied head."""
         return {name: module.rank for name, module in self.named_children() if isinstance(module, SVDEmbedding)}
 
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each matrix that can be adapted."""
+        found: dict[str, tuple[int, int]] = {}
+        for name in self.adaptable() | self.adaptable_on_request():
+            out, width = self.get_submodule(name).weight.shape  # type: ignore[misc]
+            found[name] = int(out), int(width)
+        return found
+
     def fingerprint(self) -> str:
         """A hash of the weights in float32, which is the same for a float64 copy of the model."""
         return self._fingerprint.of(self)
@@ -228,15 +236,11 @@ class BlockStack(nn.Module):
         )
 
     def _check_adaptation(self, adaptation: Adaptation, batch: int) -> None:
-        if adaptation.deltas:
-            raise TensorError(
-                f"expected singular-value scales for a MambaFormer, got a delta of {next(iter(adaptation.deltas))}"
-            )
-        if not adaptation.scales:
+        if not adaptation.scales and not adaptation.deltas:
             return
         asked = batch, self.dtype
         if self._checked.get(adaptation) != asked:
-            check_adaptation(adaptation, self.adaptable() | self.adaptable_on_request(), self.dtype, batch)
+            check_adaptation(adaptation, self.linears(), self.dtype, batch)
             self._checked[adaptation] = asked  # it cannot change, and every cached step asks
 
     def _check_states(self, x: Tensor) -> None:
@@ -250,15 +254,21 @@ def _named(blocks: range) -> str:
     return f"blocks {blocks.start} … {blocks.stop - 1}{every}" if blocks else "no blocks"
 
 
-def check_adaptation(adaptation: Adaptation, ranks: Mapping[str, int], dtype: torch.dtype, batch: int) -> None:
-    """Raise ``TensorError`` unless the scales fit matrices of these names and ranks, this dtype and this many rows."""
+def check_adaptation(
+    adaptation: Adaptation, shapes: Mapping[str, tuple[int, int]], dtype: torch.dtype, batch: int
+) -> None:
+    """Raise ``TensorError`` unless it fits matrices of these names and shapes, this dtype and this many rows."""
+    for name in [*adaptation.scales, *adaptation.deltas]:
+        if name not in shapes:
+            raise TensorError(f"expected scales of an adaptable matrix ({next(iter(shapes))}, …), got {name!r}")
     for name, scales in adaptation.scales.items():
-        if name not in ranks:
-            raise TensorError(f"expected scales of an adaptable matrix ({next(iter(ranks))}, …), got {name!r}")
-        if not 1 <= scales.shape[-1] <= ranks[name]:
-            raise TensorError(f"expected 1 to {ranks[name]} scales for {name}, got {scales.shape[-1]}")
+        if not 1 <= scales.shape[-1] <= (rank := min(shapes[name])):
+            raise TensorError(f"expected 1 to {rank} scales for {name}, got {scales.shape[-1]}")
         if scales.dtype != dtype:
             raise TensorError(f"expected scales of {dtype} for {name}, got {scales.dtype}")
+    for name, delta in adaptation.deltas.items():
+        if (got := (delta.up.shape[0], delta.down.shape[1])) != shapes[name]:
+            raise TensorError(f"expected a delta of {name} of shape {shapes[name]}, got {got}")
     if adaptation.rows not in (None, batch):
         raise TensorError(f"expected scales for {batch} rows, got {adaptation.rows}")
 

@@ -1,6 +1,7 @@
 """The MambaFormer (arXiv 2402.04248): a Mamba block, then pairs of attention and Mamba blocks, as a language model."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +22,7 @@ from bayes_dispatch.model.mambaformer.session import MambaFormerSession
 from bayes_dispatch.model.mambaformer.svd.embedding import EMBEDDING
 from bayes_dispatch.model.mambaformer.token_model import TokenModel, check_ids
 from bayes_dispatch.model.subwords import SubwordTokenizer
+from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 __all__ = ["Block", "MambaFormer", "MambaFormerForCausalLM"]
 
@@ -32,7 +34,7 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         config: its sizes. tokenizer: what its ids are of; ``None`` for bytes.
 
     Raises:
-        ConfigError: a tokenizer with more tokens, or that ``train_subwords`` did not make.
+        ConfigError: a tokenizer with more tokens.
 
     Example:
         >>> config = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
@@ -42,15 +44,39 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
 
     config_class = LanguageModelConfig
     cuts = continues = True
-    longest = 32_768  # tokens: attention would read more, and take the memory for them
 
     def __init__(self, config: LanguageModelConfig, tokenizer: SubwordTokenizer | None = None) -> None:
         super().__init__(config.backbone, config.vocab_size)
         self.config = config
         if tokenizer is not None:  # as it will be read again, with all ids of the embedding
-            self.tokenizer = SubwordTokenizer.from_json(tokenizer.to_json(), config.vocab_size)
+            self.tokenizer = SubwordTokenizer.from_json(tokenizer.to_json(), config.vocab_size, tokenizer.settings)
         self.depth = len(self.blocks)
         self.head = None if config.tie_embeddings else nn.Linear(config.backbone.d_model, config.vocab_size, bias=False)
+
+    @classmethod
+    def from_transformers(
+        cls,
+        source: str | Path | nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        tokenizer: SubwordTokenizer | ByteTokenizer | None = None,
+    ) -> "MambaFormerForCausalLM":
+        """A model of the transformers library: Bamba, Granite, GraniteMoeHybrid without experts, Llama, Mamba, Mamba2.
+
+        Files are memory-mapped, and read tensor by tensor; nothing is unpickled or executed.
+
+        Args:
+            source: a directory of config.json and safetensors, or a model itself, whose weights are copied.
+            dtype: of all weights; ``None`` for that of the checkpoint's embedding.
+            tokenizer: of its ids; ``None`` for the tokenizer.json of the directory.
+
+        Raises:
+            ConfigError: another kind of model, or a setting that changes results and is not covered, by name.
+            BundleError: a file is missing or damaged, or its tensors contradict its configuration.
+        """
+        from bayes_dispatch.model.mambaformer.conversion.checkpoint import read_checkpoint
+
+        return read_checkpoint(cls, source, dtype, tokenizer)
 
     def forward(
         self,
@@ -129,11 +155,16 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         if from_tokens:
             x, padding = self._embed(x, attention_mask, cache, adaptation)
         else:
-            if EMBEDDING in adaptation.scales:
+            if adaptation.of(EMBEDDING) is not None:
                 raise TensorError(f"expected tokens, whose embedding is adapted, got {x.dtype} of {tuple(x.shape)}")
             padding = check_padding(attention_mask, (x.shape[0], x.shape[1]), at_least=1 if cache is None else 0)
             x = padding.to_right(x)
         return padding.restore(self._run(x, padding, cache, adaptation, stretch=stretch))
+
+    @property
+    def longest(self) -> int:
+        """Tokens that it was made for."""
+        return self.config.longest
 
     @property
     def weights_dtype(self) -> torch.dtype:
@@ -166,22 +197,16 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         """How many blocks can run once for all adaptations of these matrices."""
         return min(map(block_of, matrices), default=0)
 
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """(out, in) of each matrix that can be adapted."""
-        found: dict[str, tuple[int, int]] = {}
-        for name in self.adaptable() | self.adaptable_on_request():
-            out, width = self.get_submodule(name).weight.shape  # type: ignore[misc]
-            found[name] = int(out), int(width)
-        return found
-
     def logits(self, hidden: Float[Tensor, "B T D"], adaptation: Adaptation | None = None) -> Float[Tensor, "B T V"]:
         """The next-token head, with nothing checked; scales of the embedding are those of a tied head.
 
         A head of its own is not adapted: then scales of the embedding change what is read alone.
         """
         if self.head is not None:
-            return self.head(hidden)
-        return self.embedding.product(hidden, None if adaptation is None else adaptation.of(EMBEDDING))
+            logits = self.head(hidden)
+        else:
+            logits = self.embedding.product(hidden, None if adaptation is None else adaptation.of(EMBEDDING))
+        return logits if self.config.logits_scaling == 1 else logits / self.config.logits_scaling
 
     def begin(
         self,

@@ -26,16 +26,21 @@ def rms_norm(x: Float[Tensor, "*B D"], weight: Float[Tensor, " D"], eps: Float[T
 
 
 class RMSNorm(nn.Module):
-    """``rms_norm`` with a weight that begins at 1."""
+    """``rms_norm`` with a weight that begins at 1; where there are ``groups`` of numbers, each for itself."""
 
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
+    def __init__(self, width: int, eps: float = 1e-5, groups: int = 1) -> None:
         super().__init__()
         self.eps: Tensor
         self.weight = nn.Parameter(torch.ones(width))
-        self.register_buffer("eps", torch.tensor(eps), persistent=False)  # a tensor saves the decoding step two calls
-        self.eps_number = float(torch.tensor(eps, device="cpu"))  # as rounded above, on any device
+        # a tensor saves the decoding step two calls; never one without memory, as other tensors of a new model may be
+        self.register_buffer("eps", torch.tensor(eps, device="cpu"), persistent=False)
+        self.eps_number = float(self.eps)  # as rounded above, on any device
+        self.groups = groups
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        if self.groups > 1:
+            parts = x.unflatten(-1, (self.groups, -1))
+            return rms_norm(parts, self.weight.new_ones(parts.shape[-1]), self.eps).flatten(-2) * self.weight
         if can_compile(x, self.weight):
             rows = array(x).reshape(-1, x.shape[-1])
             out = np.empty_like(rows)

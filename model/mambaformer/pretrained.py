@@ -1,7 +1,9 @@
 """Models on disk: ``config.json``, ``model.safetensors``, and ``tokenizer.json`` unless tokens are bytes."""
 
 import hashlib
+import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
@@ -66,6 +68,8 @@ class Pretrained(nn.Module):
                 data = self.tokenizer.to_json()
                 write_output(new / "tokenizer.json", data)
                 header["tokenizer"] = _digest(data)
+                if not self.tokenizer.trained:
+                    header["tokenizer_settings"] = json.dumps(self.tokenizer.settings)
             tensors = self.state_dict()
             if all(t.dtype == torch.float32 and torch.equal(t, t.bfloat16().float()) for t in tensors.values()):
                 tensors = {name: t.bfloat16() for name, t in tensors.items()}
@@ -101,19 +105,20 @@ class Pretrained(nn.Module):
             raise BundleError(f"expected in {file} what {weights} was saved with, got another: it was edited")
         model.load_state_dict(tensors)
         if "tokenizer" in header:
-            model.tokenizer = _tokenizer(directory / "tokenizer.json", config.vocab_size, header["tokenizer"], weights)
+            model.tokenizer = _tokenizer(directory / "tokenizer.json", config.vocab_size, header, weights)
         if isinstance(model, Fingerprinted):
             load_factors(model, directory)
         return cast(M, model.eval())
 
 
-def _tokenizer(file: Path, vocab_size: int, digest: str, weights: Path) -> SubwordTokenizer:
+def _tokenizer(file: Path, vocab_size: int, header: Mapping[str, str], weights: Path) -> SubwordTokenizer:
     data = read_bytes(file)
-    if digest != _digest(data):
+    if header["tokenizer"] != _digest(data):
         raise BundleError(f"expected in {file} what {weights} was saved with, got another: it was edited")
     try:
-        return SubwordTokenizer.from_json(data, vocab_size)
-    except ConfigError as error:
+        settings = json.loads(header["tokenizer_settings"]) if "tokenizer_settings" in header else None
+        return SubwordTokenizer.from_json(data, vocab_size, settings)
+    except (ConfigError, ValueError) as error:
         raise BundleError(f"{file}: {error}") from None
 
 

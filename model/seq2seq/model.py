@@ -16,7 +16,7 @@ from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.generation import Beginning, CachedContinuation, GenerationMixin
 from bayes_dispatch.model.mambaformer.blocks import BlockStack, check_adaptation
 from bayes_dispatch.model.mambaformer.cache import Cache, CrossAttentionState
-from bayes_dispatch.model.mambaformer.config import Seq2SeqConfig
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig, Seq2SeqConfig
 from bayes_dispatch.model.mambaformer.fingerprint import Fingerprint
 from bayes_dispatch.model.mambaformer.mixers import Memory
 from bayes_dispatch.model.mambaformer.padding import Padding, check_padding
@@ -175,6 +175,11 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         start = torch.full_like(targets[:, :1], self.config.start_token_id)
         return padding.restore(torch.cat([start, targets[:, :-1]], dim=1))
 
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of each matrix that can be adapted, by name."""
+        halves = {"encoder": self.encoder, "decoder": self.decoder}
+        return {f"{half}.{name}": shape for half, stack in halves.items() for name, shape in stack.linears().items()}
+
     def adaptable(self) -> dict[str, int]:
         """Name and rank of each matrix that can be adapted, the encoder's first."""
         halves = {"encoder": self.encoder, "decoder": self.decoder}
@@ -207,14 +212,20 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         return Beginning(continuation, given.contents(), start)
 
     def _encode(self, given: Input, adaptation: Adaptation, source: Tensor | None) -> Memory:
-        hidden, visible = self.encoder(self.embedding(given.ids), given.padding, adaptation.part("encoder"))
+        hidden, visible = self.encoder(
+            self._embed(given.ids, self.config.encoder), given.padding, adaptation.part("encoder")
+        )
         return Memory(hidden, visible, source)
+
+    def _embed(self, ids: Tensor, half: MambaFormerConfig) -> Tensor:
+        x: Tensor = self.embedding(ids)
+        return x if half.embedding_multiplier == 1 else x * half.embedding_multiplier
 
     def _decode(
         self, ids: Tensor, padding: Padding, cache: Cache | None, memory: Memory | None, adaptation: Adaptation
     ) -> Tensor:
         """The decoder's last hidden states (B, T, D), with nothing checked, under its own scales ``blocks.i.…``."""
-        x = self.embedding(padding.to_right(ids))
+        x = self._embed(padding.to_right(ids), self.config.decoder)
         return padding.restore(
             self.decoder.advance(x, padding.tokens, cache, adaptation, memory, weights=self._fingerprint.key)
         )
@@ -268,7 +279,8 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
             check_source(state.source, expected)
 
     def _check_adaptation(self, adaptation: Adaptation, batch: int) -> None:
-        check_adaptation(adaptation, self.adaptable() if adaptation.scales else {}, self.dtype, batch)
+        if adaptation.scales or adaptation.deltas:
+            check_adaptation(adaptation, self.linears(), self.dtype, batch)
 
     def _maker(self, glance: bool = False) -> str:
         """What a cache remembers of the model that made it: both halves, since its keys are the encoder's, too."""

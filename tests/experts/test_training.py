@@ -416,8 +416,6 @@ def test_outside_the_blocks_on_request_alone() -> None:
 
 @pytest.mark.usefixtures("unchecked")
 def test_what_a_model_or_an_objective_cannot(base: "MambaFormerForCausalLM") -> None:
-    with pytest.raises(ConfigError, match=r"^expected the kind svf for a MambaFormer, .*, got lora$"):
-        train_expert(base, SORT, ExpertSettings(kind="lora"))
     with pytest.raises(ConfigError, match=r"^expected a transformers model to checkpoint, got a MambaFormer"):
         train_expert(base, SORT, ExpertSettings(checkpointing=True))
     for wrong, told in (

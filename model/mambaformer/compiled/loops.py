@@ -162,6 +162,21 @@ def normalise(x: Array, weight: Array, eps: float, out: Array) -> None:
 
 
 @loop
+def _normalise_groups(x: Array, weight: Array, eps: float, groups: int) -> None:
+    """``normalise``, in place, each of so many groups of numbers of a row for itself."""
+    width = x.shape[1] // groups
+    for r in range(len(x)):
+        for g in range(groups):
+            values, weights = x[r, g * width : (g + 1) * width], weight[g * width : (g + 1) * width]
+            total = x.dtype.type(0)
+            for d in range(width):
+                total += values[d] * values[d]
+            inverse = x.dtype.type(1 / np.sqrt(total / width + eps))
+            for d in range(width):
+                values[d] = values[d] * inverse * weights[d]
+
+
+@loop
 def _convolve_tile(
     x: Array, first: int, start: int, length: int, history: Array, taps: Array, bias: Array, out: Array
 ) -> None:
@@ -319,13 +334,17 @@ def mix_mamba2(
     D: Array,
     weight: Array,
     eps: float,
+    normalised: int,
     groups: int,
+    least: float,
+    most: float,
     out: Array,
 ) -> None:
     """All of a Mamba-2 mixer between its two products: convolution, scan, gate, normalisation, into out (B, T, d).
 
     projected (B, T, d + C + H): gate, inputs of the convolution, steps before bias and softplus; tokens (B,);
-    history (B, taps − 1, C) and state (B, H, P, N) are read and replaced; A, rates (H,); weight (d,).
+    history (B, taps − 1, C) and state (B, H, P, N) are read and replaced; A, rates (H,); weight (d,). ``normalised``
+    groups of channels have a norm each, ``groups`` of heads share B and C, steps are between ``least`` and ``most``.
     """
     heads, width, n_state = state.shape[1:]
     inner = heads * width
@@ -334,9 +353,10 @@ def mix_mamba2(
         raise TensorError(OTHER_SHAPE)
     if history.shape[2] != len(bias) or len(bias) != inner + 2 * groups * n_state or len(weight) != inner:
         raise TensorError(OTHER_SHAPE)
-    if projected.shape[2] != at_steps + heads or len(A) != heads:
+    if projected.shape[2] != at_steps + heads or len(A) != heads or inner % normalised > 0:
         raise TensorError(OTHER_SHAPE)
     dtype = projected.dtype
+    bounded = least > 0 or most < np.inf
     mixed = np.empty((TILE, history.shape[2]), dtype)
     steps, decay = np.empty((heads, TILE), dtype), np.empty((heads, TILE), dtype)
     transposed = np.empty((n_state, width), dtype)
@@ -348,6 +368,8 @@ def mix_mamba2(
             for j in range(length):
                 for h in range(heads):
                     steps[h, j] = softplus(projected[b, start + j, at_steps + h] + dt_bias[h])
+                    if bounded:
+                        steps[h, j] = min(max(steps[h, j], dtype.type(least)), dtype.type(most))
                     decay[h, j] = exp(steps[h, j] * A[h])
             for h in range(heads):
                 at_b = inner + h // (heads // groups) * n_state
@@ -370,16 +392,18 @@ def mix_mamba2(
                     for i in range(width):
                         into[i] = (scanned[i] + D[h] * x[i]) * gate[i] * sigmoid(gate[i])
             done = out[b, start : start + length]
-            normalise(done, weight, eps, done)
+            if normalised == 1:
+                normalise(done, weight, eps, done)
+            else:
+                _normalise_groups(done, weight, eps, normalised)
         out[b, tokens[b] :] = 0
         _remember(projected[b], inner, tokens[b], history[b])
 
 
 @loop
-def _rotate(x: Array, position: int, base: float) -> None:
-    """Rotary positions, in place, of the heads x (heads, W)."""
-    heads, width = x.shape
-    half = width // 2
+def _rotate(x: Array, position: int, base: float, turned: int) -> None:
+    """Rotary positions, in place, of the first numbers of the heads x (heads, W)."""
+    heads, half = len(x), turned // 2
     for i in range(half):
         angle = position * base ** (-i / half)  # in double: positions may be large
         cos, sin = x.dtype.type(np.cos(angle)), x.dtype.type(np.sin(angle))
@@ -389,10 +413,12 @@ def _rotate(x: Array, position: int, base: float) -> None:
 
 
 @loop
-def _attend_head(query: Array, keys: Array, values: Array, visible: Array, scores: Array, out: Array) -> None:
+def _attend_head(
+    query: Array, keys: Array, values: Array, visible: Array, factor: float, scores: Array, out: Array
+) -> None:
     """A query (W,) attends to the first keys (T, W), as many as ``scores`` has room for; ``visible`` (T,) or empty."""
     width = len(query)
-    scale = query.dtype.type(1 / np.sqrt(width))
+    scale = query.dtype.type(factor)
     most = query.dtype.type(-np.inf)
     for t in range(len(scores)):
         key, score = keys[t], query.dtype.type(0)
@@ -423,17 +449,19 @@ def attend(
     values: Array,
     ring: bool,
     base: float,
+    turned: int,
+    scale: float,
     out: Array,
 ) -> None:
     """One token of each row attends to what its row has kept, itself included.
 
     projected (B, (n_heads + 2 kv_heads) W): queries, keys, values; tokens (B,): 0 where a row has no new one; held
-    (B,): tokens kept so far; positions (B,), turned by rotary angles of this ``base`` unless it is 0; keys, values
-    (B, kv_heads, slots, W), a ring or in order; out (B, n_heads W).
+    (B,): tokens kept so far; positions (B,), by which rotary angles of this ``base`` turn the first numbers of a head;
+    keys, values (B, kv_heads, slots, W), a ring or in order; ``scale`` of products; out (B, n_heads W).
     """
     kv_heads, slots, width = keys.shape[1:]
     n_heads = projected.shape[1] // width - 2 * kv_heads
-    if len(keys) != len(tokens) or values.shape != keys.shape or out.shape[1] != n_heads * width:
+    if len(keys) != len(tokens) or values.shape != keys.shape or out.shape[1] != n_heads * width or turned > width:
         raise TensorError(OTHER_SHAPE)
     everything = np.empty(0, np.bool_)
     for b in range(len(tokens)):
@@ -443,19 +471,19 @@ def attend(
         if held[b] < 0 or (held[b] >= slots and not ring):
             raise TensorError(OTHER_SHAPE)
         heads, outputs = projected[b].reshape(-1, width), out[b].reshape(-1, width)
-        if base > 0:
-            _rotate(heads[: n_heads + kv_heads], positions[b], base)
+        if turned > 0:
+            _rotate(heads[: n_heads + kv_heads], positions[b], base, turned)
         slot = held[b] % slots if ring else held[b]
         scores = np.empty(min(held[b] + 1, slots), projected.dtype)
         for k in range(kv_heads):
             keys[b, k, slot] = heads[n_heads + k]
             values[b, k, slot] = heads[n_heads + kv_heads + k]
             for h in range(k * (n_heads // kv_heads), (k + 1) * (n_heads // kv_heads)):
-                _attend_head(heads[h], keys[b, k], values[b, k], everything, scores, outputs[h])
+                _attend_head(heads[h], keys[b, k], values[b, k], everything, scale, scores, outputs[h])
 
 
 @loop
-def attend_across(queries: Array, keys: Array, values: Array, visible: Array, out: Array) -> None:
+def attend_across(queries: Array, keys: Array, values: Array, visible: Array, scale: float, out: Array) -> None:
     """Queries (B, n_heads W) attend to keys and values (B, kv_heads, S, W), where ``visible`` (B, S) if it has rows."""
     kv_heads, length, width = keys.shape[1:]
     per_head = queries.shape[1] // (kv_heads * width)
@@ -469,7 +497,7 @@ def attend_across(queries: Array, keys: Array, values: Array, visible: Array, ou
         heads, outputs = queries[b].reshape(-1, width), out[b].reshape(-1, width)
         seen = visible[b] if len(visible) > 0 else everything
         for h in range(len(heads)):
-            _attend_head(heads[h], keys[b, h // per_head], values[b, h // per_head], seen, scores, outputs[h])
+            _attend_head(heads[h], keys[b, h // per_head], values[b, h // per_head], seen, scale, scores, outputs[h])
 
 
 @loop
@@ -514,15 +542,16 @@ def _normalised(x: Array, weight: Array, eps: float) -> Array:
 
 
 @loop
-def _add(x: Array, y: Array) -> None:
+def _add(x: Array, y: Array, residual: float) -> None:
+    factor = x.dtype.type(residual)
     for b in range(len(x)):
         row, change = x[b], y[b]
         for d in range(len(row)):
-            row[d] += change[d]
+            row[d] += change[d] * factor
 
 
-# The steps below are whole blocks for one more token of few rows: x (B, D) becomes x + mixer(norm(x)). Each matrix
-# comes as the five arrays that ``product`` takes; the other arguments are those of the functions above.
+# The steps below are whole blocks for one more token of few rows: x (B, D) becomes x + residual * mixer(norm(x)). Each
+# matrix comes as the five arrays that ``product`` takes; the other arguments are those of the functions above.
 
 
 @loop
@@ -533,6 +562,7 @@ def step_mamba1(
     state: Array,
     weight: Array,
     eps: float,
+    residual: float,
     in_proj: Matrix,
     x_proj: Matrix,
     dt_proj: Matrix,
@@ -555,7 +585,7 @@ def step_mamba1(
     scan_mamba1(
         mixed, steps.reshape(rows, 1, width), selected.reshape(rows, 1, -1), inputs, tokens, A, D, dt_bias, state, out
     )
-    _add(x, product(out.reshape(rows, width), *out_proj))
+    _add(x, product(out.reshape(rows, width), *out_proj), residual)
 
 
 @loop
@@ -566,6 +596,7 @@ def step_mamba2(
     state: Array,
     weight: Array,
     eps: float,
+    residual: float,
     in_proj: Matrix,
     out_proj: Matrix,
     taps: Array,
@@ -575,14 +606,18 @@ def step_mamba2(
     D: Array,
     inner_weight: Array,
     inner_eps: float,
+    normalised: int,
     groups: int,
+    least: float,
+    most: float,
 ) -> None:
     """A block of Mamba-2."""
     rows, width = len(x), len(inner_weight)
     projected = product(_normalised(x, weight, eps), *in_proj).reshape(rows, 1, -1)
     out = np.empty((rows, 1, width), x.dtype)
-    mix_mamba2(projected, tokens, history, state, taps, bias, A, dt_bias, D, inner_weight, inner_eps, groups, out)
-    _add(x, product(out.reshape(rows, width), *out_proj))
+    settings = (inner_eps, normalised, groups, least, most)
+    mix_mamba2(projected, tokens, history, state, taps, bias, A, dt_bias, D, inner_weight, *settings, out)
+    _add(x, product(out.reshape(rows, width), *out_proj), residual)
 
 
 @loop
@@ -595,16 +630,19 @@ def step_attention(
     values: Array,
     weight: Array,
     eps: float,
+    residual: float,
     qkv: Matrix,
     out_proj: Matrix,
     ring: bool,
     base: float,
+    turned: int,
+    scale: float,
 ) -> None:
     """A block of attention."""
     projected = product(_normalised(x, weight, eps), *qkv)
     out = np.empty((len(x), projected.shape[1] - 2 * keys.shape[1] * keys.shape[3]), x.dtype)
-    attend(projected, tokens, held, positions, keys, values, ring, base, out)
-    _add(x, product(out, *out_proj))
+    attend(projected, tokens, held, positions, keys, values, ring, base, turned, scale, out)
+    _add(x, product(out, *out_proj), residual)
 
 
 @loop
@@ -615,14 +653,16 @@ def step_cross_attention(
     visible: Array,
     weight: Array,
     eps: float,
+    residual: float,
     q_proj: Matrix,
     out_proj: Matrix,
+    scale: float,
 ) -> None:
     """A block of attention to an encoder."""
     queries = product(_normalised(x, weight, eps), *q_proj)
     out = np.empty_like(queries)
-    attend_across(queries, keys, values, visible, out)
-    _add(x, product(out, *out_proj))
+    attend_across(queries, keys, values, visible, scale, out)
+    _add(x, product(out, *out_proj), residual)
 
 
 @loop
@@ -630,6 +670,7 @@ def step_feed_forward(
     x: Array,
     weight: Array,
     eps: float,
+    residual: float,
     in_proj: Matrix,
     out_proj: Matrix,
 ) -> None:
@@ -641,4 +682,4 @@ def step_feed_forward(
         gate, up, into = projected[b, :width], projected[b, width:], out[b]
         for c in range(width):
             into[c] = gate[c] * sigmoid(gate[c]) * up[c]
-    _add(x, product(out, *out_proj))
+    _add(x, product(out, *out_proj), residual)

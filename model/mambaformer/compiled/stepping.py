@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bayes_dispatch.model.adaptation import Adaptation, Scales
+from bayes_dispatch.model.adaptation import Adaptation, Delta, MatrixScales, Scales
 from bayes_dispatch.model.mambaformer.block import Block
 from bayes_dispatch.model.mambaformer.cache import AttentionState, Cache, CrossAttentionState, MambaState, State
 from bayes_dispatch.model.mambaformer.compiled.switch import Array, array, can_compile, kernels
@@ -24,7 +24,7 @@ from bayes_dispatch.model.mambaformer.mixers import (
     Span,
 )
 from bayes_dispatch.model.mambaformer.normalisation import RMSNorm
-from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
+from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear, parts_of
 
 __all__ = ["Stepper", "Steppers", "can_step"]
 
@@ -98,27 +98,33 @@ class Steppers:
 
 
 def _step(block: Block, given: Mapping[str, Scales]) -> Step | None:
-    """The step of a block, where it is compiled."""
+    """The step of a block, where it is compiled: not where a matrix has a bias, or cannot be folded (``_folds``).
+
+    Such a block runs as a module, of tensor operations between loops that are compiled, too.
+    """
     mixer = block.mixer
-    scales = {name: own if isinstance(own, Tensor) else own.z for name, own in given.items()}
-    if any(z.ndim == 2 and z.shape[1] < getattr(mixer, name).rank for name, z in scales.items()):
-        return None  # other scales in each row of the largest singular values alone: no whole decomposition for them
-    norm = _arguments(block.norm)
+    linears = {name: linear for name, linear in mixer.named_children() if isinstance(linear, SVDLinear)}
+    adapted = {name: parts_of(own) for name, own in given.items()}
+    if not all(_folds(linears[name], *own) for name, own in adapted.items() if name in linears):
+        return None
+    if any(linear.bias is not None for linear in linears.values()):
+        return None
+    norm = *_arguments(block.norm), block.residual
 
     def matrices(*names: str) -> list[Matrix]:
-        return [_matrix(getattr(mixer, name), scales.get(name)) for name in names]
+        return [_matrix(linears[name], *adapted.get(name, (None, None))) for name in names]
 
     dtype = block.norm.weight.dtype
     if type(mixer) is Mamba1Mixer:
         products = matrices("in_proj", "x_proj", "dt_proj", "out_proj")
         return _mamba(kernels().step_mamba1, dtype, *norm, *products, *mixer.arrays())
     if type(mixer) is Mamba2Mixer:
-        more = *mixer.arrays(), mixer.norm.eps_number, mixer.n_groups
+        more = *mixer.arrays(), *mixer.arguments()
         return _mamba(kernels().step_mamba2, dtype, *norm, *matrices("in_proj", "out_proj"), *more)
     if type(mixer) is SelfAttention:
-        return _attention(dtype, *norm, *matrices("qkv", "out_proj"), mixer.window is not None, mixer.base)
+        return _attention(dtype, *norm, *matrices("qkv", "out_proj"), *mixer.arguments())
     if type(mixer) is CrossAttention:
-        return _cross_attention(dtype, *norm, *matrices("q_proj", "out_proj"))
+        return _cross_attention(dtype, *norm, *matrices("q_proj", "out_proj"), mixer.scale)
     if type(mixer) is FeedForward:
         return _feed_forward(*norm, *matrices("in_proj", "out_proj"))
     return None
@@ -174,12 +180,24 @@ def _feed_forward(*arguments: object) -> Step:
     return run
 
 
-def _matrix(linear: SVDLinear, z: Tensor | None) -> Matrix:
+def _folds(linear: SVDLinear, scales: MatrixScales | None, delta: Delta | None) -> bool:
+    """Whether what adapts a matrix makes one matrix, or other scales in each row of a whole decomposition.
+
+    Not so deltas that differ by row, and scales by row of the largest singular values alone.
+    """
+    z = None if scales is None else scales.z
+    if delta is not None:
+        return delta.c.ndim == 1 and (z is None or z.ndim == 1)
+    return z is None or z.ndim == 1 or z.shape[1] == linear.rank
+
+
+def _matrix(linear: SVDLinear, scales: MatrixScales | None, delta: Delta | None) -> Matrix:
     """As ``product`` takes it: W alone, or U, s z and Vᵀ, and W for the rows whose scales are all 1."""
     nobody = np.empty(0, np.int64)
-    plain = z is None or bool((z == 1).all())
-    if z is None or plain or z.shape[-1] < linear.rank:
-        weight = array(linear.weight if z is None or plain else linear.folded(z.reshape(-1)))
+    z = None if scales is None or scales.z is None or bool((scales.z == 1).all()) else scales.z
+    if z is None or z.shape[-1] < linear.rank or delta is not None:
+        one = None if z is None else z.reshape(-1)
+        weight = array(linear.weight if one is None and delta is None else linear.folded(one, delta))
         return weight, weight[:0], weight[:0], weight[:0], nobody
     U, s, Vt, _ = linear.factors()
     z = z.reshape(-1, linear.rank)

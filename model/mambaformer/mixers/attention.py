@@ -12,7 +12,7 @@ from bayes_dispatch.model.adaptation import Scales
 from bayes_dispatch.model.mambaformer.cache import AttentionState
 from bayes_dispatch.model.mambaformer.compiled.switch import array, can_compile, kernels
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
-from bayes_dispatch.model.mambaformer.mixers.rotary import BASE, rotate
+from bayes_dispatch.model.mambaformer.mixers.rotary import rotate
 from bayes_dispatch.model.mambaformer.mixers.span import Span
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
 
@@ -26,12 +26,14 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.n_heads = config.n_heads
         self.kv_heads = config.kv_heads
-        self.head_width = config.d_model // config.n_heads
+        self.head_width = config.head_width
+        self.scale = config.attention_scale
         self.window = config.attention_window
-        self.positions = config.positions
-        self.base = BASE if config.positions == "rotary" else 0.0  # as compiled loops know it
-        self.qkv = SVDLinear(config.d_model, (self.n_heads + 2 * self.kv_heads) * self.head_width)
-        self.out_proj = SVDLinear(config.d_model, config.d_model)
+        self.base = config.rotary_base
+        self.turned = config.turned
+        biased = "attention" in config.biased
+        self.qkv = SVDLinear(config.d_model, (self.n_heads + 2 * self.kv_heads) * self.head_width, biased)
+        self.out_proj = SVDLinear(self.n_heads * self.head_width, config.d_model, biased)
 
     def init_state(self, batch_size: int, capacity: int | None, dtype: torch.dtype) -> AttentionState:
         """Room for the keys and values of ``capacity`` tokens, or of those in the window if they are fewer."""
@@ -73,9 +75,12 @@ class SelfAttention(nn.Module):
         batch = x.shape[0]
         projected = array(self.qkv(x, scales.get("qkv"))).reshape(batch, -1)
         y = np.empty((batch, 1, self.n_heads * self.head_width), projected.dtype)
-        ring = self.window is not None
-        kernels().attend(projected, *span.places(batch), *state.arrays(), ring, self.base, y.reshape(batch, -1))
+        kernels().attend(projected, *span.places(batch), *state.arrays(), *self.arguments(), y.reshape(batch, -1))
         return self.out_proj(torch.from_numpy(y), scales.get("out_proj"))
+
+    def arguments(self) -> tuple[bool, float, int, float]:
+        """What compiled loops are told: whether states are rings, rotary base, numbers turned, scale of products."""
+        return self.window is not None, self.base, self.turned, self.scale
 
     def _project(self, x: Tensor, span: Span, scales: Mapping[str, Scales]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, n_heads, T, W), keys and values (B, kv_heads, T, W)."""
@@ -86,21 +91,23 @@ class SelfAttention(nn.Module):
         else:
             heads = projected.view(batch, length, -1, self.head_width).transpose(1, 2)
         q, k, v = heads.split((self.n_heads, self.kv_heads, self.kv_heads), dim=1)
-        if self.positions == "rotary":
-            q, k = rotate(q, span.before), rotate(k, span.before)
+        if self.turned:
+            q, k = (rotate(heads, span.before, self.base, self.turned) for heads in (q, k))
         return q, k, v
 
     def _merge(self, y: Tensor, x: Tensor, scales: Mapping[str, Scales]) -> Tensor:
         """From (B, n_heads, T, W) to outputs of the shape of ``x``."""
         merged = y if x.shape[1] == 1 else y.transpose(1, 2)
-        return self.out_proj(merged.reshape(x.shape), scales.get("out_proj"))
+        return self.out_proj(merged.reshape(*x.shape[:2], -1), scales.get("out_proj"))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_causal: bool = False) -> Tensor:
         grouped = self.kv_heads != self.n_heads
         if grouped and q.shape[2] == 1 and visible is None:  # as if a group's heads were queries: half the time
             shared = q.reshape(q.shape[0], self.kv_heads, -1, self.head_width)
-            return F.scaled_dot_product_attention(shared, k, v).reshape(q.shape)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal, enable_gqa=grouped)
+            return F.scaled_dot_product_attention(shared, k, v, scale=self.scale).reshape(q.shape)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=visible, is_causal=is_causal, enable_gqa=grouped, scale=self.scale
+        )
 
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, span: Span, state: AttentionState) -> Tensor:
         """Append to slots in order, and attend to all that are filled."""

@@ -56,10 +56,12 @@ class CrossAttention(nn.Module):
     def __init__(self, config: MambaFormerConfig) -> None:
         super().__init__()
         self.kv_heads = config.kv_heads
-        self.head_width = config.d_model // config.n_heads
-        self.q_proj = SVDLinear(config.d_model, config.d_model)
-        self.kv_proj = SVDLinear(config.d_model, 2 * self.kv_heads * self.head_width)
-        self.out_proj = SVDLinear(config.d_model, config.d_model)
+        self.head_width = config.head_width
+        self.scale = config.attention_scale
+        width, biased = config.n_heads * self.head_width, "cross_attention" in config.biased
+        self.q_proj = SVDLinear(config.d_model, width, biased)
+        self.kv_proj = SVDLinear(config.d_model, 2 * self.kv_heads * self.head_width, biased)
+        self.out_proj = SVDLinear(width, config.d_model, biased)
 
     def init_state(self, dtype: torch.dtype) -> CrossAttentionState:
         """A state that the first call fills with keys and values in this dtype."""
@@ -90,5 +92,5 @@ class CrossAttention(nn.Module):
             (k, v), visible = state.read(q.dtype), state.visible
         mask = None if visible is None else visible[:, None, None]
         shared = q.reshape(q.shape[0], self.kv_heads, -1, self.head_width)  # as if a group's heads were queries
-        y = F.scaled_dot_product_attention(shared, k, v, attn_mask=mask).reshape(q.shape)
-        return self.out_proj(y.transpose(1, 2).reshape(x.shape), scales.get("out_proj"))
+        y = F.scaled_dot_product_attention(shared, k, v, attn_mask=mask, scale=self.scale).reshape(q.shape)
+        return self.out_proj(y.transpose(1, 2).flatten(2), scales.get("out_proj"))

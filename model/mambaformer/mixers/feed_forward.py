@@ -18,8 +18,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: MambaFormerConfig) -> None:
         super().__init__()
-        self.in_proj = SVDLinear(config.d_model, 2 * config.feed_forward_width)
-        self.out_proj = SVDLinear(config.feed_forward_width, config.d_model)
+        biased = "feed_forward" in config.biased
+        self.in_proj = SVDLinear(config.d_model, 2 * config.feed_forward_width, biased)
+        self.out_proj = SVDLinear(config.feed_forward_width, config.d_model, biased)
 
     def forward(self, x: Float[Tensor, "B T D"], scales: Mapping[str, Scales]) -> Float[Tensor, "B T D"]:
         gate, up = self.in_proj(x, scales.get("in_proj")).chunk(2, dim=-1)

@@ -37,10 +37,11 @@ class Mamba1Mixer(nn.Module):
         self.d_state = config.d_state
         self.d_conv = config.d_conv
         self._widths = [config.step_rank, config.d_state, config.d_state]
-        self.in_proj = SVDLinear(config.d_model, 2 * self.d_inner)
+        biased = "mamba1" in config.biased
+        self.in_proj = SVDLinear(config.d_model, 2 * self.d_inner, biased)
         self.x_proj = SVDLinear(self.d_inner, sum(self._widths))
         self.dt_proj = SVDLinear(config.step_rank, self.d_inner)
-        self.out_proj = SVDLinear(self.d_inner, config.d_model)
+        self.out_proj = SVDLinear(self.d_inner, config.d_model, biased)
         nn.init.uniform_(self.dt_proj.weight, -(config.step_rank**-0.5), config.step_rank**-0.5)
         self.conv_weight = nn.Parameter(torch.empty(self.d_inner, config.d_conv).uniform_(-1, 1) * config.d_conv**-0.5)
         self.conv_bias = nn.Parameter(torch.zeros(self.d_inner))

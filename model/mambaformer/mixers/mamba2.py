@@ -1,5 +1,6 @@
 """The Mamba-2 mixer (arXiv 2405.21060): in-projection, causal convolution, SSD scan, gated normalisation."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
@@ -40,15 +41,17 @@ class Mamba2Mixer(nn.Module):
         conv_width = self.d_inner + 2 * self.n_groups * self.d_state
         self._widths = [self.d_inner, conv_width, self.n_heads]
         self._inputs = [self.d_inner, self.n_groups * self.d_state, self.n_groups * self.d_state]
-        self.in_proj = SVDLinear(config.d_model, sum(self._widths))
-        self.out_proj = SVDLinear(self.d_inner, config.d_model)
+        self.dt_bounds = config.dt_bounds
+        biased = "mamba2" in config.biased
+        self.in_proj = SVDLinear(config.d_model, sum(self._widths), biased)
+        self.out_proj = SVDLinear(self.d_inner, config.d_model, biased)
         self.conv_weight = nn.Parameter(torch.empty(conv_width, config.d_conv).uniform_(-1, 1) * config.d_conv**-0.5)
         self.conv_bias = nn.Parameter(torch.zeros(conv_width))
         self.A_log = nn.Parameter(torch.empty(self.n_heads).uniform_(1, 16).log())
         step = torch.empty(self.n_heads).uniform_(-6.9, -2.3).exp()  # step sizes of .001 to .1, as published
         self.dt_bias = nn.Parameter(step + (-torch.expm1(-step)).log())  # inverse of softplus
         self.D = nn.Parameter(torch.ones(self.n_heads))
-        self.norm = RMSNorm(self.d_inner)
+        self.norm = RMSNorm(self.d_inner, config.norm_eps, config.norm_groups)
 
     def init_state(self, batch_size: int, dtype: torch.dtype) -> MambaState:
         """The zero state that every sequence begins with."""
@@ -98,7 +101,7 @@ class Mamba2Mixer(nn.Module):
         """The outputs, and the state after them where one was given."""
         batch, length, _ = x.shape
         gate, xBC, dt = self.in_proj(x, scales.get("in_proj")).split(self._widths, dim=-1)
-        dt = F.softplus(dt + self.dt_bias)  # (B, T, H)
+        dt = self._step_sizes(dt)  # (B, T, H)
         mask = span.mask(length)
         if mask is not None:  # a step of size 0 leaves the state as it is
             dt = dt * mask[..., None]
@@ -123,7 +126,7 @@ class Mamba2Mixer(nn.Module):
         projected = array(self.in_proj(x, scales.get("in_proj")))
         y = np.empty((batch, length, self.d_inner), projected.dtype)
         tokens = token_counts(span.tokens, batch, length)
-        kernels().mix_mamba2(projected, tokens, *state.arrays(), *arrays, self.norm.eps_number, self.n_groups, y)
+        kernels().mix_mamba2(projected, tokens, *state.arrays(), *arrays, *self.arguments(), y)
         return self.out_proj(torch.from_numpy(y), scales.get("out_proj"))
 
     def arrays(self) -> tuple[Array, ...]:
@@ -131,10 +134,18 @@ class Mamba2Mixer(nn.Module):
         weights = self.conv_weight.t(), self.conv_bias, -self.A_log.exp(), self.dt_bias, self.D, self.norm.weight
         return tuple(array(weight) for weight in weights)
 
+    def arguments(self) -> tuple[float, int, int, float, float]:
+        """What else it is told: the normalisation's eps and groups, groups of B and C, bounds of step sizes."""
+        return self.norm.eps_number, self.norm.groups, self.n_groups, *self.dt_bounds
+
+    def _step_sizes(self, dt: Tensor) -> Tensor:
+        dt = F.softplus(dt + self.dt_bias)
+        return dt if self.dt_bounds == (0, math.inf) else dt.clamp(*self.dt_bounds)
+
     def _step(self, x: Tensor, span: Span, scales: Mapping[str, Scales], state: MambaState) -> Tensor:
         """``_mix`` of one token of each row, where no gradient is recorded: few operations, the state in place."""
         gate, xBC, dt = self.in_proj(x, scales.get("in_proj")).split(self._widths, dim=-1)
-        dt = F.softplus(dt + self.dt_bias)  # (B, 1, H)
+        dt = self._step_sizes(dt)  # (B, 1, H)
         window = torch.cat([state.conv, xBC], dim=1)  # (B, taps, C)
         if span.tokens is None:
             state.conv.copy_(window.narrow(1, 1, self.d_conv - 1))
@@ -152,7 +163,7 @@ class Mamba2Mixer(nn.Module):
     def _project(self, y: Tensor, scales: Mapping[str, Scales]) -> Tensor:
         """Normalise and project; without gradients, ``y`` is overwritten, and the narrower result is normalised."""
         z = scales.get("out_proj")
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or self.norm.groups > 1 or self.out_proj.bias is not None:
             return self.out_proj(self.norm(y), z)
         norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         inverse = torch.addcmul(self.norm.eps, norm, norm, value=1 / self.d_inner).rsqrt_()

@@ -4,23 +4,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["BASE", "rotate"]
-
-BASE = 10_000.0  # longest wavelength over 2π
+__all__ = ["rotate"]
 
 
-def rotate(x: Float[Tensor, "B H T W"], before: int | Tensor, base: float = BASE) -> Float[Tensor, "B H T W"]:
-    """Turn each pair (x[i], x[i + W/2]) of a token by position * base^(−2i/W).
+def rotate(x: Float[Tensor, "B H T W"], before: int | Tensor, base: float, turned: int) -> Float[Tensor, "B H T W"]:
+    """Turn each pair (x[i], x[i + turned/2]) of a token by position * base^(−2i/turned).
 
     Args:
-        x: queries or keys of even width W. before: position of their first token, one for all rows or one per row (B,).
-        base: see ``BASE``.
+        x: queries or keys. before: position of their first token, one for all rows or one per row (B,).
+        base: longest wavelength over 2π. turned: an even number of at most W: those after them stay as they are.
     """
-    half = x.shape[-1] // 2
+    half = turned // 2
     frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
     start = torch.as_tensor(before, device=x.device).reshape(-1, 1)
     position = start + torch.arange(x.shape[2], device=x.device)  # (1 or B, T)
     angle = position[:, None, :, None] * frequency  # in double: positions may be large
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    a, b = x[..., :half], x[..., half:turned]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., turned:]], dim=-1)

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bayes_dispatch.model.adaptation import Scales
-from bayes_dispatch.model.mambaformer.svd.linear import SVDMatrix, by_row, of_rows
+from bayes_dispatch.model.adaptation import Delta, MatrixScales, Scales
+from bayes_dispatch.model.mambaformer.svd.linear import SVDMatrix, by_row, of_rows, parts_of
 
 __all__ = ["EMBEDDING", "SVDEmbedding"]
 
@@ -18,9 +18,10 @@ class SVDEmbedding(SVDMatrix):
     With scales per row of the batch no E(z) is built: row b of it all is ``(U[token] * s * z_b) Vᵀ``.
     """
 
-    def __init__(self, vocab_size: int, width: int) -> None:
+    def __init__(self, vocab_size: int, width: int, multiplier: float = 1.0) -> None:
         super().__init__(width, vocab_size)
         nn.init.normal_(self.weight, std=0.02)
+        self.multiplier = multiplier  # of what is read, not of the head
 
     def forward(self, ids: Int[Tensor, "B T"], scales: Scales | None = None) -> Float[Tensor, "B T width"]:
         """The embeddings of tokens.
@@ -32,11 +33,20 @@ class SVDEmbedding(SVDMatrix):
         Raises:
             TensorError: more scales than the rank, or for another number of rows.
         """
-        if scales is None:
-            return F.embedding(ids, self.weight)
-        scales, (U, s, Vt, _) = self.prepare(scales, ids.shape[0])
+        x = F.embedding(ids, self.weight) if scales is None else self._adapted(ids, *parts_of(scales))
+        return x if self.multiplier == 1 else x * self.multiplier
+
+    def _adapted(self, ids: Tensor, scales: MatrixScales | None, delta: Delta | None) -> Tensor:
+        x = F.embedding(ids, self.weight) if scales is None else self._scaled_rows(ids, scales)
+        if delta is not None:
+            up, down, c = delta.to(self.weight)
+            x = x + (F.embedding(ids, up) * of_rows(c)) @ down
+        return x
+
+    def _scaled_rows(self, ids: Tensor, scales: MatrixScales) -> Tensor:
+        z, (U, s, Vt, _) = self.prepare(scales, ids.shape[0])
         if len(s) < self.rank:
-            return F.embedding(ids, self.weight) + (F.embedding(ids, U) * of_rows(s * (scales.z - 1))) @ Vt
+            return F.embedding(ids, self.weight) + (F.embedding(ids, U) * of_rows(s * (z - 1))) @ Vt
 
         def scaled(ids: Tensor, z: Tensor) -> Tensor:
             if z.ndim == 1 and ids.numel() > len(U):  # more tokens than rows of E

@@ -1,6 +1,7 @@
 """Matrices whose singular values can be scaled from call to call (Singular Value Fine-tuning, arXiv 2501.06252)."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayes_dispatch.errors import TensorError
-from bayes_dispatch.model.adaptation import MatrixScales, Scales, rows_of_ones
+from bayes_dispatch.model.adaptation import Delta, MatrixScales, Scales, rows_of_ones
 from bayes_dispatch.model.mambaformer.fingerprint import contents
 from bayes_dispatch.model.mambaformer.svd.factors import Factors, decompose
 
-__all__ = ["SVDLinear", "SVDMatrix", "by_row", "of_rows"]
+__all__ = ["SVDLinear", "SVDMatrix", "by_row", "of_rows", "parts_of"]
 
 
 class SVDMatrix(nn.Module):
@@ -42,16 +43,22 @@ class SVDMatrix(nn.Module):
         """``W(z) x``; without scales ``W x``, with the stored ``W`` itself.
 
         Args:
-            x: inputs. scales: ``None``, one set (r,) for all rows, or one set per row (B, r), with r up to the rank.
+            x: inputs. scales: ``None``, one set (r,) for all rows, or one set per row (B, r), with r up to the rank; a
+                delta is added to the product.
 
         Raises:
             TensorError: more scales than the rank, or for another number of rows.
         """
         if scales is None:
             return F.linear(x, self.weight)
-        scales, (U, s, Vt, _) = self.prepare(scales, x.shape[0])
+        z, delta = parts_of(scales)
+        y = F.linear(x, self.weight) if z is None else self._scaled(x, z)
+        return y if delta is None else y + delta.to(self.weight)(x)
+
+    def _scaled(self, x: Tensor, scales: MatrixScales) -> Tensor:
+        z, (U, s, Vt, _) = self.prepare(scales, x.shape[0])
         if len(s) < self.rank:
-            change = s * (scales.z - 1)
+            change = s * (z - 1)
             return F.linear(x, self.weight) + F.linear(F.linear(x, Vt) * of_rows(change), U)
 
         def scaled(x: Tensor, z: Tensor) -> Tensor:
@@ -61,13 +68,13 @@ class SVDMatrix(nn.Module):
 
         return by_row(x, scales, lambda x: F.linear(x, self.weight), scaled)
 
-    def prepare(self, scales: Scales, rows: int) -> tuple[MatrixScales, Factors]:
+    def prepare(self, scales: MatrixScales, rows: int) -> tuple[Tensor, Factors]:
         """The scales and as many singular triples; ``TensorError`` unless they are for all rows, or for each."""
-        scales = scales if isinstance(scales, MatrixScales) else MatrixScales(scales)
-        kinds, shape = ((self.rank,), (rows, self.rank)), tuple(scales.z.shape)
+        z = cast(Tensor, scales.z)
+        kinds, shape = ((self.rank,), (rows, self.rank)), tuple(z.shape)
         if shape[:-1] not in {kind[:-1] for kind in kinds} or not 1 <= shape[-1] <= self.rank:
             raise TensorError(f"expected scales of shape {kinds[0]} or {kinds[1]} or fewer of them, got {shape}")
-        return scales, self.factors(shape[-1], scales.weights)
+        return z, self.factors(shape[-1], scales.weights)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads memory, and no graph can hold that
     def factors(self, rank: int | None = None, weights: object = None) -> Factors:
@@ -92,10 +99,16 @@ class SVDMatrix(nn.Module):
         """Take these for the present weight's."""
         self._factors = (self._key(), factors, None)
 
-    def folded(self, scales: Float[Tensor, " r"]) -> Float[Tensor, "out_features in_features"]:
-        """W(z) itself."""
-        U, s, Vt, _ = self.factors(scales.shape[-1])
-        return self.weight + (U * (s * (scales - 1))) @ Vt
+    def folded(self, scales: Float[Tensor, " r"] | None, delta: Delta | None = None) -> Float[Tensor, "out in"]:
+        """W(z), and a delta for all rows, as one matrix."""
+        weight: Tensor = self.weight
+        if scales is not None:
+            U, s, Vt, _ = self.factors(scales.shape[-1])
+            weight = weight + (U * (s * (scales - 1))) @ Vt
+        if delta is not None:
+            up, down, c = delta.to(weight)
+            weight = weight + (up * c.reshape(-1)) @ down
+        return weight
 
     def _key(self) -> tuple[object, ...]:
         return contents([self.weight]), self.weight.dtype, self.weight.device
@@ -108,13 +121,25 @@ class SVDMatrix(nn.Module):
 
 
 class SVDLinear(SVDMatrix):
-    """A linear map: ``y = W(z) x``."""
+    """A linear map: ``y = W(z) x``, and its bias where it has one."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__(in_features, out_features)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
 
     def forward(
         self, x: Float[Tensor, "B T in_features"], scales: Scales | None = None
     ) -> Float[Tensor, "B T out_features"]:
-        """``product``: arguments and errors are its own."""
-        return self.product(x, scales)
+        """``product`` and the bias: arguments and errors are those of ``product``."""
+        y = self.product(x, scales)
+        return y if self.bias is None else y + self.bias
+
+
+def parts_of(scales: Scales) -> tuple[MatrixScales | None, Delta | None]:
+    """Scales that there are, and what is added."""
+    if not isinstance(scales, MatrixScales):
+        return MatrixScales(scales), None
+    return None if scales.z is None else scales, scales.delta
 
 
 def by_row(
@@ -124,7 +149,7 @@ def by_row(
 
     Where gradients flow through the scales, or a compiler traces, all rows are ``scaled``.
     """
-    z = scales.z
+    z = cast(Tensor, scales.z)
     if torch.compiler.is_compiling() or (z.requires_grad and torch.is_grad_enabled()):
         return scaled(x, z)
     ones = rows_of_ones(z) if scales.ones is None else scales.ones

@@ -1,0 +1,115 @@
+"""A checkpoint of the transformers library, or a model of it in memory, as a model of ours."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from bayes_dispatch.errors import BundleError, ConfigError
+from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
+from bayes_dispatch.model.mambaformer.conversion.configs import Described, read_config
+from bayes_dispatch.model.mambaformer.conversion.files import Tensors, opened, read_json, read_subwords
+from bayes_dispatch.model.mambaformer.conversion.layout import origins
+from bayes_dispatch.model.mambaformer.pretrained import DTYPES, Pretrained
+from bayes_dispatch.model.subwords import SubwordTokenizer
+from bayes_dispatch.model.tokenizer import ByteTokenizer
+
+__all__ = ["read_checkpoint"]
+
+M = TypeVar("M", bound=Pretrained)
+
+
+def read_checkpoint(
+    build: Callable[[LanguageModelConfig], M],
+    source: str | Path | nn.Module,
+    dtype: torch.dtype | None,
+    tokenizer: SubwordTokenizer | ByteTokenizer | None,
+) -> M:
+    """What ``build`` makes of the configuration, with the weights: see ``MambaFormerForCausalLM.from_transformers``."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"expected a float dtype, got {dtype}")
+    with ExitStack() as stack:
+        if isinstance(source, nn.Module):
+            where = f"a {type(source).__name__}"
+            data, theirs = cast(Any, source).config.to_dict(), _of_module(source)
+        else:
+            where, file = str(source), Path(source) / "config.json"
+            if not file.is_file():
+                raise ConfigError(f"expected a model's directory with a config.json, got {source}")
+            data, theirs = read_json(file), opened(Path(source), stack)
+        described = read_config(data)
+        with torch.device("meta"):  # no memory yet, and no random numbers
+            model = build(described.config)
+        state = read_state(described, model.state_dict(), theirs, dtype, where)
+    model.load_state_dict(state, assign=True)
+    if tokenizer is None:
+        if isinstance(source, nn.Module):
+            raise ConfigError(f"expected a tokenizer for {where}, got none")
+        tokenizer = read_subwords(Path(source), described.config.vocab_size)
+    if tokenizer.vocab_size > described.config.vocab_size:
+        most = described.config.vocab_size
+        raise ConfigError(
+            f"expected a tokenizer of at most {most} ids, as the embedding has, got {tokenizer.vocab_size}"
+        )
+    model.tokenizer = tokenizer
+    return model.eval()
+
+
+def _of_module(module: nn.Module) -> Tensors:
+    def reading(tensor: Tensor) -> Callable[[], Tensor]:
+        return lambda: tensor.detach().cpu()
+
+    return {name: reading(tensor) for name, tensor in module.state_dict().items()}
+
+
+def read_state(
+    described: Described, wanted: Mapping[str, Tensor], theirs: Tensors, dtype: torch.dtype | None, where: str
+) -> dict[str, Tensor]:
+    """The tensors of our model, in memory of their own.
+
+    Args:
+        described: the checkpoint. wanted: tensors of our model, of which the shapes count. theirs: those of the
+            checkpoint, read one after the other. dtype: wanted; ``None`` for that of the embedding. where: for errors.
+
+    Raises:
+        BundleError: one is missing, of another shape, no float, or of no use.
+    """
+    left, found = set(theirs), {}
+    table = origins(described)
+
+    def read(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name not in theirs:
+            raise BundleError(f"expected the tensor {name} in {where}, as its config says, got none")
+        left.discard(name)
+        tensor = theirs[name]()
+        if tuple(tensor.shape) != shape or tensor.dtype not in DTYPES:
+            got = f"{tuple(tensor.shape)} of {tensor.dtype}"
+            raise BundleError(
+                f"expected {name} of floats in the shape {shape} in {where}, as its config says, got {got}"
+            )
+        return tensor
+
+    for name, like in wanted.items():
+        origin = table[name]
+        parts = [(each, shape) for each, shape in zip(origin.names, origin.shapes(like.shape), strict=False)]
+        if dtype is None:  # the embedding is the first of all
+            dtype = read(*parts[0]).dtype
+        whole = torch.zeros(like.shape, dtype=dtype)
+        at = 0
+        for part in parts:
+            own = origin.ours(read(*part))
+            whole[at : at + len(own)] = own
+            at += len(own)
+        found[name] = whole
+    if described.config.tie_embeddings and "lm_head.weight" in left:
+        head = read("lm_head.weight", tuple(wanted["embedding.weight"].shape))
+        if not torch.equal(head.to(found["embedding.weight"]), found["embedding.weight"]):
+            raise BundleError(
+                f"expected an lm_head.weight that is the embedding in {where}, as tied ones are, got another"
+            )
+    if unknown := sorted(name for name in left if not name.endswith("rotary_emb.inv_freq")):
+        raise BundleError(f"expected tensors that its config speaks of in {where}, got {unknown[0]}, too")
+    return found

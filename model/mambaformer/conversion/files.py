@@ -1,0 +1,101 @@
+"""Files of a checkpoint of the transformers library: config.json, safetensors in shards or one, tokenizer.json."""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from bayes_dispatch.errors import BundleError
+from bayes_dispatch.model.subwords import SubwordTokenizer
+from bayes_dispatch.storage import parse_json, read_bytes
+
+__all__ = ["Tensors", "opened", "read_json", "read_subwords"]
+
+INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+
+Tensors = Mapping[str, Callable[[], Tensor]]  # how each is read
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file; an empty object where there is none."""
+    return parse_json(read_bytes(path), path) if path.is_file() else {}
+
+
+def opened(directory: Path, stack: ExitStack) -> Tensors:
+    """The tensors of a checkpoint, memory-mapped for as long as ``stack`` is open.
+
+    Raises:
+        BundleError: there is no safetensors file, a shard is missing, or one is damaged.
+    """
+    index = directory / INDEX
+    if index.is_file():
+        named = read_json(index)
+        shards = named.get("weight_map") if isinstance(named, dict) else None
+        if not isinstance(shards, dict) or not all(isinstance(each, str) for each in shards.values()):
+            raise BundleError(f"expected a weight_map of tensors to files in {index}, got none")
+    elif (directory / WHOLE).is_file():
+        shards = dict.fromkeys([WHOLE], WHOLE)
+    else:
+        raise BundleError(f"expected {WHOLE} or {INDEX} in {directory}, got neither; no pickle is read")
+    found: dict[str, Callable[[], Tensor]] = {}
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard or not (directory / shard).is_file():
+            raise BundleError(f"expected the shard {shard} beside {index}, got none")
+        try:
+            file = stack.enter_context(safe_open(directory / shard, "pt"))
+            own = list(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise BundleError(f"expected a whole safetensors file {directory / shard}, got: {error}") from None
+        found |= {name: lambda file=file, name=name: file.get_tensor(name) for name in own}  # type: ignore[misc]
+    if index.is_file() and (odd := sorted(set(shards) ^ set(found))):
+        raise BundleError(f"expected the tensors that {index} names in its shards, got others or fewer: {odd[0]}")
+    return found
+
+
+def read_subwords(directory: Path, vocab_size: int) -> SubwordTokenizer:
+    """The tokenizer of a checkpoint, by the tokenizers library.
+
+    What begins every text, and which tokens are special, is as that file says; which end a text, as the configurations
+    of the model and of its generation do.
+
+    Raises:
+        BundleError: there is none, or it is damaged. ConfigError: more tokens than the embedding has.
+    """
+    file = directory / "tokenizer.json"
+    if not file.is_file():
+        raise BundleError(f"expected a tokenizer.json in {directory}, or a tokenizer to be given, got neither")
+    try:
+        backend = Tokenizer.from_str(read_bytes(file).decode())
+    except Exception as error:  # that library raises nothing narrower
+        raise BundleError(f"expected a tokenizer of the tokenizers library in {file}, got: {error}") from None
+    config, generation, own = (
+        read_json(directory / f"{name}.json") for name in ("config", "generation_config", "tokenizer_config")
+    )
+
+    def id_of(name: str) -> int | None:
+        token = own.get(name)
+        text = token.get("content") if isinstance(token, dict) else token
+        return backend.token_to_id(text) if isinstance(text, str) else None
+
+    ends: list[int] = []
+    for given in (config.get("eos_token_id"), generation.get("eos_token_id"), id_of("eos_token")):
+        ends += [] if given is None else [given] if isinstance(given, int) else given
+    special = {id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special}
+    names = [id_of(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")]
+    special |= {id_ for id_ in names if id_ is not None}
+    pad = next((id_ for id_ in (id_of("pad_token"), config.get("pad_token_id")) if isinstance(id_, int)), 0)
+    plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+    before = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
+    return SubwordTokenizer(
+        backend,
+        vocab_size,
+        prefix=whole[:before],
+        pad=pad,
+        special=special,
+        unknown=id_of("unk_token"),
+        ends=sorted(set(ends)),
+    )

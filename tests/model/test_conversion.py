@@ -1,0 +1,356 @@
+"""Models of the transformers library, converted: logits are theirs, however they are read; what is not covered or does
+not fit is refused by name.
+
+That library computes norms, angles and states in float32 whatever the dtype of a model. Where it is the reference in
+float64, all of that is done in float64 here (``in_float64``).
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    GraniteConfig,
+    GraniteMoeHybridConfig,
+    LlamaConfig,
+    Mamba2Config,
+    MambaConfig,
+    PreTrainedModel,
+)
+
+from bayes_dispatch.errors import BayesDispatchError
+from bayes_dispatch.model.backbone import padded
+from bayes_dispatch.model.mambaformer.compiled.switch import tensors_only
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.tokenizer import ByteTokenizer
+from tests.tiny import tiny_tokenizer
+
+SIZES: dict[str, Any] = {"vocab_size": 270, "hidden_size": 32, "num_hidden_layers": 3, "pad_token_id": 0}
+ATTENTION: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 512,
+}
+MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+HYBRID: dict[str, Any] = {
+    **SIZES,
+    **ATTENTION,
+    **MAMBA,
+    "layer_types": ["mamba", "attention", "mamba"],
+    "num_local_experts": 0,
+    "shared_intermediate_size": 40,
+}
+MULTIPLIERS: dict[str, Any] = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 0.5,
+}
+BAMBA: dict[str, Any] = {**SIZES, **ATTENTION, **MAMBA, "attn_layer_indices": [1]}
+MAMBA2: dict[str, Any] = {**SIZES, "num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8}
+LIMIT = (0.02, 0.5)
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaConfig(**SIZES, **ATTENTION, tie_word_embeddings=True),
+    "llama-wide-biased": lambda: LlamaConfig(
+        **SIZES, **ATTENTION, head_dim=12, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3
+    ),
+    "granite": lambda: GraniteConfig(**SIZES, **ATTENTION, **MULTIPLIERS, rope_parameters=theta(500.0)),
+    "bamba": lambda: BambaConfig(**BAMBA, tie_word_embeddings=True),
+    "bamba-groups-biased": lambda: BambaConfig(
+        **BAMBA, mamba_n_groups=4, mamba_proj_bias=True, attention_bias=True, mlp_bias=True
+    ),
+    "bamba-quarter": lambda: BambaConfig(
+        **BAMBA, rope_parameters={**theta(100.0), "partial_rotary_factor": 0.25}, mamba_conv_bias=False, mamba_d_conv=3
+    ),
+    "granite-hybrid": lambda: GraniteMoeHybridConfig(**HYBRID, **MULTIPLIERS, tie_word_embeddings=True),
+    "granite-hybrid-rope-groups": lambda: GraniteMoeHybridConfig(
+        **HYBRID, **MULTIPLIERS, position_embedding_type="rope", mamba_n_groups=2, attention_bias=True
+    ),
+    "granite-hybrid-limits": lambda: GraniteMoeHybridConfig(**HYBRID, time_step_limit=LIMIT, mamba_conv_bias=False),
+    "granite-hybrid-mamba-alone": lambda: GraniteMoeHybridConfig(
+        **HYBRID | {"layer_types": ["mamba"] * 3}, mamba_proj_bias=True
+    ),
+    "mamba": lambda: MambaConfig(**SIZES, state_size=4),
+    "mamba-biased-untied": lambda: MambaConfig(
+        **SIZES, state_size=3, use_bias=True, tie_word_embeddings=False, time_step_rank=5, conv_kernel=3
+    ),
+    "mamba-no-conv-bias": lambda: MambaConfig(**SIZES, use_conv_bias=False, expand=3, layer_norm_epsilon=1e-3),
+    "mamba2": lambda: Mamba2Config(**MAMBA2, tie_word_embeddings=True),
+    "mamba2-groups-biased": lambda: Mamba2Config(**MAMBA2 | {"n_groups": 4}, use_bias=True, use_conv_bias=False),
+}
+WIDTH = 40
+every_config = pytest.mark.parametrize("kind", CONFIGS)
+
+
+def theta(base: float) -> dict[str, Any]:
+    return {"rope_theta": base, "rope_type": "default"}
+
+
+class _Wide:
+    """``torch`` whose float32 is float64."""
+
+    float = float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """That library's own float32 is float64: without this its float64 models are as exact as float32 is."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("transformers.models.")]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            if "torch" in vars(module) and ".modeling_" in module.__name__:
+                patch.setattr(module, "torch", _Wide())
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)
+        yield
+
+
+def make(kind: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
+    """A random model, no vector of which is at its first value."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(CONFIGS[kind]())
+        model = model.to(dtype).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter.add_(torch.randn_like(parameter) * 0.1)
+                elif parameter.ndim == 2:
+                    parameter.copy_(torch.randn_like(parameter) * 0.5 * parameter.shape[1] ** -0.5)
+    return model  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def pairs() -> Callable[..., tuple[PreTrainedModel, MambaFormerForCausalLM]]:
+    """A model of theirs and ours of it; in float64, theirs is to be run ``in_float64``."""
+    made: dict[Any, Any] = {}
+
+    def get(kind: str, dtype: torch.dtype = torch.float64) -> Any:
+        if (kind, dtype) not in made:
+            if dtype == torch.float64:
+                make(kind)  # what it is made of is imported now
+                with in_float64():
+                    theirs = make(kind)
+            else:
+                theirs = make(kind, dtype)
+            made[kind, dtype] = theirs, MambaFormerForCausalLM.from_transformers(theirs, tokenizer=ByteTokenizer())
+        return made[kind, dtype]
+
+    return get
+
+
+def tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 256, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    assert one.abs().max() > 0.5
+    bound = 1e-9 if one.dtype == torch.float64 else 2e-5
+    torch.testing.assert_close(one, other, rtol=0, atol=bound)
+
+
+@pytest.fixture(params=[torch.float64, torch.float32], ids=["float64", "float32"])
+def dtype(request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+    with torch.no_grad():
+        if request.param == torch.float64:
+            with in_float64():
+                yield request.param
+        else:
+            yield request.param
+
+
+@every_config
+def test_logits_are_theirs(pairs: Any, kind: str, dtype: torch.dtype) -> None:
+    """At once, and in pieces from a cache, by compiled loops and by tensor operations."""
+    theirs, ours = pairs(kind, dtype)
+    ids = tokens(2, WIDTH)
+    expected = theirs(ids).logits
+    assert ours.dtype == dtype
+    close(ours(ids).logits, expected)
+    for pieces in ((13, 1, 1, 5, 20), (WIDTH - 4, 1, 1, 1, 1)):
+        cache = ours.init_cache(2, WIDTH)
+        close(torch.cat([ours(piece, cache=cache).logits for piece in ids.split(pieces, 1)], 1), expected)
+    with tensors_only():
+        close(ours(ids).logits, expected)
+        cache = ours.init_cache(2, WIDTH)
+        close(torch.cat([ours(piece, cache=cache).logits for piece in ids.split((30, 1, 9), 1)], 1), expected)
+    with torch.enable_grad():  # recorded, it goes another way
+        close(ours(ids).logits.detach(), expected)
+
+
+@every_config
+@pytest.mark.parametrize("left", [True, False])
+def test_ragged_rows_are_theirs(pairs: Any, kind: str, dtype: torch.dtype, left: bool) -> None:
+    """Padded on either side, and gone on with one by one; each row is what it is alone."""
+    theirs, ours = pairs(kind, dtype)
+    rows, later = [tokens(n, seed=n).tolist() for n in (9, 17, 1)], tokens(3, 6, seed=5)
+    ids, lengths = padded(rows, 0)
+    mask = (torch.arange(17) < lengths[:, None]).long()
+    if left:
+        ids, mask = ids.flip(1), mask.flip(1)
+        for row, own in zip(ids, rows, strict=True):
+            row[17 - len(own) :] = torch.tensor(own)
+    cache = ours.init_cache(3, 30)
+    first = ours(ids, attention_mask=mask, cache=cache).logits
+    then = torch.cat([ours(piece, cache=cache).logits for piece in later.split((1, 1, 4), 1)], 1)
+    for n, own in enumerate(rows):
+        expected = theirs(torch.cat([torch.tensor(own), later[n]])[None]).logits[0]
+        close(first[n][mask[n].bool()], expected[: len(own)])
+        close(then[n], expected[len(own) :])
+
+
+# theirs does not heed time_step_limit as it goes on from a cache: only a whole text says what it means
+@pytest.mark.parametrize("kind", [kind for kind in CONFIGS if kind != "granite-hybrid-limits"])
+def test_texts_are_theirs_token_by_token(pairs: Any, kind: str) -> None:
+    with torch.no_grad(), in_float64():
+        theirs, ours = pairs(kind)
+        ids, count = tokens(1, 7, seed=3), 200
+        expected = theirs.generate(ids, max_new_tokens=count, do_sample=False, eos_token_id=None, min_new_tokens=count)
+        assert torch.equal(ours.generate(ids, max_new_tokens=count), expected[:, 7:])
+    assert len(expected[0].unique()) > 5
+
+
+def test_what_a_converted_model_saves_it_is(pairs: Any, tmp_path: Path) -> None:
+    _, ours = pairs("granite-hybrid-rope-groups")
+    ours.save_pretrained(tmp_path / "ours")
+    again = MambaFormerForCausalLM.from_pretrained(tmp_path / "ours")
+    assert again.config == ours.config
+    assert again.fingerprint() == ours.fingerprint()
+    with torch.no_grad():
+        assert torch.equal(again(tokens(1, 9)).logits, ours(tokens(1, 9)).logits)
+
+
+def saved(kind: str, directory: Path, **options: Any) -> Path:
+    make(kind, torch.float32).save_pretrained(directory, **options)
+    tiny_tokenizer().save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_files_are_read_in_the_dtype_wanted(tmp_path: Path, shards: bool) -> None:
+    directory = saved("bamba", tmp_path, **({"max_shard_size": "40KB"} if shards else {}))
+    assert (directory / "model.safetensors.index.json").exists() is shards
+    own = MambaFormerForCausalLM.from_transformers(make("bamba", torch.float32), tokenizer=ByteTokenizer())
+    ids = tokens(1, 9)
+    for dtype in (None, torch.float64, torch.bfloat16):
+        found = MambaFormerForCausalLM.from_transformers(directory, dtype=dtype)
+        assert found.dtype == (dtype or torch.float32)
+        with torch.no_grad():
+            assert torch.equal(found(ids).logits, own.to(found.dtype)(ids).logits)
+        own.float()
+        own = MambaFormerForCausalLM.from_transformers(make("bamba", torch.float32), tokenizer=ByteTokenizer())
+
+
+def test_its_tokenizer_is_that_of_its_directory(tmp_path: Path) -> None:
+    """Beginning, ends and special tokens as transformers has them; saved and loaded, too."""
+    from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
+
+    model = MambaFormerForCausalLM.from_transformers(saved("llama", tmp_path / "theirs"))
+    theirs = TransformersTokenizer(tiny_tokenizer(), 270, [2])
+    model.save_pretrained(tmp_path / "ours")
+    for tokenizer in (model.tokenizer, MambaFormerForCausalLM.from_pretrained(tmp_path / "ours").tokenizer):
+        assert tokenizer.tokenize("the other <s> é") == theirs.tokenize("the other <s> é")
+        assert tokenizer.ends == theirs.ends
+        assert torch.equal(tokenizer.continues, theirs.continues)
+
+
+def changed(**keys: Any) -> Callable[[Path], object]:
+    def change(directory: Path) -> None:
+        file = directory / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+
+    return change
+
+
+def tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], object]:
+    def write(directory: Path) -> None:
+        found = load_file(directory / "model.safetensors")
+        change(found)
+        save_file(found, directory / "model.safetensors")
+
+    return write
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "kind": ("llama", changed(model_type="qwen3"), "model_type .* got 'qwen3'"),
+    "activation": ("llama", changed(hidden_act="gelu"), "hidden_act .* got 'gelu'"),
+    "scaling": ("llama", changed(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_scaling .* got rope_type"),
+    "rope": ("llama", changed(rope_parameters={"rope_type": "linear"}), "rope_parameters .* got rope_type = 'linear'"),
+    "partial": ("llama", changed(partial_rotary_factor=0.5), "partial_rotary_factor of a llama config to be 1.0"),
+    "sliding": ("llama", changed(sliding_window=128), "known here, got sliding_window"),
+    "quantised": ("llama", changed(quantization_config={"bits": 4}), "known here, got quantization_config"),
+    "code": ("llama", changed(auto_map={"AutoModel": "code.py"}), "known here, got auto_map"),
+    "type": ("llama", changed(num_hidden_layers="3"), "num_hidden_layers of a llama config .* got '3'"),
+    "none": ("llama", changed(hidden_size=None), "expected hidden_size in a llama config, got none"),
+    "layer": ("granite-hybrid", changed(layer_types=["mamba", "conv", "mamba"]), "layer_types .* got 'conv'"),
+    "layers": ("granite-hybrid", changed(layer_types=["mamba"]), "layer_types of num_hidden_layers 3 layers, got 1"),
+    "experts": ("granite-hybrid", changed(num_local_experts=8), "num_local_experts .* to be 0, got 8"),
+    "positions": ("granite-hybrid", changed(position_embedding_type="alibi"), "position_embedding_type .* 'alibi'"),
+    "limit": ("granite-hybrid", changed(time_step_limit=[0.5, 0.1]), "upper bound of dt_limit .* got 0.1"),
+    "heads": ("granite-hybrid", changed(mamba_n_heads=6), "heads of a granitemoehybrid config .* got 6 × 8"),
+    "indices": ("bamba", changed(attn_layer_indices=[7]), "attn_layer_indices below num_hidden_layers 3, got 7"),
+    "bias": ("llama", changed(attention_bias=True), "expected the tensor model.layers.0.self_attn.q_proj.bias in"),
+    "depth": ("llama", changed(num_hidden_layers=2), "its config speaks of .* got model.layers.2"),
+    "sizes": ("llama", changed(intermediate_size=40), r"gate_proj.weight of floats in the shape \(40, 32\)"),
+    "missing": ("llama", tensors(lambda t: t.pop(NORM)), f"expected the tensor {NORM} in"),
+    "shape": ("llama", tensors(lambda t: t.update({NORM: torch.ones(33)})), rf"{NORM} .* \(32,\) .* got \(33,\)"),
+    "integers": ("llama", tensors(lambda t: t.update({NORM: torch.ones(32).int()})), f"{NORM} of floats .* int32"),
+    "more": ("llama", tensors(lambda t: t.update(extra=torch.ones(1))), "got extra, too"),
+    "head": (
+        "llama",
+        tensors(lambda t: t.update({"lm_head.weight": torch.ones(270, 32)})),
+        "an lm_head.weight that is the embedding",
+    ),
+    "damage": ("llama", lambda d: (d / "model.safetensors").write_bytes(b"\x08"), "whole safetensors file"),
+    "pickle": (
+        "llama",
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        "expected model.safetensors or .* no pickle is read",
+    ),
+    "tokenizer": ("llama", lambda d: (d / "tokenizer.json").unlink(), "expected a tokenizer.json in"),
+    "no tokenizer": ("llama", lambda d: (d / "tokenizer.json").write_text("{}"), "of the tokenizers library in"),
+    "json": ("llama", lambda d: (d / "config.json").write_text("{"), "expected JSON in"),
+    "config": ("llama", lambda d: (d / "config.json").unlink(), "expected a model's directory with a config.json"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_does_not_fit_is_refused_by_name(tmp_path: Path, case: str) -> None:
+    kind, change, message = WRONG[case]
+    change(saved(kind, tmp_path))
+    with pytest.raises(BayesDispatchError, match=f"^expected.*{message}") as error:
+        MambaFormerForCausalLM.from_transformers(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_and_foreign_shards_are_refused(tmp_path: Path) -> None:
+    directory = saved("llama", tmp_path, max_shard_size="40KB")
+    index = directory / "model.safetensors.index.json"
+    names = json.loads(index.read_text())
+    shard = sorted(set(names["weight_map"].values()))[0]
+    (directory / shard).rename(directory / "elsewhere")
+    with pytest.raises(BayesDispatchError, match=f"^expected the shard {shard} beside .*, got none$"):
+        MambaFormerForCausalLM.from_transformers(directory)
+    (directory / "elsewhere").rename(directory / shard)
+    for shards in ({**names["weight_map"], NORM: "../elsewhere"}, {**names["weight_map"], "other": shard}, []):
+        index.write_text(json.dumps({**names, "weight_map": shards}))
+        with pytest.raises(BayesDispatchError, match=r"^expected (the shard|the tensors|a weight_map)"):
+            MambaFormerForCausalLM.from_transformers(directory)
+
+
+def test_a_model_without_its_tokenizer_is_refused() -> None:
+    with pytest.raises(BayesDispatchError, match="expected a tokenizer for a MambaForCausalLM, got none"):
+        MambaFormerForCausalLM.from_transformers(make("mamba"))
