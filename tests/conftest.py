@@ -226,6 +226,29 @@ def llama64() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="session")
+def hybrid64() -> SimpleNamespace:
+    """The same of a MambaFormer that a hybrid of the transformers library was converted to: SVF and LoRA experts."""
+    from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.experts.lora import LoraExpert
+    from bayes_dispatch.experts.vectors import ExpertVector
+    from tests.tiny import tiny_converted
+
+    model, draw = tiny_converted("bamba"), torch.Generator().manual_seed(4)
+    base, upper = model.fingerprint(), [name for name in model.adaptable() if model.cut([name])]
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return 0.3 * torch.randn(*shape, generator=draw, dtype=torch.double)
+
+    shapes = {name: shape for name, shape in model.linears().items() if name in upper}
+    scales = {name: 1 + drawn(min(shape)) for name, shape in shapes.items()}
+    lora = [{name: (drawn(2, inner), drawn(outer, 2)) for name, (outer, inner) in shapes.items()} for _ in range(2)]
+    experts = [LoraExpert(name, factors, base) for name, factors in zip(EXPERTS[:2], lora, strict=True)]
+    bank = ExpertBank([*experts, ExpertVector(EXPERTS[2], scales, base)])
+    dispatcher = dispatcher_of(EXPERTS, model, model.tokenizer)
+    return SimpleNamespace(model=model, tokenizer=model.tokenizer, experts=bank, dispatcher=dispatcher)
+
+
+@pytest.fixture(scope="session")
 def headless64(llama64: SimpleNamespace) -> SimpleNamespace:
     """The same, with nothing that begins a text."""
     from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer

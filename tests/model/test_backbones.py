@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bayes_dispatch.errors import BayesDispatchError, CacheFullError, ConfigError, StaleCacheError, TensorError
+from bayes_dispatch.errors import CacheFullError, ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Delta
 from bayes_dispatch.model.backbone import Backbone, Read, Session, Tokenizer
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
@@ -378,7 +378,7 @@ def test_cut_is_uncut_at_every_block(backbone: Any, bound: float) -> None:
         close(torch.cat([part.own for part in parts], 1), then.own, bound)  # type: ignore[misc]
         close(torch.cat([part.after for part in parts], 1), then.after, bound)  # type: ignore[misc]
         assert below.evaluated + above.evaluated == whole.evaluated
-        assert 0 < below.nbytes < whole.nbytes
+        assert 0 < below.nbytes <= whole.nbytes  # an MLP above keeps nothing
 
 
 def test_the_cut_is_below_all_that_is_adapted(backbone: Any) -> None:
@@ -575,7 +575,9 @@ def test_what_is_kept_grows_and_is_counted(backbone: Any) -> None:
 
 def _above(backbone: Any, adaptation: Adaptation, cut: bool) -> Adaptation:
     """What of it is above the first block, where only that is run."""
-    return _from(backbone, adaptation, int(cut)) if cut and not isinstance(backbone, TransformersBackbone) else adaptation
+    return (
+        _from(backbone, adaptation, int(cut)) if cut and not isinstance(backbone, TransformersBackbone) else adaptation
+    )
 
 
 def _from(backbone: Any, adaptation: Adaptation, block: int) -> Adaptation:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.loops import compile_with
-from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.adaptation import Adaptation, Delta
 from bayes_dispatch.model.mambaformer.compiled.stepping import MOST_KEPT, MOST_ROWS, Stepper, Steppers
 from bayes_dispatch.model.mambaformer.compiled.switch import kernels, tensors_only
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
@@ -34,6 +34,24 @@ KINDS: dict[str, dict[str, Any]] = {
     "taps": {"blocks": ("mamba1", "mamba2"), "d_conv": 6},
     "rotary": {"blocks": ("attention", "feed_forward"), "positions": "rotary"},
     "window": {"blocks": ("attention", "mamba1"), "positions": "rotary", "attention_window": 4},
+    "hybrid": {
+        "blocks": ("mamba2", "feed_forward", "attention", "feed_forward"),
+        "n_groups": 2,
+        "norm_groups": 4,
+        "norm_eps": 1e-3,
+        "dt_limit": (0.02, 0.5),
+        "positions": "rotary",
+        "attention_head_dim": 6,
+        "rotary_width": 4,
+        "rotary_base": 100.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.4,
+        "embedding_multiplier": 3.0,
+    },
+    "biased": {
+        "blocks": ("mamba1", "mamba2", "attention", "feed_forward"),
+        "biased": ("mamba1", "mamba2", "attention", "feed_forward"),
+    },
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -59,6 +77,19 @@ def scales(model: "MambaFormerForCausalLM", rows: int | None, seed: int) -> Adap
     lead = () if rows is None else (rows,)
     ranks = model.adaptable().items()
     return Adaptation({n: (1 + 0.3 * torch.randn(*lead, r, generator=draw)).to(model.dtype) for n, r in ranks})
+
+
+def deltas(model: "MambaFormerForCausalLM", rows: int | None, seed: int) -> Adaptation:
+    """Of every matrix, beside scales of half of the singular values of the first."""
+    draw = torch.Generator().manual_seed(seed)
+    lead = () if rows is None else (rows,)
+
+    def drawn(*shape: int) -> Tensor:
+        return (0.3 * torch.randn(*shape, generator=draw)).to(model.dtype)
+
+    added = {n: Delta(drawn(out, 3), drawn(3, width), drawn(*lead, 3)) for n, (out, width) in model.linears().items()}
+    name, rank = next(iter(model.adaptable().items()))
+    return Adaptation({name: 1 + drawn(*lead, rank // 2)}, added)
 
 
 def run(
@@ -96,6 +127,8 @@ def assert_equal_runs(
         (torch.float32, 1, "stored"),
         (torch.float32, 3, "per row"),
         (torch.float32, MOST_ROWS + 1, "shared"),
+        (torch.float64, 2, "delta"),
+        (torch.float64, 2, "delta per row"),
     ],
 )
 @every_kind
@@ -103,7 +136,13 @@ def test_a_prompt_and_steps_after_it(
     models: Callable[..., "MambaFormerForCausalLM"], kind: str, dtype: torch.dtype, rows: int, adapted: str
 ) -> None:
     model = models(kind, dtype)
-    adaptation = {"stored": None, "shared": scales(model, None, 1), "per row": scales(model, rows, 2)}[adapted]
+    adaptation = {
+        "stored": None,
+        "shared": scales(model, None, 1),
+        "per row": scales(model, rows, 2),
+        "delta": deltas(model, None, 3),
+        "delta per row": deltas(model, rows, 4),
+    }[adapted]
     ids = tokens(rows, rows, 13)
     whole = torch.ones_like(ids)
     pieces = [(piece, whole[:, : piece.shape[1]]) for piece in (ids[:, :9], *ids[:, 9:].split(1, dim=1))]

@@ -2,6 +2,7 @@
 default."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,15 @@ def test_json_round_trip(
         ("dt_rank", 0),
         ("d_ff", 0),
         ("positions", "learned"),
+        ("attention_head_dim", 0),
+        ("attention_multiplier", float("inf")),
+        ("embedding_multiplier", "12"),
+        ("residual_multiplier", None),
+        ("norm_eps", -1e-5),
+        ("norm_groups", 3),
+        ("rotary_base", 0),
+        ("dt_limit", 0.1),
+        ("biased", "attention"),
     ],
 )
 def test_a_bad_size_is_named(field: str, value: Any) -> None:
@@ -94,6 +104,37 @@ def test_a_bad_head_is_named(field: str, value: Any) -> None:
 def test_other_names_are_refused(data: Any) -> None:
     with pytest.raises(ConfigError, match="expected the names"):
         LanguageModelConfig.from_json(data)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("field", "value", "got"),
+    [
+        ("dt_limit", [0.1], r"\(0.1,\)"),
+        ("dt_limit", [-0.5, 1], "-0.5"),
+        ("dt_limit", [1, 0.5], "0.5"),
+        ("biased", ["attention", "conv"], "'conv'"),
+    ],
+)
+def test_a_bad_part_is_named(field: str, value: list[Any], got: str) -> None:
+    with pytest.raises(ConfigError, match=f"{field} .* got {got}$"):
+        MambaFormerConfig.from_json({field: value})
+
+
+@pytest.mark.parametrize("width", [3, 10])
+def test_numbers_of_a_head_that_are_turned(width: int) -> None:
+    with pytest.raises(ConfigError, match=f"rotary_width to be even and at most 8, got {width}"):
+        MambaFormerConfig(d_model=32, n_heads=4, positions="rotary", rotary_width=width)
+
+
+def test_settings_are_written_where_they_are_not_their_defaults() -> None:
+    """So that files of models without them stay what they were."""
+    backbone = replace(MambaFormerConfig.tiny(), dt_limit=(0.1, None), biased=("mamba2",), norm_eps=1e-6)
+    config = LanguageModelConfig(backbone=backbone, vocab_size=258, logits_scaling=3, longest=64)
+    data = json.loads(json.dumps(config.to_json()))
+    assert LanguageModelConfig.from_json(data) == config
+    assert data.keys() - TINY.to_json().keys() == {"logits_scaling", "longest"}
+    assert data["backbone"].keys() - TINY.to_json()["backbone"].keys() == {"dt_limit", "biased", "norm_eps"}
 
 
 def test_names_that_an_older_file_lacks_have_their_defaults() -> None:

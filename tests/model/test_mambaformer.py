@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
-from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.adaptation import Adaptation, Delta
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 
@@ -96,6 +96,34 @@ class TestAdaptation:
             assert not torch.allclose(model64(ids).logits, expected, atol=0.1)
         torch.testing.assert_close(adapted, expected, rtol=0, atol=1e-10)
 
+    def test_deltas_are_added_to_the_weights(self, model64: "MambaFormerForCausalLM") -> None:
+        """Of every matrix, the embedding and with it the tied head among them; shared, and one for each row."""
+        draw, ids = torch.Generator().manual_seed(0), tokens(3, 2, 10)
+
+        def drawn(*shape: int) -> Tensor:
+            return 0.3 * torch.randn(*shape, generator=draw).double()
+
+        deltas = {n: Delta(drawn(o, 2), drawn(2, i), drawn(2, 2)) for n, (o, i) in model64.linears().items()}
+        z = scales(model64, 2)
+        with torch.no_grad():
+            batch = model64(ids, adaptation=Adaptation(z, deltas)).logits
+            for row in range(2):
+                own = {name: delta._replace(c=delta.c[row]) for name, delta in deltas.items()}
+                replaced = copy.deepcopy(model64)
+                for name, (up, down, c) in own.items():
+                    weight = replaced.get_submodule(name).weight
+                    if name in z:
+                        weight.copy_(model64.get_submodule(name).folded(z[name][row]))
+                    weight.add_((up * c) @ down)
+                expected = replaced(ids[row : row + 1]).logits[0]
+                assert not torch.allclose(model64(ids[row : row + 1]).logits[0], expected, atol=0.1)
+                torch.testing.assert_close(batch[row], expected, rtol=0, atol=1e-9)
+                shared = Adaptation({name: each[row] for name, each in z.items()}, own)
+                cache = model64.init_cache(1, 10)
+                pieces = ids[row : row + 1].split((6, 1, 3), 1)
+                cached = torch.cat([model64(each, cache=cache, adaptation=shared).logits for each in pieces], 1)
+                torch.testing.assert_close(cached[0], expected, rtol=0, atol=1e-9)
+
     def test_each_matrix_counts(self, model64: "MambaFormerForCausalLM") -> None:
         ids = tokens(3, 1, 10)
         with torch.no_grad():
@@ -145,6 +173,18 @@ class TestAdaptation:
     def test_scales_that_do_not_fit(self, model: "MambaFormerForCausalLM", given: Any, message: str) -> None:
         with pytest.raises(TensorError, match=message):
             model(tokens(0, 2, 3), adaptation=Adaptation(given))
+
+    @pytest.mark.parametrize(
+        ("name", "message"),
+        [
+            ("blocks.1.mixer.qkv", r"a delta of blocks.1.mixer.qkv of shape \(96, 32\), got \(5, 32\)"),
+            ("head", "adaptable matrix .* got 'head'"),
+        ],
+    )
+    def test_deltas_that_do_not_fit(self, model: "MambaFormerForCausalLM", name: str, message: str) -> None:
+        delta = Delta(torch.ones(5, 2), torch.ones(2, 32), torch.ones(2))
+        with pytest.raises(TensorError, match=message):
+            model(tokens(0, 2, 3), adaptation=Adaptation({}, {name: delta}))
 
 
 class TestFingerprint:

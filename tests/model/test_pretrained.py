@@ -162,3 +162,22 @@ def test_a_model_made_in_inference_mode_works(make_model: "MakeModel") -> None:
         scales = Adaptation({name: torch.full((rank,), 1.1) for name, rank in model.adaptable().items()})
         parts = [model(part, cache=cache, adaptation=scales).logits for part in ids.split(1, dim=1)]
         torch.testing.assert_close(torch.cat(parts, 1), model(ids, adaptation=scales).logits, rtol=0, atol=2e-5)
+
+
+def test_the_shipped_model_is_what_it_was(tmp_path: Path) -> None:
+    """Its fingerprint, predictions, text, and the file that it is saved with: whatever settings there are now."""
+    import bayes_dispatch as bd
+
+    bundle = bd.load_bundle()
+    model, ids = bundle.model, torch.tensor([ByteTokenizer().encode("kfpa>apfk\nbcde>")])
+    assert isinstance(model, MambaFormerForCausalLM)
+    assert model.fingerprint() == "8b15ce1ffd25814117ecb5fba3591e89"
+    with torch.no_grad():
+        logits = model(ids).logits[0, -1]
+    expected = torch.tensor([8.7223, 8.22277, 8.09354, 5.78692, 5.76229, 5.6307])
+    torch.testing.assert_close(logits[[99, 101, 98, 102, 97, 100]], expected, rtol=0, atol=5e-5)
+    new = bytes(model.generate(ids, max_new_tokens=24)[0].tolist())
+    assert new == b"cdef\npdpd>dpdp\npdpd>dpdp"
+    model.save_pretrained(tmp_path / "model")
+    shipped = Path(bd.__file__).parent / "shipped" / "model" / "config.json"
+    assert (tmp_path / "model" / "config.json").read_bytes() == shipped.read_bytes()

@@ -35,7 +35,7 @@ def _unchecked(unchecked: None) -> None:
     """The engine's thread is timed against; checks of every shape would only slow it."""
 
 
-@pytest.fixture(params=["cut64", "llama64", "headless64", "embedded64"])
+@pytest.fixture(params=["cut64", "llama64", "hybrid64", "headless64", "embedded64"])
 def system(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)
 

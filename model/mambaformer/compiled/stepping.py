@@ -73,7 +73,7 @@ class Steppers:
 
     def __init__(self) -> None:
         self._kept: WeakKeyDictionary[Adaptation, tuple[object, Stepper]] = WeakKeyDictionary()
-        self._plain = Adaptation.identity()  # stands for all that scale nothing
+        self._plain = Adaptation.identity()  # stands for all that change nothing
         self._lock = Lock()
 
     def __reduce__(self) -> tuple[type["Steppers"], tuple[()]]:
@@ -85,7 +85,7 @@ class Steppers:
         Args:
             weights: the same object for as long as the blocks' weights do not change.
         """
-        adapted = adaptation if adaptation.scales else self._plain
+        adapted = adaptation if adaptation.scales or adaptation.deltas else self._plain
         kept = self._kept.get(adapted)
         if kept is None or kept[0] is not weights:
             kept = weights, build()

@@ -13,52 +13,17 @@ from bayes_dispatch.model.mambaformer.config import BlockKind, LanguageModelConf
 __all__ = ["Described", "read_config"]
 
 # What tells of training, generation, tokens, or how a result is computed, not what it is.
-WITHOUT_EFFECT = {
-    "_attn_implementation_autoset",
-    "_commit_hash",
-    "_name_or_path",
-    "architectures",
-    "attention_dropout",
-    "attn_implementation",
-    "bos_token_id",
-    "chunk_size",
-    "chunk_size_feed_forward",
-    "dtype",
-    "eos_token_id",
-    "id2label",
-    "init_method",
-    "initializer_range",
-    "is_decoder",
-    "is_encoder_decoder",
-    "label2id",
-    "logits_to_keep",
-    "mamba_chunk_size",
-    "model_type",
-    "num_experts_per_tok",
-    "num_logits_to_keep",
-    "output_attentions",
-    "output_hidden_states",
-    "output_router_logits",
-    "pad_token_id",
-    "pretraining_tp",
-    "problem_type",
-    "rescale_prenorm_residual",
-    "residual_in_fp32",
-    "return_dict",
-    "router_aux_loss_coef",
-    "sep_token_id",
-    "time_step_floor",
-    "time_step_init_scheme",
-    "time_step_max",
-    "time_step_min",
-    "time_step_scale",
-    "torch_dtype",
-    "transformers_version",
-    "use_associative_scan",
-    "use_cache",
-    "use_mambapy",
-    "z_loss_coefficient",
-}
+WITHOUT_EFFECT = set(
+    """
+    _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout attn_implementation
+    bos_token_id chunk_size chunk_size_feed_forward dtype eos_token_id id2label init_method initializer_range
+    is_decoder is_encoder_decoder label2id logits_to_keep mamba_chunk_size model_type num_experts_per_tok
+    num_logits_to_keep output_attentions output_hidden_states output_router_logits pad_token_id pretraining_tp
+    problem_type rescale_prenorm_residual residual_in_fp32 return_dict router_aux_loss_coef sep_token_id
+    time_step_floor time_step_init_scheme time_step_max time_step_min time_step_scale torch_dtype
+    transformers_version use_associative_scan use_cache use_mambapy z_loss_coefficient
+""".split()  # noqa: SIM905
+)
 LAYERS: dict[str, BlockKind] = {
     "mamba": "mamba2",
     "linear_attention": "mamba2",
@@ -216,11 +181,13 @@ def _rotary(keys: Keys, sizes: dict[str, Any], part: float = 1.0) -> dict[str, A
     """Settings of rotary positions, of which only the first kind is known; ``part`` of each head is turned."""
     given = keys.get("rope_parameters", None, dict) or {}
     scaling = keys.get("rope_scaling", None, dict) or {}
-    for name, value in {**scaling, **given}.items():
-        known = {"rope_theta": value, "rope_type": "default", "type": "default", "partial_rotary_factor": value}
-        if name not in known or value != known[name]:
-            where = "rope_parameters" if name in given else "rope_scaling"
-            raise ConfigError(f"expected {where} of a {keys.kind} config of the default kind, got {name} = {value!r}")
+    for where, values in (("rope_scaling", scaling), ("rope_parameters", given)):
+        for name, value in values.items():
+            plain = name in ("rope_type", "type") and value == "default"
+            if not plain and not (where == "rope_parameters" and name in ("rope_theta", "partial_rotary_factor")):
+                raise ConfigError(
+                    f"expected {where} of a {keys.kind} config of the default kind, got {name} = {value!r}"
+                )
     theta = given.get("rope_theta", keys.get("rope_theta", 10_000.0, NUMBER))
     factor = keys.get("partial_rotary_factor", part, NUMBER)
     factor = given.get("partial_rotary_factor", factor)
@@ -316,7 +283,7 @@ def _kinds(keys: Keys, name: str, layers: list[Any]) -> list[BlockKind]:
 
 def _with_mlp(kinds: list[BlockKind]) -> tuple[BlockKind, ...]:
     """Each layer is a mixer and a gated MLP."""
-    return tuple(block for kind in kinds for block in (kind, "feed_forward"))  # type: ignore[misc]
+    return tuple(block for kind in kinds for block in (kind, "feed_forward"))
 
 
 def _listed(values: Any) -> str:

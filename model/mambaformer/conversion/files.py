@@ -50,7 +50,7 @@ def opened(directory: Path, stack: ExitStack) -> Tensors:
             own = list(file.keys())
         except (SafetensorError, OSError) as error:
             raise BundleError(f"expected a whole safetensors file {directory / shard}, got: {error}") from None
-        found |= {name: lambda file=file, name=name: file.get_tensor(name) for name in own}  # type: ignore[misc]
+        found |= {name: lambda file=file, name=name: file.get_tensor(name) for name in own}
     if index.is_file() and (odd := sorted(set(shards) ^ set(found))):
         raise BundleError(f"expected the tensors that {index} names in its shards, got others or fewer: {odd[0]}")
     return found
