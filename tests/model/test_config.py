@@ -130,7 +130,7 @@ def test_numbers_of_a_head_that_are_turned(width: int) -> None:
 def test_settings_are_written_where_they_are_not_their_defaults() -> None:
     """So that files of models without them stay what they were."""
     backbone = replace(MambaFormerConfig.tiny(), dt_limit=(0.1, None), biased=("mamba2",), norm_eps=1e-6)
-    config = LanguageModelConfig(backbone=backbone, vocab_size=258, logits_scaling=3, longest=64)
+    config = LanguageModelConfig(backbone=backbone, vocab_size=258, logits_scaling=3.0, longest=64)
     data = json.loads(json.dumps(config.to_json()))
     assert LanguageModelConfig.from_json(data) == config
     assert data.keys() - TINY.to_json().keys() == {"logits_scaling", "longest"}

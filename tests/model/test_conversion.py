@@ -35,6 +35,7 @@ from transformers import (
 from bayes_dispatch.errors import BayesDispatchError
 from bayes_dispatch.model.backbone import padded
 from bayes_dispatch.model.mambaformer.compiled.switch import tensors_only
+from bayes_dispatch.model.mambaformer.conversion.configs import read_config
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 from tests.tiny import tiny_tokenizer
@@ -59,7 +60,7 @@ HYBRID: dict[str, Any] = {
     "shared_intermediate_size": 40,
 }
 MULTIPLIERS: dict[str, Any] = {
-    "embedding_multiplier": 3.0,
+    "embedding_multiplier": 3,
     "residual_multiplier": 0.4,
     "attention_multiplier": 0.2,
     "logits_scaling": 0.5,
@@ -306,6 +307,9 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "scaling": ("llama", changed(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_scaling .* got rope_type"),
     "rope": ("llama", changed(rope_parameters={"rope_type": "linear"}), "rope_parameters .* got rope_type = 'linear'"),
     "partial": ("llama", changed(partial_rotary_factor=0.5), "partial_rotary_factor of a llama config to be 1.0"),
+    "theta": ("llama", changed(rope_parameters={"rope_theta": "x"}), "rope_theta .* of type number, got 'x'"),
+    "legacy": ("llama", changed(rope_scaling={"type": "linear"}), "rope_scaling .* got type = 'linear'"),
+    "bounds": ("granite-hybrid", changed(time_step_limit=[0, "1"]), "time_step_limit .* of type number, got '1'"),
     "sliding": ("llama", changed(sliding_window=128), "known here, got sliding_window"),
     "quantised": ("llama", changed(quantization_config={"bits": 4}), "known here, got quantization_config"),
     "code": ("llama", changed(auto_map={"AutoModel": "code.py"}), "known here, got auto_map"),
@@ -370,6 +374,33 @@ def test_missing_and_foreign_shards_are_refused(tmp_path: Path) -> None:
         index.write_text(json.dumps({**names, "weight_map": shards}))
         with pytest.raises(BayesDispatchError, match=r"^expected (the shard|the tensors|a weight_map)"):
             MambaFormerForCausalLM.from_transformers(directory)
+
+
+def test_a_configuration_as_it_is_published() -> None:
+    """Of Granite 4.0 H: older names of layers and dtype, whole numbers as multipliers, keys of training."""
+    layers = ["mamba"] * 5 + ["attention"] + ["mamba"] * 2
+    data = {
+        **{
+            "model_type": "granitemoehybrid",
+            "architectures": ["GraniteMoeHybridForCausalLM"],
+            "torch_dtype": "bfloat16",
+        },
+        **{"vocab_size": 100_352, "hidden_size": 768, "num_hidden_layers": 8, "layer_types": layers},
+        **{"num_attention_heads": 12, "num_key_value_heads": 4, "attention_bias": False, "attention_dropout": 0.0},
+        **{"mamba_n_heads": 48, "mamba_d_head": 32, "mamba_d_state": 128, "mamba_expand": 2, "mamba_n_groups": 1},
+        **{"mamba_d_conv": 4, "mamba_chunk_size": 256, "mamba_conv_bias": True, "mamba_proj_bias": False},
+        **{"num_local_experts": 0, "num_experts_per_tok": 0, "shared_intermediate_size": 2048, "hidden_act": "silu"},
+        **{"embedding_multiplier": 12, "attention_multiplier": 0.015625, "residual_multiplier": 0.246},
+        **{"logits_scaling": 3, "position_embedding_type": "nope", "rope_scaling": None, "rope_theta": 10_000},
+        **{"normalization_function": "rmsnorm", "rms_norm_eps": 1e-5, "init_method": "mup", "initializer_range": 0.1},
+        **{"max_position_embeddings": 32_768, "tie_word_embeddings": True, "transformers_version": "4.56.0"},
+    }
+    config = read_config(data).config
+    assert config.backbone.block_kinds[:4] == ("mamba2", "feed_forward") * 2
+    assert config.backbone.block_kinds[10] == "attention"
+    assert config.backbone.positions == "none"
+    assert config.backbone.attention_scale == 1 / 64
+    assert (config.logits_scaling, config.longest, config.tie_embeddings) == (3.0, 32_768, True)
 
 
 def test_a_model_without_its_tokenizer_is_refused() -> None:

@@ -52,12 +52,14 @@ class Keys:
         """A value of this type; ``default`` where there is none, or null."""
         self._unread.discard(name)
         value = self._data.get(name)
-        if value is None:
-            return default
+        return default if value is None else self.checked(name, value, kinds)
+
+    def checked(self, name: str, value: Any, kinds: Any) -> Any:
+        """A value of this type; a number as a float."""
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             wanted = getattr(kinds, "__name__", "number")
             raise ConfigError(f"expected {name} of a {self.kind} config to be of type {wanted}, got {value!r}")
-        return value
+        return float(value) if kinds is NUMBER else value
 
     def needed(self, name: str) -> int:
         """A whole number that has to be there."""
@@ -67,7 +69,8 @@ class Keys:
 
     def expect(self, name: str, default: Any, *allowed: Any) -> Any:
         """A value that is one of those that are known here."""
-        value = self.get(name, default, object)
+        self._unread.discard(name)
+        value = default if self._data.get(name) is None else self._data[name]
         if value not in allowed or isinstance(value, bool) is not isinstance(allowed[0], bool):
             raise ConfigError(f"expected {name} of a {self.kind} config to be {_listed(allowed)}, got {value!r}")
         return value
@@ -156,9 +159,10 @@ def _bounds(keys: Keys) -> tuple[float, float]:
     given = keys.get("time_step_limit", (0.0, math.inf), list | tuple)
     # that library writes infinity as an object of its own
     bounds = [math.inf if bound == {"__float__": "Infinity"} else bound for bound in given]
-    if len(bounds) != 2 or not all(isinstance(bound, NUMBER) for bound in bounds):
+    if len(bounds) != 2:
         raise ConfigError(f"expected time_step_limit of a {keys.kind} config to be two numbers, got {given!r}")
-    return bounds[0], bounds[1]
+    low, high = (keys.checked("time_step_limit", bound, NUMBER) for bound in bounds)
+    return low, high
 
 
 def _attention(keys: Keys) -> dict[str, Any]:
@@ -188,9 +192,11 @@ def _rotary(keys: Keys, sizes: dict[str, Any], part: float = 1.0) -> dict[str, A
                 raise ConfigError(
                     f"expected {where} of a {keys.kind} config of the default kind, got {name} = {value!r}"
                 )
-    theta = given.get("rope_theta", keys.get("rope_theta", 10_000.0, NUMBER))
-    factor = keys.get("partial_rotary_factor", part, NUMBER)
-    factor = given.get("partial_rotary_factor", factor)
+    numbers = {
+        name: keys.checked(name, given.get(name, keys.get(name, default, NUMBER)), NUMBER)
+        for name, default in (("rope_theta", 10_000.0), ("partial_rotary_factor", part))
+    }
+    theta, factor = numbers.values()
     if factor != part and keys.kind != "bamba":  # that library reads it of this kind alone
         raise ConfigError(f"expected partial_rotary_factor of a {keys.kind} config to be {part}, got {factor}")
     width = sizes["attention_head_dim"] or sizes["d_model"] // sizes["n_heads"]

@@ -1,4 +1,4 @@
-"""Where the tensors of a checkpoint of the transformers library go in a model of ours, and back."""
+"""Where the tensors of a checkpoint of the transformers library go in a model of ours."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,12 +39,6 @@ class Origin:
     def ours(self, theirs: Tensor) -> Tensor:
         """One of theirs as it stands in ours."""
         return theirs.squeeze(1) if self.view == "taps" else theirs.T if self.view == "turned" else theirs
-
-    def theirs(self, ours: Tensor) -> list[Tensor]:
-        """Inverse, of all of ours."""
-        if self.view == "taps":
-            return [ours[:, None]]
-        return list(ours.split(self.rows)) if self.rows else [ours.T if self.view == "turned" else ours]
 
 
 @dataclass(frozen=True)
