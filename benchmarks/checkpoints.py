@@ -91,9 +91,10 @@ def read(library: str, directory: Path, dtype: torch.dtype) -> Any:
 
 
 def loading(library: str, directory: Path, dtype: torch.dtype) -> tuple[float, float]:
-    """Seconds, and MiB by which the process is larger at its peak."""
+    """Seconds until each weight has been looked at, and MiB by which the process is larger at its peak."""
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    read(library, directory, dtype)
+    for weight in read(library, directory, dtype).parameters():
+        weight.sum()
     return time.perf_counter() - begun, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
@@ -145,6 +146,7 @@ def main(
     wanted = getattr(torch, dtype)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
+        transformers.logging.set_verbosity_error()  # it warns of every kernel that is not installed
         transformers.AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=wanted).save_pretrained(directory)
         size = (directory / "model.safetensors").stat().st_size / 2**20
         context = multiprocessing.get_context("spawn")
