@@ -10,7 +10,6 @@ that the matrix products of our model alone take, which no implementation of it 
 """
 
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ import typer
 from torch import Tensor
 
 import bayes_dispatch as bd
+from peers.memory import grown
 from peers.ours import Ours
 from peers.tasks import products, prompt
 from peers.timing import Rounds, Work, interleaved
@@ -92,10 +92,9 @@ def read(library: str, directory: Path, dtype: torch.dtype) -> Any:
 
 def loading(library: str, directory: Path, dtype: torch.dtype) -> tuple[float, float]:
     """Seconds until each weight has been looked at, and MiB by which the process is larger at its peak."""
-    before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    for weight in read(library, directory, dtype).parameters():
-        weight.sum()
-    return time.perf_counter() - begun, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    begun = time.perf_counter()
+    peak = grown(lambda: [weight.sum() for weight in read(library, directory, dtype).parameters()])
+    return time.perf_counter() - begun, peak / 2**20
 
 
 def prefilling(model: Any, tokens: int) -> Work:

@@ -19,7 +19,7 @@ from bayes_dispatch.errors import ConfigError, PromptError, TensorError
 from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.particles import Decoding
-from bayes_dispatch.inference.two_pass.system import System
+from bayes_dispatch.inference.two_pass.system import System, cut_of
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.serving.reading import Reading, Running
 from bayes_dispatch.serving.waiting import Request, WaitingLine
@@ -71,7 +71,7 @@ class BatchedEngine:
         TwoPassGenerator(system)  # whether its parts fit together
         self._system, self._limits = system, Limits() if limits is None else limits
         self._form = Form.of(system.tokenizer)
-        self._row_bytes, self._token_bytes = _cache_bytes(system.model)
+        self._row_bytes, self._token_bytes, self._between_bytes = _cache_bytes(system.model, cut_of(system))
         self._waiting = WaitingLine(self._limits.waiting, self._limits.waiting_tokens)
         self._closing: float | None = None  # when all is to be over, once it is to close
         self._state = EngineState(0, 0, 0, 0, 0, 0, 0, 0, False)
@@ -88,7 +88,7 @@ class BatchedEngine:
         """See ``work.Engine``."""
         request = Request.of(self._system, self._form, self._system.model.longest, work, tell)
         rows = 1 if work.writing is None else 2  # of the first pass, and of one particle at least
-        if self._bytes(rows, request.tokens) > self._limits.cache_bytes:
+        if self._bytes(rows, request.tokens, request.tokens) > self._limits.cache_bytes:
             most = self._limits.cache_bytes
             raise PromptError(f"expected a request whose cache fits in {most} bytes, got {request.tokens} tokens")
         with self._changed:
@@ -211,15 +211,18 @@ class BatchedEngine:
         Raises:
             ConfigError: there will never be.
         """
-        if self._bytes(rows, tokens) > self._limits.cache_bytes:
+        if self._bytes(rows, tokens, tokens) > self._limits.cache_bytes:
             most, needed = self._limits.cache_bytes, f"{rows} rows of {tokens} tokens"
             raise ConfigError(f"expected a blend whose caches fit in {most} bytes, got {needed}: try fewer draws")
         if self._batch is None:
             return True
-        return self._bytes(self._batch.reader.rows + rows, max(tokens, self._longest)) <= self._limits.cache_bytes
+        return (
+            self._bytes(self._batch.reader.rows + rows, max(tokens, self._longest), tokens) <= self._limits.cache_bytes
+        )
 
-    def _bytes(self, rows: int, tokens: int) -> int:
-        return rows * (self._row_bytes + tokens * self._token_bytes)
+    def _bytes(self, rows: int, tokens: int, read: int = 0) -> int:
+        """Of rows, and of a prompt of ``read`` tokens between the passes."""
+        return rows * (self._row_bytes + tokens * self._token_bytes) + read * self._between_bytes
 
     def _join(self, request: Request, reading: Reading) -> None:
         """Take what has been read into the batch."""
@@ -312,8 +315,8 @@ def _unpredictable(batch: Decoding) -> dict[int, Ended]:
     return {n: Ended("broken", error) for n, fine in enumerate(batch.predicts.tolist()) if not fine}
 
 
-def _cache_bytes(model: Backbone) -> tuple[int, int]:
-    """What a row keeps however short it is, and for each of its tokens.
+def _cache_bytes(model: Backbone, cut: int) -> tuple[int, int, int]:
+    """What a row keeps however short it is, and for each of its tokens; what is kept of a token between the passes.
 
     Raises:
         TensorError: a model whose sessions cannot be joined.
@@ -323,8 +326,8 @@ def _cache_bytes(model: Backbone) -> tuple[int, int]:
     with torch.no_grad():
         for tokens in (few, many):
             session = model.open(1, tokens)
-            session.read(torch.zeros(1, tokens, dtype=torch.long))
+            hidden = session.read(torch.zeros(1, tokens, dtype=torch.long)).hidden
             sizes.append(session.nbytes)
             session.join(session.select([0]))  # requests will have to
     by_token = (sizes[1] - sizes[0]) // (many - few)
-    return sizes[0] - few * by_token, by_token
+    return sizes[0] - few * by_token, by_token, hidden.shape[2] * hidden.element_size() if cut else 0

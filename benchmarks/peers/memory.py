@@ -1,6 +1,7 @@
 """The peak memory of a training step, in a process of its own."""
 
 import re
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from peers.groups import GROUPS
 from peers.tasks import training_step
 
-__all__ = ["peak_of_training"]
+__all__ = ["grown", "peak_of_training"]
 
 STATUS = Path("/proc/self/status")
 
@@ -33,9 +34,14 @@ def _peak(group: str, entry: str, shape: tuple[int, int], threads: int) -> int:
     contestant = entries[entry].build()
     training_step(contestant, torch.zeros(1, 8, dtype=torch.long))  # loads what is loaded on first use
     contestant.module.zero_grad(set_to_none=True)
+    return grown(lambda: training_step(contestant, torch.zeros(shape, dtype=torch.long)))
+
+
+def grown(run: Callable[[], object]) -> int:
+    """Bytes by which this process is larger at the peak of ``run`` than before, on Linux."""
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is in use now
     before = _kilobytes("VmRSS")
-    training_step(contestant, torch.zeros(shape, dtype=torch.long))
+    run()
     return 1024 * (_kilobytes("VmHWM") - before)
 
 

@@ -26,9 +26,11 @@ def blocks_on_ray() -> Iterator[Callable[..., list[Any]]]:
     What is printed meanwhile goes to stderr.
 
     Raises:
-        ConfigError: see ``connected``.
+        ConfigError: see ``connected``; or the cluster has no core.
     """
     with redirect_stdout(sys.stderr), connected():  # where a process is lost, Ray says so on stdout
+        if (cores := ray.cluster_resources().get("CPU", 0)) < 1:
+            raise ConfigError(f"expected a Ray cluster with a core for each block, got {cores:g} cores in all")
         yield map_blocks
 
 

@@ -12,7 +12,8 @@ from typing import Any
 # nobody without its token, which Ray would keep in a file that others may read.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"  # else what still asks for a replica while all ends would start Ray again
-if "RAY_ADDRESS" not in os.environ:
+os.environ.setdefault("RAY_task_oom_retries", "3")  # of tasks that are killed for memory: else for ever, silently
+if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     os.environ["RAY_AUTH_MODE"] = "token"
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -22,6 +23,8 @@ import ray
 from bayes_dispatch.errors import ConfigError
 
 __all__ = ["connected"]
+
+OWN = os.environ.get("RAY_ADDRESS", "") in ("", "local")
 
 
 @contextmanager
@@ -35,16 +38,15 @@ def connected() -> Iterator[float | None]:
         ConfigError: there is no such cluster, or one on this machine would listen to others.
     """
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
-    own = "RAY_ADDRESS" not in os.environ
     try:
-        ray.init(**quiet | ({"address": "local", "include_dashboard": False} if own else {}))
+        ray.init(**quiet | ({"address": "local", "include_dashboard": False} if OWN else {}))
     except Exception as error:  # Ray raises that class itself, too
-        where = "that starts" if own else f"at {os.environ['RAY_ADDRESS']}"
+        where = "that starts" if OWN else f"at {os.environ['RAY_ADDRESS']}"
         why = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(f"expected a Ray cluster {where}, got none: {why:.300}") from None
     try:
-        if own and (host := ray.util.get_node_ip_address()) != "127.0.0.1":
+        if OWN and (host := ray.util.get_node_ip_address()) != "127.0.0.1":
             raise ConfigError(f"expected a Ray cluster at 127.0.0.1 alone, got one at {host}")
-        yield ray.cluster_resources()["CPU"] if own else None
+        yield ray.cluster_resources()["CPU"] if OWN else None
     finally:
         ray.shutdown()

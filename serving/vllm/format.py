@@ -34,7 +34,7 @@ PREFIX = "blend:"  # of models that are one blend each
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes
 SLACK = 1e-4  # by which weights may miss a sum of 1
 TOLERANCE = 0.1  # nats, the mean over a probe's tokens: half precision is off by less
-LEAST_GAP = 3e-4  # nats by which two probes must differ; single precision may be off by a third of less
+LEAST_GAP = 3e-4  # nats by which two probes must differ: a third is far above what single precision is off by
 
 
 class Probe(NamedTuple):
@@ -138,8 +138,9 @@ def tolerance(probes: Sequence[Probe]) -> float:
         ValueError: two probes differ by too little to be told apart.
     """
     pairs = itertools.combinations(probes, 2)
-    least, one, other = min((_apart(a.log_probabilities, b.log_probabilities), a.weights, b.weights) for a, b in pairs)
-    if not least >= LEAST_GAP:  # NaN is not
+    gaps = [(_apart(a.log_probabilities, b.log_probabilities), a.weights, b.weights) for a, b in pairs]
+    least, one, other = min(gaps, key=lambda each: -math.inf if math.isnan(each[0]) else each[0])
+    if not least >= LEAST_GAP:
         message = f"expected blends of the bank that differ by {LEAST_GAP:g} nats or more on its probe"
         raise ValueError(f"{message}, got {one} and {other}, which differ by {least:.2g}: a mix-up could not be seen")
     return min(TOLERANCE, least / 3)
@@ -156,7 +157,8 @@ def gap(found: Sequence[Sequence[float]], probes: Sequence[Probe]) -> float:
         off = _apart(own, probe.log_probabilities)
         if not off <= most:  # NaN is not
             message = f"expected the log-probabilities of the blend {probe.weights} within {most:.2g} nats"
-            raise ValueError(f"{message}, got ones {off:.3g} off: another model, other experts, or weights unheard")
+            why = "another model, other experts, weights unheard, or too coarse a dtype"
+            raise ValueError(f"{message}, got ones {off:.3g} off: {why}")
         worst = max(worst, off)
     return worst
 

@@ -123,7 +123,12 @@ def make_app(
         if learner is None:
             message = "expected a server that learns (serve --prior FILE), got one whose prior stays as it is"
             raise RefusedError(404, message, code="no_feedback")
-        return JSONResponse(feedback_answer(asked, await learner.take(asked, request.state.record.key or "")))
+        try:
+            async with asyncio.timeout(settings.patience):  # another process may hold the prior's file
+                prior = await learner.take(asked, request.state.record.key or "")
+        except TimeoutError:
+            raise as_refused(Ended("late"), request.state.record.id) from None
+        return JSONResponse(feedback_answer(asked, prior))
 
     @app.get("/health")
     async def health() -> Response:

@@ -141,8 +141,10 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wait until all answers are sent, and cut off those that are not in time."""
         cutting = asyncio.create_task(self._cut_off())
-        await super().shutdown(sockets)
-        cutting.cancel()
+        try:
+            await super().shutdown(sockets)
+        finally:
+            cutting.cancel()
 
     async def _cut_off(self) -> None:
         """uvicorn itself would log each of them as an error with its places."""
@@ -156,6 +158,8 @@ class Server(uvicorn.Server):
         await asyncio.sleep(0)  # until the connections know
         for task in list(self.server_state.tasks):
             task.cancel()
+        await asyncio.sleep(1)
+        self.force_exit = True  # whatever did not heed that
 
     def _tell_left(self, event: str) -> None:
         """Log how many requests have no answer yet, if any."""

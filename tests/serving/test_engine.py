@@ -244,6 +244,22 @@ def test_what_reads_a_prompt_is_counted(llama64: Any, start: Callable[..., Batch
     assert (2, True) < max(seen) <= (8, True)  # equal particles are one row
 
 
+def test_what_is_kept_between_the_passes_is_counted(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    """The blocks that are adapted read what the first pass leaves of each token."""
+    probe, asked = start(cut64), replace(work(cut64, "ab>" * 300), writing=None)
+    tokens = probe.submit(asked, Told()).tokens
+    bound = probe._bytes(1, tokens, tokens)
+    assert bound > probe._bytes(1, tokens)
+    with pytest.raises(PromptError, match="fits in"):
+        start(cut64, cache_bytes=bound - 1).submit(asked, Told())
+    engine, own, most = start(cut64, cache_bytes=bound, piece=2), Told(), 0
+    engine.submit(asked, own)
+    while not own.over.is_set():
+        most = max(most, engine.state.cache_bytes)
+    assert own.why() == "dispatched"
+    assert 0 < most <= bound
+
+
 def test_what_a_long_request_left_is_counted(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
     """Rows keep the room of the longest that was beside them; readers that have joined keep nothing of their own."""
     probe = start(cut64)

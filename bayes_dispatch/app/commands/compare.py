@@ -18,7 +18,7 @@ from bayes_dispatch.app.commands.terminal import (
     SeedOption,
     TopKOption,
     mapped_on_ray,
-    open_bundle,
+    open_bundles,
     open_console,
     print_json,
     with_options,
@@ -101,7 +101,7 @@ def compare(
     from bayes_dispatch.inference.scoring.scores import SystemComparison
 
     places = {OURS: bundle} if other is None else {OURS: bundle, THEIRS: other}
-    systems = {system: open_bundle(place) for system, place in places.items()}
+    systems = dict(zip(places, open_bundles(list(places.values())), strict=True))
     for name in compared:
         as_blend(name, systems[OURS].experts.components)
     if jsonl is None:

@@ -47,7 +47,7 @@ def fit(
     """
     if (examples is None) == (evidence is None):
         raise ConfigError(f"expected either --examples or --evidence, got {'none' if examples is None else 'both'}")
-    refuse_unused("--ray", ray, examples is not None, "with --examples, which are read")
+    refuse_unused("--ray", ray, examples is not None, "with --examples")
     check_new_output(out, "bundle.json")
     cluster = mapped_on_ray() if ray else None
     from bayes_dispatch.app.own_expert import with_dispatcher

@@ -66,7 +66,10 @@ def serve(
     ] = None,
     remembered: Annotated[
         int | None,
-        typer.Option(min=1, help="Most choices that feedback may be given on, the latest; 4096 by default."),
+        typer.Option(
+            min=1,
+            help="Most choices remembered for feedback; the key with most loses its oldest. Default: 4096.",
+        ),
     ] = None,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write prompts to the log, too.")] = False,
     vllm: Annotated[

@@ -39,6 +39,7 @@ __all__ = [
     "check_output",
     "mapped_on_ray",
     "open_bundle",
+    "open_bundles",
     "open_console",
     "print_json",
     "refuse_unused",
@@ -196,17 +197,22 @@ def mapped_on_ray() -> "AbstractContextManager[MapBlocks]":
 
 
 def open_bundle(path: Path | None, dtype: str | None = None) -> "Bundle":
-    """Load a bundle, and use as many threads as its model gains by, unless ``OMP_NUM_THREADS`` tells.
+    """See ``open_bundles``."""
+    return open_bundles([path], dtype)[0]
+
+
+def open_bundles(paths: Sequence[Path | None], dtype: str | None = None) -> "list[Bundle]":
+    """Load bundles, and use as many threads as the largest model gains by, unless ``OMP_NUM_THREADS`` tells.
 
     Raises:
         BundleError: see ``load_bundle``.
     """
     from bayes_dispatch.app.bundle import load_bundle
 
-    bundle = load_bundle(path, dtype=dtype)
-    if sum(out * width for out, width in bundle.model.linears().values()) < LARGE:
+    bundles = [load_bundle(path, dtype=dtype) for path in paths]
+    if all(sum(out * width for out, width in each.model.linears().values()) < LARGE for each in bundles):
         use_one_thread()
-    return bundle
+    return bundles
 
 
 def use_one_thread() -> None:
