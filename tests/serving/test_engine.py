@@ -232,7 +232,7 @@ def test_what_reads_a_prompt_is_counted(llama64: Any, start: Callable[..., Batch
     asked = work(llama64, "ab>" * 40, "refined_mean(6)", 2)
     tokens = probe.submit(asked, Told()).tokens
     for rows, why in ((7, {"failed"}), (8, {"length", "stop"})):  # of the first pass, six particles and their mean
-        (own,) = run(start(llama64, cache_bytes=probe._bytes(rows, tokens)), [asked])
+        (own,) = run(start(llama64, cache_bytes=probe._bytes(rows, tokens, tokens)), [asked])
         assert own.why() in why
     engine, own, seen = start(llama64, piece=1), Told(), set[tuple[int, bool]]()
     engine.submit(asked, own)

@@ -217,7 +217,7 @@ def test_fit_reads_prompts(saved: Path, bundle: Bundle, capfd: pytest.CaptureFix
         (["report", "--json", "--markdown"], "--markdown without --json, got both"),
         (
             ["fit", "--evidence", "a.npz", "--out", "new", "--ray"],
-            "--ray with --examples, which are read, got it without",
+            "--ray with --examples, got it without",
         ),
     ],
     ids=" ".join,
