@@ -62,7 +62,7 @@ class Delta(NamedTuple):
 
     def to(self, like: Tensor) -> "Delta":
         """On the device and in the dtype of a tensor."""
-        same = self.c.dtype == self.up.dtype == self.down.dtype == like.dtype and self.c.device == like.device
+        same = all(each.dtype == like.dtype and each.device == like.device for each in self)
         return self if same else Delta(*(each.to(like) for each in self))
 
     def select(self, rows: Sequence[int] | Tensor) -> "Delta":

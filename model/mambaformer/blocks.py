@@ -267,8 +267,11 @@ def check_adaptation(
         if scales.dtype != dtype:
             raise TensorError(f"expected scales of {dtype} for {name}, got {scales.dtype}")
     for name, delta in adaptation.deltas.items():
-        if (got := (delta.up.shape[0], delta.down.shape[1])) != shapes[name]:
-            raise TensorError(f"expected a delta of {name} of shape {shapes[name]}, got {got}")
+        (out, width), rank = shapes[name], delta.c.shape[-1]
+        if (got := (tuple(delta.up.shape), tuple(delta.down.shape))) != ((out, rank), (rank, width)):
+            raise TensorError(f"expected factors {(out, rank)} and {(rank, width)} of the delta of {name}, got {got}")
+        if not all(each.is_floating_point() for each in delta):
+            raise TensorError(f"expected a delta of floats for {name}, got {[each.dtype for each in delta]}")
     if adaptation.rows not in (None, batch):
         raise TensorError(f"expected scales for {batch} rows, got {adaptation.rows}")
 

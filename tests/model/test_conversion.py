@@ -304,11 +304,19 @@ NORM = "model.layers.0.input_layernorm.weight"
 WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "kind": ("llama", changed(model_type="qwen3"), "model_type .* got 'qwen3'"),
     "activation": ("llama", changed(hidden_act="gelu"), "hidden_act .* got 'gelu'"),
-    "scaling": ("llama", changed(rope_scaling={"rope_type": "yarn", "factor": 2.0}), "rope_scaling .* got rope_type"),
+    "scaling": (
+        "llama",
+        changed(rope_parameters=None, rope_scaling={"rope_type": "yarn", "factor": 2.0}),
+        "rope_scaling .* got rope_type",
+    ),
     "rope": ("llama", changed(rope_parameters={"rope_type": "linear"}), "rope_parameters .* got rope_type = 'linear'"),
     "partial": ("llama", changed(partial_rotary_factor=0.5), "partial_rotary_factor of a llama config to be 1.0"),
     "theta": ("llama", changed(rope_parameters={"rope_theta": "x"}), "rope_theta .* of type number, got 'x'"),
-    "legacy": ("llama", changed(rope_scaling={"type": "linear"}), "rope_scaling .* got type = 'linear'"),
+    "legacy": (
+        "llama",
+        changed(rope_parameters=None, rope_scaling={"type": "linear"}),
+        "rope_scaling .* got type = 'linear'",
+    ),
     "bounds": ("granite-hybrid", changed(time_step_limit=[0, "1"]), "time_step_limit .* of type number, got '1'"),
     "sliding": ("llama", changed(sliding_window=128), "known here, got sliding_window"),
     "quantised": ("llama", changed(quantization_config={"bits": 4}), "known here, got quantization_config"),
@@ -347,6 +355,28 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "tokenizer": ("llama", lambda d: (d / "tokenizer.json").unlink(), "expected a tokenizer.json in"),
     "no tokenizer": ("llama", lambda d: (d / "tokenizer.json").write_text("{}"), "of the tokenizers library in"),
     "json": ("llama", lambda d: (d / "config.json").write_text("{"), "expected JSON in"),
+    "kinds": ("llama", changed(model_type=["llama"]), r"model_type .* got \['llama'\]"),
+    "no heads": ("llama", changed(num_attention_heads=0), "num_attention_heads .* from 1 to 67108864, got 0"),
+    "no state heads": ("bamba", changed(mamba_n_heads=0, mamba_d_head="auto"), "mamba_n_heads .* from 1 .* got 0"),
+    "deep": ("llama", changed(num_hidden_layers=10**6), "num_hidden_layers of a llama config up to 4096, got 1000000"),
+    "wide": ("llama", changed(intermediate_size=10**13), "intermediate_size .* from 1 to"),
+    "words": ("llama", changed(vocab_size=10**30), "vocab_size .* from 1 to"),
+    "large": ("llama", changed(rms_norm_eps=10**400), "rms_norm_eps of a llama config to be a number, got a huge one"),
+    "logits": ("llama", changed(logits_scaling=4.0), "known here, got logits_scaling"),
+    "turned": ("bamba", changed(partial_rotary_factor=0.25), "partial_rotary_factor of a bamba config to be 0.5"),
+    "both": (
+        "llama",
+        changed(rope_scaling={"type": "default"}, rope_parameters={"rope_theta": 500.0}),
+        "rope_parameters or rope_scaling in a llama config, got both",
+    ),
+    "below": ("granite-hybrid", changed(time_step_limit=[0, float("-inf")]), "dt_limit"),
+    "ends": ("llama", changed(eos_token_id=["2"]), "eos_token_id in .* got '2'"),
+    "end": ("llama", changed(eos_token_id=True), "eos_token_id in .* got True"),
+    "generation": (
+        "llama",
+        lambda d: (d / "generation_config.json").write_text("[]"),
+        "expected an object in .*generation_config.json",
+    ),
     "config": ("llama", lambda d: (d / "config.json").unlink(), "expected a model's directory with a config.json"),
 }
 
@@ -374,6 +404,29 @@ def test_missing_and_foreign_shards_are_refused(tmp_path: Path) -> None:
         index.write_text(json.dumps({**names, "weight_map": shards}))
         with pytest.raises(BayesDispatchError, match=r"^expected (the shard|the tensors|a weight_map)"):
             MambaFormerForCausalLM.from_transformers(directory)
+
+
+def test_of_two_copies_the_one_that_is_meant_is_read(tmp_path: Path) -> None:
+    """Where there is a whole file, that; of a tensor in two shards, none."""
+    directory = saved("llama", tmp_path, max_shard_size="40KB")
+    model = MambaFormerForCausalLM.from_transformers(directory)
+    names = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    embedding = "model.embed_tokens.weight"
+    other = next(shard for shard in sorted(set(names.values()), reverse=True) if shard != names[embedding])
+    both = load_file(directory / other) | {embedding: torch.ones(270, 32)}
+    save_file(both, directory / other)
+    with pytest.raises(BayesDispatchError, match=f"in {other}, got {embedding}, too$"):
+        MambaFormerForCausalLM.from_transformers(directory)
+    whole = {name: each for shard in sorted(set(names.values())) for name, each in load_file(directory / shard).items()}
+    save_file(whole | {embedding: model.embedding.weight.detach() + 1}, directory / "model.safetensors")
+    read = MambaFormerForCausalLM.from_transformers(directory).embedding.weight
+    torch.testing.assert_close(read, model.embedding.weight + 1)
+
+
+def test_pad_of_no_id_is_none(tmp_path: Path) -> None:
+    directory = saved("llama", tmp_path)
+    changed(pad_token_id=-1)(directory)
+    assert MambaFormerForCausalLM.from_transformers(directory).tokenizer.pad_token_id == 0
 
 
 def test_a_configuration_as_it_is_published() -> None:

@@ -240,6 +240,7 @@ def test_what_reads_a_prompt_is_counted(llama64: Any, start: Callable[..., Batch
         state = engine.state
         if state.running and not own.tokens:
             seen.add((state.rows, state.cache_bytes > 0))
+        sleep(0.001)
     assert (1, True) in seen
     assert (2, True) < max(seen) <= (8, True)  # equal particles are one row
 
@@ -256,6 +257,7 @@ def test_what_is_kept_between_the_passes_is_counted(cut64: Any, start: Callable[
     engine.submit(asked, own)
     while not own.over.is_set():
         most = max(most, engine.state.cache_bytes)
+        sleep(0.001)
     assert own.why() == "dispatched"
     assert 0 < most <= bound
 

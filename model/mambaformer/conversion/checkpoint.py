@@ -34,6 +34,8 @@ def read_checkpoint(
     with ExitStack() as stack:
         if isinstance(source, nn.Module):
             where = f"a {type(source).__name__}"
+            if not hasattr(source, "config"):
+                raise ConfigError(f"expected a model of the transformers library, got {where}")
             data, theirs = cast(Any, source).config.to_dict(), _of_module(source)
         else:
             where, file = str(source), Path(source) / "config.json"
@@ -95,12 +97,12 @@ def read_state(
     for name, like in wanted.items():
         origin = table[name]
         parts = [(each, shape) for each, shape in zip(origin.names, origin.shapes(like.shape), strict=False)]
-        if dtype is None:  # the embedding is the first of all
-            dtype = read(*parts[0]).dtype
+        pieces = [read(*part) for part in parts]  # mapped memory, whose shapes are right before there is any other
+        dtype = dtype or pieces[0].dtype  # the embedding is the first of all
         whole = torch.zeros(like.shape, dtype=dtype)
         at = 0
-        for part in parts:
-            own = origin.ours(read(*part))
+        for piece in pieces:
+            own = origin.ours(piece)
             whole[at : at + len(own)] = own
             at += len(own)
         found[name] = whole

@@ -31,6 +31,7 @@ LAYERS: dict[str, BlockKind] = {
     "full_attention": "attention",
 }
 NUMBER = int | float
+LARGEST, MOST_LAYERS = 2**26, 4096  # sizes beyond these are no model's: memory would be asked for first
 
 
 class Described(NamedTuple):
@@ -55,11 +56,25 @@ class Keys:
         return default if value is None else self.checked(name, value, kinds)
 
     def checked(self, name: str, value: Any, kinds: Any) -> Any:
-        """A value of this type; a number as a float."""
+        """A value of this type; a number as a float, a whole one as a size."""
         if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
             wanted = getattr(kinds, "__name__", "number")
-            raise ConfigError(f"expected {name} of a {self.kind} config to be of type {wanted}, got {value!r}")
-        return float(value) if kinds is NUMBER else value
+            raise ConfigError(f"expected {name} of a {self.kind} config to be of type {wanted}, got {value!r:.80}")
+        if kinds is NUMBER:
+            try:
+                return float(value)
+            except OverflowError:
+                raise ConfigError(f"expected {name} of a {self.kind} config to be a number, got a huge one") from None
+        if isinstance(value, int) and not isinstance(value, bool) and not 1 <= value <= LARGEST:
+            raise ConfigError(f"expected {name} of a {self.kind} config from 1 to {LARGEST}, got {value!r:.80}")
+        return value
+
+    def layers(self, default: int) -> int:
+        """How many there are."""
+        count = int(self.get("num_hidden_layers", default))
+        if count > MOST_LAYERS:
+            raise ConfigError(f"expected num_hidden_layers of a {self.kind} config up to {MOST_LAYERS}, got {count}")
+        return count
 
     def needed(self, name: str) -> int:
         """A whole number that has to be there."""
@@ -89,14 +104,15 @@ def read_config(data: Any) -> Described:
         ConfigError: another kind of model, or a key whose value changes results and is not covered, by name.
     """
     kind = data.get("model_type") if isinstance(data, dict) else None
-    if kind not in READERS:
+    if not isinstance(kind, str) or kind not in READERS:
         raise ConfigError(f"expected a config whose model_type is {_listed(READERS)}, got {kind!r}")
     keys = Keys(data)
     keys.expect("hidden_act", "silu", "silu", "swish")
     sizes = READERS[kind](keys)
     tied = keys.get("tie_word_embeddings", kind == "mamba", bool)
     head = {"vocab_size": keys.needed("vocab_size"), "tie_embeddings": tied}
-    head["logits_scaling"] = keys.get("logits_scaling", 1.0, NUMBER)
+    if kind.startswith("granite"):
+        head["logits_scaling"] = keys.get("logits_scaling", 1.0, NUMBER)
     if (longest := keys.get("max_position_embeddings", None)) is not None:
         head["longest"] = longest
     conv_bias = keys.get("use_conv_bias" if kind in ("mamba", "mamba2") else "mamba_conv_bias", True, bool)
@@ -107,7 +123,7 @@ def read_config(data: Any) -> Described:
 def _mamba(keys: Keys) -> dict[str, Any]:
     sizes: dict[str, Any] = {
         "d_model": keys.needed("hidden_size"),
-        "blocks": ("mamba1",) * keys.get("num_hidden_layers", 32),
+        "blocks": ("mamba1",) * keys.layers(32),
         "d_state": keys.get("state_size", 16),
         "d_conv": keys.get("conv_kernel", 4),
         "expand": keys.get("expand", 2),
@@ -128,7 +144,7 @@ def _mamba2(keys: Keys) -> dict[str, Any]:
     keys.get("time_step_rank", "auto", int | str)  # not used by that library
     sizes: dict[str, Any] = {
         "d_model": keys.needed("hidden_size"),
-        "blocks": ("mamba2",) * keys.get("num_hidden_layers", 64),
+        "blocks": ("mamba2",) * keys.layers(64),
         "n_heads": 1,
         "d_state": keys.get("state_size", 128),
         "d_conv": keys.get("conv_kernel", 4),
@@ -151,7 +167,7 @@ def _heads(keys: Keys, prefix: str, width: int, heads: int, d_model: int, groups
         "head_dim": width,
         "n_groups": n_groups,
         "norm_groups": n_groups,
-        "dt_limit": (low, None if math.isinf(high) else high),
+        "dt_limit": (low, None if high == math.inf else high),
     }
 
 
@@ -185,6 +201,8 @@ def _rotary(keys: Keys, sizes: dict[str, Any], part: float = 1.0) -> dict[str, A
     """Settings of rotary positions, of which only the first kind is known; ``part`` of each head is turned."""
     given = keys.get("rope_parameters", None, dict) or {}
     scaling = keys.get("rope_scaling", None, dict) or {}
+    if given and scaling:
+        raise ConfigError(f"expected rope_parameters or rope_scaling in a {keys.kind} config, got both")
     for where, values in (("rope_scaling", scaling), ("rope_parameters", given)):
         for name, value in values.items():
             plain = name in ("rope_type", "type") and value == "default"
@@ -192,13 +210,12 @@ def _rotary(keys: Keys, sizes: dict[str, Any], part: float = 1.0) -> dict[str, A
                 raise ConfigError(
                     f"expected {where} of a {keys.kind} config of the default kind, got {name} = {value!r}"
                 )
-    numbers = {
-        name: keys.checked(name, given.get(name, keys.get(name, default, NUMBER)), NUMBER)
-        for name, default in (("rope_theta", 10_000.0), ("partial_rotary_factor", part))
-    }
-    theta, factor = numbers.values()
-    if factor != part and keys.kind != "bamba":  # that library reads it of this kind alone
-        raise ConfigError(f"expected partial_rotary_factor of a {keys.kind} config to be {part}, got {factor}")
+    theta = keys.checked("rope_theta", given.get("rope_theta", keys.get("rope_theta", 10_000.0, NUMBER)), NUMBER)
+    named = "partial_rotary_factor"  # that library reads it of one kind alone, and there in rope_parameters
+    outside, factor = keys.get(named, part, NUMBER), keys.checked(named, given.get(named, part), NUMBER)
+    if outside != part or (factor != part and keys.kind != "bamba"):
+        got = factor if outside == part else outside
+        raise ConfigError(f"expected {named} of a {keys.kind} config to be {part}, got {got}")
     width = sizes["attention_head_dim"] or sizes["d_model"] // sizes["n_heads"]
     turned = None if factor == 1 else int(width * factor)
     return {"positions": "rotary", "rotary_base": theta, "rotary_width": turned}
@@ -219,7 +236,7 @@ def _llama(keys: Keys) -> dict[str, Any]:
         sizes
         | _rotary(keys, sizes)
         | {
-            "blocks": ("attention", "feed_forward") * keys.get("num_hidden_layers", 32),
+            "blocks": ("attention", "feed_forward") * keys.layers(32),
             "d_ff": keys.get("intermediate_size", 11_008),
             "biased": _biased(keys, attention_bias="attention", mlp_bias="feed_forward"),
         }
@@ -244,7 +261,7 @@ def _hybrid(keys: Keys) -> dict[str, Any]:
 
 
 def _bamba(keys: Keys) -> dict[str, Any]:
-    sizes, layers = _hybrid(keys), keys.get("num_hidden_layers", 32)
+    sizes, layers = _hybrid(keys), keys.layers(32)
     at = keys.get("attn_layer_indices", [], list)
     if outside := [place for place in at if place not in range(layers)]:
         raise ConfigError(f"expected attn_layer_indices below num_hidden_layers {layers}, got {outside[0]!r}")
@@ -262,10 +279,10 @@ def _bamba(keys: Keys) -> dict[str, Any]:
 
 
 def _granite_hybrid(keys: Keys) -> dict[str, Any]:
-    sizes, layers = _hybrid(keys), keys.get("num_hidden_layers", 32)
+    sizes, layers = _hybrid(keys), keys.layers(32)
     keys.expect("num_local_experts", 8, 0)
     keys.expect("normalization_function", "rmsnorm", "rmsnorm")
-    keys.get("intermediate_size", None)  # of experts
+    keys.get("intermediate_size", None, object)  # of experts
     every = ["mamba"] * layers
     kinds = _kinds(keys, "layer_types", keys.get("layer_types", keys.get("layers_block_type", every, list), list))
     if len(kinds) != layers:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
@@ -31,13 +31,16 @@ def opened(directory: Path, stack: ExitStack) -> Tensors:
     Raises:
         BundleError: there is no safetensors file, a shard is missing, or one is damaged.
     """
-    index = directory / INDEX
-    if index.is_file():
+    index, whole = (
+        directory / INDEX,
+        (directory / WHOLE).is_file(),
+    )  # where there are both, that library reads the latter
+    if index.is_file() and not whole:
         named = read_json(index)
         shards = named.get("weight_map") if isinstance(named, dict) else None
         if not isinstance(shards, dict) or not all(isinstance(each, str) for each in shards.values()):
             raise BundleError(f"expected a weight_map of tensors to files in {index}, got none")
-    elif (directory / WHOLE).is_file():
+    elif whole:
         shards = dict.fromkeys([WHOLE], WHOLE)
     else:
         raise BundleError(f"expected {WHOLE} or {INDEX} in {directory}, got neither; no pickle is read")
@@ -47,12 +50,14 @@ def opened(directory: Path, stack: ExitStack) -> Tensors:
             raise BundleError(f"expected the shard {shard} beside {index}, got none")
         try:
             file = stack.enter_context(safe_open(directory / shard, "pt"))
-            own = list(file.keys())
+            own = file.keys()
         except (SafetensorError, OSError) as error:
             raise BundleError(f"expected a whole safetensors file {directory / shard}, got: {error}") from None
+        if not whole and (elsewhere := [name for name in own if shards.get(name) != shard]):
+            raise BundleError(f"expected the tensors that {index} names in {shard}, got {elsewhere[0]}, too")
         found |= {name: lambda file=file, name=name: file.get_tensor(name) for name in own}
-    if index.is_file() and (odd := sorted(set(shards) ^ set(found))):
-        raise BundleError(f"expected the tensors that {index} names in its shards, got others or fewer: {odd[0]}")
+    if not whole and (odd := sorted(set(shards) - set(found))):
+        raise BundleError(f"expected the tensors that {index} names in its shards, got fewer: {odd[0]}")
     return found
 
 
@@ -72,9 +77,14 @@ def read_subwords(directory: Path, vocab_size: int) -> SubwordTokenizer:
         backend = Tokenizer.from_str(read_bytes(file).decode())
     except Exception as error:  # that library raises nothing narrower
         raise BundleError(f"expected a tokenizer of the tokenizers library in {file}, got: {error}") from None
-    config, generation, own = (
-        read_json(directory / f"{name}.json") for name in ("config", "generation_config", "tokenizer_config")
-    )
+    files = [directory / f"{name}.json" for name in ("config", "generation_config", "tokenizer_config")]
+    config, generation, own = map(read_json, files)
+    for path, data in zip(files, (config, generation, own), strict=True):
+        if not isinstance(data, dict):
+            raise BundleError(f"expected an object in {path}, got another value")
+
+    def is_id(value: object) -> TypeGuard[int]:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
 
     def id_of(name: str) -> int | None:
         token = own.get(name)
@@ -83,11 +93,13 @@ def read_subwords(directory: Path, vocab_size: int) -> SubwordTokenizer:
 
     ends: list[int] = []
     for given in (config.get("eos_token_id"), generation.get("eos_token_id"), id_of("eos_token")):
-        ends += [] if given is None else [given] if isinstance(given, int) else given
+        ends += [] if given is None else given if isinstance(given, list) else [given]
+    if bad := [each for each in ends if not is_id(each)]:
+        raise BundleError(f"expected eos_token_id in {directory} of ids below {vocab_size}, got {bad[0]!r:.80}")
     special = {id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special}
     names = [id_of(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")]
     special |= {id_ for id_ in names if id_ is not None}
-    pad = next((id_ for id_ in (id_of("pad_token"), config.get("pad_token_id")) if isinstance(id_, int)), 0)
+    pad = next((id_ for id_ in (id_of("pad_token"), config.get("pad_token_id")) if is_id(id_)), 0)
     plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
     before = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
     return SubwordTokenizer(
