@@ -15,7 +15,6 @@ from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.scoring.compare import compare_blends
 from bayes_dispatch.inference.scoring.scores import Comparison
 from bayes_dispatch.inference.two_pass.first_pass import first_pass
-from bayes_dispatch.inference.two_pass.system import cut_of
 
 __all__ = ["MapBlocks", "compare_in_blocks", "evidence_in_blocks"]
 
@@ -57,7 +56,7 @@ def score_block(documents: Sequence[Document], bundle: BundleAt, blends: Sequenc
 
 def read_block(prompts: Sequence[str], bundle: BundleAt) -> Evidence:
     system = _loaded(bundle)
-    return first_pass(system.model, system.tokenizer, prompts, block=cut_of(system)).evidence
+    return first_pass(system.model, system.tokenizer, prompts, block=system.cut).evidence
 
 
 @lru_cache(maxsize=2)  # a process that scores many blocks loads a bundle once; `compare --other` has two

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
 from bayes_dispatch.model.mambaformer.conversion.configs import Described, read_config
-from bayes_dispatch.model.mambaformer.conversion.files import Tensors, opened, read_json, read_subwords
+from bayes_dispatch.model.mambaformer.conversion.files import Readers, opened, read_optional, read_subwords
 from bayes_dispatch.model.mambaformer.conversion.layout import origins
 from bayes_dispatch.model.mambaformer.pretrained import DTYPES, Pretrained
 from bayes_dispatch.model.subwords import SubwordTokenizer
@@ -41,7 +41,7 @@ def read_checkpoint(
             where, file = str(source), Path(source) / "config.json"
             if not file.is_file():
                 raise ConfigError(f"expected a model's directory with a config.json, got {source}")
-            data, theirs = read_json(file), opened(Path(source), stack)
+            data, theirs = read_optional(file), opened(Path(source), stack)
         described = read_config(data)
         with torch.device("meta"):  # no memory yet, and no random numbers
             model = build(described.config)
@@ -60,7 +60,7 @@ def read_checkpoint(
     return model.eval()
 
 
-def _of_module(module: nn.Module) -> Tensors:
+def _of_module(module: nn.Module) -> Readers:
     def reading(tensor: Tensor) -> Callable[[], Tensor]:
         return lambda: tensor.detach().cpu()
 
@@ -68,7 +68,7 @@ def _of_module(module: nn.Module) -> Tensors:
 
 
 def read_state(
-    described: Described, wanted: Mapping[str, Tensor], theirs: Tensors, dtype: torch.dtype | None, where: str
+    described: Described, wanted: Mapping[str, Tensor], theirs: Readers, dtype: torch.dtype | None, where: str
 ) -> dict[str, Tensor]:
     """The tensors of our model, in memory of their own.
 

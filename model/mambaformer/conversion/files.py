@@ -13,19 +13,19 @@ from bayes_dispatch.errors import BundleError
 from bayes_dispatch.model.subwords import SubwordTokenizer
 from bayes_dispatch.storage import parse_json, read_bytes
 
-__all__ = ["Tensors", "opened", "read_json", "read_subwords"]
+__all__ = ["Readers", "opened", "read_optional", "read_subwords"]
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
 
-Tensors = Mapping[str, Callable[[], Tensor]]  # how each is read
+Readers = Mapping[str, Callable[[], Tensor]]  # how each is read
 
 
-def read_json(path: Path) -> Any:
+def read_optional(path: Path) -> Any:
     """A JSON file; an empty object where there is none."""
     return parse_json(read_bytes(path), path) if path.is_file() else {}
 
 
-def opened(directory: Path, stack: ExitStack) -> Tensors:
+def opened(directory: Path, stack: ExitStack) -> Readers:
     """The tensors of a checkpoint, memory-mapped for as long as ``stack`` is open.
 
     Raises:
@@ -36,7 +36,7 @@ def opened(directory: Path, stack: ExitStack) -> Tensors:
         (directory / WHOLE).is_file(),
     )  # where there are both, that library reads the latter
     if index.is_file() and not whole:
-        named = read_json(index)
+        named = read_optional(index)
         shards = named.get("weight_map") if isinstance(named, dict) else None
         if not isinstance(shards, dict) or not all(isinstance(each, str) for each in shards.values()):
             raise BundleError(f"expected a weight_map of tensors to files in {index}, got none")
@@ -78,7 +78,7 @@ def read_subwords(directory: Path, vocab_size: int) -> SubwordTokenizer:
     except Exception as error:  # that library raises nothing narrower
         raise BundleError(f"expected a tokenizer of the tokenizers library in {file}, got: {error}") from None
     files = [directory / f"{name}.json" for name in ("config", "generation_config", "tokenizer_config")]
-    config, generation, own = map(read_json, files)
+    config, generation, own = map(read_optional, files)
     for path, data in zip(files, (config, generation, own), strict=True):
         if not isinstance(data, dict):
             raise BundleError(f"expected an object in {path}, got another value")
