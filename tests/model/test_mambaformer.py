@@ -175,16 +175,27 @@ class TestAdaptation:
             model(tokens(0, 2, 3), adaptation=Adaptation(given))
 
     @pytest.mark.parametrize(
-        ("name", "message"),
+        ("name", "delta", "message"),
         [
-            ("blocks.1.mixer.qkv", r"a delta of blocks.1.mixer.qkv of shape \(96, 32\), got \(5, 32\)"),
-            ("head", "adaptable matrix .* got 'head'"),
+            ("head", ((5, 2), (2, 32), 2), "adaptable matrix .* got 'head'"),
+            ("blocks.1.mixer.qkv", ((5, 2), (2, 32), 2), r"\(96, 2\) and \(2, 32\) of the delta of blocks.1.mixer.qkv"),
+            ("blocks.1.mixer.qkv", ((96, 3), (2, 32), 2), r"got \(\(96, 3\), \(2, 32\)\)"),
+            ("blocks.1.mixer.qkv", ((96, 3), (3, 32), 1), r"expected factors \(96, 1\) and \(1, 32\)"),
+            ("blocks.1.mixer.qkv", ((96, 2), (2,), 2), r"got \(\(96, 2\), \(2,\)\)"),
         ],
     )
-    def test_deltas_that_do_not_fit(self, model: "MambaFormerForCausalLM", name: str, message: str) -> None:
-        delta = Delta(torch.ones(5, 2), torch.ones(2, 32), torch.ones(2))
+    def test_deltas_that_do_not_fit(
+        self, model: "MambaFormerForCausalLM", name: str, delta: tuple[Any, Any, int], message: str
+    ) -> None:
+        up, down, rank = delta
+        given = Delta(torch.ones(up), torch.ones(down), torch.ones(rank))
         with pytest.raises(TensorError, match=message):
-            model(tokens(0, 2, 3), adaptation=Adaptation({}, {name: delta}))
+            model(tokens(0, 2, 3), adaptation=Adaptation({}, {name: given}))
+
+    def test_deltas_are_of_floats(self, model: "MambaFormerForCausalLM") -> None:
+        given = Delta(torch.ones(96, 2).int(), torch.ones(2, 32), torch.ones(2))
+        with pytest.raises(TensorError, match=r"expected a delta of floats for blocks\.1\.mixer\.qkv"):
+            model(tokens(0, 2, 3), adaptation=Adaptation({}, {"blocks.1.mixer.qkv": given}))
 
 
 class TestFingerprint:
