@@ -29,6 +29,7 @@ from torch import Tensor
 from bayes_dispatch.errors import BundleError
 
 __all__ = [
+    "EXPORTED_BY",
     "check_directory",
     "check_files",
     "check_tensors",
@@ -59,7 +60,10 @@ CONTENTS: dict[str, Callable[[Any], Collection[str]]] = {
     "bank.json": lambda index: {entry["file"] for entry in index["experts"]},
     "bundle.json": lambda index: index["files"].keys(),
     "config.json": lambda index: (
-        (index.get("backbone") or index["encoder"])["mixer"] and {"model.safetensors", "tokenizer.json", FACTORS_FILE}
+        {"model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+        if index.get("exported_by") == EXPORTED_BY
+        else (index.get("backbone") or index["encoder"])["mixer"]
+        and {"model.safetensors", "tokenizer.json", FACTORS_FILE}
     ),
     "dispatcher.json": lambda index: {"dispatcher": {"dispatcher.safetensors"}}[index["format"]],
     "gate.json": lambda index: {"gate": {"gate.safetensors"}}[index["format"]],
@@ -70,6 +74,7 @@ CONTENTS: dict[str, Callable[[Any], Collection[str]]] = {
     },
 }
 FACTORS_FILE = "factors.safetensors"
+EXPORTED_BY = "bayes-dispatch"  # in the config.json of models that were written as other libraries have them
 UNFINISHED, FINISHED = ".bayes-dispatch-unfinished", ".bayes-dispatch-finished"  # saves inside their directory
 TEMPORARY = ".bayes-dispatch-temporary"
 CLUTTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave where they look; nobody's

@@ -78,6 +78,24 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
 
         return read_checkpoint(cls, source, dtype, tokenizer)
 
+    def export_to_transformers(self, directory: str | Path, *, model_type: str | None = None) -> None:
+        """Write a checkpoint that ``AutoModelForCausalLM.from_pretrained`` and ``from_transformers`` read.
+
+        Config.json, model.safetensors of the same numbers in one file, and the tokenizer where it is one of subwords.
+
+        Args:
+            directory: new, empty, or of an earlier save, whose place it takes.
+            model_type: ``"bamba"``, ``"granite"``, ``"granitemoehybrid"``, ``"llama"``, ``"mamba"`` or ``"mamba2"``;
+                ``None`` for one that has all settings of this model.
+
+        Raises:
+            ConfigError: no such kind has all of them; one that it lacks is named.
+            BundleError: the directory is a link, or holds anything else.
+        """
+        from bayes_dispatch.model.mambaformer.conversion.checkpoint import write_checkpoint
+
+        write_checkpoint(self, Path(directory), model_type)
+
     def forward(
         self,
         input_ids: Int[Tensor, "B T"],

@@ -1,4 +1,4 @@
-"""A checkpoint of the transformers library, or a model of it in memory, as a model of ours."""
+"""A checkpoint of the transformers library, or a model of it in memory, as a model of ours, and ours as one."""
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -6,18 +6,36 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
-from bayes_dispatch.model.mambaformer.conversion.configs import Described, read_config
-from bayes_dispatch.model.mambaformer.conversion.files import Readers, opened, read_optional, read_subwords
+from bayes_dispatch.model.mambaformer.conversion.configs import Described, read_config, write_config
+from bayes_dispatch.model.mambaformer.conversion.files import (
+    WHOLE,
+    Readers,
+    opened,
+    read_optional,
+    read_subwords,
+    write_subwords,
+)
 from bayes_dispatch.model.mambaformer.conversion.layout import origins
 from bayes_dispatch.model.mambaformer.pretrained import DTYPES, Pretrained
 from bayes_dispatch.model.subwords import SubwordTokenizer
 from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.storage import EXPORTED_BY, save_directory, write_json
 
-__all__ = ["read_checkpoint"]
+__all__ = ["read_checkpoint", "write_checkpoint"]
+
+CLASSES = {
+    "bamba": "BambaForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "mamba": "MambaForCausalLM",
+    "mamba2": "Mamba2ForCausalLM",
+}
 
 M = TypeVar("M", bound=Pretrained)
 
@@ -58,6 +76,28 @@ def read_checkpoint(
         )
     model.tokenizer = tokenizer
     return model.eval()
+
+
+def write_checkpoint(model: Pretrained, directory: Path, model_type: str | None) -> None:
+    """See ``MambaFormerForCausalLM.export_to_transformers``."""
+    tensors = model.state_dict()
+    conv_bias = any(bool(each.any()) for name, each in tensors.items() if name.endswith(".conv_bias"))
+    described, keys = write_config(model.config, conv_bias, model_type)
+    tokenizer, table = model.tokenizer, origins(described)
+    ends = sorted(tokenizer.ends)
+    theirs = {name: each for ours, own in tensors.items() for name, each in table[ours].theirs(own.cpu()).items()}
+    with save_directory(directory, "config.json") as new:
+        tokens = {
+            "bos_token_id": next(iter(tokenizer.tokenize("").ids), None),
+            "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        names = {"architectures": [CLASSES[described.kind]], "exported_by": EXPORTED_BY}
+        dtype = str(tensors["embedding.weight"].dtype).removeprefix("torch.")
+        write_json(new / "config.json", {**names, **keys, **tokens, "torch_dtype": dtype})
+        if isinstance(tokenizer, SubwordTokenizer):
+            write_subwords(tokenizer, new)
+        save_file(theirs, new / WHOLE, {"format": "pt"})
 
 
 def _of_module(module: nn.Module) -> Readers:

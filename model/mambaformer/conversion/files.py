@@ -7,15 +7,18 @@ from typing import Any, TypeGuard
 
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
+from tokenizers.processors import Sequence, TemplateProcessing
 from torch import Tensor
 
 from bayes_dispatch.errors import BundleError
 from bayes_dispatch.model.subwords import SubwordTokenizer
-from bayes_dispatch.storage import parse_json, read_bytes
+from bayes_dispatch.storage import parse_json, read_bytes, write_json, write_output
 
-__all__ = ["Readers", "opened", "read_optional", "read_subwords"]
+__all__ = ["WHOLE", "Readers", "opened", "read_optional", "read_subwords", "write_subwords"]
 
 INDEX, WHOLE = "model.safetensors.index.json", "model.safetensors"
+NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+MORE = "extra_special_tokens", "additional_special_tokens"  # the latter before version 5
 
 Readers = Mapping[str, Callable[[], Tensor]]  # how each is read
 
@@ -86,28 +89,57 @@ def read_subwords(directory: Path, vocab_size: int) -> SubwordTokenizer:
     def is_id(value: object) -> TypeGuard[int]:
         return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
 
-    def id_of(name: str) -> int | None:
-        token = own.get(name)
+    def known(token: object) -> int | None:
         text = token.get("content") if isinstance(token, dict) else token
         return backend.token_to_id(text) if isinstance(text, str) else None
 
+    ids = {name: known(own.get(name)) for name in NAMED}
     ends: list[int] = []
-    for given in (config.get("eos_token_id"), generation.get("eos_token_id"), id_of("eos_token")):
+    for given in (config.get("eos_token_id"), generation.get("eos_token_id"), ids["eos_token"]):
         ends += [] if given is None else given if isinstance(given, list) else [given]
     if bad := [each for each in ends if not is_id(each)]:
         raise BundleError(f"expected eos_token_id in {directory} of ids below {vocab_size}, got {bad[0]!r:.80}")
+    more = [token for name in MORE if isinstance(own.get(name), list) for token in own[name]]
     special = {id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special}
-    names = [id_of(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")]
-    special |= {id_ for id_ in names if id_ is not None}
-    pad = next((id_ for id_ in (id_of("pad_token"), config.get("pad_token_id")) if is_id(id_)), 0)
-    plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
-    before = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
+    special |= {id_ for id_ in (*ids.values(), *map(known, more)) if id_ is not None}
+    pad = next((id_ for id_ in (ids["pad_token"], config.get("pad_token_id")) if is_id(id_)), 0)
     return SubwordTokenizer(
         backend,
         vocab_size,
-        prefix=whole[:before],
+        prefix=_prefix(backend),
         pad=pad,
         special=special,
-        unknown=id_of("unk_token"),
+        unknown=ids["unk_token"],
         ends=sorted(set(ends)),
     )
+
+
+def write_subwords(tokenizer: SubwordTokenizer, directory: Path) -> None:
+    """What ``read_subwords`` reads but for the ends of a text, which are in config.json; that library, too."""
+    backend, settings = Tokenizer.from_str(tokenizer.to_json().decode()), tokenizer.settings
+    if _prefix(backend) != (prefix := settings["prefix"]):
+        tokens = [backend.id_to_token(id_) for id_ in prefix]
+        begun = TemplateProcessing(single=[*tokens, "$A"], special_tokens=list(zip(tokens, prefix, strict=True)))
+        backend.post_processor = Sequence([backend.post_processor, begun]) if backend.post_processor else begun
+    chosen = (prefix[:1], settings["ends"][:1], [settings["pad"]])
+    ids = {name: id_ for name, own in zip(NAMED, chosen, strict=False) for id_ in own if id_ in settings["special"]}
+    if settings["unknown"] is not None:
+        ids["unk_token"] = settings["unknown"]
+    flagged = {id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special}
+    more = [backend.id_to_token(id_) for id_ in settings["special"] if id_ not in flagged | set(ids.values())]
+    write_output(directory / "tokenizer.json", backend.to_str().encode())
+    write_json(
+        directory / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{name: backend.id_to_token(id_) for name, id_ in ids.items()},
+            **({MORE[0]: more} if more else {}),
+        },
+    )
+
+
+def _prefix(backend: Tokenizer) -> list[int]:
+    """Ids that this library puts before a text."""
+    plain, whole = (backend.encode("a", add_special_tokens=added).ids for added in (False, True))
+    before = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
+    return list(whole[:before])

@@ -1,4 +1,4 @@
-"""Where the tensors of a checkpoint of the transformers library go in a model of ours."""
+"""Where the tensors of a checkpoint of the transformers library are in a model of ours."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +39,12 @@ class Origin:
     def ours(self, theirs: Tensor) -> Tensor:
         """One of theirs as it stands in ours."""
         return theirs.squeeze(1) if self.view == "taps" else theirs.T if self.view == "turned" else theirs
+
+    def theirs(self, ours: Tensor) -> dict[str, Tensor]:
+        """One of ours as it stands in theirs."""
+        ours = ours.unsqueeze(1) if self.view == "taps" else ours.T if self.view == "turned" else ours
+        parts = ours.split(self.rows or len(ours))
+        return {name: part.contiguous() for name, part in zip(self.names, parts, strict=False)}
 
 
 @dataclass(frozen=True)
