@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
+from bayes_dispatch.model.factors import Factor, hashed, looked_at
 
 __all__ = ["Adaptation", "Delta", "MatrixScales", "Scales", "Tensors", "block_of", "rows_of_deltas", "rows_of_ones"]
 
@@ -118,18 +119,20 @@ class Adaptation:
     flow through the copies.
 
     Attributes:
-        deltas: what is added to matrices; their factors are shared, not copied, and not to be changed.
+        deltas: what is added to matrices; their factors are shared, not copied, and not to be changed. A new adaptation
+            sees it where they were (through ``.data`` it does not).
         scales: for each adapted matrix, its scales, shape (rank,) for one set that all rows share, or (B, rank) for one
             set per row of the batch; matrices that are not named keep their own weights.
         rows: B for per-row scales, ``None`` for shared ones.
 
     Raises:
-        TensorError: scales of mixed kinds, of another number of rows, or not finite.
+        TensorError: scales of mixed kinds, of another number of rows, or not finite; factors that are not finite.
     """
 
     scales: Mapping[str, Tensor]  # ``Tensors``, once it is made
     deltas: Mapping[str, Delta] = field(default_factory=dict)
     rows: int | None = field(init=False)
+    _factors: Mapping[str, Factor] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         kinds = {tuple(scales.shape[:-1]) for scales in self.scales.values()}
@@ -143,6 +146,8 @@ class Adaptation:
         if numbers and not torch.cat([z.flatten() for _, z in numbers]).isfinite().all():
             name = next(name for name, z in numbers if not z.isfinite().all())
             raise TensorError(f"expected finite scales for {name}, got NaN or infinite ones")
+        parts = {_part(name, part): getattr(delta, part) for name, delta in self.deltas.items() for part in FACTORS}
+        object.__setattr__(self, "_factors", looked_at(parts))
         (kind,) = kinds or {()}
         object.__setattr__(self, "rows", kind[0] if kind else None)
         if not isinstance(self.scales, Tensors):
@@ -202,7 +207,11 @@ class Adaptation:
 
     def detached(self) -> "Adaptation":
         """The same without gradients."""
-        deltas = {name: Delta(*(each.detach() for each in delta)) for name, delta in self.deltas.items()}
+        # the same tensors where there are no gradients: they are known
+        deltas = {
+            name: Delta(*(each.detach() if each.requires_grad else each for each in delta))
+            for name, delta in self.deltas.items()
+        }
         return Adaptation({name: z.detach() for name, z in self.scales.items()}, deltas)
 
     def part(self, name: str) -> "Adaptation":
@@ -245,11 +254,12 @@ class Adaptation:
         near = {name: self.scales[name].detach().cpu() for name in sorted(names) if name in self.scales}
         deltas = {name: self.deltas[name] for name in sorted(names) if name in self.deltas}
         near |= {f"{name} c": delta.c.detach().cpu() for name, delta in deltas.items()}
-        factors = {f"{name} {part}": getattr(d, part).detach().cpu() for name, d in deltas.items() for part in FACTORS}
-        shared = _hash(factors) if factors else ""
+        parts = [_part(name, part) for name in deltas for part in FACTORS]
+        factors = [f"{part} {self._factors[part].digest}" for part in parts]
+        shared = hashlib.blake2b(" ".join(factors).encode(), digest_size=16).hexdigest() if factors else ""
         if self.rows is None:
-            return _hash(near) + shared
-        return tuple(_hash({name: each[row] for name, each in near.items()}) + shared for row in range(self.rows))
+            return hashed(near) + shared
+        return tuple(hashed({name: each[row] for name, each in near.items()}) + shared for row in range(self.rows))
 
 
 def rows_of_deltas(mine: Mapping[str, Delta], theirs: Mapping[str, Delta], own: int, others: int) -> dict[str, Delta]:
@@ -278,12 +288,8 @@ def block_of(matrix: str) -> int:
     return numbers[0] if numbers else 0
 
 
-def _hash(named: Mapping[str, Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, scales in named.items():
-        digest.update(f"{name}{tuple(scales.shape)}{scales.dtype}".encode())
-        digest.update(scales.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _part(matrix: str, part: str) -> str:
+    return f"{part} of the delta of {matrix}"
 
 
 _IDENTITY = Adaptation({})  # it is asked for at every step

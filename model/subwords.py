@@ -1,6 +1,7 @@
 """Subwords of the tokenizers library, as ``model.backbone.Tokenizer``: of a MambaFormer, or of any other model."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from itertools import accumulate, chain
@@ -39,7 +40,7 @@ class SubwordTokenizer:
         settings: the arguments after ``vocab_size``, by name, as JSON holds them.
 
     Raises:
-        ConfigError: ids that the model's embedding has not.
+        ConfigError: ids that the model's embedding has not, in the vocabulary or in another argument.
     """
 
     def __init__(
@@ -56,8 +57,18 @@ class SubwordTokenizer:
         known = list(backend.get_vocab().values())
         if (most := max(known)) >= vocab_size:
             raise ConfigError(f"expected a tokenizer of at most {vocab_size} ids, as the embedding has, got id {most}")
-        if outside := [end for end in ends if not 0 <= end < vocab_size]:
-            raise ConfigError(f"expected ends of a text among {vocab_size} ids, got {outside[0]}")
+        special, ends = sorted(set(special)), sorted(set(ends))
+        self.settings: dict[str, Any] = {
+            "prefix": list(prefix),
+            "pad": pad,
+            "special": special,
+            "unknown": unknown,
+            "ends": ends,
+        }
+        for name, ids in {**self.settings, "pad": [pad], "unknown": [] if unknown is None else [unknown]}.items():
+            for id_ in ids:
+                if not isinstance(id_, int) or isinstance(id_, bool) or not 0 <= id_ < vocab_size:
+                    raise ConfigError(f"expected {name} of a tokenizer among {vocab_size} ids, got {id_!r:.80}")
         # a copy whose settings nobody changes: special tokens that are written out are text, and nothing is cut off
         self._backend = deepcopy(backend)
         self._backend.encode_special_tokens = True
@@ -67,18 +78,11 @@ class SubwordTokenizer:
         self.ends = frozenset(ends)
         self.continues: Bool[Tensor, " V"] = torch.zeros(vocab_size, dtype=torch.bool)
         self.continues[known] = True
-        self.continues[list(special)] = False
+        self.continues[special] = False
         self.continues[list(self.ends)] = True
         self.pad_token_id = pad
         self.prefix = tuple(prefix)
-        self.settings: dict[str, Any] = {
-            "prefix": list(prefix),
-            "pad": pad,
-            "special": sorted(special := set(special)),
-            "unknown": unknown,
-            "ends": list(ends),
-        }
-        self._control = set(special) - {unknown}
+        self._control = {*special} - {unknown}
         # texts after which a text goes on: some tokenizers put a space before all that begins
         anchors = [(text, self._backend.encode(text, add_special_tokens=False).ids) for text in ("", "\n", ".", "a")]
         self._anchors = [(text, ids) for text, ids in anchors if self._goes_on(text, ids)]
@@ -115,8 +119,10 @@ class SubwordTokenizer:
         return self.settings == _trained(self._backend)
 
     def digest(self) -> str:
-        """A hash of what texts become."""
-        return hashlib.blake2b(self.to_json(), digest_size=16).hexdigest()
+        """A hash of what texts become, and of ``settings``."""
+        # those of ``train_subwords`` are told by the rest, and not hashed: checkpoints of training have such digests
+        settings = b"" if self.trained else json.dumps(self.settings).encode()
+        return hashlib.blake2b(self.to_json() + settings, digest_size=16).hexdigest()
 
     def tokenize(self, text: str | bytes, begin: bool = True) -> Tokens:
         """Ids and spans of ``text``: first what begins every text of this model, then what is said.

@@ -1,13 +1,15 @@
 """Laws: scales are checked once, cannot be changed, carry gradients, and their digests tell them apart."""
 
 import copy
+import gc
 import pickle
 
 import pytest
 import torch
 
 from bayes_dispatch.errors import TensorError
-from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model import adaptation, factors
+from bayes_dispatch.model.adaptation import Adaptation, Delta
 
 
 def test_rows_are_counted() -> None:
@@ -36,18 +38,18 @@ def test_mixed_or_infinite_scales_are_refused(scales: dict[str, torch.Tensor]) -
 def test_the_scales_cannot_be_changed() -> None:
     """Neither by what was given nor by what is read, and digests are of what they are."""
     given = {"a": torch.ones(3, requires_grad=True)}
-    adaptation = Adaptation(given)
-    digest = adaptation.digest()
+    adapted = Adaptation(given)
+    digest = adapted.digest()
     optimizer = torch.optim.SGD(given.values(), lr=1.0)
-    (2 * adaptation.scales["a"]).sum().backward()  # gradients flow through the copies
+    (2 * adapted.scales["a"]).sum().backward()  # gradients flow through the copies
     assert torch.equal(given["a"].grad, torch.full((3,), 2.0))  # type: ignore[arg-type]
     optimizer.step()
     given["b"] = torch.ones(3)
     with torch.no_grad():
-        adaptation.scales["a"].mul_(2)
+        adapted.scales["a"].mul_(2)
     with pytest.raises(TypeError):
-        adaptation.scales["a"] = torch.zeros(3)  # type: ignore[index]
-    for same in (adaptation, copy.deepcopy(adaptation), pickle.loads(pickle.dumps(adaptation))):
+        adapted.scales["a"] = torch.zeros(3)  # type: ignore[index]
+    for same in (adapted, copy.deepcopy(adapted), pickle.loads(pickle.dumps(adapted))):
         assert same.scales == {"a": torch.ones(3)}
         assert same.digest() == digest
     assert Adaptation({"a": given["a"]}).digest() != digest
@@ -55,9 +57,9 @@ def test_the_scales_cannot_be_changed() -> None:
 
 def test_made_in_inference_mode_it_is_used_outside() -> None:
     with torch.inference_mode():
-        adaptation = Adaptation({"a": torch.ones(3)})
+        adapted = Adaptation({"a": torch.ones(3)})
     weight = torch.ones(3, requires_grad=True)
-    (weight * adaptation.scales["a"]).sum().backward()
+    (weight * adapted.scales["a"]).sum().backward()
     assert weight.grad is not None
 
 
@@ -85,3 +87,88 @@ def test_digest_belongs_to_the_scales_of_a_block() -> None:
     assert len(set(different)) == len(different)
     assert digest(2) == Adaptation({}).digest() == ""
     assert digest() not in different
+
+
+def delta(seed: int = 0, weights: tuple[float, ...] = (1.0, 2.0), dtype: torch.dtype = torch.float32) -> Delta:
+    drawn = torch.Generator().manual_seed(seed)
+    up, down = torch.randn(4, 2, generator=drawn), torch.randn(2, 3, generator=drawn)
+    return Delta(up.to(dtype), down.to(dtype), torch.tensor(weights, dtype=dtype))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("part", ["up", "down"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_factors_that_are_not_finite_are_refused(part: str, value: float, dtype: torch.dtype) -> None:
+    wrong = delta(dtype=dtype)
+    getattr(wrong, part)[1, 1] = value
+    with pytest.raises(TensorError, match=f"^expected finite numbers in {part} of the delta of b.1, got NaN or inf"):
+        Adaptation({}, {"a": delta(), "b.1": wrong})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_huge_factors_are_finite(dtype: torch.dtype) -> None:
+    """Whose sum is not."""
+    huge = delta(dtype=dtype)
+    huge.up.fill_(torch.finfo(dtype).max)
+    assert Adaptation({}, {"a": huge}).digest()
+
+
+def test_digest_tells_factors_and_weights() -> None:
+    """However the tensors that hold them came to be."""
+    known = Adaptation({}, {"a": delta()})
+    with torch.inference_mode():
+        unversioned = Adaptation({}, {"a": delta()})
+    for same in (delta(), copy.deepcopy(delta())):
+        assert Adaptation({}, {"a": same}).digest() == known.digest() == unversioned.digest()
+    assert pickle.loads(pickle.dumps(known)).digest() == known.digest()
+    swapped = delta()._replace(up=delta().up.flip(0))
+    others = [Adaptation({}, {"a": delta(1)}), Adaptation({}, {"a": swapped}), Adaptation({}, {"b": delta()})]
+    others += [Adaptation({}, {"a": delta(weights=(1.0, 3.0))}), Adaptation({}, {"a": delta(dtype=torch.float64)})]
+    assert len({known.digest(), *(each.digest() for each in others)}) == 6
+
+
+def test_factors_that_were_changed_in_place_are_seen() -> None:
+    """As an optimiser changes them, and as a view of them does; a number that is not finite, too."""
+    given = delta()
+    digests = [Adaptation({}, {"a": given}).digest()]
+    given.up.mul_(2)
+    digests.append(Adaptation({}, {"a": given}).digest())
+    given.down[0][1] += 1
+    digests.append(Adaptation({}, {"a": given}).digest())
+    leaf = given.up.requires_grad_()
+    leaf.grad = torch.ones_like(leaf)
+    torch.optim.SGD([leaf], lr=1.0).step()
+    digests.append(Adaptation({}, {"a": given}).digest())
+    with torch.inference_mode():
+        inner = delta()
+        digests.append(Adaptation({}, {"a": inner}).digest() + "1")
+        inner.up.mul_(3)
+        digests.append(Adaptation({}, {"a": inner}).digest())
+    assert len(set(digests)) == 6
+    with torch.no_grad():
+        leaf[0, 0] = torch.nan
+    with pytest.raises(TensorError, match="expected finite numbers in up of the delta of a"):
+        Adaptation({}, {"a": given})
+
+
+def test_factors_are_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all blends that share them, all rows of these and all parts; they are not kept alive."""
+    hashed: list[tuple[int, ...]] = []
+    before, kept = factors.hashed, set(factors._known)
+
+    def counted(named: dict[str, torch.Tensor]) -> str:
+        hashed.extend(tuple(tensor.shape) for tensor in named.values())
+        return before(named)
+
+    for module in (adaptation, factors):
+        monkeypatch.setattr(module, "hashed", counted)
+    given = delta()
+    blends = [Adaptation({}, {"blocks.0.a": given._replace(c=torch.rand(3, 2))}) for _ in range(3)]
+    blends += [blends[0].select([1, 0]), blends[0].followed_by(blends[1], 3, 3), blends[0].detached()]
+    blends += [blends[0].part("blocks")]
+    digests = [blend.digest() for blend in blends] + [blend.digest(0) for blend in blends]
+    assert len(set(digests)) > 5
+    assert [shape for shape in hashed if shape in ((4, 2), (2, 3))] == [(4, 2), (2, 3)]
+    del given, blends
+    gc.collect()
+    assert set(factors._known) <= kept

@@ -210,6 +210,16 @@ WRONG: dict[str, tuple[str, Callable[[Path], object], str]] = {
         tensors(lambda t: t.update({NORM: torch.ones(32).int()})),
         f"{NORM} of floats .* torch.int32$",
     ),
+    "not numbers": (
+        "llama",
+        tensors(lambda t: t[NORM].__setitem__(3, torch.nan)),
+        f"^expected finite numbers in {NORM} in .* as torch.float32, got NaN or infinite ones$",
+    ),
+    "infinite": (
+        "bamba",
+        tensors(lambda t: t["model.layers.1.self_attn.k_proj.weight"].__setitem__((0, 0), -torch.inf)),
+        "q_proj.weight and .*k_proj.weight and .*v_proj.weight in .* got NaN or infinite ones$",
+    ),
     "more": ("llama", tensors(lambda t: t.update(extra=torch.ones(1))), "got extra, too"),
     "head": (
         "llama",
@@ -305,6 +315,17 @@ def test_pad_of_no_id_is_none(tmp_path: Path) -> None:
     directory = saved("llama", tmp_path)
     changed(pad_token_id=-1)(directory)
     assert MambaFormerForCausalLM.from_transformers(directory).tokenizer.pad_token_id == 0
+
+
+def test_numbers_that_a_narrower_dtype_has_not_are_refused() -> None:
+    theirs = make("mamba", torch.float32)
+    with torch.no_grad():
+        theirs.backbone.layers[0].mixer.D[0] = 1e6
+    assert MambaFormerForCausalLM.from_transformers(theirs, tokenizer=ByteTokenizer(), dtype=torch.bfloat16)
+    with pytest.raises(
+        BayesDispatchError, match=r"finite numbers in backbone\.layers\.0\.mixer\.D in .* as torch.float16$"
+    ):
+        MambaFormerForCausalLM.from_transformers(theirs, tokenizer=ByteTokenizer(), dtype=torch.float16)
 
 
 def test_a_model_without_its_tokenizer_is_refused() -> None:

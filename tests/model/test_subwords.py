@@ -1,6 +1,7 @@
 """Texts to tokens and back, for each way in which fast tokenizers cut texts: bytes, pieces with spaces, likely ones;
 and for the one that is trained here."""
 
+import hashlib
 import re
 from collections.abc import Callable
 from time import perf_counter
@@ -250,6 +251,38 @@ def test_a_tokenizer_of_json_is_that_which_was_written() -> None:
 def test_what_is_no_tokenizer_of_this_model_is_refused(data: bytes, size: int, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         SubwordTokenizer.from_json(data, size)
+
+
+def with_settings(**changed: Any) -> SubwordTokenizer:
+    made = trained()
+    return SubwordTokenizer.from_json(made.to_json(), 300, made.settings | changed)
+
+
+def test_digests_tell_settings() -> None:
+    """What is trained here has the digest that it had when only its vocabulary was hashed."""
+    (begin,), pad = trained().prefix, trained().pad_token_id
+    others = [
+        {"prefix": []},
+        {"prefix": [begin, begin]},
+        {"pad": 5},
+        {"special": [begin]},
+        {"unknown": pad},
+        {"ends": [7]},
+    ]
+    digests = [trained().digest(), *(with_settings(**each).digest() for each in others)]
+    assert len(set(digests)) == 7
+    assert digests[0] == hashlib.blake2b(trained().to_json(), digest_size=16).hexdigest()
+    assert with_settings().digest() == digests[0]
+    same = (with_settings(ends=ends, special=special) for ends, special in (([7, 5], [1, 0]), ([5, 7, 7], [0, 1])))
+    assert len({each.digest() for each in same}) == 1
+
+
+@pytest.mark.parametrize("name", ["prefix", "pad", "special", "unknown", "ends"])
+@pytest.mark.parametrize("id_", [-1, 300, True])
+def test_ids_of_settings_are_those_of_the_embedding(name: str, id_: object) -> None:
+    value = id_ if name in ("pad", "unknown") else [0, id_]
+    with pytest.raises(ConfigError, match=f"^expected {name} of a tokenizer among 300 ids, got {id_}$"):
+        with_settings(**{name: value})
 
 
 def test_a_vocabulary_has_all_bytes() -> None:

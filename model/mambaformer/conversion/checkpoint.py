@@ -117,7 +117,7 @@ def read_state(
             checkpoint, read one after the other. dtype: wanted; ``None`` for that of the embedding. where: for errors.
 
     Raises:
-        BundleError: one is missing, of another shape, no float, or of no use.
+        BundleError: one is missing, of another shape, no float, not finite in this dtype, or of no use.
     """
     left, found = set(theirs), {}
     table = origins(described)
@@ -145,6 +145,9 @@ def read_state(
             own = origin.ours(piece)
             whole[at : at + len(own)] = own
             at += len(own)
+        if not whole.sum().isfinite() and not whole.isfinite().all():  # a sum is had sooner; it may be infinite alone
+            named = " and ".join(origin.names)
+            raise BundleError(f"expected finite numbers in {named} in {where} as {dtype}, got NaN or infinite ones")
         found[name] = whole
     if described.config.tie_embeddings and "lm_head.weight" in left:
         head = read("lm_head.weight", tuple(wanted["embedding.weight"].shape))
