@@ -68,7 +68,7 @@ class SubwordTokenizer:
         for name, ids in {**self.settings, "pad": [pad], "unknown": [] if unknown is None else [unknown]}.items():
             for id_ in ids:
                 if not isinstance(id_, int) or isinstance(id_, bool) or not 0 <= id_ < vocab_size:
-                    raise ConfigError(f"expected {name} of a tokenizer among {vocab_size} ids, got {id_!r:.80}")
+                    raise ConfigError(f"expected {name} of a text among {vocab_size} ids, got {id_!r:.80}")
         # a copy whose settings nobody changes: special tokens that are written out are text, and nothing is cut off
         self._backend = deepcopy(backend)
         self._backend.encode_special_tokens = True

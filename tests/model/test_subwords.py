@@ -281,7 +281,7 @@ def test_digests_tell_settings() -> None:
 @pytest.mark.parametrize("id_", [-1, 300, True])
 def test_ids_of_settings_are_those_of_the_embedding(name: str, id_: object) -> None:
     value = id_ if name in ("pad", "unknown") else [0, id_]
-    with pytest.raises(ConfigError, match=f"^expected {name} of a tokenizer among 300 ids, got {id_}$"):
+    with pytest.raises(ConfigError, match=f"^expected {name} of a text among 300 ids, got {id_}$"):
         with_settings(**{name: value})
 
 
