@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bayes_dispatch.model.mambaformer.products import times
 from peers.contestant import Contestant
 from peers.timing import Rounds, Work
 
@@ -87,14 +88,14 @@ def decode(contestant: Contestant, fill: Callable[[], Any], tokens: int) -> Work
     return Work(run, prepare)
 
 
-def products(weights: list[Tensor], tokens: int, times: int) -> Work:
+def products(weights: list[Tensor], tokens: int, steps: int) -> Work:
     """Only the matrix products of a model: ``tokens`` at once, so many times in a row."""
     inputs = {w.shape[1]: torch.randn(1, tokens, w.shape[1]) for w in weights}
 
     def run(_: object) -> None:
-        for _step in range(times):
+        for _step in range(steps):
             for weight in weights:
-                F.linear(inputs[weight.shape[1]], weight)
+                times(inputs[weight.shape[1]], weight)
 
     return Work(run)
 

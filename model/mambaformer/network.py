@@ -18,6 +18,7 @@ from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
 from bayes_dispatch.model.mambaformer.padding import check_padding
 from bayes_dispatch.model.mambaformer.pretrained import Pretrained
+from bayes_dispatch.model.mambaformer.products import times
 from bayes_dispatch.model.mambaformer.session import MambaFormerSession
 from bayes_dispatch.model.mambaformer.svd.embedding import EMBEDDING
 from bayes_dispatch.model.mambaformer.token_model import TokenModel, check_ids
@@ -67,7 +68,8 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
 
         Args:
             source: a directory of config.json and safetensors, or a model itself, whose weights are copied.
-            dtype: of all weights; ``None`` for that of the checkpoint's embedding.
+            dtype: of the weights; ``None`` for that of the checkpoint's embedding. Where it is less precise than
+                float32 only the matrices are kept in it: vectors, states and hidden states are in float32.
             tokenizer: of its ids; ``None`` for the tokenizer.json of the directory.
 
         Raises:
@@ -221,7 +223,7 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         A head of its own is not adapted: then scales of the embedding change what is read alone.
         """
         if self.head is not None:
-            logits = self.head(hidden)
+            logits = times(hidden, self.head.weight)
         else:
             logits = self.embedding.product(hidden, None if adaptation is None else adaptation.of(EMBEDDING))
         return logits if self.config.logits_scaling == 1 else logits / self.config.logits_scaling

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast, runtime_checkable
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.model.mambaformer.svd.files import Fingerprinted, load_factors
+from bayes_dispatch.model.mambaformer.svd.linear import matrices
 from bayes_dispatch.model.subwords import SubwordTokenizer
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 from bayes_dispatch.storage import (
@@ -29,6 +30,7 @@ from bayes_dispatch.storage import (
 __all__ = ["ModelConfig", "Pretrained"]
 
 M = TypeVar("M", bound="Pretrained")
+HALVES = {torch.bfloat16, torch.float16}  # which matrices may be kept in beside float32
 DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -80,7 +82,7 @@ class Pretrained(nn.Module):
     def from_pretrained(cls: type[M], directory: str | Path) -> M:
         """Read what ``save_pretrained`` wrote, and factors that lie beside it; nothing is unpickled or executed.
 
-        The model has the dtype that it was saved in, whatever PyTorch's default is.
+        The model has the dtype that it was saved in, whatever PyTorch's default is; its matrices may have another.
 
         Raises:
             BundleError: a file is missing, truncated or edited, a tensor has another shape than the configuration says,
@@ -96,10 +98,14 @@ class Pretrained(nn.Module):
         tensors, header = read_tensors(weights)
         if header.get("dtype") == "float32" and all(t.dtype == torch.bfloat16 for t in tensors.values()):
             tensors = {name: t.float() for name, t in tensors.items()}
-        # that of most tensors: safetensors gives them in no order
-        dtypes = Counter(t.dtype for t in tensors.values() if t.dtype in DTYPES)
-        dtype = dtypes.most_common(1)[0][0] if dtypes else torch.float32
-        model = cast(Any, cls)(config).to(dtype)
+        model = cast(Any, cls)(config)
+        large = matrices(model).keys()
+        dtype = _most(tensor.dtype for name, tensor in tensors.items() if name not in large)
+        model = model.to(dtype)
+        if dtype == torch.float32 and (kept := _most(tensors[name].dtype for name in large & tensors.keys())) in HALVES:
+            for name in large:
+                parameter = model.get_parameter(name)
+                parameter.data = parameter.data.to(kept)
         check_tensors(weights, tensors, {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()})
         if header.get("config", got := _digest(data)) != got:
             raise BundleError(f"expected in {file} what {weights} was saved with, got another: it was edited")
@@ -109,6 +115,12 @@ class Pretrained(nn.Module):
         if isinstance(model, Fingerprinted):
             load_factors(model, directory)
         return cast(M, model.eval())
+
+
+def _most(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """That of most tensors: safetensors gives them in no order."""
+    known = Counter(dtype for dtype in dtypes if dtype in DTYPES)
+    return known.most_common(1)[0][0] if known else torch.float32
 
 
 def _tokenizer(file: Path, vocab_size: int, header: Mapping[str, str], weights: Path) -> SubwordTokenizer:

@@ -23,6 +23,8 @@ __all__ = [
     "mix_mamba2",
     "normalise",
     "product",
+    "rows_times",
+    "rows_times_halves",
     "scan_mamba1",
     "step_attention",
     "step_cross_attention",
@@ -32,7 +34,7 @@ __all__ = [
 ]
 
 Array = Any  # numba infers what its functions take
-Matrix = tuple[Array, Array, Array, Array, Array]  # as ``product`` takes it
+Matrix = tuple[Array, Array, Array, Array, Array, Array]  # as ``product`` takes it
 
 TILE = 64  # tokens whose activations stay in a processor's cache
 CHANNELS = 128  # of a selective scan, likewise
@@ -56,6 +58,20 @@ def _power(typing_context: Any, biased: Any) -> Any:
 
 
 _power_of_two: Any = intrinsic(_power)
+
+
+def _wide(typing_context: Any, bits: Any) -> Any:
+    """The float32 whose upper half is given: what a bfloat16 is, as uint16."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide = builder.zext(arguments[0], context.get_value_type(types.uint32))
+        shifted = builder.shl(wide, context.get_constant(types.uint32, 16))
+        return builder.bitcast(shifted, context.get_value_type(types.float32))
+
+    return types.float32(bits), generate
+
+
+_widened: Any = intrinsic(_wide)
 
 # exp(x) = 2^n exp(r) with |r| <= ln(2) / 2, where ln(2) is given in two parts, the first with few digits (Cody and
 # Waite). In loops it becomes vector instructions, which the mathematics library's does not.
@@ -501,36 +517,57 @@ def attend_across(queries: Array, keys: Array, values: Array, visible: Array, sc
 
 
 @loop
-def product(x: Array, weight: Array, scaled: Array, right: Array, stored: Array, plain: Array) -> Array:
+def product(x: Array, weight: Array, scaled: Array, right: Array, stored: Array, plain: Array, bits: Array) -> Array:
     """Rows x (B, K) times a matrix, for few rows: it is read once, and memory is what that waits for.
 
     The matrix is ``weight`` (O, K), or, where ``scaled`` (1 or B, r) is not empty, U diag(scaled) Vᵀ with U ``weight``
-    and Vᵀ ``right``. The rows whose numbers are in ``plain`` are multiplied by ``stored`` (O, K) itself.
+    and Vᵀ ``right``. The rows whose numbers are in ``plain`` are multiplied by ``stored`` (O, K) itself. Where a matrix
+    that is not scaled is kept in bfloat16, ``bits`` (O, K) is it, and ``weight`` or ``stored`` is (0, K).
     """
     if x.shape[1] != (right if len(scaled) > 0 else weight).shape[1]:
         raise TensorError(OTHER_SHAPE)
     inner = np.empty((len(x), len(right)), x.dtype)
+    out = np.empty((len(x), max(len(weight), len(bits))), x.dtype)
     if len(scaled) > 0:
-        _rows_times(x, right, inner)
+        rows_times(x, right, inner, 0, len(right))
         for b in range(len(x)):
             row, factors = inner[b], scaled[b % len(scaled)]
             for r in range(len(right)):
                 row[r] *= factors[r]
-    out = np.empty((len(x), len(weight)), x.dtype)
-    _rows_times(inner if len(scaled) > 0 else x, weight, out)
+        rows_times(inner, weight, out, 0, len(weight))
+    elif len(bits) > 0:
+        rows_times_halves(x, bits, out, 0, len(bits))
+    else:
+        rows_times(x, weight, out, 0, len(weight))
     for b in plain:
-        _rows_times(x[b : b + 1], stored, out[b : b + 1])
+        if len(bits) > 0:
+            rows_times_halves(x[b : b + 1], bits, out[b : b + 1], 0, len(bits))
+        else:
+            rows_times(x[b : b + 1], stored, out[b : b + 1], 0, len(stored))
     return out
 
 
 @loop
-def _rows_times(x: Array, weight: Array, out: Array) -> None:
-    for o in range(len(weight)):
+def rows_times(x: Array, weight: Array, out: Array, start: int, stop: int) -> None:
+    """Some columns of x (B, K) times weight (O, K), into out (B, O)."""
+    for o in range(start, stop):
         row = weight[o]
         for b in range(len(x)):
             values, total = x[b], x.dtype.type(0)
             for k in range(len(row)):
                 total += values[k] * row[k]
+            out[b, o] = total
+
+
+@loop
+def rows_times_halves(x: Array, bits: Array, out: Array, start: int, stop: int) -> None:
+    """``rows_times`` for the bits of a matrix in bfloat16."""
+    for o in range(start, stop):
+        row = bits[o]
+        for b in range(len(x)):
+            values, total = x[b], x.dtype.type(0)
+            for k in range(len(row)):
+                total += values[k] * _widened(row[k])
             out[b, o] = total
 
 

@@ -24,6 +24,7 @@ from bayes_dispatch.model.mambaformer.mixers import (
     Span,
 )
 from bayes_dispatch.model.mambaformer.normalisation import RMSNorm
+from bayes_dispatch.model.mambaformer.products import LARGE
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear, parts_of
 
 __all__ = ["Stepper", "Steppers", "can_step"]
@@ -32,7 +33,7 @@ MOST_ROWS = 24  # with more, a library's products are faster
 MOST_KEPT = 16  # steppers of adaptations that are still in use, each with matrices of its own where these were built
 
 Places = tuple[Array, Array, Array]  # what ``Span.places`` gives
-Matrix = tuple[Array, Array, Array, Array, Array]  # what ``product`` takes
+Matrix = tuple[Array, Array, Array, Array, Array, Array]  # what ``product`` takes
 Step = Callable[[Array, Places, State], bool]  # whether it knew what to do with the state
 
 
@@ -100,7 +101,8 @@ class Steppers:
 def _step(block: Block, given: Mapping[str, Scales]) -> Step | None:
     """The step of a block, where it is compiled: not where a matrix has a bias, or cannot be folded (``_folds``).
 
-    Such a block runs as a module, of tensor operations between loops that are compiled, too.
+    Nor where threads are to share the rows of a large matrix. Such a block runs as a module, of products and loops
+    that are compiled, too.
     """
     mixer = block.mixer
     linears = {name: linear for name, linear in mixer.named_children() if isinstance(linear, SVDLinear)}
@@ -109,12 +111,15 @@ def _step(block: Block, given: Mapping[str, Scales]) -> Step | None:
         return None
     if any(linear.bias is not None for linear in linears.values()):
         return None
+    if torch.get_num_threads() > 1 and any(linear.weight.numel() >= LARGE for linear in linears.values()):
+        return None
     norm = *_arguments(block.norm), block.residual
 
-    def matrices(*names: str) -> list[Matrix]:
-        return [_matrix(linears[name], *adapted.get(name, (None, None))) for name in names]
-
     dtype = block.norm.weight.dtype
+
+    def matrices(*names: str) -> list[Matrix]:
+        return [_matrix(linears[name], dtype, *adapted.get(name, (None, None))) for name in names]
+
     if type(mixer) is Mamba1Mixer:
         products = matrices("in_proj", "x_proj", "dt_proj", "out_proj")
         return _mamba(kernels().step_mamba1, dtype, *norm, *products, *mixer.arrays())
@@ -191,14 +196,19 @@ def _folds(linear: SVDLinear, scales: MatrixScales | None, delta: Delta | None) 
     return z is None or z.ndim == 1 or z.shape[1] == linear.rank
 
 
-def _matrix(linear: SVDLinear, scales: MatrixScales | None, delta: Delta | None) -> Matrix:
+def _matrix(linear: SVDLinear, dtype: torch.dtype, scales: MatrixScales | None, delta: Delta | None) -> Matrix:
     """As ``product`` takes it: W alone, or U, s z and Vᵀ, and W for the rows whose scales are all 1."""
     nobody = np.empty(0, np.int64)
+    nothing = array(linear.weight[:0].to(dtype))
+    halves = linear.weight.dtype == torch.bfloat16
+    bits = array(linear.weight[: None if halves else 0].bfloat16().view(torch.uint16))
     z = None if scales is None or scales.z is None or bool((scales.z == 1).all()) else scales.z
+    if z is None and delta is None:
+        return nothing if halves else array(linear.weight), nothing, nothing, nothing, nobody, bits
     if z is None or z.shape[-1] < linear.rank or delta is not None:
-        one = None if z is None else z.reshape(-1)
-        weight = array(linear.weight if one is None and delta is None else linear.folded(one, delta))
-        return weight, weight[:0], weight[:0], weight[:0], nobody
-    U, s, Vt, _ = linear.factors()
+        folded = array(linear.folded(None if z is None else z.reshape(-1), delta, dtype))
+        return folded, nothing, nothing, nothing, nobody, bits[:0]
+    U, s, Vt, _ = linear.factors(dtype=dtype)
     z = z.reshape(-1, linear.rank)
-    return array(U), array(s * z), array(Vt), array(linear.weight), array((z == 1).all(dim=1).nonzero()[:, 0])
+    stored = nothing if halves else array(linear.weight)
+    return array(U), array(s * z), array(Vt), stored, array((z == 1).all(dim=1).nonzero()[:, 0]), bits

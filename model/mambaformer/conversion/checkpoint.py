@@ -1,6 +1,6 @@
 """A checkpoint of the transformers library, or a model of it in memory, as a model of ours, and ours as one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,6 +22,7 @@ from bayes_dispatch.model.mambaformer.conversion.files import (
 )
 from bayes_dispatch.model.mambaformer.conversion.layout import origins
 from bayes_dispatch.model.mambaformer.pretrained import DTYPES, Pretrained
+from bayes_dispatch.model.mambaformer.svd.linear import matrices
 from bayes_dispatch.model.subwords import SubwordTokenizer
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 from bayes_dispatch.storage import EXPORTED_BY, save_directory, write_json
@@ -63,7 +64,7 @@ def read_checkpoint(
         described = read_config(data)
         with torch.device("meta"):  # no memory yet, and no random numbers
             model = build(described.config)
-        state = read_state(described, model.state_dict(), theirs, dtype, where)
+        state = read_state(described, model.state_dict(), theirs, dtype, where, matrices(model).keys())
     model.load_state_dict(state, assign=True)
     if tokenizer is None:
         if isinstance(source, nn.Module):
@@ -108,13 +109,19 @@ def _of_module(module: nn.Module) -> Readers:
 
 
 def read_state(
-    described: Described, wanted: Mapping[str, Tensor], theirs: Readers, dtype: torch.dtype | None, where: str
+    described: Described,
+    wanted: Mapping[str, Tensor],
+    theirs: Readers,
+    dtype: torch.dtype | None,
+    where: str,
+    matrices: Collection[str],
 ) -> dict[str, Tensor]:
     """The tensors of our model, in memory of their own.
 
     Args:
         described: the checkpoint. wanted: tensors of our model, of which the shapes count. theirs: those of the
             checkpoint, read one after the other. dtype: wanted; ``None`` for that of the embedding. where: for errors.
+            matrices: names of what alone may be less precise than float32.
 
     Raises:
         BundleError: one is missing, of another shape, no float, not finite in this dtype, or of no use.
@@ -139,7 +146,8 @@ def read_state(
         parts = [(each, shape) for each, shape in zip(origin.names, origin.shapes(like.shape), strict=False)]
         pieces = [read(*part) for part in parts]  # mapped memory, whose shapes are right before there is any other
         dtype = dtype or pieces[0].dtype  # the embedding is the first of all
-        whole = torch.zeros(like.shape, dtype=dtype)
+        own_dtype = dtype if name in matrices else torch.promote_types(dtype, torch.float32)
+        whole = torch.zeros(like.shape, dtype=own_dtype)
         at = 0
         for piece in pieces:
             own = origin.ours(piece)

@@ -28,11 +28,15 @@ class Factors(NamedTuple):
     Vt: Float[Tensor, "r in"]
     error: float
 
-    def leading(self, rank: int) -> "Factors":
-        """The first ``rank`` triples."""
-        if rank == len(self.s):
+    def hold(self, rank: int, dtype: torch.dtype) -> bool:
+        """Whether these are as many triples, and no less precise."""
+        return rank <= len(self.s) and torch.promote_types(self.s.dtype, dtype) == self.s.dtype
+
+    def leading(self, rank: int, dtype: torch.dtype) -> "Factors":
+        """The first ``rank`` triples, in this precision."""
+        if rank == len(self.s) and dtype == self.s.dtype:
             return self
-        return Factors(self.U[:, :rank], self.s[:rank], self.Vt[:rank], self.error)
+        return Factors(self.U[:, :rank].to(dtype), self.s[:rank].to(dtype), self.Vt[:rank].to(dtype), self.error)
 
 
 @torch.no_grad()

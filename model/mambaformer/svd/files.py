@@ -81,7 +81,8 @@ def load_factors(model: Fingerprinted, directory: str | Path) -> bool:
         expected = f"expected factors of {len(matrices)} matrices in {path}"
         raise BundleError(f"{expected}, got others or fewer: {', '.join(odd)}")
     for name, linear in matrices.items():
-        U, s, Vt = (tensors[f"{name}.{part}"].to(linear.weight) for part in ("U", "s", "Vt"))
+        dtype = torch.promote_types(linear.weight.dtype, torch.float32)
+        U, s, Vt = (tensors[f"{name}.{part}"].to(linear.weight.device, dtype) for part in ("U", "s", "Vt"))
         factors = Factors(U, s, Vt, errors[name])
         _check(name, linear, factors, path)
         linear.keep_factors(factors)
@@ -103,11 +104,12 @@ def _embeddings(model: Fingerprinted) -> dict[str, SVDMatrix]:
 @torch.no_grad()
 def _check(name: str, linear: SVDMatrix, factors: Factors, path: Path) -> None:
     """Refuse triples that are none of this matrix: ``W v`` must be ``s u``, ``Wᵀ u`` be ``s v``, through a probe."""
-    W, (U, s, Vt, error) = linear.weight, factors
+    U, s, Vt, error = factors
+    W = linear.weight.to(s.dtype)
     shapes, rank = (tuple(U.shape), tuple(s.shape), tuple(Vt.shape)), s.numel()
     if shapes != ((W.shape[0], rank), (rank,), (rank, W.shape[1])) or not 1 <= rank <= linear.rank:
         raise BundleError(f"expected factors of {name} for shape {tuple(W.shape)} in {path}, got shapes {shapes}")
-    signs = 1.0 - 2.0 * (torch.arange(len(s)) % 2).to(W)
+    signs = 1.0 - 2.0 * (torch.arange(len(s)) % 2).to(s)
     missed = (W @ (Vt.T @ signs) - U @ (s * signs)).norm() + (W.T @ (U @ signs) - Vt.T @ (s * signs)).norm()
     missed = missed / (s.max() * rank**0.5).clamp(min=1e-30)
     if not 0 <= error <= LARGEST_ERROR or not float(missed) <= TOLERANCE + 2 * error:  # NaN fails too

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Delta, MatrixScales, Scales, rows_of_ones
 from bayes_dispatch.model.mambaformer.fingerprint import contents
+from bayes_dispatch.model.mambaformer.products import times
 from bayes_dispatch.model.mambaformer.svd.factors import Factors, decompose
 
-__all__ = ["SVDLinear", "SVDMatrix", "by_row", "of_rows", "parts_of"]
+__all__ = ["SVDLinear", "SVDMatrix", "by_row", "matrices", "of_rows", "parts_of"]
 
 
 class SVDMatrix(nn.Module):
@@ -26,7 +27,7 @@ class SVDMatrix(nn.Module):
     stay as they are.
 
     Attributes:
-        weight: W, shape (out_features, in_features).
+        weight: W, shape (out_features, in_features); in the precision of the inputs, or less precise (``times``).
         rank: number of singular values, min(out_features, in_features).
     """
 
@@ -50,23 +51,23 @@ class SVDMatrix(nn.Module):
             TensorError: more scales than the rank, or for another number of rows.
         """
         if scales is None:
-            return F.linear(x, self.weight)
+            return times(x, self.weight)
         z, delta = parts_of(scales)
-        y = F.linear(x, self.weight) if z is None else self._scaled(x, z)
-        return y if delta is None else y + delta.to(self.weight)(x)
+        y = times(x, self.weight) if z is None else self._scaled(x, z)
+        return y if delta is None else y + delta.to(x)(x)
 
     def _scaled(self, x: Tensor, scales: MatrixScales) -> Tensor:
         z, (U, s, Vt, _) = self.prepare(scales, x.shape[0])
         if len(s) < self.rank:
             change = s * (z - 1)
-            return F.linear(x, self.weight) + F.linear(F.linear(x, Vt) * of_rows(change), U)
+            return times(x, self.weight) + F.linear(F.linear(x, Vt) * of_rows(change), U)
 
         def scaled(x: Tensor, z: Tensor) -> Tensor:
             if z.ndim == 1 and self._folding_pays(x.shape[0] * x.shape[1]):
                 return F.linear(x, (U * (s * z)) @ Vt)
             return F.linear(F.linear(x, Vt) * of_rows(s * z), U)
 
-        return by_row(x, scales, lambda x: F.linear(x, self.weight), scaled)
+        return by_row(x, scales, lambda x: times(x, self.weight), scaled)
 
     def prepare(self, scales: MatrixScales, rows: int) -> tuple[Tensor, Factors]:
         """The scales and as many singular triples; ``TensorError`` unless they are for all rows, or for each."""
@@ -74,36 +75,41 @@ class SVDMatrix(nn.Module):
         kinds, shape = ((self.rank,), (rows, self.rank)), tuple(z.shape)
         if shape[:-1] not in {kind[:-1] for kind in kinds} or not 1 <= shape[-1] <= self.rank:
             raise TensorError(f"expected scales of shape {kinds[0]} or {kinds[1]} or fewer of them, got {shape}")
-        return z, self.factors(shape[-1], scales.weights)
+        return z, self.factors(shape[-1], scales.weights, z.dtype)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads memory, and no graph can hold that
-    def factors(self, rank: int | None = None, weights: object = None) -> Factors:
+    def factors(self, rank: int | None = None, weights: object = None, dtype: torch.dtype | None = None) -> Factors:
         """The leading singular triples of the present weight, all by default; kept until it changes.
 
         Args:
             rank: how many. weights: where given and the same as at the latest call, the weight is not looked at.
+            dtype: of the triples; ``None`` for the weight's, and float32 where that is less precise.
         """
         wanted = self.rank if rank is None else rank
+        dtype = dtype or torch.promote_types(self.weight.dtype, torch.float32)
         kept = self._factors  # of which other threads may make another
-        if kept is None or weights is None or kept[2] is not weights or len(kept[1].s) < wanted:
+        if kept is None or weights is None or kept[2] is not weights or not kept[1].hold(wanted, dtype):
             key = self._key()
-            if kept is None or kept[0] != key or len(kept[1].s) < wanted:
-                with torch.inference_mode(False):  # they stay, and may be trained through later
-                    found = decompose(self.weight.detach().clone(), wanted)
-            else:
+            if kept is not None and kept[0] == key and kept[1].hold(wanted, dtype):
                 found = kept[1]
+            else:
+                with torch.inference_mode(False):  # they stay, and may be trained through later
+                    found = decompose(self.weight.detach().to(dtype, copy=True), wanted)
             kept = self._factors = key, found, weights
-        return kept[1].leading(wanted)
+        return kept[1].leading(wanted, dtype)
 
     def keep_factors(self, factors: Factors) -> None:
         """Take these for the present weight's."""
         self._factors = (self._key(), factors, None)
 
-    def folded(self, scales: Float[Tensor, " r"] | None, delta: Delta | None = None) -> Float[Tensor, "out in"]:
-        """W(z), and a delta for all rows, as one matrix."""
-        weight: Tensor = self.weight
+    def folded(
+        self, scales: Float[Tensor, " r"] | None, delta: Delta | None = None, dtype: torch.dtype | None = None
+    ) -> Float[Tensor, "out in"]:
+        """W(z), and a delta for all rows, as one matrix; ``dtype`` as for ``factors``."""
+        dtype = dtype or torch.promote_types(self.weight.dtype, torch.float32)
+        weight = self.weight.to(dtype)
         if scales is not None:
-            U, s, Vt, _ = self.factors(scales.shape[-1])
+            U, s, Vt, _ = self.factors(scales.shape[-1], dtype=dtype)
             weight = weight + (U * (s * (scales - 1))) @ Vt
         if delta is not None:
             up, down, c = delta.to(weight)
@@ -133,6 +139,14 @@ class SVDLinear(SVDMatrix):
         """``product`` and the bias: arguments and errors are those of ``product``."""
         y = self.product(x, scales)
         return y if self.bias is None else y + self.bias
+
+
+def matrices(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of large products, by the name of the parameter: what may be kept in another precision."""
+    found = {name: part.weight for name, part in module.named_modules() if isinstance(part, SVDMatrix)}
+    if isinstance(head := getattr(module, "head", None), nn.Linear):
+        found["head"] = head.weight
+    return {f"{name}.weight": weight for name, weight in found.items()}
 
 
 def parts_of(scales: Scales) -> tuple[MatrixScales | None, Delta | None]:

@@ -1,0 +1,54 @@
+"""The product of hidden states with a matrix, which may be large, and less precise than they are."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from bayes_dispatch.model.mambaformer.compiled.parts import in_parts
+from bayes_dispatch.model.mambaformer.compiled.switch import array, can_compile, kernels
+
+__all__ = ["LARGE", "times"]
+
+LARGE = 2**20  # numbers in a matrix: below, a library's product of few rows is faster
+MOST_ROWS = 16  # with more, it is faster, too
+TILE = 512  # rows of a matrix that are made precise at a time, and then still are in the processor's cache
+
+
+def times(x: Float[Tensor, "*B K"], weight: Float[Tensor, "O K"]) -> Float[Tensor, "*B O"]:
+    """``x Wᵀ`` in the precision of ``x``, to which a less precise ``W`` is brought.
+
+    On a CPU nothing is rounded: a matrix in bfloat16 halves what is read from memory, and that is what few rows wait
+    for. On another device ``x`` is rounded to the precision of ``W``, in which such devices multiply.
+    """
+    half = weight.dtype != x.dtype
+    rows = x.shape[:-1].numel()
+    if (half or weight.numel() >= LARGE) and can_compile(x) and weight.device.type == "cpu":
+        if rows <= MOST_ROWS and weight.dtype in (x.dtype, torch.bfloat16):
+            return _few(x.reshape(rows, -1), weight).reshape(*x.shape[:-1], len(weight))
+        if half:
+            return _tiled(x.reshape(rows, -1), weight).reshape(*x.shape[:-1], len(weight))
+    if half and x.device.type != "cpu":
+        return F.linear(x.to(weight.dtype), weight).to(x.dtype)
+    return F.linear(x, weight.to(x.dtype))
+
+
+def _few(x: Float[Tensor, "B K"], weight: Float[Tensor, "O K"]) -> Float[Tensor, "B O"]:
+    """Of few rows, by a loop that reads the matrix once; threads share its rows."""
+    out = np.empty((len(x), len(weight)), array(x).dtype)
+    if weight.dtype == x.dtype:
+        in_parts(kernels().rows_times, len(weight), array(x), array(weight), out)
+    else:
+        in_parts(kernels().rows_times_halves, len(weight), array(x), array(weight.view(torch.uint16)), out)
+    return torch.from_numpy(out)
+
+
+def _tiled(x: Float[Tensor, "B K"], weight: Float[Tensor, "O K"]) -> Float[Tensor, "B O"]:
+    """Of many rows, by the library's product with a part of the matrix at a time."""
+    out = x.new_empty(len(x), len(weight))
+    precise = x.new_empty(min(TILE, len(weight)), x.shape[1])
+    for start in range(0, len(weight), TILE):
+        part = weight[start : start + TILE]
+        torch.mm(x, precise[: len(part)].copy_(part).t(), out=out[:, start : start + TILE])
+    return out

@@ -1,0 +1,200 @@
+"""Matrices that are kept in bfloat16 beside states in float32 give what the same numbers in float32 give."""
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bayes_dispatch.errors import BundleError
+from bayes_dispatch.model.adaptation import Adaptation, Delta
+from bayes_dispatch.model.mambaformer import products
+from bayes_dispatch.model.mambaformer.compiled import stepping
+from bayes_dispatch.model.mambaformer.compiled.parts import in_parts
+from bayes_dispatch.model.mambaformer.compiled.switch import tensors_only
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.mambaformer.products import times
+from bayes_dispatch.model.mambaformer.svd.linear import matrices
+from bayes_dispatch.storage import read_tensors, write_tensors
+
+BACKBONES = {
+    "mamba1": MambaFormerConfig(d_model=32, n_heads=4, n_pairs=1, mixer="mamba1"),
+    "mamba2": MambaFormerConfig(d_model=32, n_heads=4, head_dim=16, n_pairs=1),
+    "feed-forward-multiplied": MambaFormerConfig(
+        d_model=32, n_heads=4, blocks=("attention", "feed_forward"), positions="rotary", embedding_multiplier=3.0
+    ),
+    "biased": MambaFormerConfig(
+        d_model=32, n_heads=4, head_dim=16, blocks=("mamba2", "attention"), biased=("mamba2", "attention")
+    ),
+}
+every_backbone = pytest.mark.parametrize("kind", BACKBONES)
+
+
+def halved(model: MambaFormerForCausalLM) -> tuple[MambaFormerForCausalLM, MambaFormerForCausalLM]:
+    """A model whose matrices are in bfloat16, and one with the same numbers in float32."""
+    half, full = copy.deepcopy(model), copy.deepcopy(model)
+    for own, other in zip(matrices(half).values(), matrices(full).values(), strict=True):
+        own.data = own.data.bfloat16()
+        other.data = own.data.float()
+    return half, full
+
+
+@pytest.fixture(scope="module")
+def pairs(make_model: Any) -> Callable[[str], tuple[MambaFormerForCausalLM, MambaFormerForCausalLM]]:
+    made: dict[str, Any] = {}
+
+    def pair(kind: str) -> Any:
+        return made.setdefault(kind, halved(make_model(BACKBONES[kind], tie_embeddings=kind != "mamba1")))
+
+    return pair
+
+
+@pytest.fixture
+def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Which share all matrices, as if these were large."""
+    monkeypatch.setattr(products, "LARGE", 1)
+    monkeypatch.setattr(stepping, "LARGE", 1)
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
+
+
+def adapted(model: MambaFormerForCausalLM, kind: str, rows: int) -> Adaptation:
+    draw = torch.Generator().manual_seed(1)
+
+    def numbers(*shape: int) -> Tensor:
+        return 0.3 * torch.randn(*shape, generator=draw)
+
+    rows_from_0 = (torch.arange(rows) > 0)[:, None]
+    ranks = model.adaptable() | ({"embedding": 32} if kind == "embedding" else {})
+    if kind == "one for all":
+        return Adaptation({name: 1 + numbers(rank) for name, rank in ranks.items()})
+    if kind in ("by row", "embedding"):  # nothing in the first row
+        return Adaptation({name: 1 + numbers(rows, rank) * rows_from_0 for name, rank in ranks.items()})
+    if kind == "leading":
+        return Adaptation({name: 1 + numbers(min(rank, 3)) for name, rank in ranks.items()})
+    shape = () if kind == "delta" else (rows,)
+    shapes = {name: model.linears()[name] for name in ranks}
+    return Adaptation({}, {n: Delta(numbers(o, 2), numbers(2, i), numbers(*shape, 2)) for n, (o, i) in shapes.items()})
+
+
+ADAPTED = ["nothing", "one for all", "by row", "leading", "delta", "delta by row", "embedding"]
+
+
+@every_backbone
+@pytest.mark.parametrize("adaptation", ADAPTED)
+def test_results_are_those_of_the_same_numbers(pairs: Any, kind: str, adaptation: str) -> None:
+    equal(*pairs(kind), adaptation, rows=3)
+
+
+@every_backbone
+@pytest.mark.parametrize("rows", [1, 20])
+def test_so_they_are_of_any_number_of_rows(pairs: Any, kind: str, rows: int) -> None:
+    equal(*pairs(kind), "nothing", rows)
+
+
+@every_backbone
+@pytest.mark.parametrize("adaptation", ["nothing", "one for all", "delta by row"])
+@pytest.mark.usefixtures("two_threads")
+def test_so_they_are_of_threads(pairs: Any, kind: str, adaptation: str) -> None:
+    equal(*pairs(kind), adaptation, rows=3)
+
+
+def equal(half: MambaFormerForCausalLM, full: MambaFormerForCausalLM, adaptation: str, rows: int) -> None:
+    """Read at once and token by token, by loops and by tensor operations."""
+    ids, given = tokens(rows, 9), None if adaptation == "nothing" else adapted(half, adaptation, rows)
+    with torch.no_grad():
+        expected = full(ids, adaptation=given).logits
+        torch.testing.assert_close(half(ids, adaptation=given).logits, expected, rtol=2e-5, atol=2e-5)
+        with tensors_only():
+            torch.testing.assert_close(half(ids, adaptation=given).logits, expected, rtol=2e-5, atol=2e-5)
+        cache = half.init_cache(rows, 9)
+        half(ids[:, :5], cache=cache, adaptation=given)
+        for t in range(5, 9):
+            step = half(ids[:, t : t + 1], cache=cache, adaptation=given).logits[:, 0]
+            torch.testing.assert_close(step, expected[:, t], rtol=5e-5, atol=5e-5)
+    assert {state.dtype for each in cache.states for state in vars(each).values() if isinstance(state, Tensor)} <= {
+        torch.float32
+    }
+
+
+@every_backbone
+def test_it_is_one_model_in_hash_and_dtype(pairs: Any, kind: str) -> None:
+    half, full = pairs(kind)
+    assert half.fingerprint() == full.fingerprint()
+    assert half.dtype == half.weights_dtype == torch.float32
+    assert sum(p.nbytes for p in half.parameters()) < 0.7 * sum(p.nbytes for p in full.parameters())
+
+
+@every_backbone
+def test_gradients_of_scales_are_those_of_the_same_numbers(pairs: Any, kind: str) -> None:
+    ids, found = tokens(2, 7), []
+    for model in pairs(kind):
+        given = {name: torch.ones(rank).mul(1.1).requires_grad_() for name, rank in model.adaptable().items()}
+        model(ids, adaptation=Adaptation(given)).logits.logsumexp(-1).sum().backward()
+        found.append([z.grad for z in given.values()])
+    for own, expected in zip(*found, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-4)
+
+
+@every_backbone
+def test_it_is_saved_as_it_is(pairs: Any, kind: str, tmp_path: Path) -> None:
+    half, _ = pairs(kind)
+    half.save_pretrained(tmp_path)
+    again = MambaFormerForCausalLM.from_pretrained(tmp_path)
+    for (name, own), (_, other) in zip(half.state_dict().items(), again.state_dict().items(), strict=True):
+        assert own.dtype == other.dtype
+        assert torch.equal(own, other), name
+    tensors, header = read_tensors(tmp_path / "model.safetensors")
+    one = next(name for name in matrices(half) if name != "embedding.weight")
+    write_tensors(tmp_path / "model.safetensors", {**tensors, one: tensors[one].float()}, header)
+    with pytest.raises(BundleError, match=rf"expected .*{one}.*bfloat16"):
+        MambaFormerForCausalLM.from_pretrained(tmp_path)
+
+
+def test_products_of_any_precision() -> None:
+    draw = torch.Generator().manual_seed(2)
+    for rows in (1, 16, 17, 70):
+        for dtype in (torch.float32, torch.float64):
+            x = torch.randn(rows, 40, generator=draw, dtype=dtype)
+            for kept in (torch.float16, torch.bfloat16, torch.float32, dtype):
+                weight = torch.randn(1100, 40, generator=draw).to(kept)
+                with torch.no_grad():
+                    torch.testing.assert_close(times(x, weight), x @ weight.to(dtype).T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_threads_may_share_loops_at_once(in_threads: Any) -> None:
+    draw = torch.Generator().manual_seed(3)
+    x, weight = torch.randn(2, 300, generator=draw), torch.randn(500, 300, generator=draw).bfloat16()
+
+    def product() -> Tensor:
+        torch.set_num_threads(2)
+        with torch.no_grad():
+            return torch.stack([times(x, weight) for _ in range(30)])
+
+    for found in in_threads(6, product):
+        torch.testing.assert_close(found, (x @ weight.float().T).expand(30, -1, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_an_error_in_any_part_is_raised() -> None:
+    def loop(log: list[int], start: int, stop: int) -> None:
+        log.append(start)
+        if start == wrong:
+            raise ValueError(start)
+
+    torch.set_num_threads(3)
+    for wrong in (0, 2, 4):
+        log: list[int] = []
+        with pytest.raises(ValueError, match=str(wrong)):
+            in_parts(loop, 6, log)
+        assert sorted(log) == [0, 2, 4]
