@@ -25,6 +25,8 @@ from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
 
 __all__ = ["BlockStack", "MambaFormer", "Stretch", "check_adaptation"]
 
+PIECE = 512  # tokens of a row that are read at once
+
 
 class Stretch:
     """Blocks that run one after the other, with or without the normalisation at the end, and their latest stepper.
@@ -97,31 +99,50 @@ class BlockStack(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Blocks and the normalisation over right-padded hidden states, with nothing checked but the scales.
 
+        With a cache, many tokens are read piece by piece, so that no block's activations are of all of them.
+
         Args:
             tokens: real ones of each row (B,), by which ``cache`` is advanced; ``None`` where all T are.
             weights: the fingerprint's ``key``, of this model or of a larger one, since which no weight has changed.
             stretch: the blocks to run, those of ``cache``; ``None`` for all, and the normalisation.
         """
         stretch = stretch or self._stretch(range(len(self.blocks)))
-        span = Span(tokens) if cache is None else Span(tokens, cache.read, cache.dropped)
-        if cache is not None:
-            cache.begin([adaptation.digest(index) for index in stretch.blocks])
+        if cache is None:
+            return self._through(stretch, x, Span(tokens), None, adaptation, memory, weights)
+        cache.begin([adaptation.digest(index) for index in stretch.blocks])
+        read: list[Tensor] = []
+        for start in range(0, x.shape[1], PIECE):
+            piece = x[:, start : start + PIECE]
+            own = None if tokens is None else (tokens - start).clamp(0, piece.shape[1])
+            span = Span(own, cache.read, cache.dropped)
+            read.append(self._through(stretch, piece, span, cache, adaptation, memory, weights))
+            cache.count(piece.shape[1] if own is None else own)
+        cache.end()
+        return read[0] if len(read) == 1 else torch.cat(read, 1)
+
+    def _through(
+        self,
+        stretch: Stretch,
+        x: Tensor,
+        span: Span,
+        cache: Cache | None,
+        adaptation: Adaptation,
+        memory: Memory | None,
+        weights: object,
+    ) -> Tensor:
+        """``advance`` of one piece; the cache's states change, and nothing else in it."""
         if cache is not None and can_step(x):
             build = partial(self._stepper, stretch, adaptation, weights)
-            x = stretch.steppers.of(weights, adaptation, build)(x, span, cache, memory)
-        else:
-            scales = self._scales(adaptation, None if cache is None else weights)
-            saving = self.gradient_checkpointing and self.training and cache is None
-            for place, index in enumerate(stretch.blocks):
-                block, state = self.blocks[index], None if cache is None else cache.states[place]
-                if saving:
-                    x = cast(Tensor, checkpoint(block, x, span, scales[index], None, memory, use_reentrant=False))
-                else:
-                    x = block(x, span, scales[index], state, memory)
-            x = self.norm(x) if stretch.normalised else x
-        if cache is not None:
-            cache.advance(x.shape[1] if tokens is None else tokens)
-        return x
+            return stretch.steppers.of(weights, adaptation, build)(x, span, cache, memory)
+        scales = self._scales(adaptation, None if cache is None else weights)
+        saving = self.gradient_checkpointing and self.training and cache is None
+        for place, index in enumerate(stretch.blocks):
+            block, state = self.blocks[index], None if cache is None else cache.states[place]
+            if saving:
+                x = cast(Tensor, checkpoint(block, x, span, scales[index], None, memory, use_reentrant=False))
+            else:
+                x = block(x, span, scales[index], state, memory)
+        return cast(Tensor, self.norm(x)) if stretch.normalised else x
 
     def _stretch(self, blocks: range) -> Stretch:
         """These blocks, and the normalisation if the last is among them."""

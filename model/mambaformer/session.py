@@ -16,7 +16,6 @@ from bayes_dispatch.model.mambaformer.token_model import check_ids
 
 __all__ = ["MambaFormerSession"]
 
-PIECE = 256  # tokens of a row that are read at once, which bounds the memory of attention
 LOGITS_AT_ONCE = 2**20  # numbers: 4 MiB, which stay in the processor's caches
 
 
@@ -80,16 +79,14 @@ class MambaFormerSession:
         tail: int = 1,
     ) -> Read:
         self._check_whole()
-        check_tokens(ids, tokens, self.rows)  # all is checked before the first piece is read
+        check_tokens(ids, tokens, self.rows)
         width = ids.shape[1]
         self._cache.check_room(len(ids), width if tokens is None else tokens)
         if self._blocks.start == 0:
             check_ids(ids, self._model.vocab_size)
         counts = None if tokens is None or bool((tokens == width).all()) else tokens
-        parts = [slice(start, start + PIECE) for start in range(0, width, PIECE)]
         self._changing = True
-        read = [self._run(ids[:, part], None if x is None else x[:, part], _left(counts, part)) for part in parts]
-        hidden = read[0] if len(read) == 1 else torch.cat(read, 1)
+        hidden = self._run(ids, x, counts)
         self.evaluated += (ids.numel() if counts is None else int(counts.sum())) * len(self._blocks)
         if not self._whole:
             self._changing = False
@@ -169,8 +166,3 @@ class MambaFormerSession:
             stop = min(start + step, width - 1)
             said.append(self.after(hidden[:, start:stop]).gather(2, ids[:, start + 1 : stop + 1, None])[..., 0])
         return torch.cat(said, 1)
-
-
-def _left(counts: Int[Tensor, " R"] | None, part: slice) -> Int[Tensor, " R"] | None:
-    """How many tokens of each row there are in a part."""
-    return None if counts is None else (counts - part.start).clamp(0, part.stop - part.start)

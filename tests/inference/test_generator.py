@@ -23,7 +23,7 @@ from bayes_dispatch.inference.two_pass.blends import (
     TopK,
 )
 from bayes_dispatch.inference.two_pass.generation import Generation
-from bayes_dispatch.model.mambaformer import session as session_module
+from bayes_dispatch.model.mambaformer import blocks as blocks_module
 
 if TYPE_CHECKING:
     from bayes_dispatch.app.bundle import Bundle
@@ -43,7 +43,7 @@ fast = pytest.mark.usefixtures("unchecked")  # the other tests here, and test_bu
 @pytest.fixture
 def short_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts are read in several parts, of which short ones lack the last."""
-    monkeypatch.setattr(session_module, "PIECE", 8)
+    monkeypatch.setattr(blocks_module, "PIECE", 8)
 
 
 def assert_same(a: Generation, b: Generation, rows: slice = slice(None)) -> None:
@@ -89,7 +89,7 @@ def test_sampling_too(bundle64: "Bundle") -> None:
 def test_prompts_longer_than_a_chunk(bundle64: "Bundle") -> None:
     blend = PosteriorPredictive(5, merge=0.0)
     prompts = ["37+58=95\n" * 32, "bcde>", "abcd>dcba\n" * 26]
-    assert [len(prompt) // session_module.PIECE for prompt in prompts] == [1, 0, 1]
+    assert [len(prompt) // blocks_module.PIECE for prompt in prompts] == [1, 0, 1]
     generator = TwoPassGenerator(bundle64)
     cached = generator.generate(prompts, blend=blend, max_new_tokens=2, seed=0)
     assert_same(generator.generate(prompts, blend=blend, max_new_tokens=2, seed=0, use_cache=False), cached)

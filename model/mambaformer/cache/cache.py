@@ -293,7 +293,7 @@ class Cache:
             raise StaleCacheError("expected a whole cache, got one that was interrupted as it changed: reset it")
 
     def begin(self, scales: Sequence[Digest] | None = None) -> None:
-        """Before anything changes a state: until the change has ended, as by ``advance``, the cache is spoilt.
+        """Before anything changes a state: until the change has ended, as by ``end``, the cache is spoilt.
 
         Args:
             scales: digests of those that each block is about to read with; they are remembered.
@@ -314,12 +314,15 @@ class Cache:
                 state.leave_inference_mode()
         self._inference = here
 
-    def advance(self, tokens: int | Tensor) -> None:
-        """Count ``tokens`` (B,) more for each row, after all blocks have read them, and end the change."""
+    def count(self, tokens: int | Tensor) -> None:
+        """Count ``tokens`` (B,) more for each row, after all blocks have read them."""
         if isinstance(tokens, Tensor):
             tokens = _one_number(tokens.cpu())
         total = self._read + tokens
         self._read = _one_number(total) if isinstance(total, Tensor) else total
+
+    def end(self) -> None:
+        """End the change that began."""
         self._changing = False
 
     def _check_block(self, block: int, made_by: tuple[str, ...], digests: tuple[str, ...]) -> None:
