@@ -10,7 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fingerprint", "contents"]
+__all__ = ["Fingerprint", "contents", "parts_of"]
+
+LARGE = 2**26  # bytes of all tensors
+FEW, MANY = 8, 64  # parts of each tensor
 
 
 class Fingerprint:
@@ -18,8 +21,9 @@ class Fingerprint:
 
     Whatever changed them, ``of`` sees it, since it sums all of their memory: 35 µs for half a million weights in
     float32, where a prompt of 64 tokens takes 1,400 and a decoded token 80. ``glance``, made for each of those, reads
-    an eighth of each tensor in turn. What changes a whole tensor, as an optimiser does, it sees at once; what changes a
-    few numbers of one, within eight tokens. Off the CPU both see version counters and places in memory alone.
+    an eighth of each tensor in turn, of large models a 64th. What changes a whole tensor, as an optimiser does, it sees
+    at once; what changes a few numbers of one, within eight tokens, or 64. Off the CPU both see version counters and
+    places in memory alone.
     """
 
     def __init__(self) -> None:
@@ -58,7 +62,8 @@ class Fingerprint:
         if kept.memory is None:  # not all of it on the CPU
             same = contents(found, turn) == kept.contents[turn : turn + 1]
         else:
-            same = kept.contents[turn].startswith(_sums(kept.memory, turn, 1).tobytes())
+            sums = _sums(kept.memory, turn, 1, len(kept.contents))
+            same = kept.contents[turn].startswith(sums.tobytes())
         return kept.value if same else self.of(module)
 
 
@@ -100,9 +105,10 @@ class _Kept:
 
 def contents(tensors: Sequence[Tensor], part: int | None = None) -> Sequence[bytes]:
     """What tells whether a number in one of these tensors has changed, or in one part of each: for each part."""
-    first, parts = (0, _module().PARTS) if part is None else (part, 1)
+    parts = parts_of(tensors)
+    first, count = (0, parts) if part is None else (part, 1)
     near = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors if tensor.is_cpu]
-    sums = _sums(_memory(near), first, parts)
+    sums = _sums(_memory(near), first, count, parts)
     more = str(tensors[0].dtype)
     if len(near) < len(tensors):
         more += str([(-1 if t.is_inference() else t._version, t.data_ptr()) for t in tensors if not t.is_cpu])
@@ -114,9 +120,14 @@ def _memory(tensors: Sequence[Tensor]) -> np.ndarray:
     return np.array([[tensor.data_ptr() for tensor in tensors], [tensor.nbytes for tensor in tensors]], np.int64)
 
 
-def _sums(memory: np.ndarray, first: int, parts: int) -> np.ndarray:
-    sums = np.empty((parts, memory.shape[1]), np.uint64)
-    _module().checksum(memory, first, sums)
+def parts_of(tensors: Sequence[Tensor]) -> int:
+    """In how many parts they are looked at: of a large model a part takes a hundredth of a decoded token's time."""
+    return MANY if sum(tensor.nbytes for tensor in tensors) > LARGE else FEW
+
+
+def _sums(memory: np.ndarray, first: int, count: int, parts: int) -> np.ndarray:
+    sums = np.empty((count, memory.shape[1]), np.uint64)
+    _module().checksum(memory, first, parts, sums)
     return sums
 
 

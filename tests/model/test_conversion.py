@@ -5,6 +5,7 @@ That library computes norms, angles and states in float32 whatever the dtype of 
 float64, all of that is done in float64 here (``in_float64``).
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from bayes_dispatch.errors import BayesDispatchError
 from bayes_dispatch.model.backbone import padded
 from bayes_dispatch.model.mambaformer.compiled.switch import tensors_only
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.mambaformer.svd.linear import matrices
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 from tests.convertible import CONFIGS, WIDTH, close, every_config, in_float64, make, tokens
 from tests.tiny import tiny_tokenizer
@@ -127,13 +129,18 @@ def test_files_are_read_in_the_dtype_wanted(tmp_path: Path, shards: bool) -> Non
     assert (directory / "model.safetensors.index.json").exists() is shards
     own = MambaFormerForCausalLM.from_transformers(make("bamba", torch.float32), tokenizer=ByteTokenizer())
     ids = tokens(1, 9)
-    for dtype in (None, torch.float64, torch.bfloat16):
+    for dtype in (None, torch.float64, torch.bfloat16, torch.float16):
         found = MambaFormerForCausalLM.from_transformers(directory, dtype=dtype)
-        assert found.dtype == (dtype or torch.float32)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        large = matrices(found)
+        assert {weight.dtype for weight in large.values()} == {dtype or torch.float32}
+        assert {weight.dtype for name, weight in found.state_dict().items() if name not in large} == {found.dtype}
+        rounded = copy.deepcopy(own).to(found.dtype)
+        for name, weight in matrices(rounded).items():
+            weight.data = weight.data.to(large[name].dtype).to(found.dtype)
+        assert found.fingerprint() == rounded.fingerprint()
         with torch.no_grad():
-            assert torch.equal(found(ids).logits, own.to(found.dtype)(ids).logits)
-        own.float()
-        own = MambaFormerForCausalLM.from_transformers(make("bamba", torch.float32), tokenizer=ByteTokenizer())
+            torch.testing.assert_close(found(ids).logits, rounded(ids).logits, rtol=2e-5, atol=2e-5)
 
 
 def test_its_tokenizer_is_that_of_its_directory(tmp_path: Path) -> None:
@@ -320,10 +327,10 @@ def test_pad_of_no_id_is_none(tmp_path: Path) -> None:
 def test_numbers_that_a_narrower_dtype_has_not_are_refused() -> None:
     theirs = make("mamba", torch.float32)
     with torch.no_grad():
-        theirs.backbone.layers[0].mixer.D[0] = 1e6
+        theirs.backbone.layers[0].mixer.out_proj.weight[0] = theirs.backbone.layers[0].mixer.D[0] = 1e6
     assert MambaFormerForCausalLM.from_transformers(theirs, tokenizer=ByteTokenizer(), dtype=torch.bfloat16)
     with pytest.raises(
-        BayesDispatchError, match=r"finite numbers in backbone\.layers\.0\.mixer\.D in .* as torch\.float16, got"
+        BayesDispatchError, match=r"finite numbers in backbone\.layers\.0\.mixer\.out_proj.* as torch\.float16, got"
     ):
         MambaFormerForCausalLM.from_transformers(theirs, tokenizer=ByteTokenizer(), dtype=torch.float16)
 

@@ -13,8 +13,8 @@ from torch.nn.utils import parametrize, prune, weight_norm
 
 from bayes_dispatch.errors import StaleCacheError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.mambaformer.compiled.checksum import PARTS
-from bayes_dispatch.model.mambaformer.fingerprint import contents
+from bayes_dispatch.model.mambaformer import fingerprint
+from bayes_dispatch.model.mambaformer.fingerprint import contents, parts_of
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., MambaFormerForCausalLM]
@@ -91,19 +91,26 @@ def test_the_mask_of_pruned_weights_counts(make_model: MakeModel) -> None:
     assert model.fingerprint() != before
 
 
-def test_a_few_numbers_are_seen_within_some_tokens(make_model: MakeModel) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_a_few_numbers_are_seen_within_some_tokens(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
     """A decoded token looks at a part of each tensor; any other call at all of them."""
+    if large:
+        monkeypatch.setattr(fingerprint, "LARGE", 1)
     model = make_model()
+    parts = 64 if large else 8
+    assert parts_of(list(model.parameters())) == parts
 
     def read(tokens: int, times: int) -> None:
         with torch.no_grad():
-            cache = model.init_cache(2, 32)
+            cache = model.init_cache(2, 80)
             model(IDS, cache=cache)
             model.embedding.weight.detach().numpy()[100, 3] += 1
             for _ in range(times):
                 model(IDS[:, :tokens], cache=cache)
 
-    for tokens, times in ((1, PARTS), (2, 1)):
+    for tokens, times in ((1, parts), (2, 1)):
         with pytest.raises(StaleCacheError):
             read(tokens, times)
 
@@ -123,7 +130,7 @@ def test_every_bit_counts(data: st.DataObject) -> None:
     raw.reshape(-1)[place] ^= 1 << data.draw(st.integers(0, 7))
     after = contents(tensors)
     assert after != before
-    assert [row for part in range(PARTS) for row in contents(tensors, part)] == list(after)
+    assert [row for part in range(parts_of(tensors)) for row in contents(tensors, part)] == list(after)
     assert contents([tensor.mT for tensor in tensors]) == contents([tensor.mT.contiguous() for tensor in tensors])
 
 

@@ -9,9 +9,8 @@ from numba.extending import intrinsic
 
 from bayes_dispatch.loops import compile_with
 
-__all__ = ["PARTS", "checksum"]
+__all__ = ["checksum"]
 
-PARTS = 8  # of each tensor
 SMALL = 512  # bytes, of a tensor that is no longer divided
 
 Array = Any  # numba infers what its functions take
@@ -32,9 +31,10 @@ _array_of: Any = numba.carray  # type: ignore[attr-defined]
 
 
 @compile_with()
-def checksum(memory: Array, first: int, sums: Array) -> None:
+def checksum(memory: Array, first: int, parts: int, sums: Array) -> None:
     """``sums[p, k]`` of part ``first + p`` of the memory at address ``memory[0, k]``, of ``memory[1, k]`` bytes.
 
+    The memory at each address is divided into ``parts``, as equal as can be.
     Words are mixed with their place and summed, modulo 2⁶⁴. Mixing is one to one: another value of any one word is
     another sum. It keeps no pattern: doubled numbers or other signs, which change all words alike, do not cancel.
     """
@@ -48,7 +48,7 @@ def checksum(memory: Array, first: int, sums: Array) -> None:
         for p in range(len(sums)):
             start, stop = 0, len(words)
             if size > SMALL:
-                start, stop = (first + p) * len(words) // PARTS, (first + p + 1) * len(words) // PARTS
+                start, stop = (first + p) * len(words) // parts, (first + p + 1) * len(words) // parts
             piece, total = words[start:stop], rest
             for i in range(len(piece)):  # from 0: an index that may be negative takes ten times as long
                 value = piece[i] ^ np.uint64(i) * np.uint64(0x9E3779B97F4A7C15)

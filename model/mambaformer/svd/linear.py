@@ -143,7 +143,9 @@ class SVDLinear(SVDMatrix):
 
 def matrices(module: nn.Module) -> dict[str, Tensor]:
     """The weights of large products, by the name of the parameter: what may be kept in another precision."""
-    found = {name: part.weight for name, part in module.named_modules() if isinstance(part, SVDMatrix)}
+    found: dict[str, Tensor] = {
+        name: part.weight for name, part in module.named_modules() if isinstance(part, SVDMatrix)
+    }
     if isinstance(head := getattr(module, "head", None), nn.Linear):
         found["head"] = head.weight
     return {f"{name}.weight": weight for name, weight in found.items()}
