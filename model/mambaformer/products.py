@@ -11,7 +11,8 @@ from bayes_dispatch.model.mambaformer.compiled.switch import array, can_compile,
 
 __all__ = ["LARGE", "times"]
 
-LARGE = 2**20  # numbers in a matrix: below, a library's product of few rows is faster
+LARGE = 2**20  # numbers in a matrix whose rows threads share
+SMALL = 2**16  # numbers in a matrix of which a library's product of few rows is faster
 MOST_ROWS = 16  # with more, it is faster, too
 TILE = 512  # rows of a matrix that are made precise at a time, and then still are in the processor's cache
 
@@ -24,7 +25,7 @@ def times(x: Float[Tensor, "*B K"], weight: Float[Tensor, "O K"]) -> Float[Tenso
     """
     half = weight.dtype != x.dtype
     rows = x.shape[:-1].numel()
-    if (half or weight.numel() >= LARGE) and can_compile(x) and weight.device.type == "cpu":
+    if (half or weight.numel() >= SMALL) and can_compile(x) and weight.device.type == "cpu":
         if rows <= MOST_ROWS and weight.dtype in (x.dtype, torch.bfloat16):
             return _few(x.reshape(rows, -1), weight).reshape(*x.shape[:-1], len(weight))
         if half:
@@ -38,9 +39,10 @@ def _few(x: Float[Tensor, "B K"], weight: Float[Tensor, "O K"]) -> Float[Tensor,
     """Of few rows, by a loop that reads the matrix once; threads share its rows."""
     out = np.empty((len(x), len(weight)), array(x).dtype)
     if weight.dtype == x.dtype:
-        in_parts(kernels().rows_times, len(weight), array(x), array(weight), out)
+        loop, numbers = kernels().rows_times, array(weight)
     else:
-        in_parts(kernels().rows_times_halves, len(weight), array(x), array(weight.view(torch.uint16)), out)
+        loop, numbers = kernels().rows_times_halves, array(weight.view(torch.uint16))
+    in_parts(loop, len(weight), array(x), numbers, out, threads=None if weight.numel() >= LARGE else 1)
     return torch.from_numpy(out)
 
 

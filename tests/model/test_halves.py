@@ -57,6 +57,7 @@ def pairs(make_model: Any) -> Callable[[str], tuple[MambaFormerForCausalLM, Mamb
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Which share all matrices, as if these were large."""
     monkeypatch.setattr(products, "LARGE", 1)
+    monkeypatch.setattr(products, "SMALL", 1)
     monkeypatch.setattr(stepping, "LARGE", 1)
     torch.set_num_threads(2)
     yield
