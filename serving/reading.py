@@ -156,10 +156,10 @@ class Reading:
 
     @property
     def held(self) -> tuple[int, int]:
-        """Rows that it has, and bytes of what they keep."""
-        first, second = self._conversation, self._reader
-        rows = (first is not None) + (0 if second is None else second.rows)
-        return rows, sum(each.nbytes for each in (first, second) if each is not None)
+        """Rows that it has, and bytes of what they keep. A first pass that reads nothing off the model has none."""
+        first = 0 if self._conversation is None else self._conversation.nbytes
+        second = self._reader
+        return (first > 0) + (0 if second is None else second.rows), first + (0 if second is None else second.nbytes)
 
     def step(self) -> bool:
         """Read some more; whether there is nothing left to read.

@@ -51,8 +51,9 @@ class Learner:
 
     Args:
         dispatcher: whose prior learns; it keeps the prior in a file (``Dispatcher.keep_prior``).
-        most: choices of answers to remember. When there are more, the owner who has the most of them loses the oldest
-            of its answers: nobody can push out those of others who have fewer.
+        most: choices of answers to remember. While there are more, with those of the answer that came last, the owner
+            who has the most of them loses the oldest of its answers. So nobody pushes out those of others who have
+            fewer, and who has at most an equal part loses none; an answer of more choices is not remembered.
 
     Raises:
         ConfigError: fewer than one.
@@ -72,14 +73,14 @@ class Learner:
     def remember(self, name: str, owner: str, choices: Sequence[Choice]) -> None:
         """An answer is over; told again, nothing happens. name: its id. owner: who may tell of it."""
         own = self._given.setdefault(owner, {})
-        if name in own:
+        if name in own or len(choices) > self._most:
             return
-        while self.held and self.held + len(choices) > self._most:
-            self._forget()
         evidence = {each.prompt: each.begun.evidence for each in choices if each.begun is not None}
         weights = tuple(None if each.shares is None else each.shares[None] / each.count for each in choices)
         own[name] = _Given(tuple(each.prompt for each in choices), evidence, weights)
         self._held[owner] = self._held.get(owner, 0) + len(choices)
+        while self.held > self._most:
+            self._forget()
 
     def _forget(self) -> None:
         """One answer: the oldest of who has the most choices."""

@@ -21,7 +21,7 @@ from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.model.generation.sampling import Sampling
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
-from bayes_dispatch.serving.reading import Heard, hear
+from bayes_dispatch.serving.reading import Heard, Reading, hear
 from bayes_dispatch.serving.waiting import Request, WaitingLine
 from bayes_dispatch.serving.work import BusyError, Engine, Event, Message, Ticket, Work
 from tests.serving.told import Told
@@ -243,6 +243,20 @@ def test_what_reads_a_prompt_is_counted(llama64: Any, start: Callable[..., Batch
         sleep(0.001)
     assert (1, True) in seen
     assert (2, True) < max(seen) <= (8, True)  # equal particles are one row
+
+
+def test_a_first_pass_off_the_text_alone_has_no_row(bundle64: Any) -> None:
+    """No expert leaves a block below; then the model is read for views of its states alone."""
+    parts = {name: getattr(bundle64, name) for name in ("model", "tokenizer", "experts")}
+    asked = replace(work(bundle64, "ab>ba"), writing=None)
+    for views, rows in (({"counts"}, 0), ({"counts", "hidden"}, 1)):
+        system: Any = SimpleNamespace(**parts, dispatcher=SimpleNamespace(views=views))
+        heard = hear(system.tokenizer, Form.of(system.tokenizer), None, asked)
+        reading = Reading(system, heard, asked, 2, lambda _: None)
+        with torch.no_grad():
+            assert not reading.step()
+        held, nbytes = reading.held
+        assert (held, nbytes > 0) == (rows, rows > 0)
 
 
 def test_what_is_kept_between_the_passes_is_counted(cut64: Any, start: Callable[..., BatchedEngine]) -> None:

@@ -10,8 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.stats import binom
 from typer.testing import CliRunner
 
@@ -158,12 +161,40 @@ def test_a_repeat_waits_for_what_is_being_written(world: World, monkeypatch: pyt
     assert world.dispatcher.prior.events == 1
 
 
-def test_one_key_cannot_push_out_the_others(bundle: Any, tmp_path: Path) -> None:
-    """Who has the most loses its oldest; nobody below an equal part loses any, however the others flood."""
+@hypothesis.settings(max_examples=200, deadline=None)
+@given(st.integers(1, 12), st.lists(st.tuples(st.sampled_from("abcd"), st.integers(1, 16)), max_size=40))
+def test_nobody_pushes_out_those_of_who_has_fewer(most: int, arrivals: list[tuple[str, int]]) -> None:
+    """Whoever comes with how much: there is no more than there may be; of each the oldest go, and no more than must;
+    who loses one had as many before it as any other, and who has an equal part loses none."""
+    learner = Learner(Dispatcher(["red", "blue"]), most)
+
+    def choices() -> dict[str, dict[str, int]]:
+        return {who: {name: len(each.prompts) for name, each in own.items()} for who, own in learner._given.items()}
+
+    for n, (owner, size) in enumerate(arrivals):
+        before = choices()
+        if size <= most:
+            before.setdefault(owner, {})[str(n)] = size
+        learner.remember(str(n), owner, [Choice(k, 0) for k in range(size)])
+        after = choices()
+        had, has = ({who: sum(own.values()) for who, own in each.items()} for each in (before, after))
+        assert learner.held == sum(has.values()) <= most
+        last = {}  # the size of the last answer that each has lost
+        for who, own in before.items():
+            lost = len(own) - len(after[who])
+            assert list(after[who].items()) == list(own.items())[lost:]
+            if lost:
+                last[who] = list(own.values())[lost - 1]
+                assert had[who] > most / len(before)
+                assert has[who] + last[who] >= max(has.values())
+        assert not last or max(last.values()) + learner.held > most
+
+
+def test_who_floods_loses_its_own(bundle: Any, tmp_path: Path) -> None:
+    """By answers of one choice, of several, and of more than there may be."""
     dispatcher = copy.copy(bundle.dispatcher)
     dispatcher.keep_prior(tmp_path / "prior.json")
     learner = Learner(dispatcher, 9)
-    asked = FeedbackAsked(id="0", label="base")
 
     def known(owner: str, *ids: int) -> list[bool]:
         return [str(n) in learner._given.get(owner, {}) for n in ids]
@@ -173,14 +204,12 @@ def test_one_key_cannot_push_out_the_others(bundle: Any, tmp_path: Path) -> None
     for n in range(20):
         learner.remember(str(n), "bob", [Choice(0, 0)])
         learner.remember(str(n), "cy", [Choice(k, 0) for k in range(2)])
-    assert learner.held <= 9
+    learner.remember("20", "cy", [Choice(k, 0) for k in range(9)])
+    learner.remember("21", "cy", [Choice(k, 0) for k in range(32)])
     assert known("ann", 0, 1) == [True, True]
     assert known("bob", 0, 17, 18, 19) == [False, True, True, True]
-    assert known("cy", 0, 18, 19) == [False, True, True]
-    learner.remember("20", "cy", [Choice(k, 0) for k in range(32)])  # more than all: it is remembered alone
-    assert (learner.held, known("cy", 20)) == (32, [True])
     with pytest.raises(RefusedError) as refused:
-        asyncio.run(learner.take(asked, "ann"))
+        asyncio.run(learner.take(FeedbackAsked(id="21", label="base"), "cy"))
     assert refused.value.status == 404
 
 
