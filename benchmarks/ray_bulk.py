@@ -3,8 +3,8 @@
     make check-ray
 
 It fails where ``compare --ray`` or ``fit --ray`` gives anything else than without, though a process that was at a
-block is killed amid; where a prompt that cannot be read, or a process that is lost each time, is anything but one
-line that tells so; or where a process is left at the end.
+block is killed amid; where a prompt that cannot be read, a cluster that others fill, or a process that is lost each
+time, is anything but one line that tells so; or where a process is left at the end.
 """
 
 import json
@@ -15,6 +15,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,8 +120,7 @@ def refused(folder: Path) -> str:
     file = written(folder / "refused.jsonl", lines)
     _, told = ended(command("fit", "--ray", "--examples", file, "--out", folder / "refused"), 2)
     assert told.count("\n") == 1, f"expected one line, got {told}"
-    assert "expected prompt 5" in told, f"expected the place of the prompt in its block, got {told}"
-    assert "in the block of items 64 to 99" in told, f"expected the place of the block, got {told}"
+    assert f"in line 70 of {file}" in told, f"expected the line of the prompt, got {told}"
     assert not (folder / "refused").exists(), "expected no bundle, got one"
     return told.strip()
 
@@ -131,11 +132,48 @@ def lost(block: Sequence[int]) -> int:
     return sum(block)
 
 
+def failing(block: Sequence[int]) -> int:
+    """Work that raises an error of ours."""
+    if 2 in block:
+        raise ConfigError("expected no 2, got one")
+    return sum(block)
+
+
+def unfree(seconds: float) -> None:
+    """Work of others."""
+    time.sleep(seconds)
+
+
+def waited() -> str:
+    """For others who have all cores: in one line, and no longer than they have them."""
+    import ray
+
+    from bayes_dispatch.serving.ray.bulk import SILENT, blocks_on_ray
+
+    said = StringIO()
+    with redirect_stderr(said), blocks_on_ray() as mapped:
+        cores = ray.cluster_resources()["CPU"]
+        ray.remote(num_cpus=cores)(unfree).remote(2 * SILENT + 5)
+        until("cores that are taken", lambda: ray.available_resources().get("CPU", 0) < 1)
+        assert mapped(lost, [[0, 1], [3]]) == [1, 3]
+    told = [line for line in said.getvalue().splitlines() if "waiting" in line]
+    assert len(told) == 1, f"expected one line on what is waited for, got {told}"
+    assert f"2 blocks want a core each, or one in turn; 0 of {cores:g} cores are free" in told[0], told[0]
+    return told[0]
+
+
 def given_up() -> str:
-    """A block whose process is lost each time."""
+    """A block whose process is lost each time, and one that fails."""
     from bayes_dispatch.serving.ray.bulk import blocks_on_ray
 
     with blocks_on_ray() as mapped:
+        try:
+            mapped(failing, [[0, 1], [3, 2]])
+        except ConfigError as error:
+            told = str(error)
+        else:
+            raise AssertionError("expected an error for a block that fails, got none")
+        assert told == "expected no 2, got one, in the block of items 2 to 3", told
         assert mapped(lost, [[0, 1], [3]]) == [1, 3]
         try:
             mapped(lost, [[0, 1], [2]])
@@ -154,7 +192,7 @@ def main(count: Annotated[int, typer.Option(min=2, help="Documents of each held-
         folder = Path(name)
         file, texts = documents(count, folder)
         found: dict[str, Any] = {"documents": len(texts), "compare": scored(file, folder), "fit": fitted(texts, folder)}
-        found |= {"refused": refused(folder), "given up": given_up()}
+        found |= {"refused": refused(folder), "waited": waited(), "given up": given_up()}
     until("no process that is left", lambda: not below(os.getpid()), 30)
     typer.echo(json.dumps(found, indent=1))
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from bayes_dispatch.experts.domains.interleaved import Interleaved
 from bayes_dispatch.model.tokenizer import utf8
 
 __all__ = [
+    "Example",
     "OwnExamples",
     "OwnPairs",
     "OwnPrompts",
@@ -210,13 +211,21 @@ class OwnExamples:
         return Document(text, min(prompt_bytes, len(text.encode())))
 
 
-def read_examples(path: Path) -> dict[str | None, list[str]]:
-    """Texts by expert, from lines of ``{"expert": …, "text": …}``; under ``None`` those that name no expert.
+class Example(NamedTuple):
+    """A line of a file of examples. line: its number, from 1. expert: ``None`` where it names none."""
+
+    line: int
+    expert: str | None
+    text: str
+
+
+def read_examples(path: Path) -> list[Example]:
+    """The lines ``{"expert": …, "text": …}`` of a file, in their order.
 
     Raises:
         ConfigError: the file is missing, no UTF-8, empty, or a line is no such object.
     """
-    found: dict[str | None, list[str]] = {}
+    found: list[Example] = []
     for number, line in enumerate(read_utf8(path).split("\n"), 1):
         if not line.strip():
             continue
@@ -231,7 +240,7 @@ def read_examples(path: Path) -> dict[str | None, list[str]]:
         text = entry.get("text")
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(f"{expected}, got a text that is {'empty' if isinstance(text, str) else 'none'}")
-        found.setdefault(entry.get("expert"), []).append(text)
+        found.append(Example(number, entry.get("expert"), text))
     if not found:
         raise ConfigError(f"expected at least one example in {path}, got none")
     return found

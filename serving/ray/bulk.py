@@ -17,6 +17,7 @@ from bayes_dispatch.errors import BayesDispatchError, ConfigError
 __all__ = ["blocks_on_ray"]
 
 RETRIES = 3  # of a task whose process is lost; one that raises is not tried again
+SILENT = 10.0  # seconds that a task may wait for a core before it is said so
 
 
 @contextmanager
@@ -48,6 +49,7 @@ def map_blocks(
         ConfigError: a block lost its process, and lost it again each time it was tried. BayesDispatchError: what the
             work raised.
     """
+    _wait_for_a_core(len(blocks))
     task = ray.remote(max_retries=RETRIES)(work)
     asked = [task.remote(block, *constants) for block in blocks]
     found, begin = [], 0
@@ -60,6 +62,20 @@ def map_blocks(
             begin += len(block)
             bar.update(len(block))
     return found
+
+
+def _wait_for_a_core(blocks: int) -> None:
+    """Until a task that does nothing has had one: a block would wait as long, and Ray does not say for what."""
+    asked = ray.remote(max_retries=RETRIES)(_nothing).remote()
+    if not ray.wait([asked], timeout=SILENT)[0]:
+        free, cores = (found().get("CPU", 0) for found in (ray.available_resources, ray.cluster_resources))
+        told = f"{blocks} blocks want a core each, or one in turn; {free:g} of {cores:g} cores are free"
+        print(f"bayes-dispatch: waiting for the Ray cluster: {told}", file=sys.stderr, flush=True)
+    ray.get(asked)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _told(error: RayError, items: str) -> BayesDispatchError:

@@ -67,7 +67,9 @@ def build(
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.domains.own import read_examples
 
-    texts: dict[str | None, list[str]] = {} if examples is None else read_examples(examples)
+    texts: dict[str | None, list[str]] = {}
+    for each in () if examples is None else read_examples(examples):
+        texts.setdefault(each.expert, []).append(each.text)
     for name, file in _named(text or (), "--text").items():
         texts.setdefault(name, []).extend(_passages(Path(file)))
     backbone = transformers_backbone(model, device=device, dtype=dtype)

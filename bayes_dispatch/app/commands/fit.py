@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,11 @@ from bayes_dispatch.app.commands.terminal import (
     open_bundle,
     refuse_unused,
 )
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import ConfigError, PromptError, UnknownNameError
+
+if TYPE_CHECKING:
+    from bayes_dispatch.experts.domains.own import Example
+    from bayes_dispatch.inference.two_pass.system import System
 
 __all__ = ["fit"]
 
@@ -60,9 +64,11 @@ def fit(
     if evidence is not None:
         known = read_evidence(evidence)
     elif examples is not None:
-        texts = [(name, text) for name, own in read_examples(examples).items() for text in own]
-        weights = known_weights([name for name, _ in texts], system.experts.components)
-        prompts, progress = [text for _, text in texts], sys.stderr.isatty()
+        given = read_examples(examples)
+        for each in given:
+            _check(each, examples, system)
+        weights = known_weights([each.expert for each in given], system.experts.components)
+        prompts, progress = [each.text for each in given], sys.stderr.isatty()
         if cluster is None:
             seen = first_pass(system.model, system.tokenizer, prompts, progress=progress, block=system.cut).evidence
         else:
@@ -75,3 +81,18 @@ def fit(
     new = with_dispatcher(system, known.evidence, known.labels, known.mixtures, seed, progress=True)
     new.save(out)
     print(f"{out}: a dispatcher over {', '.join(new.experts.names)}, fitted on {len(known.evidence)} prompts")
+
+
+def _check(example: "Example", path: Path, system: "System") -> None:
+    """Whether it can be read, before any is: what reads many prompts does not know their lines.
+
+    Raises:
+        UnknownNameError: it names no component. PromptError: it is too long for the model.
+    """
+    where, components = f"in line {example.line} of {path}", system.experts.components
+    if example.expert not in (None, *components):
+        raise UnknownNameError(f"expected a prompt of {', '.join(components)} {where}, got one of {example.expert}")
+    count, longest = len(system.tokenizer.tokenize(example.text).ids), system.model.longest
+    if count == 0 or (longest is not None and count > longest):
+        room = "at least 1 token" if longest is None else f"1 to {longest} tokens"
+        raise PromptError(f"expected a prompt of {room} {where}, got {count}")

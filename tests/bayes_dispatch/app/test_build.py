@@ -168,7 +168,7 @@ def test_bad_examples(model: Path, adapters: dict[str, Path], examples: dict[str
 def test_lines_of_examples(tmp_path: Path) -> None:
     path = tmp_path / "examples.jsonl"
     path.write_text('{"expert": "a", "text": "x"}\n\n{"text": "y"}\n{"expert": "a", "text": "z\u2028z"}\n')
-    assert read_examples(path) == {"a": ["x", "z\u2028z"], None: ["y"]}
+    assert read_examples(path) == [(1, "a", "x"), (3, None, "y"), (4, "a", "z\u2028z")]
     for line in (
         "{",
         "[1]",

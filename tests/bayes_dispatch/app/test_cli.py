@@ -174,12 +174,11 @@ def test_fit_reads_prompts(saved: Path, bundle: Bundle, capfd: pytest.CaptureFix
         {"expert": names[n % 5], "text": ["ab>ba\n", "1+2=3\n", "x y\n", "Hi.", "?"][n % 5] * (1 + n % 4)}
         for n in range(40)
     ]
-    lines.sort(key=lambda line: names.index(line["expert"]))  # as they are read
     Path("prompts.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     evidence = first_pass(bundle.model, bundle.tokenizer, [str(line["text"]) for line in lines]).evidence
-    labels = np.repeat([0, 1, 2, -1, -1], 8)
+    labels = np.tile([0, 1, 2, -1, -1], 8)
     mixtures = np.full((40, 4), np.nan)
-    mixtures[24:32] = [0, 0, 0, 1]
+    mixtures[3::5] = [0, 0, 0, 1]
     np.savez("evidence.npz", labels=labels, mixtures=mixtures, lengths=evidence.lengths, **evidence.views)
     for given, out in (("--examples", "one"), ("--evidence", "other")):
         file = "prompts.jsonl" if given == "--examples" else "evidence.npz"
@@ -187,8 +186,12 @@ def test_fit_reads_prompts(saved: Path, bundle: Bundle, capfd: pytest.CaptureFix
         assert (code, err) == (0, "")
     one, other = (load_bundle(out).dispatcher.predict_proba(evidence) for out in ("one", "other"))
     np.testing.assert_array_equal(one, other)
-    Path("prompts.jsonl").write_text(json.dumps({"expert": "dance", "text": "a"}), encoding="utf-8")
-    assert_one_line(*run(capfd, "fit", "--examples", "prompts.jsonl", "--bundle", saved, "--out", "third"))
+    good = json.dumps(lines[0]) + "\n\n"
+    for wrong in ({"expert": "dance", "text": "a"}, {"text": "a" * 40_000}, {"expert": "add", "text": ""}):
+        Path("prompts.jsonl").write_text(good + json.dumps(wrong) + "\n" + good, encoding="utf-8")
+        told = run(capfd, "fit", "--examples", "prompts.jsonl", "--bundle", saved, "--out", "third")
+        assert_one_line(*told)
+        assert "in line 3 of prompts.jsonl" in told[2]
 
 
 @pytest.mark.parametrize(
