@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from bayes_dispatch.errors import BayesDispatchError
-from bayes_dispatch.serving.work import Begun, BusyError, Ended, Engine, EngineState, Event, Work, Wrote
+from bayes_dispatch.serving.work import Begun, BusyError, Ended, Engine, EngineState, Event, UpstreamError, Work, Wrote
 
 __all__ = ["LostError", "Replicas", "ReplicatedEngine", "events_of"]
 
@@ -57,7 +57,8 @@ class Replicas(Protocol):
 async def events_of(engine: Engine, work: Work) -> AsyncGenerator[list[Event], None]:
     """What an engine tells of work, in as many lists as it is asked for; it is cancelled when the generator is closed.
 
-    What the engine refuses is ``Ended("failed")``, and what it does not end because it ends itself is ``closed``.
+    What the engine refuses is ``Ended("failed")``. What it does not end because it ends itself, or because a server
+    that it asks fails, is ``closed``: another replica may.
     """
     loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
 
@@ -77,13 +78,18 @@ async def events_of(engine: Engine, work: Work) -> AsyncGenerator[list[Event], N
             while not queue.empty():
                 events.append(queue.get_nowait())
             last = events[-1]
-            if isinstance(last, Ended) and last.reason == "broken" and engine.state.closing:
+            if isinstance(last, Ended) and last.reason == "broken" and _elsewhere(engine, last):
                 events[-1] = Ended("closed", last.error)
             yield events
             if isinstance(last, Ended):
                 return
     finally:
         ticket.cancel()
+
+
+def _elsewhere(engine: Engine, broken: Ended) -> bool:
+    """Whether another replica may do what this one has not."""
+    return engine.state.closing or isinstance(broken.error, UpstreamError)
 
 
 class ReplicatedEngine:

@@ -12,7 +12,19 @@ from bayes_dispatch.errors import BayesDispatchError
 from bayes_dispatch.inference.two_pass.blends import Blend
 from bayes_dispatch.inference.two_pass.prompts import Writing
 
-__all__ = ["Begun", "BusyError", "Ended", "Engine", "EngineState", "Event", "Message", "Ticket", "Work", "Wrote"]
+__all__ = [
+    "Begun",
+    "BusyError",
+    "Ended",
+    "Engine",
+    "EngineState",
+    "Event",
+    "Message",
+    "Ticket",
+    "UpstreamError",
+    "Work",
+    "Wrote",
+]
 
 
 class BusyError(BayesDispatchError):
@@ -29,6 +41,10 @@ class BusyError(BayesDispatchError):
     def __reduce__(self) -> tuple[type, tuple[str, int]]:
         """An engine may be in another process."""
         return type(self), (str(self), self.retry_after)
+
+
+class UpstreamError(BayesDispatchError):
+    """A server that an engine asks cannot be reached, fails, or answers what it should not."""
 
 
 @dataclass(frozen=True)

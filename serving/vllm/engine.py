@@ -33,9 +33,9 @@ from bayes_dispatch.serving.engine import Limits
 from bayes_dispatch.serving.reading import Reading
 from bayes_dispatch.serving.vllm.export import check_lora, probes_of
 from bayes_dispatch.serving.vllm.format import told
-from bayes_dispatch.serving.vllm.upstream import Upstream, UpstreamError
+from bayes_dispatch.serving.vllm.upstream import Upstream
 from bayes_dispatch.serving.waiting import Request, WaitingLine
-from bayes_dispatch.serving.work import Begun, BusyError, Ended, EngineState, Event, Work, Wrote
+from bayes_dispatch.serving.work import Begun, BusyError, Ended, EngineState, Event, UpstreamError, Work, Wrote
 
 __all__ = ["VllmEngine"]
 

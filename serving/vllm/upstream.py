@@ -7,20 +7,16 @@ from typing import Any, NamedTuple
 
 import httpx2
 
-from bayes_dispatch.errors import BayesDispatchError, ConfigError
+from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.serving.vllm.format import BANK, FIELD, Probe, gap
-from bayes_dispatch.serving.work import BusyError
+from bayes_dispatch.serving.work import BusyError, UpstreamError
 
-__all__ = ["Said", "Upstream", "UpstreamError"]
+__all__ = ["Said", "Upstream"]
 
 CONNECTING = 10.0  # seconds
 LONGEST_WAIT = 60  # seconds that a client is told to wait, at most
 UNMASKED = -100.0  # what is added to the logits of tokens that may not be chosen, the least that vLLM takes
-
-
-class UpstreamError(BayesDispatchError):
-    """A vLLM server that cannot be reached, fails, or answers what it should not."""
 
 
 class Said(NamedTuple):

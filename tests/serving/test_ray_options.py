@@ -31,6 +31,13 @@ def test_a_replica_runs_the_bundle_of_its_gateway_alone(tmp_path: Path, unchecke
         BundleAt.here(tmp_path / "nothing")
 
 
+def test_the_key_of_a_vllm_server_is_not_shown() -> None:
+    """It is sent; what prints the settings of a replica, such as Ray's logs, has it not."""
+    made = EngineOf(BundleAt.here(None), Limits(), "http://127.0.0.1:8001", "a-key-of-the-server")
+    assert "a-key-of-the-server" not in repr(made)
+    assert pickle.loads(pickle.dumps(made)) == made
+
+
 @pytest.mark.parametrize(
     ("given", "told"),
     [

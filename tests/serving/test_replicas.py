@@ -21,7 +21,7 @@ from tests.serving.told import Told
 class Here:
     """Engines of this process. Like a router, it does not know that one has ended before it is told so."""
 
-    def __init__(self, **engines: BatchedEngine) -> None:
+    def __init__(self, **engines: Engine) -> None:
         self.engines = engines
         self.taken: list[str] = []
 
@@ -120,7 +120,7 @@ def until(true: Callable[[], bool]) -> None:
         sleep(0.002)
 
 
-def idle(engine: BatchedEngine) -> bool:
+def idle(engine: Engine) -> bool:
     state = engine.state
     return not (state.running or state.waiting or state.rows)
 

@@ -29,15 +29,17 @@ from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.inference.two_pass.blends import as_blend
 from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
+from bayes_dispatch.serving.replicas import LostError, ReplicatedEngine
 from bayes_dispatch.serving.vllm.engine import VllmEngine
 from bayes_dispatch.serving.vllm.export import export_bank, whole_bank
 from bayes_dispatch.serving.vllm.format import FIELD, Index, gap, told, tolerance, weights_of
 from bayes_dispatch.serving.vllm.plugin import Bank, _row, _scaled, register
-from bayes_dispatch.serving.vllm.upstream import Upstream, UpstreamError
+from bayes_dispatch.serving.vllm.upstream import Upstream
 from bayes_dispatch.serving.web.app import make_app
 from bayes_dispatch.serving.web.server import Server, listen
 from bayes_dispatch.serving.web.settings import WebSettings
-from bayes_dispatch.serving.work import BusyError, Engine, Ticket, Work
+from bayes_dispatch.serving.work import BusyError, Engine, Ticket, UpstreamError, Work
+from tests.serving.test_replicas import Here
 from tests.serving.told import Told
 
 IDS = torch.tensor([[1, 20, 70, 33, 90, 101, 55]])
@@ -492,6 +494,28 @@ def test_a_servers_failure_is_told(
     stand.fault = None
     engine.submit(work(stand.system), later)
     assert later.why() in ("length", "stop")
+
+
+@pytest.mark.parametrize("fault", ["500", "error", "breaks", "429"])
+def test_another_replica_goes_on_where_a_server_fails(llama64: SimpleNamespace, fault: str) -> None:
+    """Each replica has a server of its own. What was begun goes on at the other; where both fail, the client hears."""
+    stands = [Stand(llama64), Stand(llama64)]
+    engines = [VllmEngine(llama64, each.url, Limits(), KEY) for each in stands]
+    whole, gone_on, given_up = Told(), Told(), Told()
+    engine = ReplicatedEngine(Here(first=engines[0], second=engines[1]), engines[0].reply_stop)
+    engine.submit(work(llama64, tokens=20), whole)
+    whole.why()
+    stands[0].fault = fault
+    engine.submit(work(llama64, tokens=20), gone_on)
+    assert gone_on.why() == whole.why()
+    assert gone_on.text == whole.text
+    stands[1].fault = fault
+    engine.submit(work(llama64, tokens=20), given_up)
+    busy = fault == "429"
+    assert given_up.why() == ("failed" if busy else "broken")
+    assert isinstance(given_up.ended and given_up.ended.error, BusyError if busy else LostError)
+    for each in (engine, *engines, *stands):
+        each.close(0) if not isinstance(each, Stand) else each.close()
 
 
 def test_blends_of_many_particles_are_refused_by_name(stand: Stand, start: Callable[..., VllmEngine]) -> None:

@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,8 +18,6 @@ from bayes_dispatch.errors import ConfigError, MissingDependencyError
 if TYPE_CHECKING:
     from bayes_dispatch.app.bundle import Bundle
     from bayes_dispatch.app.engines import EngineOf
-    from bayes_dispatch.inference.two_pass.system import System
-    from bayes_dispatch.serving.engine import Limits
     from bayes_dispatch.serving.ray.cluster import Scale
     from bayes_dispatch.serving.work import Engine
 
@@ -123,7 +121,6 @@ def serve(
         blend=DEFAULT_BLEND if vllm is None else PosteriorMean(),
     )
     refuse_unused("--prior", prior, not ray, "without --ray, whose engines have priors of their own", "both")
-    refuse_unused("--vllm", vllm, not ray, "without --ray", "both")
     refuse_unused("--replicas", replicas, ray, "with --ray")
     refuse_unused("--replica-cpus", replica_cpus, ray, "with --ray")
     refuse_unused("--replica-busy", replica_busy, "-" in (replicas or ""), "with --replicas A-B")
@@ -143,21 +140,10 @@ def serve(
             limits = replace(limits, cache_bytes=cache_bytes)
         name = f"bayes-dispatch-{socket.gethostname()}-{listening.getsockname()[1]}"
         _log(JsonLines())
-        if scale is None:
-            engines = _here(loaded, limits, vllm)
-        else:
-            engines = _on_ray(EngineOf(BundleAt.here(bundle, dtype), limits), loaded, scale, name)
-        with engines as engine:
+        make = EngineOf(BundleAt.here(bundle, dtype), limits, vllm, None if vllm is None else os.environ.get(VLLM_KEY))
+        with nullcontext(make.start(loaded)) if scale is None else _on_ray(make, loaded, scale, name) as engine:
             app = make_app(loaded, engine, settings, known, local=not no_keys, learner=learner)
             Server(app, engine, settings).serve_on(listening)
-
-
-@contextmanager
-def _here(loaded: "Bundle", limits: "Limits", vllm: str | None) -> "Iterator[Engine]":
-    """An engine that writes in this process, or lets a vLLM server write; the server closes it."""
-    from bayes_dispatch.app.engines import started
-
-    yield started(loaded, limits) if vllm is None else _at_vllm(loaded, vllm, limits)
 
 
 def _scale(replicas: str, busy: int, cpus: float) -> "Scale":
@@ -176,6 +162,10 @@ def _on_ray(make: "EngineOf", loaded: "Bundle", scale: "Scale", name: str) -> "I
     from bayes_dispatch.serving.ray.cluster import replicas_on_ray
     from bayes_dispatch.serving.replicas import ReplicatedEngine
 
+    if make.vllm is not None:  # what each replica would say after Ray has started
+        from bayes_dispatch.serving.vllm.export import check_lora
+
+        check_lora(loaded.experts, loaded.model)
     holds = make.limits.running + make.limits.waiting
     with replicas_on_ray(make, scale, name, holds, make.limits.waiting) as replicas:
         yield ReplicatedEngine(replicas, Form.of(loaded.tokenizer).stop)
@@ -194,16 +184,6 @@ def export_vllm(
     print(f"{out}: {', '.join(index.ranks)} in {out / BANK}, of rank {index.rank}; start vLLM with the base model and")
     print(f"  BAYES_DISPATCH_VLLM={out.resolve()} VLLM_USE_V2_MODEL_RUNNER=0")
     print(f"  --enable-lora --max-loras 1 --max-lora-rank {index.server_rank}")
-
-
-def _at_vllm(system: "System", url: str, limits: "Limits") -> "Engine":
-    """An engine that lets a vLLM server write."""
-    try:
-        from bayes_dispatch.serving.vllm.engine import VllmEngine
-    except ImportError as error:
-        message = f"expected the extra vllm (pip install 'bayes-dispatch[vllm]'), got no {error.name}"
-        raise MissingDependencyError(message) from None
-    return VllmEngine(system, url, limits, os.environ.get(VLLM_KEY))
 
 
 def _log(form: logging.Formatter) -> None:
