@@ -3,6 +3,7 @@
     pip install locust 'transformers[serving]'
     python benchmarks/load.py                                        # the shipped bundle, 1, 8 and 32 clients
     python benchmarks/load.py --bundle smollm2 --beside DIR          # and `transformers serve DIR`, the same base model
+    python benchmarks/load.py --lora OUT --vllm PYTHON --beside DIR  # and vLLM, for LoRA blends (beside_vllm.py)
     python benchmarks/load.py --overload                             # ten times as many clients as places to wait
 
 Each client asks for one streamed completion after the other, of a prompt, a blend and a seed of its own. "First" is the
@@ -16,10 +17,11 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +29,8 @@ import numpy as np
 import typer
 
 BLENDS = ["posterior_predictive", "posterior_mean", "best_expert", "refined_mean", "top_k(2)", "top_k(3)", "base"]
+ONE_ROW = ["posterior_mean", "best_expert", "thompson_sample", "top_k(2)", "top_k(3)", "base"]  # that vLLM can run
+WEIGHTS = ["ada=0.4,bo=0.6", "cy=1", "dee=0.2,eve=0.3,fay=0.5", "gus=0.7,base=0.3", "hal=0.5,ada=0.5", "base=1"]
 PROMPTS = ["kfpa>apfk\nbcde>", "37+58=95\n46+27=73\n64+85=", "EN: Save TR: Speichern\nEN: Close TR:", '{"name": "']
 BUSY = (429, 503)
 
@@ -51,8 +55,8 @@ if "LOAD_MODEL" in os.environ:  # this file is also what Locust runs
                 "seed": int(self.random.integers(2**31)),
                 "stream": True,
             }
-            if os.environ["LOAD_BLENDS"] == "1":
-                body["blend"] = BLENDS[self.random.integers(len(BLENDS))]
+            more = json.loads(os.environ["LOAD_MORE"])
+            body |= more[self.random.integers(len(more))]
             last, name = time.perf_counter(), "first"
             with self.client.post("/v1/completions", json=body, stream=True, catch_response=True, name="all") as answer:
                 if answer.status_code in BUSY:
@@ -109,9 +113,9 @@ def serving(command: list[str], port: int) -> Iterator[str]:
             process.terminate()
 
 
-def run(url: str, model: str, clients: int, seconds: int, tokens: int, blends: bool) -> dict[str, Any]:
-    """Locust's statistics by name: of all requests, and of tokens."""
-    settings = {"LOAD_MODEL": model, "LOAD_TOKENS": str(tokens), "LOAD_BLENDS": str(int(blends))}
+def run(url: str, model: str, clients: int, seconds: int, tokens: int, more: list[dict[str, Any]]) -> dict[str, Any]:
+    """Locust's statistics by name: of all requests, and of tokens. more: fields of requests, one of these at random."""
+    settings = {"LOAD_MODEL": model, "LOAD_TOKENS": str(tokens), "LOAD_MORE": json.dumps(more)}
     command = [sys.executable, "-m", "locust", "-f", __file__, "--headless", "--json", "--only-summary"]
     command += ["-H", url, "-u", str(clients), "-r", str(clients), "-t", f"{seconds}s", "-s", "60", "-L", "ERROR"]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
@@ -136,39 +140,54 @@ def main(
     clients: Annotated[list[int], typer.Option(help="Clients at once.")] = [1, 8, 32],  # noqa: B006  # typer's way
     seconds: Annotated[int, typer.Option(help="Of each load.")] = 30,
     tokens: Annotated[int, typer.Option(help="Of each completion.")] = 64,
+    lora: Annotated[Path | None, typer.Option(help="What beside_vllm.py wrote, in place of a bundle.")] = None,
+    vllm: Annotated[Path | None, typer.Option(help="With --lora: Python of an environment that has vLLM.")] = None,
     overload: Annotated[bool, typer.Option("--overload", help="Ten times as many clients as places.")] = False,
 ) -> None:
     """Print a table of loads."""
-    port, other = free_port(), free_port()
+    port = free_port()
     ours = [sys.executable, "-m", "bayes_dispatch", "serve", "--port", str(port)]
+    bundle = bundle if lora is None else str(lora / "bundle")
     ours += [] if bundle is None else ["--bundle", bundle]
+    blends = [{"blend": each} for each in (BLENDS if lora is None else ONE_ROW)]
     ours += [] if dtype is None else ["--dtype", dtype]
+    if vllm is not None:
+        from beside_vllm import vllm_serving
     if overload:
         with serving([*ours, "--running", "4", "--waiting", "12"], port) as url:
-            found = run(url, "bundle", 160, seconds, tokens, True)
+            found = run(url, "bundle", 160, seconds, tokens, blends)
         asked, failed = found["all"]["num_requests"], found["all"]["num_failures"]
         refused = {str(code): found[str(code)]["num_requests"] for code in BUSY if str(code) in found}
         print(f"160 clients, 16 places, {seconds} s: {asked} requests, {refused} refused, {failed} without an answer")
         raise SystemExit(int(failed > 0))
-    print("| server | clients | requests/s | tokens/s | first p50 / p99 (ms) | between p50 / p99 (ms) | failed |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    servers: list[tuple[str, list[str], int, str, bool]] = [
-        ("ours, blends", ours, port, "bundle", True),
-        ("ours, base", ours, port, "bundle:base", False),
+    servers: list[tuple[str, list[str] | str, str, list[dict[str, Any]]]] = [
+        ("ours, blends", ours, "bundle", blends),
+        ("ours, base", ours, "bundle:base", [{}]),
     ]
-    if beside is not None:
+    if beside is not None and vllm is None:
         theirs = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(beside)]
-        theirs += ["--port", str(other), "--device", "cpu", "--dtype", dtype or "float32"]
-        servers.append(("transformers, base", theirs, other, str(beside), False))
-    for count in clients:
-        for name, command, at, model, blends in servers:
-            with serving(command, at) as url:
-                run(url, model, count, 5, tokens, blends)  # to warm up
-                found = run(url, model, count, seconds, tokens, blends)
-            written = sum(found[each]["num_requests"] for each in ("first", "between"))
-            rates = f"{found['all']['num_requests'] / seconds:.1f} | {written / seconds:.0f}"
-            times = f"{quantiles(found['first'])} | {quantiles(found['between'])}"
-            print(f"| {name} | {count} | {rates} | {times} | {found['all']['num_failures']} |", flush=True)
+        theirs += ["--port", str(port), "--device", "cpu", "--dtype", dtype or "float32"]
+        servers.append(("transformers, base", theirs, str(beside), [{}]))
+    with ExitStack() as stack:
+        if lora is not None and vllm is not None and beside is not None:
+            log = Path(stack.enter_context(tempfile.TemporaryDirectory()), "log")
+            there = stack.enter_context(vllm_serving(vllm, beside, lora / "bank", free_port(), log))
+            weights = [{"vllm_xargs": {"blend_weights": each}} for each in WEIGHTS]
+            servers[1:] = [
+                ("ours with --vllm, blends", [*ours, "--vllm", there], "bundle", blends),
+                ("vLLM alone, blends", there, "bank", weights),
+            ]
+        print("| server | clients | requests/s | tokens/s | first p50 / p99 (ms) | between p50 / p99 (ms) | failed |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for count in clients:
+            for name, command, model, more in servers:
+                with nullcontext(command) if isinstance(command, str) else serving(command, port) as url:
+                    run(url, model, count, 5, tokens, more)  # to warm up
+                    found = run(url, model, count, seconds, tokens, more)
+                written = sum(found[each]["num_requests"] for each in ("first", "between") if each in found)
+                rates = f"{found['all']['num_requests'] / seconds:.1f} | {written / seconds:.0f}"
+                times = f"{quantiles(found['first'])} | {quantiles(found['between'])}"
+                print(f"| {name} | {count} | {rates} | {times} | {found['all']['num_failures']} |", flush=True)
 
 
 if __name__ == "__main__":
