@@ -7,7 +7,8 @@
     python benchmarks/load.py --overload                             # ten times as many clients as places to wait
 
 Each client asks for one streamed completion after the other, of a prompt, a blend and a seed of its own. "First" is the
-time from a request to its first token, "between" from one to the next. With ``--overload`` the table tells how many
+time from a request to its first token, "between" from one to the next; what is not over when the time is, is cut off,
+and its tokens until then count. With ``--overload`` the table tells how many
 requests got an answer, and which; every one has to get one.
 """
 
@@ -113,11 +114,17 @@ def serving(command: list[str], port: int) -> Iterator[str]:
             process.terminate()
 
 
-def run(url: str, model: str, clients: int, seconds: int, tokens: int, more: list[dict[str, Any]]) -> dict[str, Any]:
-    """Locust's statistics by name: of all requests, and of tokens. more: fields of requests, one of these at random."""
+def run(
+    url: str, model: str, clients: int, seconds: int, tokens: int, more: list[dict[str, Any]], wait: int = 0
+) -> dict[str, Any]:
+    """Locust's statistics by name: of all requests, and of tokens.
+
+    Args:
+        more: fields of requests, one of these at random. wait: seconds in which what is asked may still be answered.
+    """
     settings = {"LOAD_MODEL": model, "LOAD_TOKENS": str(tokens), "LOAD_MORE": json.dumps(more)}
     command = [sys.executable, "-m", "locust", "-f", __file__, "--headless", "--json", "--only-summary"]
-    command += ["-H", url, "-u", str(clients), "-r", str(clients), "-t", f"{seconds}s", "-s", "60", "-L", "ERROR"]
+    command += ["-H", url, "-u", str(clients), "-r", str(clients), "-t", f"{seconds}s", "-s", str(wait), "-L", "ERROR"]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
     found = re.search(r"^\[$.*^\]$", done.stdout, re.MULTILINE | re.DOTALL)
     if found is None:
@@ -125,8 +132,10 @@ def run(url: str, model: str, clients: int, seconds: int, tokens: int, more: lis
     return {each["name"]: each for each in json.loads(found.group())}
 
 
-def quantiles(of: dict[str, Any]) -> str:
+def quantiles(of: dict[str, Any] | None) -> str:
     """Median and 99th percentile in milliseconds, as Locust rounds them."""
+    if of is None:
+        return "none"
     times = sorted((float(time_), count) for time_, count in of["response_times"].items())
     values, counts = np.array([each for each, _ in times]), np.array([count for _, count in times])
     places = np.searchsorted(counts.cumsum() / counts.sum(), [0.5, 0.99])
@@ -155,7 +164,7 @@ def main(
         from beside_vllm import vllm_serving
     if overload:
         with serving([*ours, "--running", "4", "--waiting", "12"], port) as url:
-            found = run(url, "bundle", 160, seconds, tokens, blends)
+            found = run(url, "bundle", 160, seconds, tokens, blends, wait=60)
         asked, failed = found["all"]["num_requests"], found["all"]["num_failures"]
         refused = {str(code): found[str(code)]["num_requests"] for code in BUSY if str(code) in found}
         print(f"160 clients, 16 places, {seconds} s: {asked} requests, {refused} refused, {failed} without an answer")
@@ -182,12 +191,14 @@ def main(
         for count in clients:
             for name, command, model, more in servers:
                 with nullcontext(command) if isinstance(command, str) else serving(command, port) as url:
-                    run(url, model, count, 5, tokens, more)  # to warm up
+                    run(url, model, 1, 5, tokens, more)  # to warm up
                     found = run(url, model, count, seconds, tokens, more)
                 written = sum(found[each]["num_requests"] for each in ("first", "between") if each in found)
-                rates = f"{found['all']['num_requests'] / seconds:.1f} | {written / seconds:.0f}"
-                times = f"{quantiles(found['first'])} | {quantiles(found['between'])}"
-                print(f"| {name} | {count} | {rates} | {times} | {found['all']['num_failures']} |", flush=True)
+                over = found["all"]["num_requests"] if "all" in found else 0
+                failed = found["all"]["num_failures"] if "all" in found else 0
+                rates = f"{over / seconds:.1f} | {written / seconds:.0f}"
+                times = f"{quantiles(found.get('first'))} | {quantiles(found.get('between'))}"
+                print(f"| {name} | {count} | {rates} | {times} | {failed} |", flush=True)
 
 
 if __name__ == "__main__":

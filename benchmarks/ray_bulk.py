@@ -146,12 +146,12 @@ def unfree(seconds: float) -> None:
 
 def waited() -> str:
     """For others who have all cores: in one line, and no longer than they have them."""
-    import ray
-
     from bayes_dispatch.serving.ray.bulk import SILENT, blocks_on_ray
 
     said = StringIO()
     with redirect_stderr(said), blocks_on_ray() as mapped:
+        import ray  # which reads what ours has set
+
         cores = ray.cluster_resources()["CPU"]
         ray.remote(num_cpus=cores)(unfree).remote(2 * SILENT + 5)
         until("cores that are taken", lambda: ray.available_resources().get("CPU", 0) < 1)

@@ -1,11 +1,12 @@
 """Two replicas in a Ray cluster on this machine, of which one is killed while they are asked: no request may fail.
 
     make check-ray
+    python benchmarks/ray_check.py --bundle DIR --vllm URL    # replicas that let a vLLM server write (beside_vllm.py)
 
 It asks for answers and streams, of several blends and seeds, from some threads at once; kills a replica's process amid;
 and tells how long it takes until there are two again. It fails where a request fails, an answer is not that of
 ``TwoPassGenerator.generate``, a client that hangs up leaves rows behind, a full server answers anything but 429, or
-a process is left at the end.
+a process is left at the end. vLLM is asked for greedy answers of blends of one row.
 """
 
 import json
@@ -30,6 +31,7 @@ import bayes_dispatch as bd
 
 RUNNING, WAITING = 4, 8  # of each replica; all that come at once wait at first
 BLENDS = ["posterior_predictive", "posterior_mean", "sort", "refined_mean", "base"]
+ONE_ROW = ["thompson_sample", "posterior_mean", "best_expert", "top_k(2)", "base"]  # that vLLM can run
 PROMPTS = ["kfpa>lgab\nmold>npme\nhbme>", "37+58=95\n12+21=", "kfpa>apfk\nmold>", "ab>ba\nabc>"]
 TITLE = "ray::ServeReplica"
 
@@ -75,9 +77,9 @@ def ask(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def expected(bodies: list[dict[str, Any]]) -> list[str]:
+def expected(bodies: list[dict[str, Any]], bundle: str | None) -> list[str]:
     """What ``generate`` writes."""
-    generator = bd.TwoPassGenerator(bd.load_bundle())
+    generator = bd.TwoPassGenerator(bd.load_bundle(bundle))
     return [
         generator.generate(
             [body["prompt"]],
@@ -146,10 +148,10 @@ def settled(client: httpx.Client) -> bool:
 
 
 @contextmanager
-def served(log: Path) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
-    """The server and a client of it; whatever was started is ended."""
+def served(log: Path, words: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], httpx.Client]]:
+    """The server, with more options, and a client of it; whatever was started is ended."""
     command = [sys.executable, "-m", "bayes_dispatch", "serve", "--port", "8764", "--ray", "--replicas", "2"]
-    command += ["--replica-cpus", "0.2", "--running", str(RUNNING), "--waiting", str(WAITING), "--drain", "200"]
+    command += ["--replica-cpus", "0.2", "--running", str(RUNNING), "--waiting", str(WAITING), "--drain", "200", *words]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {
         "OMP_NUM_THREADS": "1"
     }
@@ -180,9 +182,15 @@ def _ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> bool:
         return False
 
 
-def kill_amid(process: subprocess.Popen[bytes], client: httpx.Client, requests: int, threads: int) -> dict[str, Any]:
+def kill_amid(
+    process: subprocess.Popen[bytes],
+    client: httpx.Client,
+    bodies: list[dict[str, Any]],
+    threads: int,
+    bundle: str | None,
+) -> dict[str, Any]:
     """Ask for many, and kill a replica after a third of them."""
-    bodies, done = [body_of(n) for n in range(requests)], list[int]()
+    requests, done = len(bodies), list[int]()
     replicas = [number for number, title in below(process.pid).items() if title.startswith(TITLE)]
     assert len(replicas) == 2, f"expected two replicas, got {below(process.pid)}"
 
@@ -206,7 +214,7 @@ def kill_amid(process: subprocess.Popen[bytes], client: httpx.Client, requests: 
     unbegun = [each["failed"] for each in found if each["failed"] and not each["began"]]
     streamed = [each["failed"] for each in found if each["failed"] and each["began"]]
     assert not unbegun, f"expected no failed request that had not begun to stream, got {unbegun}"
-    wanted = expected(bodies)
+    wanted = expected(bodies, bundle)
     different = [n for n in range(requests) if not found[n]["failed"] and found[n]["text"] != wanted[n]]
     assert not different, f"expected the answers of generate, got others for {different}"
     until("rows that are freed", lambda: settled(client))
@@ -221,24 +229,26 @@ def kill_amid(process: subprocess.Popen[bytes], client: httpx.Client, requests: 
     }
 
 
-def hang_up(client: httpx.Client) -> dict[str, Any]:
+def hang_up(client: httpx.Client, body: dict[str, Any]) -> dict[str, Any]:
     """Amid a stream, which must not be written on."""
+    most = body["max_tokens"]
     before = held(client)["new_tokens_total"]
-    with client.stream("POST", "/v1/completions", json=body_of(1) | {"max_tokens": 1000}) as answer:
+    with client.stream("POST", "/v1/completions", json=body) as answer:
         lines = (line for line in answer.iter_lines() if line)
         assert all(next(lines).startswith("data: {") for _ in range(4))
         until("a request that runs", lambda: held(client)["running"] == 1)
     seconds = until("rows that are freed", lambda: settled(client), 30)
     written = held(client)["new_tokens_total"] - before
-    assert written < 1000, "expected a text that is not written to its end, got all of it"
-    return {"seconds until rows are free": round(seconds, 1), "tokens of 1,000 written": int(written)}
+    assert written < most, "expected a text that is not written to its end, got all of it"
+    return {"seconds until rows are free": round(seconds, 1), f"tokens of {most:,} written": int(written)}
 
 
-def overload(client: httpx.Client) -> dict[str, Any]:
+def overload(client: httpx.Client, bodies: list[dict[str, Any]]) -> dict[str, Any]:
     """More at once than all replicas hold."""
     count = 3 * (RUNNING + WAITING)
+    asked = [bodies[n % len(bodies)] | {"max_tokens": 200, "stream": False} for n in range(count)]
     with ThreadPoolExecutor(count) as pool:
-        found = list(pool.map(lambda n: ask(client, body_of(n) | {"max_tokens": 200, "stream": False}), range(count)))
+        found = list(pool.map(lambda body: ask(client, body), asked))
     statuses = Counter(each["status"] for each in found)
     assert statuses.keys() == {200, 429}, f"expected answers and refusals, got {statuses}"
     assert statuses[200] > RUNNING + WAITING, f"expected more answers than one replica holds, got {statuses}"
@@ -247,11 +257,11 @@ def overload(client: httpx.Client) -> dict[str, Any]:
     return {"asked": count, "answered": statuses[200], "refused with 429": statuses[429]}
 
 
-def stop(process: subprocess.Popen[bytes], client: httpx.Client) -> dict[str, Any]:
+def stop(process: subprocess.Popen[bytes], client: httpx.Client, bodies: list[dict[str, Any]]) -> dict[str, Any]:
     """With requests amid, which are answered."""
     started = below(process.pid)
     with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(ask, client, body_of(n) | {"max_tokens": 400}) for n in range(4)]
+        asking = [pool.submit(ask, client, body | {"max_tokens": 400}) for body in bodies[:4]]
         until("some that run", lambda: held(client)["running"] > 0)
         process.send_signal(signal.SIGTERM)
         found = [each.result() for each in asking]
@@ -265,14 +275,22 @@ def stop(process: subprocess.Popen[bytes], client: httpx.Client) -> dict[str, An
 def main(
     requests: Annotated[int, typer.Option(min=30, help="While one is killed.")] = 240,
     threads: Annotated[int, typer.Option(min=1, max=WAITING, help="That ask at once.")] = 8,
+    bundle: Annotated[str | None, typer.Option(help="A bundle; the shipped one by default.")] = None,
+    vllm: Annotated[str | None, typer.Option(help="URL of a vLLM server that has its experts.")] = None,
 ) -> None:
     """Ask, kill, and tell what came."""
+    words = [] if bundle is None else ["--bundle", bundle]
+    bodies = [body_of(n) for n in range(requests)]
+    if vllm is not None:
+        words += ["--vllm", vllm]
+        bodies = [body | {"blend": ONE_ROW[n % 5], "temperature": 0.0} for n, body in enumerate(bodies)]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
         try:
-            with served(log) as (process, client):
-                found = {"killed": kill_amid(process, client, requests, threads)}
-                found |= {"hung up": hang_up(client), "overload": overload(client), "stopped": stop(process, client)}
+            with served(log, words) as (process, client):
+                found = {"killed": kill_amid(process, client, bodies, threads, bundle)}
+                found |= {"hung up": hang_up(client, bodies[1] | {"max_tokens": 1000 if vllm is None else 400})}
+                found |= {"overload": overload(client, bodies), "stopped": stop(process, client, bodies)}
         except BaseException:
             lines = log.read_text().splitlines()
             typer.echo("\n".join(line for line in lines if '"level": "info"' not in line), err=True)
