@@ -5,6 +5,7 @@ The package is imported inside the fixtures: tests that need no model start with
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ import jaxtyping
 import numpy as np
 import pytest
 import torch
+
+from tests.type_checks import install
 
 if TYPE_CHECKING:
     from bayes_dispatch.app.bundle import Bundle
@@ -23,6 +26,19 @@ if TYPE_CHECKING:
     from bayes_dispatch.model.subwords import SubwordTokenizer
 
 EXPERTS = ("reverse", "sort", "add")
+
+install("bayes_dispatch")
+
+
+def pytest_collection() -> None:
+    """Millions of objects are made while tests are imported and found, and none is garbage."""
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """They stay: each collection would go through them again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -97,16 +97,11 @@ class Cells(Frozen):
 
     def below(self, weights: Float[np.ndarray, "prompt weight"]) -> Float[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` probability that each weight is at most the given one."""
-        known = self._marginals
-        given = weights.ravel()[known.place]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            span = known.high - known.low
-            line = (given - known.low) / span
-            rising = (given - known.low) ** 2 / ((known.middle - known.low) * span)
-            falling = 1 - (known.high - given) ** 2 / ((known.high - known.middle) * span)
-        inside = np.where(known.flat, line, np.where(given < known.middle, rising, falling))
-        inside = np.where(given >= known.high, 1.0, np.where(given < known.low, 0.0, inside))
-        found = np.bincount(known.place, known.mass * inside, weights.size).astype(np.float64)
+        from bayes_dispatch.dispatcher.exact.loops import add_below  # numba is slow to import
+
+        known, found = self._marginals, np.zeros(weights.size)
+        place, mass, low, middle, high, flat, _ = known
+        add_below(place, mass, low, middle, high, flat, weights.ravel(), found)
         return found.reshape(weights.shape) + known.outside * (weights >= 0)
 
     def draw(

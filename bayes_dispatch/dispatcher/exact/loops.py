@@ -1,4 +1,5 @@
-"""Loops over prompts and weights, compiled: what ``densities`` adds up at a thousand weights of every prompt.
+"""Loops over prompts and weights, compiled: what ``densities`` adds up at a thousand weights of every prompt, and what
+``Cells.below`` does of every cell.
 
 All arrays are C-contiguous. Weights are ``(N, G, M)``: each of N prompts at G weights of up to M components.
 """
@@ -8,7 +9,7 @@ from typing import Any
 
 from bayes_dispatch.loops import compile_with
 
-__all__ = ["add_counts", "add_probabilities", "add_student"]
+__all__ = ["add_below", "add_counts", "add_probabilities", "add_student"]
 
 Array = Any  # numba infers what its functions take
 
@@ -149,3 +150,29 @@ def add_probabilities(
                 mass += alpha
                 found += (alpha - 1) * logs[n, c] - math.lgamma(alpha)
             total[n, g] += found + math.lgamma(mass)
+
+
+@compiled
+def add_below(
+    place: Array, mass: Array, low: Array, middle: Array, high: Array, flat: Array, given: Array, total: Array
+) -> None:
+    """Add the probabilities that weights are at most the given ones, in each of P cells.
+
+    Args:
+        place: (P,) of the weight. mass: (P,) of the cell. low, middle, high: (P,) its weights at the cell's corners.
+        flat: (P,) whether it is uniform between them; otherwise its density rises and falls on lines.
+        given: (W,) weights. total: (W,), changed in place.
+    """
+    for p in range(len(place)):
+        at = given[place[p]]
+        if at < low[p]:
+            continue
+        if at >= high[p]:
+            inside = 1.0
+        elif flat[p]:
+            inside = (at - low[p]) / (high[p] - low[p])
+        elif at < middle[p]:
+            inside = (at - low[p]) ** 2 / ((middle[p] - low[p]) * (high[p] - low[p]))
+        else:
+            inside = 1 - (high[p] - at) ** 2 / ((high[p] - middle[p]) * (high[p] - low[p]))
+        total[place[p]] += mass[p] * inside
