@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
 from itertools import permutations
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -34,20 +32,6 @@ def prompt_generators(seed: int | Sequence[int], count: int) -> list[np.random.G
     if len(seed) != count:
         raise ConfigError(f"expected one seed, or one for each of {count} prompts, got {len(seed)}")
     return [np.random.default_rng(arguments.whole("each prompt's seed", each, 0)) for each in seed]
-
-
-class _Marginals(NamedTuple):
-    """Of each component of each cell, one after the other: where it is among ``(N, K+1)``, the cell's mass, and the
-    component's weights at the cell's corners, in order; whether it is uniform between them; and ``(N, K+1)`` the mass
-    of cells without the component."""
-
-    place: np.ndarray
-    mass: np.ndarray
-    low: np.ndarray
-    middle: np.ndarray
-    high: np.ndarray
-    flat: np.ndarray
-    outside: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,18 +75,19 @@ class Cells(Frozen):
 
     def probability_best(self) -> Float[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` probability that each weight is the largest, from six points of every cell."""
-        points = np.einsum("ngqc,ngcm->ngqm", PROBES[self.sizes - 1], self.corners)
-        best = (points.argmax(-1)[..., None] == np.arange(self.supports.shape[-1])).mean(2)
-        return np.minimum(self._spread(self.mass[..., None] * best), 1.0)
+        from bayes_dispatch.dispatcher.exact.loops import add_best  # numba is slow to import
+
+        found = np.zeros((len(self), self.width))
+        add_best(self.mass, self.sizes, self.supports, self.corners, PROBES, found)
+        return np.minimum(found, 1.0)
 
     def below(self, weights: Float[np.ndarray, "prompt weight"]) -> Float[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` probability that each weight is at most the given one."""
-        from bayes_dispatch.dispatcher.exact.loops import add_below  # numba is slow to import
+        from bayes_dispatch.dispatcher.exact.loops import add_below
 
-        known, found = self._marginals, np.zeros(weights.size)
-        place, mass, low, middle, high, flat, _ = known
-        add_below(place, mass, low, middle, high, flat, weights.ravel(), found)
-        return found.reshape(weights.shape) + known.outside * (weights >= 0)
+        found = np.zeros(weights.shape)
+        add_below(self.mass, self.sizes, self.supports, self.corners, weights, found)
+        return found
 
     def draw(
         self, draws: int, generators: Sequence[np.random.Generator]
@@ -140,18 +125,6 @@ class Cells(Frozen):
             more = np.repeat(values[:, -1:], missing, axis=1)
             columns[name] = np.concatenate([values, 0 * more if name == "mass" else more], axis=1)
         return Cells(self.width, **columns)
-
-    @cached_property
-    def _marginals(self) -> _Marginals:
-        most = self.supports.shape[-1]
-        prompt, cell, slot = np.nonzero(np.arange(most) < self.sizes[..., None])
-        corners, sizes = self.corners[prompt, cell, :, slot], self.sizes[prompt, cell]
-        second = np.where(sizes > 1, corners[:, 1], corners[:, 0])
-        third = np.where(sizes > 2, corners[:, 2], second)
-        low, middle, high = np.sort(np.stack([corners[:, 0], second, third]), axis=0)
-        place, mass = prompt * self.width + self.supports[prompt, cell, slot], self.mass[prompt, cell]
-        inside = np.bincount(place, mass, len(self) * self.width).astype(np.float64)
-        return _Marginals(place, mass, low, middle, high, sizes < 3, 1 - inside.reshape(len(self), self.width))
 
     @property
     def _centers(self) -> Float[np.ndarray, "prompt cell slot"]:

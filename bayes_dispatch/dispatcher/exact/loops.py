@@ -1,5 +1,5 @@
 """Loops over prompts and weights, compiled: what ``densities`` adds up at a thousand weights of every prompt, and what
-``Cells.below`` does of every cell.
+``Cells`` does of every cell.
 
 All arrays are C-contiguous. Weights are ``(N, G, M)``: each of N prompts at G weights of up to M components.
 """
@@ -7,9 +7,11 @@ All arrays are C-contiguous. Weights are ``(N, G, M)``: each of N prompts at G w
 import math
 from typing import Any
 
+import numpy as np
+
 from bayes_dispatch.loops import compile_with
 
-__all__ = ["add_below", "add_counts", "add_probabilities", "add_student"]
+__all__ = ["add_below", "add_best", "add_counts", "add_probabilities", "add_student"]
 
 Array = Any  # numba infers what its functions take
 
@@ -153,26 +155,55 @@ def add_probabilities(
 
 
 @compiled
-def add_below(
-    place: Array, mass: Array, low: Array, middle: Array, high: Array, flat: Array, given: Array, total: Array
-) -> None:
-    """Add the probabilities that weights are at most the given ones, in each of P cells.
+def add_below(mass: Array, sizes: Array, supports: Array, corners: Array, weights: Array, total: Array) -> None:
+    """Add the probabilities that weights are at most the given ones.
 
     Args:
-        place: (P,) of the weight. mass: (P,) of the cell. low, middle, high: (P,) its weights at the cell's corners.
-        flat: (P,) whether it is uniform between them; otherwise its density rises and falls on lines.
-        given: (W,) weights. total: (W,), changed in place.
+        mass, sizes, supports, corners: of cells, see ``Cells``.
+        weights, total: (N, K + 1), of which the second is changed in place.
     """
-    for p in range(len(place)):
-        at = given[place[p]]
-        if at < low[p]:
-            continue
-        if at >= high[p]:
-            inside = 1.0
-        elif flat[p]:
-            inside = (at - low[p]) / (high[p] - low[p])
-        elif at < middle[p]:
-            inside = (at - low[p]) ** 2 / ((middle[p] - low[p]) * (high[p] - low[p]))
-        else:
-            inside = 1 - (high[p] - at) ** 2 / ((high[p] - middle[p]) * (high[p] - low[p]))
-        total[place[p]] += mass[p] * inside
+    for n in range(len(mass)):
+        without = np.ones(total.shape[1])
+        for g in range(mass.shape[1]):
+            for m in range(sizes[n, g]):
+                k = supports[n, g, m]
+                at, low, high = weights[n, k], np.inf, -np.inf
+                for c in range(sizes[n, g]):
+                    low, high = min(low, corners[n, g, c, m]), max(high, corners[n, g, c, m])
+                without[k] -= mass[n, g]
+                if at >= high:
+                    total[n, k] += mass[n, g]
+                elif at >= low and sizes[n, g] < 3:
+                    total[n, k] += mass[n, g] * (at - low) / (high - low)
+                elif at >= low:  # on a triangle the density rises on a line up to the corner between, and falls on one
+                    between = corners[n, g, 0, m] + corners[n, g, 1, m] + corners[n, g, 2, m] - low - high
+                    if at < between:
+                        share = (at - low) ** 2 / ((between - low) * (high - low))
+                    else:
+                        share = 1 - (high - at) ** 2 / ((high - between) * (high - low))
+                    total[n, k] += mass[n, g] * share
+        for k in range(total.shape[1]):
+            if weights[n, k] >= 0:
+                total[n, k] += without[k]
+
+
+@compiled
+def add_best(mass: Array, sizes: Array, supports: Array, corners: Array, probes: Array, total: Array) -> None:
+    """Add the probabilities that weights are the largest, from Q points of each cell.
+
+    Args:
+        mass, sizes, supports, corners: of cells, see ``Cells``.
+        probes: (M, Q, M) shares of the corners at each point, by size. total: (N, K + 1), changed in place.
+    """
+    for n in range(len(mass)):
+        for g in range(mass.shape[1]):
+            size = sizes[n, g]
+            for q in range(probes.shape[1]):
+                best, most = 0, -1.0
+                for m in range(size):
+                    weight = 0.0
+                    for c in range(size):
+                        weight += probes[size - 1, q, c] * corners[n, g, c, m]
+                    if weight > most:
+                        best, most = m, weight
+                total[n, supports[n, g, best]] += mass[n, g] / probes.shape[1]
