@@ -41,6 +41,17 @@ def bare(number):
     return number
 
 
+def adding(more):
+    def add(number: int) -> int:
+        return number + more
+
+    return add
+
+
+def anything(later: Later) -> Later:
+    return later
+
+
 def counted(to: int) -> Iterator[int]:
     yield from range(to)
 
@@ -92,6 +103,14 @@ def test_types_are_checked_of_what_goes_in_and_comes_out(module: ModuleType) -> 
     for wrong in ("3", 0):  # 0 gives a text
         with pytest.raises(BeartypeCallHintViolation):
             module.whole(wrong)
+    one, two = module.adding(1), module.adding(2)
+    assert (one(1), two(1)) == (2, 3)
+    for add in (one, two, module.adding("x")):
+        with pytest.raises(BeartypeCallHintViolation):
+            add("1")
+    with pytest.raises(BeartypeCallHintViolation):
+        module.adding(0.5)(1)
+    assert module.anything("x") == "x"
     assert list(module.counted(2)) == [0, 1]
     with pytest.raises(TypeError, match="counted"):  # before it is advanced
         module.counted("2")

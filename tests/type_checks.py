@@ -13,15 +13,18 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import CodeType, ModuleType, SimpleNamespace
+from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import jaxtyping
 from beartype import beartype
+
+CALLED = "__beartype_func"  # of the function that beartype makes: the keyword whose default is the one that it checks
+_CHECKS: dict[CodeType, tuple[Any, Callable[[], AbstractContextManager[None]]]] = {}  # a closure is defined often
 
 
 def install(package: str) -> None:
@@ -36,25 +39,39 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
 
     An annotation that cannot be resolved when the function is defined is any type.
     """
-    written = function.__annotations__
-    hints = {name: _resolved(hint, function.__globals__) for name, hint in written.items()}
-    if not hints:
+    if not function.__annotations__:
         return function
     if inspect.isgeneratorfunction(function):  # beartype would check its arguments only when it is first advanced
         return jaxtyping.jaxtyped(function, typechecker=beartype)
-    function.__annotations__ = hints
-    check = beartype(function)
-    function.__annotations__ = written
-    scope = partial(jaxtyping.jaxtyped, "context") if any(map(_has_axes, hints.values())) else nullcontext
+    if function.__code__ not in _CHECKS:
+        _CHECKS[function.__code__] = _check(function)
+    made, scope = _CHECKS[function.__code__]
+    check = FunctionType(made.__code__, made.__globals__, made.__name__)
+    check.__kwdefaults__ = made.__kwdefaults__ | {CALLED: function}
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         if jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
-        with scope():  # an axis is of one size within it
+        with scope():
             return check(*args, **kwargs)
 
     return call
+
+
+def _check(function: Callable[..., Any]) -> tuple[Any, Callable[[], AbstractContextManager[None]]]:
+    """What beartype makes of a function, and within what it is called: each axis is of one size there."""
+    written = function.__annotations__
+    hints = {name: _resolved(hint, function.__globals__) for name, hint in written.items()}
+    function.__annotations__ = hints
+    made = beartype(function)
+    function.__annotations__ = written
+    if made is function:  # of any types alone
+
+        def made(*args: Any, __beartype_func: Callable[..., Any] = function, **kwargs: Any) -> Any:
+            return __beartype_func(*args, **kwargs)
+
+    return made, partial(jaxtyping.jaxtyped, "context") if any(map(_has_axes, hints.values())) else nullcontext
 
 
 def checked_class(kind: type) -> type:
