@@ -6,6 +6,7 @@ The package is imported inside the fixtures: tests that need no model start with
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import jaxtyping
 import numpy as np
 import pytest
-import torch
 
 from tests.type_checks import install
 
 if TYPE_CHECKING:
+    import torch
+
     from bayes_dispatch.app.bundle import Bundle
     from bayes_dispatch.dispatcher.estimator import Dispatcher
     from bayes_dispatch.experts.bank import ExpertBank
@@ -43,7 +45,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tiny tensors run fastest, and most repeatably, on one thread."""
+    """Tiny tensors run fastest, and most repeatably, on one thread; so do processes that run beside other tests."""
+    import torch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -84,6 +89,8 @@ def in_threads() -> Iterator[Callable[[int, Callable[[], Any]], list[Any]]]:
 @pytest.fixture(scope="session")
 def make_model() -> Callable[..., MambaFormerForCausalLM]:
     """A model of random weights: no bias, decay, skip or norm at its initial value, and logits that spread by units."""
+    import torch
+
     from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
@@ -124,12 +131,16 @@ def model(make_model: Callable[..., MambaFormerForCausalLM]) -> MambaFormerForCa
 @pytest.fixture(scope="session")
 def model64(make_model: Callable[..., MambaFormerForCausalLM]) -> MambaFormerForCausalLM:
     """The same model in float64."""
+    import torch
+
     return make_model(dtype=torch.float64)
 
 
 @pytest.fixture(scope="session")
 def make_bank() -> Callable[..., ExpertBank]:
     """Experts of random scales for a model."""
+    import torch
+
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.vectors import ExpertVector
 
@@ -204,6 +215,8 @@ def dispatcher_of(names: tuple[str, ...], model: Any, tokenizer: Any) -> Dispatc
 @pytest.fixture(scope="session")
 def cut64(bundle64: "Bundle", model64: "MambaFormerForCausalLM") -> "Bundle":
     """A system whose experts adapt from block 1 on, its dispatcher fitted to what comes out of block 0."""
+    import torch
+
     from bayes_dispatch.app.bundle import Bundle
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.vectors import ExpertVector
@@ -221,6 +234,8 @@ def cut64(bundle64: "Bundle", model64: "MambaFormerForCausalLM") -> "Bundle":
 @pytest.fixture(scope="session")
 def llama64() -> SimpleNamespace:
     """The same of a tiny random Llama, whose tokens are pieces of words, with LoRA experts."""
+    import torch
+
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.lora import LoraExpert
     from tests.tiny import tiny_backbone
@@ -244,6 +259,8 @@ def llama64() -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def hybrid64() -> SimpleNamespace:
     """The same of a MambaFormer that a hybrid of the transformers library was converted to: SVF and LoRA experts."""
+    import torch
+
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.lora import LoraExpert
     from bayes_dispatch.experts.vectors import ExpertVector
@@ -280,6 +297,8 @@ def headless64(llama64: SimpleNamespace) -> SimpleNamespace:
 @pytest.fixture(scope="session")
 def embedded64(bundle64: "Bundle", model64: "MambaFormerForCausalLM") -> "Bundle":
     """A system whose experts adapt the embedding, too: nothing of a prompt is the same for all of them."""
+    import torch
+
     from bayes_dispatch.app.bundle import Bundle
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.vectors import ExpertVector

@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 import torch
 
+from bayes_dispatch.app.commands.main import main
 from bayes_dispatch.errors import BayesDispatchError, BundleError, ConfigError, PromptError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.lora import LoraExpert
@@ -598,18 +599,19 @@ def test_a_web_server_before_it(stand: Stand, start: Callable[..., VllmEngine]) 
     assert not thread.is_alive()
 
 
-def test_a_bundle_of_scales_is_refused(tmp_path: Path) -> None:
+def test_a_bundle_of_scales_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """By both commands, in one line, before a server is asked."""
     for words, why in (
         (["export-vllm", "--out", str(tmp_path / "out")], "expected LoRA experts for vLLM, got singular-value scales"),
         (["serve", "--port", "0", "--vllm", "http://127.0.0.1:9"], "expected LoRA experts for vLLM"),
         (["serve", "--vllm", "http://127.0.0.1:9", "--cache-bytes", "5"], "expected --cache-bytes without --vllm"),
     ):
-        command = [sys.executable, "-m", "bayes_dispatch", *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert why in done.stderr
-        assert done.stderr.count("\n") == 1
+        with pytest.raises(SystemExit) as stopped:
+            main(words)
+        printed = capfd.readouterr()
+        assert (stopped.value.code, printed.out) == (2, "")
+        assert why in printed.err
+        assert printed.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(("url", "key"), [("http://127.0.0.1:80a1", None), ("http://127.0.0.1:8001", "schlüssel")])

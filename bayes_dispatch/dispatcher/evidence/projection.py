@@ -13,16 +13,17 @@ those.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 from scipy.linalg import eigh
-from sklearn.decomposition import PCA
-from sklearn.linear_model import Ridge, RidgeCV
-from sklearn.model_selection import KFold
 
 from bayes_dispatch.arguments import real, set_whole, several
 from bayes_dispatch.errors import ConfigError, TensorError
+
+if TYPE_CHECKING:
+    from sklearn.decomposition import PCA
 
 __all__ = ["FeatureMap", "FeatureSettings", "fit_feature_map", "spread_of"]
 
@@ -99,6 +100,9 @@ def fit_feature_map(
     Returns:
         The map, and ``(N, D)`` features: out-of-fold for prompts with targets, the map's own for the others.
     """
+    from sklearn.linear_model import Ridge, RidgeCV  # slow to import, and for fits alone
+    from sklearn.model_selection import KFold
+
     dimensions = settings.kept(targets.shape[1] - 1)
     if np.ptp(hidden, axis=0).max() == 0:  # nothing to project
         count = min(dimensions, hidden.shape[1])
@@ -147,13 +151,19 @@ def _residual_directions(x: np.ndarray, y: np.ndarray, directions: np.ndarray, c
     """``(F, count)``: principal directions of x within class, uncorrelated with the given ones, of unit variance."""
     within = x - y @ np.linalg.lstsq(y, x, rcond=None)[0]
     explained, *_ = np.linalg.lstsq(within @ directions, within, rcond=None)  # (kept, F)
-    pca = PCA(count, svd_solver="full").fit(within - within @ directions @ explained)
+    pca = _fitted_pca(within - within @ directions @ explained, count)
     extra = pca.components_.T - directions @ (explained @ pca.components_.T)
     return extra / (within @ extra).std(axis=0)
 
 
 def _principal(hidden: np.ndarray, dimensions: int) -> tuple[FeatureMap, np.ndarray]:
-    pca = PCA(min(dimensions, *hidden.shape), svd_solver="full").fit(hidden)
+    pca = _fitted_pca(hidden, min(dimensions, *hidden.shape))
     features = pca.transform(hidden)
     scale = features.std(axis=0).max() or 1.0
     return FeatureMap(pca.mean_, pca.components_.T / scale), features / scale
+
+
+def _fitted_pca(values: np.ndarray, count: int) -> PCA:
+    from sklearn.decomposition import PCA
+
+    return PCA(count, svd_solver="full").fit(values)

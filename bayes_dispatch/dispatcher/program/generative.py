@@ -26,7 +26,6 @@ import pyro.distributions as dist
 import torch
 from jaxtyping import Float
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from sklearn.cluster import KMeans
 from torch import Tensor
 
 from bayes_dispatch.dispatcher.program.dirichlet_tree import DirichletTree, family_sums
@@ -215,6 +214,8 @@ def _clusters(model: DispatchModel, prompts: Prompts, shares: Tensor, rows: Tens
         nearest = np.arange(len(centers)) % len(candidates)
         out[rows.nonzero().squeeze(-1)[nearest[empty]], torch.from_numpy(np.flatnonzero(empty))] = 1.0
         return out
+    from sklearn.cluster import KMeans  # slow to import, and for fits alone
+
     found = KMeans(len(centers), init=centers, n_init=1, random_state=0).fit_predict(candidates)
     out[rows.nonzero().squeeze(-1), torch.from_numpy(found).long()] = 1.0
     return out * torch.from_numpy(empty).to(out)
