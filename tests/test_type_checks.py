@@ -8,7 +8,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from beartype.roar import BeartypeCallHintViolation
 
 from tests.type_checks import install
 
@@ -101,14 +100,14 @@ def test_types_are_checked_of_what_goes_in_and_comes_out(module: ModuleType) -> 
     assert module.whole(3, later="whatever its module cannot resolve") == 3
     assert module.bare("x") == "x"
     for wrong in ("3", 0):  # 0 gives a text
-        with pytest.raises(BeartypeCallHintViolation):
+        with pytest.raises(TypeError, match="violates type hint"):
             module.whole(wrong)
     one, two = module.adding(1), module.adding(2)
     assert (one(1), two(1)) == (2, 3)
     for add in (one, two, module.adding("x")):
-        with pytest.raises(BeartypeCallHintViolation):
+        with pytest.raises(TypeError, match="violates type hint"):
             add("1")
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError, match="violates type hint"):
         module.adding(0.5)(1)
     assert module.anything("x") == "x"
     assert list(module.counted(2)) == [0, 1]
@@ -120,9 +119,9 @@ def test_axes_are_of_one_size_within_a_call(module: ModuleType) -> None:
     assert len(module.added(torch.ones(2), None)[0]) == 2
     assert len(module.added(torch.ones(3), torch.ones(3))[0]) == 3
     for wrong in ((torch.ones(2), torch.ones(1)), (torch.ones(2, 2), None), (torch.ones(2).int(), None)):
-        with pytest.raises(BeartypeCallHintViolation):
+        with pytest.raises(TypeError, match="violates type hint"):
             module.added(*wrong)
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError, match="violates type hint"):
         module.added(torch.ones(2), None, cut=1)
 
 
@@ -131,11 +130,11 @@ def test_dataclasses_and_methods(module: ModuleType) -> None:
     assert module.Pair.of(row).twice().tolist() == [2, 2]
     assert module.Wide(row, row)._width == 2
     for kind in (module.Pair, module.Wide):
-        with pytest.raises(BeartypeCallHintViolation):
+        with pytest.raises(TypeError, match="violates type hint"):
             kind(row, torch.ones(3))
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError, match="violates type hint"):
         module.Pair.of("row")
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError, match="violates type hint"):
         module.Pair.of(row).twice(by=0.5)
 
 
@@ -154,5 +153,5 @@ def test_a_package_that_is_there_already_is_refused() -> None:
 def test_of_this_package_all_is_checked() -> None:
     from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 
-    with pytest.raises(BeartypeCallHintViolation):
+    with pytest.raises(TypeError, match="violates type hint"):
         MambaFormerConfig(d_model="wide")  # type: ignore[arg-type]

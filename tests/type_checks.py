@@ -21,8 +21,9 @@ from types import CodeType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any, get_args, get_type_hints
 
 import jaxtyping
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
+CHECKER = beartype(conf=BeartypeConf(violation_type=TypeError))  # as jaxtyping raises: what reads files expects it
 CALLED = "__beartype_func"  # of the function that beartype makes: the keyword whose default is the one that it checks
 _CHECKS: dict[CodeType, tuple[Any, Callable[[], AbstractContextManager[None]]]] = {}  # a closure is defined often
 
@@ -42,7 +43,7 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     if not function.__annotations__:
         return function
     if inspect.isgeneratorfunction(function):  # beartype would check its arguments only when it is first advanced
-        return jaxtyping.jaxtyped(function, typechecker=beartype)
+        return jaxtyping.jaxtyped(function, typechecker=CHECKER)
     if function.__code__ not in _CHECKS:
         _CHECKS[function.__code__] = _check(function)
     made, scope = _CHECKS[function.__code__]
@@ -64,7 +65,7 @@ def _check(function: Callable[..., Any]) -> tuple[Any, Callable[[], AbstractCont
     written = function.__annotations__
     hints = {name: _resolved(hint, function.__globals__) for name, hint in written.items()}
     function.__annotations__ = hints
-    made = beartype(function)
+    made = CHECKER(function)
     function.__annotations__ = written
     if made is function:  # of any types alone
 
