@@ -233,6 +233,8 @@ class ReplicatedEngine:
                 return ended
             else:
                 lost += reached is not None
+                if lost == TRIES and isinstance(ended.error, UpstreamError):
+                    return Ended("broken", ended.error)
                 if lost == TRIES:
                     raise LostError(
                         f"expected a replica that ends its work, got none in {TRIES} tries"

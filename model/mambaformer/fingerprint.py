@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Fingerprint", "contents", "parts_of"]
+__all__ = ["Fingerprint", "contents", "part_count"]
 
 LARGE = 2**26  # bytes of all tensors
 FEW, MANY = 8, 64  # parts of each tensor
@@ -52,10 +52,11 @@ class Fingerprint:
 
     def glance(self, module: nn.Module) -> str:
         """The hash, as ``of`` gives it, where only a part of the weights is looked at."""
-        kept, turn = self._kept, self._turn
+        kept = self._kept
         if kept is None:
             return self.of(module)
-        self._turn = (turn + 1) % len(kept.contents)
+        turn = self._turn % len(kept.contents)  # it may be of a model that was larger
+        self._turn = turn + 1
         found = kept.tensors()
         if found is None or [tensor.data_ptr() for tensor in found] != kept.places:
             return self.of(module)
@@ -105,7 +106,7 @@ class _Kept:
 
 def contents(tensors: Sequence[Tensor], part: int | None = None) -> Sequence[bytes]:
     """What tells whether a number in one of these tensors has changed, or in one part of each: for each part."""
-    parts = parts_of(tensors)
+    parts = part_count(tensors)
     first, count = (0, parts) if part is None else (part, 1)
     near = [tensor if tensor.is_contiguous() else tensor.contiguous() for tensor in tensors if tensor.is_cpu]
     sums = _sums(_memory(near), first, count, parts)
@@ -120,7 +121,7 @@ def _memory(tensors: Sequence[Tensor]) -> np.ndarray:
     return np.array([[tensor.data_ptr() for tensor in tensors], [tensor.nbytes for tensor in tensors]], np.int64)
 
 
-def parts_of(tensors: Sequence[Tensor]) -> int:
+def part_count(tensors: Sequence[Tensor]) -> int:
     """In how many parts they are looked at: of a large model a part takes a hundredth of a decoded token's time."""
     return MANY if sum(tensor.nbytes for tensor in tensors) > LARGE else FEW
 

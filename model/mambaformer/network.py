@@ -18,7 +18,7 @@ from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
 from bayes_dispatch.model.mambaformer.padding import check_padding
 from bayes_dispatch.model.mambaformer.pretrained import Pretrained
-from bayes_dispatch.model.mambaformer.products import times
+from bayes_dispatch.model.mambaformer.products import Head
 from bayes_dispatch.model.mambaformer.session import MambaFormerSession
 from bayes_dispatch.model.mambaformer.svd.embedding import EMBEDDING
 from bayes_dispatch.model.mambaformer.token_model import TokenModel, check_ids
@@ -52,7 +52,7 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         if tokenizer is not None:  # as it will be read again, with all ids of the embedding
             self.tokenizer = SubwordTokenizer.from_json(tokenizer.to_json(), config.vocab_size, tokenizer.settings)
         self.depth = len(self.blocks)
-        self.head = None if config.tie_embeddings else nn.Linear(config.backbone.d_model, config.vocab_size, bias=False)
+        self.head = None if config.tie_embeddings else Head(config.backbone.d_model, config.vocab_size)
 
     @classmethod
     def from_transformers(
@@ -223,7 +223,7 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         A head of its own is not adapted: then scales of the embedding change what is read alone.
         """
         if self.head is not None:
-            logits = times(hidden, self.head.weight)
+            logits = self.head(hidden)
         else:
             logits = self.embedding.product(hidden, None if adaptation is None else adaptation.of(EMBEDDING))
         return logits if self.config.logits_scaling == 1 else logits / self.config.logits_scaling

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from bayes_dispatch.errors import BundleError, ConfigError
+from bayes_dispatch.model.mambaformer.products import HALVES
 from bayes_dispatch.model.mambaformer.svd.files import Fingerprinted, load_factors
 from bayes_dispatch.model.mambaformer.svd.linear import matrices
 from bayes_dispatch.model.subwords import SubwordTokenizer
@@ -30,7 +31,6 @@ from bayes_dispatch.storage import (
 __all__ = ["ModelConfig", "Pretrained"]
 
 M = TypeVar("M", bound="Pretrained")
-HALVES = {torch.bfloat16, torch.float16}  # which matrices may be kept in beside float32
 DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 

@@ -4,12 +4,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from bayes_dispatch.model.mambaformer.compiled.parts import in_parts
 from bayes_dispatch.model.mambaformer.compiled.switch import array, can_compile, kernels
+from bayes_dispatch.model.mambaformer.compiled.threads import in_parts
 
-__all__ = ["LARGE", "times"]
+__all__ = ["HALVES", "LARGE", "Head", "times"]
+
+HALVES = {torch.bfloat16, torch.float16}  # which matrices may be kept in beside float32
 
 LARGE = 2**20  # numbers in a matrix whose rows threads share
 SMALL = 2**16  # numbers in a matrix of which a library's product of few rows is faster
@@ -18,21 +20,33 @@ TILE = 512  # rows of a matrix that are made precise at a time, and then still a
 
 
 def times(x: Float[Tensor, "*B K"], weight: Float[Tensor, "O K"]) -> Float[Tensor, "*B O"]:
-    """``x Wᵀ`` in the precision of ``x``, to which a less precise ``W`` is brought.
+    """``x Wᵀ`` in the precision of ``x``, float32 or float64, which ``W`` in half precision is brought to.
 
     On a CPU nothing is rounded: a matrix in bfloat16 halves what is read from memory, and that is what few rows wait
-    for. On another device ``x`` is rounded to the precision of ``W``, in which such devices multiply.
+    for. Other devices multiply in bfloat16: there ``x`` and the product are rounded to it.
     """
-    half = weight.dtype != x.dtype
+    half = weight.dtype in HALVES and x.dtype not in HALVES
     rows = x.shape[:-1].numel()
-    if (half or weight.numel() >= SMALL) and can_compile(x) and weight.device.type == "cpu":
+    if (half or weight.numel() >= SMALL) and can_compile(x) and rows and weight.device.type == "cpu":
         if rows <= MOST_ROWS and weight.dtype in (x.dtype, torch.bfloat16):
-            return _few(x.reshape(rows, -1), weight).reshape(*x.shape[:-1], len(weight))
+            return _few(x.reshape(rows, x.shape[-1]), weight).reshape(*x.shape[:-1], len(weight))
         if half:
-            return _tiled(x.reshape(rows, -1), weight).reshape(*x.shape[:-1], len(weight))
-    if half and x.device.type != "cpu":
+            return _tiled(x.reshape(rows, x.shape[-1]), weight).reshape(*x.shape[:-1], len(weight))
+    if not half:
+        return F.linear(x, weight)
+    if weight.dtype == torch.bfloat16 and x.device.type != "cpu":
         return F.linear(x.to(weight.dtype), weight).to(x.dtype)
     return F.linear(x, weight.to(x.dtype))
+
+
+class Head(nn.Linear):
+    """What gives logits, where it is not tied to the embedding."""
+
+    def __init__(self, width: int, vocab_size: int) -> None:
+        super().__init__(width, vocab_size, bias=False)
+
+    def forward(self, x: Float[Tensor, "*B K"]) -> Float[Tensor, "*B O"]:
+        return times(x, self.weight)
 
 
 def _few(x: Float[Tensor, "B K"], weight: Float[Tensor, "O K"]) -> Float[Tensor, "B O"]:

@@ -71,7 +71,10 @@ def _wait_for_a_core(blocks: int) -> None:
         free, cores = (found().get("CPU", 0) for found in (ray.available_resources, ray.cluster_resources))
         told = f"{blocks} blocks want a core each, or one in turn; {free:g} of {cores:g} cores are free"
         print(f"bayes-dispatch: waiting for the Ray cluster: {told}", file=sys.stderr, flush=True)
-    ray.get(asked)
+    try:
+        ray.get(asked)
+    except RayError as error:
+        raise _told(error, f"{blocks} blocks") from None
 
 
 def _nothing() -> None:

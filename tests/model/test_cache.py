@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import BayesDispatchError, CacheFullError, ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
+from bayes_dispatch.model.mambaformer import blocks
 from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.compiled.switch import tensors_only
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
@@ -81,6 +82,7 @@ def pad(rows: Sequence[Tensor], sides: Sequence[int]) -> tuple[Tensor, Tensor]:
     batch=st.integers(1, 3),
     adapted=st.sampled_from(["no", "shared", "rows"]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
+    at_once=st.sampled_from([3, blocks.PIECE]),
 )
 def test_any_split_gives_the_full_forward(
     make_model: MakeModel,
@@ -90,11 +92,13 @@ def test_any_split_gives_the_full_forward(
     batch: int,
     adapted: str,
     dtype: torch.dtype,
+    at_once: int,
 ) -> None:
     model = make_model(MambaFormerConfig(**config), seed=seed, dtype=dtype, tie_embeddings=bool(seed % 2))
     ids = tokens(seed, batch, sum(pieces))
     adaptation = None if adapted == "no" else scales(model, batch if adapted == "rows" else None)
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "PIECE", at_once)
         full = model(ids, adaptation=adaptation).logits
         cache = model.init_cache(batch, ids.shape[1])
         parts = [model(part, cache=cache, adaptation=adaptation).logits for part in ids.split(pieces, dim=1)]
@@ -109,6 +113,7 @@ def test_any_split_gives_the_full_forward(
     cuts=st.lists(st.lists(st.integers(0, 9), min_size=4, max_size=4), min_size=1, max_size=4),
     sides=st.lists(st.integers(0, 9), min_size=4, max_size=4),
     adapted=st.booleans(),
+    at_once=st.sampled_from([3, blocks.PIECE]),
 )
 def test_ragged_continuation_gives_each_row_alone(
     make_model: MakeModel,
@@ -117,6 +122,7 @@ def test_ragged_continuation_gives_each_row_alone(
     cuts: list[list[int]],
     sides: list[int],
     adapted: bool,
+    at_once: int,
 ) -> None:
     """Each row is read in four pieces of its own lengths, some of them empty, padded left, right or on both sides."""
     model = make_model(MambaFormerConfig(**config), seed=seed, dtype=torch.float64)
@@ -125,7 +131,8 @@ def test_ragged_continuation_gives_each_row_alone(
     adaptation = scales(model, batch) if adapted else None
     cache = model.init_cache(batch, max(1, *map(len, rows)))
     got: list[list[Tensor]] = [[] for _ in rows]
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "PIECE", at_once)
         for piece in range(4):
             parts = [row.split(cut)[piece] for row, cut in zip(rows, cuts, strict=True)]
             ids, mask = pad(parts, sides)

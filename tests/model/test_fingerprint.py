@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize, prune, weight_norm
 from bayes_dispatch.errors import StaleCacheError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer import fingerprint
-from bayes_dispatch.model.mambaformer.fingerprint import contents, parts_of
+from bayes_dispatch.model.mambaformer.fingerprint import contents, part_count
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., MambaFormerForCausalLM]
@@ -100,7 +100,7 @@ def test_a_few_numbers_are_seen_within_some_tokens(
         monkeypatch.setattr(fingerprint, "LARGE", 1)
     model = make_model()
     parts = 64 if large else 8
-    assert parts_of(list(model.parameters())) == parts
+    assert part_count(list(model.parameters())) == parts
 
     def read(tokens: int, times: int) -> None:
         with torch.no_grad():
@@ -113,6 +113,26 @@ def test_a_few_numbers_are_seen_within_some_tokens(
     for tokens, times in ((1, parts), (2, 1)):
         with pytest.raises(StaleCacheError):
             read(tokens, times)
+
+
+def test_a_model_may_become_smaller(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is then looked at in fewer parts than the turn that it has come to."""
+    monkeypatch.setattr(fingerprint, "LARGE", 1)
+    model = make_model()
+
+    def read(count: int) -> None:
+        with torch.no_grad():
+            cache = model.init_cache(2, 80)
+            for _ in range(count):
+                model(IDS[:, :1], cache=cache)
+
+    read(40)
+    monkeypatch.setattr(fingerprint, "LARGE", 2**26)
+    with torch.no_grad():
+        model.norm.weight.add_(1)
+    before = model.fingerprint()
+    read(20)
+    assert model.fingerprint() == before
 
 
 @settings(max_examples=60, deadline=None)
@@ -130,7 +150,7 @@ def test_every_bit_counts(data: st.DataObject) -> None:
     raw.reshape(-1)[place] ^= 1 << data.draw(st.integers(0, 7))
     after = contents(tensors)
     assert after != before
-    assert [row for part in range(parts_of(tensors)) for row in contents(tensors, part)] == list(after)
+    assert [row for part in range(part_count(tensors)) for row in contents(tensors, part)] == list(after)
     assert contents([tensor.mT for tensor in tensors]) == contents([tensor.mT.contiguous() for tensor in tensors])
 
 

@@ -1,7 +1,9 @@
 """Matrices that are kept in bfloat16 beside states in float32 give what the same numbers in float32 give."""
 
 import copy
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ from torch import Tensor
 from bayes_dispatch.errors import BundleError
 from bayes_dispatch.model.adaptation import Adaptation, Delta
 from bayes_dispatch.model.mambaformer import products
-from bayes_dispatch.model.mambaformer.compiled import stepping
-from bayes_dispatch.model.mambaformer.compiled.parts import in_parts
+from bayes_dispatch.model.mambaformer.compiled import stepping, threads
 from bayes_dispatch.model.mambaformer.compiled.switch import tensors_only
+from bayes_dispatch.model.mambaformer.compiled.threads import in_parts
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.model.mambaformer.products import times
@@ -166,7 +168,7 @@ def test_products_of_any_precision() -> None:
     for rows in (1, 16, 17, 70):
         for dtype in (torch.float32, torch.float64):
             x = torch.randn(rows, 40, generator=draw, dtype=dtype)
-            for kept in (torch.float16, torch.bfloat16, torch.float32, dtype):
+            for kept in (torch.float16, torch.bfloat16, dtype):
                 weight = torch.randn(1100, 40, generator=draw).to(kept)
                 with torch.no_grad():
                     torch.testing.assert_close(times(x, weight), x @ weight.to(dtype).T, rtol=1e-4, atol=1e-4)
@@ -187,15 +189,44 @@ def test_threads_may_share_loops_at_once(in_threads: Any) -> None:
 
 
 @pytest.mark.usefixtures("two_threads")
-def test_an_error_in_any_part_is_raised() -> None:
-    def loop(log: list[int], start: int, stop: int) -> None:
-        log.append(start)
+@pytest.mark.parametrize("wrong", [0, 2, 4])
+def test_an_error_in_a_part_is_raised_when_all_have_ended(wrong: int) -> None:
+    ended: list[int] = []
+
+    def loop(start: int, stop: int) -> None:
         if start == wrong:
             raise ValueError(start)
+        time.sleep(0.1)
+        ended.append(start)
 
-    torch.set_num_threads(3)
-    for wrong in (0, 2, 4):
-        log: list[int] = []
-        with pytest.raises(ValueError, match=str(wrong)):
-            in_parts(loop, 6, log)
-        assert sorted(log) == [0, 2, 4]
+    with pytest.raises(ValueError, match=str(wrong)):
+        in_parts(loop, 6, threads=3)
+    assert sorted(ended) == sorted({0, 2, 4} - {wrong})
+
+
+def test_without_more_threads_one_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the interpreter ends, and a thread still generates."""
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    monkeypatch.setattr(threads, "_helpers", lambda _: pool)
+    done: list[tuple[int, int]] = []
+    in_parts(lambda start, stop: done.append((start, stop)), 6, threads=3)
+    assert sorted(done) == [(0, 2), (2, 4), (4, 6)]
+
+
+def test_products_of_no_rows_and_by_hooks(make_model: Any) -> None:
+    weight = torch.randn(300, 300)
+    for kept in (weight, weight.bfloat16()):
+        with torch.no_grad():
+            assert times(torch.zeros(2, 0, 300), kept).shape == (2, 0, 300)
+    model, seen = make_model(tie_embeddings=False), []
+    model.head.register_forward_hook(lambda *_: seen.append(1))
+    model(tokens(1, 3))
+    assert seen == [1]
+
+
+def test_other_precisions_do_not_mix() -> None:
+    """Nothing but half precision is brought to that of the inputs."""
+    for x, weight in ((torch.float64, torch.float32), (torch.float32, torch.float64), (torch.bfloat16, torch.float32)):
+        with pytest.raises(RuntimeError, match="dtype"):
+            times(torch.zeros(1, 4, dtype=x), torch.zeros(4, 4, dtype=weight))

@@ -30,7 +30,7 @@ from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.inference.two_pass.blends import as_blend
 from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
-from bayes_dispatch.serving.replicas import LostError, ReplicatedEngine
+from bayes_dispatch.serving.replicas import ReplicatedEngine
 from bayes_dispatch.serving.vllm.engine import VllmEngine
 from bayes_dispatch.serving.vllm.export import export_bank, whole_bank
 from bayes_dispatch.serving.vllm.format import FIELD, Index, gap, told, tolerance, weights_of
@@ -514,7 +514,7 @@ def test_another_replica_goes_on_where_a_server_fails(llama64: SimpleNamespace, 
     engine.submit(work(llama64, tokens=20), given_up)
     busy = fault == "429"
     assert given_up.why() == ("failed" if busy else "broken")
-    assert isinstance(given_up.ended and given_up.ended.error, BusyError if busy else LostError)
+    assert isinstance(given_up.ended and given_up.ended.error, BusyError if busy else UpstreamError)
     for each in (engine, *engines, *stands):
         each.close(0) if not isinstance(each, Stand) else each.close()
 

@@ -52,6 +52,7 @@ class Stepper:
     def __init__(self, blocks: Sequence[Block], norm: RMSNorm | None, scales: Sequence[Mapping[str, Scales]]) -> None:
         self._blocks = [(block, z, _step(block, z)) for block, z in zip(blocks, scales, strict=True)]
         self._norm = None if norm is None else _arguments(norm)
+        self.threads = torch.get_num_threads()  # by which it was decided what it compiles
 
     def __call__(
         self, x: Float[Tensor, "B 1 D"], span: Span, cache: Cache, memory: Memory | None
@@ -88,7 +89,7 @@ class Steppers:
         """
         adapted = adaptation if adaptation.scales or adaptation.deltas else self._plain
         kept = self._kept.get(adapted)
-        if kept is None or kept[0] is not weights:
+        if kept is None or kept[0] is not weights or kept[1].threads != torch.get_num_threads():
             kept = weights, build()
             with self._lock:
                 self._kept.pop(adapted, None)

@@ -94,7 +94,7 @@ def write_checkpoint(model: Pretrained, directory: Path, model_type: str | None)
             "pad_token_id": tokenizer.pad_token_id,
         }
         names = {"architectures": [CLASSES[described.kind]], "exported_by": EXPORTED_BY}
-        dtype = str(tensors["embedding.weight"].dtype).removeprefix("torch.")
+        dtype = str(tensors["norm.weight"].dtype).removeprefix("torch.")  # in which nothing is rounded
         write_json(new / "config.json", {**names, **keys, **tokens, "torch_dtype": dtype})
         if isinstance(tokenizer, SubwordTokenizer):
             write_subwords(tokenizer, new)
@@ -114,14 +114,14 @@ def read_state(
     theirs: Readers,
     dtype: torch.dtype | None,
     where: str,
-    matrices: Collection[str],
+    narrow: Collection[str],
 ) -> dict[str, Tensor]:
     """The tensors of our model, in memory of their own.
 
     Args:
         described: the checkpoint. wanted: tensors of our model, of which the shapes count. theirs: those of the
             checkpoint, read one after the other. dtype: wanted; ``None`` for that of the embedding. where: for errors.
-            matrices: names of what alone may be less precise than float32.
+            narrow: names of what alone may be less precise than float32.
 
     Raises:
         BundleError: one is missing, of another shape, no float, not finite in this dtype, or of no use.
@@ -146,7 +146,7 @@ def read_state(
         parts = [(each, shape) for each, shape in zip(origin.names, origin.shapes(like.shape), strict=False)]
         pieces = [read(*part) for part in parts]  # mapped memory, whose shapes are right before there is any other
         dtype = dtype or pieces[0].dtype  # the embedding is the first of all
-        own_dtype = dtype if name in matrices else torch.promote_types(dtype, torch.float32)
+        own_dtype = dtype if name in narrow else torch.promote_types(dtype, torch.float32)
         whole = torch.zeros(like.shape, dtype=own_dtype)
         at = 0
         for piece in pieces:

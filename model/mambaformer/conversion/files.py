@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import Sequence, TemplateProcessing
 from torch import Tensor
 
-from bayes_dispatch.errors import BundleError
+from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.model.subwords import SubwordTokenizer
 from bayes_dispatch.storage import parse_json, read_bytes, write_json, write_output
 
@@ -117,6 +117,9 @@ def read_subwords(directory: Path, vocab_size: int) -> SubwordTokenizer:
 def write_subwords(tokenizer: SubwordTokenizer, directory: Path) -> None:
     """What ``read_subwords`` reads but for the ends of a text, which are in config.json; that library, too."""
     backend, settings = Tokenizer.from_str(tokenizer.to_json().decode()), tokenizer.settings
+    named = [*settings["prefix"], *settings["ends"], settings["pad"], *settings["special"], settings["unknown"]]
+    if nameless := [id_ for id_ in named if id_ is not None and backend.id_to_token(id_) is None]:
+        raise ConfigError(f"expected special ids that have tokens, for transformers to know them, got {nameless[0]}")
     if _prefix(backend) != (prefix := settings["prefix"]):
         tokens = [backend.id_to_token(id_) for id_ in prefix]
         begun = TemplateProcessing(single=[*tokens, "$A"], special_tokens=list(zip(tokens, prefix, strict=True)))

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
+from bayes_dispatch.model.mambaformer.eager import eager
 from bayes_dispatch.model.mambaformer.scan.fused import fused_ssd_scan
 from bayes_dispatch.model.mambaformer.scan.ssd_chunks import scan_in_pieces
 from bayes_dispatch.model.mambaformer.scan.ssd_gradient import ChunkedScan
@@ -118,7 +119,7 @@ def ssd_scan_ref(
     return (y, state) if return_final_state else y
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # its pieces depend on the length: a program for each, compiled
+@eager  # its pieces depend on the length: a program for each, compiled
 def _scan(
     x: Tensor,
     dt: Tensor,

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Delta, MatrixScales, Scales, rows_of_ones
+from bayes_dispatch.model.mambaformer.eager import eager
 from bayes_dispatch.model.mambaformer.fingerprint import contents
-from bayes_dispatch.model.mambaformer.products import times
+from bayes_dispatch.model.mambaformer.products import Head, times
 from bayes_dispatch.model.mambaformer.svd.factors import Factors, decompose
 
 __all__ = ["SVDLinear", "SVDMatrix", "by_row", "matrices", "of_rows", "parts_of"]
@@ -77,7 +78,7 @@ class SVDMatrix(nn.Module):
             raise TensorError(f"expected scales of shape {kinds[0]} or {kinds[1]} or fewer of them, got {shape}")
         return z, self.factors(shape[-1], scales.weights, z.dtype)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it reads memory, and no graph can hold that
+    @eager  # it reads memory, and no graph can hold that
     def factors(self, rank: int | None = None, weights: object = None, dtype: torch.dtype | None = None) -> Factors:
         """The leading singular triples of the present weight, all by default; kept until it changes.
 
@@ -143,12 +144,8 @@ class SVDLinear(SVDMatrix):
 
 def matrices(module: nn.Module) -> dict[str, Tensor]:
     """The weights of large products, by the name of the parameter: what may be kept in another precision."""
-    found: dict[str, Tensor] = {
-        name: part.weight for name, part in module.named_modules() if isinstance(part, SVDMatrix)
-    }
-    if isinstance(head := getattr(module, "head", None), nn.Linear):
-        found["head"] = head.weight
-    return {f"{name}.weight": weight for name, weight in found.items()}
+    large = (SVDMatrix, Head)
+    return {f"{name}.weight": part.weight for name, part in module.named_modules() if isinstance(part, large)}
 
 
 def parts_of(scales: Scales) -> tuple[MatrixScales | None, Delta | None]:

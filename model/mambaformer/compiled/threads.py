@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from itertools import pairwise
 
@@ -17,17 +17,20 @@ def in_parts(loop: Callable[..., None], count: int, *arguments: object, threads:
     The parts must not touch each other's results. The loop holds no lock while it runs.
     """
     threads = min(threads or torch.get_num_threads(), count)
-    if threads == 1:
-        loop(*arguments, 0, count)
-        return
-    bounds = [count * part // threads for part in range(threads + 1)]
-    pairs = list(pairwise(bounds))
-    jobs = [_helpers(threads - 1).submit(loop, *arguments, *pair) for pair in pairs[1:]]
+    here, *others = pairwise(count * part // threads for part in range(threads + 1))
+    jobs, mine = [], [here]
     try:
-        loop(*arguments, *pairs[0])
-    finally:  # whatever happens here, nobody writes into these arrays afterwards
-        for job in jobs:
-            job.result()
+        for part in others:
+            try:
+                jobs.append(_helpers(threads - 1).submit(loop, *arguments, *part))
+            except RuntimeError:  # no more threads are to be had, as when the interpreter ends
+                mine.append(part)
+        for part in mine:
+            loop(*arguments, *part)
+    finally:  # whatever failed, the others end before anyone reads, or changes, these arrays
+        wait(jobs)
+    for job in jobs:
+        job.result()
 
 
 @cache
