@@ -86,7 +86,8 @@ def test_sampling_too(bundle64: "Bundle") -> None:
     )
 
 
-def test_prompts_longer_than_a_chunk(bundle64: "Bundle") -> None:
+def test_prompts_longer_than_a_chunk(bundle64: "Bundle", monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks_module, "PIECE", 256)
     blend = PosteriorPredictive(5, merge=0.0)
     prompts = ["37+58=95\n" * 32, "bcde>", "abcd>dcba\n" * 26]
     assert [len(prompt) // blocks_module.PIECE for prompt in prompts] == [1, 0, 1]
