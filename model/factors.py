@@ -31,7 +31,8 @@ class Factor:
         return hashed({"": cast(Tensor, self.tensor()).detach().cpu()})
 
 
-_known: dict[int, Factor] = {}  # by ``id``, for as long as there is the tensor
+# by ``id``, for as long as there is the tensor; here and not in a bank, as blends of any make share tensors alone
+_known: dict[int, Factor] = {}
 
 
 def looked_at(tensors: Mapping[str, Tensor]) -> Mapping[str, Factor]:

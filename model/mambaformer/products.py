@@ -51,12 +51,10 @@ class Head(nn.Linear):
 
 def _few(x: Float[Tensor, "B K"], weight: Float[Tensor, "O K"]) -> Float[Tensor, "B O"]:
     """Of few rows, by a loop that reads the matrix once; threads share its rows."""
-    out = np.empty((len(x), len(weight)), array(x).dtype)
-    if weight.dtype == x.dtype:
-        loop, numbers = kernels().rows_times, array(weight)
-    else:
-        loop, numbers = kernels().rows_times_halves, array(weight.view(torch.uint16))
-    in_parts(loop, len(weight), array(x), numbers, out, threads=None if weight.numel() >= LARGE else 1)
+    rows, numbers = array(x), array(weight if weight.dtype == x.dtype else weight.view(torch.uint16))
+    out = np.empty((len(rows), len(numbers)), rows.dtype)
+    threads = None if weight.numel() >= LARGE else 1
+    in_parts(kernels().rows_times, len(numbers), rows, numbers, out, threads=threads)
     return torch.from_numpy(out)
 
 

@@ -24,7 +24,6 @@ __all__ = [
     "normalise",
     "product",
     "rows_times",
-    "rows_times_halves",
     "scan_mamba1",
     "step_attention",
     "step_cross_attention",
@@ -132,6 +131,11 @@ def _softplus64(x: Any) -> Any:
     return max(x, 0.0) + 2.0 * s * series
 
 
+def number(x: Any) -> Any:
+    """What is given, or, for the bits of a bfloat16, that as float32."""
+    raise NotImplementedError("for compiled functions only")
+
+
 def exp(x: Any) -> Any:
     """To the last digits up to exp(88) in float32 and exp(709) in float64, where it stays; below exp(−87), 0."""
     raise NotImplementedError("for compiled functions only")
@@ -145,6 +149,11 @@ def softplus(x: Any) -> Any:
 def sigmoid(x: Any) -> Any:
     """1 / (1 + exp(−x))."""
     raise NotImplementedError("for compiled functions only")
+
+
+@overload(number, strict=False)
+def _number(x: Any) -> Any:
+    return (lambda x: _widened(x)) if x == types.uint16 else (lambda x: x)
 
 
 @overload(exp, strict=False)
@@ -536,12 +545,12 @@ def product(x: Array, weight: Array, scaled: Array, right: Array, stored: Array,
                 row[r] *= factors[r]
         rows_times(inner, weight, out, 0, len(weight))
     elif len(bits) > 0:
-        rows_times_halves(x, bits, out, 0, len(bits))
+        rows_times(x, bits, out, 0, len(bits))
     else:
         rows_times(x, weight, out, 0, len(weight))
     for b in plain:
         if len(bits) > 0:
-            rows_times_halves(x[b : b + 1], bits, out[b : b + 1], 0, len(bits))
+            rows_times(x[b : b + 1], bits, out[b : b + 1], 0, len(bits))
         else:
             rows_times(x[b : b + 1], stored, out[b : b + 1], 0, len(stored))
     return out
@@ -549,25 +558,13 @@ def product(x: Array, weight: Array, scaled: Array, right: Array, stored: Array,
 
 @loop
 def rows_times(x: Array, weight: Array, out: Array, start: int, stop: int) -> None:
-    """Some columns of x (B, K) times weight (O, K), into out (B, O)."""
+    """Some columns of x (B, K) times weight (O, K), numbers or the bits of bfloat16, into out (B, O)."""
     for o in range(start, stop):
         row = weight[o]
         for b in range(len(x)):
             values, total = x[b], x.dtype.type(0)
             for k in range(len(row)):
-                total += values[k] * row[k]
-            out[b, o] = total
-
-
-@loop
-def rows_times_halves(x: Array, bits: Array, out: Array, start: int, stop: int) -> None:
-    """``rows_times`` for the bits of a matrix in bfloat16."""
-    for o in range(start, stop):
-        row = bits[o]
-        for b in range(len(x)):
-            values, total = x[b], x.dtype.type(0)
-            for k in range(len(row)):
-                total += values[k] * _widened(row[k])
+                total += values[k] * number(row[k])
             out[b, o] = total
 
 
