@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from bayes_dispatch.app.demo_prompts import DemoPrompt, prompts_for
+from bayes_dispatch.app.reports import check_report, write_report
 from bayes_dispatch.app.tables import Cell, Table, visible
 from bayes_dispatch.checks.generation_plots import plot_weight_path
 from bayes_dispatch.checks.plots import plot_blend_bars, plot_forest
@@ -23,7 +24,6 @@ from bayes_dispatch.inference.two_pass.blends import (
 )
 from bayes_dispatch.inference.two_pass.generation import Generation
 from bayes_dispatch.inference.two_pass.system import System
-from bayes_dispatch.storage import check_files, write_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,7 +52,7 @@ def run_demo(bundle: System, out: Path, seed: int, console: Console, progress: b
     Raises:
         BundleError: ``out`` is a file, or has files of these names that are of no earlier run.
     """
-    check_files(out, FILES, TITLE)
+    check_report(out, FILES, TITLE)
     generator = TwoPassGenerator(bundle)
     prompts = prompts_for(bundle.dispatcher.experts)
     texts = [prompt.text for prompt in prompts]
@@ -67,7 +67,7 @@ def run_demo(bundle: System, out: Path, seed: int, console: Console, progress: b
     settings = f"Seed {seed}, {posterior.weights.shape[0]} posterior draws, {NEW_TOKENS} new tokens, greedy decoding."
     report = _report([_full_posterior_table(prompts, posterior), answers, _prompt_table(prompts)], settings)
     names = [prompt.name for prompt in prompts]
-    with write_files(out, FILES, TITLE) as new:
+    with write_report(out, FILES, TITLE) as new:
         posterior.to_netcdf(new / "posterior.nc", names)
         plot_forest(posterior, names).savefig(new / "forest.png")
         plot_blend_bars(posterior, names).savefig(new / "blends.png")

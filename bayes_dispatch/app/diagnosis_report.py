@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from bayes_dispatch.app.diagnosis import Diagnosis, DiagnosisSettings, HeldOutDiagnosis
+from bayes_dispatch.app.reports import write_report
 from bayes_dispatch.app.tables import Cell, Table
 from bayes_dispatch.checks.calibration_plots import plot_coverage, plot_rank_ecdfs, plot_reliability, plot_risk_coverage
 from bayes_dispatch.checks.sbc import RankUniformity
-from bayes_dispatch.storage import write_files, write_json
+from bayes_dispatch.storage import write_json
 
 __all__ = ["FILES", "TITLE", "diagnosis_tables", "write_diagnosis"]
 
@@ -80,7 +81,7 @@ def write_diagnosis(diagnosis: Diagnosis, out: Path) -> list[Path]:
     Pictures of an earlier run that this one does not have are removed.
 
     Raises:
-        BundleError: as :func:`bayes_dispatch.storage.check_files`.
+        BundleError: as :func:`bayes_dispatch.app.reports.check_report`.
     """
     figures, held_out = {"ranks.png": plot_rank_ecdfs(diagnosis.ranks)}, diagnosis.held_out
     if held_out is not None:
@@ -91,7 +92,7 @@ def write_diagnosis(diagnosis: Diagnosis, out: Path) -> list[Path]:
         }
     parts = [TITLE, *(table.to_markdown() for table in diagnosis_tables(diagnosis))]
     parts += [f"![{name.partition('.')[0]}]({name})" for name in figures]
-    with write_files(out, FILES, TITLE) as new:
+    with write_report(out, FILES, TITLE) as new:
         for name, figure in figures.items():
             figure.savefig(new / name)
         write_json(new / "diagnosis.json", diagnosis.to_dict())

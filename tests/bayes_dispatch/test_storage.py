@@ -8,6 +8,7 @@
 - tensors of other names, shapes or dtypes, and whatever is damaged, are refused in one line.
 """
 
+import errno
 import json
 import os
 import stat
@@ -29,25 +30,26 @@ import xarray
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bayes_dispatch import storage
-from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.errors import BundleError
 from bayes_dispatch.storage import (
+    FINISHED,
+    TEMPORARY,
     check_directory,
     check_tensors,
+    files,
     read_directory,
     read_json,
     read_tensors,
     save_directory,
     saved_at,
     write_directory,
-    write_files,
     write_json,
     write_output,
     write_tensors,
 )
 
 if TYPE_CHECKING:
+    from bayes_dispatch.dispatcher.estimator import Dispatcher
     from tests.bayes_dispatch.conftest import Sample
 
 Contents = dict[str, str]
@@ -81,7 +83,7 @@ class TestOutput:
         write_output(tmp_path / "file", b"new")
         assert ((tmp_path / "file").stat().st_uid, (tmp_path / "file").stat().st_gid) == (1234, 2345)
 
-    @pytest.mark.parametrize("error", [storage.errno.EPERM, storage.errno.EOPNOTSUPP])
+    @pytest.mark.parametrize("error", [errno.EPERM, errno.EOPNOTSUPP])
     def test_an_owner_that_cannot_be_kept_is_left_the_file(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
     ) -> None:
@@ -137,7 +139,7 @@ class TestOutput:
             subprocess.run(command, check=True, stdout=out, **where)
         assert (tmp_path / "out").read_text() == "before\ndata\nafter\n"
 
-    def test_netcdf_from_threads(self, fitted: Dispatcher, fresh: "Sample", tmp_path: Path) -> None:
+    def test_netcdf_from_threads(self, fitted: "Dispatcher", fresh: "Sample", tmp_path: Path) -> None:
         """Each writes all of it, through a link, over a file of another length."""
         (tmp_path / "far.nc").write_bytes(b"old")
         (tmp_path / "posterior.nc").symlink_to("far.nc")
@@ -183,17 +185,17 @@ class TestOutput:
         assert contents(tmp_path) == {"file": "old"}
 
     def test_what_a_killed_writer_left_is_used_up(self, tmp_path: Path) -> None:
-        (tmp_path / f".file{storage.TEMPORARY}").write_bytes(b"x" * 100)
+        (tmp_path / f".file{TEMPORARY}").write_bytes(b"x" * 100)
         write_output(tmp_path / "file", b"new")
         assert contents(tmp_path) == {"file": "new"}
 
     def test_threads_and_disks_without_locks(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         def none(*_: object, **__: object) -> bool:
-            raise OSError(storage.errno.ENOLCK, "No locks available")
+            raise OSError(errno.ENOLCK, "No locks available")
 
         for locks in (True, False):
             if not locks:
-                monkeypatch.setattr(storage, "lock_descriptor", none)
+                monkeypatch.setattr(files, "lock_descriptor", none)
             texts = [str(n).encode() * 10_000 for n in range(8)]
             threads = [Thread(target=write_output, args=(tmp_path / "file", text)) for text in texts]
             for thread in threads:
@@ -202,26 +204,6 @@ class TestOutput:
                 thread.join()
             assert (tmp_path / "file").read_bytes() in texts
             assert os.listdir(tmp_path) == ["file"]
-
-
-def test_reports_replace_reports_alone(tmp_path: Path) -> None:
-    def write(text: str, title: str = "# Ours", picture: bool = True) -> None:
-        with write_files(tmp_path / "out", ["a.png", "report.md"], title) as new:
-            if picture:
-                (new / "a.png").write_text(text)
-            (new / "report.md").write_text(f"{title}\n{text}")
-
-    write("old")
-    (tmp_path / "out" / "note").write_text("mine")
-    write("new")
-    after = {"a.png": "new", "report.md": "# Ours\nnew", "note": "mine"}
-    assert contents(tmp_path / "out") == after
-    refused(lambda: write("other", "# Another"), r"expected no a\.png in .*out, or that of an earlier run")
-    assert contents(tmp_path / "out") == after
-    write("less", picture=False)
-    assert contents(tmp_path / "out") == {"report.md": "# Ours\nless", "note": "mine"}
-    (tmp_path / "out" / "report.md").rename(tmp_path / "out" / "a.png")
-    refused(lambda: write("again"), r"expected no a\.png in")
 
 
 def save(path: Path, text: str, more: str = "more") -> None:
@@ -359,7 +341,7 @@ class TestSaving:
             fsync(handle)
 
         def checked(self: Path, target: Path) -> Path:
-            if target.name == storage.FINISHED:
+            if target.name == FINISHED:
                 seen.append({each.stat().st_ino for each in (self, *self.rglob("*"))} <= synced)
             else:
                 seen.append((tmp_path / "kept").stat().st_ino in synced)
@@ -436,51 +418,6 @@ def test_documents_round_trip(tmp_path: Path) -> None:
     for suffix in ("json", "safetensors"):
         (tmp_path / f"gate.{suffix}").rename(tmp_path / f"dispatcher.{suffix}")
     refused(lambda: read_directory(tmp_path, "dispatcher"), "expected format 'dispatcher' in .* got 'gate'")
-
-
-def test_dispatcher_round_trip(fitted: Dispatcher, fresh: "Sample", tmp_path: Path) -> None:
-    """Saving and loading changes nothing, bit for bit: draws, probabilities, simulations, settings, a second save."""
-    fitted.save(tmp_path / "a")
-    generator = torch.random.get_rng_state()
-    loaded = Dispatcher.load(tmp_path / "a")
-    assert torch.equal(torch.random.get_rng_state(), generator)
-    for name in ("experts", "random_state", "svi", "features", "program"):
-        assert getattr(loaded, name) == getattr(fitted, name)
-    draws = [d.posterior(fresh.evidence, draws=5, seed=3).weights for d in (fitted, loaded)]
-    assert np.array_equal(*draws)
-    assert np.array_equal(fitted.predict_proba(fresh.evidence), loaded.predict_proba(fresh.evidence))
-    for ours, theirs in zip(fitted.simulate(9, 4), loaded.simulate(9, 4), strict=True):
-        assert np.array_equal(getattr(ours, "weights", ours), getattr(theirs, "weights", theirs))
-    loaded.save(tmp_path / "b")
-    assert [(tmp_path / d / f"dispatcher.{s}").read_bytes() for d in "a" for s in ("json", "safetensors")] == [
-        (tmp_path / d / f"dispatcher.{s}").read_bytes() for d in "b" for s in ("json", "safetensors")
-    ]
-
-
-def test_dispatchers_of_other_formats(fitted: Dispatcher, tmp_path: Path) -> None:
-    """Whole files, with a right digest, that are no dispatcher of ours."""
-    fitted.save(tmp_path)
-    document, arrays = read_directory(tmp_path, "dispatcher")
-    document.pop("format")
-    for changes, held in (
-        ({"version": 99}, arrays),
-        ({"experts": ["a", "b"]}, arrays),
-        ({"experts": None}, arrays),
-        ({"views": {"smell": 3}}, arrays),
-        ({}, {name: array for name, array in arrays.items() if name != "globals.loc.M"}),
-        ({}, {name: array for name, array in arrays.items() if not name.startswith("like.")}),
-        ({}, {**arrays, "globals.loc.pi": np.zeros((2, 2), np.float32)}),
-        ({"program": None}, arrays),
-        *(({"temper": temper}, arrays) for temper in (-1.0, 0.0, "abc", None, float("nan"))),
-        ({}, {name: array for name, array in arrays.items() if name != "globals.scale.M"}),
-        ({}, {**arrays, "globals.scale.M": np.zeros(2, np.float32)}),
-        ({}, {**arrays, "features.hidden.projection": np.zeros((6, 1))}),
-        ({}, {**arrays, "like.missing.hidden": np.zeros(3, bool)}),
-        ({}, {name: array for name, array in arrays.items() if name != "like.totals.counts"}),
-        ({"svi": {"stepz": 3}}, arrays),
-    ):
-        write_directory(tmp_path, "dispatcher", {**document, **changes}, held)
-        refused(lambda: Dispatcher.load(tmp_path), r"^expected [^\n]*got [^\n]+$")
 
 
 @settings(max_examples=30, deadline=None)

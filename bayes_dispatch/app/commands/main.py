@@ -255,9 +255,9 @@ def diagnose(
     from bayes_dispatch.app.diagnosis import diagnose as run
     from bayes_dispatch.app.diagnosis_report import FILES, TITLE, diagnosis_tables, write_diagnosis
     from bayes_dispatch.app.held_out import read_own
-    from bayes_dispatch.storage import check_files
+    from bayes_dispatch.app.reports import check_report
 
-    check_files(out, FILES, TITLE)
+    check_report(out, FILES, TITLE)
     own = read_own(text or (), jsonl or ())
     span = (shortest, longest)
     settings = DiagnosisSettings(

@@ -1,0 +1,149 @@
+"""One file, which has the old content or the new one, whole, whatever stops its writer."""
+
+import errno
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import lock_descriptor
+
+from bayes_dispatch.errors import BundleError
+
+__all__ = ["TEMPORARY", "alone_in", "keep_file", "read_bytes", "sync", "write_output"]
+
+TEMPORARY = ".bayes-dispatch-temporary"
+WITHOUT_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # some network file systems
+
+
+def write_output(path: Path, data: bytes | Callable[[], bytes]) -> None:
+    """Have ``path`` hold ``data``; afterwards it survives a crash.
+
+    A file gets its content at once, and keeps mode and owner. A link stays one: its target is written. A pipe or a
+    device is written to, and so is what standard output goes to. A file that cannot be replaced without loss (one of
+    several names, of another owner, or in a directory that takes no new files) is overwritten where it is.
+
+    Args:
+        path: the file; missing directories are made. data: its bytes, or a function that makes them from what is there:
+            it is called when no other writer can come between.
+
+    Raises:
+        BundleError: ``path`` is a directory. OSError: the disk is full, or refuses.
+    """
+    if path.is_dir():
+        raise BundleError(f"expected a file at {path}, got a directory")
+    old = path.stat() if path.exists() else None
+    if old is not None:
+        if (handle := _standard_stream(old)) is not None:
+            return _write(handle, data)
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        if not stat.S_ISREG(old.st_mode):
+            return _write(os.open(path, os.O_WRONLY), data)
+    path = Path(os.path.realpath(path))
+    if path.is_symlink():
+        raise BundleError(f"expected a file at {path}, got a link to itself")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with alone_in(path.parent) as alone:
+        if callable(data):
+            if not alone:
+                raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(path))
+            data = data()
+        mark = "" if alone else f"-{os.getpid()}-{os.urandom(4).hex()}"
+        temporary = path.with_name(f".{path.name}{TEMPORARY}{mark}")
+        if old is not None and (old.st_nlink > 1 or not _replaceable(temporary, old)):
+            return _write(os.open(path, os.O_WRONLY | os.O_TRUNC), data)
+        try:
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            _write(handle, data)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync(path.parent)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of ``path``.
+
+    Raises:
+        BundleError: the file is missing or cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BundleError(f"expected a readable file {path}, got: {error.strerror}") from None
+
+
+def keep_file(old: Path, new: Path) -> None:
+    """The same file under a second name, or a copy of it where the file system has no links."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copy2(old, new)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's list of names, has reached the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def alone_in(directory: Path) -> Iterator[bool]:
+    """Wait until nobody else writes in this directory, and keep others out; false where its disk has no locks."""
+    handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        try:
+            locked = lock_descriptor(handle, poll_interval=0.005)
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            locked = False
+        yield locked
+    finally:
+        os.close(handle)
+
+
+def _write(handle: int, data: bytes | Callable[[], bytes]) -> None:
+    """All bytes, down to the disk where there is one."""
+    with os.fdopen(handle, "wb", buffering=0) as file:
+        rest = memoryview(data() if callable(data) else data)
+        while rest:
+            rest = rest[file.write(rest) :]
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            os.fsync(handle)
+
+
+def _standard_stream(file: os.stat_result) -> int | None:
+    """A handle of standard output or error, where that is this file."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, or no file of this system
+            if os.path.samestat(file, os.fstat(stream.fileno())):
+                stream.flush()
+                return os.dup(stream.fileno())
+    return None
+
+
+def _replaceable(temporary: Path, old: os.stat_result) -> bool:
+    """Make a temporary file of the old one's owner and mode; false where that is not allowed."""
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except PermissionError:
+        return False
+    try:
+        os.fchown(handle, old.st_uid, old.st_gid)
+        os.fchmod(handle, stat.S_IMODE(old.st_mode))
+    except OSError:  # not allowed, or unknown to the file system
+        os.unlink(temporary)
+        return False
+    finally:
+        os.close(handle)
+    return True
