@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,40 +16,39 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 
-from bayes_dispatch.arguments import real, several, shown, simplex, whole
 from bayes_dispatch.arguments import seed as a_seed
+from bayes_dispatch.arguments import several, shown, simplex, whole
 from bayes_dispatch.dispatcher.arrays import as_numbers
 from bayes_dispatch.dispatcher.conformal import Answer, Conformal, ConformalIntervals
-from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence, as_evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
-from bayes_dispatch.dispatcher.exact.cells import Cells, prompt_generators
+from bayes_dispatch.dispatcher.exact.cells import prompt_generators
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher
-from bayes_dispatch.dispatcher.fitting.flat import Dirichlets, FlatProgram
-from bayes_dispatch.dispatcher.fitting.pipeline import TrainingSet, fit_parts, refit_parts
+from bayes_dispatch.dispatcher.fitting.flat import FlatProgram
+from bayes_dispatch.dispatcher.fitting.pipeline import TrainingSet, fit_parts, refit_parts, retemper_parts
 from bayes_dispatch.dispatcher.fitting.simulation import simulate
 from bayes_dispatch.dispatcher.fitting.svi import FitReport, SVISettings, isolated
-from bayes_dispatch.dispatcher.fitting.temper import KnownPrompts, choose_temper
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
-from bayes_dispatch.dispatcher.prior.file import LOCK, update_prior, write_prior
 from bayes_dispatch.dispatcher.prior.online import (
+    STATE_ARRAYS,
     PriorState,
     evidence_likelihood,
     feedback_likelihood,
     label_likelihood,
-    observe,
     prior_state,
 )
+from bayes_dispatch.dispatcher.prior.serving import ServingPrior
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.errors import BundleError, ConfigError, NotFittedError, TensorError
-from bayes_dispatch.storage import read_directory, write_directory
+from bayes_dispatch.storage import expecting, read_directory, write_directory
 
 __all__ = ["Dispatcher"]
 
 KIND = "dispatcher"
 VERSION = 3
-RETEMPERED = 300  # prompts of each kind that choose the temper anew, at most
-PROGRAM, FLAT = "admixture", "flat"  # what there is, as files name it
+SETTINGS = {"svi": SVISettings, "features": FeatureSettings, "program": Admixture}
+PROGRAMS = {each.kind: each for each in (FittedDispatcher, FlatProgram)}  # what can be known of experts, as files say
 
 
 @dataclass(eq=False)
@@ -74,8 +73,7 @@ class Dispatcher:
     program: Admixture = field(default_factory=Admixture)
     _state: FittedDispatcher | FlatProgram | None = field(default=None, init=False, repr=False)
     _report: FitReport | None = field(default=None, init=False, repr=False)
-    _prior: PriorState | None = field(default=None, init=False, repr=False)
-    _prior_file: Path | None = field(default=None, init=False, repr=False)
+    _serving: ServingPrior | None = field(default=None, init=False, repr=False)
     _conformal: Conformal | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -88,8 +86,8 @@ class Dispatcher:
         self.program.check_experts(self.experts)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy keeps a prior of its own: that of the file counts the events of one dispatcher alone."""
-        return vars(self) | {"_prior_file": None}
+        """A copy keeps a prior of its own."""
+        return vars(self) | {"_serving": copy(self._serving)}
 
     @property
     def fitted(self) -> bool:
@@ -129,8 +127,7 @@ class Dispatcher:
         Raises:
             NotFittedError: before ``fit``.
         """
-        known = self._known
-        return () if isinstance(known, FlatProgram) else tuple(view.name for view in known.model.views)
+        return self._known.views
 
     @classmethod
     def flat(cls, experts: Sequence[str], concentration: float = 1.0) -> Dispatcher:
@@ -147,8 +144,7 @@ class Dispatcher:
             ConfigError: names that are no experts', or a concentration that is not positive.
         """
         dispatcher = cls(experts)
-        dispatcher._state = FlatProgram(dispatcher.experts, real("concentration", concentration, 0, above=True))
-        dispatcher._prior = dispatcher._initial_prior()
+        dispatcher._know(FlatProgram(dispatcher.experts, concentration))
         return dispatcher
 
     def fit(
@@ -173,11 +169,11 @@ class Dispatcher:
             EvidenceError: bad evidence, or none of the views that the dispatcher reads.
             TensorError: labels outside −1 … K−1, mixtures off the simplex, or another N.
         """
-        data = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts))
+        data = TrainingSet.of(X, y, mixtures, len(self.experts))
         settings = (self.svi, self.features)
-        parts = fit_parts(self.experts, self.program, data, *settings, self.random_state, progress)
-        self._conformal, (self._state, self._report) = None, parts
-        self._prior, self._prior_file = self._initial_prior(), None
+        state, self._report = fit_parts(self.experts, self.program, data, *settings, self.random_state, progress)
+        self._conformal = None
+        self._know(state)
         return self
 
     def recalibrate(
@@ -199,7 +195,7 @@ class Dispatcher:
             NotFittedError: before ``fit``.
             EvidenceError, TensorError: as in :meth:`fit`.
         """
-        data = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts))
+        data = TrainingSet.of(X, y, mixtures, len(self.experts))
         return self._of(*refit_parts(self.state, self.program, data, self.svi, self.random_state, progress))
 
     def retempered(
@@ -225,15 +221,8 @@ class Dispatcher:
             ConfigError: the program has a temper of its own, or no prompt is of known weights.
             EvidenceError, TensorError: as in :meth:`fit`.
         """
-        data, state = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts)), self.state
-        if self.program.temper is not None:
-            raise ConfigError(f"expected a program without a temper, got one with {self.program.temper:g}")
-        if not np.isfinite(data.targets).all(1).any():
-            raise ConfigError("expected prompts of known weights, got none")
-        known = KnownPrompts(state.prompts(data.evidence), data.targets)
-        random = np.random.default_rng(a_seed(seed))
-        temper = choose_temper(state.quadrature, known, state.shares, random, RETEMPERED)
-        return self._of(replace(state, temper=temper), self._report)
+        data = TrainingSet.of(X, y, mixtures, len(self.experts))
+        return self._of(retemper_parts(self.state, self.program, data, a_seed(seed)), self._report)
 
     def calibrate(
         self,
@@ -262,9 +251,9 @@ class Dispatcher:
             ConfigError: no prompts, or one whose mixture is not known.
             EvidenceError, TensorError: as in :meth:`fit`.
         """
-        data, shares = TrainingSet.of(_as_evidence(X), y, mixtures, len(self.experts)), self.prior.mean
-        answer, lengths = self._answer(data.evidence, shares), data.evidence.known_lengths()
-        self._conformal = Conformal.of(answer, data.targets, shares, lengths, a_seed(seed))
+        data, pi = TrainingSet.of(X, y, mixtures, len(self.experts)), self.prior.mean
+        answer, lengths = self._answer(data.evidence, pi), data.evidence.known_lengths()
+        self._conformal = Conformal.of(answer, data.targets, pi, lengths, a_seed(seed))
         return self
 
     @property
@@ -301,17 +290,13 @@ class Dispatcher:
             TensorError: views of other widths than in ``fit``.
             ConfigError: fewer than one draw, or another number of seeds than prompts.
         """
-        evidence = _as_evidence(X)
+        evidence = as_evidence(X)
         draws, generators = whole("draws", draws, 1), prompt_generators(seed, len(evidence))
-        if isinstance(self._known, FlatProgram):
-            intervals = self._intervals(partial(self._answer, evidence), evidence.known_lengths())
-            weights = self._known.answer(evidence, self.prior.mean).draw(draws, generators)
-            return DispatchPosterior(weights, (*self.experts, "base"), calibrated=intervals)
-        return self._posterior(self.state.prompts(evidence), draws, generators)
+        return self._posterior(self._known.prompts(evidence), draws, generators)
 
     def mean(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` posterior mean of the weights: of the distribution itself, not of draws."""
-        return self._answer(_as_evidence(X), self.prior.mean).mean
+        return self._answer(X, self.prior.mean).mean
 
     def log_evidence(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, " prompt"]:
         """``(N,)`` log density of each prompt's evidence under the fitted program, nats: what tells drift.
@@ -319,7 +304,8 @@ class Dispatcher:
         >>> monitor = drift_monitor(dispatcher.log_evidence(held_out))              # doctest: +SKIP
         >>> monitor, report = watch(monitor, dispatcher.log_evidence(arriving))     # doctest: +SKIP
         """
-        return self.state.answer(self.state.prompts(_as_evidence(X)), self.prior.mean).log_evidence
+        state = self.state
+        return state.answer(state.prompts(as_evidence(X)), state.labels(self.prior.mean)).log_evidence
 
     @property
     def prior(self) -> PriorState:
@@ -330,19 +316,11 @@ class Dispatcher:
         Raises:
             NotFittedError: before ``fit``.
         """
-        if self._prior is None:
-            raise NotFittedError("expected a fitted dispatcher, got one before fit() or load()")
-        return self._prior
+        return self._serving_prior.state
 
     @prior.setter
     def prior(self, prior: PriorState) -> None:
-        names = (*self.experts, "base")
-        if prior.names != names:
-            raise ConfigError(f"expected a prior over {list(names)}, got one over {list(prior.names)}")
-        with LOCK:
-            if self._prior_file is not None:
-                write_prior(self._prior_file, prior, self.fingerprint)
-            self._prior = prior
+        self._serving_prior.state = prior
 
     def update(self, labels: Int[np.ndarray, " event"] | Sequence[int], forgetting: float = 1.0) -> PriorState:
         """Take in the labels of served prompts; the next prompts are served under the new prior at once.
@@ -360,8 +338,8 @@ class Dispatcher:
             NotFittedError: before ``fit``.
             TensorError, ConfigError: labels outside 0 … K, or a forgetting outside (0, 1].
         """
-        width = len(self.experts) + 1
-        return self._take_in(label_likelihood(as_numbers(labels, "labels", None), width), forgetting)
+        likelihoods = label_likelihood(as_numbers(labels, "labels", None), len(self._components))
+        return self._serving_prior.take_in(likelihoods, forgetting)
 
     def feedback(
         self,
@@ -391,23 +369,23 @@ class Dispatcher:
             TensorError, EvidenceError: rewards or evidence of other prompts than were served, or weights off the
                 simplex.
         """
-        names = [*self.experts, "base"]
+        names = self._components
         if isinstance(served, np.ndarray) and served.ndim == 2:
             rows = served
         else:
             experts = [served] if isinstance(served, str) else several("served", served)
             if unknown := [name for name in experts if name not in names]:
-                raise ConfigError(f"expected experts among {names}, got {shown(unknown)}")
+                raise ConfigError(f"expected experts among {list(names)}, got {shown(unknown)}")
             rows = np.array([names.index(name) for name in experts], dtype=np.int64)
         rewards = np.atleast_1d(as_numbers(reward, "rewards"))
         likelihoods = feedback_likelihood(rows, rewards, len(names), reliability)
         if X is not None:
             pi = self.prior.mean  # the same for both uses, whatever other threads observe meanwhile
-            mean = self._answer(_as_evidence(X), pi).mean
+            mean = self._answer(X, pi).mean
             if len(mean) != len(rewards):
                 raise TensorError(f"expected evidence of {len(rewards)} prompts, got {len(mean)}")
             likelihoods = likelihoods * evidence_likelihood(mean, self._prior_mean(pi), floor=0.0)
-        return self._take_in(likelihoods, forgetting)
+        return self._serving_prior.take_in(likelihoods, forgetting)
 
     def keep_prior(self, path: str | Path) -> PriorState:
         """Keep the prior in a file from now on, written whole after every event or batch of events; no crash loses it.
@@ -424,14 +402,11 @@ class Dispatcher:
             NotFittedError: before ``fit``.
             BundleError: the file is of another dispatcher, truncated, edited, or no such file.
         """
-        with LOCK:
-            self._prior = update_prior(path, self.prior, self.fingerprint, lambda prior: prior)
-            self._prior_file = Path(path).absolute()
-            return self._prior
+        return self._serving_prior.keep(path)
 
     def predict_proba(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` probability that each expert (base last) has the largest weight; deterministic."""
-        return self._answer(_as_evidence(X), self.prior.mean).probability_best()
+        return self._answer(X, self.prior.mean).probability_best()
 
     def predict_set(
         self, X: Evidence | Shaped[np.ndarray, "prompt feature"], probability: float = 0.9
@@ -445,12 +420,12 @@ class Dispatcher:
         """
         if (known := self._conformal) is None:
             raise NotFittedError("expected a calibrated dispatcher, got one before calibrate()")
-        evidence = _as_evidence(X)
+        evidence = as_evidence(X)
         return known.sets(self._answer(evidence, known.shares), evidence.known_lengths(), probability)
 
     def predict(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Shaped[np.ndarray, " prompt"]:
         """``(N,)`` names of the experts most likely to have the largest weight, ``"base"`` among them."""
-        return np.array([*self.experts, "base"])[self.predict_proba(X).argmax(axis=1)]
+        return np.array(self._components)[self.predict_proba(X).argmax(axis=1)]
 
     def simulate(
         self,
@@ -481,7 +456,7 @@ class Dispatcher:
             truth = prior.draw(count, np.random.default_rng([a_seed(seed), 1]))
         else:
             truth = simplex("weights", weights)
-            if truth.shape != (wanted := (count, len(self.experts) + 1)):
+            if truth.shape != (wanted := (count, len(self._components))):
                 raise TensorError(f"expected weights of shape {wanted}, got {truth.shape}")
         with isolated(a_seed(seed)):
             given = torch.tensor(truth, dtype=torch.float32)
@@ -496,24 +471,18 @@ class Dispatcher:
             NotFittedError: before ``fit``.
             BundleError: the directory is a link, or holds anything else.
         """
-        document: dict[str, Any]
-        arrays: dict[str, np.ndarray]
-        if isinstance(known := self._known, FlatProgram):
-            kind, document, arrays = FLAT, {"concentration": known.concentration}, {}
-        else:
-            kind, (document, arrays) = PROGRAM, known.pack()
-        arrays |= {"prior.mean": self.prior.mean, "prior.covariance": self.prior.covariance}
-        arrays |= {"prior.initial": self.prior.initial}
+        document, arrays = self._known.pack()
+        arrays |= {f"prior.{name}": getattr(self.prior, name) for name in STATE_ARRAYS}
         if self._conformal is not None:
             arrays |= {f"conformal.{name}": values for name, values in vars(self._conformal).items()}
-        settings = {name: asdict(getattr(self, name)) for name in ("svi", "features", "program")}
         header = {
             "version": VERSION,
             "experts": list(self.experts),
             "random_state": self.random_state,
             "events": self.prior.events,
-            "kind": kind,
+            "kind": self._known.kind,
         }
+        settings = {name: asdict(getattr(self, name)) for name in SETTINGS}
         write_directory(Path(directory), KIND, {**header, **settings, **document}, arrays)
 
     @classmethod
@@ -525,40 +494,21 @@ class Dispatcher:
         """
         document, arrays = read_directory(Path(directory), KIND)
         version, kind = document.get("version"), document.get("kind")
-        if version != VERSION or kind not in (PROGRAM, FLAT):
-            raise BundleError(f"expected a dispatcher of version {VERSION}, {PROGRAM} or {FLAT}, got {(version, kind)}")
-        try:
-            dispatcher = cls(
-                document["experts"],
-                document["random_state"],
-                SVISettings(**document["svi"]),
-                FeatureSettings(**_tuples(document["features"])),
-                Admixture(**_tuples(document["program"])),
-            )
-        except (AttributeError, KeyError, TypeError, ConfigError) as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-            raise BundleError(f"expected the settings of a dispatcher in {directory}, got {reason}") from None
-        experts, program = dispatcher.experts, dispatcher.program
-        if kind == FLAT:
-            try:
-                dispatcher._state = cls.flat(experts, document["concentration"])._state
-            except (KeyError, ConfigError) as error:
-                raise BundleError(
-                    f"expected the concentration of a flat dispatcher in {directory}, got {error}"
-                ) from None
-        else:
-            dispatcher._state = FittedDispatcher.unpack(document, arrays, lambda views: program.model(experts, views))
-        try:
-            mean, covariance, initial = (arrays[f"prior.{name}"] for name in ("mean", "covariance", "initial"))
-            dispatcher._prior = PriorState(mean, covariance, initial, (*experts, "base"), document["events"])
-        except (KeyError, ConfigError) as error:
-            raise BundleError(f"expected a serving prior in {directory}, got {error}") from None
-        if found := {name: values for name, values in arrays.items() if name.startswith("conformal.")}:
-            try:
-                dispatcher._conformal = Conformal(*(found[f"conformal.{each.name}"] for each in fields(Conformal)))
-                several("shares", dispatcher._conformal.shares, len(mean))
-            except (KeyError, ConfigError) as error:
-                raise BundleError(f"expected a calibration in {directory}, got {error}") from None
+        if version != VERSION or kind not in list(PROGRAMS):
+            wanted = f"expected a dispatcher of version {VERSION}, {' or '.join(PROGRAMS)}"
+            raise BundleError(f"{wanted}, in {directory}, got {(version, kind)}")
+        with expecting(f"the settings of a dispatcher in {directory}"):
+            settings = {name: make(**_tuples(document[name])) for name, make in SETTINGS.items()}
+            dispatcher = cls(document["experts"], document["random_state"], **settings)
+        with expecting(f"what a dispatcher knows of its experts in {directory}"):
+            state = PROGRAMS[kind].unpack(document, arrays, dispatcher.experts, dispatcher.program)
+        with expecting(f"a serving prior in {directory}"):
+            found = {name: arrays[f"prior.{name}"] for name in STATE_ARRAYS}
+            dispatcher._know(state, PriorState(**found, names=dispatcher._components, events=document["events"]))
+        if any(name.startswith("conformal.") for name in arrays):
+            with expecting(f"a calibration in {directory}"):
+                dispatcher._conformal = Conformal(*(arrays[f"conformal.{each.name}"] for each in fields(Conformal)))
+                several("shares", dispatcher._conformal.shares, len(dispatcher._components))
         return dispatcher
 
     def to_arviz(
@@ -581,74 +531,58 @@ class Dispatcher:
         from bayes_dispatch.dispatcher.arviz_data import to_inference_data
         from bayes_dispatch.dispatcher.arviz_groups import fitted_groups
 
-        evidence = _as_evidence(X)
+        evidence = as_evidence(X)
         posterior = self.posterior(evidence, draws, seed)
         return to_inference_data(fitted_groups(self.state, evidence, posterior, self._report, prompts, seed))
+
+    @property
+    def _components(self) -> tuple[str, ...]:
+        return (*self.experts, "base")
+
+    @property
+    def _serving_prior(self) -> ServingPrior:
+        if self._serving is None:
+            raise NotFittedError("expected a fitted dispatcher, got one before fit() or load()")
+        return self._serving
+
+    def _know(self, state: FittedDispatcher | FlatProgram, prior: PriorState | None = None) -> None:
+        """Serve by other parts from now on, under a prior that no file keeps: by default the parts' own."""
+        prior = prior_state(state.initial, self._components) if prior is None else prior
+        self._state, self._serving = state, ServingPrior(prior, state.fingerprint)
 
     def _of(self, state: FittedDispatcher, report: FitReport | None) -> Dispatcher:
         """One with other fitted parts, and the same serving prior."""
         new = replace(self)
-        new._state, new._report, new._prior = state, report, self.prior
+        new._report = report
+        new._know(state, self.prior)
         return new
 
-    def _take_in(self, likelihoods: Float[np.ndarray, "event component"], forgetting: float) -> PriorState:
-        """The prior after events; to read the one before and to put this one in its place is a single step."""
-        after = partial(observe, likelihoods=likelihoods, forgetting=forgetting)
-        with LOCK:
-            before, file = self.prior, self._prior_file
-            if file is None:
-                self._prior = after(before)
-            else:
-                self._prior = update_prior(file, before, self.fingerprint, after)
-            return self._prior
-
-    def _initial_prior(self) -> PriorState:
-        known, names = self._known, (*self.experts, "base")
-        if isinstance(known, FlatProgram):
-            return prior_state(np.full(len(names), known.concentration), names)
-        return prior_state(known.model.prior_of_shares().double().numpy(), names)
-
-    def _answer(self, evidence: Evidence, pi: Float[np.ndarray, " component"]) -> Cells | Dirichlets:
+    def _answer(
+        self, X: Evidence | Shaped[np.ndarray, "prompt feature"], pi: Float[np.ndarray, " component"]
+    ) -> Answer:
         known = self._known
-        return (
-            known.answer(evidence, pi) if isinstance(known, FlatProgram) else known.answer(known.prompts(evidence), pi)
-        )
+        return known.answer(known.prompts(as_evidence(X)), known.labels(pi))
 
     def _prior_mean(self, pi: Float[np.ndarray, " component"]) -> Float[np.ndarray, " component"]:
         """Of the weights, before a prompt is read."""
-        known = self._known
-        return pi if isinstance(known, FlatProgram) else known.quadrature.prior(known.labels(pi)).mean
+        return self._known.prior_mean(self._known.labels(pi))
 
     def _posterior(self, prompts: Prompts, draws: int, generators: Sequence[np.random.Generator]) -> DispatchPosterior:
-        state, pi = self.state, self.prior.mean
-        answer = state.answer(prompts, pi)
-
-        def under(shares: Float[np.ndarray, " component"]) -> Cells:  # computed once where it can be
-            return answer if np.array_equal(shares, pi) else state.answer(prompts, shares)
-
+        known, pi, calibrated = self._known, self.prior.mean, None
+        answer = known.answer(prompts, known.labels(pi))
         weights, log_ratios = answer.draw(draws, generators)
+        if (found := self._conformal) is not None:  # under the shares of calibration, which feedback may have moved
+            same = np.array_equal(found.shares, pi)
+            theirs = answer if same else known.answer(prompts, known.labels(found.shares))
+            calibrated = ConformalIntervals(found, prompts.lengths.numpy(), theirs)
         return DispatchPosterior(
             weights,
-            (*self.experts, "base"),
+            self._components,
             log_evidence=answer.log_evidence,
-            prior=np.tile(self._prior_mean(pi), (len(prompts), 1)),
+            prior=None if log_ratios is None else np.tile(self._prior_mean(pi), (len(prompts), 1)),
             log_ratios=log_ratios,
-            calibrated=self._intervals(under, prompts.lengths.numpy()),
+            calibrated=calibrated,
         )
-
-    def _intervals(
-        self,
-        answer: Callable[[Float[np.ndarray, " component"]], Answer],
-        lengths: Float[np.ndarray, " prompt"],
-    ) -> ConformalIntervals | None:
-        """Calibrated ones of prompts that have this answer under shares."""
-        if (known := self._conformal) is None:
-            return None
-        return ConformalIntervals(known, lengths, answer(known.shares))
-
-
-def _as_evidence(X: Evidence | np.ndarray) -> Evidence:
-    return X if isinstance(X, Evidence) else Evidence.from_array(X)
 
 
 def _tuples(settings: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from bayes_dispatch.arguments import shown
 from bayes_dispatch.dispatcher.arrays import Frozen, as_numbers, as_rows, short_repr
 from bayes_dispatch.errors import EvidenceError
 
-__all__ = ["Evidence"]
+__all__ = ["Evidence", "as_evidence"]
 
 LARGEST = 1e30  # of what is read: larger numbers are a mistake, and their squares overflow
 LENGTHS = "lengths"  # the key of ``missing`` for prompts of unknown length
@@ -139,6 +139,11 @@ class Evidence(Frozen):
     def known_lengths(self) -> Float[np.ndarray, " prompt"]:
         """``(N,)`` tokens read, 0 where unknown."""
         return np.zeros(len(self)) if self.lengths is None else self.lengths
+
+
+def as_evidence(given: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Evidence:
+    """Evidence as it is; an array as :meth:`Evidence.from_array` takes it."""
+    return given if isinstance(given, Evidence) else Evidence.from_array(given)
 
 
 def _matrix(name: str, values: object) -> np.ndarray:

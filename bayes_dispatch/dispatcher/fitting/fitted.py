@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,8 +25,9 @@ from bayes_dispatch.dispatcher.fitting.simulation import GLOBAL_DRAWS
 from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior, isolated
 from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
+from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.dispatcher.program.views import KINDS, View, floored
-from bayes_dispatch.errors import BundleError, ConfigError, EvidenceError, TensorError
+from bayes_dispatch.errors import EvidenceError, TensorError
 
 __all__ = ["FittedDispatcher", "as_prompts"]
 
@@ -50,6 +51,7 @@ class FittedDispatcher:
     feature_maps: Mapping[str, FeatureMap]
     temper: float
     like: Prompts
+    kind: ClassVar[str] = "admixture"
 
     def __getstate__(self) -> dict[str, Any]:
         """What is computed from the parts is computed anew where they are sent to."""
@@ -74,13 +76,27 @@ class FittedDispatcher:
         return Quadrature(densities, self.model.sizes, self.model.tree)
 
     @property
+    def views(self) -> tuple[str, ...]:
+        """The views of evidence that are read."""
+        return tuple(view.name for view in self.model.views)
+
+    @property
+    def initial(self) -> Float[np.ndarray, " weight"]:
+        """``(K+1,)`` concentration of the serving prior before any event: the program's own."""
+        return self.model.prior_of_shares().double().numpy()
+
+    @property
     def shares(self) -> Float[np.ndarray, " weight"]:
         """``(K+1,)`` label shares of the program's own prior."""
-        return self.labels(on_simplex(self.model.prior_of_shares().double().numpy()))
+        return self.labels(on_simplex(self.initial))
 
     def labels(self, pi: Float[np.ndarray, " weight"]) -> Float[np.ndarray, " weight"]:
         """``(K+1,)`` label shares under ``pi``: these with a floor."""
         return on_simplex(np.asarray(self.model.label_shares(pi), dtype=np.float64))
+
+    def prior_mean(self, labels: Float[np.ndarray, " weight"]) -> Float[np.ndarray, " weight"]:
+        """``(K+1,)`` mean of the weights before a prompt is read, under label shares."""
+        return self.quadrature.prior(labels).mean
 
     def prompts(self, evidence: Evidence) -> Prompts:
         """Evidence as the program's tensors, float64.
@@ -94,9 +110,9 @@ class FittedDispatcher:
         }
         return as_prompts(self.model, evidence, mapped, torch.float64)
 
-    def answer(self, prompts: Prompts, pi: Float[np.ndarray, " weight"]) -> Cells:
-        """The posterior of float64 prompts under ``pi (K+1,)``."""
-        return self.quadrature(prompts, self.labels(pi))
+    def answer(self, prompts: Prompts, labels: Float[np.ndarray, " weight"]) -> Cells:
+        """The posterior of float64 prompts under label shares ``(K+1,)``."""
+        return self.quadrature(prompts, labels)
 
     def pack(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What JSON holds, and named arrays."""
@@ -113,43 +129,35 @@ class FittedDispatcher:
 
     @classmethod
     def unpack(
-        cls,
-        document: Mapping[str, Any],
-        arrays: Mapping[str, np.ndarray],
-        build: Callable[[tuple[View, ...]], DispatchModel],
+        cls, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray], experts: Sequence[str], program: Admixture
     ) -> FittedDispatcher:
-        """The inverse of :meth:`pack`; ``build`` makes the program for its views.
+        """The inverse of :meth:`pack`, for the experts and the program that were fitted.
 
-        Raises:
-            BundleError: arrays are missing or of other shapes.
+        What is missing, or of another shape, raises whatever its use does.
         """
-        try:
-            views = tuple(KINDS[view["kind"]](view["width"], view["name"]) for view in document["views"])
-            model = build(views)
-            globals_ = GlobalsPosterior(_under(arrays, "globals.loc."), _under(arrays, "globals.scale."))
-            with isolated(0):
-                shapes = {name: value.shape for name, value in model.sample_globals().items()}
-            _expect("globals", shapes, {name: value.shape for name, value in globals_.center().items()})
-            _expect("scales", _shapes(globals_.locations), _shapes(globals_.scales))
-            maps = {
-                name: FeatureMap(arrays[f"features.{name}.center"], arrays[f"features.{name}.projection"])
-                for name in (view.name for view in views)
-                if f"features.{name}.center" in arrays
-            }
-            like = Prompts(
-                torch.from_numpy(arrays["like.lengths"]),
-                _under(arrays, "like.totals."),
-                _under(arrays, "like.missing."),
-            )
-            mapped = {name: each.projection.shape[1:] for name, each in maps.items()}
-            _expect("projections", {view.name: (view.width,) for view in views if view.name in maps}, mapped)
-            rows = like.lengths.shape
-            _expect("totals", {view.name: rows for view in views if view.kind == "counts"}, _shapes(like.totals))
-            _expect("missing views", {view.name: rows for view in views}, _shapes(like.missing))
-            return cls(model, globals_, maps, real("temper", document["temper"], 0, above=True), like)
-        except (AttributeError, ConfigError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise BundleError(f"expected the arrays of a dispatcher, got {reason}") from None
+        views = tuple(KINDS[view["kind"]](view["width"], view["name"]) for view in document["views"])
+        model = program.model(experts, views)
+        globals_ = GlobalsPosterior(_under(arrays, "globals.loc."), _under(arrays, "globals.scale."))
+        with isolated(0):
+            shapes = {name: value.shape for name, value in model.sample_globals().items()}
+        _expect("globals", shapes, {name: value.shape for name, value in globals_.center().items()})
+        _expect("scales", _shapes(globals_.locations), _shapes(globals_.scales))
+        maps = {
+            name: FeatureMap(arrays[f"features.{name}.center"], arrays[f"features.{name}.projection"])
+            for name in (view.name for view in views)
+            if f"features.{name}.center" in arrays
+        }
+        like = Prompts(
+            torch.from_numpy(arrays["like.lengths"]),
+            _under(arrays, "like.totals."),
+            _under(arrays, "like.missing."),
+        )
+        mapped = {name: each.projection.shape[1:] for name, each in maps.items()}
+        _expect("projections", {view.name: (view.width,) for view in views if view.name in maps}, mapped)
+        rows = like.lengths.shape
+        _expect("totals", {view.name: rows for view in views if view.kind == "counts"}, _shapes(like.totals))
+        _expect("missing views", {view.name: rows for view in views}, _shapes(like.missing))
+        return cls(model, globals_, maps, real("temper", document["temper"], 0, above=True), like)
 
 
 def as_prompts(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bayes_dispatch.dispatcher.arrays import as_labels, as_numbers
-from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence, as_evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureMap, FeatureSettings, fit_feature_map, spread_of
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher, as_prompts
 from bayes_dispatch.dispatcher.fitting.svi import FitReport, SVISettings, fit_globals
@@ -17,10 +17,11 @@ from bayes_dispatch.dispatcher.fitting.temper import KnownPrompts, choose_temper
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.dispatcher.program.views import KINDS
-from bayes_dispatch.errors import EvidenceError, TensorError
+from bayes_dispatch.errors import ConfigError, EvidenceError, TensorError
 
-__all__ = ["TrainingSet", "fit_parts", "refit_parts"]
+__all__ = ["TrainingSet", "fit_parts", "refit_parts", "retemper_parts"]
 
+RETEMPERED = 300  # prompts of each kind that choose the temper anew, at most
 LIKE = 2_000  # prompts whose lengths and totals are kept for simulations
 
 
@@ -76,6 +77,21 @@ def refit_parts(
     return _tempered(replace(parts, globals=posterior), data, every, program.temper, seed), report
 
 
+def retemper_parts(parts: FittedDispatcher, program: Admixture, data: TrainingSet, seed: int) -> FittedDispatcher:
+    """The parts with the noise temper that these prompts choose, which the fit has not seen.
+
+    Raises:
+        ConfigError: the program has a temper of its own, or no prompt is of known weights.
+    """
+    if program.temper is not None:
+        raise ConfigError(f"expected a program without a temper, got one with {program.temper:g}")
+    if not np.isfinite(data.targets).all(1).any():
+        raise ConfigError("expected prompts of known weights, got none")
+    known = KnownPrompts(parts.prompts(data.evidence), data.targets)
+    random = np.random.default_rng(seed)
+    return replace(parts, temper=choose_temper(parts.quadrature, known, parts.shares, random, RETEMPERED))
+
+
 def _tempered(
     fitted: FittedDispatcher, data: TrainingSet, every: Prompts, temper: float | None, seed: int
 ) -> FittedDispatcher:
@@ -101,15 +117,17 @@ class TrainingSet:
     known: np.ndarray
 
     @classmethod
-    def of(cls, evidence: Evidence, labels: object, mixtures: object, n_experts: int) -> TrainingSet:
-        """Check labels and mixtures as users give them, ``None`` for none; known mixtures win over labels.
+    def of(cls, given: Evidence | np.ndarray, labels: object, mixtures: object, n_experts: int) -> TrainingSet:
+        """Check what users give, ``None`` for no labels or mixtures; known mixtures win over labels.
 
         Raises:
+            EvidenceError: bad evidence.
             TensorError: labels outside −1 … K−1, mixtures off the simplex, or another N.
         """
-        given = np.full(len(evidence), -1) if labels is None else as_labels(labels, len(evidence), n_experts, -1)
+        evidence = as_evidence(given)
+        codes = np.full(len(evidence), -1) if labels is None else as_labels(labels, len(evidence), n_experts, -1)
         known = _mixtures(mixtures, len(evidence), n_experts + 1)
-        return cls(evidence, np.where(np.isfinite(known).all(1), -1, given), known)
+        return cls(evidence, np.where(np.isfinite(known).all(1), -1, codes), known)
 
     @property
     def targets(self) -> np.ndarray:

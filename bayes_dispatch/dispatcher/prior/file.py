@@ -6,24 +6,19 @@ A digest, the format and the version are checked when it is read.
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from bayes_dispatch.dispatcher.prior.online import PriorState
-from bayes_dispatch.errors import BayesDispatchError, BundleError
-from bayes_dispatch.storage import digest, expect_digest, read_json, write_output
+from bayes_dispatch.dispatcher.prior.online import STATE_ARRAYS, PriorState
+from bayes_dispatch.errors import BundleError
+from bayes_dispatch.storage import digest, expect_digest, expecting, read_json, write_output
 
-__all__ = ["LOCK", "read_prior", "update_prior", "write_prior"]
+__all__ = ["read_prior", "update_prior", "write_prior"]
 
 FORMAT = "serving-prior"
 VERSION = 1
-ARRAYS = ("mean", "covariance", "initial")
-
-
-LOCK = threading.RLock()  # held while a prior in memory is read, changed and put back, whichever dispatcher's it is
 
 
 def write_prior(path: str | Path, state: PriorState, fingerprint: str) -> None:
@@ -97,12 +92,9 @@ def read_prior(path: str | Path, names: Sequence[str], fingerprint: str) -> Prio
     for key, wanted in (("version", VERSION), ("dispatcher", fingerprint), ("names", list(names))):
         if body.get(key) != wanted:
             raise BundleError(f"expected {key} {wanted!r} in {path}, got {body.get(key)!r}")
-    try:
-        arrays = {name: np.array(body[name], dtype=np.float64) for name in ARRAYS}
+    with expecting(f"a serving prior in {path}"):
+        arrays = {name: np.array(body[name], dtype=np.float64) for name in STATE_ARRAYS}
         return PriorState(**arrays, names=tuple(names), events=body["events"])
-    except (BayesDispatchError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        raise BundleError(f"expected a serving prior in {path}, got {reason}") from None
 
 
 def _as_bytes(state: PriorState, fingerprint: str) -> bytes:
@@ -112,6 +104,6 @@ def _as_bytes(state: PriorState, fingerprint: str) -> bytes:
         "dispatcher": fingerprint,
         "names": list(state.names),
         "events": state.events,
-        **{name: getattr(state, name).tolist() for name in ARRAYS},
+        **{name: getattr(state, name).tolist() for name in STATE_ARRAYS},
     }
     return json.dumps({**body, "digest": digest(body)}, indent=1).encode()

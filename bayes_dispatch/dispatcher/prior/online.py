@@ -32,6 +32,7 @@ from bayes_dispatch.dispatcher.prior.moment_filter import (
 from bayes_dispatch.errors import ConfigError, TensorError
 
 __all__ = [
+    "STATE_ARRAYS",
     "PriorState",
     "prior_state",
     "observe",
@@ -40,6 +41,7 @@ __all__ = [
     "evidence_likelihood",
 ]
 
+STATE_ARRAYS = ("mean", "covariance", "initial")  # of a state, as files keep it
 RELIABILITY = 0.95
 ROUNDING = 1e-6
 

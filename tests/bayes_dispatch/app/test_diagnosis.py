@@ -194,8 +194,7 @@ def test_an_expert_under_another_name_is_judged_on_what_it_was_trained_on(bundle
     renamed = [replace(bundle.experts[name], name=f"my-{name}") for name in bundle.experts.names]
     names = tuple(expert.name for expert in renamed)
     dispatcher = replace(bundle.dispatcher, experts=names)
-    dispatcher._state = bundle.dispatcher.state
-    dispatcher._prior = replace(bundle.dispatcher.prior, names=(*names, "base"))
+    dispatcher._know(bundle.dispatcher.state, replace(bundle.dispatcher.prior, names=(*names, "base")))
     again = diagnose(replace(bundle, experts=ExpertBank(renamed), dispatcher=dispatcher), SETTINGS)
     assert again.unjudged == ()
     assert again.held_out.pure == found.held_out.pure

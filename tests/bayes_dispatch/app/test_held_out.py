@@ -29,10 +29,7 @@ def own(bundle: Bundle) -> Bundle:
     """The bundle with `sort` from a user's file, and `add` under another name."""
     bank = ExpertBank([bundle.experts["reverse"], bundle.experts["sort"], replace(bundle.experts["add"], name="sums")])
     dispatcher = replace(bundle.dispatcher, experts=bank.names)
-    dispatcher._state, dispatcher._prior = (
-        bundle.dispatcher.state,
-        replace(bundle.dispatcher.prior, names=(*bank.names, "base")),
-    )
+    dispatcher._know(bundle.dispatcher.state, replace(bundle.dispatcher.prior, names=(*bank.names, "base")))
     evidence = pure_evidence(bundle.model, [OwnText("sort", TEXT)], 4, (16, 20), "train", 0).evidence
     return Bundle(bundle.model, bank, dispatcher, evidence={"sort": evidence})
 
