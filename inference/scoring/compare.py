@@ -4,7 +4,8 @@ Blends share particles (a posterior mean, say, is also one of the particles of t
 run once for a document, and every blend filters and mixes its own part of what was read.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,11 +68,12 @@ def compare_blends(
 
 
 def compare_systems(
-    systems: Mapping[str, System],
+    systems: Mapping[str, Any],
     documents: Sequence[Document],
     blends: Sequence[Blend | str],
     seed: int = 0,
     progress: bool = False,
+    score: Callable[..., Comparison] = compare_blends,
 ) -> SystemComparison:
     """The same documents under the same blends of several systems (A/B).
 
@@ -81,6 +83,8 @@ def compare_systems(
     Args:
         systems: name → model, tokenizer, experts and dispatcher; their experts may differ.
         documents, blends, seed, progress: as in ``compare_blends``, for each of them.
+        score: scores one of them, given these: ``compare_blends`` here, or what does its work elsewhere for systems
+            that are named otherwise.
 
     Raises:
         ConfigError: fewer than two systems, and as in ``compare_blends``. PromptError: as there.
@@ -88,7 +92,7 @@ def compare_systems(
     if len(systems) < 2:
         raise ConfigError(f"expected at least 2 systems, got {len(systems)}")
     return SystemComparison(
-        {name: compare_blends(system, documents, blends, seed, progress) for name, system in systems.items()}
+        {name: score(system, documents, blends, seed, progress) for name, system in systems.items()}
     )
 
 

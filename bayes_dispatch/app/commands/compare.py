@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,8 +98,8 @@ def compare(
         _check_file(csv)
     cluster = mapped_on_ray() if ray else None
     from bayes_dispatch.experts.document_files import read_documents
+    from bayes_dispatch.inference.scoring.compare import compare_systems
     from bayes_dispatch.inference.scoring.held_out import KINDS, held_out_sets
-    from bayes_dispatch.inference.scoring.scores import SystemComparison
 
     places = {OURS: bundle} if other is None else {OURS: bundle, THEIRS: other}
     systems = dict(zip(places, open_bundles(list(places.values())), strict=True))
@@ -113,10 +114,10 @@ def compare(
     console = open_console()
     frames: dict[str, pandas.DataFrame] = {}
     printed: dict[str, Any] = {}
-    with _scoring(systems, places, cluster) as score:
+    with _scoring(systems, places, cluster) as (score, named):
         for name, texts in given.items():
-            each = {system: score(system, texts, compared, seed, sys.stderr.isatty()) for system in systems}
-            found = each[OURS] if other is None else SystemComparison(each)
+            asked = (texts, compared, seed, sys.stderr.isatty())
+            found = score(named[OURS], *asked) if other is None else compare_systems(named, *asked, score)
             frames[name], summary, differences = found.to_frame(), found.summary(), found.differences(against)
             printed[name] = {"summary": summary.to_dict("records"), "differences": differences.to_dict("records")}
             if not as_json:
@@ -134,19 +135,19 @@ def _scoring(
     systems: "Mapping[str, Bundle]",
     places: Mapping[str, Path | None],
     cluster: "AbstractContextManager[MapBlocks] | None",
-) -> "Iterator[Callable[..., Comparison]]":
-    """``compare_blends`` of a system that is called by its name, here or in a cluster."""
+) -> "Iterator[tuple[Callable[..., Comparison], Mapping[str, Any]]]":
+    """What scores documents, and the systems as it takes them: here, or in a cluster."""
     from bayes_dispatch.inference.scoring.compare import compare_blends
 
     if cluster is None:
-        yield lambda system, *given: compare_blends(systems[system], *given)
+        yield compare_blends, systems
         return
     from bayes_dispatch.app.bulk import compare_in_blocks
     from bayes_dispatch.app.bundle_at import BundleAt
 
     named = {system: BundleAt.here(place) for system, place in places.items()}
     with cluster as mapped:
-        yield lambda system, *given: compare_in_blocks(mapped, named[system], *given)
+        yield partial(compare_in_blocks, mapped), named
 
 
 def _summary_table(name: str, summary: "pandas.DataFrame") -> "Table":
