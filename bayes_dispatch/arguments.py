@@ -55,6 +55,17 @@ def real(
     return found
 
 
+def fraction(name: str, value: object) -> float:
+    """A number between 0 and 1, and neither of them, as a ``float``.
+
+    Raises:
+        ConfigError: naming what was expected and what came.
+    """
+    if not 0 < (found := number(value)) < 1:
+        raise ConfigError(f"expected {name} between 0 and 1, got {shown(value)}")
+    return found
+
+
 def number(value: object) -> float:
     """A number as a ``float``; NaN, which is within no bounds, for what is none."""
     try:

@@ -21,7 +21,7 @@ from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_evidence
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-from bayes_dispatch.dispatcher.gate import FEWEST
+from bayes_dispatch.dispatcher.gate import FEWEST_PROMPTS
 from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
@@ -118,8 +118,10 @@ def build_bundle(
     announce("held-out examples")
     held = stages.evidence("held_out", lambda: _held_out(model, experts, own, settings, progress))
     gate = None
-    if settings.gate_prompts and len(held.labels) < FEWEST:
-        announce(f"no gate and no calibration: they take {FEWEST} held-out prompts, and there are {len(held.labels)}")
+    if settings.gate_prompts and len(held.labels) < FEWEST_PROMPTS:
+        announce(
+            f"no gate and no calibration: they take {FEWEST_PROMPTS} held-out prompts, and there are {len(held.labels)}"
+        )
     elif settings.gate_prompts:
         dispatcher, gate = settled(dispatcher, held, settings.seed)
     gains = stages.numbers("gains", lambda: _gains(model, experts, own, settings))

@@ -9,7 +9,7 @@ import numpy as np
 
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.dispatcher.estimator import Dispatcher
-from bayes_dispatch.dispatcher.gate import FEWEST, Gate
+from bayes_dispatch.dispatcher.gate import FEWEST_PROMPTS, Gate
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS, Domain, real_domains
 from bayes_dispatch.experts.domains.own import read_jsonl, read_text
@@ -108,7 +108,7 @@ def settled(dispatcher: Dispatcher, known: KnownEvidence, seed: int) -> tuple[Di
     calibrate. Intervals are calibrated on prompts of several domains: of one, truth is held more easily.
     """
     order = np.random.default_rng([seed, 6]).permutation(len(known.labels))
-    count = 0 if dispatcher.program.temper is not None else min(len(order) // 5, max(len(order) - FEWEST, 0))
+    count = 0 if dispatcher.program.temper is not None else min(len(order) // 5, max(len(order) - FEWEST_PROMPTS, 0))
     lengths, longest = known.evidence.known_lengths(), float(dispatcher.state.like.lengths.max())
     chosen = np.sort(order[:count][lengths[order[:count]] <= longest])
     if len(chosen) < CHOOSING:

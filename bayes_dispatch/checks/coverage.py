@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from bayes_dispatch.arguments import number, several, shown, whole
-from bayes_dispatch.checks.sbc import posterior_ranks
+from bayes_dispatch.checks.sbc import posterior_ranks, true_weights
 from bayes_dispatch.dispatcher.arrays import as_points
 from bayes_dispatch.dispatcher.conformal import COUNTED
 from bayes_dispatch.errors import ConfigError, TensorError
@@ -89,7 +89,7 @@ def interval_coverage(
         ConfigError: a level outside 0 to 1.
     """
     low, high = posterior.interval(probability)
-    ranks = posterior_ranks(posterior, as_points(truth, "true weights"))
+    ranks = posterior_ranks(posterior, truth)
     # A rank among S draws stands for an interval of length 1 / (S + 1): a point of it, so that any level can be held.
     places = (ranks + np.random.default_rng(0).random(ranks.shape)) / (len(posterior.weights) + 1)
     return _coverage(posterior, np.abs(places - 0.5) <= probability / 2, high - low)
@@ -109,9 +109,7 @@ def calibrated_coverage(
         NotFittedError: the dispatcher was not calibrated.
         TensorError, ConfigError: as :func:`interval_coverage`, or a level that takes more calibration prompts.
     """
-    truth = as_points(truth, "true weights")
-    if truth.shape != posterior.weights.shape[1:]:
-        raise TensorError(f"expected true weights of shape {posterior.weights.shape[1:]}, got {truth.shape}")
+    truth = true_weights(posterior, truth)
     low, high = posterior.calibrated_interval(probability)
     return _coverage(posterior, (low <= truth) & (truth <= high), high - low)
 

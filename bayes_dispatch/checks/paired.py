@@ -8,8 +8,9 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from scipy.stats import t
 
+from bayes_dispatch.arguments import fraction
 from bayes_dispatch.dispatcher.arrays import as_values
-from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.errors import TensorError
 
 __all__ = ["PairedComparison", "paired_comparison"]
 
@@ -35,9 +36,7 @@ class PairedComparison:
         Raises:
             ConfigError: a probability outside 0 to 1.
         """
-        if not 0 < probability < 1:
-            raise ConfigError(f"expected a probability between 0 and 1, got {probability}")
-        half = float(t.ppf((1 + probability) / 2, self.clusters - 1)) * self.standard_error
+        half = float(t.ppf((1 + fraction("a probability", probability)) / 2, self.clusters - 1)) * self.standard_error
         return self.difference - half, self.difference + half
 
 

@@ -58,7 +58,7 @@ except ImportError as error:
 __all__ = ["ReferencePosterior", "conditional_posterior", "joint_posterior", "log_density", "reference_posterior"]
 
 FLOOR = 1e-6  # of w inside the likelihoods
-MOST = 3  # components of a set
+LARGEST_SET = 3  # components that share a prompt, at most
 SETS = 4096  # at most: they are listed
 TRIES = 128  # sets and shares that are drawn afresh after every draw of NUTS
 PILOT = 64  # shares under which every set is tried first, to know which ones to draw
@@ -552,7 +552,7 @@ class _Sets(NamedTuple):
     def of(cls, model: DispatchModel, pi: np.ndarray) -> _Sets:
         """By size, then by number of families, in proportion to the product of label shares."""
         width = model.n_experts + 1
-        if (count := sum(math.comb(width, size) for size in range(1, MOST + 1))) > SETS:
+        if (count := sum(math.comb(width, size) for size in range(1, LARGEST_SET + 1))) > SETS:
             raise ConfigError(f"expected at most {SETS} sets of components to sum over, got {count} of {width}")
         families = np.zeros(width, int) if model.tree is None else np.array(model.tree)
         shares, logs, members = _label_shares(model, pi), [], []
@@ -564,7 +564,7 @@ class _Sets(NamedTuple):
                 share = probability / len(np.unique(kinds)) / products[kinds == kind].sum()
                 logs.append(np.log(share * products[kinds == kind]))
             order = np.argsort(kinds, kind="stable")
-            members += [np.pad(np.eye(width)[sets[each]], [(0, MOST - size), (0, 0)]) for each in order]
+            members += [np.pad(np.eye(width)[sets[each]], [(0, LARGEST_SET - size), (0, 0)]) for each in order]
         return cls(np.concatenate(logs), np.stack(members))
 
     def weights(self, chosen: Any, logs: Any) -> Any:
@@ -621,7 +621,7 @@ def _run_lanes(
 
 def _fresh(key: Any, count: int) -> Any:
     """``(count, 3)`` logs of exponential variates."""
-    return jnp.log(jax.random.exponential(key, (count, MOST)))
+    return jnp.log(jax.random.exponential(key, (count, LARGEST_SET)))
 
 
 def _batches(tree: Any, size: int) -> list[Any]:

@@ -16,12 +16,12 @@ import numpy as np
 from jaxtyping import Float, Int
 from scipy.stats import binom, poisson
 
-from bayes_dispatch.arguments import real, whole
+from bayes_dispatch.arguments import fraction, real, whole
 from bayes_dispatch.arguments import seed as a_seed
-from bayes_dispatch.dispatcher.arrays import short_repr
+from bayes_dispatch.dispatcher.arrays import as_points, short_repr
 from bayes_dispatch.dispatcher.exact.cells import RESOLUTION
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
-from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.errors import TensorError
 
 __all__ = [
     "RankUniformity",
@@ -30,6 +30,7 @@ __all__ = [
     "posterior_ranks",
     "rank_uniformity",
     "simulation_based_calibration",
+    "true_weights",
 ]
 
 STEPS = 14  # of the bisection for the pointwise level, in its logarithm
@@ -95,6 +96,20 @@ class SimulationBasedCalibration:
         return all(component.inside for component in self.components)
 
 
+def true_weights(
+    posterior: DispatchPosterior, truth: Float[np.ndarray, "prompt weight"]
+) -> Float[np.ndarray, "prompt weight"]:
+    """``(N, K+1)`` what the weights of a posterior's prompts are.
+
+    Raises:
+        TensorError: weights of another shape, or off the simplex.
+    """
+    found = as_points(truth, "true weights")
+    if found.shape != posterior.weights.shape[1:]:
+        raise TensorError(f"expected true weights of shape {posterior.weights.shape[1:]}, got {found.shape}")
+    return found
+
+
 def posterior_ranks(
     posterior: DispatchPosterior,
     truth: Float[np.ndarray, "prompt weight"],
@@ -117,11 +132,7 @@ def posterior_ranks(
         TensorError: truth of another shape, or off the simplex.
         ConfigError: a negative seed, or a resolution outside 0 to .5.
     """
-    truth = np.asarray(truth, dtype=np.float64)
-    if truth.shape != posterior.weights.shape[1:]:
-        raise TensorError(f"expected true weights of shape {posterior.weights.shape[1:]}, got {truth.shape}")
-    if not ((truth >= 0).all() and np.allclose(truth.sum(1), 1, atol=1e-4)):
-        raise TensorError("expected true weights on the simplex, got rows that are negative or do not sum to 1")
+    truth = true_weights(posterior, truth)
     resolution, seed = real("resolution", resolution, 0, 0.5), a_seed(seed)
     draws, truth = (np.clip(weights, resolution, 1 - resolution) for weights in (posterior.weights, truth))
     below, ties = (draws < truth).sum(0), (draws == truth).sum(0)  # (N, K+1)
@@ -149,9 +160,7 @@ def rank_uniformity(
         ConfigError: fewer than one draw, or a rate outside 0 to 1.
     """
     ranks = np.asarray(ranks)
-    draws = whole("draws", draws, 1)
-    if not 0 < false_alarm_rate < 1:
-        raise ConfigError(f"expected a false-alarm rate between 0 and 1, got {false_alarm_rate}")
+    draws, false_alarm_rate = whole("draws", draws, 1), fraction("a false-alarm rate", false_alarm_rate)
     if ranks.ndim != 2 or len(ranks) == 0 or ranks.shape[1] != len(components) or not len(components):
         raise TensorError(f"expected ranks of shape (N, {len(components)}), N ≥ 1, got shape {ranks.shape}")
     if not np.issubdtype(ranks.dtype, np.integer) or ranks.min() < 0 or ranks.max() > draws:

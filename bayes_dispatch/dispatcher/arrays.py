@@ -1,4 +1,4 @@
-"""Arrays that users pass to the statistics of :mod:`bayes_dispatch.checks`, checked once where they enter.
+"""Arrays that users pass to the dispatcher, and to the statistics that judge it, checked once where they enter.
 
 Each function takes anything array-like and its name, and returns an array of known dtype and shape or raises
 :class:`TensorError`. What keeps arrays is :class:`Frozen`.

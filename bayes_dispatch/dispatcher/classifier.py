@@ -21,7 +21,7 @@ from bayes_dispatch.errors import LabelError
 
 __all__ = ["DispatcherClassifier"]
 
-MOST = 10_000_000  # rows, which are repeated as often as they count
+MOST_ROWS = 10_000_000  # rows, which are repeated as often as they count
 
 
 class DispatcherClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
@@ -159,8 +159,8 @@ def _counts(sample_weight: Any, X: np.ndarray) -> np.ndarray:
     weights = _check_sample_weight(sample_weight, X, dtype=np.float64, ensure_non_negative=True)
     if (fractions := weights[weights % 1 != 0]).size:
         raise LabelError(f"expected sample_weight of whole numbers, how often each row counts, got {fractions[0]:g}")
-    if not 2 <= weights.sum() <= MOST:
-        raise LabelError(f"expected sample_weight that counts 2 to {MOST:,} rows, got {weights.sum():.10g}")
+    if not 2 <= weights.sum() <= MOST_ROWS:
+        raise LabelError(f"expected sample_weight that counts 2 to {MOST_ROWS:,} rows, got {weights.sum():.10g}")
     return weights.astype(np.int64)
 
 

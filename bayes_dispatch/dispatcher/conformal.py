@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from bayes_dispatch.arguments import number, shown, simplex
+from bayes_dispatch.arguments import fraction, simplex
 from bayes_dispatch.dispatcher.arrays import Frozen
 from bayes_dispatch.dispatcher.exact.cells import RESOLUTION, Cells
 from bayes_dispatch.dispatcher.fitting.flat import Dirichlets
@@ -28,7 +28,7 @@ from bayes_dispatch.errors import ConfigError
 __all__ = ["Answer", "Conformal", "ConformalIntervals", "conformal_quantile"]
 
 Answer = Cells | Dirichlets  # distributions themselves, and not draws
-FEWEST, BINS = 200, 4  # prompts of a bin of lengths, and bins, at most
+FEWEST, BINS = 200, 4  # prompts of a bin of lengths, at least, and bins, at most
 COUNTED = 0.05  # posterior mean of an expert from which on its interval is promised anything
 ROUNDING = 1e-12  # of probabilities: what just meets a quantile is inside
 HALVINGS = 14  # of 0 to 1, where the ends of intervals are sought: a sixteenth of RESOLUTION
@@ -194,6 +194,5 @@ def _fewest(probability: float) -> int:
     Raises:
         ConfigError: it is outside 0 to 1.
     """
-    if not 0 < number(probability) < 1:
-        raise ConfigError(f"expected a probability between 0 and 1, got {shown(probability)}")
+    probability = fraction("a probability", probability)
     return math.ceil(round(probability / (1 - probability), 9))

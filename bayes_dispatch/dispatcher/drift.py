@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from bayes_dispatch.arguments import number, shown, whole
+from bayes_dispatch.arguments import fraction, whole
 from bayes_dispatch.arguments import seed as a_seed
 from bayes_dispatch.dispatcher.arrays import as_values, short_repr
 from bayes_dispatch.errors import ConfigError
@@ -35,7 +35,7 @@ __all__ = ["DriftMonitor", "DriftReport", "drift_monitor", "watch"]
 JUMPS = np.array([1e-4, 1e-3, 1e-2, 1e-1, 1.0])  # of the capital is spread over all stakes before each bet; 1 keeps it
 STAKES = np.array([-2.0, -1.0, 0.0, 1.0, 2.0])  # a p-value p pays 1 + stake · (p − ½)
 EDGES_FROM = 4  # every fourth held-out score
-FEWEST = 20
+FEWEST = 20  # held-out scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +88,7 @@ class DriftMonitor:
                 float(numbers["log_martingale"]),
                 float(numbers["log_highest"]),
                 whole("arrived", numbers["arrived"], 0),
-                _rate(numbers["false_alarm_rate"]),
+                fraction("a false-alarm rate", numbers["false_alarm_rate"]),
                 a_seed(numbers["seed"]),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -141,7 +141,8 @@ def drift_monitor(
     edges = np.unique(np.quantile(scores[chosen], np.arange(1, bins) / bins))
     counts = np.bincount(np.searchsorted(edges, scores[~chosen], side="right"), minlength=len(edges) + 1)
     capital = np.full((len(JUMPS), len(STAKES)), 1 / (len(JUMPS) * len(STAKES)))
-    monitor = DriftMonitor(edges, counts, capital, 0.0, 0.0, 0, _rate(false_alarm_rate), seed)
+    rate = fraction("a false-alarm rate", false_alarm_rate)
+    monitor = DriftMonitor(edges, counts, capital, 0.0, 0.0, 0, rate, seed)
     _check(monitor)
     return monitor
 
@@ -168,12 +169,6 @@ def watch(monitor: DriftMonitor, scores: Float[np.ndarray, " arrival"]) -> tuple
         martingale = np.exp(capital)
     over = np.flatnonzero(np.array(capital) >= -np.log(monitor.false_alarm_rate))
     return monitor, DriftReport(np.array(p_values), martingale, int(over[0]) if len(over) else None)
-
-
-def _rate(false_alarm_rate: object) -> float:
-    if not 0 < number(false_alarm_rate) < 1:
-        raise ConfigError(f"expected a false-alarm rate between 0 and 1, got {shown(false_alarm_rate)}")
-    return number(false_alarm_rate)
 
 
 def _step(monitor: DriftMonitor, score: float) -> tuple[DriftMonitor, float]:

@@ -42,7 +42,7 @@ __all__ = ["Gate", "GateDecision"]
 KIND = "gate"
 VERSION = 2
 FITTED = 4  # every fourth prompt is for the regressions
-FEWEST = 80
+FEWEST_PROMPTS = 80  # that a gate is calibrated on
 PER_BIN = 60  # calibration prompts of each group, at least, where there are several bins
 LENGTH = 64.0  # tokens, where the regressions have their intercepts
 ARRAYS = ("shares", "location", "spread", "edges", "scores", "bins", "groups")
@@ -132,8 +132,8 @@ class Gate:
         if kinds.shape != (count,) or not np.issubdtype(kinds.dtype, np.integer) or kinds.min(initial=0) < 0:
             raise TensorError(f"expected groups ≥ 0 of {count} prompts, got {kinds.dtype} of shape {kinds.shape}")
         bins, seed = whole("bins", bins, 1), a_seed(seed)
-        if count < FEWEST:
-            raise ConfigError(f"expected at least {FEWEST} prompts, got {count}")
+        if count < FEWEST_PROMPTS:
+            raise ConfigError(f"expected at least {FEWEST_PROMPTS} prompts, got {count}")
         kinds = np.unique(kinds, return_inverse=True)[1]
         shares = dispatcher.prior.mean
         unlikely, lengths = _unlikely(dispatcher, evidence, shares), evidence.known_lengths()

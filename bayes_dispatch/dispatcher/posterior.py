@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from bayes_dispatch.arguments import number, several, shown, whole
+from bayes_dispatch.arguments import fraction, several, whole
 from bayes_dispatch.dispatcher.arrays import Frozen, as_numbers, as_rows
 from bayes_dispatch.dispatcher.conformal import ConformalIntervals
-from bayes_dispatch.errors import ConfigError, NotFittedError, TensorError
+from bayes_dispatch.errors import NotFittedError, TensorError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,8 +120,7 @@ class DispatchPosterior(Frozen):
         Raises:
             ConfigError: a probability outside 0 to 1.
         """
-        if not 0 < number(probability) < 1:
-            raise ConfigError(f"expected a probability between 0 and 1, got {shown(probability)}")
+        probability = fraction("a probability", probability)
         return np.quantile(self.weights, [(1 - probability) / 2, (1 + probability) / 2], axis=0)
 
     def calibrated_interval(self, probability: float = 0.9) -> Float[np.ndarray, "2 prompt expert"]:

@@ -19,7 +19,7 @@ from scipy.special import logsumexp
 
 from bayes_dispatch.dispatcher.exact.cells import Cells
 from bayes_dispatch.dispatcher.exact.densities import ViewDensity
-from bayes_dispatch.dispatcher.exact.supports import MOST, SupportPrior
+from bayes_dispatch.dispatcher.exact.supports import LARGEST_SET, SupportPrior
 from bayes_dispatch.dispatcher.program.observed import Prompts
 
 __all__ = ["Quadrature"]
@@ -34,9 +34,9 @@ TAIL = 1e-4  # share of a size's mass that may be left out where it has fewer
 ROUNDING = 1e-9  # of probabilities
 NEGLIGIBLE = 1e-12  # mass of a cell that is not split: where evidence is sharp, the centre of a coarse one says little
 
-CORNER = np.eye(MOST)[:1].repeat(MOST, 0)  # of one component
+CORNER = np.eye(LARGEST_SET)[:1].repeat(LARGEST_SET, 0)  # of one component
 INTERVAL = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
-TRIANGLE = np.eye(MOST)
+TRIANGLE = np.eye(LARGEST_SET)
 
 
 class _Pieces(NamedTuple):
@@ -134,7 +134,7 @@ class Quadrature:
         beside = np.stack([anchors, others, others], axis=3)
         weights = np.broadcast_to([0.5, 0.5, 0.0], beside.shape)
         halves = self.log_density(
-            prompts, beside.reshape(len(prompts), -1, MOST), weights.reshape(len(prompts), -1, MOST)
+            prompts, beside.reshape(len(prompts), -1, LARGEST_SET), weights.reshape(len(prompts), -1, LARGEST_SET)
         )
         most = np.where(anchors == others, -np.inf, halves.reshape(anchors.shape)).max(1)
         np.put_along_axis(most, order[:, :ANCHORS], np.inf, 1)
@@ -144,10 +144,10 @@ class Quadrature:
         """The pieces ``corners (C, M, M)`` of each of some sets ``(N or 1, S, m)``."""
         count, size, pieces = sets.shape[1], sets.shape[2], len(corners)
         sets = np.broadcast_to(sets, (len(prompts), count, size))
-        supports = np.pad(sets, [(0, 0), (0, 0), (0, MOST - size)], "edge").repeat(pieces, axis=1)
+        supports = np.pad(sets, [(0, 0), (0, 0), (0, LARGEST_SET - size)], "edge").repeat(pieces, axis=1)
         shape = supports.shape[:2]
         masses = prior.log_prob(sets).repeat(pieces, axis=1) - np.log(pieces)
-        every = np.broadcast_to(np.tile(corners, (count, 1, 1)), (*shape, MOST, MOST))
+        every = np.broadcast_to(np.tile(corners, (count, 1, 1)), (*shape, LARGEST_SET, LARGEST_SET))
         origins = np.broadcast_to(np.arange(count).repeat(pieces), shape)
         edge = 0.25 if size == 2 else 0.5 if size == 3 else 0.0
         density = self.log_density(prompts, supports, _centers(every, size))
@@ -275,12 +275,10 @@ def _quartered(corners: np.ndarray, size: int) -> np.ndarray:
         ab, bc, ca = (a + b) / 2, (b + c) / 2, (c + a) / 2
         of = ((a, ab, ca), (ab, b, bc), (ca, bc, c), (ab, bc, ca))
         parts = np.stack([np.stack(each, -2) for each in of], axis=-3)
-    return parts.reshape(*corners.shape[:-3], -1, MOST, MOST)
+    return parts.reshape(*corners.shape[:-3], -1, LARGEST_SET, LARGEST_SET)
 
 
 def _none(width: int) -> Cells:
-    empty = np.zeros((0, 1))
+    empty, corners = np.zeros((0, 1)), np.zeros((0, 1, LARGEST_SET, LARGEST_SET))
     whole = np.zeros((0, 1), dtype=np.int64)
-    return Cells(
-        width, empty, whole, np.zeros((0, 1, MOST), np.int64), np.zeros((0, 1, MOST, MOST)), empty, np.zeros(0)
-    )
+    return Cells(width, empty, whole, np.zeros((0, 1, LARGEST_SET), np.int64), corners, empty, np.zeros(0))

@@ -17,9 +17,9 @@ from jaxtyping import Float, Int
 
 from bayes_dispatch.dispatcher.arrays import on_simplex
 
-__all__ = ["MOST", "SupportPrior"]
+__all__ = ["LARGEST_SET", "SupportPrior"]
 
-MOST = 3  # components that share a prompt
+LARGEST_SET = 3  # components that share a prompt, at most
 POSSIBLE = 1e-100  # sum over sets of the products of their shares, below which there are none of a kind
 
 

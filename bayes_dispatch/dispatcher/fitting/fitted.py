@@ -31,7 +31,7 @@ from bayes_dispatch.errors import EvidenceError, TensorError
 
 __all__ = ["FittedDispatcher", "as_prompts"]
 
-MOST = 2**24  # of a class, that float32 counts exactly
+LARGEST_COUNT = 2**24  # of a class, that float32 counts exactly
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,8 +191,8 @@ def as_prompts(
         observed[view.name] = _tensor(values, dtype)
         missing[view.name] = _tensor(absent, torch.bool)
         if view.kind == "counts":
-            good = (values >= 0) & (values <= MOST) & (values == np.round(values))
-            _check_kind(view, values, ~absent, f"whole numbers from 0 to {MOST}", good)
+            good = (values >= 0) & (values <= LARGEST_COUNT) & (values == np.round(values))
+            _check_kind(view, values, ~absent, f"whole numbers from 0 to {LARGEST_COUNT}", good)
             totals[view.name] = observed[view.name].sum(-1)
         elif view.kind == "probabilities":
             near = np.abs(values.sum(1, keepdims=True) - 1) < 1e-4

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from bayes_dispatch.dispatcher.arrays import on_simplex
 from bayes_dispatch.dispatcher.exact.quadrature import Quadrature
-from bayes_dispatch.dispatcher.exact.supports import MOST
+from bayes_dispatch.dispatcher.exact.supports import LARGEST_SET
 from bayes_dispatch.dispatcher.program.observed import Prompts
 
 __all__ = ["KnownPrompts", "choose_temper"]
@@ -46,7 +46,7 @@ def choose_temper(
     if not len(weights):
         return 1.0
     coarse = replace(quadrature, rounds=1)
-    supports = np.argsort(-weights, axis=1, kind="stable")[:, :MOST]
+    supports = np.argsort(-weights, axis=1, kind="stable")[:, :LARGEST_SET]
     own = np.take_along_axis(weights, supports, axis=1)
     own = on_simplex(np.where((own > SMALL) | (own == own.max(1, keepdims=True)), own, 0.0))
 

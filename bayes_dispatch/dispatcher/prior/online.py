@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float, Int
 
-from bayes_dispatch.arguments import number, real, shown, whole
+from bayes_dispatch.arguments import fraction, number, real, shown, whole
 from bayes_dispatch.dispatcher.arrays import Frozen, as_labels, as_points, as_values, short_repr
 from bayes_dispatch.dispatcher.prior.moment_filter import (
     FLOOR,
@@ -105,9 +105,7 @@ class PriorState(Frozen):
         Raises:
             ConfigError: a probability outside 0 to 1.
         """
-        if not 0 < number(probability) < 1:
-            raise ConfigError(f"expected a probability between 0 and 1, got {shown(probability)}")
-        return share_intervals(self.mean, self.covariance, probability)
+        return share_intervals(self.mean, self.covariance, fraction("a probability", probability))
 
 
 def prior_state(initial: Float[np.ndarray, " component"], names: Sequence[str]) -> PriorState:
