@@ -1,6 +1,6 @@
 """Held-out text of a bundle's experts: the project's own, and what a user gives of the experts from files of theirs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -47,25 +47,20 @@ def held_out_domains(bundle: Bundle, own: Mapping[str, Domain], packages: Path |
     return found
 
 
-def read_own(texts: Sequence[str], jsonl: Sequence[str], longest: int = LONGEST) -> dict[str, Domain]:
-    """Domains of files that are given as ``name=path``; the last tenth of each is its held-out split.
+def read_own(texts: Mapping[str, Path], jsonl: Mapping[str, Path], longest: int = LONGEST) -> dict[str, Domain]:
+    """Domains of files, by their names; the last tenth of each is its held-out split.
 
     Args:
         texts: UTF-8 texts. jsonl: lines of ``{"prompt": …, "answer": …}``, or of prompts alone.
         longest: most bytes of a prompt with its answer.
 
     Raises:
-        ConfigError: no name or no path, a name twice, or a file that cannot be used.
+        ConfigError: a text and lines of one name, or a file that cannot be used.
     """
-    found: dict[str, Domain] = {}
-    for given, is_text in [*((each, True) for each in texts), *((each, False) for each in jsonl)]:
-        name, _, path = given.partition("=")
-        if not name or not path:
-            raise ConfigError(f"expected an expert's name and a file as name=path, got {given!r}")
-        if name in found:
-            raise ConfigError(f"expected one file of each expert, got two of {name}")
-        found[name] = read_text(name, Path(path)) if is_text else read_jsonl(name, Path(path), longest)
-    return found
+    if twice := sorted(texts.keys() & jsonl.keys()):
+        raise ConfigError(f"expected one file of each expert, got two of {twice[0]}")
+    found: dict[str, Domain] = {name: read_text(name, path) for name, path in texts.items()}
+    return found | {name: read_jsonl(name, path, longest) for name, path in jsonl.items()}
 
 
 def calibrated(

@@ -1,7 +1,6 @@
 """``bayes-dispatch build`` and ``train-documents``: a bundle of a transformers model, from its experts or to train."""
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,7 @@ from bayes_dispatch.app.commands.terminal import (
     JsonOption,
     SeedOption,
     check_new_output,
+    named_paths,
     print_json,
     refuse_unused,
     use_one_thread,
@@ -59,7 +59,7 @@ def build(
     given = examples is not None or bool(text)
     refuse_unused("--prompts", prompts, given, "with --examples or --text")
     check_new_output(out, "bundle.json")
-    adapters = _named(adapter or (), "--adapter")
+    adapters = named_paths(adapter, "--adapter")
     if not adapters and not experts:
         raise ConfigError("expected at least one --adapter NAME=DIRECTORY or --experts DIRECTORY, got none")
     from bayes_dispatch.app.build import BuildSettings, build_bundle
@@ -70,8 +70,8 @@ def build(
     texts: dict[str | None, list[str]] = {}
     for each in () if examples is None else read_examples(examples):
         texts.setdefault(each.expert, []).append(each.text)
-    for name, file in _named(text or (), "--text").items():
-        texts.setdefault(name, []).extend(_passages(Path(file)))
+    for name, file in named_paths(text, "--text").items():
+        texts.setdefault(name, []).extend(_passages(file))
     backbone = transformers_backbone(model, device=device, dtype=dtype)
     bank = ExpertBank(
         [
@@ -131,9 +131,7 @@ def train_documents(
     backbone = transformers_backbone(model, device="cpu", dtype="float32", cast="bfloat16")
     plan = DocumentsPlan.of(kind, seed)
     domains = [found[name] for name in chosen]
-    bundle = train(
-        backbone, domains, plan, out, announce=lambda line: print(f"bayes-dispatch: {line}", file=sys.stderr)
-    )
+    bundle = train(backbone, domains, plan, out, announce=_announce)
     _tell(bundle, out, model, as_json)
 
 
@@ -154,19 +152,6 @@ def _tell(bundle: "Bundle", out: Path, model: str, as_json: bool) -> None:
         )
         for name, gain in bundle.report["gains"].items():
             print(f"  {name}: {gain['gain']:+.3f} nats a byte over base on its held-out examples")
-
-
-def _named(given: Sequence[str], option: str) -> dict[str, str]:
-    """``NAME=PATH`` pairs; no name twice."""
-    found: dict[str, str] = {}
-    for each in given:
-        name, _, path = each.partition("=")
-        if not name or not path:
-            raise ConfigError(f"expected {option} NAME=PATH, got {each!r}")
-        if name in found:
-            raise ConfigError(f"expected one {option} of each name, got two of {name}")
-        found[name] = path
-    return found
 
 
 def _passages(path: Path) -> list[str]:

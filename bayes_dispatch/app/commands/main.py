@@ -29,6 +29,7 @@ from bayes_dispatch.app.commands.terminal import (
     SeedOption,
     check_new_output,
     check_output,
+    named_paths,
     open_bundle,
     open_console,
     print_json,
@@ -43,7 +44,8 @@ __all__ = ["app", "main"]
 app = typer.Typer(
     help="A language model that adapts itself to each prompt, and knows how sure it is about it.",
     add_completion=False,
-    context_settings={"token_normalize_func": lambda name: "blend" if name == "blending-mode" else name},  # as it was
+    # --blend was called --blending-mode, and scripts of that time still run
+    context_settings={"token_normalize_func": lambda name: "blend" if name == "blending-mode" else name},
     pretty_exceptions_enable=False,
 )
 app.add_typer(experts, name="experts")
@@ -198,7 +200,7 @@ def calibrate_gate(
     check_new_output(out, "bundle.json")
     from bayes_dispatch.app.held_out import read_own
 
-    own = read_own(text or (), jsonl or ())
+    own = read_own(named_paths(text, "--text"), named_paths(jsonl, "--jsonl"))
     from bayes_dispatch.app.held_out import calibrated
 
     new = calibrated(open_bundle(bundle), own, prompts, mixed, (16, longest), seed, sys.stderr.isatty(), packages)
@@ -258,7 +260,7 @@ def diagnose(
     from bayes_dispatch.app.reports import check_report
 
     check_report(out, FILES, TITLE)
-    own = read_own(text or (), jsonl or ())
+    own = read_own(named_paths(text, "--text"), named_paths(jsonl, "--jsonl"))
     span = (shortest, longest)
     settings = DiagnosisSettings(
         simulations=simulations, mixtures=mixtures, mixture_lengths=span, prompts=prompts, risk=risk, seed=seed

@@ -38,6 +38,7 @@ __all__ = [
     "check_new_output",
     "check_output",
     "mapped_on_ray",
+    "named_paths",
     "open_bundle",
     "open_bundles",
     "open_console",
@@ -89,7 +90,7 @@ RayOption = Annotated[
 ]
 OwnTextOption = Annotated[
     list[str] | None,
-    typer.Option("--text", help="name=path: the text of an expert of yours; its last tenth is held out. Repeatable."),
+    typer.Option("--text", help="NAME=FILE: the text of an expert of yours; its last tenth is held out. Repeatable."),
 ]
 PackagesOption = Annotated[
     Path | None,
@@ -99,7 +100,7 @@ PackagesOption = Annotated[
 ]
 OwnJsonlOption = Annotated[
     list[str] | None,
-    typer.Option("--jsonl", help='name=path, likewise, of lines {"prompt": …, "answer": …}, or of prompts alone.'),
+    typer.Option("--jsonl", help='NAME=FILE, likewise, of lines {"prompt": …, "answer": …}, or of prompts alone.'),
 ]
 
 
@@ -115,6 +116,23 @@ def refuse_unused(option: str, value: object, used: bool, needs: str, got: str =
     """
     if not used and value is not None and value is not False:
         raise ConfigError(f"expected {option} {needs}, got {got}")
+
+
+def named_paths(given: Sequence[str] | None, option: str) -> dict[str, Path]:
+    """What an option was given as ``NAME=PATH``, by the names.
+
+    Raises:
+        ConfigError: without name or path, or a name twice.
+    """
+    found: dict[str, Path] = {}
+    for each in given or ():
+        name, _, path = each.partition("=")
+        if not name or not path:
+            raise ConfigError(f"expected {option} NAME=PATH, got {each!r}")
+        if name in found:
+            raise ConfigError(f"expected one {option} of each name, got two of {name}")
+        found[name] = Path(path)
+    return found
 
 
 def with_options(blends: Sequence[str], top_k: int | None, draws: int | None) -> list[str]:

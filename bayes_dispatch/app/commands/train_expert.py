@@ -14,6 +14,7 @@ from bayes_dispatch.app.commands.terminal import (
     JsonOption,
     SeedOption,
     check_new_output,
+    named_paths,
     open_bundle,
     print_json,
     refuse_unused,
@@ -159,7 +160,7 @@ def train_experts(
     from bayes_dispatch.experts.objectives import Likelihood
 
     settings = own_settings(Likelihood(), steps, seed)
-    domains = read_own(text or (), jsonl or (), settings.length - 1)
+    domains = read_own(named_paths(text, "--text"), named_paths(jsonl, "--jsonl"), settings.length - 1)
     if not domains:
         raise ConfigError("expected at least one --text or --jsonl of NAME=FILE, got none")
     if mute := [name for name, domain in domains.items() if isinstance(domain, OwnPrompts)]:

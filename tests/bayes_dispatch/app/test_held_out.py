@@ -11,6 +11,7 @@ import pytest
 
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.app.commands import main as cli
+from bayes_dispatch.app.commands.terminal import named_paths
 from bayes_dispatch.app.held_out import calibrated, held_out_domains, read_own, settled
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.errors import ConfigError, NotFittedError, UnknownNameError
@@ -65,25 +66,27 @@ class TestDomains:
         (tmp_path / "text.txt").write_text(TEXT)
         (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps({"prompt": p, "answer": a}) for p, a in PAIRS))
         (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": p}) for p, _ in PAIRS))
-        found = read_own([f"a={tmp_path}/text.txt"], [f"b={tmp_path}/pairs.jsonl", f"c={tmp_path}/prompts.jsonl"])
+        jsonl = {"b": tmp_path / "pairs.jsonl", "c": tmp_path / "prompts.jsonl"}
+        found = read_own({"a": tmp_path / "text.txt"}, jsonl)
         assert [type(domain) for domain in found.values()] == [OwnText, OwnPairs, OwnPrompts]
         assert [domain.name for domain in found.values()] == list(found) == ["a", "b", "c"]
 
     @pytest.mark.parametrize(
         ("texts", "message"),
         [
-            (["text.txt"], "expected an expert's name and a file as name=path, got 'text.txt'"),
-            (["=text.txt"], "as name=path"),
-            (["a="], "as name=path"),
+            (["text.txt"], "expected --text NAME=PATH, got 'text.txt'"),
+            (["=text.txt"], "NAME=PATH"),
+            (["a="], "NAME=PATH"),
             (["a=nowhere.txt"], "expected a readable file nowhere.txt"),
-            (["a=text.txt", "a=text.txt"], "expected one file of each expert, got two of a"),
+            (["a=text.txt", "a=text.txt"], "expected one --text of each name, got two of a"),
+            (["b=text.txt"], "expected one file of each expert, got two of b"),
         ],
     )
     def test_bad_files(self, texts: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)
         Path("text.txt").write_text(TEXT)
         with pytest.raises(ConfigError, match=message):
-            read_own(texts, [])
+            read_own(named_paths(texts, "--text"), {"b": Path("pairs.jsonl")})
 
 
 class TestGate:
@@ -202,7 +205,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--text", "sort"], "name=path"),
+            (["--text", "sort"], "NAME=PATH"),
             (["--text", "more=text.txt"], "expected text of the experts reverse, sort, add, got some of more"),
             (["--bundle", "nowhere"], "expected a bundle directory"),
             (["--out", "text.txt"], "expected a directory for the output"),
