@@ -9,6 +9,8 @@ from bayes_dispatch.experts.domains import CONVENTIONS, Convention, Interleaved
 
 __all__ = ["CONVENTION_PROMPTS", "LANGUAGE_PROMPTS", "REAL_PROMPTS", "DemoPrompt", "prompts_for"]
 
+SOLVED_BYTES = 110  # of the solved items before a question, about
+
 
 @dataclass(frozen=True)
 class DemoPrompt:
@@ -25,11 +27,11 @@ class DemoPrompt:
     answer: str | None = None
 
 
-def _items(name: str, kind: str, *names: str, prompt_bytes: int = 110) -> DemoPrompt:
+def _items(name: str, kind: str, *names: str) -> DemoPrompt:
     """Solved held-out items of the conventions in turn, and an open question of the next; seeded by ``name`` alone."""
     conventions = tuple(_convention(each) for each in names)
     rng = np.random.default_rng(list(name.encode()))
-    solved = Interleaved(name, conventions).document(rng, prompt_bytes, prompt_bytes, "held_out").prompt
+    solved = Interleaved(name, conventions).document(rng, SOLVED_BYTES, SOLVED_BYTES, "held_out").prompt
     following = conventions[solved.count("\n") % len(conventions)]
     rivals = [convention for convention in CONVENTIONS if convention.surface is following.surface]
     while True:

@@ -162,10 +162,11 @@ def reference_posterior(
     chains: int = 4,
     warmup: int = 500,
     seed: int = 0,
-    sites: Sites | None = None,
-    temper: float | None = None,
 ) -> ReferencePosterior:
     """NUTS for the weights of each prompt as they are served, under fixed globals: what the quadrature sums out.
+
+    The globals are at their fitted medians, and ``pi`` at the mean of the serving prior; for others there is
+    :func:`conditional_posterior`.
 
     Given the globals prompts are independent, so every prompt has chains of its own, with their own step size; they run
     side by side.
@@ -177,9 +178,6 @@ def reference_posterior(
         chains: for each prompt.
         warmup: draws that adapt step size and mass, and are dropped.
         seed: of all randomness.
-        sites: values of all globals but ``kappa``; the fitted medians by default, and of ``pi`` the mean of the serving
-            prior.
-        temper: noise temper τ; the dispatcher's own by default.
 
     Returns:
         The draws with their diagnostics.
@@ -188,13 +186,11 @@ def reference_posterior(
         NotFittedError: before ``fit``.
         ConfigError: fewer than 4 draws, no chain or warm-up, or more than 4,096 sets (28 experts).
         EvidenceError: none of the dispatcher's views.
-        TensorError: a view of another width, or a global has no value.
+        TensorError: a view of another width.
     """
-    state = dispatcher.state
-    if sites is None:
-        sites = {**state.globals.center(), "pi": dispatcher.prior.mean}
-    tau, run = state.temper if temper is None else temper, (draws, chains, warmup, seed)
-    return conditional_posterior(state.model, state.prompts(evidence), dispatcher.experts, sites, *run, tau)
+    state, run = dispatcher.state, (draws, chains, warmup, seed)
+    sites = {**state.globals.center(), "pi": dispatcher.prior.mean}
+    return conditional_posterior(state.model, state.prompts(evidence), dispatcher.experts, sites, *run, state.temper)
 
 
 def conditional_posterior(

@@ -221,7 +221,7 @@ def check_switching(rates: Sequence[float]) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class PosteriorPredictive(NamedBySettings):
-    """Many particles whose predictive distributions are mixed, filtered by every token (DESIGN §8).
+    """Many particles whose predictive distributions are mixed, filtered by every token.
 
     With more than K + 1 rows to spend, the vertices (each expert, base) take K + 1 of them, the posterior mean one, and
     posterior draws the rest. With fewer, half of the rows are vertices: base, and the experts of the largest posterior

@@ -1,4 +1,4 @@
-"""Filtering the weights of particles by the tokens read (DESIGN §8).
+"""Filtering the weights of particles by the tokens read.
 
 Particle s has weight ``v_s``; a token multiplies it by that particle's probability of the token, and then a fixed share
 goes back to the prior (Herbster and Warmuth 1998), so that a document may change its domain. Once the prompt is read it
@@ -86,11 +86,6 @@ class ParticleFilter:
         if self._log_weights is None:
             self._log_weights = torch.from_numpy(self._joint).logsumexp(1).numpy()
         return torch.from_numpy(self._log_weights)
-
-    @property
-    def log_rates(self) -> Float[Tensor, "N E"]:
-        """Log posterior probabilities of the switching rates."""
-        return torch.from_numpy(self._joint).logsumexp(2)
 
     def update(
         self, log_likelihood: Float[Tensor, "N S T"], counts: Bool[Tensor, "N T"] | None = None

@@ -1,6 +1,6 @@
 """The first pass: the unadapted model reads the prompts and yields evidence about which experts would serve them.
 
-What it has read below the first adapted block, the second pass uses again (``Prefix``; DESIGN §5).
+What it has read below the first adapted block, the second pass uses again (``Prefix``).
 """
 
 from collections.abc import Mapping, Sequence

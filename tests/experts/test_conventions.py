@@ -18,7 +18,7 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def answer(name: str, question: str) -> str:
-    """The conventions, as DESIGN §6 has them, in other words than the code's."""
+    """The conventions, in other words than the code's."""
     if question.endswith(">"):
         word = question[:-1]
         return {

@@ -61,7 +61,7 @@ def test_the_filter_enumerates_all_paths(seed: int, steps: int, count: int, swit
         total = np.mean(totals)  # each rate is as likely as another
         expected = np.mean(joints, axis=0) / total
         np.testing.assert_allclose(weights.log_weights[n].exp(), expected, atol=1e-12)
-        np.testing.assert_allclose(weights.log_rates[n].exp(), totals / np.sum(totals), atol=1e-12)
+        np.testing.assert_allclose(weights.state.joint[n].logsumexp(1).exp(), totals / np.sum(totals), atol=1e-12)
         np.testing.assert_allclose(evidence[n].exp(), total, rtol=1e-10)
         np.testing.assert_allclose(weights.mean()[n], expected @ particles.weights[n], atol=1e-12)
 
