@@ -74,7 +74,7 @@ class BatchedEngine:
         self._row_bytes, self._token_bytes, self._between_bytes = _cache_bytes(system.model, cut_of(system))
         self._waiting = WaitingLine(self._limits.waiting, self._limits.waiting_tokens)
         self._closing: float | None = None  # when all is to be over, once it is to close
-        self._state = EngineState(0, 0, 0, 0, 0, 0, 0, 0, False)
+        self._state = EngineState()
         self._changed = Condition()  # guards the three above, which other threads see
         self._running: list[tuple[Request, Running]] = []
         self._reading: tuple[Request, Reading] | None = None
@@ -165,8 +165,7 @@ class BatchedEngine:
     def _count(self, **done: int) -> None:
         """Let others see what was done."""
         with self._changed:
-            so_far = {name: getattr(self._state, name) + count for name, count in done.items()}
-            self._state = replace(self._state, **so_far)
+            self._state = self._state.counted(**done)
 
     def _let_go(self) -> None:
         """Of what nobody waits for any more."""

@@ -1,7 +1,7 @@
 """What an engine is asked for, and what it tells while it works on it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -153,16 +153,20 @@ class EngineState:
         replicas: engines that answer, where this one stands for several.
     """
 
-    waiting: int
-    running: int
-    waiting_tokens: int
-    rows: int
-    cache_bytes: int
-    prompt_tokens: int
-    new_tokens: int
-    steps: int
-    closing: bool
+    waiting: int = 0
+    running: int = 0
+    waiting_tokens: int = 0
+    rows: int = 0
+    cache_bytes: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    steps: int = 0
+    closing: bool = False
     replicas: int = 1
+
+    def counted(self, **more: int) -> "EngineState":
+        """The state after more of what is counted so far."""
+        return replace(self, **{name: getattr(self, name) + count for name, count in more.items()})
 
 
 @runtime_checkable

@@ -84,7 +84,7 @@ class VllmEngine:
         self._some = dispatch(system, ["a"], 0)[0]  # to see what blends make of a posterior
         self._waiting = WaitingLine(self._limits.waiting, self._limits.waiting_tokens)
         self._deadline = math.inf  # when all is to be over
-        self._state = EngineState(0, 0, 0, 0, 0, 0, 0, 0, False)
+        self._state = EngineState()
         self._lock, self._closing = Lock(), Lock()  # the first guards the three above, which other threads see
         self._tasks: dict[Request, asyncio.Task[Ended]] = {}
         self._over = False  # whether tasks are cancelled because the engine is
@@ -246,10 +246,9 @@ class VllmEngine:
             f"expected {writing.max_new_tokens} tokens or an end of vLLM, got {len(written.ids)} tokens"
         )
 
-    def _count(self, **counted: int) -> None:
+    def _count(self, **more: int) -> None:
         with self._lock:
-            so_far = {name: getattr(self._state, name) + count for name, count in counted.items()}
-            self._state = replace(self._state, **so_far)
+            self._state = self._state.counted(**more)
 
 
 def _weights(blend: Blend, posterior: DispatchPosterior, fallback: bool = False) -> np.ndarray:
