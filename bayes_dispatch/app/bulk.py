@@ -16,7 +16,7 @@ from bayes_dispatch.inference.scoring.compare import compare_blends
 from bayes_dispatch.inference.scoring.scores import Comparison
 from bayes_dispatch.inference.two_pass.first_pass import first_pass
 
-__all__ = ["MapBlocks", "compare_in_blocks", "evidence_in_blocks"]
+__all__ = ["MapBlocks", "compare_in_blocks", "evidence_in_blocks", "read_block", "score_block"]
 
 DOCUMENTS = 8  # of a block: as many as are scored together where they have some hundred bytes
 PROMPTS = 64  # of a block: two batches of the first pass
@@ -51,10 +51,12 @@ def evidence_in_blocks(mapped: MapBlocks, bundle: BundleAt, prompts: Sequence[st
 
 
 def score_block(documents: Sequence[Document], bundle: BundleAt, blends: Sequence[str], seed: int) -> Comparison:
+    """``compare_blends`` of a block; Ray calls its processes by this name."""
     return compare_blends(_loaded(bundle), documents, blends, seed)
 
 
 def read_block(prompts: Sequence[str], bundle: BundleAt) -> Evidence:
+    """The evidence of a block, likewise."""
     system = _loaded(bundle)
     return first_pass(system.model, system.tokenizer, prompts, block=system.cut).evidence
 

@@ -315,6 +315,11 @@ def _pair(path: Path, number: int, line: str) -> tuple[str, str | None]:
 
 
 def read_utf8(path: Path) -> str:
+    """The text of a file, without a byte-order mark.
+
+    Raises:
+        ConfigError: it is missing, no UTF-8, or empty.
+    """
     try:
         data = path.read_bytes()
         text = utf8(data).decode("utf-8-sig")

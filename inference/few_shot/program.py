@@ -26,7 +26,7 @@ from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.few_shot.answers import AnswerLikelihood
 
-__all__ = ["PRECISION", "FewShotFit", "FewShotMethod", "FewShotProgram"]
+__all__ = ["PRECISION", "FewShotFit", "FewShotMethod", "FewShotProgram", "log_dirichlet"]
 
 PRECISION = 0.5  # of the default prior, shared by all components; of .25–4 it left the least held-out NLL
 FLOOR = 0.05  # of a layer's concentrations, where the shared weight is 0

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["JsonLines", "tell"]
+__all__ = ["JsonLines", "of_error", "tell"]
 
 
 def tell(logger: logging.Logger, level: int, event: str, facts: Callable[[], Mapping[str, Any]]) -> None:

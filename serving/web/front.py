@@ -19,7 +19,7 @@ from bayes_dispatch.serving.web.metrics import Metrics
 from bayes_dispatch.serving.web.refusals import RefusedError, as_refused
 from bayes_dispatch.serving.web.settings import WebSettings
 
-__all__ = ["ENDPOINTS", "Front", "Record"]
+__all__ = ["ENDPOINTS", "Front", "Record", "tell_failure"]
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from bayes_dispatch.arguments import shown
 from bayes_dispatch.errors import BayesDispatchError
 from bayes_dispatch.serving.work import BusyError, Ended
 
-__all__ = ["RefusedError", "as_refused", "naming", "of_fields"]
+__all__ = ["RefusedError", "as_refused", "closing", "naming", "of_fields"]
 
 KINDS = {
     401: "authentication_error",
