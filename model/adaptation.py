@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -57,9 +58,9 @@ class Delta(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         """What is added for inputs (B, …, in), or for tokens (B, …) of an embedding."""
-        inner = x @ self.down.T if x.is_floating_point() else self.down.T[x]
+        inner = F.linear(x, self.down) if x.is_floating_point() else self.down.T[x]
         c = self.c if self.c.ndim == 1 else self.c.reshape(len(self.c), *[1] * (inner.ndim - 2), -1)
-        return (inner * c) @ self.up.T
+        return F.linear(inner * c, self.up)
 
     def to(self, like: Tensor) -> "Delta":
         """On the device and in the dtype of a tensor."""

@@ -253,7 +253,7 @@ class TransformersBackbone:
             left, values, right = self.factors(name)
             wide = torch.promote_types(scales.dtype, self.dtype)  # near 1 a bfloat16 tells no small change
             change = (scales.to(self.device, wide) - 1).to(self.dtype)
-            own = Delta(left[:, :rank], right[:rank], values[:rank] * change)
+            own = Delta(left[:, :rank].contiguous(), right[:rank], values[:rank] * change)
             found[name] = own if name not in found else Delta.joined([found[name], own])
         return found
 
@@ -290,7 +290,7 @@ class TransformersBackbone:
             with torch.no_grad():
                 wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
                 factors = torch.linalg.svd(wide, full_matrices=False)
-            left, values, right = (each.to(self.dtype) for each in factors)
+            left, values, right = (each.to(self.dtype).contiguous() for each in factors)
             self._factors[name] = key, (left, values, right)
         return self._factors[name][1]
 

@@ -13,13 +13,16 @@ from typing import Any
 from weakref import finalize
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.model.adaptation import Delta
+from bayes_dispatch.model.mambaformer.products import times
 
 __all__ = ["ModelParts"]
 
@@ -109,10 +112,11 @@ class ModelParts:
 
     @contextmanager
     def adding(self, deltas: Mapping[str, Delta]) -> Iterator[None]:
-        """Add deltas to the matrices of whatever this thread runs of the model."""
+        """Add deltas to the matrices of whatever this thread runs of the model; multiply few rows by ``times``."""
         token = _adding.set((id(self), deltas))
         try:
-            yield
+            with _Times():
+                yield
         finally:
             _adding.reset(token)
 
@@ -146,6 +150,13 @@ class ModelParts:
             parent, _, name = self.blocks.rpartition(".")
             self._parts[key] = _with_child(self._inner, f"{parent}.{name}" if parent else name, nn.ModuleList(layers))
         return self._parts[key]
+
+
+class _Times(TorchFunctionMode):
+    """Linear layers multiply by ``times``, which reads a matrix faster for the few rows of a decoded token."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (times if func is F.linear else func)(*args, **(kwargs or {}))
 
 
 class _Elsewhere(nn.Module):

@@ -558,14 +558,32 @@ def product(x: Array, weight: Array, scaled: Array, right: Array, stored: Array,
 
 @loop
 def rows_times(x: Array, weight: Array, out: Array, start: int, stop: int) -> None:
-    """Some columns of x (B, K) times weight (O, K), numbers or the bits of bfloat16, into out (B, O)."""
-    for o in range(start, stop):
-        row = weight[o]
-        for b in range(len(x)):
-            values, total = x[b], x.dtype.type(0)
-            for k in range(len(row)):
-                total += values[k] * number(row[k])
-            out[b, o] = total
+    """Some columns of x (B, K) times weight (O, K), numbers or the bits of bfloat16, into out (B, O).
+
+    Four rows of the matrix are read at a time, far from each other: a processor fetches each of several streams ahead,
+    and one core reads half as much again as from a single one. The last rows may be done twice.
+    """
+    apart = (stop - start + 3) // 4
+    for o in range(start, start + apart):
+        o1, o2, o3 = min(o + apart, stop - 1), min(o + 2 * apart, stop - 1), min(o + 3 * apart, stop - 1)
+        w0, w1, w2, w3 = weight[o], weight[o1], weight[o2], weight[o3]
+        for b in range(0, len(x) - 1, 2):
+            values, others = x[b], x[b + 1]
+            s0 = s1 = s2 = s3 = t0 = t1 = t2 = t3 = x.dtype.type(0)
+            for k in range(len(values)):
+                n0, n1, n2, n3 = number(w0[k]), number(w1[k]), number(w2[k]), number(w3[k])
+                s0, s1, s2, s3 = s0 + values[k] * n0, s1 + values[k] * n1, s2 + values[k] * n2, s3 + values[k] * n3
+                t0, t1, t2, t3 = t0 + others[k] * n0, t1 + others[k] * n1, t2 + others[k] * n2, t3 + others[k] * n3
+            out[b, o], out[b, o1], out[b, o2], out[b, o3] = s0, s1, s2, s3
+            out[b + 1, o], out[b + 1, o1], out[b + 1, o2], out[b + 1, o3] = t0, t1, t2, t3
+        if len(x) % 2:
+            b = len(x) - 1
+            values = x[b]
+            s0 = s1 = s2 = s3 = x.dtype.type(0)
+            for k in range(len(values)):
+                n0, n1, n2, n3 = number(w0[k]), number(w1[k]), number(w2[k]), number(w3[k])
+                s0, s1, s2, s3 = s0 + values[k] * n0, s1 + values[k] * n1, s2 + values[k] * n2, s3 + values[k] * n3
+            out[b, o], out[b, o1], out[b, o2], out[b, o3] = s0, s1, s2, s3
 
 
 @loop
