@@ -18,6 +18,7 @@ HALVES = {torch.bfloat16, torch.float16}  # which matrices may be kept in beside
 LARGE = 2**20  # numbers in a matrix whose rows threads share
 SMALL = 2**16  # numbers in a matrix of which a library's product of few rows is faster
 MOST_ROWS = 32  # with more, it is faster, too
+PLAIN = (Tensor, nn.Parameter)  # not a quantised matrix, which multiplies in its own way
 TILE = 512  # rows of a matrix that are made precise at a time, and then still are in the processor's cache
 
 
@@ -29,24 +30,21 @@ def times(
     On a CPU nothing but the result is rounded: a matrix in bfloat16 halves what is read from memory, and that is what
     few rows wait for. Other devices multiply in bfloat16: there ``x`` is rounded to it, too.
     """
-    near = x.device.type == weight.device.type == "cpu"
-    if near and x.dtype in HALVES and not torch.is_grad_enabled() and not _in_hardware(x.dtype):
+    plain = type(weight) in PLAIN
+    near = plain and x.device.type == weight.device.type == "cpu"
+    if near and x.dtype == weight.dtype in HALVES and not torch.is_grad_enabled() and not _in_hardware(x.dtype):
         return times(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
-    half = weight.dtype in HALVES and x.dtype not in HALVES
+    half = plain and weight.dtype in HALVES and x.dtype not in HALVES
     rows = x.shape[:-1].numel()
-    product = None
     if near and rows and (half or weight.numel() >= SMALL) and can_compile(x) and weight.is_contiguous():
-        if rows <= MOST_ROWS and weight.dtype in (x.dtype, torch.bfloat16):
-            product = _few(x.reshape(rows, x.shape[-1]), weight).reshape(*x.shape[:-1], len(weight))
-        elif half:
-            product = _tiled(x.reshape(rows, x.shape[-1]), weight).reshape(*x.shape[:-1], len(weight))
-    if product is not None:
-        return product if bias is None else product.add_(bias)
+        few = rows <= MOST_ROWS and weight.dtype in (x.dtype, torch.bfloat16)
+        if few or half:
+            product = (_few if few else _tiled)(x.reshape(rows, x.shape[-1]), weight)
+            return (product if bias is None else product.add_(bias)).reshape(*x.shape[:-1], len(weight))
     if not half:
         return F.linear(x, weight, bias)
-    if weight.dtype == torch.bfloat16 and not near:
-        return F.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype)).to(x.dtype)
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    by = x.dtype if near or weight.dtype != torch.bfloat16 else weight.dtype
+    return F.linear(x.to(by), weight.to(by), None if bias is None else bias.to(by)).to(x.dtype)
 
 
 class Head(nn.Linear):

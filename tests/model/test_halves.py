@@ -60,7 +60,7 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Which share all matrices, as if these were large."""
     monkeypatch.setattr(products, "LARGE", 1)
     monkeypatch.setattr(products, "SMALL", 1)
-    monkeypatch.setattr(stepping, "LARGE", 1)
+    monkeypatch.setattr(stepping, "MOST_ROWS", 0)  # blocks run as modules
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
@@ -163,15 +163,53 @@ def test_it_is_saved_as_it_is(pairs: Any, kind: str, tmp_path: Path) -> None:
         MambaFormerForCausalLM.from_pretrained(tmp_path)
 
 
-def test_products_of_any_precision() -> None:
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5, 7, 1101])
+def test_products_of_any_precision(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "SMALL", 1)
     draw = torch.Generator().manual_seed(2)
-    for rows in (1, 16, 17, 70):
+    for rows in (1, 2, 3, 16, 70):
         for dtype in (torch.float32, torch.float64):
             x = torch.randn(rows, 40, generator=draw, dtype=dtype)
+            bias = torch.randn(columns, generator=draw, dtype=dtype)
             for kept in (torch.float16, torch.bfloat16, dtype):
-                weight = torch.randn(1100, 40, generator=draw).to(kept)
+                weight = torch.randn(columns, 40, generator=draw).to(kept)
+                expected = x @ weight.to(dtype).T
                 with torch.no_grad():
-                    torch.testing.assert_close(times(x, weight), x @ weight.to(dtype).T, rtol=1e-4, atol=1e-4)
+                    torch.testing.assert_close(times(x, weight), expected, rtol=1e-4, atol=1e-4)
+                    torch.testing.assert_close(times(x, weight, bias), expected + bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("hardware", [False, True])
+def test_half_precision_throughout_rounds_the_result_alone(
+    dtype: torch.dtype, hardware: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_in_hardware", lambda _: hardware)
+    draw = torch.Generator().manual_seed(4)
+    weight, bias = torch.randn(70, 300, generator=draw).to(dtype), torch.randn(70, generator=draw).to(dtype)
+    for rows in (1, 5, 40):
+        x = torch.randn(2, rows, 300, generator=draw).to(dtype)
+        expected = x.double() @ weight.double().T + bias.double()
+        with torch.no_grad():
+            found = times(x, weight, bias)
+        assert found.dtype == dtype
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(found.double(), expected, rtol=unit, atol=(4 if hardware else 1) * unit)
+
+
+def test_a_matrix_of_another_kind_multiplies_in_its_own_way() -> None:
+    class Doubled(Tensor):
+        """Stands for a quantised one: its numbers are not what it multiplies by."""
+
+        @classmethod
+        def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.nn.functional.linear:
+                return 2 * torch.nn.functional.linear(args[0], args[1].as_subclass(Tensor))
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    x, weight = torch.randn(1, 300), torch.randn(300, 300)
+    with torch.no_grad():
+        torch.testing.assert_close(times(x, weight.as_subclass(Doubled)), 2 * x @ weight.T)
 
 
 @pytest.mark.usefixtures("two_threads")

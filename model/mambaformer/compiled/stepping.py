@@ -24,12 +24,11 @@ from bayes_dispatch.model.mambaformer.mixers import (
     Span,
 )
 from bayes_dispatch.model.mambaformer.normalisation import RMSNorm
-from bayes_dispatch.model.mambaformer.products import LARGE
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear, parts_of
 
 __all__ = ["Stepper", "Steppers", "can_step"]
 
-MOST_ROWS = 24  # with more, a library's products are faster
+MOST_ROWS = 32  # with more, a library's products are faster
 MOST_KEPT = 16  # steppers of adaptations that are still in use, each with matrices of its own where these were built
 
 Places = tuple[Array, Array, Array]  # what ``Span.places`` gives
@@ -52,7 +51,6 @@ class Stepper:
     def __init__(self, blocks: Sequence[Block], norm: RMSNorm | None, scales: Sequence[Mapping[str, Scales]]) -> None:
         self._blocks = [(block, z, _step(block, z)) for block, z in zip(blocks, scales, strict=True)]
         self._norm = None if norm is None else _arguments(norm)
-        self.threads = torch.get_num_threads()  # by which it was decided what it compiles
 
     def __call__(
         self, x: Float[Tensor, "B 1 D"], span: Span, cache: Cache, memory: Memory | None
@@ -89,7 +87,7 @@ class Steppers:
         """
         adapted = adaptation if adaptation.scales or adaptation.deltas else self._plain
         kept = self._kept.get(adapted)
-        if kept is None or kept[0] is not weights or kept[1].threads != torch.get_num_threads():
+        if kept is None or kept[0] is not weights:
             kept = weights, build()
             with self._lock:
                 self._kept.pop(adapted, None)
@@ -102,8 +100,7 @@ class Steppers:
 def _step(block: Block, given: Mapping[str, Scales]) -> Step | None:
     """The step of a block, where it is compiled: not where a matrix has a bias, or cannot be folded (``_folds``).
 
-    Nor where threads are to share the rows of a large matrix. Such a block runs as a module, of products and loops
-    that are compiled, too.
+    One thread runs it: for a matrix that is larger than a cache, few rows wait for memory, which one core keeps busy.
     """
     mixer = block.mixer
     linears = {name: linear for name, linear in mixer.named_children() if isinstance(linear, SVDLinear)}
@@ -111,8 +108,6 @@ def _step(block: Block, given: Mapping[str, Scales]) -> Step | None:
     if not all(_folds(linears[name], *own) for name, own in adapted.items() if name in linears):
         return None
     if any(linear.bias is not None for linear in linears.values()):
-        return None
-    if torch.get_num_threads() > 1 and any(linear.weight.numel() >= LARGE for linear in linears.values()):
         return None
     norm = *_arguments(block.norm), block.residual
 
