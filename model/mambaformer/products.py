@@ -80,7 +80,7 @@ def _tiled(x: Float[Tensor, "B K"], weight: Float[Tensor, "O K"]) -> Float[Tenso
 
 @cache
 def _in_hardware(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies in a half precision; the library does without, a tenth as fast as in float32."""
+    """Whether this processor multiplies in half precision; where not, the library is a tenth as fast as in float32."""
     can = torch.cpu.get_capabilities()
     needed = "avx512_bw" if dtype == torch.bfloat16 else "avx512_fp16"
     return can["architecture"] != "x86_64" or bool(can[needed])
