@@ -53,23 +53,27 @@ class Sampling:
         """
         if not self.do_sample:
             return logits.argmax(-1)
-        probabilities, tokens = (
-            ((logits.double() - logits.amax(-1, keepdim=True)) / self.temperature)  # 0 / T is finite for every T > 0
-            .softmax(-1)
-            .sort(dim=-1, descending=True, stable=True)
-        )
-        if self.top_k is not None:
-            probabilities[:, self.top_k :] = 0
-        if self.top_p is not None:
-            before = probabilities.cumsum(-1) - probabilities
-            probabilities[before >= self.top_p] = 0
-        if self.min_p is not None:
-            probabilities[probabilities < self.min_p * probabilities[:, :1]] = 0
+        # 0 / T is finite for every T > 0
+        probabilities = ((logits.double() - logits.amax(-1, keepdim=True)) / self.temperature).softmax(-1)
+        if self.top_k is not None or self.top_p is not None or self.min_p is not None:
+            probabilities = self._filtered(probabilities)
         cumulative = probabilities.cumsum(-1)
         uniform = torch.tensor([[generator.random()] for generator in generators], dtype=torch.double)
-        place = torch.searchsorted(cumulative, uniform.to(cumulative) * cumulative[:, -1:], right=True)
-        kept = (probabilities > 0).sum(-1, keepdim=True)
-        return tokens.gather(-1, place.clamp(max=kept - 1))[:, 0]
+        place = torch.searchsorted(cumulative, uniform.to(cumulative) * cumulative[:, -1:], right=True)[:, 0]
+        last = probabilities.shape[-1] - 1 - (probabilities > 0).flip(-1).int().argmax(-1)  # of those that may follow
+        return torch.minimum(place, last)
+
+    def _filtered(self, probabilities: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        """The same with zeros for the tokens that do not pass."""
+        ordered, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
+        kept = torch.ones_like(ordered, dtype=torch.bool)
+        if self.top_k is not None:
+            kept[:, self.top_k :] = False
+        if self.top_p is not None:
+            kept &= ordered.cumsum(-1) - ordered < self.top_p
+        if self.min_p is not None:
+            kept &= ordered >= self.min_p * ordered[:, :1]
+        return torch.zeros_like(ordered).scatter(-1, tokens, ordered * kept)
 
 
 def penalise_repetition(

@@ -152,9 +152,9 @@ def test_extreme_uniforms_choose_kept_tokens() -> None:
         def random(self) -> float:
             return self.value
 
-    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0]] * 2)
+    logits = torch.tensor([[0.0, 3.0, 1.0, 2.0, -1.0]] * 2)
     sampling = Sampling(do_sample=True, top_k=3)
-    assert sampling.choose(logits, [Constant(0.0), Constant(np.nextafter(1.0, 0.0))]).tolist() == [1, 2]  # type: ignore[list-item]
+    assert sampling.choose(logits, [Constant(0.0), Constant(np.nextafter(1.0, 0.0))]).tolist() == [1, 3]  # type: ignore[list-item]
 
 
 rows_strategy = st.lists(st.binary(max_size=6), min_size=1, max_size=8)

@@ -269,7 +269,16 @@ def test_a_quantised_model_takes_low_rank_deltas_and_no_singular_values() -> Non
     torch.testing.assert_close(said, plain, rtol=0, atol=1e-10)
     other = TransformersBackbone(quantised(tiny_model()), tiny_tokenizer())
     with pytest.raises(ConfigError, match=r"^expected a matrix of numbers for singular values, got a Bytes"):
-        other.open(1, 10, Adaptation({name: torch.ones(32)}))
+        other.open(1, 10, Adaptation({name: torch.full((32,), 1.1)}))
+
+
+def test_scales_of_ones_add_nothing_but_can_be_trained() -> None:
+    backbone = tiny_backbone()
+    ones = {name: torch.ones(rank, dtype=torch.float64) for name, rank in backbone.adaptable().items()}
+    assert backbone.deltas(Adaptation(ones)) == {}
+    scales = {name: z.requires_grad_() for name, z in ones.items()}
+    backbone.score(torch.arange(3, 13)[None], None, Adaptation(scales))[:, 1:].sum().backward()
+    assert all(z.grad is not None and z.grad.abs().sum() > 0 for z in scales.values())
 
 
 def test_only_a_quantised_model_may_round_by_the_number_of_tokens() -> None:
