@@ -472,14 +472,15 @@ class Dispatcher:
             BundleError: the directory is a link, or holds anything else.
         """
         document, arrays = self._known.pack()
-        arrays |= {f"prior.{name}": getattr(self.prior, name) for name in STATE_ARRAYS}
+        prior = self.prior  # of one moment: other threads may update it
+        arrays |= {f"prior.{name}": getattr(prior, name) for name in STATE_ARRAYS}
         if self._conformal is not None:
             arrays |= {f"conformal.{name}": values for name, values in vars(self._conformal).items()}
         header = {
             "version": VERSION,
             "experts": list(self.experts),
             "random_state": self.random_state,
-            "events": self.prior.events,
+            "events": prior.events,
             "kind": self._known.kind,
         }
         settings = {name: asdict(getattr(self, name)) for name in SETTINGS}

@@ -1,6 +1,6 @@
 """Sizes of a MambaFormer: frozen, validated once, saved as JSON.
 
-The backbone knows no vocabulary; each head's configuration composes it (DESIGN: decoupled configurations).
+The backbone knows no vocabulary; each head's configuration composes it.
 """
 
 from dataclasses import dataclass, fields, replace

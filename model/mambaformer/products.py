@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bayes_dispatch.model.mambaformer.compiled.switch import array, can_compile, kernels
 from bayes_dispatch.model.mambaformer.compiled.threads import in_parts
 
-__all__ = ["HALVES", "LARGE", "Head", "times"]
+__all__ = ["HALVES", "LARGE", "MOST_ROWS", "Head", "times"]
 
 HALVES = {torch.bfloat16, torch.float16}  # which matrices may be kept in beside float32
 
@@ -36,7 +36,8 @@ def times(
         return times(x.float(), weight, None if bias is None else bias.float()).to(x.dtype)
     half = plain and weight.dtype in HALVES and x.dtype not in HALVES
     rows = x.shape[:-1].numel()
-    if near and rows and (half or weight.numel() >= SMALL) and can_compile(x) and weight.is_contiguous():
+    fits = weight.ndim == 2 and x.shape[-1] == weight.shape[1] and weight.is_contiguous()  # loops look at no index
+    if near and rows and (half or weight.numel() >= SMALL) and fits and can_compile(x):
         few = rows <= MOST_ROWS and weight.dtype in (x.dtype, torch.bfloat16)
         if few or half:
             product = (_few if few else _tiled)(x.reshape(rows, x.shape[-1]), weight)
@@ -80,7 +81,10 @@ def _tiled(x: Float[Tensor, "B K"], weight: Float[Tensor, "O K"]) -> Float[Tenso
 
 @cache
 def _in_hardware(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies in half precision; where not, the library is a tenth as fast as in float32."""
+    """Whether the library has products in half precision for this processor; others are a tenth as fast as float32's.
+
+    They need AVX-512, for bfloat16 without instructions of its own; of other kinds of processors it is taken for granted.
+    """
     can = torch.cpu.get_capabilities()
     needed = "avx512_bw" if dtype == torch.bfloat16 else "avx512_fp16"
     return can["architecture"] != "x86_64" or bool(can[needed])

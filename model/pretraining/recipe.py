@@ -20,7 +20,7 @@ Precision = Literal["float32", "bfloat16"]
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainingSettings:
-    """Recipe of DESIGN §6.
+    """How a model is trained from random weights.
 
     Attributes:
         steps: optimiser steps. batch_size: rows in a step, over all processes. length: bytes in a row.

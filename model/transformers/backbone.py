@@ -250,12 +250,12 @@ class TransformersBackbone:
             rank = scales.shape[-1]  # fewer than all are those of the largest singular values
             if name not in shapes or rank > min(shapes[name]):
                 raise TensorError(f"expected scales of {name} for a matrix {shapes.get(name)}, got {rank}")
+            if not scales.requires_grad and bool((scales == 1).all()):  # as where base alone is asked for
+                continue
             wide = torch.promote_types(scales.dtype, self.dtype)  # near 1 a bfloat16 tells no small change
             change = (scales.to(self.device, wide) - 1).to(self.dtype)
-            if not change.requires_grad and not change.any():  # of no row, as where base alone is asked for
-                continue
             left, values, right = self.factors(name)
-            own = Delta(left[:, :rank].contiguous(), right[:rank], values[:rank] * change)
+            own = Delta(left[:, :rank], right[:rank], values[:rank] * change)
             found[name] = own if name not in found else Delta.joined([found[name], own])
         return found
 

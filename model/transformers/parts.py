@@ -5,7 +5,7 @@ through a context variable, so that threads share parts.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import copy
 from inspect import signature
@@ -115,7 +115,7 @@ class ModelParts:
         """Add deltas to the matrices of whatever this thread runs of the model; multiply few rows by ``times``."""
         token = _adding.set((id(self), deltas))
         try:
-            with _Times():
+            with _Times() if self.device.type == "cpu" and not torch.is_grad_enabled() else nullcontext():
                 yield
         finally:
             _adding.reset(token)
@@ -156,7 +156,9 @@ class _Times(TorchFunctionMode):
     """Linear layers multiply by ``times``, which reads a matrix faster for the few rows of a decoded token."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (times if func is F.linear else func)(*args, **(kwargs or {}))
+        if func is F.linear and not kwargs and args[0].dtype == args[1].dtype and not torch.is_autocast_enabled("cpu"):
+            return times(*args)
+        return func(*args, **(kwargs or {}))
 
 
 class _Elsewhere(nn.Module):

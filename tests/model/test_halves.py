@@ -60,7 +60,8 @@ def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Which share all matrices, as if these were large."""
     monkeypatch.setattr(products, "LARGE", 1)
     monkeypatch.setattr(products, "SMALL", 1)
-    monkeypatch.setattr(stepping, "MOST_ROWS", 0)  # blocks run as modules
+    monkeypatch.setattr(stepping, "LARGE", 1)
+    monkeypatch.setattr(stepping, "FEW_ROWS", 0)
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
@@ -167,7 +168,7 @@ def test_it_is_saved_as_it_is(pairs: Any, kind: str, tmp_path: Path) -> None:
 def test_products_of_any_precision(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "SMALL", 1)
     draw = torch.Generator().manual_seed(2)
-    for rows in (1, 2, 3, 16, 70):
+    for rows in (1, 2, 3, 32, 33):
         for dtype in (torch.float32, torch.float64):
             x = torch.randn(rows, 40, generator=draw, dtype=dtype)
             bias = torch.randn(columns, generator=draw, dtype=dtype)
@@ -195,6 +196,12 @@ def test_half_precision_throughout_rounds_the_result_alone(
         assert found.dtype == dtype
         unit = torch.finfo(dtype).eps
         torch.testing.assert_close(found.double(), expected, rtol=unit, atol=(4 if hardware else 1) * unit)
+
+
+def test_another_width_is_refused() -> None:
+    for width in (200, 400):
+        with torch.no_grad(), pytest.raises(RuntimeError, match="shape"):
+            times(torch.randn(1, width), torch.randn(300, 300))
 
 
 def test_a_matrix_of_another_kind_multiplies_in_its_own_way() -> None:

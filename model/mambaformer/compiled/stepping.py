@@ -24,11 +24,12 @@ from bayes_dispatch.model.mambaformer.mixers import (
     Span,
 )
 from bayes_dispatch.model.mambaformer.normalisation import RMSNorm
+from bayes_dispatch.model.mambaformer.products import LARGE, MOST_ROWS
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear, parts_of
 
 __all__ = ["Stepper", "Steppers", "can_step"]
 
-MOST_ROWS = 32  # with more, a library's products are faster
+FEW_ROWS = 4  # which wait for memory, so that threads would not help them
 MOST_KEPT = 16  # steppers of adaptations that are still in use, each with matrices of its own where these were built
 
 Places = tuple[Array, Array, Array]  # what ``Span.places`` gives
@@ -49,7 +50,7 @@ class Stepper:
     """
 
     def __init__(self, blocks: Sequence[Block], norm: RMSNorm | None, scales: Sequence[Mapping[str, Scales]]) -> None:
-        self._blocks = [(block, z, _step(block, z)) for block, z in zip(blocks, scales, strict=True)]
+        self._blocks = [(block, z, _step(block, z), _large(block)) for block, z in zip(blocks, scales, strict=True)]
         self._norm = None if norm is None else _arguments(norm)
 
     def __call__(
@@ -58,10 +59,11 @@ class Stepper:
         """The hidden states, normalised where that was asked for; states change, but the cache is not advanced."""
         rows = x[:, 0].numpy().copy()
         places = span.places(len(rows))
-        for (block, z, step), state in zip(self._blocks, cache.states, strict=True):
-            if step is None or not step(
-                rows, places, state
-            ):  # a first step of cross-attention, states of other precision
+        share = len(rows) > FEW_ROWS and torch.get_num_threads() > 1
+        for (block, z, step, large), state in zip(self._blocks, cache.states, strict=True):
+            alone = step is not None and not (share and large)
+            # no step: a first one of cross-attention, states of other precision
+            if not alone or not cast(Step, step)(rows, places, state):
                 rows[:] = block(torch.from_numpy(rows)[:, None], span, z, state, memory)[:, 0].numpy()
         if self._norm is not None:
             kernels().normalise(rows, *self._norm, rows)
@@ -97,10 +99,15 @@ class Steppers:
         return kept[1]
 
 
+def _large(block: Block) -> bool:
+    """Whether it has a matrix whose rows threads share."""
+    return any(isinstance(each, SVDLinear) and each.weight.numel() >= LARGE for each in block.mixer.children())
+
+
 def _step(block: Block, given: Mapping[str, Scales]) -> Step | None:
     """The step of a block, where it is compiled: not where a matrix has a bias, or cannot be folded (``_folds``).
 
-    One thread runs it: for a matrix that is larger than a cache, few rows wait for memory, which one core keeps busy.
+    One thread runs it. Where more rows than a few meet large matrices, whose rows threads share, the module runs.
     """
     mixer = block.mixer
     linears = {name: linear for name, linear in mixer.named_children() if isinstance(linear, SVDLinear)}

@@ -48,7 +48,8 @@ def test_what_is_saved_loads_without_a_network(saved: Path, monkeypatch: pytest.
         assert (backbone.depth, backbone.longest, backbone.vocab_size) == (4, 512, VOCABULARY)
 
 
-def test_half_precision_reads_as_the_plain_model_does(saved: Path) -> None:
+def test_half_precision_reads_as_the_plain_model_does(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_in_hardware", lambda _: True)  # else it rounds less often than the library
     backbone = load(saved, dtype=torch.bfloat16)
     assert backbone.dtype == torch.bfloat16
     assert backbone.cuts
@@ -59,7 +60,7 @@ def test_half_precision_reads_as_the_plain_model_does(saved: Path) -> None:
         plain = backbone.model(ids).logits[:, -1:].float().log_softmax(-1)
     assert after is not None
     assert after.dtype == torch.float32
-    torch.testing.assert_close(after, plain, rtol=0.03, atol=0.03)  # it rounds less often
+    torch.testing.assert_close(after, plain, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,6 +70,7 @@ def test_decoded_tokens_are_those_of_the_library(
 ) -> None:
     """Few rows are multiplied by loops of our own, which large matrices alone need."""
     monkeypatch.setattr(products, "SMALL", 1)
+    monkeypatch.setattr(products, "_in_hardware", lambda _: False)
     backbone, by_loops = tiny_backbone(kind, dtype), []
     monkeypatch.setattr(products, "_few", lambda *of, few=products._few: by_loops.append(1) or few(*of))
     ids = torch.randint(3, VOCABULARY, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -77,10 +79,10 @@ def test_decoded_tokens_are_those_of_the_library(
         assert not by_loops  # the library's own calls stay its own
         session = backbone.open(3, 12)
         found = [session.read(part).after[:, -1] for part in ids.split([5, *[1] * 7], 1)]
-    assert len(by_loops) > 8 or kind == "gpt2"  # its layers are no linear ones
+    assert len(by_loops) >= 8  # the head at least: GPT-2's layers are no linear ones
     for t, after in zip(range(4, 12), found, strict=True):
-        slack = 1e-5 if dtype == torch.float32 else 0.1
-        torch.testing.assert_close(after.double(), expected[:, t], rtol=slack, atol=slack)
+        slack = 1e-5 if dtype == torch.float32 else 0.05
+        torch.testing.assert_close(after.double(), expected[:, t], rtol=slack / 10, atol=slack)
 
 
 @pytest.mark.parametrize("kind", KINDS)
