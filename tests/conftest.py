@@ -38,8 +38,9 @@ def pytest_collection() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """They stay: each collection would go through them again."""
+    """They stay: each collection would go through them again. Later ones come seldom: most garbage is in no cycle."""
     gc.freeze()
+    gc.set_threshold(20_000)
     gc.enable()
 
 
@@ -183,7 +184,7 @@ def bundle(model: MambaFormerForCausalLM, bank: ExpertBank) -> Bundle:
     texts = [domains[label].document(rng, 0, 48, "train").text for label in labels]
     dispatcher = Dispatcher(
         EXPERTS,
-        svi=SVISettings(steps=40),
+        svi=SVISettings(steps=40, rounds=1),
         features=FeatureSettings(dimensions=4, folds=2),
     )
     dispatcher.fit(first_pass(model, ByteTokenizer(), texts).evidence, labels)
@@ -209,7 +210,7 @@ def dispatcher_of(names: tuple[str, ...], model: Any, tokenizer: Any) -> Dispatc
     texts = [("ab>ba\n", "ba>ab\n", "1+2=3\n")[label] * (1 + i % 4) for i, label in enumerate(labels)]
     evidence = first_pass(model, tokenizer, texts, block=1).evidence
     features = FeatureSettings(dimensions=4, folds=2)
-    return Dispatcher(names, svi=SVISettings(steps=40), features=features).fit(evidence, labels)
+    return Dispatcher(names, svi=SVISettings(steps=40, rounds=1), features=features).fit(evidence, labels)
 
 
 @pytest.fixture(scope="session")

@@ -4,11 +4,8 @@ Their Python runs and prints what they show, their shell commands parse, their l
 the shipped bundle's, and the API page names every public name.
 """
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,7 @@ import typer
 
 import bayes_dispatch
 from bayes_dispatch.app.bundle import load_bundle
-from bayes_dispatch.app.commands.main import app
+from bayes_dispatch.app.commands.main import app, main
 from bayes_dispatch.app.tables import report_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,17 +41,19 @@ def shape(printed: str) -> list[str]:
     return re.sub(r"[-+]?[\d.]+(e[-+]?\d+)?|\b(True|False)\b", "#", printed).split()
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("page", SHOWING)
-def test_python_prints_what_is_shown(page: str, tmp_path: Path) -> None:
-    code = "import matplotlib; matplotlib.use('agg')\n" + blocks(page, "python")
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # else tests that run at once slow each other down many times
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=one_thread, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_python_prints_what_is_shown(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks(page, "python"), PAGES[page], "exec"), {"__name__": "__main__"})
+    printed = capfd.readouterr().out
     assert page != "README" or list(tmp_path.iterdir()) == []  # its first lines leave nothing behind
     if page in SLOW:
-        assert shape(done.stdout) == shape(blocks(page, "text"))
+        assert shape(printed) == shape(blocks(page, "text"))
     else:
-        assert done.stdout == blocks(page, "text")
+        assert printed == blocks(page, "text")
 
 
 def test_shell_commands_parse() -> None:
@@ -69,12 +68,15 @@ def test_shell_commands_parse() -> None:
         group.make_context(command[1], words)
 
 
-def test_console_shows_what_is_printed(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("unchecked")
+def test_console_shows_what_is_printed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     command, _, shown = blocks("shell", "console").partition("\n")
-    run = [sys.executable, "-m", "bayes_dispatch", *shlex.split(command)[2:]]
-    done = subprocess.run(run, cwd=tmp_path, env=os.environ | {"COLUMNS": "80"}, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert shape(done.stdout) == shape(shown)
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit_:
+        main(shlex.split(command)[2:])
+    printed, told = capfd.readouterr()
+    assert (exit_.value.code, told) == (0, "")
+    assert shape(printed) == shape(shown)
 
 
 def test_make_targets_exist() -> None:

@@ -23,9 +23,11 @@ from typing import Any, get_args, get_type_hints
 import jaxtyping
 from beartype import BeartypeConf, beartype
 
+Scope = Callable[[], AbstractContextManager[None]]
+
 CHECKER = beartype(conf=BeartypeConf(violation_type=TypeError))  # as jaxtyping raises: what reads files expects it
 CALLED = "__beartype_func"  # of the function that beartype makes: the keyword whose default is the one that it checks
-_CHECKS: dict[CodeType, tuple[Any, Callable[[], AbstractContextManager[None]]]] = {}  # a closure is defined often
+_CHECKS: dict[CodeType, Callable[[], tuple[Any, Scope]]] = {}  # a closure is defined often
 
 
 def install(package: str) -> None:
@@ -45,29 +47,35 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
     if inspect.isgeneratorfunction(function):  # beartype would check its arguments only when it is first advanced
         return jaxtyping.jaxtyped(function, typechecker=CHECKER)
     if function.__code__ not in _CHECKS:
-        _CHECKS[function.__code__] = _check(function)
-    made, scope = _CHECKS[function.__code__]
-    check = FunctionType(made.__code__, made.__globals__, made.__name__)
-    check.__kwdefaults__ = made.__kwdefaults__ | {CALLED: function}
+        hints = {name: _resolved(hint, function.__globals__) for name, hint in function.__annotations__.items()}
+        _CHECKS[function.__code__] = functools.cache(partial(_check, function, hints))
+    make, check, scope = _CHECKS[function.__code__], None, nullcontext
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
+        nonlocal check, scope
         if jaxtyping.config.jaxtyping_disable:
             return function(*args, **kwargs)
+        if check is None:  # only now: most functions are never called by those tests that run in one process
+            made, scope = make()
+            own = FunctionType(made.__code__, made.__globals__, made.__name__)
+            own.__kwdefaults__ = made.__kwdefaults__ | {CALLED: function}
+            check = own
         with scope():
             return check(*args, **kwargs)
 
     return call
 
 
-def _check(function: Callable[..., Any]) -> tuple[Any, Callable[[], AbstractContextManager[None]]]:
+def _check(function: Callable[..., Any], hints: dict[str, Any]) -> tuple[Any, Scope]:
     """What beartype makes of a function, and within what it is called: each axis is of one size there."""
-    written = function.__annotations__
-    hints = {name: _resolved(hint, function.__globals__) for name, hint in written.items()}
-    function.__annotations__ = hints
-    made = CHECKER(function)
-    function.__annotations__ = written
-    if made is function:  # of any types alone
+    plain: Any = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    plain.__kwdefaults__, plain.__annotations__ = function.__kwdefaults__, hints
+    plain.__module__, plain.__qualname__ = function.__module__, function.__qualname__
+    made = CHECKER(plain)
+    if made is plain:  # of any types alone
 
         def made(*args: Any, __beartype_func: Callable[..., Any] = function, **kwargs: Any) -> Any:
             return __beartype_func(*args, **kwargs)

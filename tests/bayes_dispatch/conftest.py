@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -22,6 +24,17 @@ class Sample(NamedTuple):
     weights: np.ndarray
     labels: np.ndarray
     mixtures: np.ndarray
+
+
+def coarsely(dispatcher: Dispatcher, rounds: int = 0, **parts: Any) -> Dispatcher:
+    """The same with coarse posteriors, quick to compute, and with other parts of its fit.
+
+    Guarantees that hold whatever the posterior is have to hold of these.
+    """
+    made, state = copy.copy(dispatcher), replace(dispatcher.state, **parts)
+    vars(state)["quadrature"] = replace(state.quadrature, rounds=rounds)
+    made._state = state
+    return made
 
 
 @pytest.fixture(scope="session")

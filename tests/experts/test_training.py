@@ -322,8 +322,7 @@ TINY = ExpertSettings(steps=12, batch_size=4, length=48, stopping=EarlyStopping(
 LORA = replace(TINY, kind="lora", rank=4, alpha=8.0, learning_rate=1e-2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("settings", [TINY, LORA], ids=["svf", "lora"])
+@pytest.mark.parametrize(("settings", "dtype"), [(TINY, torch.bfloat16), (LORA, torch.float32)], ids=["svf", "lora"])
 def test_on_any_backbone(settings: ExpertSettings, dtype: torch.dtype) -> None:
     """The base stays as it was; blocks run again in the backward pass, or not, and it is the same in the end."""
     backbone = tiny_backbone(dtype=dtype)

@@ -89,6 +89,7 @@ def test_two_processes_are_one(one: MambaFormerForCausalLM, two: MambaFormerForC
         assert_same(one, two)  # they did add up in another order
 
 
+@pytest.mark.slow
 def test_two_processes_of_torchrun_are_one(tmp_path: Path) -> None:
     """By the command, on a folder of texts."""
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_json()))

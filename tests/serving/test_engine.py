@@ -75,13 +75,9 @@ def run(engine: BatchedEngine, works: list[Work]) -> list[Told]:
     return heard
 
 
-@pytest.mark.parametrize("piece", [2, 256])
-def test_answers_are_those_of_generate_whatever_runs_beside(
-    system: Any, start: Callable[..., BatchedEngine], piece: int
-) -> None:
+def test_answers_are_those_of_generate_whatever_runs_beside(system: Any, start: Callable[..., BatchedEngine]) -> None:
     """Of every blend at once, of lengths of their own, read in pieces and at once."""
-    engine, generator = start(system, piece=piece, running=4), TwoPassGenerator(system)
-    assert isinstance(engine, Engine)
+    generator = TwoPassGenerator(system)
     works = [
         work(
             system,
@@ -91,35 +87,40 @@ def test_answers_are_those_of_generate_whatever_runs_beside(
             seed=n,
             stop="a" if n % 4 == 3 else None,
         )
-        for n in range(18)
+        for n in range(12)
     ]
-    read = written = 0
-    for each, own in zip(works, run(engine, works), strict=True):
-        assert each.writing is not None
-        assert own.ended is not None
-        assert own.ended.error is None
-        alone = generator.generate(
-            [each.prompt], blend=each.blend, max_new_tokens=each.writing.max_new_tokens, do_sample=True,  # type: ignore[list-item]
-            temperature=1.5, seed=each.seed, stop=list(each.writing.stops) or None,
-        )  # fmt: skip
-        count = alone.lengths[0]
-        assert [token.token_id for token in own.tokens] == alone.token_ids[0, :count].tolist()
-        assert own.text == alone.texts[0]
-        for name in ("log_probability", "predictive_entropy", "mutual_information"):
-            plural = name.replace("probability", "probabilities")
-            told = [getattr(token, name) for token in own.tokens]
-            np.testing.assert_allclose(told, getattr(alone, plural)[0, :count], atol=1e-7)
-        np.testing.assert_allclose([token.weights for token in own.tokens], alone.paths[0][-count:], atol=1e-7)
-        assert own.begun is not None
-        np.testing.assert_allclose(own.begun.posterior.weights, alone.posterior.weights, atol=1e-7)
-        assert own.begun.prompt_tokens == len(system.tokenizer.tokenize(each.prompt).ids)
-        read, written = read + own.begun.prompt_tokens, written + len(own.tokens)
-        stopped = own.text.endswith("a") and each.writing.stops
-        assert own.ended.reason == ("stop" if stopped or own.tokens[-1].token_id in system.tokenizer.ends else "length")
-    state = engine.state
-    assert (state.waiting, state.running, state.rows, state.cache_bytes) == (0, 0, 0, 0)
-    assert state.new_tokens == written
-    assert state.prompt_tokens == read
+    answers = [
+        generator.generate(
+            [each.prompt], blend=each.blend, max_new_tokens=each.writing.max_new_tokens, do_sample=True,  # type: ignore[list-item,union-attr]
+            temperature=1.5, seed=each.seed, stop=list(each.writing.stops) or None,  # type: ignore[union-attr]
+        )
+        for each in works
+    ]  # fmt: skip
+    for piece in (2, 256):
+        engine, read, written = start(system, piece=piece, running=4), 0, 0
+        assert isinstance(engine, Engine)
+        for each, own, alone in zip(works, run(engine, works), answers, strict=True):
+            assert each.writing is not None
+            assert own.ended is not None
+            assert own.ended.error is None
+            count = alone.lengths[0]
+            assert [token.token_id for token in own.tokens] == alone.token_ids[0, :count].tolist()
+            assert own.text == alone.texts[0]
+            for name in ("log_probability", "predictive_entropy", "mutual_information"):
+                plural = name.replace("probability", "probabilities")
+                told = [getattr(token, name) for token in own.tokens]
+                np.testing.assert_allclose(told, getattr(alone, plural)[0, :count], atol=1e-7)
+            np.testing.assert_allclose([token.weights for token in own.tokens], alone.paths[0][-count:], atol=1e-7)
+            assert own.begun is not None
+            np.testing.assert_allclose(own.begun.posterior.weights, alone.posterior.weights, atol=1e-7)
+            assert own.begun.prompt_tokens == len(system.tokenizer.tokenize(each.prompt).ids)
+            read, written = read + own.begun.prompt_tokens, written + len(own.tokens)
+            stopped = own.text.endswith("a") and each.writing.stops
+            ended = stopped or own.tokens[-1].token_id in system.tokenizer.ends
+            assert own.ended.reason == ("stop" if ended else "length")
+        state = engine.state
+        assert (state.waiting, state.running, state.rows, state.cache_bytes) == (0, 0, 0, 0)
+        assert (state.new_tokens, state.prompt_tokens) == (written, read)
 
 
 def test_a_conversation_is_that_of_a_chat(system: Any, start: Callable[..., BatchedEngine]) -> None:

@@ -27,7 +27,7 @@ SMALL = BuildSettings(
     pure_prompts=16,
     mixed_prompts=12,
     gate_prompts=24,
-    svi=SVISettings(steps=60),
+    svi=SVISettings(steps=60, rounds=1),
 )
 
 

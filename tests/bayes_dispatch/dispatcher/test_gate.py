@@ -17,6 +17,7 @@ from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.errors import BundleError, ConfigError, NotFittedError, TensorError
 from bayes_dispatch.storage import read_directory, write_directory
+from tests.bayes_dispatch.conftest import coarsely
 
 EXPERTS = ("sort", "reverse", "add")
 LENGTHS = (32, 64, 128)
@@ -51,7 +52,7 @@ def dispatcher(settings: Callable[..., dict[str, Any]]) -> Dispatcher:
     hidden = MEANS[labels] + 0.5 * rng.normal(size=(200, 6))
     counts = np.stack([rng.multinomial(64, CLASSES[label]) for label in labels])
     train = Evidence({"hidden": hidden, "counts": counts}, np.full(200, 64))
-    return Dispatcher(EXPERTS, **settings(svi=50)).fit(train, labels)
+    return coarsely(Dispatcher(EXPERTS, **settings(svi=50)).fit(train, labels))
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +134,8 @@ class TestPower:
 
         labels = rng.integers(4, size=300)
         program = Admixture(families=families)
-        dispatcher = Dispatcher(EXPERTS, program=program, **settings(svi=50)).fit(
-            of(labels), mixtures=np.eye(4)[labels]
-        )
+        given = settings(svi=50) | {"program": program}
+        dispatcher = coarsely(Dispatcher(EXPERTS, **given).fit(of(labels), mixtures=np.eye(4)[labels]))
         held_out, own = of(rng.integers(3, size=300)), of(np.full(100, 3))
         assert dispatcher.mean(own)[:, -1].mean() > 0.85
         assert Gate.calibrate(dispatcher, held_out).decide(dispatcher, own, RATE).foreign.sum() >= 95
@@ -193,7 +193,7 @@ class TestDecision:
             gate.decide(dispatcher, prompts(1, 0), rate)
 
     def test_another_dispatcher(self, gate: Gate, dispatcher: Dispatcher) -> None:
-        other = dispatcher.recalibrate(prompts(60, 21))
+        other = coarsely(dispatcher, temper=2 * dispatcher.state.temper)
         with pytest.raises(ConfigError, match=r"expected the dispatcher .* that the gate was calibrated for, got"):
             gate.p_values(other, prompts(1, 0))
         with pytest.raises(NotFittedError):

@@ -16,6 +16,7 @@ from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.prior.online import prior_state
 from bayes_dispatch.errors import BundleError, ConfigError, NotFittedError, TensorError
+from tests.bayes_dispatch.conftest import coarsely
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -138,6 +139,7 @@ def test_another_fit_has_another_prior(
 
 def test_drift_shows_and_is_mended(own: Dispatcher, make_sample: "Callable[..., Sample]", settings: "Settings") -> None:
     """Prompts as before raise no alarm at rate .01; shifted ones do, and a recalibrated dispatcher expects them."""
+    own = coarsely(own)
     held_out, ordinary, later = (make_sample(count, seed) for count, seed in ((200, 21), (150, 22), (200, 23)))
     monitor = drift_monitor(own.log_evidence(held_out.evidence), false_alarm_rate=0.01)
     _, report = watch(monitor, own.log_evidence(ordinary.evidence))
@@ -146,7 +148,7 @@ def test_drift_shows_and_is_mended(own: Dispatcher, make_sample: "Callable[..., 
     shifted = Evidence({**views, "hidden": views["hidden"] + 2.0}, later.evidence.lengths, later.evidence.missing)
     _, report = watch(monitor, own.log_evidence(shifted))
     assert report.first_alarm is not None
-    own.svi = settings(svi=150)["svi"]
+    own.svi = settings(svi=80)["svi"]
     before = own.state.pack()[1]["globals.loc.M"].copy()
     new = own.recalibrate(shifted, later.labels, later.mixtures)
     np.testing.assert_array_equal(own.state.pack()[1]["globals.loc.M"], before)
