@@ -83,7 +83,7 @@ def _tiled(x: Float[Tensor, "B K"], weight: Float[Tensor, "O K"]) -> Float[Tenso
 def _in_hardware(dtype: torch.dtype) -> bool:
     """Whether the library has products in half precision for this processor; others are a tenth as fast as float32's.
 
-    They need AVX-512, for bfloat16 without instructions of its own; of other kinds of processors it is taken for granted.
+    They need AVX-512, for bfloat16 without instructions of its own. Of other kinds of processors it is not known.
     """
     can = torch.cpu.get_capabilities()
     needed = "avx512_bw" if dtype == torch.bfloat16 else "avx512_fp16"

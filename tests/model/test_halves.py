@@ -198,6 +198,7 @@ def test_half_precision_throughout_rounds_the_result_alone(
         torch.testing.assert_close(found.double(), expected, rtol=unit, atol=(4 if hardware else 1) * unit)
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_another_width_is_refused() -> None:
     for width in (200, 400):
         with torch.no_grad(), pytest.raises(RuntimeError, match="shape"):
