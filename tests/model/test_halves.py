@@ -245,19 +245,21 @@ def test_an_error_in_a_part_is_raised_when_all_have_ended(wrong: int) -> None:
         time.sleep(0.1)
         ended.append(start)
 
+    torch.set_num_threads(3)
     with pytest.raises(ValueError, match=str(wrong)):
-        in_parts(loop, 6, threads=3)
+        in_parts(loop, 6)
     assert sorted(ended) == sorted({0, 2, 4} - {wrong})
 
 
+@pytest.mark.usefixtures("two_threads")
 def test_without_more_threads_one_does_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """As when the interpreter ends, and a thread still generates."""
     pool = ThreadPoolExecutor(1)
     pool.shutdown()
     monkeypatch.setattr(threads, "_helpers", lambda _: pool)
     done: list[tuple[int, int]] = []
-    in_parts(lambda start, stop: done.append((start, stop)), 6, threads=3)
-    assert sorted(done) == [(0, 2), (2, 4), (4, 6)]
+    in_parts(lambda start, stop: done.append((start, stop)), 6)
+    assert sorted(done) == [(0, 3), (3, 6)]
 
 
 def test_products_of_no_rows_and_by_hooks(make_model: Any) -> None:

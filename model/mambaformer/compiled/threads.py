@@ -11,12 +11,12 @@ import torch
 __all__ = ["in_parts"]
 
 
-def in_parts(loop: Callable[..., None], count: int, *arguments: object, threads: int | None = None) -> None:
-    """``loop(*arguments, start, stop)`` for all of 0 … ``count``, by so many threads, or as many as torch may use.
+def in_parts(loop: Callable[..., None], count: int, *arguments: object) -> None:
+    """``loop(*arguments, start, stop)`` for all of 0 … ``count``, by as many threads as torch may use.
 
     The parts must not touch each other's results. The loop holds no lock while it runs.
     """
-    threads = min(threads or torch.get_num_threads(), count)
+    threads = min(torch.get_num_threads(), count)
     here, *others = pairwise(count * part // threads for part in range(threads + 1))
     jobs, mine = [], [here]
     try:
