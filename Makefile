@@ -47,7 +47,7 @@ train: $(INSTALLED)
 	$(BIN)/bayes-dispatch train --out runs/bundle
 
 test: $(INSTALLED)
-	$(PYTEST) -n auto --maxprocesses 4 -m "not slow"
+	$(PYTEST) -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 slow: $(INSTALLED)
 	$(PYTEST) -n auto --maxprocesses 2 -m slow

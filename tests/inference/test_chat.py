@@ -207,9 +207,8 @@ class SlowChat:
         if temperature is None:
             return int(p.argmax())
         tempered = p ** (1 / temperature)
-        order = np.argsort(-tempered, kind="stable")
-        cumulative = tempered[order].cumsum()
-        return int(order[np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right")])
+        cumulative = tempered.cumsum()
+        return int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
 
 
 def assert_turn(turn: "Turn", slow: dict[str, Any]) -> None:
