@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from bayes_dispatch.errors import CacheFullError, ConfigError, TensorError
-from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of
+from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of, rows_of_ones
 from bayes_dispatch.model.mambaformer.fingerprint import Fingerprint
 from bayes_dispatch.model.mambaformer.token_model import check_ids
 from bayes_dispatch.model.transformers.parts import ModelParts
@@ -250,7 +250,7 @@ class TransformersBackbone:
             rank = scales.shape[-1]  # fewer than all are those of the largest singular values
             if name not in shapes or rank > min(shapes[name]):
                 raise TensorError(f"expected scales of {name} for a matrix {shapes.get(name)}, got {rank}")
-            if not scales.requires_grad and bool((scales == 1).all()):  # as where base alone is asked for
+            if not scales.requires_grad and rows_of_ones(scales) is True:  # as where base alone is asked for
                 continue
             wide = torch.promote_types(scales.dtype, self.dtype)  # near 1 a bfloat16 tells no small change
             change = (scales.to(self.device, wide) - 1).to(self.dtype)
