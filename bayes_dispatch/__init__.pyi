@@ -1,9 +1,9 @@
 """The public names, for type checkers and for ``lazy_loader``, which reads them here: the only list of them."""
 
-from .app.build import BuildSettings as BuildSettings
-from .app.build import build_bundle as build_bundle
 from .app.bundle import Bundle as Bundle
 from .app.bundle import load_bundle as load_bundle
+from .app.training.build import BuildSettings as BuildSettings
+from .app.training.build import build_bundle as build_bundle
 from .checks.coverage import Coverage as Coverage
 from .checks.coverage import CoverageCurve as CoverageCurve
 from .checks.coverage import calibrated_coverage as calibrated_coverage

@@ -22,8 +22,8 @@ import typer
 from tqdm import tqdm
 
 import bayes_dispatch as bd
-from bayes_dispatch.app.plans import TrainingPlan
 from bayes_dispatch.app.tables import Table
+from bayes_dispatch.app.training.plans import TrainingPlan
 from bayes_dispatch.model.adaptation import block_of
 from bayes_dispatch.storage import read_json, write_json
 from first_block.costs import costs

@@ -2,7 +2,8 @@
 
     python benchmarks/checkpoints.py                                      # Granite-4.0-H-350M
     python benchmarks/checkpoints.py --shape bamba --threads 2
-    python benchmarks/checkpoints.py --dtype bfloat16 --prefill 4096
+    python benchmarks/checkpoints.py --dtype bfloat16 --prefill 512 --prefill 4096
+    python benchmarks/checkpoints.py --caches --long 65536                # our caches' errors, a long prompt; no times
 
 A checkpoint is written to a temporary directory, and read by both, each in a process of its own ("load"). Then both
 take turns in one process, and ratios are taken round by round, as in ``model.py``. "Products" is the share of our time
@@ -13,6 +14,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from peers.memory import grown
 from peers.ours import Ours
 from peers.tasks import products, prompt
 from peers.timing import Rounds, Work, interleaved
+from precision import VARIANTS, read_in_pieces
 
 BEFORE = 32  # tokens of the prompts that are decoded after
 OURS, THEIRS = "bayes_dispatch", "transformers"
@@ -108,13 +111,16 @@ def prefilling(model: Any, tokens: int) -> Work:
 def decoding(model: Any, rows: int, tokens: int) -> Work:
     """Read tokens one by one after a prompt, which is not timed."""
     steps, before = prompt(tokens, rows).split(1, dim=1), prompt(BEFORE, rows)
+    filled: list[Any] = []  # transformers pads a prompt to a chunk of its scan: 16 rows take it minutes
 
     def prepare() -> Callable[[Tensor], object]:
         if isinstance(model, bd.MambaFormerForCausalLM):
             session = model.open(rows, BEFORE + tokens)
             session.read(before)
             return session.read
-        cache = model(before, use_cache=True, logits_to_keep=1).past_key_values
+        if not filled:
+            filled.append(model(before, use_cache=True, logits_to_keep=1).past_key_values)
+        cache = deepcopy(filled[0])
         places = iter(range(BEFORE, BEFORE + tokens))
 
         def read_on(ids: Tensor) -> object:
@@ -130,6 +136,33 @@ def decoding(model: Any, rows: int, tokens: int) -> Work:
     return Work(run, prepare)
 
 
+def caches(model: bd.MambaFormerForCausalLM) -> None:
+    """Print how far less precise caches take the next token's distribution, over 512 tokens read 16 at a time."""
+    ids = prompt(512)
+    exact, _ = read_in_pieces(model, ids, VARIANTS[0])
+    print("\n| cache | MiB | KL to exact, nats |\n| --- | --- | --- |")
+    for variant in VARIANTS:
+        if variant.prune is None:
+            found, cache = read_in_pieces(model, ids, variant)
+            divergence = (exact.exp() * (exact - found)).sum(-1).mean()
+            print(f"| {variant.name} | {cache.nbytes / 2**20:.1f} | {float(divergence):.1e} |", flush=True)
+
+
+def long(model: bd.MambaFormerForCausalLM, tokens: int) -> None:
+    """Print what reading a long prompt takes, and what a token after it does."""
+    session, begun = model.open(1, tokens + 16), time.perf_counter()
+    peak = grown(lambda: session.read(prompt(tokens)))
+    seconds, states = time.perf_counter() - begun, session.cache.nbytes
+    begun = time.perf_counter()
+    for step in prompt(16).split(1, dim=1):
+        session.read(step)
+    after = 16 / (time.perf_counter() - begun)
+    print(
+        f"\n{tokens} tokens: {tokens / seconds:.0f} tokens/s, {peak / 2**20:.0f} MiB more at the peak, of which "
+        f"{states / 2**20:.0f} are the cache; then {after:.1f} tokens/s, one by one"
+    )
+
+
 def main(
     shape: Annotated[Shape, typer.Option(help="Whose sizes.")] = Shape.granite,
     dtype: Annotated[str, typer.Option(help="Of the weights.")] = "float32",
@@ -138,6 +171,8 @@ def main(
     rows: Annotated[list[int], typer.Option(help="Rows to decode; repeat it.")] = [1, 4, 16],  # noqa: B006
     tokens: Annotated[int, typer.Option(help="To decode.")] = 16,
     rounds: Annotated[int, typer.Option(help="Rounds.")] = 5,
+    errors: Annotated[bool, typer.Option("--caches", help="Print the errors of our caches, and no times.")] = False,
+    length: Annotated[int, typer.Option("--long", help="Read that many tokens with ours, and print no times.")] = 0,
 ) -> None:
     """Print how long loading, prefill and decoding take."""
     torch.set_num_threads(threads)
@@ -153,6 +188,14 @@ def main(
             with context.Pool(1) as pool:
                 seconds, peak = pool.apply(loading, (library, directory, wanted))
             print(f"load, {library}: {seconds:.1f} s, {peak:.0f} MiB at the peak; the file has {size:.0f}", flush=True)
+        if errors or length:
+            with torch.inference_mode():
+                model = read(OURS, directory, wanted)
+                if errors:
+                    caches(model)
+                if length:
+                    long(model, length)
+            return
         models = {library: read(library, directory, wanted) for library in (OURS, THEIRS)}
     weights = Ours(models[OURS]).matrices()
     works: dict[str, tuple[int, Callable[[Any], Work], Work]] = {}

@@ -21,8 +21,8 @@ import torch
 import typer
 from tqdm import tqdm
 
-from bayes_dispatch.app.build import PROGRAM
 from bayes_dispatch.app.tables import Table
+from bayes_dispatch.app.training.build import PROGRAM
 from bayes_dispatch.dispatcher.conformal import COUNTED, Conformal
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.files import read_evidence

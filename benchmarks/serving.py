@@ -3,7 +3,8 @@
 Each of C clients asks for one text after the other, of a prompt and a blend of its own: eight blends in turn. "One at a
 time" is ``TwoPassGenerator.generate`` of the same requests, in the same process, between the loads.
 
-    python benchmarks/serving.py [--bundle smollm2 --packages …] [--clients 1 8 32] [--tokens 64] [--rounds 3]
+    python benchmarks/serving.py [--clients 1 8 32] [--tokens 64] [--rounds 3]
+    python benchmarks/serving.py --bundle DIR --dtype float32 --one-row --clients 8 --tokens 256 --requests 8 --rounds 1
 """
 
 from argparse import ArgumentParser
@@ -52,9 +53,10 @@ class Client(Thread):
             self.tokens += len(times)
 
 
-def works_of(components: tuple[str, ...], client: int, count: int, tokens: int) -> list[Work]:
+def works_of(components: tuple[str, ...], client: int, count: int, tokens: int, one_row: bool) -> list[Work]:
     """Requests of one client: every one of another prompt, blend and seed."""
-    blends = ["posterior_predictive", "posterior_mean", "best_expert", "top_k(2)", *components[:4]]
+    first = "top_k(3)" if one_row else "posterior_predictive"
+    blends = [first, "posterior_mean", "best_expert", "top_k(2)", *components[:4]]
     made = []
     for n in range(count):
         place = client + n
@@ -71,9 +73,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--requests", type=int, default=32, help="of all clients, in a round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one-row", action="store_true", help="blends of one row alone: none of many particles")
+    parser.add_argument("--dtype", help="of the model's weights; that of its files by default")
+    parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
-    torch.set_num_threads(2)
-    bundle = bd.load_bundle(given.bundle)
+    torch.set_num_threads(given.threads)
+    bundle = bd.load_bundle(given.bundle, dtype=given.dtype)
     generator, engine = bd.TwoPassGenerator(bundle), BatchedEngine(bundle, Limits(running=64))
     components = bundle.experts.components
     print("| clients | tokens/s | one at a time | ratio | first token p50, p99 (s) | between tokens p50, p99 (ms) |")
@@ -82,7 +87,7 @@ def main() -> None:
         rates, alone, first, between = [], [], list[float](), list[float]()
         for turn in range(given.rounds + 1):  # the first is for warming up
             each = max(1, given.requests // count)
-            works = [works_of(components, client, each, given.tokens) for client in range(count)]
+            works = [works_of(components, client, each, given.tokens, given.one_row) for client in range(count)]
             clients, begun = [Client(engine, own) for own in works], perf_counter()
             for client in clients:
                 client.start()

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bayes_dispatch.app.build import PROGRAM
 from bayes_dispatch.app.bundle import SHIPPED
+from bayes_dispatch.app.training.build import PROGRAM
 from bayes_dispatch.dispatcher.evidence.evidence import LENGTHS, Evidence
 from bayes_dispatch.dispatcher.exact.supports import SupportPrior
 from bayes_dispatch.dispatcher.fitting.svi import isolated

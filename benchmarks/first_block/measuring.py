@@ -8,7 +8,7 @@ import numpy as np
 
 import bayes_dispatch as bd
 from bayes_dispatch.app.bundle import SHIPPED
-from bayes_dispatch.app.plans import PLANS, TrainingPlan
+from bayes_dispatch.app.training.plans import PLANS, TrainingPlan
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS, Domain
 from bayes_dispatch.experts.training import train_expert
 from bayes_dispatch.experts.vectors import BASE

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 import bayes_dispatch as bd
-from bayes_dispatch.app.build import BuildSettings, build_bundle
+from bayes_dispatch.app.training.build import BuildSettings, build_bundle
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.experts.domains import Domain, Split
 from bayes_dispatch.experts.domains.own import OwnText

@@ -62,8 +62,8 @@ def build(
     adapters = named_paths(adapter, "--adapter")
     if not adapters and not experts:
         raise ConfigError("expected at least one --adapter NAME=DIRECTORY or --experts DIRECTORY, got none")
-    from bayes_dispatch.app.build import BuildSettings, build_bundle
     from bayes_dispatch.app.bundle import transformers_backbone
+    from bayes_dispatch.app.training.build import BuildSettings, build_bundle
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.domains.own import read_examples
 
@@ -119,8 +119,8 @@ def train_documents(
         raise UnknownNameError(f"expected a kind of svf or lora, got {kind!r}")
     check_new_output(out, "bundle.json")
     from bayes_dispatch.app.bundle import transformers_backbone
-    from bayes_dispatch.app.documents import DocumentsPlan
-    from bayes_dispatch.app.documents import train_documents as train
+    from bayes_dispatch.app.training.documents import DocumentsPlan
+    from bayes_dispatch.app.training.documents import train_documents as train
     from bayes_dispatch.experts.domains import real_domains
 
     found = real_domains(packages)

@@ -54,7 +54,7 @@ def fit(
     refuse_unused("--ray", ray, examples is not None, "with --examples")
     check_new_output(out, "bundle.json")
     cluster = mapped_on_ray() if ray else None
-    from bayes_dispatch.app.own_expert import with_dispatcher
+    from bayes_dispatch.app.training.own_expert import with_dispatcher
     from bayes_dispatch.dispatcher.evidence.files import EvidenceFile, read_evidence
     from bayes_dispatch.experts.domains.own import read_examples
     from bayes_dispatch.inference.scoring.evidence_sets import known_weights

@@ -160,8 +160,8 @@ def train(
     check_new_output(out, "bundle.json")
     if work is not None:
         check_output(work)
-    from bayes_dispatch.app.plans import PLANS
-    from bayes_dispatch.app.train import train_bundle
+    from bayes_dispatch.app.training.plans import PLANS
+    from bayes_dispatch.app.training.train import train_bundle
 
     if plan not in PLANS:
         raise UnknownNameError(f"expected a plan of {', '.join(PLANS)}, got {plan!r}")

@@ -118,7 +118,7 @@ def train_expert(
     check_new_output(out, "bundle.json" if refit else "adapter_config.json" if adapter else "bank.json")
     if not refit and is_of_a_bundle(out):
         raise ConfigError(f"expected a directory for experts alone, got that of a bundle's: {out}")
-    from bayes_dispatch.app.own_expert import import_reward, objective_by_name, own_settings, read_domain
+    from bayes_dispatch.app.training.own_expert import import_reward, objective_by_name, own_settings, read_domain
 
     function = None if reward is None else import_reward(reward)
     named = objective or ("likelihood" if reward is None else "reinforce")
@@ -155,7 +155,7 @@ def train_experts(
     """Train an expert on each of several files of yours, and write a bundle of them with one dispatcher for all."""
     check_new_output(out, "bundle.json")
     from bayes_dispatch.app.held_out import read_own
-    from bayes_dispatch.app.own_expert import own_settings
+    from bayes_dispatch.app.training.own_expert import own_settings
     from bayes_dispatch.experts.domains.own import OwnPrompts
     from bayes_dispatch.experts.objectives import Likelihood
 
@@ -178,7 +178,7 @@ def _train(
     as_json: bool,
 ) -> None:
     """Train an expert for each domain, join them to those that stay, and write and tell what came out."""
-    from bayes_dispatch.app.own_expert import RefitSettings, add_experts, check_texts, train_own_expert
+    from bayes_dispatch.app.training.own_expert import RefitSettings, add_experts, check_texts, train_own_expert
     from bayes_dispatch.experts.vectors import check_expert_name
 
     old, names = open_bundle(bundle), [domain.name for domain in domains]
@@ -214,7 +214,7 @@ def _train_alone(
 ) -> None:
     """Train an expert of a transformers model, and write and tell it."""
     from bayes_dispatch.app.bundle import transformers_backbone
-    from bayes_dispatch.app.own_expert import check_trainable
+    from bayes_dispatch.app.training.own_expert import check_trainable
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.peft import check_export
     from bayes_dispatch.experts.training import train_expert as train

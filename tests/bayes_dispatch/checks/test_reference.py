@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bayes_dispatch.checks import reference
 from bayes_dispatch.checks.reference import ReferencePosterior, conditional_posterior, joint_posterior, log_density
+from bayes_dispatch.checks.reference.twin import TWINS
 from bayes_dispatch.dispatcher.exact.cells import prompt_generators
 from bayes_dispatch.dispatcher.exact.densities import ViewDensity
 from bayes_dispatch.dispatcher.exact.supports import SupportPrior
@@ -141,11 +142,11 @@ def test_log_density_is_that_of_pyro(
 
 def test_every_view_has_a_twin() -> None:
     """Every kind of view, with the same globals as in the Pyro program."""
-    assert reference.TWINS.keys() == KINDS.keys()
+    assert TWINS.keys() == KINDS.keys()
     for kind, view in KINDS.items():
         for name in ("other", kind):
             model = DispatchModel(2, (view(3, name),))
-            assert set(reference.TWINS[kind](3, name).globals) == draw_globals(model, 0).keys() - {"pi", "kappa"}
+            assert set(TWINS[kind](3, name).globals) == draw_globals(model, 0).keys() - {"pi", "kappa"}
 
 
 def test_log_density_wants_every_site() -> None:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from bayes_dispatch.app.build import PROGRAM, claim
 from bayes_dispatch.app.bundle import Bundle, load_bundle
-from bayes_dispatch.app.curriculum import CURRICULA, Curriculum
 from bayes_dispatch.app.held_out import settled
-from bayes_dispatch.app.plans import TrainingPlan
+from bayes_dispatch.app.training.build import PROGRAM, claim
+from bayes_dispatch.app.training.curriculum import CURRICULA, Curriculum
+from bayes_dispatch.app.training.plans import TrainingPlan
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.experts.bank import ExpertBank

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import bayes_dispatch as bd
-from bayes_dispatch.app.build import BuildSettings, build_bundle
 from bayes_dispatch.app.bundle import load_bundle
 from bayes_dispatch.app.commands.main import main
+from bayes_dispatch.app.training.build import BuildSettings, build_bundle
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.errors import BayesDispatchError, ConfigError, ForeignExpertError
 from bayes_dispatch.experts.domains.own import read_examples

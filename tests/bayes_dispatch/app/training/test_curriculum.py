@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bayes_dispatch.app.curriculum import CURRICULA, Curriculum
-from bayes_dispatch.app.plans import PLANS
-from bayes_dispatch.app.train import train_bundle
+from bayes_dispatch.app.training.curriculum import CURRICULA, Curriculum
+from bayes_dispatch.app.training.plans import PLANS
+from bayes_dispatch.app.training.train import train_bundle
 from bayes_dispatch.errors import ConfigError
 from tests.packages import install_translations
 

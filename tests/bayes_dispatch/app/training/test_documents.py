@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from bayes_dispatch.app.build import BuildSettings
 from bayes_dispatch.app.bundle import load_bundle
 from bayes_dispatch.app.commands.main import main
-from bayes_dispatch.app.documents import DocumentsPlan, train_documents
+from bayes_dispatch.app.training.build import BuildSettings
+from bayes_dispatch.app.training.documents import DocumentsPlan, train_documents
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import real_domains

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from bayes_dispatch.app.bundle import load_bundle
-from bayes_dispatch.app.curriculum import CURRICULA
-from bayes_dispatch.app.plans import PLANS
 from bayes_dispatch.app.tables import report_tables
-from bayes_dispatch.app.train import train_bundle
+from bayes_dispatch.app.training.curriculum import CURRICULA
+from bayes_dispatch.app.training.plans import PLANS
+from bayes_dispatch.app.training.train import train_bundle
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS
 from bayes_dispatch.inference.generator import TwoPassGenerator

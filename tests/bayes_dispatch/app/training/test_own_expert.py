@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from bayes_dispatch.app import own_expert
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.app.commands import main as cli
-from bayes_dispatch.app.own_expert import RefitSettings, add_experts, import_reward, own_settings
+from bayes_dispatch.app.training import own_expert
+from bayes_dispatch.app.training.own_expert import RefitSettings, add_experts, import_reward, own_settings
 from bayes_dispatch.errors import ConfigError, RewardError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import CONVENTIONS, Domain

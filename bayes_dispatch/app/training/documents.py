@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bayes_dispatch.app.build import BuildSettings, build_bundle, claim
 from bayes_dispatch.app.bundle import Bundle
+from bayes_dispatch.app.training.build import BuildSettings, build_bundle, claim
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import BASE_TEXTS, Domain
