@@ -13,7 +13,6 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.optim import ClippedAdam
 from torch import Tensor
 from torch.distributions import constraints
-from tqdm import tqdm
 
 from bayes_dispatch.arguments import real, set_whole
 from bayes_dispatch.dispatcher.arviz_data import pareto_smoothed
@@ -43,7 +42,7 @@ class ImportanceSampling:
     def __post_init__(self) -> None:
         set_whole(self, proposals=25, draws=1)
 
-    def infer(self, program: FewShotProgram, seed: int, progress: bool = False) -> FewShotFit:
+    def infer(self, program: FewShotProgram, seed: int) -> FewShotFit:
         """Draws, with ``k_hat`` and the evidence."""
         with isolated(seed), torch.no_grad():
             state = program.draw(self.proposals)
@@ -74,10 +73,9 @@ class SequentialMonteCarlo:
         set_whole(self, particles=8, moves=1)
         object.__setattr__(self, "keep", real("keep", self.keep, 0, 1, above=True, below=True))
 
-    def infer(self, program: FewShotProgram, seed: int, progress: bool = False) -> FewShotFit:
+    def infer(self, program: FewShotProgram, seed: int) -> FewShotFit:
         """Draws, with the evidence."""
-        bar = tqdm(desc=self.name, total=100, disable=None if progress else True, unit="%")
-        with isolated(seed), torch.no_grad(), bar:
+        with isolated(seed), torch.no_grad():
             state = program.draw(self.particles)
             likelihood = program.log_likelihood(state)
             power, log_evidence, evaluations, precision = 0.0, 0.0, self.particles, 30.0
@@ -94,7 +92,6 @@ class SequentialMonteCarlo:
                         evaluations += computed
                         if near is not None:  # towards a third of the moves accepted
                             precision = float(np.clip(precision * math.exp(1.5 * (0.33 - accepted)), 3.0, 3e4))
-                bar.update(round(100 * power) - bar.n)
         return FewShotFit.of(program, state, evaluations, log_evidence)
 
     def _step(self, likelihood: Tensor, left: float) -> float:
@@ -132,7 +129,7 @@ class VariationalInference:
         set_whole(self, steps=1, particles=1, draws=25)
         object.__setattr__(self, "learning_rate", real("learning_rate", self.learning_rate, 0, above=True))
 
-    def infer(self, program: FewShotProgram, seed: int, progress: bool = False) -> FewShotFit:
+    def infer(self, program: FewShotProgram, seed: int) -> FewShotFit:
         """The guide's draws, with their ``k_hat`` against the program, and its estimate of the evidence."""
         with isolated(seed), frozen(program.likelihood.model):
             guide = _DirichletGuide(program)
@@ -140,7 +137,7 @@ class VariationalInference:
             optimizer = ClippedAdam({"lr": self.learning_rate, "lrd": decay, "clip_norm": 10.0})
             elbo = Trace_ELBO(num_particles=self.particles, vectorize_particles=True, max_plate_nesting=0)
             svi = SVI(program, guide, optimizer, elbo)
-            for step in tqdm(range(self.steps), self.name, disable=None if progress else True):
+            for step in range(self.steps):
                 finite(svi.step(), step, self.learning_rate)
             with torch.no_grad():
                 state = guide.draw(self.draws)
@@ -173,12 +170,12 @@ class CrossEntropy:
         if self.elite > self.population:
             raise ConfigError(f"expected an elite of at most the population, {self.population}, got {self.elite}")
 
-    def infer(self, program: FewShotProgram, seed: int, progress: bool = False) -> FewShotFit:
+    def infer(self, program: FewShotProgram, seed: int) -> FewShotFit:
         """One draw: the weights at the mean of the last Gaussian."""
         shape = (program.rows, len(program.concentration))
         with isolated(seed), torch.no_grad():
             mean, spread = torch.zeros(shape).double(), torch.full(shape, self.spread).double()
-            for _ in tqdm(range(self.iterations), self.name, disable=None if progress else True):
+            for _ in range(self.iterations):
                 logits = mean + spread * torch.randn(self.population, *shape).double()
                 best = program.log_likelihood(logits.softmax(-1)).topk(self.elite).indices
                 mean, spread = logits[best].mean(0), logits[best].std(0) + 1e-3

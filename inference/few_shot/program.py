@@ -145,7 +145,7 @@ class FewShotMethod(Protocol):
     @property
     def name(self) -> str: ...
 
-    def infer(self, program: FewShotProgram, seed: int, progress: bool = False) -> FewShotFit:
+    def infer(self, program: FewShotProgram, seed: int) -> FewShotFit:
         """Draws of the posterior, or a point estimate."""
         ...
 

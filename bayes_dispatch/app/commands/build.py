@@ -59,7 +59,7 @@ def build(
     given = examples is not None or bool(text)
     refuse_unused("--prompts", prompts, given, "with --examples or --text")
     check_new_output(out, "bundle.json")
-    adapters = named_paths(adapter, "--adapter")
+    adapters = named_paths(adapter, "--adapter", "DIRECTORY")
     if not adapters and not experts:
         raise ConfigError("expected at least one --adapter NAME=DIRECTORY or --experts DIRECTORY, got none")
     from bayes_dispatch.app.bundle import transformers_backbone

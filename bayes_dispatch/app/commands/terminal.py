@@ -118,8 +118,11 @@ def refuse_unused(option: str, value: object, used: bool, needs: str, got: str =
         raise ConfigError(f"expected {option} {needs}, got {got}")
 
 
-def named_paths(given: Sequence[str] | None, option: str) -> dict[str, Path]:
-    """What an option was given as ``NAME=PATH``, by the names.
+def named_paths(given: Sequence[str] | None, option: str, kind: str = "FILE") -> dict[str, Path]:
+    """What an option was given as ``NAME=FILE``, by the names.
+
+    Args:
+        given: as it was typed, each time. option: its name. kind: what its help calls the path.
 
     Raises:
         ConfigError: without name or path, or a name twice.
@@ -128,7 +131,7 @@ def named_paths(given: Sequence[str] | None, option: str) -> dict[str, Path]:
     for each in given or ():
         name, _, path = each.partition("=")
         if not name or not path:
-            raise ConfigError(f"expected {option} NAME=PATH, got {each!r}")
+            raise ConfigError(f"expected {option} NAME={kind}, got {each!r}")
         if name in found:
             raise ConfigError(f"expected one {option} of each name, got two of {name}")
         found[name] = Path(path)

@@ -74,9 +74,9 @@ class TestDomains:
     @pytest.mark.parametrize(
         ("texts", "message"),
         [
-            (["text.txt"], "expected --text NAME=PATH, got 'text.txt'"),
-            (["=text.txt"], "NAME=PATH"),
-            (["a="], "NAME=PATH"),
+            (["text.txt"], "expected --text NAME=FILE, got 'text.txt'"),
+            (["=text.txt"], "NAME=FILE"),
+            (["a="], "NAME=FILE"),
             (["a=nowhere.txt"], "expected a readable file nowhere.txt"),
             (["a=text.txt", "a=text.txt"], "expected one --text of each name, got two of a"),
             (["b=text.txt"], "expected one file of each expert, got two of b"),
@@ -205,7 +205,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--text", "sort"], "NAME=PATH"),
+            (["--text", "sort"], "NAME=FILE"),
             (["--text", "more=text.txt"], "expected text of the experts reverse, sort, add, got some of more"),
             (["--bundle", "nowhere"], "expected a bundle directory"),
             (["--out", "text.txt"], "expected a directory for the output"),

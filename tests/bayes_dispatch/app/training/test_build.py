@@ -192,7 +192,7 @@ def test_bad_words(model: Path, adapters: dict[str, Path], tmp_path: Path, run: 
     for words, message in (
         (["--model", str(tmp_path / "empty"), "--adapter", low], "expected a model's directory with a config.json"),
         (["--model", str(model), "--adapter", low, "--adapter", low], "expected one --adapter of each name, got two"),
-        (["--model", str(model), "--adapter", "low"], "expected --adapter NAME=PATH, got 'low'"),
+        (["--model", str(model), "--adapter", "low"], "expected --adapter NAME=DIRECTORY, got 'low'"),
         (["--model", str(model), "--adapter", low, "--prompts", "9"], "expected --prompts with --examples or --text"),
         (["--model", str(model), "--adapter", low, "--dtype", "int8"], "expected a dtype of auto, float32"),
         (["--model", str(model), "--adapter", low, "--device", "cuda"], "expected a device of this machine, got cuda"),
