@@ -8,7 +8,7 @@ import pytest
 
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
-from bayes_dispatch.model.mambaformer.conversion.configs import KINDS, read_config, write_config
+from bayes_dispatch.model.mambaformer.conversion.configs import KINDS, meaning, read_config, write_config
 from bayes_dispatch.model.mambaformer.conversion.keys import WITHOUT_EFFECT
 from tests.convertible import CONFIGS, every_config
 
@@ -24,7 +24,7 @@ MAMBA_130M: dict[str, Any] = {
     **{"time_step_init_scheme": "random", "time_step_max": 0.1, "time_step_min": 0.001, "time_step_rank": 48},
     **{"time_step_scale": 1.0, "use_bias": False, "use_conv_bias": True, "vocab_size": 50_280},
 }
-# huggingface.co/mistralai/Mamba-Codestral-7B-v0.1, with the defaults of transformers 4.44, which wrote it
+# huggingface.co/mistralai/Mamba-Codestral-7B-v0.1, as transformers 4.44 wrote it
 CODESTRAL: dict[str, Any] = {
     **{"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "torch_dtype": "bfloat16", "use_cache": True},
     **{"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "transformers_version": "4.44.0.dev0"},
@@ -36,18 +36,35 @@ CODESTRAL: dict[str, Any] = {
     **{"time_step_max": 0.1, "time_step_min": 0.001, "time_step_rank": 256, "time_step_scale": 1.0},
     **{"use_bias": False, "use_conv_bias": True, "vocab_size": 32_768},
 }
-# huggingface.co/ibm-ai-platform/Bamba-9B-v2; attn_rotary_emb as transformers' conversion script writes it
+# huggingface.co/ibm-fms/Bamba-9B, which tells neither biases, nor rotary positions but for their width
 BAMBA_9B: dict[str, Any] = {
-    **{"architectures": ["BambaForCausalLM"], "model_type": "bamba", "torch_dtype": "bfloat16", "use_cache": True},
-    **{"bos_token_id": 128_000, "eos_token_id": 128_001, "pad_token_id": 0, "transformers_version": "4.51.0"},
-    **{"attention_bias": False, "attention_dropout": 0.0, "attn_layer_indices": [9, 18, 27], "attn_rotary_emb": 64},
+    **{"architectures": ["BambaForCausalLM"], "model_type": "bamba", "use_cache": True, "use_mamba_kernels": True},
+    **{"bos_token_id": 128_000, "eos_token_id": 128_001, "pad_token_id": 0, "transformers_version": "4.47.0.dev0"},
+    **{"attention_dropout": 0.0, "attn_layer_indices": [9, 18, 27], "attn_rotary_emb": 64},
     **{"hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14_336},
     **{"mamba_chunk_size": 256, "mamba_conv_bias": True, "mamba_d_conv": 4, "mamba_d_head": 64, "mamba_d_state": 128},
-    **{"mamba_expand": 2, "mamba_n_groups": 1, "mamba_n_heads": 128, "mamba_proj_bias": False, "mlp_bias": False},
-    **{"max_position_embeddings": 262_144, "num_attention_heads": 32, "num_hidden_layers": 32},
-    **{"num_key_value_heads": 8, "num_logits_to_keep": 1, "rms_norm_eps": 1e-05, "rope_scaling": None},
-    **{"hidden_dropout": 0.0, "use_mamba_kernels": True, "rope_theta": 10_000.0, "tie_word_embeddings": False},
-    **{"vocab_size": 128_256, "z_loss_coefficient": 0.0},
+    **{"mamba_dt_rank": 256, "mamba_expand": 2, "mamba_n_groups": 1, "mamba_n_heads": 128, "mamba_proj_bias": False},
+    **{"num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_logits_to_keep": 1},
+    **{"rms_norm_eps": 1e-05, "tie_word_embeddings": False, "vocab_size": 128_256},
+}
+# huggingface.co/yujiepan/bamba-tiny-random: the same keys as transformers 4.48 wrote them, with its own beside
+BAMBA_TINY: dict[str, Any] = BAMBA_9B | {
+    **{"_name_or_path": "ibm-fms/Bamba-9B", "torch_dtype": "bfloat16", "transformers_version": "4.48.0"},
+    **{"attention_bias": False, "attn_layer_indices": [1], "attn_rotary_emb": 4, "hidden_size": 16},
+    **{"intermediate_size": 32, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_expand": 4, "mamba_n_heads": 8},
+    **{"max_position_embeddings": 262_144, "mlp_bias": False, "num_attention_heads": 2, "num_hidden_layers": 2},
+    **{"num_key_value_heads": 1, "partial_rotary_factor": 0.5, "rope_scaling": None, "rope_theta": 10_000.0},
+}
+# huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct
+SMOLLM2: dict[str, Any] = {
+    **{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "use_cache": True},
+    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "transformers_version": "4.48.3"},
+    **{"attention_bias": False, "attention_dropout": 0.0, "head_dim": 64, "hidden_act": "silu", "hidden_size": 576},
+    **{"initializer_range": 0.041666666666666664, "intermediate_size": 1536, "is_llama_config": True},
+    **{"max_position_embeddings": 8192, "mlp_bias": False, "num_attention_heads": 9, "num_hidden_layers": 30},
+    **{"num_key_value_heads": 3, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_interleaved": False},
+    **{"rope_scaling": None, "rope_theta": 100_000, "tie_word_embeddings": True, "vocab_size": 49_152},
+    "transformers.js_config": {"kv_cache_dtype": {"fp16": "float16", "q4f16": "float16"}},
 }
 # huggingface.co/ibm-granite/granite-4.0-h-350m and granite-4.0-h-1b: whole numbers as multipliers, keys of experts
 GRANITE: dict[str, Any] = {
@@ -72,12 +89,23 @@ GRANITE_1B = GRANITE | {
     **{"layer_types": ["attention" if n in (5, 15, 25, 35) else "mamba" for n in range(40)]},
     **{"residual_multiplier": 0.22, "logits_scaling": 6, "max_position_embeddings": 131_072},
 }
+# huggingface.co/unsloth/granite-4.0-micro: attention alone, as a hybrid
+GRANITE_MICRO = GRANITE | {
+    **{"hidden_size": 2560, "num_hidden_layers": 40, "mamba_d_head": 40, "attention_multiplier": 0.015625},
+    **{"layer_types": ["attention"] * 40, "mamba_d_state": 256, "mamba_n_heads": 128, "num_attention_heads": 40},
+    **{"num_key_value_heads": 8, "position_embedding_type": "rope", "residual_multiplier": 0.22, "logits_scaling": 10},
+    **{"shared_intermediate_size": 8192, "intermediate_size": 8192, "max_position_embeddings": 131_072},
+    **{"model_name": "unsloth/granite-4.0-micro", "unsloth_fixed": True, "mlp_bias": False, "dtype": "bfloat16"},
+}
 PUBLISHED = {
     "mamba-130m": MAMBA_130M,
     "codestral": CODESTRAL,
     "bamba-9b": BAMBA_9B,
+    "bamba-tiny": BAMBA_TINY,
+    "smollm2": SMOLLM2,
     "granite-350m": GRANITE_350M,
     "granite-1b": GRANITE_1B,
+    "granite-micro": GRANITE_MICRO,
 }
 
 
@@ -88,7 +116,8 @@ def test_published_ones_say_what_they_mean() -> None:
     assert (backbones["mamba-130m"].step_rank, configs["mamba-130m"].tie_embeddings) == (48, True)
     assert (backbones["codestral"].n_groups, backbones["codestral"].dt_bounds) == (8, (0.0, INFINITY))
     assert [n for n, kind in enumerate(backbones["bamba-9b"].block_kinds) if kind == "attention"] == [18, 36, 54]
-    assert (backbones["bamba-9b"].turned, configs["bamba-9b"].longest) == (64, 262_144)
+    assert (backbones["bamba-9b"].turned, backbones["bamba-tiny"].turned) == (64, 4)
+    assert configs["bamba-tiny"].longest == 262_144
     granite = backbones["granite-350m"]
     assert granite.block_kinds == (
         *("mamba2", "feed_forward") * 5,
@@ -98,6 +127,8 @@ def test_published_ones_say_what_they_mean() -> None:
     )
     assert (granite.positions, granite.attention_scale, configs["granite-350m"].logits_scaling) == ("none", 1 / 64, 3.0)
     assert len(backbones["granite-1b"].block_kinds) == 80
+    assert backbones["granite-micro"].block_kinds == ("attention", "feed_forward") * 40
+    assert backbones["smollm2"].rotary_base == 100_000
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -108,7 +139,7 @@ def test_published_ones_are_written_as_they_were(name: str) -> None:
     told = {key: value for key, value in PUBLISHED[name].items() if key in keys}
     assert {key: value for key, value in keys.items() if key in told} == told
     twice = {"d_model", "d_inner", "n_layer", "rms_norm", "ssm_cfg", "intermediate_size", "attn_rotary_emb"}
-    older = {"rope_scaling", "rope_theta", "time_step_limit", "time_step_rank"}
+    older = {"rope_scaling", "rope_theta", "partial_rotary_factor", "time_step_limit", "time_step_rank"}
     assert PUBLISHED[name].keys() - keys.keys() <= WITHOUT_EFFECT | twice | older
 
 
@@ -129,6 +160,24 @@ def test_an_older_key_that_says_otherwise_is_refused(message: str) -> None:
     name, keys = SAID_OTHERWISE[message]
     with pytest.raises(ConfigError, match=f"^expected {re.escape(message)}$"):
         read_config(PUBLISHED[name] | keys)
+
+
+@every_config
+def test_a_key_that_is_not_told_means_what_it_means_to_transformers(kind: str) -> None:
+    """Where it is not needed here."""
+    made, seen = CONFIGS[kind](), 0
+    keys = made.to_dict()
+    for name in sorted(keys.keys() - WITHOUT_EFFECT):
+        untold = {key: value for key, value in keys.items() if key != name}
+        try:
+            ours = read_config(untold)
+        except ConfigError:
+            continue
+        theirs = read_config(type(made).from_dict(untold).to_dict())
+        assert meaning(ours.config) == meaning(theirs.config), name
+        assert ours.conv_bias == theirs.conv_bias
+        seen += 1
+    assert seen > 5
 
 
 def test_of_heads_that_are_not_told_there_are_theirs() -> None:

@@ -7,7 +7,7 @@ All arrays are C-contiguous and of one dtype, float32 or float64. All loops that
 numba keeps their programs on disk, and makes one anew only when the file of its own function changes.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import types
@@ -17,6 +17,7 @@ from bayes_dispatch.errors import TensorError
 from bayes_dispatch.loops import compile_with
 
 __all__ = [
+    "Matrix",
     "attend",
     "attend_across",
     "convolve",
@@ -33,11 +34,27 @@ __all__ = [
 ]
 
 Array = Any  # numba infers what its functions take
-Matrix = tuple[Array, Array, Array, Array, Array, Array]  # as ``product`` takes it
 
 TILE = 64  # tokens whose activations stay in a processor's cache
 CHANNELS = 128  # of a selective scan, likewise
 OTHER_SHAPE = "expected cached states of this model's sizes, got others"  # indices are not checked one by one
+
+
+class Matrix(NamedTuple):
+    """A matrix as ``product`` takes it: itself, or U diag(s z) Vᵀ with other scales z for each row of the input.
+
+    Attributes:
+        weight: (O, K), or U (O, r). scaled: (1 or B, r), s z; empty for a matrix that is ``weight``. right: Vᵀ (r, K).
+        stored: (O, K), what the rows ``plain`` (of those whose scales are all 1) are multiplied by.
+        bits: (O, K), of bfloat16, in the place of a ``weight``, or of ``stored``, that is (0, K); or (0, K).
+    """
+
+    weight: Array
+    scaled: Array
+    right: Array
+    stored: Array
+    plain: Array
+    bits: Array
 
 
 precise = compile_with("contract")  # an exponential needs its two-part constants as they are
@@ -526,13 +543,9 @@ def attend_across(queries: Array, keys: Array, values: Array, visible: Array, sc
 
 
 @loop
-def product(x: Array, weight: Array, scaled: Array, right: Array, stored: Array, plain: Array, bits: Array) -> Array:
-    """Rows x (B, K) times a matrix, for few rows: it is read once, and memory is what that waits for.
-
-    The matrix is ``weight`` (O, K), or, where ``scaled`` (1 or B, r) is not empty, U diag(scaled) Vᵀ with U ``weight``
-    and Vᵀ ``right``. The rows whose numbers are in ``plain`` are multiplied by ``stored`` (O, K) itself. Where a matrix
-    that is not scaled is kept in bfloat16, ``bits`` (O, K) is it, and ``weight`` or ``stored`` is (0, K).
-    """
+def product(x: Array, matrix: Matrix) -> Array:
+    """Rows x (B, K) times a matrix, for few rows: it is read once, and memory is what that waits for."""
+    weight, scaled, right, stored, plain, bits = matrix
     if x.shape[1] != (right if len(scaled) > 0 else weight).shape[1]:
         raise TensorError(OTHER_SHAPE)
     inner = np.empty((len(x), len(right)), x.dtype)
@@ -627,17 +640,17 @@ def step_mamba1(
 ) -> None:
     """A block of Mamba."""
     rows, width = len(x), A.shape[1]
-    projected = product(_normalised(x, weight, eps), *in_proj)
+    projected = product(_normalised(x, weight, eps), in_proj)
     inputs = projected.reshape(rows, 1, 2 * width)
     mixed, out = np.empty((rows, 1, width), x.dtype), np.empty((rows, 1, width), x.dtype)
     convolve(inputs, tokens, history, taps, bias, mixed)
-    selected = product(mixed.reshape(rows, width), *x_proj)
+    selected = product(mixed.reshape(rows, width), x_proj)
     rank = selected.shape[1] - 2 * len(A)
-    steps = product(np.ascontiguousarray(selected[:, :rank]), *dt_proj)
+    steps = product(np.ascontiguousarray(selected[:, :rank]), dt_proj)
     scan_mamba1(
         mixed, steps.reshape(rows, 1, width), selected.reshape(rows, 1, -1), inputs, tokens, A, D, dt_bias, state, out
     )
-    _add(x, product(out.reshape(rows, width), *out_proj), residual)
+    _add(x, product(out.reshape(rows, width), out_proj), residual)
 
 
 @loop
@@ -665,11 +678,11 @@ def step_mamba2(
 ) -> None:
     """A block of Mamba-2."""
     rows, width = len(x), len(inner_weight)
-    projected = product(_normalised(x, weight, eps), *in_proj).reshape(rows, 1, -1)
+    projected = product(_normalised(x, weight, eps), in_proj).reshape(rows, 1, -1)
     out = np.empty((rows, 1, width), x.dtype)
     settings = (inner_eps, normalised, groups, least, most)
     mix_mamba2(projected, tokens, history, state, taps, bias, A, dt_bias, D, inner_weight, *settings, out)
-    _add(x, product(out.reshape(rows, width), *out_proj), residual)
+    _add(x, product(out.reshape(rows, width), out_proj), residual)
 
 
 @loop
@@ -691,10 +704,10 @@ def step_attention(
     scale: float,
 ) -> None:
     """A block of attention."""
-    projected = product(_normalised(x, weight, eps), *qkv)
+    projected = product(_normalised(x, weight, eps), qkv)
     out = np.empty((len(x), projected.shape[1] - 2 * keys.shape[1] * keys.shape[3]), x.dtype)
     attend(projected, tokens, held, positions, keys, values, ring, base, turned, scale, out)
-    _add(x, product(out, *out_proj), residual)
+    _add(x, product(out, out_proj), residual)
 
 
 @loop
@@ -711,10 +724,10 @@ def step_cross_attention(
     scale: float,
 ) -> None:
     """A block of attention to an encoder."""
-    queries = product(_normalised(x, weight, eps), *q_proj)
+    queries = product(_normalised(x, weight, eps), q_proj)
     out = np.empty_like(queries)
     attend_across(queries, keys, values, visible, scale, out)
-    _add(x, product(out, *out_proj), residual)
+    _add(x, product(out, out_proj), residual)
 
 
 @loop
@@ -727,11 +740,11 @@ def step_feed_forward(
     out_proj: Matrix,
 ) -> None:
     """A feed-forward block."""
-    projected = product(_normalised(x, weight, eps), *in_proj)
+    projected = product(_normalised(x, weight, eps), in_proj)
     width = projected.shape[1] // 2
     out = np.empty((len(x), width), x.dtype)
     for b in range(len(x)):
         gate, up, into = projected[b, :width], projected[b, width:], out[b]
         for c in range(width):
             into[c] = gate[c] * sigmoid(gate[c]) * up[c]
-    _add(x, product(out, *out_proj), residual)
+    _add(x, product(out, out_proj), residual)

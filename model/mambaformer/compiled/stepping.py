@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
-from typing import cast
+from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -27,13 +27,15 @@ from bayes_dispatch.model.mambaformer.normalisation import RMSNorm
 from bayes_dispatch.model.mambaformer.products import LARGE, MOST_ROWS
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear, parts_of
 
+if TYPE_CHECKING:
+    from bayes_dispatch.model.mambaformer.compiled.loops import Matrix
+
 __all__ = ["Stepper", "Steppers", "can_step"]
 
 FEW_ROWS = 4  # which wait for memory, so that threads would not help them
 MOST_KEPT = 16  # steppers of adaptations that are still in use, each with matrices of its own where these were built
 
 Places = tuple[Array, Array, Array]  # what ``Span.places`` gives
-Matrix = tuple[Array, Array, Array, Array, Array, Array]  # what ``product`` takes
 Step = Callable[[Array, Places, State], bool]  # whether it knew what to do with the state
 
 
@@ -120,7 +122,7 @@ def _step(block: Block, given: Mapping[str, Scales]) -> Step | None:
 
     dtype = block.norm.weight.dtype
 
-    def matrices(*names: str) -> list[Matrix]:
+    def matrices(*names: str) -> "list[Matrix]":
         return [_matrix(linears[name], dtype, *adapted.get(name, (None, None))) for name in names]
 
     if type(mixer) is Mamba1Mixer:
@@ -199,19 +201,19 @@ def _folds(linear: SVDLinear, scales: MatrixScales | None, delta: Delta | None) 
     return z is None or z.ndim == 1 or z.shape[1] == linear.rank
 
 
-def _matrix(linear: SVDLinear, dtype: torch.dtype, scales: MatrixScales | None, delta: Delta | None) -> Matrix:
+def _matrix(linear: SVDLinear, dtype: torch.dtype, scales: MatrixScales | None, delta: Delta | None) -> "Matrix":
     """As ``product`` takes it: W alone, or U, s z and Vᵀ, and W for the rows whose scales are all 1."""
-    nobody = np.empty(0, np.int64)
-    nothing = array(linear.weight[:0].to(dtype))
+    make = kernels().Matrix
+    nobody, nothing = np.empty(0, np.int64), array(linear.weight[:0].to(dtype))
     halves = linear.weight.dtype == torch.bfloat16
     bits = array(linear.weight[: None if halves else 0].bfloat16().view(torch.uint16))
     z = None if scales is None or scales.z is None or bool((scales.z == 1).all()) else scales.z
     if z is None and delta is None:
-        return nothing if halves else array(linear.weight), nothing, nothing, nothing, nobody, bits
+        return make(nothing if halves else array(linear.weight), nothing, nothing, nothing, nobody, bits)
     if z is None or z.shape[-1] < linear.rank or delta is not None:
         folded = array(linear.folded(None if z is None else z.reshape(-1), delta, dtype))
-        return folded, nothing, nothing, nothing, nobody, bits[:0]
+        return make(folded, nothing, nothing, nothing, nobody, bits[:0])
     U, s, Vt, _ = linear.factors(dtype=dtype)
     z = z.reshape(-1, linear.rank)
-    stored = nothing if halves else array(linear.weight)
-    return array(U), array(s * z), array(Vt), stored, array((z == 1).all(dim=1).nonzero()[:, 0]), bits
+    stored, plain = nothing if halves else array(linear.weight), array((z == 1).all(dim=1).nonzero()[:, 0])
+    return make(array(U), array(s * z), array(Vt), stored, plain, bits)

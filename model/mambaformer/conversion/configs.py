@@ -48,11 +48,12 @@ def _turned(found: Settings) -> int:
 ALL: tuple[Part, ...] = (
     Key("vocab_size", "vocab_size"),
     Key("hidden_size", "d_model"),
-    Key("max_position_embeddings", "longest", LanguageModelConfig.longest),
     Fixed("hidden_act", "silu", ("silu", "swish")),
 )
+BOUND = "max_position_embeddings", "longest"
 UNTIED = Key("tie_word_embeddings", "tie_embeddings", False, bool)
 STATE_SPACE: tuple[Part, ...] = (
+    Key(*BOUND, LanguageModelConfig.longest),  # which transformers does not know of these
     Key("conv_kernel", "d_conv", 4),
     Key("layer_norm_epsilon", "norm_eps", 1e-5, NUMBER),
     Key("use_conv_bias", "conv_bias", True, bool),
@@ -68,6 +69,7 @@ HEADS: tuple[Part, ...] = (
 SHARED_HEADS = Key("num_key_value_heads", "n_kv_heads", None)
 PLAIN: tuple[Part, ...] = (
     *ALL,
+    Key(*BOUND, 2048),
     UNTIED,
     *HEADS,
     SHARED_HEADS,
@@ -123,6 +125,7 @@ KINDS: dict[str, tuple[Part, ...]] = {
     "granite": PLAIN + MULTIPLIED,
     "bamba": (
         *HYBRID,
+        Key(*BOUND, 262_144),
         Key("num_key_value_heads", "n_kv_heads", 8, null=None),
         Key("rms_norm_eps", "norm_eps", 1e-5, NUMBER),
         Places(),
@@ -133,6 +136,7 @@ KINDS: dict[str, tuple[Part, ...]] = {
     ),
     "granitemoehybrid": (
         *HYBRID,
+        Key(*BOUND, 2048),
         SHARED_HEADS,
         Key("rms_norm_eps", "norm_eps", 1e-6, NUMBER),
         Layers(),
@@ -142,6 +146,7 @@ KINDS: dict[str, tuple[Part, ...]] = {
         *MULTIPLIED,
         Fixed("num_local_experts", 8, (0,)),
         Fixed("normalization_function", "rmsnorm", ("rmsnorm",)),
+        Fixed("mlp_bias", False, (False,)),  # of models that others saved
         Ignored("intermediate_size"),  # of experts
     ),
 }

@@ -7,18 +7,19 @@ from bayes_dispatch.errors import ConfigError
 
 __all__ = ["AUTO", "NEEDED", "NUMBER", "Keys", "listed"]
 
-# What tells of training, generation, tokens, or how a result is computed, not what it is. (norm_before_gate: published
-# as true and as false, and heeded nowhere; the gate comes first.)
+# What tells of training, generation, tokens, or how a result is computed, not what it is; and what publishers add, and
+# transformers heeds nowhere (norm_before_gate: published as true and as false; the gate comes first).
 WITHOUT_EFFECT = set(
     """
     _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout attn_implementation
-    bos_token_id chunk_size chunk_size_feed_forward dtype eos_token_id exported_by fused_add_norm hidden_dropout
-    id2label init_method initializer_range is_decoder is_encoder_decoder label2id logits_to_keep mamba_chunk_size
-    model_type norm_before_gate num_experts_per_tok num_logits_to_keep output_attentions output_hidden_states
-    output_router_logits pad_token_id pad_vocab_size_multiple pretraining_tp problem_type rescale_prenorm_residual
-    residual_in_fp32 return_dict router_aux_loss_coef sep_token_id time_step_floor time_step_init_scheme time_step_max
-    time_step_min time_step_scale torch_dtype transformers_version use_associative_scan use_cache use_mamba_kernels
-    use_mambapy z_loss_coefficient
+    bos_token_id chunk_size chunk_size_feed_forward dtype eos_token_id exported_by fuse_cross_entropy fuse_norm
+    fused_add_norm hidden_dropout id2label init_method initializer_range is_decoder is_encoder_decoder is_llama_config
+    label2id logits_to_keep mamba_chunk_size mamba_dt_rank model_name model_type norm_before_gate num_experts_per_tok
+    num_logits_to_keep output_attentions output_hidden_states output_router_logits pad_token_id pad_vocab_size_multiple
+    pretraining_tp problem_type rescale_prenorm_residual residual_in_fp32 return_dict rope_interleaved
+    router_aux_loss_coef sep_token_id time_step_floor time_step_init_scheme time_step_max time_step_min time_step_scale
+    torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version use_associative_scan use_cache
+    use_mamba_kernels use_mambapy z_loss_coefficient
 """.split()  # noqa: SIM905
 )
 NUMBER = int | float
@@ -76,7 +77,8 @@ class Keys:
         """Raise unless all keys that have a value are known here."""
         for name in sorted(self._unread):
             if self._data[name] is not None:
-                raise ConfigError(f"expected keys of a {self.kind} config that are known here, got {name}")
+                known = f"expected keys of a {self.kind} config that are known here"
+                raise ConfigError(f"{known}, got {name}: take it out if it changes no result")
 
 
 def listed(values: Any) -> str:
