@@ -41,6 +41,10 @@ def shape(printed: str) -> list[str]:
     return re.sub(r"[-+]?[\d.]+(e[-+]?\d+)?|\b(True|False)\b", "#", printed).split()
 
 
+def numbers(printed: str) -> list[float]:
+    return [float(each) for each in re.findall(r"\d+\.\d+", printed)]
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("page", SHOWING)
 def test_python_prints_what_is_shown(
@@ -77,6 +81,7 @@ def test_console_shows_what_is_printed(monkeypatch: pytest.MonkeyPatch, capfd: p
     printed, told = capfd.readouterr()
     assert (exit_.value.code, told) == (0, "")
     assert shape(printed) == shape(shown)
+    assert numbers(printed) == pytest.approx(numbers(shown), abs=2e-3)  # no figures of an earlier dispatcher
 
 
 def test_make_targets_exist() -> None:

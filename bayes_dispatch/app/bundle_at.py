@@ -16,22 +16,23 @@ class BundleAt:
     """Where a bundle lies.
 
     Attributes:
-        path, dtype: as for ``load_bundle``. checksum: of its index.
+        path, device, dtype: as for ``load_bundle``. checksum: of its index.
     """
 
     path: Path | None
     checksum: str
+    device: str = "cpu"
     dtype: str | None = None
 
     @classmethod
-    def here(cls, path: Path | None, dtype: str | None = None) -> "BundleAt":
+    def here(cls, path: Path | None, device: str = "cpu", dtype: str | None = None) -> "BundleAt":
         """One that lies on this machine; elsewhere it has to be the same one, at the same path.
 
         Raises:
             BundleError: there is none.
         """
         named = path is None or is_smollm2(path)
-        return cls(path if named else Path(str(path)).absolute(), _checksum(path), dtype)
+        return cls(path if named else Path(str(path)).absolute(), _checksum(path), device, dtype)
 
     def load(self) -> Bundle:
         """Load it.
@@ -41,7 +42,7 @@ class BundleAt:
         """
         if (found := _checksum(self.path)) != self.checksum:
             raise BundleError(f"expected the bundle {self.checksum:.12}, as where it was named, got {found:.12}")
-        return load_bundle(self.path, dtype=self.dtype)
+        return load_bundle(self.path, device=self.device, dtype=self.dtype)
 
 
 def _checksum(path: Path | None) -> str:

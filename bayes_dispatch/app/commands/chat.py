@@ -15,7 +15,9 @@ from bayes_dispatch.app.commands.terminal import (
     BLENDS_HELP,
     SEED_HELP,
     BundleOption,
+    DeviceOption,
     DrawsOption,
+    DtypeOption,
     SampleOption,
     TemperatureOption,
     TopKOption,
@@ -68,6 +70,8 @@ def chat(
     show_experts: Annotated[bool, typer.Option("--show-experts", help="Show the weights after each reply.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document a turn, each on a line.")] = False,
     bundle: BundleOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
 ) -> None:
     """Reply to each line of stdin, right after it or as the model's chat template says. Empty lines are skipped."""
     from bayes_dispatch.inference.two_pass.blends import as_blend
@@ -83,7 +87,7 @@ def chat(
     Writing.of(max_new_tokens, sample, temperature, None if isinstance(ending, EllipsisType) else ending)
     from bayes_dispatch.inference.generator import TwoPassGenerator
 
-    generator = TwoPassGenerator(open_bundle(bundle))
+    generator = TwoPassGenerator(open_bundle(bundle, device, dtype))
     if state is not None and state.exists():
         conversation = generator.resume_chat(state)
         kept = conversation.settings

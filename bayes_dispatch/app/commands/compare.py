@@ -13,7 +13,9 @@ import typer
 from bayes_dispatch.app.commands.terminal import (
     BLENDS_HELP,
     BundleOption,
+    DeviceOption,
     DrawsOption,
+    DtypeOption,
     JsonOption,
     RayOption,
     SeedOption,
@@ -77,6 +79,8 @@ def compare(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     bundle: BundleOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
 ) -> None:
     """Compare blends on documents: NLL, exact match, calibration, entropy and cost, with paired differences."""
     if jsonl is not None and (sets or documents is not None):
@@ -102,7 +106,7 @@ def compare(
     from bayes_dispatch.inference.scoring.held_out import KINDS, held_out_sets
 
     places = {OURS: bundle} if other is None else {OURS: bundle, THEIRS: other}
-    systems = dict(zip(places, open_bundles(list(places.values())), strict=True))
+    systems = dict(zip(places, open_bundles(list(places.values()), device, dtype), strict=True))
     for name in compared:
         as_blend(name, systems[OURS].experts.components)
     if jsonl is None:
@@ -114,7 +118,7 @@ def compare(
     console = open_console()
     frames: dict[str, pandas.DataFrame] = {}
     printed: dict[str, Any] = {}
-    with _scoring(systems, places, cluster) as (score, named):
+    with _scoring(systems, places, device, dtype, cluster) as (score, named):
         for name, texts in given.items():
             asked = (texts, compared, seed, sys.stderr.isatty())
             found = score(named[OURS], *asked) if other is None else compare_systems(named, *asked, score)
@@ -134,6 +138,8 @@ def compare(
 def _scoring(
     systems: "Mapping[str, Bundle]",
     places: Mapping[str, Path | None],
+    device: str,
+    dtype: str | None,
     cluster: "AbstractContextManager[MapBlocks] | None",
 ) -> "Iterator[tuple[Callable[..., Comparison], Mapping[str, Any]]]":
     """What scores documents, and the systems as it takes them: here, or in a cluster."""
@@ -145,7 +151,7 @@ def _scoring(
     from bayes_dispatch.app.bulk import compare_in_blocks
     from bayes_dispatch.app.bundle_at import BundleAt
 
-    named = {system: BundleAt.here(place) for system, place in places.items()}
+    named = {system: BundleAt.here(place, device, dtype) for system, place in places.items()}
     with cluster as mapped:
         yield partial(compare_in_blocks, mapped), named
 

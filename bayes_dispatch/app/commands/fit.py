@@ -8,6 +8,8 @@ import typer
 
 from bayes_dispatch.app.commands.terminal import (
     BundleOption,
+    DeviceOption,
+    DtypeOption,
     RayOption,
     SeedOption,
     check_new_output,
@@ -42,6 +44,8 @@ def fit(
     ] = None,
     ray: RayOption = False,
     bundle: BundleOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
     seed: SeedOption = 0,
 ) -> None:
     """Fit a bundle's dispatcher again, to prompts of your own, and write the bundle with it.
@@ -60,7 +64,7 @@ def fit(
     from bayes_dispatch.inference.scoring.evidence_sets import known_weights
     from bayes_dispatch.inference.two_pass.first_pass import first_pass
 
-    system = open_bundle(bundle)
+    system = open_bundle(bundle, device, dtype)
     if evidence is not None:
         known = read_evidence(evidence)
     elif examples is not None:
@@ -76,7 +80,7 @@ def fit(
             from bayes_dispatch.app.bundle_at import BundleAt
 
             with cluster as mapped:
-                seen = evidence_in_blocks(mapped, BundleAt.here(bundle), prompts, progress)
+                seen = evidence_in_blocks(mapped, BundleAt.here(bundle, device, dtype), prompts, progress)
         known = EvidenceFile(seen, *weights)
     new = with_dispatcher(system, known.evidence, known.labels, known.mixtures, seed, progress=True)
     new.save(out)

@@ -10,7 +10,9 @@ import typer
 from bayes_dispatch.app.commands.terminal import (
     BlendOption,
     BundleOption,
+    DeviceOption,
     DrawsOption,
+    DtypeOption,
     JsonOption,
     SampleOption,
     SeedOption,
@@ -64,6 +66,8 @@ def generate(
     ] = False,
     as_json: JsonOption = False,
     bundle: BundleOption = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
 ) -> None:
     """Continue prompts under Bayesian blends of the experts."""
     prompts = [*(typed(text, escapes) for text in prompt or ()), *(_read(path) for path in prompt_file or ())]
@@ -85,7 +89,7 @@ def generate(
     ending = None if stop is None else typed(stop, escapes)
     from bayes_dispatch.inference.generator import TwoPassGenerator
 
-    generation = TwoPassGenerator(open_bundle(bundle)).generate(
+    generation = TwoPassGenerator(open_bundle(bundle, device, dtype)).generate(
         checked,
         blend=chosen,
         max_new_tokens=max_new_tokens,

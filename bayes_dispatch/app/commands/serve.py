@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bayes_dispatch.app.commands.terminal import BundleOption, check_new_output, open_bundle, refuse_unused
+from bayes_dispatch.app.commands.terminal import (
+    BundleOption,
+    DeviceOption,
+    DtypeOption,
+    check_new_output,
+    open_bundle,
+    refuse_unused,
+)
 from bayes_dispatch.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -28,10 +35,8 @@ VLLM_KEY = "BAYES_DISPATCH_VLLM_KEY"  # has the key of the vLLM server, if that 
 
 def serve(
     bundle: BundleOption = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Of the weights of a transformers model: float32, bfloat16, …; default: the bundle's own."),
-    ] = None,
+    device: DeviceOption = "cpu",
+    dtype: DtypeOption = None,
     host: Annotated[
         str, typer.Option(help="Address to listen at; others than this machine's own need keys.")
     ] = "127.0.0.1",
@@ -131,7 +136,7 @@ def serve(
         from bayes_dispatch.inference.two_pass.events import JsonLines
         from bayes_dispatch.serving.engine import Limits
 
-        loaded, learner = open_bundle(bundle, dtype=dtype), None
+        loaded, learner = open_bundle(bundle, device, dtype), None
         if prior is not None:
             loaded.dispatcher.keep_prior(prior)
             learner = Learner(loaded.dispatcher, REMEMBERED if remembered is None else remembered)
@@ -140,7 +145,9 @@ def serve(
             limits = replace(limits, cache_bytes=cache_bytes)
         name = f"bayes-dispatch-{socket.gethostname()}-{listening.getsockname()[1]}"
         _log(JsonLines())
-        make = EngineOf(BundleAt.here(bundle, dtype), limits, vllm, None if vllm is None else os.environ.get(VLLM_KEY))
+        make = EngineOf(
+            BundleAt.here(bundle, device, dtype), limits, vllm, None if vllm is None else os.environ.get(VLLM_KEY)
+        )
         with nullcontext(make.start(loaded)) if scale is None else _on_ray(make, loaded, scale, name) as engine:
             app = make_app(loaded, engine, settings, known, local=not no_keys, learner=learner)
             Server(app, engine, settings).serve_on(listening)

@@ -25,6 +25,8 @@ __all__ = [
     "SEED_HELP",
     "BlendOption",
     "BundleOption",
+    "DeviceOption",
+    "DtypeOption",
     "DrawsOption",
     "JsonOption",
     "OwnJsonlOption",
@@ -86,6 +88,15 @@ RayOption = Annotated[
     typer.Option(
         "--ray",
         help="Score the documents, or read the prompts, in a Ray cluster: RAY_ADDRESS, or one on this machine alone.",
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option("--device", help="Where the bundle's model of transformers runs: cpu, cuda, cuda:1.")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype", help="Of the weights of a transformers model: float32, bfloat16, …; default: the bundle's own."
     ),
 ]
 OwnTextOption = Annotated[
@@ -217,20 +228,23 @@ def mapped_on_ray() -> "AbstractContextManager[MapBlocks]":
     return blocks_on_ray()
 
 
-def open_bundle(path: Path | None, dtype: str | None = None) -> "Bundle":
+def open_bundle(path: Path | None, device: str = "cpu", dtype: str | None = None) -> "Bundle":
     """See ``open_bundles``."""
-    return open_bundles([path], dtype)[0]
+    return open_bundles([path], device, dtype)[0]
 
 
-def open_bundles(paths: Sequence[Path | None], dtype: str | None = None) -> "list[Bundle]":
+def open_bundles(paths: Sequence[Path | None], device: str = "cpu", dtype: str | None = None) -> "list[Bundle]":
     """Load bundles, and use as many threads as the largest model gains by, unless ``OMP_NUM_THREADS`` tells.
+
+    Args:
+        paths, device, dtype: as for ``load_bundle``.
 
     Raises:
         BundleError: see ``load_bundle``.
     """
     from bayes_dispatch.app.bundle import load_bundle
 
-    bundles = [load_bundle(path, dtype=dtype) for path in paths]
+    bundles = [load_bundle(path, device=device, dtype=dtype) for path in paths]
     if all(sum(out * width for out, width in each.model.linears().values()) < LARGE for each in bundles):
         use_one_thread()
     return bundles
