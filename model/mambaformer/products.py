@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from bayes_dispatch.model.mambaformer.compiled.switch import array, can_compile, kernels
 from bayes_dispatch.model.mambaformer.compiled.threads import in_parts
 
-__all__ = ["HALVES", "LARGE", "MOST_ROWS", "Head", "times"]
+__all__ = ["HALVES", "MOST_ROWS", "SHARED", "Head", "times"]
 
 HALVES = {torch.bfloat16, torch.float16}  # which matrices may be kept in beside float32
 
-LARGE = 2**20  # numbers in a matrix whose rows threads share
+SHARED = 6 * 2**20  # multiplications from which on a second thread saves more than asking it costs
 SMALL = 2**16  # numbers in a matrix of which a library's product of few rows is faster
 MOST_ROWS = 32  # with more, it is faster, too
 PLAIN = (Tensor, nn.Parameter)  # not a quantised matrix, which multiplies in its own way
@@ -62,7 +62,7 @@ def _few(x: Float[Tensor, "B K"], weight: Float[Tensor, "O K"]) -> Float[Tensor,
     """Of few rows, by a loop that reads the matrix once; threads share its rows."""
     rows, numbers = array(x), array(weight if weight.dtype == x.dtype else weight.view(torch.uint16))
     out = np.empty((len(rows), len(numbers)), rows.dtype)
-    if weight.numel() >= LARGE:
+    if len(rows) * weight.numel() >= SHARED:
         in_parts(kernels().rows_times, len(numbers), rows, numbers, out)
     else:
         kernels().rows_times(rows, numbers, out, 0, len(numbers))

@@ -58,10 +58,9 @@ def pairs(make_model: Any) -> Callable[[str], tuple[MambaFormerForCausalLM, Mamb
 @pytest.fixture
 def two_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Which share all matrices, as if these were large."""
-    monkeypatch.setattr(products, "LARGE", 1)
+    monkeypatch.setattr(products, "SHARED", 1)
     monkeypatch.setattr(products, "SMALL", 1)
-    monkeypatch.setattr(stepping, "LARGE", 1)
-    monkeypatch.setattr(stepping, "FEW_ROWS", 0)
+    monkeypatch.setattr(stepping, "SHARED", 0)
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)

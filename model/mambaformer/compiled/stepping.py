@@ -1,5 +1,6 @@
 """One more token of few rows on a CPU: each block is one compiled function, matrix products included."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, cast
@@ -24,7 +25,7 @@ from bayes_dispatch.model.mambaformer.mixers import (
     Span,
 )
 from bayes_dispatch.model.mambaformer.normalisation import RMSNorm
-from bayes_dispatch.model.mambaformer.products import LARGE, MOST_ROWS
+from bayes_dispatch.model.mambaformer.products import MOST_ROWS, SHARED
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear, parts_of
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Stepper", "Steppers", "can_step"]
 
-FEW_ROWS = 4  # which wait for memory, so that threads would not help them
 MOST_KEPT = 16  # steppers of adaptations that are still in use, each with matrices of its own where these were built
 
 Places = tuple[Array, Array, Array]  # what ``Span.places`` gives
@@ -52,7 +52,7 @@ class Stepper:
     """
 
     def __init__(self, blocks: Sequence[Block], norm: RMSNorm | None, scales: Sequence[Mapping[str, Scales]]) -> None:
-        self._blocks = [(block, z, _step(block, z), _large(block)) for block, z in zip(blocks, scales, strict=True)]
+        self._blocks = [(block, z, _step(block, z), _largest(block)) for block, z in zip(blocks, scales, strict=True)]
         self._norm = None if norm is None else _arguments(norm)
 
     def __call__(
@@ -61,9 +61,9 @@ class Stepper:
         """The hidden states, normalised where that was asked for; states change, but the cache is not advanced."""
         rows = x[:, 0].numpy().copy()
         places = span.places(len(rows))
-        share = len(rows) > FEW_ROWS and torch.get_num_threads() > 1
-        for (block, z, step, large), state in zip(self._blocks, cache.states, strict=True):
-            alone = step is not None and not (share and large)
+        shared = 2 * SHARED if torch.get_num_threads() > 1 else math.inf  # twice: a compiled block saves time, too
+        for (block, z, step, largest), state in zip(self._blocks, cache.states, strict=True):
+            alone = step is not None and len(rows) * largest < shared
             # no step: a first one of cross-attention, states of other precision
             if not alone or not cast(Step, step)(rows, places, state):
                 rows[:] = block(torch.from_numpy(rows)[:, None], span, z, state, memory)[:, 0].numpy()
@@ -101,15 +101,15 @@ class Steppers:
         return kept[1]
 
 
-def _large(block: Block) -> bool:
-    """Whether it has a matrix whose rows threads share."""
-    return any(isinstance(each, SVDLinear) and each.weight.numel() >= LARGE for each in block.mixer.children())
+def _largest(block: Block) -> int:
+    """Numbers in its largest matrix."""
+    return max((each.weight.numel() for each in block.mixer.children() if isinstance(each, SVDLinear)), default=0)
 
 
 def _step(block: Block, given: Mapping[str, Scales]) -> Step | None:
     """The step of a block, where it is compiled: not where a matrix has a bias, or cannot be folded (``_folds``).
 
-    One thread runs it. Where more rows than a few meet large matrices, whose rows threads share, the module runs.
+    One thread runs it. Where many rows meet large matrices, whose rows threads share, the module runs.
     """
     mixer = block.mixer
     linears = {name: linear for name, linear in mixer.named_children() if isinstance(linear, SVDLinear)}
