@@ -3,7 +3,7 @@
     python benchmarks/checkpoints.py                                      # Granite-4.0-H-350M
     python benchmarks/checkpoints.py --shape bamba --threads 2
     python benchmarks/checkpoints.py --dtype bfloat16 --prefill 512 --prefill 4096
-    python benchmarks/checkpoints.py --caches --long 65536                # our caches' errors, a long prompt; no times
+    python benchmarks/checkpoints.py --dtype bfloat16 --long 65536        # a long prompt, read by ours alone
 
 A checkpoint is written to a temporary directory, and read by both, each in a process of its own ("load"). Then both
 take turns in one process, and ratios are taken round by round, as in ``model.py``. "Products" is the share of our time
@@ -30,7 +30,6 @@ from peers.memory import grown
 from peers.ours import Ours
 from peers.tasks import products, prompt
 from peers.timing import Rounds, Work, interleaved
-from precision import VARIANTS, read_in_pieces
 
 BEFORE = 32  # tokens of the prompts that are decoded after
 OURS, THEIRS = "bayes_dispatch", "transformers"
@@ -136,18 +135,6 @@ def decoding(model: Any, rows: int, tokens: int) -> Work:
     return Work(run, prepare)
 
 
-def caches(model: bd.MambaFormerForCausalLM) -> None:
-    """Print how far less precise caches take the next token's distribution, over 512 tokens read 16 at a time."""
-    ids = prompt(512)
-    exact, _ = read_in_pieces(model, ids, VARIANTS[0])
-    print("\n| cache | MiB | KL to exact, nats |\n| --- | --- | --- |")
-    for variant in VARIANTS:
-        if variant.prune is None:
-            found, cache = read_in_pieces(model, ids, variant)
-            divergence = (exact.exp() * (exact - found)).sum(-1).mean()
-            print(f"| {variant.name} | {cache.nbytes / 2**20:.1f} | {float(divergence):.1e} |", flush=True)
-
-
 def long(model: bd.MambaFormerForCausalLM, tokens: int) -> None:
     """Print what reading a long prompt takes, and what a token after it does."""
     session, begun = model.open(1, tokens + 16), time.perf_counter()
@@ -171,7 +158,6 @@ def main(
     rows: Annotated[list[int], typer.Option(help="Rows to decode; repeat it.")] = [1, 4, 16],  # noqa: B006
     tokens: Annotated[int, typer.Option(help="To decode.")] = 16,
     rounds: Annotated[int, typer.Option(help="Rounds.")] = 5,
-    errors: Annotated[bool, typer.Option("--caches", help="Print the errors of our caches, and no times.")] = False,
     length: Annotated[int, typer.Option("--long", help="Read that many tokens with ours, and print no times.")] = 0,
 ) -> None:
     """Print how long loading, prefill and decoding take."""
@@ -188,14 +174,9 @@ def main(
             with context.Pool(1) as pool:
                 seconds, peak = pool.apply(loading, (library, directory, wanted))
             print(f"load, {library}: {seconds:.1f} s, {peak:.0f} MiB at the peak; the file has {size:.0f}", flush=True)
-        if errors or length:
+        if length:
             with torch.inference_mode():
-                model = read(OURS, directory, wanted)
-                if errors:
-                    caches(model)
-                if length:
-                    long(model, length)
-            return
+                return long(read(OURS, directory, wanted), length)
         models = {library: read(library, directory, wanted) for library in (OURS, THEIRS)}
     weights = Ours(models[OURS]).matrices()
     works: dict[str, tuple[int, Callable[[Any], Work], Work]] = {}

@@ -1,14 +1,17 @@
-"""What less precise caches and pruned ones cost: bytes of memory, and nats per byte, with the shipped model.
+"""What less precise caches and pruned ones cost: bytes of memory, and nats per token, with the shipped model.
 
     python benchmarks/precision.py            # half a minute
     python benchmarks/precision.py --markdown
+    python benchmarks/precision.py --checkpoint DIR --documents 8    # a model of transformers, in our core
 
-Held-out documents of the base model's domains are read 16 bytes at a time, so that nearly every byte is predicted from
-states that were stored.
+Held-out documents of the base model's domains (of a checkpoint: prose and code) are read 16 tokens at a time, so that
+nearly every one is predicted from states that were stored. Tokens of the shipped model are bytes.
 """
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -19,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 import bayes_dispatch as bd
-from bayes_dispatch.experts.domains import BASE_TEXTS, CONVENTIONS
+from bayes_dispatch.experts.domains import BASE_TEXTS, CONVENTIONS, Domain
 from bayes_dispatch.model.mambaformer.cache import Cache
 
 LENGTH, PIECE = 512, 16
@@ -47,16 +50,15 @@ VARIANTS = (
 )
 
 
-def documents(count: int) -> Tensor:
+def documents(count: int, tokenizer: Any, domains: Sequence[Domain]) -> Tensor:
     """(count, LENGTH + 1) ids of held-out documents."""
-    rng = np.random.default_rng(0)
-    domains = [*CONVENTIONS, *BASE_TEXTS]
-    tokenizer = bd.ByteTokenizer()
-    rows = []
+    rng, rows = np.random.default_rng(0), []
     for index in range(count):
-        domain = domains[index % len(domains)]
-        data = b"".join(domain.document(rng, 0, LENGTH, "held_out").data + b"\n" for _ in range(2))  # items end early
-        rows.append([tokenizer.bos_token_id, *data[:LENGTH]])
+        ids: list[int] = []
+        while len(ids) <= LENGTH:  # items end early
+            data = domains[index % len(domains)].document(rng, 0, LENGTH, "held_out").data + b"\n"
+            ids += tokenizer.tokenize(data, begin=not ids).ids
+        rows.append(ids[: LENGTH + 1])
     return torch.tensor(rows)
 
 
@@ -81,7 +83,7 @@ def exactness(model: bd.MambaFormerForCausalLM, ids: Tensor) -> str:
         copy = deepcopy(model).to(dtype)
         with torch.inference_mode():
             whole = passes[dtype] = copy(ids[:, :-1]).logits
-        for name, size in ((f"{PIECE} bytes at a time", PIECE), ("byte by byte", 1)):
+        for name, size in ((f"{PIECE} tokens at a time", PIECE), ("one by one", 1)):
             with torch.inference_mode():
                 cache = copy.init_cache(len(ids), LENGTH)
                 pieces = [copy(piece, cache=cache).logits for piece in ids[:, :-1].split(size, dim=1)]
@@ -95,12 +97,20 @@ def exactness(model: bd.MambaFormerForCausalLM, ids: Tensor) -> str:
 
 
 def main(
-    count: Annotated[int, typer.Option(help="documents")] = 64,
-    markdown: Annotated[bool, typer.Option(help="print the table as Markdown")] = False,
+    count: Annotated[int, typer.Option("--documents", help="How many.")] = 64,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="A directory of a model that `from_transformers` reads; default: the shipped one."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
 ) -> None:
     """Measure and print."""
     torch.set_num_threads(1)
-    model, ids = bd.load_bundle().model, documents(count)
+    if checkpoint is None:
+        model, domains = bd.load_bundle().model, [*CONVENTIONS, *BASE_TEXTS]
+    else:
+        model, domains = bd.MambaFormerForCausalLM.from_transformers(checkpoint, dtype=torch.float32), [*BASE_TEXTS]
+    ids = documents(count, model.tokenizer, domains)
     exact, _ = read_in_pieces(model, ids[:, :-1], VARIANTS[0])
     targets = ids[:, 1:, None]
     rows = []
@@ -118,12 +128,12 @@ def main(
                 f"{float(divergence):.1e}",
             )
         )
-    differences = exactness(model, ids[: min(count, 8)])
-    header = ("cache", "KiB a row", "NLL lost, nats a byte", "KL to exact, nats")
+    differences = exactness(model, ids[: min(count, 8)]) if checkpoint is None else ""
+    header = ("cache", "KiB a row", "NLL lost, nats a token", "KL to exact, nats")
     if markdown:
         print("\n".join("| " + " | ".join(row) + " |" for row in (header, ("---",) * 4, *rows)))
         return print(f"\n{differences}")
-    table = Table(*header, title=f"{count} held-out documents of {LENGTH} bytes, {PIECE} at a time")
+    table = Table(*header, title=f"{count} held-out documents of {LENGTH} tokens, {PIECE} at a time")
     for row in rows:
         table.add_row(*row)
     Console().print(table, differences, sep="\n")

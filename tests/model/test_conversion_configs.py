@@ -9,7 +9,7 @@ import pytest
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
 from bayes_dispatch.model.mambaformer.conversion.configs import KINDS, meaning, read_config, write_config
-from bayes_dispatch.model.mambaformer.conversion.keys import WITHOUT_EFFECT
+from bayes_dispatch.model.mambaformer.conversion.keys import without_effect
 from tests.convertible import CONFIGS, every_config
 
 INFINITY = float("inf")
@@ -140,7 +140,8 @@ def test_published_ones_are_written_as_they_were(name: str) -> None:
     assert {key: value for key, value in keys.items() if key in told} == told
     twice = {"d_model", "d_inner", "n_layer", "rms_norm", "ssm_cfg", "intermediate_size", "attn_rotary_emb"}
     older = {"rope_scaling", "rope_theta", "partial_rotary_factor", "time_step_limit", "time_step_rank"}
-    assert PUBLISHED[name].keys() - keys.keys() <= WITHOUT_EFFECT | twice | older
+    left = {key for key in PUBLISHED[name].keys() - keys.keys() if not without_effect(key)}
+    assert left <= twice | older
 
 
 SAID_OTHERWISE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -167,7 +168,7 @@ def test_a_key_that_is_not_told_means_what_it_means_to_transformers(kind: str) -
     """Where it is not needed here."""
     made, seen = CONFIGS[kind](), 0
     keys = made.to_dict()
-    for name in sorted(keys.keys() - WITHOUT_EFFECT):
+    for name in sorted(key for key in keys if not without_effect(key)):
         untold = {key: value for key, value in keys.items() if key != name}
         try:
             ours = read_config(untold)

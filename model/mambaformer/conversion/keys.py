@@ -5,21 +5,20 @@ from typing import Any
 
 from bayes_dispatch.errors import ConfigError
 
-__all__ = ["AUTO", "NEEDED", "NUMBER", "Keys", "listed"]
+__all__ = ["AUTO", "NEEDED", "NUMBER", "Keys", "listed", "without_effect"]
 
-# What tells of training, generation, tokens, or how a result is computed, not what it is; and what publishers add, and
+# What tells of training, generation, or how a result is computed, not what it is; and what publishers add, and
 # transformers heeds nowhere (norm_before_gate: published as true and as false; the gate comes first).
 WITHOUT_EFFECT = set(
     """
-    _attn_implementation_autoset _commit_hash _name_or_path architectures attention_dropout attn_implementation
-    bos_token_id chunk_size chunk_size_feed_forward dtype eos_token_id exported_by fuse_cross_entropy fuse_norm
-    fused_add_norm hidden_dropout id2label init_method initializer_range is_decoder is_encoder_decoder is_llama_config
-    label2id logits_to_keep mamba_chunk_size mamba_dt_rank model_name model_type norm_before_gate num_experts_per_tok
-    num_logits_to_keep output_attentions output_hidden_states output_router_logits pad_token_id pad_vocab_size_multiple
-    pretraining_tp problem_type rescale_prenorm_residual residual_in_fp32 return_dict rope_interleaved
-    router_aux_loss_coef sep_token_id time_step_floor time_step_init_scheme time_step_max time_step_min time_step_scale
-    torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version use_associative_scan use_cache
-    use_mamba_kernels use_mambapy z_loss_coefficient
+    architectures attention_dropout attn_implementation chunk_size chunk_size_feed_forward dtype exported_by
+    fuse_cross_entropy fuse_norm fused_add_norm hidden_dropout id2label init_method initializer_range is_decoder
+    is_encoder_decoder is_llama_config label2id logits_to_keep mamba_chunk_size mamba_dt_rank model_name model_type
+    norm_before_gate num_experts_per_tok num_logits_to_keep output_attentions output_hidden_states output_router_logits
+    pad_vocab_size_multiple pretraining_tp problem_type rescale_prenorm_residual residual_in_fp32 return_dict
+    rope_interleaved router_aux_loss_coef time_step_floor time_step_init_scheme time_step_max time_step_min
+    time_step_scale torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version
+    use_associative_scan use_cache use_mamba_kernels use_mambapy z_loss_coefficient
 """.split()  # noqa: SIM905
 )
 NUMBER = int | float
@@ -28,12 +27,17 @@ NEEDED = object()  # a default that there is not
 LARGEST, MOST_LAYERS = 2**26, 4096  # sizes beyond these are no model's: memory would be asked for first
 
 
+def without_effect(name: str) -> bool:
+    """Whether a key changes no result: also names that tell where a model came from, and numbers of special tokens."""
+    return name in WITHOUT_EFFECT or name.startswith("_") or name.endswith("_token_id")
+
+
 class Keys:
     """The keys of a configuration, and which of them have been read."""
 
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.kind = data.get("model_type")
-        self._data, self._unread = data, set(data) - WITHOUT_EFFECT
+        self._data, self._unread = data, {name for name in data if not without_effect(name)}
 
     def get(self, name: str, default: Any, kinds: Any = int, null: Any = NEEDED) -> Any:
         """A value of this type; ``default`` where there is none, and ``null``, if given, where there is null."""
