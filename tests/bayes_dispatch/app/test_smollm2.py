@@ -77,6 +77,10 @@ def test_the_model_of_the_package_is_read_kept_and_adapted(tmp_path: Path) -> No
     found = torch.cat([session.read(ids[:, :2], tail=2).after, session.read(ids[:, 2:], tail=16).after], 1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert backbone.tokenizer.decode([int(found[0, -1].argmax())]) == " Paris"
+    core = bd.MambaFormerForCausalLM.from_transformers(kept, dtype=torch.float32)
+    assert core.tokenizer.tokenize("The capital of France is").ids == tuple(ids[0].tolist())
+    with torch.no_grad():
+        torch.testing.assert_close(core(ids).logits.log_softmax(-1), expected, rtol=0, atol=1e-4)
     name = "model.layers.29.self_attn.q_proj"
     generator = torch.Generator().manual_seed(0)
     up, down = torch.randn(576, 2, generator=generator), torch.randn(2, 576, generator=generator) / 24
