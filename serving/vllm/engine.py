@@ -23,12 +23,11 @@ import torch
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, PromptError
 from bayes_dispatch.inference.chat.form import Form
-from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.blends import Blend
 from bayes_dispatch.inference.two_pass.events import tell
 from bayes_dispatch.inference.two_pass.prompts import Written
 from bayes_dispatch.inference.two_pass.second_pass import on_base
-from bayes_dispatch.inference.two_pass.system import System, dispatch
+from bayes_dispatch.inference.two_pass.system import System, check_system, dispatch
 from bayes_dispatch.serving.engine import Limits
 from bayes_dispatch.serving.reading import Reading
 from bayes_dispatch.serving.vllm.export import check_lora, probes_of
@@ -72,11 +71,11 @@ class VllmEngine:
 
     Raises:
         ConfigError: experts that vLLM cannot be given, or a server of another model or other experts.
-        UpstreamError: no server. ForeignExpertError: see ``TwoPassGenerator``.
+        UpstreamError: no server. ForeignExpertError: see ``check_system``.
     """
 
     def __init__(self, system: System, url: str, limits: Limits | None = None, key: str | None = None) -> None:
-        TwoPassGenerator(system)  # whether its parts fit together
+        check_system(system)
         check_lora(system.experts, system.model)
         self._system, self._limits = system, Limits() if limits is None else limits
         self._form = Form.of(system.tokenizer)

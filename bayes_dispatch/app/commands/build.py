@@ -129,7 +129,7 @@ def train_documents(
         raise UnknownNameError(f"expected a domain of {', '.join(found)}, got {unknown[0]!r}")
     use_one_thread()
     backbone = transformers_backbone(model, device="cpu", dtype="float32", cast="bfloat16")
-    plan = DocumentsPlan.of(kind, seed)
+    plan = DocumentsPlan.of(kind, backbone, seed)
     domains = [found[name] for name in chosen]
     bundle = train(backbone, domains, plan, out, announce=_announce)
     _tell(bundle, out, model, as_json)

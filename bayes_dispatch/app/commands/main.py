@@ -220,11 +220,12 @@ def report(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
 ) -> None:
     """What was measured when a bundle was trained: experts, dispatch, calibration and blends."""
-    from bayes_dispatch.app.bundle import load_bundle
+    from bayes_dispatch.app.bundle import read_index
+    from bayes_dispatch.app.shipped import bundle_directory
     from bayes_dispatch.app.tables import report_markdown
 
     refuse_unused("--markdown", markdown, not as_json, "without --json", "both")
-    measured = load_bundle(bundle).report
+    measured = read_index(bundle_directory(bundle))["report"]
     if markdown and (tables := report_markdown(measured)):
         return print(tables)
     _print_report(measured, as_json)

@@ -22,6 +22,7 @@ from bayes_dispatch.app.commands.terminal import (
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
+    from bayes_dispatch.app.bundle import Bundle
     from bayes_dispatch.experts.domains import Domain
     from bayes_dispatch.experts.training import ExpertSettings
 
@@ -128,7 +129,8 @@ def train_expert(
     settings = own_settings(asked, steps, seed)
     domain = read_domain(name, text, jsonl, function, settings.length - 1)
     if model is None:
-        return _train([domain], settings, None, out, refit, bundle, as_json)
+        old = open_bundle(bundle)
+        return _tell(out, *_train(old, [domain], settings, old.experts.names, out, refit), True, as_json)
     given = {setting: value for setting, value in own.items() if value is not None}
     settings = replace(settings, **{"kind": "lora", **given})
     _train_alone(domain, settings, out, model, {name: value for name, value in loading.items() if value}, as_json)
@@ -165,24 +167,32 @@ def train_experts(
         raise ConfigError("expected at least one --text or --jsonl of NAME=FILE, got none")
     if mute := [name for name, domain in domains.items() if isinstance(domain, OwnPrompts)]:
         raise ConfigError(f'expected an "answer" in each line of the files, got none for {", ".join(mute)}')
-    _train(list(domains.values()), settings, keep_experts, out, True, bundle, as_json)
+    old = open_bundle(bundle)
+    keep = old.experts.names if keep_experts else ()
+    _tell(out, *_train(old, list(domains.values()), settings, keep, out, True), False, as_json)
 
 
 def _train(
+    old: "Bundle",
     domains: "Sequence[Domain]",
     settings: "ExpertSettings",
-    keep_experts: bool | None,
+    keep: "Sequence[str]",
     out: Path,
     refit: bool,
-    bundle: Path | None,
-    as_json: bool,
-) -> None:
-    """Train an expert for each domain, join them to those that stay, and write and tell what came out."""
+) -> tuple[list[str], dict[str, dict[str, str]]]:
+    """Train an expert for each domain, join them to those of the bundle that stay, and write what came out.
+
+    Args:
+        keep: experts of the bundle that stay, unless a domain has their name.
+
+    Returns:
+        All experts, and what is known of those that were trained.
+    """
     from bayes_dispatch.app.training.own_expert import RefitSettings, add_experts, check_texts, train_own_expert
     from bayes_dispatch.experts.vectors import check_expert_name
 
-    old, names = open_bundle(bundle), [domain.name for domain in domains]
-    keep = [] if keep_experts is False else [name for name in old.experts.names if name not in names]
+    names = [domain.name for domain in domains]
+    keep = [name for name in keep if name not in names]
     for name in names:  # all that would be refused later is refused before training, which takes minutes
         check_expert_name(name)
     if refit:
@@ -200,8 +210,7 @@ def _train(
         for expert, _ in trained.values():
             experts = experts.with_expert(expert)
         experts.save(out)
-    told = {name: dict(expert.metadata) for name, (expert, _) in trained.items()}
-    _tell(out, list(experts.names), told, keep_experts is None, as_json)
+    return list(experts.names), {name: dict(expert.metadata) for name, (expert, _) in trained.items()}
 
 
 def _train_alone(
@@ -233,6 +242,7 @@ def _train_alone(
 
 
 def _tell(out: Path, experts: list[str], told: dict[str, dict[str, str]], one: bool, as_json: bool) -> None:
+    """Print all experts, and those that were trained; ``one``: as of a command that trains a single one."""
     if as_json:
         (name, *_) = told
         trained = {"name": name, **told[name]} if one else {"trained": told}

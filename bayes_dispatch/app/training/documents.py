@@ -35,9 +35,10 @@ class DocumentsPlan:
     build: BuildSettings = field(default_factory=BuildSettings)
 
     @classmethod
-    def of(cls, kind: str, seed: int = 0) -> "DocumentsPlan":
-        """The recipe of the bundle ``smollm2``: the upper half of the blocks, two thousand bytes a step."""
-        sizes: dict[str, Any] = {"steps": 40, "batch_size": 4, "length": 640, "adapt_from": 15, "kind": kind}
+    def of(cls, kind: str, model: Backbone, seed: int = 0) -> "DocumentsPlan":
+        """The recipe of the bundle ``smollm2``: the upper half of a model's blocks, two thousand bytes a step."""
+        sizes: dict[str, Any] = {"steps": 40, "batch_size": 4, "length": 640, "kind": kind}
+        sizes["adapt_from"] = model.depth // 2
         rate = 5e-2 if kind == "svf" else 4e-3
         build = BuildSettings(seed=seed, pure_prompts=150, mixed_prompts=300)
         return cls(ExpertSettings(**sizes, learning_rate=rate, seed=seed), build)

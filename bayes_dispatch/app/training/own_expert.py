@@ -197,7 +197,7 @@ def add_experts(
     own = {name: pure.evidence.select(pure.labels == list(texts).index(name)) for name in new}
     known = KnownEvidence.concatenate(parts)
     dispatcher = _fitted(bundle.dispatcher, bank.names, known.evidence, known.labels, known.mixtures, seed, progress)
-    return Bundle(model, bank, dispatcher, evidence=kept | own)
+    return Bundle(model, bank, dispatcher, evidence=kept | own, default_dtype=bundle.default_dtype)
 
 
 def with_dispatcher(

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 
 from bayes_dispatch.arguments import set_whole
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
+from bayes_dispatch.dispatcher.gate import FEWEST_PROMPTS
 from bayes_dispatch.experts.training import ExpertSettings
 from bayes_dispatch.inference.scoring.evaluation import PROMPT_BYTES, TOTAL_BYTES
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
@@ -22,11 +23,16 @@ class TrainingPlan:
         precision: of products in pre-training, and of the weights that it ends with, which experts see in float32.
         pretraining, experts: recipes. svi: settings of the dispatcher's fit.
         pure_prompts: labelled prompts per domain for the dispatcher. mixed_prompts: prompts of known mixture for it.
-        gate_pure_prompts: held-out prompts per domain that calibrate the gate. gate_mixed_prompts: of several domains.
+        gate_pure_prompts: held-out prompts per domain that calibrate the gate. gate_mixed_prompts: of several domains;
+            enough of them for a gate, however many domains there are.
         prompt_lengths, gate_lengths: shortest and longest of the dispatcher's and of the gate's, in bytes.
         judged_prompts: held-out prompts per domain, of each of ``judged_lengths`` bytes, that judge it.
         judged_mixtures: of known mixture.
-        judged_documents: documents per set that judge experts and blends; ``document_bytes``: of a prompt, and in all.
+        judged_documents: documents per set that judge experts and blends, 2 at least: differences have errors;
+            ``document_bytes``: of a prompt, and in all.
+
+    Raises:
+        ConfigError: a number that is not whole, or too small for a stage that comes hours later.
     """
 
     seed: int = 0
@@ -50,8 +56,8 @@ class TrainingPlan:
     document_bytes: tuple[int, int] = (PROMPT_BYTES, TOTAL_BYTES)
 
     def __post_init__(self) -> None:
-        set_whole(self, pure_prompts=1, mixed_prompts=1, judged_prompts=1, judged_mixtures=1, judged_documents=1)
-        set_whole(self, gate_pure_prompts=1, gate_mixed_prompts=1)
+        set_whole(self, pure_prompts=1, mixed_prompts=1, judged_prompts=1, judged_mixtures=1, judged_documents=2)
+        set_whole(self, gate_pure_prompts=1, gate_mixed_prompts=FEWEST_PROMPTS)
 
     def with_seed(self, seed: int) -> "TrainingPlan":
         """The same plan under another seed."""

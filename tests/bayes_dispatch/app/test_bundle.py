@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError, NotFittedError
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.blends import PosteriorPredictive
+from bayes_dispatch.serving.engine import BatchedEngine
 
 if TYPE_CHECKING:
     from bayes_dispatch.experts.bank import ExpertBank
@@ -203,6 +205,14 @@ class TestForeign:
                 ConfigError, match=r"expected a dispatcher over .'reverse', 'sort', 'add'.* got one over"
             ):
                 Bundle(bundle.model, bundle.experts, Dispatcher(names))
+
+    def test_engines_refuse_the_same(self, bundle: Bundle) -> None:
+        parts = {"model": bundle.model, "tokenizer": bundle.tokenizer, "experts": bundle.experts}
+        system = SimpleNamespace(**parts, dispatcher=Dispatcher(("reverse", "sort")))
+        with pytest.raises(ConfigError, match="expected a dispatcher over"):
+            BatchedEngine(system)
+        with pytest.raises(ConfigError, match="expected a dispatcher over"):
+            pytest.importorskip("bayes_dispatch.serving.vllm.engine").VllmEngine(system, "http://127.0.0.1:9")
 
 
 def test_a_dispatcher_that_is_not_fitted_is_not_saved(bundle: Bundle, saved: Path) -> None:

@@ -371,6 +371,17 @@ def test_report_that_was_not_measured(saved: Path, capfd: pytest.CaptureFixture[
     assert run(capfd, "report", "--bundle", saved, "--markdown") == (0, out, "")
 
 
+def test_report_reads_the_index_alone(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """It is told without the model, which may be elsewhere; an index of another format is not."""
+    index = json.loads((saved / "bundle.json").read_text())
+    Path("moved").mkdir()
+    Path("moved/bundle.json").write_text(json.dumps(index | {"report": {"note": "kept"}}))
+    code, out, err = run(capfd, "report", "--bundle", "moved", "--json")
+    assert (code, json.loads(out), err) == (0, {"note": "kept"}, "")
+    Path("moved/bundle.json").write_text(json.dumps(index | {"format": 99}))
+    assert_one_line(*run(capfd, "report", "--bundle", "moved"))
+
+
 def test_truncated_bundle_is_one_line(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """And nothing is written. Other damage: tests/test_damage.py."""
     shutil.copytree(saved, "broken")
@@ -428,7 +439,7 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
     def interrupted(directory: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bayes_dispatch.app.bundle.load_bundle", interrupted)
+    monkeypatch.setattr("bayes_dispatch.app.bundle.read_index", interrupted)
     assert run(capfd, "report") == (130, "", "")
 
 

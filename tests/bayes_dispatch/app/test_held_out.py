@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bayes_dispatch.app import held_out
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.app.commands import main as cli
 from bayes_dispatch.app.commands.terminal import named_paths
@@ -160,6 +161,14 @@ class TestGate:
         with pytest.raises(ConfigError, match="expected held-out text of every expert, got none of sort"):
             calibrated(own, {}, 20, 60, (16, 24), seed=1)
         assert calibrated(own, {"sort": OwnText("sort", TEXT)}, 20, 60, (16, 24), seed=1).gate is not None
+
+    def test_a_flat_dispatcher_is_refused_before_a_prompt_is_read(
+        self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(held_out, "calibration_evidence", None)
+        flat = replace(bundle, dispatcher=Dispatcher.flat(bundle.experts.names))
+        with pytest.raises(ConfigError, match=r"expected a dispatcher .* got a flat one: see fit --examples"):
+            calibrated(flat, {}, 20, 60, (16, 24), seed=1)
 
     def test_a_bundle_keeps_it(self, gated: Bundle, tmp_path: Path) -> None:
         gated.save(tmp_path / "gated")

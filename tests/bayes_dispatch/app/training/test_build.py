@@ -93,7 +93,10 @@ def test_from_the_command_line_to_text(
     cast = load_bundle(out, dtype="bfloat16")
     assert cast.model.dtype == torch.bfloat16
     cast.save(tmp_path / "cast")
-    assert load_bundle(tmp_path / "cast").model.dtype == torch.bfloat16
+    assert load_bundle(tmp_path / "cast").model.dtype == torch.float32  # that of the bundle, not of one load of it
+    low = flat.model.cast(torch.bfloat16)  # type: ignore[attr-defined]
+    bd.Bundle(low, flat.experts, flat.dispatcher).save(tmp_path / "low")
+    assert load_bundle(tmp_path / "low").model.dtype == torch.bfloat16
     with pytest.raises(ConfigError, match="expected a bundle of a transformers model for cuda:7"):
         load_bundle(device="cuda:7")
 

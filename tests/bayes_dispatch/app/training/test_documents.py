@@ -67,6 +67,28 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("blocks", "first"), [(4, 2), (1, 0)])
+def test_the_command_adapts_the_upper_half_of_any_model(
+    blocks: int, first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_model(dtype=torch.float32)
+    del model.model.layers[blocks:]
+    model.config.num_hidden_layers = blocks
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    begun = []
+
+    def train(model: object, domain: object, settings: ExpertSettings, progress: bool) -> None:
+        begun.append(settings.adapt_from)
+        raise ConfigError("expected no training here, got as far as that")
+
+    monkeypatch.setattr("bayes_dispatch.app.training.documents.train_expert", train)
+    with pytest.raises(SystemExit):
+        main(["train-documents", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")])
+    assert (begun, "got as far as that" in capsys.readouterr().err) == ([first], True)
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("given", "message"),
     [
