@@ -47,6 +47,7 @@ _CLASS_OF = np.full(256, len(TOKEN_CLASSES))
 for _index, _members in enumerate(TOKEN_CLASSES.values()):
     _CLASS_OF[list(_members)] = _index
 
+PROMPTS_AT_ONCE = 32
 RESIDUAL_FLOOR = 0.01  # of the mean squared hidden state: the residual of one byte is 0, which has no logarithm
 
 
@@ -55,7 +56,6 @@ class FirstPass:
     """What the first pass found.
 
     Attributes:
-        prompts: the prompts' bytes.
         evidence: the views ``hidden`` (prompt, D), the mean of the last hidden states over the prompt's bytes;
             ``counts`` (prompt, C), how many of its bytes fall into each token class; and ``surprise`` (prompt, 2), the
             mean negative log-likelihood per byte in nats, and the log of the mean squared distance between the hidden
@@ -63,7 +63,6 @@ class FirstPass:
             there is no ``surprise``, which needs them all.
     """
 
-    prompts: tuple[bytes, ...]
     evidence: Evidence
 
 
@@ -72,7 +71,6 @@ def first_pass(
     model: Backbone,
     tokenizer: Tokenizer,
     prompts: Sequence[str | bytes],
-    batch_size: int = 32,
     progress: bool = False,
     block: int = 0,
 ) -> FirstPass:
@@ -80,7 +78,7 @@ def first_pass(
 
     Args:
         model, tokenizer: of a bundle. prompts: UTF-8, as long as the model can read.
-        batch_size: prompts that run at once; it does not change the result. progress: show a progress bar.
+        progress: show a progress bar.
         block: the first adapted one: only the blocks before it run, as the second pass goes on from there. With 0 all
             do.
 
@@ -91,12 +89,12 @@ def first_pass(
     texts = tokenized(tokenizer, checked, model.longest)
     order = sorted(range(len(checked)), key=lambda i: len(texts[i].ids))  # similar lengths run together
     rows: dict[int, dict[str, np.ndarray]] = {}
-    for start in tqdm(range(0, len(order), batch_size), "first pass", disable=None if progress else True):
-        batch = order[start : start + batch_size]
+    for start in tqdm(range(0, len(order), PROMPTS_AT_ONCE), "first pass", disable=None if progress else True):
+        batch = order[start : start + PROMPTS_AT_ONCE]
         ids, tokens = padded([texts[i].ids for i in batch], tokenizer.pad_token_id)
         rows.update(zip(batch, _pooled(model, ids, tokens, block), strict=True))
     views = {name: np.stack([rows[i][name] for i in range(len(checked))]) for name in rows[0]}
-    return FirstPass(tuple(checked), evidence_of(checked, texts, views))
+    return FirstPass(evidence_of(checked, texts, views))
 
 
 def _pooled(
