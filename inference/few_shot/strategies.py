@@ -85,7 +85,7 @@ class Classified:
     name: str = "classifier"
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
-        evidence = first_pass(system.model, system.tokenizer, prompts, block=cut_of(system)).evidence
+        evidence = first_pass(system.model, system.tokenizer, prompts, cut=cut_of(system)).evidence
         shares = np.asarray(self.classify(evidence))
         return one_hot_draws(shares, system.experts.components, prompt_seeds(seed, check_prompts(prompts)))
 

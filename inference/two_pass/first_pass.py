@@ -72,18 +72,17 @@ def first_pass(
     tokenizer: Tokenizer,
     prompts: Sequence[str | bytes],
     progress: bool = False,
-    block: int = 0,
+    cut: int = 0,
 ) -> FirstPass:
     """Read prompts of any lengths with the unadapted model.
 
     Args:
         model, tokenizer: of a bundle. prompts: UTF-8, as long as the model can read.
         progress: show a progress bar.
-        block: the first adapted one: only the blocks before it run, as the second pass goes on from there. With 0 all
-            do.
+        cut: how many blocks no expert adapts: these alone run, as the second pass goes on from there. With 0 all do.
 
     Raises:
-        PromptError: see ``check_prompts``. ConfigError: the model has no such block, or cannot be cut there.
+        PromptError: see ``check_prompts``. ConfigError: the model has fewer blocks, or cannot be cut there.
     """
     checked = check_prompts(prompts)
     texts = tokenized(tokenizer, checked, model.longest)
@@ -92,17 +91,17 @@ def first_pass(
     for start in tqdm(range(0, len(order), PROMPTS_AT_ONCE), "first pass", disable=None if progress else True):
         batch = order[start : start + PROMPTS_AT_ONCE]
         ids, tokens = padded([texts[i].ids for i in batch], tokenizer.pad_token_id)
-        rows.update(zip(batch, _pooled(model, ids, tokens, block), strict=True))
+        rows.update(zip(batch, _pooled(model, ids, tokens, cut), strict=True))
     views = {name: np.stack([rows[i][name] for i in range(len(checked))]) for name in rows[0]}
     return FirstPass(evidence_of(checked, texts, views))
 
 
 def _pooled(
-    model: Backbone, ids: Int[Tensor, "B T"], tokens: Int[Tensor, " B"], block: int
+    model: Backbone, ids: Int[Tensor, "B T"], tokens: Int[Tensor, " B"], cut: int
 ) -> list[dict[str, np.ndarray]]:
     """The views of each row that are read off the model."""
-    blocks = range(block) if block else range(model.depth)
-    read = model.open(len(ids), ids.shape[1], blocks=blocks).read(ids, tokens, own=not block)
+    blocks = range(cut) if cut else range(model.depth)
+    read = model.open(len(ids), ids.shape[1], blocks=blocks).read(ids, tokens, own=not cut)
     means = token_means(read.hidden, tokens)
     if read.own is None:
         return [{"hidden": mean} for mean in means]
