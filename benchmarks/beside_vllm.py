@@ -55,7 +55,7 @@ def lora_bundle(model: Path, out: Path) -> None:
     bank = ExpertBank(experts)
     labels = np.arange(64) % len(NAMES)
     texts = [f"{'abcdefgh'[label]}{n}" * (3 + n % 5) for n, label in enumerate(labels)]
-    evidence = first_pass(backbone, backbone.tokenizer, texts, block=backbone.cut(bank.adapts)).evidence
+    evidence = first_pass(backbone, backbone.tokenizer, texts, cut=backbone.cut(bank.adapts)).evidence
     dispatcher = Dispatcher(NAMES, svi=SVISettings(steps=40), features=FeatureSettings(dimensions=4, folds=2))
     bundle = Bundle(backbone, bank, dispatcher.fit(evidence, labels))
     bundle.save(out / "bundle")

@@ -91,7 +91,7 @@ class Ours:
         cut, capacity = self.backbone.cut(self.experts.adapts), len(ids) + count
         prefix = read_prefix(self.backbone, cut, [ids.tolist()], 0, capacity)
         reader = CachedReader(self.backbone, self.experts, particles, prefix, [0], capacity)
-        after = straight(reader.read_prompts(own=True)).after[:, :, -1]
+        after = next(straight(reader.read_prompts(own=True)).after)[:, :, -1]
         return Going(after.logsumexp(1), lambda chosen: reader.read(chosen).logsumexp(1))
 
 

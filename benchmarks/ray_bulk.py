@@ -107,7 +107,7 @@ def fitted(texts: Sequence[Document], folder: Path) -> dict[str, Any]:
     file = written(folder / "prompts.jsonl", lines)
     ended(command("fit", "--examples", file, "--out", folder / "here"))
     killed_amid(command("fit", "--ray", "--examples", file, "--out", folder / "there"), "ray::read_block")
-    evidence = bd.first_pass(bundle.model, bundle.tokenizer, [text.prompt for text in texts], block=bundle.cut).evidence
+    evidence = bd.first_pass(bundle.model, bundle.tokenizer, [text.prompt for text in texts], cut=bundle.cut).evidence
     here, there = (bd.load_bundle(folder / name).dispatcher.predict_proba(evidence) for name in ("here", "there"))
     apart = float(np.abs(here - there).max())
     assert apart < SAME, f"expected the same dispatcher, got one whose probabilities are {apart:.2g} apart"

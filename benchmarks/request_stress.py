@@ -79,7 +79,7 @@ def system() -> bd.Bundle:
         [ExpertVector(n, {m: 1 + 0.5 * torch.randn(r) for m, r in ranks.items()}, base) for n in NAMES]
     )
     texts = [("ab>ba\n", "ba>ab\n", "1+2=3\n")[i % 3] * (1 + i % 4) for i in range(30)]
-    evidence = bd.first_pass(model, bd.ByteTokenizer(), texts, block=bank.adapt_from).evidence
+    evidence = bd.first_pass(model, bd.ByteTokenizer(), texts, cut=model.cut(bank.adapts)).evidence
     features = FeatureSettings(dimensions=4, folds=2)
     dispatcher = bd.Dispatcher(NAMES, svi=SVISettings(steps=40), features=features)
     return bd.Bundle(model, bank, dispatcher.fit(evidence, np.arange(30) % 3))

@@ -208,7 +208,7 @@ def dispatcher_of(names: tuple[str, ...], model: Any, tokenizer: Any) -> Dispatc
 
     labels = np.arange(30) % 3
     texts = [("ab>ba\n", "ba>ab\n", "1+2=3\n")[label] * (1 + i % 4) for i, label in enumerate(labels)]
-    evidence = first_pass(model, tokenizer, texts, block=1).evidence
+    evidence = first_pass(model, tokenizer, texts, cut=1).evidence
     features = FeatureSettings(dimensions=4, folds=2)
     return Dispatcher(names, svi=SVISettings(steps=40, rounds=1), features=features).fit(evidence, labels)
 

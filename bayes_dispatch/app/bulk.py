@@ -58,7 +58,7 @@ def score_block(documents: Sequence[Document], bundle: BundleAt, blends: Sequenc
 def read_block(prompts: Sequence[str], bundle: BundleAt) -> Evidence:
     """The evidence of a block, likewise."""
     system = _loaded(bundle)
-    return first_pass(system.model, system.tokenizer, prompts, block=system.cut).evidence
+    return first_pass(system.model, system.tokenizer, prompts, cut=system.cut).evidence
 
 
 @lru_cache(maxsize=2)  # a process that scores many blocks loads a bundle once; `compare --other` has two

@@ -19,7 +19,7 @@ from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_eviden
 from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError
 from bayes_dispatch.experts.bank import ExpertBank
-from bayes_dispatch.inference.two_pass.system import check_system
+from bayes_dispatch.inference.two_pass.system import check_system, cut_of
 from bayes_dispatch.model.backbone import Backbone, Tokenizer
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.storage import CLUTTER, read_json, save_directory, write_json
@@ -78,7 +78,7 @@ class Bundle:
         0 where experts touch the first block, or where the model cannot be cut: then the base model reads a prompt once
         more for its evidence.
         """
-        return self.model.cut(self.experts.adapts)
+        return cut_of(self)
 
     def save(self, directory: str | Path) -> None:
         """Write everything, in the place of an earlier bundle in that directory.

@@ -191,10 +191,8 @@ def _judge(
     """On held-out prompts of these experts."""
     names = bundle.experts.names
     domains, places, count = list(known.values()), [names.index(name) for name in known], len(names)
-    model, dispatcher, seed, block = bundle.model, bundle.dispatcher, settings.seed, bundle.cut
-    mixed = mixed_evidence(
-        model, domains, settings.mixtures, settings.mixture_lengths, "held_out", seed, progress, block
-    )
+    model, dispatcher, seed, cut = bundle.model, bundle.dispatcher, settings.seed, bundle.cut
+    mixed = mixed_evidence(model, domains, settings.mixtures, settings.mixture_lengths, "held_out", seed, progress, cut)
     mixed = mixed.among(places, count)
     posterior = dispatcher.posterior(mixed.evidence, draws=settings.draws, seed=seed)
     coverage = coverage_curve(posterior, mixed.mixtures)
@@ -204,7 +202,7 @@ def _judge(
     pure, probabilities, labels = {}, [], []
     for length in settings.lengths:
         found = pure_evidence(
-            model, domains, settings.prompts, (length, length), "held_out", seed + length, progress, block
+            model, domains, settings.prompts, (length, length), "held_out", seed + length, progress, cut
         )
         found = found.among(places, count)
         of_length = dispatcher.predict_proba(found.evidence)
@@ -215,7 +213,7 @@ def _judge(
     confidence, wrong = joint.max(1), joint.argmax(1) != truth
     first = np.random.default_rng([seed, 4]).permutation(len(truth)) < len(truth) // 2
     foreign = foreign_evidence(
-        model, FOREIGN_TEXTS, count, settings.prompts, (settings.lengths[-1], settings.lengths[-1]), seed, block
+        model, FOREIGN_TEXTS, count, settings.prompts, (settings.lengths[-1], settings.lengths[-1]), seed, cut
     )
     base_weight = [
         dispatcher.posterior(evidence, draws=settings.draws, seed=seed).mean[:, -1]

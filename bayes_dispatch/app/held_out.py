@@ -90,8 +90,8 @@ def calibrated(
     domains = held_out_domains(bundle, own, packages)
     if missing := [name for name in bundle.experts.names if name not in domains]:
         raise ConfigError(f"expected held-out text of every expert, got none of {', '.join(missing)}")
-    block, texts = bundle.cut, list(domains.values())
-    known = calibration_evidence(bundle.model, texts, pure, mixed, lengths, seed, progress, block)
+    cut, texts = bundle.cut, list(domains.values())
+    known = calibration_evidence(bundle.model, texts, pure, mixed, lengths, seed, progress, cut)
     dispatcher, gate = settled(bundle.dispatcher, known, seed)
     return replace(bundle, dispatcher=dispatcher, gate=gate)
 

@@ -144,7 +144,7 @@ def simulated(seed: int, sizes: Sizes, experts: int = 8) -> Problem:
 def shipped(seed: int, sizes: Sizes, work: Path, block: int = 0) -> Problem:
     """Documents of the shipped experts' domains, read by the shipped model; evidence is kept under ``work``.
 
-    The dispatcher is fitted as the bundle's is. ``block`` is that of ``first_pass``."""
+    The dispatcher is fitted as the bundle's is. ``block`` is the first adapted one."""
     work.mkdir(parents=True, exist_ok=True)
     model = MambaFormerForCausalLM.from_pretrained(SHIPPED / "model")
     count, other = len(EXPERT_DOMAINS), 1000 * seed
@@ -153,18 +153,18 @@ def shipped(seed: int, sizes: Sizes, work: Path, block: int = 0) -> Problem:
         if name == "train":
             return KnownEvidence.concatenate(
                 [
-                    pure_evidence(model, EXPERT_DOMAINS, sizes.pure, SPAN, "train", other, block=block),
-                    mixed_evidence(model, EXPERT_DOMAINS, sizes.mixed, SPAN, "train", other, block=block),
+                    pure_evidence(model, EXPERT_DOMAINS, sizes.pure, SPAN, "train", other, cut=block),
+                    mixed_evidence(model, EXPERT_DOMAINS, sizes.mixed, SPAN, "train", other, cut=block),
                     base_evidence(model, BASE_TEXTS, count, sizes.pure, SPAN, "train", other, block),
                 ]
             )
         if name == "mixed":
-            return mixed_evidence(model, EXPERT_DOMAINS, sizes.mixtures, SPAN, "held_out", other + 1, block=block)
+            return mixed_evidence(model, EXPERT_DOMAINS, sizes.mixtures, SPAN, "held_out", other + 1, cut=block)
         if name == "foreign":
             both = (LENGTHS_JUDGED[-1], LENGTHS_JUDGED[-1])
             return foreign_evidence(model, FOREIGN_TEXTS, count, sizes.judged, both, other + 1, block)
         both = (int(name), int(name))
-        return pure_evidence(model, EXPERT_DOMAINS, sizes.judged, both, "held_out", other + 1 + int(name), block=block)
+        return pure_evidence(model, EXPERT_DOMAINS, sizes.judged, both, "held_out", other + 1 + int(name), cut=block)
 
     def get(name: str) -> KnownEvidence:
         parts = (sizes.pure, sizes.mixed, sizes.judged, sizes.mixtures, seed)

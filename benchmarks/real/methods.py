@@ -172,7 +172,7 @@ def training_evidence(bundle: bd.Bundle, directory: Path, domains: Sequence[Doma
     kept = directory.with_name(directory.name + ".work") / "train.npz"
     if kept.exists():
         return KnownEvidence(*read_evidence(kept))
-    return pure_evidence(bundle.model, domains, 60, (SHORT, HALF), "train", 0, block=cut_of(bundle))
+    return pure_evidence(bundle.model, domains, 60, (SHORT, HALF), "train", 0, cut=cut_of(bundle))
 
 
 def takes_routers(experts: bd.ExpertBank) -> bool:

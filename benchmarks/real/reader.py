@@ -41,7 +41,7 @@ class Reader:
         model, cut = self.bundle.model, cut_of(self.bundle)
 
         def read(own: Sequence[str]) -> Arrays:
-            found = first_pass(model, self.bundle.tokenizer, own, block=cut).evidence
+            found = first_pass(model, self.bundle.tokenizer, own, cut=cut).evidence
             return {"lengths": found.known_lengths(), **found.views}
 
         views = self._kept("evidence", [str(cut)], texts, read)

@@ -11,7 +11,7 @@ from bayes_dispatch.inference.chat.state import Transcript
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.filtering import FilterState, ParticleFilter
 from bayes_dispatch.inference.two_pass.first_pass import Prefix, read_prefix
-from bayes_dispatch.inference.two_pass.readers import CachedReader, Said, straight
+from bayes_dispatch.inference.two_pass.readers import CachedReader, straight
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.two_pass.system import System
@@ -51,35 +51,36 @@ def expected_divergence(
     user = np.concatenate([np.zeros(len(begin), dtype=bool), window.user])
     prefix = read_prefix(system.model, cut, [ids], system.tokenizer.pad_token_id, len(ids))
     both = np.concatenate([rows[None], candidate.weights], axis=1)
-    said, evaluated = _run(system, prefix, both, len(window))
+    own, after, evaluated = _run(system, prefix, both, len(window))
     count = len(rows)
     begin_at = FilterState.prior(candidate).aimed(candidate.target).forgotten()
-    new = _filtered(begin_at, said, slice(count, None), user)
+    new = _filtered(begin_at, own[:, count:], user)
     if candidate.refined:
-        refined, more = _run(system, prefix, new.mean()[:, None], len(window))
-        p, evaluated = refined.after[0, 0].double(), evaluated + more
+        _, refined, more = _run(system, prefix, new.mean()[:, None], len(window))
+        p, evaluated = refined[0, 0].double(), evaluated + more
     else:
-        p = _mixed(new, said.after[:, count:])
-    q = _mixed(_filtered(current.forgotten(), said, slice(count), user), said.after[:, :count])
+        p = _mixed(new, after[:, count:])
+    q = _mixed(_filtered(current.forgotten(), own[:, :count], user), after[:, :count])
     kl = (p.exp() * (p - q)).sum(-1).mean()
     return max(float(kl), 0.0), evaluated + len(ids) * cut
 
 
 def _run(
     system: "System", prefix: Prefix, weights: Float[np.ndarray, "1 S components"], places: int
-) -> tuple[Said, int]:
-    """What particles say of all tokens, and after as many of the last ones as there is memory for."""
+) -> tuple[Float[Tensor, "1 S T"], Float[Tensor, "1 S t V"], int]:
+    """What particles say of all tokens, and after as many of the last ones as there is memory for; evaluations."""
     particles = Particles(weights, np.ones(weights.shape[:2]))
     reader = CachedReader(system.model, system.experts, particles, prefix, [0], prefix.ids.shape[1])
     tail = min(places, max(1, NUMBERS // (weights.shape[1] * system.model.vocab_size)))
-    return straight(reader.read_prompts(own=True, tail=tail)), reader.evaluated
-
-
-def _filtered(state: FilterState, said: Said, particles: slice, user: np.ndarray) -> ParticleFilter:
-    """The filter once it has read the user's tokens."""
+    said = straight(reader.read_prompts(own=True, tail=tail))
     assert said.own is not None
+    return said.own, torch.cat(list(said.after), 2), reader.evaluated
+
+
+def _filtered(state: FilterState, own: Float[Tensor, "1 S T"], user: np.ndarray) -> ParticleFilter:
+    """The filter once it has read the user's tokens."""
     weights = ParticleFilter.at(state)
-    weights.update(said.own[:, particles, 1:], torch.from_numpy(user[None, 1:]))  # nothing is said of the first
+    weights.update(own[:, :, 1:], torch.from_numpy(user[None, 1:]))  # nothing is said of the first
     return weights
 
 

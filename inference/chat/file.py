@@ -24,15 +24,18 @@ from bayes_dispatch.storage import read_tensors, write_tensors
 if TYPE_CHECKING:
     from bayes_dispatch.inference.two_pass.system import System
 
-__all__ = ["read_chat", "write_chat"]
+__all__ = ["owner_of", "read_chat", "write_chat"]
 
 FORMAT = "bayes-dispatch chat 2"
 BYTES = "bayes-dispatch chat 1"  # what it was: tokens are the bytes of the transcript
 BY_CLASS: dict[str, type] = {kind.__name__: kind for kind in (*BLENDS.values(), FixedWeights)}
 
 
-def write_chat(path: Path, system: "System", settings: ChatSettings, state: ChatState) -> None:
+def write_chat(path: Path, owner: Mapping[str, Any], settings: ChatSettings, state: ChatState) -> None:
     """Write a conversation, whole or not at all.
+
+    Args:
+        owner: the system of the conversation (``owner_of``).
 
     Raises:
         ConfigError: a blend that is none of ``BY_CLASS``. BundleError: ``path`` is a directory.
@@ -59,15 +62,15 @@ def write_chat(path: Path, system: "System", settings: ChatSettings, state: Chat
     chosen = {**vars(settings), "blend": {"kind": type(blend).__name__, "settings": vars(blend)}}
     header = {
         "format": FORMAT,
-        "system": json.dumps(_system(system)),
+        "system": json.dumps(owner),
         "settings": json.dumps(chosen, default=lambda values: values.tolist()),  # of NumPy
         "turns": json.dumps(state.turns),
     }
     write_tensors(path, tensors, header)
 
 
-def read_chat(path: Path, system: "System") -> tuple[ChatSettings, ChatState]:
-    """What ``write_chat`` wrote, for the same system.
+def read_chat(path: Path, system: "System", owner: Mapping[str, Any]) -> tuple[ChatSettings, ChatState]:
+    """What ``write_chat`` wrote, for the same system, and its owner.
 
     Raises:
         BundleError: the file is missing, truncated, edited, no chat, or one with another model, other experts or
@@ -78,7 +81,7 @@ def read_chat(path: Path, system: "System") -> tuple[ChatSettings, ChatState]:
     if header.get("format") not in (FORMAT, *[BYTES] * bytewise):
         raise BundleError(f"expected a file of format {FORMAT!r} in {path}, got {header.get('format')!r}")
     try:
-        for name, value in _system(system).items():
+        for name, value in owner.items():
             if (saved := json.loads(header["system"])[name]) != value:
                 raise BundleError(f"expected a chat with {name} {value!r} in {path}, got one with {saved!r}")
         settings = _settings(json.loads(header["settings"]))
@@ -131,8 +134,8 @@ def _state(transcript: Transcript, tensors: Mapping[str, Tensor], turns: int, co
     return ChatState(transcript, turns, rows, filtered)
 
 
-def _system(system: "System") -> dict[str, Any]:
-    """What a chat belongs to."""
+def owner_of(system: "System") -> dict[str, Any]:
+    """What a chat belongs to; it hashes all that the experts' weights are."""
     count = len(system.experts.components)
     experts = system.experts.blend(torch.eye(count, dtype=torch.double))
     digest = hashlib.blake2b(digest_size=16)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from bayes_dispatch.errors import PromptError, TensorError
 from bayes_dispatch.experts.bank import ExpertBank
-from bayes_dispatch.model.backbone import Backbone, Tokenizer, padded
-from bayes_dispatch.model.tokenizer import ByteTokenizer, utf8
+from bayes_dispatch.model.backbone import Backbone, padded
+from bayes_dispatch.model.tokenizer import utf8
 
 __all__ = ["MAX_PAIR_BYTES", "AnswerLikelihood", "check_pairs"]
 
@@ -20,11 +20,10 @@ TOKENS_AT_ONCE = 16384  # bounds memory: particles times pairs times their lengt
 class AnswerLikelihood:
     """``log p(answers | questions, w)`` of blend weights ``w``, many of them in one batch.
 
-    Each pair is read by itself, from the beginning token on; the bytes of its answer count.
+    Each pair is read by itself, from what begins a text of the model's tokenizer on; the tokens of its answer count.
 
     Args:
         model: a language model. experts: of that model. pairs: (prompt, answer) texts.
-        tokenizer: of the model.
 
     Attributes:
         components: names of the K + 1 components, base last.
@@ -32,25 +31,23 @@ class AnswerLikelihood:
 
     Raises:
         ForeignExpertError: the experts were made for another model.
-        PromptError: no pairs, an empty answer, or a pair of more than ``MAX_PAIR_BYTES`` bytes or no UTF-8.
+        PromptError: no pairs, an empty answer, or a pair of more than ``MAX_PAIR_BYTES`` bytes, of more tokens than the
+            model can read, or no UTF-8.
     """
 
-    def __init__(
-        self,
-        model: Backbone,
-        experts: ExpertBank,
-        pairs: Sequence[tuple[str | bytes, str | bytes]],
-        tokenizer: Tokenizer | None = None,
-    ) -> None:
+    def __init__(self, model: Backbone, experts: ExpertBank, pairs: Sequence[tuple[str | bytes, str | bytes]]) -> None:
         experts.check_base(model)
         self.pairs = check_pairs(pairs)
-        tokenizer = tokenizer or ByteTokenizer()
+        tokenizer = model.tokenizer
         self.model, self.experts, self.components = model, experts, experts.components
         asked = [tokenizer.tokenize(prompt).ids for prompt, _ in self.pairs]
         rows = [
             (*ids, *tokenizer.tokenize(answer, begin=False).ids)
             for ids, (_, answer) in zip(asked, self.pairs, strict=True)
         ]
+        for index, row in enumerate(rows):
+            if model.longest is not None and len(row) > model.longest:
+                raise PromptError(f"expected pair {index} to have at most {model.longest} tokens, got {len(row)}")
         self._ids, self._tokens = padded(rows, tokenizer.pad_token_id)
         places = torch.arange(self._ids.shape[1])
         begins = torch.tensor([max(1, len(ids)) for ids in asked])  # the very first token has no probability

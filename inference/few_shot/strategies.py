@@ -85,7 +85,7 @@ class Classified:
     name: str = "classifier"
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
-        evidence = first_pass(system.model, system.tokenizer, prompts, block=cut_of(system)).evidence
+        evidence = first_pass(system.model, system.tokenizer, prompts, cut=cut_of(system)).evidence
         shares = np.asarray(self.classify(evidence))
         return one_hot_draws(shares, system.experts.components, prompt_seeds(seed, check_prompts(prompts)))
 
@@ -117,7 +117,7 @@ class FewShot:
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
         count, (own, *_) = len(check_prompts(prompts)), prompt_seeds(seed, [b""])
-        likelihood = AnswerLikelihood(system.model, system.experts, self.pairs, system.tokenizer)
+        likelihood = AnswerLikelihood(system.model, system.experts, self.pairs)
         found = self.method.infer(FewShotProgram(likelihood, self.prior), own % 2**63).posterior
         return DispatchPosterior(np.repeat(found.weights, count, 1), system.experts.components)
 
@@ -162,14 +162,13 @@ def one_hot_draws(
     probabilities: Float[np.ndarray, "prompt component"],
     components: Sequence[str],
     seeds: Sequence[int],
-    draws: int = POSTERIOR_DRAWS,
 ) -> DispatchPosterior:
     """Draws of single components, as many of each as its probability says (systematic sampling), in random order.
 
     The probabilities are taken to be read off the prompts, under a prior to which all components are alike.
 
     Args:
-        probabilities: (N, K + 1). components: their names. seeds: of each prompt's order. draws: S.
+        probabilities: (N, K + 1). components: their names. seeds: of each prompt's order.
 
     Raises:
         TensorError: another shape. ConfigError: they are no probabilities.
@@ -177,10 +176,10 @@ def one_hot_draws(
     if probabilities.ndim != 2 or probabilities.shape[1] != len(components):
         raise TensorError(f"expected probabilities of shape (prompt, {len(components)}), got {probabilities.shape}")
     shares = simplex("probabilities", probabilities)
-    points = (np.arange(draws) + 0.5) / draws
+    points = (np.arange(POSTERIOR_DRAWS) + 0.5) / POSTERIOR_DRAWS
     edges = (shares / shares.sum(1, keepdims=True)).cumsum(1)[:, :-1]  # (N, K)
     chosen = (points[:, None, None] > edges).sum(-1)  # (S, N)
-    orders = np.stack([np.random.default_rng(seed).permutation(draws) for seed in seeds], 1)
+    orders = np.stack([np.random.default_rng(seed).permutation(POSTERIOR_DRAWS) for seed in seeds], 1)
     drawn = np.take_along_axis(chosen, orders, 0)
     return DispatchPosterior(
         np.eye(len(components))[drawn],

@@ -77,11 +77,11 @@ def pure_evidence(
     split: Split,
     seed: int,
     progress: bool = False,
-    block: int = 0,
+    cut: int = 0,
 ) -> KnownEvidence:
     """Prompts of one domain each; their lengths in bytes are log-uniform in ``lengths``, both included.
 
-    ``block``, here and below, is that of ``first_pass``.
+    ``cut``, here and below, is that of ``first_pass``.
     """
     rng = np.random.default_rng([seed, 1])
     prompts, labels = [], []
@@ -90,7 +90,7 @@ def pure_evidence(
             length = _length(rng, lengths)
             prompts.append(domain.document(rng, 0, length, split).data[:length].decode(errors="ignore"))
             labels.append(label)
-    evidence = first_pass(model, model.tokenizer, prompts, progress=progress, block=block).evidence
+    evidence = first_pass(model, model.tokenizer, prompts, progress=progress, cut=cut).evidence
     return KnownEvidence(evidence, np.array(labels), np.full((len(labels), len(domains) + 1), np.nan))
 
 
@@ -102,7 +102,7 @@ def mixed_evidence(
     split: Split,
     seed: int,
     progress: bool = False,
-    block: int = 0,
+    cut: int = 0,
 ) -> KnownEvidence:
     """Prompts whose lines come from two domains, in a third of them from three.
 
@@ -116,7 +116,7 @@ def mixed_evidence(
         text, owners = mixed_text([domains[i] for i in chosen], weights, rng, _length(rng, lengths), split)
         prompts.append(text)
         owned.append(chosen[owners])
-    evidence = first_pass(model, model.tokenizer, prompts, progress=progress, block=block).evidence
+    evidence = first_pass(model, model.tokenizer, prompts, progress=progress, cut=cut).evidence
     texts = (model.tokenizer.tokenize(prompt.encode()) for prompt in prompts)
     shares = [token_shares(*each, len(domains) + 1) for each in zip(texts, owned, strict=True)]
     return KnownEvidence(evidence, np.full(count, -1), np.array(shares).reshape(count, len(domains) + 1))
@@ -142,10 +142,10 @@ def base_evidence(
     lengths: tuple[int, int],
     split: Split,
     seed: int,
-    block: int = 0,
+    cut: int = 0,
 ) -> KnownEvidence:
     """Prompts of domains that base itself serves best: all their weight is on it, beside ``experts`` experts."""
-    found = pure_evidence(model, domains, per_domain, lengths, split, seed, block=block)
+    found = pure_evidence(model, domains, per_domain, lengths, split, seed, cut=cut)
     count = len(found.labels)
     return KnownEvidence(found.evidence, np.full(count, -1), np.tile(np.eye(experts + 1)[-1], (count, 1)))
 
@@ -177,10 +177,10 @@ def foreign_evidence(
     per_domain: int,
     lengths: tuple[int, int],
     seed: int,
-    block: int = 0,
+    cut: int = 0,
 ) -> KnownEvidence:
     """Prompts of domains without an expert, held out: nothing is known of their weights over ``experts`` experts."""
-    found = pure_evidence(model, domains, per_domain, lengths, "held_out", seed, block=block)
+    found = pure_evidence(model, domains, per_domain, lengths, "held_out", seed, cut=cut)
     count = len(found.labels)
     return KnownEvidence(found.evidence, np.full(count, -1), np.full((count, experts + 1), np.nan))
 
@@ -193,17 +193,17 @@ def calibration_evidence(
     lengths: tuple[int, int],
     seed: int,
     progress: bool = False,
-    block: int = 0,
+    cut: int = 0,
 ) -> KnownEvidence:
     """Held-out prompts of one domain and then of several, for ``Gate.calibrate`` and ``Dispatcher.calibrate``.
 
     Args:
         model: the base model. domains: of the experts. pure: prompts of each. mixed: prompts of several.
         lengths: shortest and longest, in bytes. seed: of the prompts. progress: show progress bars.
-        block: that of ``first_pass``.
+        cut: that of ``first_pass``.
     """
-    known = pure_evidence(model, domains, pure, lengths, "held_out", seed, progress, block)
-    several = mixed_evidence(model, domains, mixed, lengths, "held_out", seed, progress, block)
+    known = pure_evidence(model, domains, pure, lengths, "held_out", seed, progress, cut)
+    several = mixed_evidence(model, domains, mixed, lengths, "held_out", seed, progress, cut)
     return KnownEvidence.concatenate([known, several])
 
 

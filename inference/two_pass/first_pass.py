@@ -47,6 +47,7 @@ _CLASS_OF = np.full(256, len(TOKEN_CLASSES))
 for _index, _members in enumerate(TOKEN_CLASSES.values()):
     _CLASS_OF[list(_members)] = _index
 
+PROMPTS_AT_ONCE = 32
 RESIDUAL_FLOOR = 0.01  # of the mean squared hidden state: the residual of one byte is 0, which has no logarithm
 
 
@@ -55,7 +56,6 @@ class FirstPass:
     """What the first pass found.
 
     Attributes:
-        prompts: the prompts' bytes.
         evidence: the views ``hidden`` (prompt, D), the mean of the last hidden states over the prompt's bytes;
             ``counts`` (prompt, C), how many of its bytes fall into each token class; and ``surprise`` (prompt, 2), the
             mean negative log-likelihood per byte in nats, and the log of the mean squared distance between the hidden
@@ -63,7 +63,6 @@ class FirstPass:
             there is no ``surprise``, which needs them all.
     """
 
-    prompts: tuple[bytes, ...]
     evidence: Evidence
 
 
@@ -72,39 +71,37 @@ def first_pass(
     model: Backbone,
     tokenizer: Tokenizer,
     prompts: Sequence[str | bytes],
-    batch_size: int = 32,
     progress: bool = False,
-    block: int = 0,
+    cut: int = 0,
 ) -> FirstPass:
     """Read prompts of any lengths with the unadapted model.
 
     Args:
         model, tokenizer: of a bundle. prompts: UTF-8, as long as the model can read.
-        batch_size: prompts that run at once; it does not change the result. progress: show a progress bar.
-        block: the first adapted one: only the blocks before it run, as the second pass goes on from there. With 0 all
-            do.
+        progress: show a progress bar.
+        cut: how many blocks no expert adapts: these alone run, as the second pass goes on from there. With 0 all do.
 
     Raises:
-        PromptError: see ``check_prompts``. ConfigError: the model has no such block, or cannot be cut there.
+        PromptError: see ``check_prompts``. ConfigError: the model has fewer blocks, or cannot be cut there.
     """
     checked = check_prompts(prompts)
     texts = tokenized(tokenizer, checked, model.longest)
     order = sorted(range(len(checked)), key=lambda i: len(texts[i].ids))  # similar lengths run together
     rows: dict[int, dict[str, np.ndarray]] = {}
-    for start in tqdm(range(0, len(order), batch_size), "first pass", disable=None if progress else True):
-        batch = order[start : start + batch_size]
+    for start in tqdm(range(0, len(order), PROMPTS_AT_ONCE), "first pass", disable=None if progress else True):
+        batch = order[start : start + PROMPTS_AT_ONCE]
         ids, tokens = padded([texts[i].ids for i in batch], tokenizer.pad_token_id)
-        rows.update(zip(batch, _pooled(model, ids, tokens, block), strict=True))
+        rows.update(zip(batch, _pooled(model, ids, tokens, cut), strict=True))
     views = {name: np.stack([rows[i][name] for i in range(len(checked))]) for name in rows[0]}
-    return FirstPass(tuple(checked), evidence_of(checked, texts, views))
+    return FirstPass(evidence_of(checked, texts, views))
 
 
 def _pooled(
-    model: Backbone, ids: Int[Tensor, "B T"], tokens: Int[Tensor, " B"], block: int
+    model: Backbone, ids: Int[Tensor, "B T"], tokens: Int[Tensor, " B"], cut: int
 ) -> list[dict[str, np.ndarray]]:
     """The views of each row that are read off the model."""
-    blocks = range(block) if block else range(model.depth)
-    read = model.open(len(ids), ids.shape[1], blocks=blocks).read(ids, tokens, own=not block)
+    blocks = range(cut) if cut else range(model.depth)
+    read = model.open(len(ids), ids.shape[1], blocks=blocks).read(ids, tokens, own=not cut)
     means = token_means(read.hidden, tokens)
     if read.own is None:
         return [{"hidden": mean} for mean in means]

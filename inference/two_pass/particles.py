@@ -1,6 +1,6 @@
 """A batch of prompts under the particles of a blend: reading them, and going on token by token."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ class Token:
     Attributes:
         ids: (N,). log_probabilities: (N,), under the predictive at temperature 1, in nats.
         entropy, mutual_information: (N,), of the predictive, and between it and the particle, in nats.
-        weights: (N, K + 1), the filtered mean of the blend weights before the token. rows: of the model, for all N.
+        weights: (N, K + 1), the filtered mean of the blend weights before the token.
     """
 
     ids: np.ndarray
@@ -36,11 +36,12 @@ class Token:
     entropy: np.ndarray
     mutual_information: np.ndarray
     weights: np.ndarray
-    rows: int
 
 
 class Decoding:
     """Filtered particles of N prompts, at most S of each.
+
+    What follows the prompts is kept as (N, S, V): where one has many particles, those of few beside it have copies.
 
     Args:
         reader: of the prompts under these particles. particles: of the prompts.
@@ -114,7 +115,7 @@ class Decoding:
         measured = measured and not self._alone
         said = yield from self.reader.read_prompts(not self._alone, MEASURED if measured else 1, piece)
         self.path[:] = self.weights
-        self._following = said.after[:, :, -1]
+        kl = self._last(said.after, measured)
         if said.own is None:  # nothing to filter
             return None
         place = torch.arange(self._ids.shape[1])
@@ -123,11 +124,18 @@ class Decoding:
             counts &= self._evidence
         self.path[:] = self._filter.means(self._update(said.own.nan_to_num(nan=0.0), counts)).swapaxes(0, 1)
         self._filter.state = self._filter.state.aimed(self._target)
-        if not measured:
-            return None
-        tail = said.after.shape[2]
-        counted = torch.arange(tail) >= tail - self._lengths[:, None]
-        return divergences(said.after, counted) / np.minimum(self._lengths.numpy(), tail)[:, None, None]
+        return kl
+
+    def _last(self, after: Iterator[Float[Tensor, "N S t V"]], measured: bool) -> Float[np.ndarray, "N S S"] | None:
+        """Keep what follows the prompts; where ``measured``, by how many nats a token that diverged at their end."""
+        count = min(MEASURED, self._ids.shape[1]) if measured else 1
+        place, total = -count, np.zeros((len(self._ids), 1, 1))  # from the end of each prompt
+        for part in after:
+            if measured:
+                places = torch.arange(place, place := place + part.shape[2])
+                total = total + divergences(part, places >= -self._lengths[:, None])
+        self._following = part[:, :, -1]
+        return total / np.minimum(self._lengths.numpy(), count)[:, None, None] if measured else None
 
     def read_on(self, ids: Int[Tensor, "N t"], evidence: Bool[Tensor, "N t"]) -> None:
         """Read more of prompts that the reader has been given longer, all of them to one length.
@@ -136,7 +144,7 @@ class Decoding:
             ids: what is new. evidence: which of them filter the particles.
         """
         said = straight(self.reader.read_prompts(own=not self._alone))
-        self._following = said.after[:, :, -1]
+        self._last(said.after, measured=False)
         if said.own is not None:
             self._update(said.own, evidence)
 
@@ -178,7 +186,7 @@ class Decoding:
         chosen = mixed.log_probabilities.gather(1, ids[:, None])[:, 0]
         values = ids, chosen, mixed.entropy, mixed.mutual_information
         tokens, log_p, entropy, information = (each.cpu().numpy() for each in values)
-        return Token(tokens, log_p, entropy, information, self.weights, self.reader.rows)
+        return Token(tokens, log_p, entropy, information, self.weights)
 
     def append(self, ids: Int[np.ndarray, " N"], evidence: bool = True, last: bool = False) -> None:
         """Go on with these tokens.

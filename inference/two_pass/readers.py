@@ -4,7 +4,7 @@ What is below the first adapted block is the same for all particles of a prompt,
 prompts are one row until the prompts have been read.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -16,11 +16,13 @@ from torch import Tensor
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.first_pass import Prefix
-from bayes_dispatch.model.backbone import Backbone, Read, padded
+from bayes_dispatch.model.backbone import Backbone, Session, padded
 
 __all__ = ["CachedReader", "ParticleReader", "Said", "UncachedReader", "straight"]
 
 Kept = Sequence[Sequence[int]]  # for each prompt that stays, the particles that do
+
+AFTER_AT_ONCE = 2**22  # log-probabilities of several tokens: 16 MiB, and seven times that where they are compared
 
 
 class Said(NamedTuple):
@@ -28,15 +30,12 @@ class Said(NamedTuple):
 
     Attributes:
         own: log-probability of each token given all before it; NaN for the first of all. ``None`` where nobody asked.
-        after: log-probabilities after the last tokens of each prompt.
+        after: log-probabilities after the last tokens of each prompt, of a few of these at a time: of a real vocabulary
+            there is no room for all. They are computed when they are asked for, which is before anything else is read.
     """
 
     own: Float[Tensor, "N S T"] | None
-    after: Float[Tensor, "N S t V"]
-
-    def unflatten(self, shape: tuple[int, ...]) -> "Said":
-        """Rows as prompts and particles."""
-        return Said(None if self.own is None else self.own.unflatten(0, shape), self.after.unflatten(0, shape))
+    after: Iterator[Float[Tensor, "N S t V"]]
 
 
 @runtime_checkable
@@ -121,6 +120,7 @@ class CachedReader:
         self._owner = torch.tensor([own for own, _ in place])  # row of the prefix, and later prompt, of each row
         blends = np.stack([np.frombuffer(each).reshape(doubles.shape[2:]) for _, each in place])
         self._below = prefix.below
+        self._vocab_size = model.vocab_size
         cut = 0 if prefix.x is None else prefix.cut
         adaptation = experts.blend_rows(torch.tensor(blends).to(model.weights_dtype), alike=joins)
         self._above = model.open(len(blends), capacity, adaptation, range(cut, model.depth))
@@ -164,7 +164,7 @@ class CachedReader:
         self._read = new.stop
         x = None if prefix.x is None else _of_rows(prefix.x[:, new], owner)
         tokens = None if new.start or stop < prefix.ids.shape[1] else prefix.tokens[owner]
-        return self._spread(self._above.read(prefix.ids[owner, new], tokens, x, own=own, tail=tail))
+        return self._said(prefix.ids[owner, new], tokens, x, own, tail)
 
     def read(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S V"]:
         if not self._separate:
@@ -175,7 +175,7 @@ class CachedReader:
             before = self._below.evaluated
             x = self._below.read(ids).hidden[self._owner]
             self._evaluated_below += self._below.evaluated - before
-        return self._spread(self._above.read(ids[self._owner], None, x)).after[:, :, 0]
+        return next(self._said(ids[self._owner], None, x).after)[:, :, 0]
 
     def keep(self, prompts: Sequence[int], particles: Kept) -> None:
         """Give each prompt that stays rows of its own, as many as it has distinct particles, and drop all others."""
@@ -218,14 +218,23 @@ class CachedReader:
         self._row = list(range(len(self._row) + len(other._row)))
         other._above, other._below = self._above, self._below  # so that its own are not kept
 
-    def _spread(self, read: Read) -> Said:
+    def _said(
+        self,
+        ids: Int[Tensor, "R T"],
+        tokens: Int[Tensor, " R"] | None,
+        x: Float[Tensor, "R T D"] | None,
+        own: bool = False,
+        tail: int = 1,
+    ) -> Said:
+        at_once = AFTER_AT_ONCE // (self._index.numel() * self._vocab_size)
+        return _said(self._above, self._spread, ids, tokens, x, own, tail, at_once)
+
+    def _spread(self, of_rows: Float[Tensor, "R *after"]) -> Float[Tensor, "N S *after"]:
         """The particles of each prompt, from their rows."""
         prompts, width = self._index.shape
         if prompts * width == self.rows and bool((self._index.flatten() == torch.arange(self.rows)).all()):
-            shape = (prompts, width)
-            return _said(read).unflatten(shape)
-        found = _said(read)
-        return Said(None if found.own is None else found.own[self._index], found.after[self._index])
+            return of_rows.unflatten(0, (prompts, width))
+        return of_rows[self._index]
 
 
 class UncachedReader:
@@ -267,14 +276,15 @@ class UncachedReader:
         ids, tokens = (each.repeat_interleave(shape[1], 0) for each in padded(self._seen, 0))
         adaptation = self._blend(self._weights.flatten(0, 1).to(self._model.weights_dtype))
         session = self._model.open(len(ids), ids.shape[1], adaptation)
-        read = session.read(ids, tokens, own=own, tail=tail)
+        at_once = AFTER_AT_ONCE // (len(ids) * self._model.vocab_size)
+        said = _said(session, lambda of_rows: of_rows.unflatten(0, shape), ids, tokens, None, own, tail, at_once)
         self.evaluated += session.evaluated
-        return _said(read).unflatten(shape)
+        return said
 
     def read(self, tokens: Int[Tensor, " N"]) -> Float[Tensor, "N S V"]:
         for row, token in zip(self._seen, tokens.tolist(), strict=True):
             row.append(token)
-        return self._read_all(own=False, tail=1).after[:, :, 0]
+        return next(self._read_all(own=False, tail=1).after)[:, :, 0]
 
     def keep(self, prompts: Sequence[int], particles: Kept) -> None:
         width = max(len(chosen) for chosen in particles)
@@ -308,7 +318,29 @@ def _of_rows(x: Float[Tensor, "U T D"], owner: Int[Tensor, " R"]) -> Float[Tenso
     return x.expand(len(owner), -1, -1) if len(x) == 1 else x[owner]
 
 
-def _said(read: Read) -> Said:
-    """What rows say, on the CPU, where particles are filtered."""
+def _said(
+    session: Session,
+    spread: Callable[[Tensor], Tensor],
+    ids: Int[Tensor, "R T"],
+    tokens: Int[Tensor, " R"] | None,
+    x: Float[Tensor, "R T D"] | None,
+    own: bool,
+    tail: int,
+    at_once: int,
+) -> Said:
+    """What rows say, on the CPU, where particles are filtered.
+
+    Args:
+        session: reads ``ids``, ``tokens``, ``x``. spread: rows as particles of prompts. own, tail: see ``Said``.
+        at_once: tokens of which there is room for all log-probabilities; 1 at least.
+    """
+    tail = min(tail, ids.shape[1])
+    read = session.read(ids, tokens, x, own=own, tail=tail if tail <= at_once else 1)
     assert read.after is not None
-    return Said(None if read.own is None else read.own.cpu(), read.after.cpu())
+    said = None if read.own is None else spread(read.own.cpu())
+    if read.after.shape[1] == tail:
+        return Said(said, iter([spread(read.after.cpu())]))
+    counts = torch.full((len(ids),), ids.shape[1]) if tokens is None else tokens
+    places = (counts[:, None] - tail + torch.arange(tail)).clamp(min=0).to(read.hidden.device)
+    hidden = read.hidden.gather(1, places[..., None].expand(-1, -1, read.hidden.shape[2]))
+    return Said(said, (spread(session.after(part).cpu()) for part in hidden.split(max(1, at_once), 1)))

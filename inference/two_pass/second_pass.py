@@ -247,9 +247,9 @@ def on_base(particles: Particles, foreign: Bool[np.ndarray, " N"]) -> Particles:
     return replace(particles, weights=np.where(foreign[:, None, None], base, particles.weights), layers=layers)
 
 
-def _of_prefix(prefix: Prefix, prompts: int, block: int) -> dict[str, Any]:
+def _of_prefix(prefix: Prefix, prompts: int, cut: int) -> dict[str, Any]:
     held = 0 if prefix.below is None else prefix.below.nbytes
-    return {"prompts": prompts, "distinct": len(prefix.tokens), "below_block": block, "cache_bytes": held}
+    return {"prompts": prompts, "distinct": len(prefix.tokens), "below_block": cut, "cache_bytes": held}
 
 
 def _of_ended(prompts: np.ndarray, going: np.ndarray) -> dict[str, Any]:

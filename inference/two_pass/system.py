@@ -97,7 +97,7 @@ def dispatch(system: System, prompts: Sequence[str | bytes], seed: int | None) -
     """
     checked = check_prompts(prompts)
     place = {prompt: n for n, prompt in enumerate(dict.fromkeys(checked))}
-    evidence = first_pass(system.model, system.tokenizer, list(place), block=cut_of(system)).evidence
+    evidence = first_pass(system.model, system.tokenizer, list(place), cut=cut_of(system)).evidence
     posterior = system.dispatcher.posterior(evidence, draws=POSTERIOR_DRAWS, seed=row_seeds(seed, list(place)))
     rows = [place[prompt] for prompt in checked]
     return posterior.select(rows), evidence.select(np.array(rows))

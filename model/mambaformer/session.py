@@ -16,7 +16,7 @@ from bayes_dispatch.model.mambaformer.token_model import check_ids
 
 __all__ = ["MambaFormerSession"]
 
-LOGITS_AT_ONCE = 2**20  # numbers: 4 MiB, which stay in the processor's caches
+LOGITS_AT_ONCE = 2**12 * 258  # numbers: 4 MiB, which stay in the processor's caches
 
 
 @runtime_checkable
@@ -161,7 +161,7 @@ class MambaFormerSession:
     def _own(self, ids: Tensor, hidden: Tensor) -> Float[Tensor, "R T"]:
         rows, width = ids.shape
         first = hidden.new_full((rows, 1), torch.nan) if self._before is None else self._before.gather(1, ids[:, :1])
-        said, step = [first], max(1, LOGITS_AT_ONCE // (rows * 256))
+        said, step = [first], max(1, LOGITS_AT_ONCE // (rows * self._model.vocab_size))
         for start in range(0, width - 1, step):
             stop = min(start + step, width - 1)
             said.append(self.after(hidden[:, start:stop]).gather(2, ids[:, start + 1 : stop + 1, None])[..., 0])

@@ -39,6 +39,31 @@ def test_equals_one_by_one(model64: Any, bank: Any, seed: int, particles: int) -
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["llama64", "hybrid64"])
+def test_answers_are_in_the_tokens_of_the_model(request: pytest.FixtureRequest, name: str) -> None:
+    """Ids of bytes would be valid in its vocabulary, too, and mean something else."""
+    system = request.getfixturevalue(name)
+    weights = torch.tensor([[0.2, 0.3, 0.1, 0.4]], dtype=torch.double)
+    expected = []
+    for prompt, answer in PAIRS:
+        asked = system.tokenizer.tokenize(prompt).ids
+        row = [*asked, *system.tokenizer.tokenize(answer, begin=False).ids]
+        with torch.no_grad():
+            session = system.model.open(1, len(row), system.experts.blend(weights))
+            said = session.read(torch.tensor([row]), own=True).own
+        expected.append(float(said[0, len(asked) :].sum()))
+    with torch.no_grad():
+        found = AnswerLikelihood(system.model, system.experts, PAIRS).by_pair(weights)
+    np.testing.assert_allclose(found[0].numpy(), expected, rtol=1e-9)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_refuses_more_tokens_than_the_model_can_read(llama64: Any) -> None:
+    longest = llama64.model.longest
+    with pytest.raises(PromptError, match=f"^expected pair 1 to have at most {longest} tokens, got "):
+        AnswerLikelihood(llama64.model, llama64.experts, [PAIRS[0], ("#" * longest, "a")])
+
+
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_by_layer_equals_one_by_one(model64: Any, bank: Any, seed: int) -> None:

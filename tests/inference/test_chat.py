@@ -527,7 +527,7 @@ def test_evidence_of_one_turn_is_the_first_pass(request: pytest.FixtureRequest, 
         words = system.tokenizer.tokenize(said, begin=False)
         text = Transcript.empty().followed_by(words.ids, words.spans, said.encode(), user=True)
         conversation = Conversation(system, cut, begin, 400)
-        expected = first_pass(system.model, system.tokenizer, [said], block=cut).evidence
+        expected = first_pass(system.model, system.tokenizer, [said], cut=cut).evidence
         with torch.no_grad():
             conversation.read(text)
             found = conversation.evidence(text)

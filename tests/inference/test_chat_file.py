@@ -188,6 +188,31 @@ def test_foreign_files_are_refused(cut64: "Bundle", bundle: "Bundle", saved: Pat
             generator.resume_chat(saved)
 
 
+def test_the_experts_are_hashed_once_a_chat(cut64: "Bundle", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are all of a large bundle's weights but its model's, and they never change."""
+    hashed: list[int] = []
+    blend = ExpertBank.blend
+
+    def counted(self: ExpertBank, weights: torch.Tensor, alike: bool = False) -> Any:
+        if torch.equal(weights, torch.eye(4, dtype=weights.dtype)):  # all that they are
+            hashed.append(len(weights))
+        return blend(self, weights, alike)
+
+    monkeypatch.setattr(ExpertBank, "blend", counted)
+    generator = TwoPassGenerator(cut64)
+    chat = generator.chat(blend=TopK(), file=tmp_path / "chat")
+    for text in SAID[:2]:
+        chat.say(text, 1)
+    assert hashed == [4]
+    generator.resume_chat(tmp_path / "chat").say(SAID[2], 1)
+    assert hashed == [4, 4]
+    free = generator.chat(blend=TopK())
+    free.say(SAID[0], 1)
+    assert hashed == [4, 4]
+    free.save(tmp_path / "free")
+    assert hashed == [4, 4, 4]
+
+
 class OwnBlend(FixedWeights):
     """A blend that no table knows."""
 

@@ -81,7 +81,9 @@ def test_readers_run_each_layer_under_its_own_weights(
     ]
     token = torch.from_numpy(rng.integers(0, 256, prompts))
     with torch.no_grad():
-        both = ((straight(reader.read_prompts(own=False)).after[:, :, 0], reader.read(token)) for reader in readers)
+        both = (
+            (next(straight(reader.read_prompts(own=False)).after)[:, :, 0], reader.read(token)) for reader in readers
+        )
         ends, more = zip(*both, strict=True)
         for n, text in enumerate(texts):
             for s in range(particles):

@@ -1,7 +1,8 @@
 """Merged particles: the mixture changes by less than the tolerance, nearly as few rows are kept as any search finds,
-copies cost nothing, and prompts can be dropped."""
+copies cost nothing, prompts can be dropped, and what is compared of a large vocabulary fits into memory."""
 
 import itertools
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -9,9 +10,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bayes_dispatch.inference.two_pass import particles as particles_module
+from bayes_dispatch.inference.two_pass import readers
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.filtering import ParticleFilter, predictive
+from bayes_dispatch.inference.two_pass.first_pass import read_prefix
 from bayes_dispatch.inference.two_pass.merging import divergences, representatives
+from bayes_dispatch.inference.two_pass.particles import MEASURED, Decoding
+from bayes_dispatch.model.mambaformer.session import MambaFormerSession
+from bayes_dispatch.model.tokenizer import ByteTokenizer
+
+if TYPE_CHECKING:
+    from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 seeds = st.integers(0, 2**31)
 
@@ -109,3 +120,50 @@ def test_prompts_can_be_dropped() -> None:
     weights.select([2, 0], 3)
     np.testing.assert_array_equal(weights.mean(), before[[2, 0]])
     assert weights.mean()[0, 2] == pytest.approx(0.8)
+
+
+def test_no_more_log_probabilities_than_may_be_are_compared_at_once(
+    model64: "MambaFormerForCausalLM", bank: "ExpertBank", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of prompts of unlike lengths, one shorter than what is measured; a bound changes no divergence."""
+    weights = np.random.default_rng(0).dirichlet(np.ones(4), size=(2, 3))
+    particles = Particles(weights, np.full((2, 3), 1 / 3))
+    texts = [[256, *b"kfpa>apfk\nbc"], [256, *b"12+34=46\n" * 5]]
+
+    def measured(kind: type[readers.CachedReader] | type[readers.UncachedReader]) -> np.ndarray:
+        prefix = read_prefix(model64, 0, texts, 257, 60)
+        reader: readers.ParticleReader
+        if kind is readers.CachedReader:
+            reader = readers.CachedReader(model64, bank, particles, prefix, [0, 1], 60)
+        else:
+            reader = readers.UncachedReader(model64, bank, particles, prefix.ids, prefix.tokens)
+        decoding = Decoding(reader, particles, ByteTokenizer().continues, prefix.ids, prefix.tokens)
+        with torch.no_grad():
+            kl = readers.straight(decoding.read_prompts(measured=True))
+        assert kl is not None
+        return kl
+
+    kinds = (readers.CachedReader, readers.UncachedReader)
+    expected = measured(kinds[0])
+    numbers, compared = [], []
+    after = MambaFormerSession.after
+
+    def counted_after(self: MambaFormerSession, hidden: torch.Tensor) -> torch.Tensor:
+        numbers.append(hidden.shape[0] * hidden.shape[1])
+        return after(self, hidden)
+
+    def counted_divergences(log_p: torch.Tensor, counted: torch.Tensor) -> np.ndarray:
+        numbers.append(log_p[..., 0].numel())
+        compared.append(log_p.shape[2])
+        return divergences(log_p, counted)
+
+    rows = weights.shape[0] * weights.shape[1]
+    monkeypatch.setattr(readers, "AFTER_AT_ONCE", 5 * rows * model64.vocab_size)
+    monkeypatch.setattr("bayes_dispatch.model.mambaformer.session.LOGITS_AT_ONCE", 5 * rows * model64.vocab_size)
+    monkeypatch.setattr(MambaFormerSession, "after", counted_after)
+    monkeypatch.setattr(particles_module, "divergences", counted_divergences)
+    for kind in kinds:
+        np.testing.assert_allclose(measured(kind), expected, rtol=0, atol=1e-12)
+        assert sum(compared) == MEASURED
+        compared.clear()
+    assert max(numbers) == 5 * rows

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.vectors import ExpertVector
+from bayes_dispatch.inference.two_pass import readers as readers_module
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.first_pass import Prefix, read_prefix
 from bayes_dispatch.inference.two_pass.readers import CachedReader, ParticleReader, UncachedReader, straight
@@ -60,11 +61,20 @@ def prefix_of(model: "MambaFormerForCausalLM", block: int, prompts: list[bytes])
     copies=st.lists(st.integers(0, 2), min_size=3, max_size=3),
     seed=st.integers(0, 999),
     tail=st.integers(1, 20),
+    at_once=st.sampled_from([1, 20_000, 2**22]),
 )
 def test_fast_is_slow(
-    model64: "MambaFormerForCausalLM", block: int, which: list[int], copies: list[int], seed: int, tail: int
+    model64: "MambaFormerForCausalLM",
+    block: int,
+    which: list[int],
+    copies: list[int],
+    seed: int,
+    tail: int,
+    at_once: int,
 ) -> None:
-    """Prompts and particles with copies among them; then two steps, a drop of some of both, and another step."""
+    """Prompts and particles with copies among them, whose ends are told in parts or at once; then two steps, a drop of
+    some of both, and another step.
+    """
     rng = np.random.default_rng(seed)
     prompts = [TEXTS[i] for i in which]
     weights = rng.dirichlet(np.ones(4), size=3)[copies][None].repeat(len(prompts), 0)
@@ -73,7 +83,10 @@ def test_fast_is_slow(
     readers = both(model64, block, prompts, weights)
     lengths = torch.tensor([len(prompt) + 1 for prompt in prompts])
     with torch.no_grad():
-        fast, slow = (straight(reader.read_prompts(own=True, tail=tail)) for reader in readers)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(readers_module, "AFTER_AT_ONCE", at_once)
+            fast = straight(readers[0].read_prompts(own=True, tail=tail))
+        slow = straight(readers[1].read_prompts(own=True, tail=tail))
         assert fast.own is not None
         assert slow.own is not None
         real = torch.arange(fast.own.shape[2]) < lengths[:, None]
@@ -84,9 +97,10 @@ def test_fast_is_slow(
             rtol=0,
             atol=1e-10,
         )
-        width = fast.after.shape[2]
+        one, other = (torch.cat(list(said.after), 2) for said in (fast, slow))
+        width = min(tail, int(lengths.max()))
         real = torch.arange(width) >= width - lengths[:, None]
-        torch.testing.assert_close(fast.after.swapaxes(1, 2)[real], slow.after.swapaxes(1, 2)[real], rtol=0, atol=1e-10)
+        torch.testing.assert_close(one.swapaxes(1, 2)[real], other.swapaxes(1, 2)[real], rtol=0, atol=1e-10)
         for step in range(3):
             count = len(prompts) if step < 2 else len(kept)
             token = torch.from_numpy(rng.integers(0, 256, count))
@@ -157,7 +171,12 @@ def test_prompts_that_grow(model64: "MambaFormerForCausalLM", block: int, droppe
         rest = straight(reader.read_prompts(own=True, tail=20))
     chosen = [2, 0] if dropped else [0, 1, 2]
     assert expected.own is not None
-    for name in ("own", "after"):
-        found = torch.cat([getattr(first, name)[:, chosen], getattr(rest, name)], 2)
-        torch.testing.assert_close(found, getattr(expected, name)[:, chosen], rtol=0, atol=1e-10, equal_nan=True)
+    assert first.own is not None
+    assert rest.own is not None
+    for before, since, whole_text in (
+        (first.own, rest.own, expected.own),
+        (*first.after, *rest.after, *expected.after),
+    ):
+        found = torch.cat([before[:, chosen], since], 2)
+        torch.testing.assert_close(found, whole_text[:, chosen], rtol=0, atol=1e-10, equal_nan=True)
     assert reader.evaluated == (3 * 5 + len(chosen) * (len(whole) - 4)) * (3 - block)

@@ -49,7 +49,7 @@ def one_by_one(
     particles = Particles(weights[None], np.full((1, len(weights)), 1 / len(weights)))
     with torch.no_grad():
         reader = UncachedReader(model, experts, particles, ids, torch.tensor([ids.shape[1]]))
-        after = straight(reader.read_prompts(own=False, tail=ids.shape[1])).after[0]
+        after = torch.cat(list(straight(reader.read_prompts(own=False, tail=ids.shape[1])).after), 2)[0]
     own = torch.stack([after[:, i, byte] for i, byte in enumerate(document.data)], 1)
     return own, torch.stack([after[:, i] for start, stop in document.ranges for i in range(start, stop)], 1)
 

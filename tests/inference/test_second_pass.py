@@ -198,7 +198,7 @@ def gated64(cut64: "Bundle") -> "Bundle":
 
     rng = np.random.default_rng(0)
     texts = [("ab>ba\n", "ba>ab\n", "1+2=3\n")[i % 3] * int(rng.integers(1, 6)) for i in range(120)]
-    evidence = first_pass(cut64.model, cut64.tokenizer, texts, block=1).evidence
+    evidence = first_pass(cut64.model, cut64.tokenizer, texts, cut=1).evidence
     gate = Gate.calibrate(cut64.dispatcher, evidence, bins=1)
     return Bundle(cut64.model, cut64.experts, cut64.dispatcher, gate=gate)
 

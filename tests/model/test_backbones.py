@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,15 +18,14 @@ from torch import Tensor, nn
 from bayes_dispatch.errors import CacheFullError, ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Delta
 from bayes_dispatch.model.backbone import Backbone, Read, Session, Tokenizer
-from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.mambaformer.session import MambaFormerSession
 from bayes_dispatch.model.subwords import train_subwords
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 from tests.tiny import KINDS, tiny_backbone, tiny_converted
 
-if TYPE_CHECKING:
-    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
-
-MakeModel = Callable[..., "MambaFormerForCausalLM"]
+MakeModel = Callable[..., MambaFormerForCausalLM]
 
 FACTORIES: dict[str, Callable[[MakeModel], Any]] = {
     **{kind: lambda make, kind=kind: tiny_backbone(kind) for kind in KINDS},
@@ -161,6 +160,23 @@ def test_reading_in_pieces_is_reading_at_once_is_the_plain_model(
     close(said.own[:, 1:], full[:, :-1].gather(2, ids[:, 1:, None])[..., 0], bound)
     assert session.lengths.tolist() == [WIDTH] * 2
     assert session.evaluated == 2 * WIDTH * backbone.depth
+
+
+def test_no_more_log_probabilities_of_own_tokens_than_may_be_are_there_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a MambaFormer with a vocabulary much larger than bytes."""
+    vocabulary = 2000
+    model = MambaFormerForCausalLM(LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=vocabulary)).eval()
+    numbers, after = list[int](), MambaFormerSession.after
+
+    def counted(self: MambaFormerSession, hidden: Tensor) -> Tensor:
+        found = after(self, hidden)
+        numbers.append(found.numel())
+        return found
+
+    monkeypatch.setattr(MambaFormerSession, "after", counted)
+    monkeypatch.setattr("bayes_dispatch.model.mambaformer.session.LOGITS_AT_ONCE", 3 * 2 * vocabulary)
+    model.open(2, 40).read(torch.randint(258, (2, 40), generator=torch.Generator().manual_seed(0)), own=True)
+    assert (max(numbers), sum(numbers)) == (3 * 2 * vocabulary, 40 * 2 * vocabulary)
 
 
 @pytest.mark.parametrize("kind", KINDS, indirect=True)  # test_svd_linear.py merges those of a MambaFormer

@@ -23,10 +23,11 @@ from bayes_dispatch.app.commands.terminal import (
     TopKOption,
     open_bundle,
     refuse_unused,
+    say_aside,
     typed,
     with_options,
 )
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import BayesDispatchError, ConfigError
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.chat.chat import Chat
@@ -73,7 +74,10 @@ def chat(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
 ) -> None:
-    """Reply to each line of stdin, right after it or as the model's chat template says. Empty lines are skipped."""
+    """Reply to each line of stdin, right after it or as the model's chat template says. Empty lines are skipped.
+
+    At a terminal, a line that cannot be read is refused, and the chat goes on.
+    """
     from bayes_dispatch.inference.two_pass.blends import as_blend
     from bayes_dispatch.inference.two_pass.prompts import Writing
 
@@ -109,13 +113,22 @@ def chat(
         settings = {name: value for name, value in given.items() if value is not None}
         conversation = generator.chat(blend=chosen, file=state, **settings)  # type: ignore[arg-type]
     conversation.settings.check_reply(max_new_tokens)
-    for line in _lines(escapes):
+    interactive = sys.stdin.isatty()
+    for told in _lines(interactive):
         written = ""
-        for event in conversation.stream(line, max_new_tokens, do_sample=sample, temperature=temperature, stop=ending):
-            written += event.text
-            if not as_json:
-                sys.stdout.write(_shown(event.text))
-                sys.stdout.flush()
+        try:
+            line = typed(told, escapes)
+            reply = conversation.stream(line, max_new_tokens, do_sample=sample, temperature=temperature, stop=ending)
+            for event in reply:
+                written += event.text
+                if not as_json:
+                    sys.stdout.write(_shown(event.text))
+                    sys.stdout.flush()
+        except BayesDispatchError as error:
+            if not interactive:
+                raise
+            say_aside("error", str(error))  # the conversation is as it was before this line
+            continue
         assert conversation.turn is not None
         if as_json:
             document = _as_json(conversation, conversation.turn, line)
@@ -127,9 +140,8 @@ def chat(
             print(_note(conversation.turn), flush=True)
 
 
-def _lines(escapes: bool) -> Iterator[bytes]:
+def _lines(interactive: bool) -> Iterator[str]:
     """What the user says, without the newlines that end it."""
-    interactive = sys.stdin.isatty()
     while True:
         if interactive:
             print("> ", end="", file=sys.stderr, flush=True)
@@ -138,7 +150,7 @@ def _lines(escapes: bool) -> Iterator[bytes]:
             return
         line = line.removesuffix(b"\n").removesuffix(b"\r")
         if line:
-            yield typed(os.fsdecode(line), escapes)
+            yield os.fsdecode(line)
 
 
 def _shown(text: str) -> str:

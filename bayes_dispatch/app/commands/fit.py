@@ -74,7 +74,7 @@ def fit(
         weights = known_weights([each.expert for each in given], system.experts.components)
         prompts, progress = [each.text for each in given], sys.stderr.isatty()
         if cluster is None:
-            seen = first_pass(system.model, system.tokenizer, prompts, progress=progress, block=system.cut).evidence
+            seen = first_pass(system.model, system.tokenizer, prompts, progress=progress, cut=system.cut).evidence
         else:
             from bayes_dispatch.app.bulk import evidence_in_blocks
             from bayes_dispatch.app.bundle_at import BundleAt

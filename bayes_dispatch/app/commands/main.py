@@ -34,6 +34,7 @@ from bayes_dispatch.app.commands.terminal import (
     open_console,
     print_json,
     refuse_unused,
+    say_aside,
     use_one_thread,
 )
 from bayes_dispatch.app.commands.train_expert import train_expert, train_experts
@@ -91,18 +92,12 @@ def _guarded(arguments: list[str]) -> int:
 
 
 def _fail(message: str) -> int:
-    _tell("error", message)
+    say_aside("error", message)
     return 2
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
-    _tell("warning", str(message))
-
-
-def _tell(kind: str, message: str) -> None:
-    """One line on stderr."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    print(f"bayes-dispatch: {kind}: {line}", file=sys.stderr)
+    say_aside("warning", str(message))
 
 
 def _show_version(asked: bool) -> bool:

@@ -46,6 +46,7 @@ __all__ = [
     "open_console",
     "print_json",
     "refuse_unused",
+    "say_aside",
     "typed",
     "use_one_thread",
     "with_options",
@@ -113,6 +114,12 @@ OwnJsonlOption = Annotated[
     list[str] | None,
     typer.Option("--jsonl", help='NAME=FILE, likewise, of lines {"prompt": …, "answer": …}, or of prompts alone.'),
 ]
+
+
+def say_aside(kind: str, message: str) -> None:
+    """One line on stderr."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print(f"bayes-dispatch: {kind}: {line}", file=sys.stderr)
 
 
 def refuse_unused(option: str, value: object, used: bool, needs: str, got: str = "it without") -> None:

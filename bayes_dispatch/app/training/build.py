@@ -157,19 +157,19 @@ def _evidence(
     progress: bool,
 ) -> KnownEvidence:
     """Prompts cut from the examples of one expert, of several, of base, and of nobody knows whom."""
-    block, count = model.cut(experts.adapts), len(experts)
+    cut, count = model.cut(experts.adapts), len(experts)
     own = [domains[name] for name in experts.names]
     lengths, seed = settings.prompt_lengths, settings.seed
-    parts = [pure_evidence(model, own, settings.pure_prompts, lengths, "train", seed, progress, block)]
+    parts = [pure_evidence(model, own, settings.pure_prompts, lengths, "train", seed, progress, cut)]
     if settings.mixed_prompts:
-        parts.append(mixed_evidence(model, own, settings.mixed_prompts, lengths, "train", seed, progress, block))
+        parts.append(mixed_evidence(model, own, settings.mixed_prompts, lengths, "train", seed, progress, cut))
     if "base" in domains:
         texts = [domains["base"]]
-        base = pure_evidence(model, texts, settings.pure_prompts, lengths, "train", seed, progress, block)
+        base = pure_evidence(model, texts, settings.pure_prompts, lengths, "train", seed, progress, cut)
         parts.append(_with_weights(base.evidence, np.eye(count + 1)[-1]))
     if unlabelled:
         beginnings = [text.encode()[: lengths[1]].decode(errors="ignore") for text in unlabelled]
-        found = first_pass(model, model.tokenizer, beginnings, progress=progress, block=block).evidence
+        found = first_pass(model, model.tokenizer, beginnings, progress=progress, cut=cut).evidence
         parts.append(_with_weights(found, np.full(count + 1, np.nan)))
     return KnownEvidence.concatenate(parts)
 
@@ -183,11 +183,11 @@ def _held_out(
 ) -> KnownEvidence:
     """Prompts of held-out texts, of one expert and of several."""
     pure = max(settings.gate_prompts, 8)
-    lengths, seed, block = settings.prompt_lengths, settings.seed + 1, model.cut(experts.adapts)
-    parts = [pure_evidence(model, own, pure, lengths, "held_out", seed, progress, block)]
+    lengths, seed, cut = settings.prompt_lengths, settings.seed + 1, model.cut(experts.adapts)
+    parts = [pure_evidence(model, own, pure, lengths, "held_out", seed, progress, cut)]
     if settings.gate_prompts:
         count = settings.gate_prompts * len(own)
-        parts.append(mixed_evidence(model, own, count, lengths, "held_out", seed, progress, block))
+        parts.append(mixed_evidence(model, own, count, lengths, "held_out", seed, progress, cut))
     return KnownEvidence.concatenate(parts)
 
 

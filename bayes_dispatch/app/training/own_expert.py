@@ -185,14 +185,14 @@ def add_experts(
         announce(
             f"without mixed prompts of {', '.join(kept)}: the bundle has evidence of single prompts, not their text"
         )
-    block = model.cut(bank.adapts)
+    cut = model.cut(bank.adapts)
     count, domains, places = len(bank.names), list(texts.values()), [bank.names.index(name) for name in texts]
-    pure = pure_evidence(model, domains, settings.pure_prompts, lengths, "train", seed, progress, block)
+    pure = pure_evidence(model, domains, settings.pure_prompts, lengths, "train", seed, progress, cut)
     parts = [pure.among(places, count)]
     if len(domains) > 1:
-        mixed = mixed_evidence(model, domains, settings.mixed_prompts, lengths, "train", seed, progress, block)
+        mixed = mixed_evidence(model, domains, settings.mixed_prompts, lengths, "train", seed, progress, cut)
         parts.append(mixed.among(places, count))
-    parts.append(base_evidence(model, BASE_TEXTS, count, settings.pure_prompts, lengths, "train", seed, block))
+    parts.append(base_evidence(model, BASE_TEXTS, count, settings.pure_prompts, lengths, "train", seed, cut))
     parts += [_labelled(evidence, bank.names.index(name), count) for name, evidence in kept.items()]
     own = {name: pure.evidence.select(pure.labels == list(texts).index(name)) for name in new}
     known = KnownEvidence.concatenate(parts)
@@ -213,7 +213,7 @@ def with_dispatcher(
     Raises:
         TensorError: evidence that the bundle's first pass does not give.
     """
-    seen = first_pass(bundle.model, bundle.tokenizer, ["a"], block=bundle.model.cut(bundle.experts.adapts)).evidence
+    seen = first_pass(bundle.model, bundle.tokenizer, ["a"], cut=bundle.cut).evidence
     for name, view in evidence.views.items():
         if name not in seen.views or view.shape[1] != seen.views[name].shape[1]:
             widths = ", ".join(f"{name} (N, {view.shape[1]})" for name, view in seen.views.items())

@@ -82,10 +82,11 @@ def train_bundle(
     announce("experts")
     experts = _experts(plan, curriculum.experts, model, work, processes, progress)
     announce("dispatcher")
-    train = _dispatcher_evidence(plan, curriculum, model, experts.adapt_from, progress)
+    cut = model.cut(experts.adapts)
+    train = _dispatcher_evidence(plan, curriculum, model, cut, progress)
     dispatcher = _fitted_dispatcher(plan, experts, train, work, progress)
     announce("calibration")
-    dispatcher, gate = _calibrated(plan, curriculum.experts, model, experts.adapt_from, dispatcher, work, progress)
+    dispatcher, gate = _calibrated(plan, curriculum.experts, model, cut, dispatcher, work, progress)
     unjudged = Bundle(model, experts, dispatcher, gate=gate)
     unjudged.save(work / "unjudged")
     announce("evaluation")
@@ -144,14 +145,14 @@ def _train_one_expert(base: Path, domain: Domain, settings: ExpertSettings, out:
 
 
 def _dispatcher_evidence(
-    plan: TrainingPlan, curriculum: Curriculum, model: MambaFormerForCausalLM, block: int, progress: bool
+    plan: TrainingPlan, curriculum: Curriculum, model: MambaFormerForCausalLM, cut: int, progress: bool
 ) -> KnownEvidence:
     lengths, seed, domains = plan.prompt_lengths, plan.seed, curriculum.experts
     return KnownEvidence.concatenate(
         [
-            pure_evidence(model, domains, plan.pure_prompts, lengths, "train", seed, progress, block),
-            mixed_evidence(model, domains, plan.mixed_prompts, lengths, "train", seed, progress, block),
-            base_evidence(model, curriculum.base, len(domains), plan.pure_prompts, lengths, "train", seed, block),
+            pure_evidence(model, domains, plan.pure_prompts, lengths, "train", seed, progress, cut),
+            mixed_evidence(model, domains, plan.mixed_prompts, lengths, "train", seed, progress, cut),
+            base_evidence(model, curriculum.base, len(domains), plan.pure_prompts, lengths, "train", seed, cut),
         ]
     )
 
@@ -170,7 +171,7 @@ def _calibrated(
     plan: TrainingPlan,
     domains: Sequence[Domain],
     model: MambaFormerForCausalLM,
-    block: int,
+    cut: int,
     dispatcher: Dispatcher,
     work: Path,
     progress: bool,
@@ -178,7 +179,7 @@ def _calibrated(
     directory, seed = work / "gate", plan.seed + 2  # the judged prompts are those of seed + 1
     if not directory.exists():
         counts = plan.gate_pure_prompts, plan.gate_mixed_prompts
-        known = calibration_evidence(model, domains, *counts, plan.gate_lengths, seed, progress, block)
+        known = calibration_evidence(model, domains, *counts, plan.gate_lengths, seed, progress, cut)
         dispatcher, gate = settled(dispatcher, known, seed)
         dispatcher.save(work / "dispatcher")
         gate.save(directory)
@@ -205,15 +206,15 @@ def _evaluate(
     report: dict[str, Any] = {"plan": json.loads(json.dumps(asdict(plan)))}
     for kind, of in kinds.items():
         report[kind] = {domain.name: read_json(_result(out, kind, domain.name)) for domain in of}
-    model, seed, block = bundle.model, plan.seed + 1, bundle.experts.adapt_from
+    model, seed, cut = bundle.model, plan.seed + 1, bundle.cut
     judged, longest = plan.judged_prompts, max(plan.judged_lengths)
     pure = {
-        length: pure_evidence(model, domains, judged, (length, length), "held_out", seed + length, block=block)
+        length: pure_evidence(model, domains, judged, (length, length), "held_out", seed + length, cut=cut)
         for length in plan.judged_lengths
     }
     low, high = plan.prompt_lengths
-    mixed = mixed_evidence(model, domains, plan.judged_mixtures, (low, high), "held_out", seed, progress, block)
-    foreign = foreign_evidence(model, curriculum.foreign, len(domains), judged, (longest, longest), seed, block)
+    mixed = mixed_evidence(model, domains, plan.judged_mixtures, (low, high), "held_out", seed, progress, cut)
+    foreign = foreign_evidence(model, curriculum.foreign, len(domains), judged, (longest, longest), seed, cut)
     report["dispatch"] = dispatch_report(bundle.dispatcher, train, pure, mixed, foreign, seed)
     return report
 

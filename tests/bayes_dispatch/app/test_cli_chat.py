@@ -31,8 +31,8 @@ def talk(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: py
     """Exit code, stdout and stderr of a chat that is told some bytes."""
     monkeypatch.chdir(tmp_path)
 
-    def run(told: bytes, *arguments: str) -> tuple[int, str, str]:
-        stdin = SimpleNamespace(buffer=io.BytesIO(told), isatty=lambda: False)
+    def run(told: bytes, *arguments: str, terminal: bool = False) -> tuple[int, str, str]:
+        stdin = SimpleNamespace(buffer=io.BytesIO(told), isatty=lambda: terminal)
         monkeypatch.setattr(sys, "stdin", stdin)
         draws = () if "--blend" in arguments else ("--draws", "6")
         with pytest.raises(SystemExit) as exit_:
@@ -84,6 +84,18 @@ def test_a_state_goes_on(talk: Talk) -> None:
     talk(lines[0], "--blend", "posterior_predictive", "--state", "state/default")
     err = talk(b"", "--draws", "9", "--state", "state/default")[2]
     assert "expected no --draws, with which the chat in state/default began, got 9" in err
+
+
+def test_a_bad_line_at_a_terminal_is_refused_and_the_chat_goes_on(talk: Talk) -> None:
+    given = ("--json", "--seed", "3", "--max-context", "64")
+    expected = talk(b"ab>\nbc>\n", *given)[1]
+    code, out, err = talk(b"ab>\nab\xff>\n" + b"a" * 60 + b"\nbc>\n", *given, terminal=True)
+    assert (code, out) == (0, expected)
+    assert err.splitlines() == [
+        "> > bayes-dispatch: error: expected UTF-8 text, got byte 0xff at position 2",
+        "> bayes-dispatch: error: expected a turn of 1 to 59 tokens, which leaves room for the reply, got 60",
+        "> > ",
+    ]
 
 
 def test_what_is_shown(talk: Talk) -> None:
