@@ -376,7 +376,6 @@ def test_answers_are_those_of_the_engine_in_this_process(stand: Stand, start: Ca
     assert isinstance(engine, Engine)
     assert engine.off < 1e-9
     own = BatchedEngine(system)
-    assert engine.reply_stop == own.reply_stop
     blends, prompts = (
         ["posterior_mean", "top_k(2)", "sort", "base", "thompson_sample"],
         ["ab>ba\nab>", "1+2=3\n" * 6, "9"],
@@ -503,7 +502,7 @@ def test_another_replica_goes_on_where_a_server_fails(llama64: SimpleNamespace, 
     stands = [Stand(llama64), Stand(llama64)]
     engines = [VllmEngine(llama64, each.url, Limits(), KEY) for each in stands]
     whole, gone_on, given_up = Told(), Told(), Told()
-    engine = ReplicatedEngine(Here(first=engines[0], second=engines[1]), engines[0].reply_stop)
+    engine = ReplicatedEngine(Here(first=engines[0], second=engines[1]))
     engine.submit(work(llama64, tokens=20), whole)
     whole.why()
     stands[0].fault = fault

@@ -165,7 +165,6 @@ def _scale(replicas: str, busy: int, cpus: float) -> "Scale":
 @contextmanager
 def _on_ray(make: "EngineOf", loaded: "Bundle", scale: "Scale", name: str) -> "Iterator[Engine]":
     """Engines in a cluster, each made by ``make``."""
-    from bayes_dispatch.inference.chat.form import Form
     from bayes_dispatch.serving.ray.cluster import replicas_on_ray
     from bayes_dispatch.serving.replicas import ReplicatedEngine
 
@@ -175,7 +174,7 @@ def _on_ray(make: "EngineOf", loaded: "Bundle", scale: "Scale", name: str) -> "I
         check_lora(loaded.experts, loaded.model)
     holds = make.limits.running + make.limits.waiting
     with replicas_on_ray(make, scale, name, holds, make.limits.waiting) as replicas:
-        yield ReplicatedEngine(replicas, Form.of(loaded.tokenizer).stop)
+        yield ReplicatedEngine(replicas)
 
 
 def export_vllm(
