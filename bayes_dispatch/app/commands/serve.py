@@ -114,6 +114,7 @@ def serve(
         raise ConfigError(f"expected --keys, {VARIABLE} or --no-keys to listen at {host}, got none of them")
     refuse_unused("--remembered", remembered, prior is not None, "with --prior")
     refuse_unused("--cache-bytes", cache_bytes, vllm is None, "without --vllm, where caches are vLLM's", "both")
+    refuse_unused("--vllm", vllm, "@" not in (vllm or ""), "with a URL that has no name and password", "one with an @")
     settings = WebSettings(
         body_bytes=body_bytes,
         header_bytes=header_bytes,
