@@ -130,14 +130,14 @@ def serve(
     refuse_unused("--replicas", replicas, ray, "with --ray")
     refuse_unused("--replica-cpus", replica_cpus, ray, "with --ray")
     refuse_unused("--replica-busy", replica_busy, "-" in (replicas or ""), "with --replicas A-B")
-    scale = _scale(replicas or "1", replica_busy or max(1, running // 2), replica_cpus or 1.0) if ray else None
+    scale = _scale(replicas or "1", replica_busy or max(1, running // 2), replica_cpus or 1.0, device) if ray else None
     with listen(host, port) as listening:
         from bayes_dispatch.app.bundle_at import BundleAt
         from bayes_dispatch.app.engines import EngineOf
         from bayes_dispatch.inference.two_pass.events import JsonLines
         from bayes_dispatch.serving.engine import Limits
 
-        loaded, learner = open_bundle(bundle, device, dtype), None
+        loaded, learner = open_bundle(bundle, "cpu" if ray else device, dtype), None  # a gateway runs no model
         if prior is not None:
             loaded.dispatcher.keep_prior(prior)
             learner = Learner(loaded.dispatcher, REMEMBERED if remembered is None else remembered)
@@ -154,13 +154,15 @@ def serve(
             Server(app, engine, settings).serve_on(listening)
 
 
-def _scale(replicas: str, busy: int, cpus: float) -> "Scale":
+def _scale(replicas: str, busy: int, cpus: float, device: str) -> "Scale":
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"expected --device cpu or cuda with --ray, which chooses the GPUs, got {device:.80}")
     try:
         from bayes_dispatch.serving.ray.cluster import Scale
     except ImportError as error:
         message = f"expected the extra ray (pip install 'bayes-dispatch[serve,ray]'), got no {error.name}"
         raise MissingDependencyError(message) from None
-    return Scale.read(replicas, busy, cpus)
+    return Scale.read(replicas, busy, cpus, int(device == "cuda"))
 
 
 @contextmanager
