@@ -103,6 +103,7 @@ def test_ray_is_asked_for_a_gpu_where_replicas_run_on_one(
     monkeypatch.setitem(sys.modules, "bayes_dispatch.serving.ray.cluster", SimpleNamespace(Scale=Scale))
     monkeypatch.setattr(commands, "open_bundle", lambda _, device, dtype: (device, dtype))
     monkeypatch.setattr(commands, "_on_ray", on_ray)
+    monkeypatch.setattr(commands, "_log", lambda _: None)  # it would stay for other tests
     with pytest.raises(SystemExit):
         cli.main(["serve", "--port", "0", "--ray", "--replicas", "2", "--device", device])
     assert asked == [("2", 16, 1.0, gpus), (device, ("cpu", None), "scale")]

@@ -239,7 +239,8 @@ def test_more_tokens_than_a_text_may_have_are_refused_at_the_start(capfd: pytest
     with pytest.raises(SystemExit) as stopped:
         main(["serve", "--port", "0", "--bundle", "nowhere", "--max-new-tokens", "65537"])
     told = "expected max_new_tokens to be a whole number from 1 to 65536, got 65537"
-    assert (stopped.value.code, capfd.readouterr().err) == (2, f"bayes-dispatch: error: {told}\n")
+    assert stopped.value.code == 2
+    assert f"bayes-dispatch: error: {told}\n" in capfd.readouterr().err  # a server of other tests may log there
 
 
 @pytest.mark.parametrize(("calls", "kind"), [(ChatCalls, ChatAsked), (CompletionCalls, CompletionAsked)])
