@@ -18,7 +18,11 @@ from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import ConfigError, PromptError, TensorError
 from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.two_pass.particles import Decoding
+<<<<<<< HEAD
 from bayes_dispatch.inference.two_pass.system import System, check_system, cut_of
+=======
+from bayes_dispatch.inference.two_pass.system import System, cut_of, dispatch
+>>>>>>> wF1
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.serving.reading import Reading, Running
 from bayes_dispatch.serving.waiting import Request, WaitingLine
@@ -70,6 +74,7 @@ class BatchedEngine:
         check_system(system)
         self._system, self._limits = system, Limits() if limits is None else limits
         self._form = Form.of(system.tokenizer)
+        self._some = dispatch(system, ["a"], 0)[0]  # to see what blends make of a posterior
         self._row_bytes, self._token_bytes, self._between_bytes = _cache_bytes(system.model, cut_of(system))
         self._waiting = WaitingLine(self._limits.waiting, self._limits.waiting_tokens)
         self._closing: float | None = None  # when all is to be over, once it is to close
@@ -85,11 +90,8 @@ class BatchedEngine:
 
     def submit(self, work: Work, tell: Callable[[Event], None]) -> Request:
         """See ``work.Engine``."""
-        request = Request.of(self._system, self._form, self._system.model.longest, work, tell)
-        rows = 1 if work.writing is None else 2  # of the first pass, and of one particle at least
-        if self._bytes(rows, request.tokens, request.tokens) > self._limits.cache_bytes:
-            most = self._limits.cache_bytes
-            raise PromptError(f"expected a request whose cache fits in {most} bytes, got {request.tokens} tokens")
+        request = Request.of(self._system, self._form, self._some, self._system.model.longest, work, tell)
+        self._check_room(request.rows, request.tokens)
         with self._changed:
             if self._closing is not None:
                 raise BusyError("expected a request to a server that is not shutting down, got one that came late", 5)
@@ -102,11 +104,6 @@ class BatchedEngine:
         with self._changed:
             waiting, closing = self._waiting, self._closing is not None
             return replace(self._state, waiting=len(waiting), waiting_tokens=waiting.tokens, closing=closing)
-
-    @property
-    def reply_stop(self) -> str | None:
-        """See ``work.Engine``."""
-        return self._form.stop
 
     def close(self, patience: float) -> None:
         """See ``work.Engine``."""
@@ -149,6 +146,7 @@ class BatchedEngine:
         for request, reason in gone:
             request.hear(Ended(reason))
         if over:
+            self._end_reading(Ended("closed"))
             self._fail(Ended("closed"))
         return over
 
@@ -209,14 +207,24 @@ class BatchedEngine:
         Raises:
             ConfigError: there will never be.
         """
-        if self._bytes(rows, tokens, tokens) > self._limits.cache_bytes:
-            most, needed = self._limits.cache_bytes, f"{rows} rows of {tokens} tokens"
-            raise ConfigError(f"expected a blend whose caches fit in {most} bytes, got {needed}: try fewer draws")
+        self._check_room(rows, tokens)
         if self._batch is None:
             return True
         return (
             self._bytes(self._batch.reader.rows + rows, max(tokens, self._longest), tokens) <= self._limits.cache_bytes
         )
+
+    def _check_room(self, rows: int, tokens: int) -> None:
+        """Whether there is room for so many rows of so many tokens where nothing else runs.
+
+        Raises:
+            ConfigError: there is not.
+        """
+        if self._bytes(rows, tokens, tokens) > self._limits.cache_bytes:
+            most, needed = self._limits.cache_bytes, f"{rows} rows of {tokens} tokens"
+            raise ConfigError(
+                f"expected a request whose caches fit in {most} bytes, got {needed}: try fewer tokens or draws"
+            )
 
     def _bytes(self, rows: int, tokens: int, read: int = 0) -> int:
         """Of rows, and of a prompt of ``read`` tokens between the passes."""
@@ -292,10 +300,9 @@ class BatchedEngine:
                 request.hear(why)
 
     def _fail(self, ended: Ended) -> None:
-        """Let all go that are read or run, and begin anew."""
+        """Let all go that run, and begin anew. What is being read has rows of its own."""
         gone = [request for request, _ in self._running]
         self._running, self._batch = [], None
-        self._end_reading(ended)
         self._publish()
         for request in gone:
             request.hear(ended)

@@ -8,11 +8,12 @@ from functools import partial
 import numpy as np
 import torch
 
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, PromptError
 from bayes_dispatch.inference.chat.conversation import Conversation
 from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.chat.state import Transcript
-from bayes_dispatch.inference.two_pass.blends import Particles
+from bayes_dispatch.inference.two_pass.blends import Blend, Particles
 from bayes_dispatch.inference.two_pass.particles import Decoding, settle
 from bayes_dispatch.inference.two_pass.prompts import Writing, Written
 from bayes_dispatch.inference.two_pass.readers import CachedReader
@@ -23,7 +24,7 @@ from bayes_dispatch.model.generation.sampling import row_generators, row_seeds
 from bayes_dispatch.model.tokenizer import utf8
 from bayes_dispatch.serving.work import Begun, Message, Work
 
-__all__ = ["Heard", "Reading", "Running", "hear"]
+__all__ = ["Heard", "Reading", "Running", "hear", "particles_of", "rows_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +54,9 @@ class Heard:
 def hear(tokenizer: Tokenizer, form: Form, longest: int | None, work: Work) -> Heard:
     """The tokens of a request; ``form`` is that of the tokenizer's conversations.
 
-    A conversation has the form of the model's chat template, and without one nothing between its turns; then an answer
-    ends with a line, unless it is told otherwise. What the system says comes before the user's first words, as
-    templates without a place for it have it. The words of system and assistant are no evidence.
+    A conversation has the form of the model's chat template, and without one nothing between its turns. What the system
+    says comes before the user's first words, as templates without a place for it have it. The words of system and
+    assistant are no evidence.
 
     Raises:
         PromptError: nothing is said, it is no UTF-8, or more than the model can read with the answer.
@@ -68,8 +69,6 @@ def hear(tokenizer: Tokenizer, form: Form, longest: int | None, work: Work) -> H
         text = Transcript.empty().followed_by(words.ids, words.spans, data, user=True)
         heard = Heard(nothing, text, tokenizer.ends, writing)
     else:
-        if writing is not None and form.stop is not None and not writing.stops:
-            writing = replace(writing, stops=(form.stop,))
         heard = Heard(form.begin, _conversation(tokenizer, form, work.prompt), form.ends, writing)
     if not heard.transcript.user.any():
         raise PromptError("expected a prompt of at least one token, got none")
@@ -107,6 +106,23 @@ def _conversation(tokenizer: Tokenizer, form: Form, turns: tuple[Message, ...]) 
         else:
             text = form.heard(text, data, words)
     return text
+
+
+def particles_of(blend: Blend, posterior: DispatchPosterior) -> Particles:
+    """What a blend makes of a posterior.
+
+    Raises:
+        ConfigError: it cannot be made of that one, or has weights by layer, which engines do not run.
+    """
+    particles = blend.particles(posterior)
+    if particles.layers is not None:
+        raise ConfigError(f"expected a blend of one set of weights, got {blend.name} by layer")
+    return particles
+
+
+def rows_of(particles: Particles) -> int:
+    """Rows of the model that one prompt may need: of the first pass, of particles, and of what refines them."""
+    return 1 + particles.mass.shape[1] + particles.refined
 
 
 @dataclass(eq=False)
@@ -183,7 +199,7 @@ class Reading:
         particles = self._dispatch(conversation)
         if particles is None or writing is None:
             return
-        self.rows = 1 + particles.mass.shape[1] + particles.refined
+        self.rows = rows_of(particles)
         yield
         settled = yield from settle(partial(self._begin, conversation), particles, self._piece)
         self.decoding = settled.decoding
@@ -209,10 +225,7 @@ class Reading:
         self._tell(Begun(posterior, len(self._heard), p_value, bool(foreign[0]), evidence, events))
         if self._heard.writing is None or (work.abstain and foreign[0]):
             return None
-        particles = on_base(work.blend.particles(posterior), foreign)
-        if particles.layers is not None:
-            raise ConfigError(f"expected a blend of one set of weights, got {work.blend.name} by layer")
-        return particles
+        return on_base(particles_of(work.blend, posterior), foreign)
 
     def _begin(self, conversation: Conversation, particles: Particles) -> Decoding:
         """Of the prompt under particles."""

@@ -96,11 +96,11 @@ class ReplicatedEngine:
     """See ``work.Engine``. What a replica refuses is told as ``Ended("failed")``; only a closing engine refuses itself.
 
     Args:
-        replicas: have been started, and are ended by whoever did. reply_stop: of their engines.
+        replicas: have been started, and are ended by whoever did.
     """
 
-    def __init__(self, replicas: Replicas, reply_stop: str | None) -> None:
-        self._replicas, self._reply_stop = replicas, reply_stop
+    def __init__(self, replicas: Replicas) -> None:
+        self._replicas = replicas
         self._alive: Mapping[str, EngineState] = {}  # what each told last
         self._counts: dict[str, EngineState] = {}  # the last of each that ever was
         self._closing = self._cut = False
@@ -134,11 +134,6 @@ class ReplicatedEngine:
             for each in fields(EngineState)
         }
         return EngineState(**sums | {"closing": closing})
-
-    @property
-    def reply_stop(self) -> str | None:
-        """See ``work.Engine``."""
-        return self._reply_stop
 
     def close(self, patience: float) -> None:
         """See ``work.Engine``."""

@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import monotonic
 
+from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.chat.form import Form
+from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.system import System, check_gate
-from bayes_dispatch.serving.reading import Heard, hear
+from bayes_dispatch.serving.reading import Heard, hear, particles_of, rows_of
 from bayes_dispatch.serving.work import BusyError, Event, Work
 
 __all__ = ["Request", "WaitingLine"]
@@ -24,6 +26,7 @@ class Request:
 
     Attributes:
         deadline: on the monotonic clock. wanted: whether somebody still waits for it.
+        particles: what its blend makes of some prompt's posterior; ``None`` where nothing is written.
     """
 
     work: Work
@@ -31,15 +34,23 @@ class Request:
     tell: Callable[[Event], None]
     deadline: float
     wanted: bool = True
+    particles: Particles | None = None
 
     @classmethod
     def of(
-        cls, system: System, form: Form, longest: int | None, work: Work, tell: Callable[[Event], None]
+        cls,
+        system: System,
+        form: Form,
+        some: DispatchPosterior,
+        longest: int | None,
+        work: Work,
+        tell: Callable[[Event], None],
     ) -> "Request":
         """Work that comes now.
 
         Args:
-            form: of conversations. longest: tokens that the model can read.
+            form: of conversations. some: posterior of some prompt: what a blend cannot make of that it can of none.
+            longest: tokens that the model can read.
 
         Raises:
             PromptError, ConfigError: see ``Engine.submit``.
@@ -49,7 +60,9 @@ class Request:
             check_gate(system, work.false_alarm_rate)
         elif work.abstain:
             raise ConfigError("expected a false_alarm_rate to abstain at, got None")
-        return cls(work, heard, tell, monotonic() + (math.inf if work.patience is None else work.patience))
+        deadline = monotonic() + (math.inf if work.patience is None else work.patience)
+        particles = None if work.writing is None else particles_of(work.blend, some)
+        return cls(work, heard, tell, deadline, particles=particles)
 
     def cancel(self) -> None:
         """See ``Ticket``."""
@@ -59,6 +72,11 @@ class Request:
     def tokens(self) -> int:
         """Of the prompt, and at most of the answer."""
         return self.heard.tokens
+
+    @property
+    def rows(self) -> int:
+        """Of the model that it may need."""
+        return 1 if self.particles is None else rows_of(self.particles)
 
     def hear(self, event: Event) -> None:
         """``tell`` an event; who cannot bear it wants no more."""

@@ -189,11 +189,6 @@ class Engine(Protocol):
     @property
     def state(self) -> EngineState: ...
 
-    @property
-    def reply_stop(self) -> str | None:
-        """The text with which a reply in a conversation ends unless told otherwise; ``None`` where a token does."""
-        ...
-
     def close(self, patience: float) -> None:
         """Refuse new work, give what there is so many seconds to end (of several calls the fewest), and stop."""
         ...

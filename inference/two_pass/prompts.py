@@ -9,7 +9,7 @@ from bayes_dispatch.model.backbone import Tokenizer, Tokens
 from bayes_dispatch.model.generation.sampling import Sampling
 from bayes_dispatch.model.tokenizer import utf8
 
-__all__ = ["Stop", "Writing", "Written", "check_prompts", "check_turn", "tokenized"]
+__all__ = ["MAX_NEW_TOKENS", "Stop", "Writing", "Written", "check_prompts", "check_turn", "tokenized"]
 
 Stop = str | bytes | Sequence[str | bytes] | None  # what a text ends with: a list for any of several
 

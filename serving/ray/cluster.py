@@ -6,11 +6,13 @@ import re
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from bayes_dispatch.serving.ray.connection import connected  # first: it sets what Ray reads when it is imported
 
 # isort: split
+import ray
 from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve.config import AutoscalingConfig, ProxyLocation, RequestRouterConfig
@@ -23,11 +25,14 @@ from ray.serve.exceptions import (
 
 from bayes_dispatch.arguments import real, whole
 from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.inference.two_pass.events import tell
 from bayes_dispatch.serving.ray.replica import Replica
 from bayes_dispatch.serving.ray.routing import UntriedFirst
 from bayes_dispatch.serving.work import BusyError, Ended, Engine, EngineState, Event, Work
 
 __all__ = ["RayReplicas", "Scale", "replicas_on_ray"]
+
+logger = logging.getLogger(__name__)
 
 NAME = "replica"
 HEALTH_SECONDS = 2.0  # between two looks at a replica: a dead one is missed after so long
@@ -42,7 +47,7 @@ class Scale:
 
     Attributes:
         least, most: of them. busy: requests that each is to be at, on average; with more another one is started.
-        cpus: cores that Ray sets aside for each, as a fraction of one, too.
+        cpus, gpus: cores and GPUs that Ray sets aside for each; of a core a fraction, too.
 
     Raises:
         ConfigError: less than 1, or a least above the most; cores that are no number above 0.
@@ -52,15 +57,17 @@ class Scale:
     most: int
     busy: int
     cpus: float = 1.0
+    gpus: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= self.least <= self.most:
             raise ConfigError(f"expected replicas from 1 on, as 2 or 1-4, got {self.least}-{self.most}")
         whole("busy", self.busy, 1)
+        whole("gpus", self.gpus, 0)
         real("cpus", self.cpus, 0, above=True)
 
     @classmethod
-    def read(cls, text: str, busy: int, cpus: float) -> "Scale":
+    def read(cls, text: str, busy: int, cpus: float, gpus: int = 0) -> "Scale":
         """Of ``2`` or ``1-4``.
 
         Raises:
@@ -69,7 +76,7 @@ class Scale:
         found = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text)
         if found is None:
             raise ConfigError(f"expected a number of replicas as 2 or 1-4, got {text!r:.80}")
-        return cls(int(found[1]), int(found[2] or found[1]), busy, cpus)
+        return cls(int(found[1]), int(found[2] or found[1]), busy, cpus, gpus)
 
 
 class RayReplicas:
@@ -121,17 +128,15 @@ def replicas_on_ray(
         waiting: that may wait while there is no replica.
 
     Raises:
-        ConfigError: there is no such cluster, it has too few cores, or the engines could not be made.
+        ConfigError: there is no such cluster, it has too few cores or GPUs, or the engines could not be made.
     """
-    with connected() as cores:
-        if cores is not None and scale.most * scale.cpus > cores:
-            needed = f"{scale.most} replicas of {scale.cpus:g}"
-            raise ConfigError(f"expected replicas for the {cores:g} cores of this machine, got {needed}")
+    with connected() as own:
+        _check_room(scale, own)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         deployment = serve.deployment(
             Replica,
             name=NAME,
-            ray_actor_options={"num_cpus": scale.cpus},
+            ray_actor_options={"num_cpus": scale.cpus, "num_gpus": scale.gpus},
             max_ongoing_requests=2 * holds,  # those that end are counted a little longer than the engine holds them
             max_queued_requests=waiting,
             health_check_period_s=HEALTH_SECONDS,
@@ -150,6 +155,23 @@ def replicas_on_ray(
         finally:
             handle.shutdown()
             serve.delete(name)
+
+
+def _check_room(scale: Scale, own: bool) -> None:
+    """Whether there are cores and GPUs enough; a cluster of other machines may grow, and is waited for.
+
+    Raises:
+        ConfigError: this machine has too few.
+    """
+    has = ray.cluster_resources()
+    for kind, what, each in (("CPU", "cores", scale.cpus), ("GPU", "GPUs", scale.gpus)):
+        there, count = has.get(kind, 0), scale.most if own else scale.least
+        if count * each > there:
+            if own:
+                needed = f"{count} replicas of {each:g}"
+                raise ConfigError(f"expected replicas for the {there:g} {what} of this machine, got {needed}")
+            facts = {"for": what, "has": there, "needs": count * each}
+            tell(logger, logging.WARNING, "waiting for the Ray cluster", partial(dict, facts))
 
 
 def _number(scale: Scale) -> dict[str, Any]:

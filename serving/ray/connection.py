@@ -28,11 +28,11 @@ OWN = os.environ.get("RAY_ADDRESS", "") in ("", "local")
 
 
 @contextmanager
-def connected() -> Iterator[float | None]:
+def connected() -> Iterator[bool]:
     """Use the cluster of ``RAY_ADDRESS``, or one on this machine alone, which ends with this.
 
     Yields:
-        The cores of a cluster on this machine alone; ``None`` for another.
+        Whether the cluster is one on this machine alone.
 
     Raises:
         ConfigError: there is no such cluster, or one on this machine would listen to others.
@@ -47,6 +47,6 @@ def connected() -> Iterator[float | None]:
     try:
         if OWN and (host := ray.util.get_node_ip_address()) != "127.0.0.1":
             raise ConfigError(f"expected a Ray cluster at 127.0.0.1 alone, got one at {host}")
-        yield ray.cluster_resources()["CPU"] if OWN else None
+        yield OWN
     finally:
         ray.shutdown()

@@ -20,16 +20,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, PromptError
 from bayes_dispatch.inference.chat.form import Form
-from bayes_dispatch.inference.two_pass.blends import Blend
-from bayes_dispatch.inference.two_pass.events import tell
+from bayes_dispatch.inference.two_pass.blends import Blend, Particles
+from bayes_dispatch.inference.two_pass.events import tell as log
 from bayes_dispatch.inference.two_pass.prompts import Written
 from bayes_dispatch.inference.two_pass.second_pass import on_base
 from bayes_dispatch.inference.two_pass.system import System, check_system, dispatch
 from bayes_dispatch.serving.engine import Limits
-from bayes_dispatch.serving.reading import Reading
+from bayes_dispatch.serving.reading import Reading, particles_of
 from bayes_dispatch.serving.vllm.export import check_lora, probes_of
 from bayes_dispatch.serving.vllm.format import told
 from bayes_dispatch.serving.vllm.upstream import Upstream
@@ -98,14 +97,14 @@ class VllmEngine:
         except BaseException:
             self.close(0)
             raise
-        tell(logger, logging.INFO, "vllm", lambda: {"url": self._upstream.url, "nats_off": self.off})
+        log(logger, logging.INFO, "vllm", lambda: {"url": self._upstream.url, "nats_off": self.off})
         self._longest = min((each for each in (most, system.model.longest) if each is not None), default=None)
 
     def submit(self, work: Work, tell: Callable[[Event], None]) -> _Ticket:
         """See ``work.Engine``."""
-        request = Request.of(self._system, self._form, self._longest, work, tell)
-        if work.writing is not None:
-            _weights(work.blend, self._some)
+        request = Request.of(self._system, self._form, self._some, self._longest, work, tell)
+        if request.particles is not None:
+            _weights(work.blend, request.particles)
         with self._lock:
             if self._state.closing:
                 raise BusyError("expected a request to a server that is not shutting down, got one that came late", 5)
@@ -121,11 +120,6 @@ class VllmEngine:
         with self._lock:
             waiting, running = self._waiting, len(self._tasks)
             return replace(self._state, waiting=len(waiting), waiting_tokens=waiting.tokens, running=running)
-
-    @property
-    def reply_stop(self) -> str | None:
-        """See ``work.Engine``."""
-        return self._form.stop
 
     def drop(self, request: Request) -> None:
         """Stop what nobody waits for any more."""
@@ -208,7 +202,9 @@ class VllmEngine:
                 return Ended("dispatched")
             if request.work.abstain and begun.fallback:
                 return Ended("abstained")
-            return await self._write(request, _weights(request.work.blend, begun.posterior, begun.fallback))
+            blend = request.work.blend
+            particles = particles_of(blend, begun.posterior)
+            return await self._write(request, _weights(blend, particles, begun.fallback))
 
     def _dispatch(self, request: Request) -> Begun | None:
         """Of the prompt; nothing where it is not wanted any more. On a thread of its own: others are written meanwhile.
@@ -250,14 +246,13 @@ class VllmEngine:
             self._state = self._state.counted(**more)
 
 
-def _weights(blend: Blend, posterior: DispatchPosterior, fallback: bool = False) -> np.ndarray:
+def _weights(blend: Blend, particles: Particles, fallback: bool = False) -> np.ndarray:
     """The one set of weights (K + 1,) that a blend is.
 
     Raises:
-        ConfigError: it is several, or one that the prompt refines, or another for each layer.
+        ConfigError: it is several, or one that the prompt refines.
     """
-    particles = blend.particles(posterior)
-    if particles.mass.shape[1] != 1 or particles.refined or particles.layers is not None:
+    if particles.mass.shape[1] != 1 or particles.refined:
         raise ConfigError(f"expected a blend that vLLM can run: {SERVED}; got {blend.name}, which needs this process")
     found: np.ndarray = on_base(particles, np.array([fallback])).weights[0, 0]
     return found

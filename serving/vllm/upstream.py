@@ -1,8 +1,9 @@
 """A vLLM server, as an engine speaks to it: token by token, in tokens of the model."""
 
+import asyncio
 import json
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, NamedTuple
 
 import httpx2
@@ -15,6 +16,7 @@ from bayes_dispatch.serving.work import BusyError, UpstreamError
 __all__ = ["Said", "Upstream"]
 
 CONNECTING = 10.0  # seconds
+STARTING = 60.0  # seconds in which each question must be answered before requests are taken
 LONGEST_WAIT = 60  # seconds that a client is told to wait, at most
 UNMASKED = -100.0  # what is added to the logits of tokens that may not be chosen, the least that vLLM takes
 
@@ -33,10 +35,12 @@ class Upstream:
         url: such as ``http://127.0.0.1:8001``. key: of ``vllm serve --api-key``, if it has one.
 
     Raises:
-        ConfigError: one that is none.
+        ConfigError: one that is none, or has a name or a password, which would be written where the URL is.
     """
 
     def __init__(self, url: str, key: str | None = None) -> None:
+        if "@" in url:
+            raise ConfigError("expected a URL of vLLM without a name and password, got one with an @")
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
         self.url = url.rstrip("/").removesuffix("/v1")
         if key is not None and not (key.isascii() and key.isprintable()):
@@ -61,10 +65,11 @@ class Upstream:
         """Tokens that the server takes, with those that it writes; ``None`` where it does not tell.
 
         Raises:
-            UpstreamError: it is not there. ConfigError: it has no bank.
+            UpstreamError: it is not there, or silent. ConfigError: it has no bank.
         """
         try:
-            answer = await self._client.get("/v1/models")
+            async with self._answering():
+                answer = await self._client.get("/v1/models")
             answer.raise_for_status()
             models = {each["id"]: each for each in answer.json()["data"]}
         except (httpx2.HTTPError, httpx2.InvalidURL, ValueError, KeyError, TypeError) as error:
@@ -81,7 +86,7 @@ class Upstream:
         """By how much it is off the probes: see ``gap``.
 
         Raises:
-            ConfigError: by too much: another model, or other experts. UpstreamError: it fails.
+            ConfigError: by too much: another model, or other experts. UpstreamError: it fails, or is silent.
         """
         asked = list(dict.fromkeys(tokens))
         found = []
@@ -93,7 +98,8 @@ class Upstream:
                 "return_tokens_as_token_ids": True,
             }
             try:
-                answer = await self._client.post("/v1/completions", json=body)
+                async with self._answering():
+                    answer = await self._client.post("/v1/completions", json=body)
                 await _check_status(answer)
                 said = answer.json()["choices"][0]["logprobs"]["top_logprobs"][0]
                 found.append([float(said[f"token_id:{token}"]) for token in asked])
@@ -142,6 +148,15 @@ class Upstream:
                             yield said
         except httpx2.HTTPError as error:
             raise UpstreamError(f"expected an answer of {self.url}, got {type(error).__name__}: {error}") from None
+
+    @asynccontextmanager
+    async def _answering(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(STARTING):
+                yield
+        except TimeoutError:
+            message = f"expected an answer of the vLLM server at {self.url} in {STARTING:g} seconds, got none"
+            raise UpstreamError(message) from None
 
     @staticmethod
     def _body(ids: Sequence[int], weights: str) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def make_app(
     gate: Gate | None = getattr(system, "gate", None)  # not every system knows of gates
     arrivals = None if gate is None else Arrivals(system.dispatcher, gate)
     metrics = Metrics(engine, system.dispatcher, arrivals, learner)
-    jobs = Jobs(system, settings, engine.reply_stop)
+    jobs = Jobs(system, settings)
     app, desk, made = (
         FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         _Desk(engine, metrics, settings, learner),

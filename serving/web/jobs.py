@@ -2,12 +2,13 @@
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from bayes_dispatch.arguments import seed as checked_seed
 from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.two_pass.blends import Blend, FixedWeights, as_blend
 from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.inference.two_pass.system import System
@@ -49,12 +50,15 @@ class Jobs:
 
     Attributes:
         system: whose experts are named. settings: what requests may ask for.
-        reply_stop: of the engine: what a reply ends with unless told otherwise.
+        reply_stop: with which a reply ends unless told otherwise; ``None`` where a token does.
     """
 
     system: System
     settings: WebSettings
-    reply_stop: str | None = None
+    reply_stop: str | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reply_stop", Form.of(self.system.tokenizer).stop)
 
     @property
     def models(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from bayes_dispatch.arguments import real, whole
 from bayes_dispatch.inference.two_pass.blends import DEFAULT_BLEND, Blend
+from bayes_dispatch.inference.two_pass.prompts import MAX_NEW_TOKENS
 
 __all__ = ["WebSettings"]
 
@@ -15,7 +16,7 @@ class WebSettings:
     Attributes:
         body_bytes, header_bytes: of a request. prompt_bytes: of all its prompts, or of its messages.
         body_seconds: in which a body has to arrive; also those that a client may take to read a piece of a stream.
-        max_new_tokens: that a choice may ask for; a chat that asks for no number gets so many.
+        max_new_tokens: that a choice may ask for, at most 65,536; a chat that asks for no number gets so many.
         choices: prompts times ``n``. connections: at once; others get 503 as plain text.
         patience: seconds after which a request is given up, wherever it is; ``None`` for never.
         drain: seconds that requests have to end in, once the server is told to stop.
@@ -39,8 +40,9 @@ class WebSettings:
     blend: Blend = DEFAULT_BLEND
 
     def __post_init__(self) -> None:
-        for name in ("body_bytes", "header_bytes", "prompt_bytes", "max_new_tokens", "choices", "connections"):
+        for name in ("body_bytes", "header_bytes", "prompt_bytes", "choices", "connections"):
             whole(name, getattr(self, name), 1)
+        whole("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS)
         real("body_seconds", self.body_seconds, 0, above=True)
         if self.patience is not None:
             real("patience", self.patience, 0, above=True)

@@ -2,7 +2,7 @@
 caches are bounded, and what fails fails alone."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from threading import Thread
 from time import sleep
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from bayes_dispatch.errors import BayesDispatchError, ConfigError, PromptError, 
 from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.chat.state import Transcript
 from bayes_dispatch.inference.generator import TwoPassGenerator
-from bayes_dispatch.inference.two_pass.blends import Blend, as_blend
+from bayes_dispatch.inference.two_pass.blends import Blend, Particles, PosteriorMean, as_blend
 from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.model.generation.sampling import Sampling
@@ -129,11 +129,11 @@ def test_a_conversation_is_that_of_a_chat(system: Any, start: Callable[..., Batc
     said = tuple(Message("user", words) for words in ("ab>ba\nab>",))
     chat = TwoPassGenerator(system).chat(blend=named(system, "posterior_predictive(6)"), seed=3)
     turn = chat.say(said[0].content, 8, do_sample=True, temperature=1.5)
-    asked = work(system, said, "posterior_predictive(6)", seed=3)
+    form = Form.of(system.tokenizer)
+    asked = work(system, said, "posterior_predictive(6)", seed=3, stop=form.stop)
     (own,) = run(engine, [asked])
     assert own.text == turn.text
     assert [token.token_id for token in own.tokens] == turn.token_ids.tolist()
-    form = Form.of(system.tokenizer)
     longer = (Message("system", "1+2=3"), *said, Message("assistant", "ba\n"), Message("user", "b>"))
     heard = hear(system.tokenizer, form, None, replace(asked, prompt=longer))
     assert heard.transcript.data == b"1+2=3\n\nab>ba\nab>ba\nb>"
@@ -218,13 +218,9 @@ def test_caches_stay_within_their_bound(llama64: Any, start: Callable[..., Batch
     assert {own.why() for own in heard} <= {"length", "stop"}
     watching.join()
     assert 0 < most[0] <= bound
-    with pytest.raises(PromptError, match="fits in"):
-        start(llama64, cache_bytes=probe._bytes(1, 100)).submit(work(llama64, "ab", tokens=200), Told())
-    (own,) = run(engine, [work(llama64, "ab>" * 5, "posterior_predictive(40)", 60)])
-    assert own.why() == "failed"
-    assert own.ended is not None
-    assert isinstance(own.ended.error, ConfigError)
-    assert "fewer draws" in str(own.ended.error)
+    for never in (work(llama64, "ab", tokens=500), work(llama64, "ab>" * 5, "posterior_predictive(40)", 60)):
+        with pytest.raises(ConfigError, match=r"fit in .* fewer tokens or draws"):
+            engine.submit(never, Told())
 
 
 def test_what_reads_a_prompt_is_counted(llama64: Any, start: Callable[..., BatchedEngine]) -> None:
@@ -232,9 +228,11 @@ def test_what_reads_a_prompt_is_counted(llama64: Any, start: Callable[..., Batch
     probe = start(llama64)
     asked = work(llama64, "ab>" * 40, "refined_mean(6)", 2)
     tokens = probe.submit(asked, Told()).tokens
-    for rows, why in ((7, {"failed"}), (8, {"length", "stop"})):  # of the first pass, six particles and their mean
-        (own,) = run(start(llama64, cache_bytes=probe._bytes(rows, tokens, tokens)), [asked])
-        assert own.why() in why
+    rows = 8  # of the first pass, six particles and their mean
+    with pytest.raises(ConfigError, match=f"got {rows} rows of {tokens} tokens"):
+        start(llama64, cache_bytes=probe._bytes(rows, tokens, tokens) - 1).submit(asked, Told())
+    (own,) = run(start(llama64, cache_bytes=probe._bytes(rows, tokens, tokens)), [asked])
+    assert own.why() in ("length", "stop")
     engine, own, seen = start(llama64, piece=1), Told(), set[tuple[int, bool]]()
     engine.submit(asked, own)
     while not own.over.is_set():
@@ -266,7 +264,7 @@ def test_what_is_kept_between_the_passes_is_counted(cut64: Any, start: Callable[
     tokens = probe.submit(asked, Told()).tokens
     bound = probe._bytes(1, tokens, tokens)
     assert bound > probe._bytes(1, tokens)
-    with pytest.raises(PromptError, match="fits in"):
+    with pytest.raises(ConfigError, match="fit in"):
         start(cut64, cache_bytes=bound - 1).submit(asked, Told())
     engine, own, most = start(cut64, cache_bytes=bound, piece=2), Told(), 0
     engine.submit(asked, own)
@@ -425,13 +423,58 @@ def test_a_step_that_fails_ends_what_it_was_for_and_nothing_later(
     assert later.why() in ("length", "stop")
 
 
+def test_a_step_that_fails_leaves_the_prompt_that_is_read(
+    cut64: Any, start: Callable[..., BatchedEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has sessions of its own."""
+    engine, whole, runs, reads = start(cut64, piece=2), CachedReader.read, Told(), Told()
+    asked = work(cut64, "ab>ba\n" * 20, "posterior_predictive(6)")
+    (alone,) = run(engine, [asked])
+
+    def broken(self: CachedReader, tokens: torch.Tensor) -> torch.Tensor:
+        if engine._reading is not None and not runs.over.is_set():
+            raise MemoryError("no more")
+        return whole(self, tokens)
+
+    monkeypatch.setattr(CachedReader, "read", broken)
+    engine.submit(work(cut64, tokens=5000), runs)
+    engine.submit(asked, reads)
+    assert runs.why() == "broken"
+    assert reads.why() == alone.why()
+    assert reads.text == alone.text
+
+
+@dataclass
+class Late:
+    """A blend that cannot be made of the second posterior that it gets."""
+
+    name: str = "late"
+    asked: int = 0
+
+    def particles(self, posterior: Any) -> Particles:
+        self.asked += 1
+        if self.asked > 1:
+            raise ConfigError("expected another posterior, got this one")
+        return PosteriorMean().particles(posterior)
+
+
 def test_a_prompt_that_fails_fails_alone(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
     engine = start(cut64)
-    good, bad = run(engine, [work(cut64, tokens=20), work(cut64, blend="top_k(40)")])
+    good, bad = run(engine, [work(cut64, tokens=20), replace(work(cut64), blend=Late())])
     assert good.why() in ("length", "stop")
     assert bad.why() == "failed"
     assert bad.ended is not None
     assert isinstance(bad.ended.error, BayesDispatchError)
+
+
+class ByLayer:
+    """A blend of other weights in each layer."""
+
+    name = "by_layer"
+
+    def particles(self, posterior: Any) -> Particles:
+        found = PosteriorMean().particles(posterior)
+        return replace(found, layers=found.weights[:, :, None])
 
 
 def test_what_cannot_be_asked_is_refused_at_once(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
@@ -441,6 +484,9 @@ def test_what_cannot_be_asked_is_refused_at_once(cut64: Any, start: Callable[...
         replace(work(cut64), prompt="\ud800"),
         work(cut64, false_alarm_rate=0.1),  # this system has no gate
         work(cut64, abstain=True),
+        work(cut64, blend="top_k(40)"),
+        work(cut64, blend="posterior_predictive(1000)"),
+        replace(work(cut64), blend=ByLayer()),
     ):
         with pytest.raises(BayesDispatchError, match="expected"):
             engine.submit(wrong, Told())

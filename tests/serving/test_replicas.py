@@ -82,7 +82,7 @@ def start() -> Iterator[Start]:
     made: list[ReplicatedEngine] = []
 
     def make(replicas: Here) -> ReplicatedEngine:
-        made.append(ReplicatedEngine(replicas, "\n"))
+        made.append(ReplicatedEngine(replicas))
         return made[-1]
 
     yield make

@@ -5,8 +5,10 @@ The server here is a stand-in: it speaks vLLM's streamed completions, and its to
 weights that it was sent.
 """
 
+import asyncio
 import json
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -31,9 +33,10 @@ from bayes_dispatch.inference.two_pass.blends import as_blend
 from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
 from bayes_dispatch.serving.replicas import ReplicatedEngine
+from bayes_dispatch.serving.vllm import upstream
 from bayes_dispatch.serving.vllm.engine import VllmEngine
 from bayes_dispatch.serving.vllm.export import export_bank, whole_bank
-from bayes_dispatch.serving.vllm.format import FIELD, Index, gap, told, tolerance, weights_of
+from bayes_dispatch.serving.vllm.format import FIELD, Index, Probe, gap, told, tolerance, weights_of
 from bayes_dispatch.serving.vllm.plugin import Bank, _row, _scaled, register
 from bayes_dispatch.serving.vllm.upstream import Upstream
 from bayes_dispatch.serving.web.app import make_app
@@ -376,7 +379,6 @@ def test_answers_are_those_of_the_engine_in_this_process(stand: Stand, start: Ca
     assert isinstance(engine, Engine)
     assert engine.off < 1e-9
     own = BatchedEngine(system)
-    assert engine.reply_stop == own.reply_stop
     blends, prompts = (
         ["posterior_mean", "top_k(2)", "sort", "base", "thompson_sample"],
         ["ab>ba\nab>", "1+2=3\n" * 6, "9"],
@@ -503,7 +505,7 @@ def test_another_replica_goes_on_where_a_server_fails(llama64: SimpleNamespace, 
     stands = [Stand(llama64), Stand(llama64)]
     engines = [VllmEngine(llama64, each.url, Limits(), KEY) for each in stands]
     whole, gone_on, given_up = Told(), Told(), Told()
-    engine = ReplicatedEngine(Here(first=engines[0], second=engines[1]), engines[0].reply_stop)
+    engine = ReplicatedEngine(Here(first=engines[0], second=engines[1]))
     engine.submit(work(llama64, tokens=20), whole)
     whole.why()
     stands[0].fault = fault
@@ -605,12 +607,14 @@ def test_a_bundle_of_scales_is_refused(tmp_path: Path, capfd: pytest.CaptureFixt
         (["export-vllm", "--out", str(tmp_path / "out")], "expected LoRA experts for vLLM, got singular-value scales"),
         (["serve", "--port", "0", "--vllm", "http://127.0.0.1:9"], "expected LoRA experts for vLLM"),
         (["serve", "--vllm", "http://127.0.0.1:9", "--cache-bytes", "5"], "expected --cache-bytes without --vllm"),
+        (["serve", "--vllm", "http://ann:s3cret@127.0.0.1:9"], "expected --vllm with a URL that has no name"),
     ):
         with pytest.raises(SystemExit) as stopped:
             main(words)
         printed = capfd.readouterr()
         assert (stopped.value.code, printed.out) == (2, "")
         assert why in printed.err
+        assert "s3cret" not in printed.err
         assert printed.err.count("\n") == 1
 
 
@@ -618,3 +622,25 @@ def test_a_bundle_of_scales_is_refused(tmp_path: Path, capfd: pytest.CaptureFixt
 def test_what_is_no_url_or_key_is_refused(url: str, key: str | None) -> None:
     with pytest.raises(ConfigError, match=r"expected a (URL|key)"):
         Upstream(url, key)
+
+
+@pytest.mark.parametrize("url", ["http://ann:s3cret@127.0.0.1:9", "http://s3cret@host:80a1", "ann:s3/cret@host"])
+def test_a_url_with_a_password_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(ConfigError, match="without a name and password") as refused:
+        Upstream(url)
+    assert "cret" not in str(refused.value)
+
+
+def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before requests are taken; it has accepted the connection."""
+    monkeypatch.setattr(upstream, "STARTING", 0.05)
+
+    async def ask(url: str) -> None:
+        server = Upstream(url)
+        for question in (server.longest(), server.check([1], [Probe("base=1", (0.0,))])):
+            with pytest.raises(UpstreamError, match=rf"the vLLM server at {url} in 0\.05 seconds, got none"):
+                await asyncio.wait_for(question, 30)
+        await server.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        asyncio.run(ask(f"http://127.0.0.1:{silent.getsockname()[1]}"))

@@ -25,6 +25,7 @@ from openai.resources.completions import Completions as CompletionCalls
 from prometheus_client.parser import text_string_to_metric_families
 
 from bayes_dispatch.app.bundle import load_bundle
+from bayes_dispatch.app.commands.main import main
 from bayes_dispatch.errors import BayesDispatchError, ConfigError
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.readers import CachedReader
@@ -201,6 +202,8 @@ REFUSED = [
     ("completions", {"blend": "nonsense"}, "blend"),
     ("completions", {"blend": "__import__('os')"}, "blend"),
     ("completions", {"draws": 4, "blend": "top_k"}, "draws"),
+    ("completions", {"draws": 1000, "stream": True}, None),
+    ("completions", {"blend": "top_k(40)", "stream": True}, None),
     ("completions", {"weights": [1]}, "weights"),
     ("completions", {"weights": {"nobody": 1}}, "weights"),
     ("completions", {"weights": {"sort": 0.5}}, "weights"),
@@ -229,6 +232,15 @@ def test_refused_by_name(served: Served, endpoint: str, given: dict[str, Any], p
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
     assert error["message"].startswith("expected") or param is None
     assert answer.headers["x-request-id"].startswith("req-")
+
+
+def test_more_tokens_than_a_text_may_have_are_refused_at_the_start(capfd: pytest.CaptureFixture[str]) -> None:
+    """Else each chat that names no number would be."""
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", "--port", "0", "--bundle", "nowhere", "--max-new-tokens", "65537"])
+    told = "expected max_new_tokens to be a whole number from 1 to 65536, got 65537"
+    assert stopped.value.code == 2
+    assert f"bayes-dispatch: error: {told}\n" in capfd.readouterr().err  # a server of other tests may log there
 
 
 @pytest.mark.parametrize(("calls", "kind"), [(ChatCalls, ChatAsked), (CompletionCalls, CompletionAsked)])

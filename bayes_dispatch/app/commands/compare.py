@@ -100,7 +100,7 @@ def compare(
     against = OURS if other is not None else reference or usual
     if csv is not None:
         _check_file(csv)
-    cluster = mapped_on_ray() if ray else None
+    cluster = mapped_on_ray(device) if ray else None
     from bayes_dispatch.experts.document_files import read_documents
     from bayes_dispatch.inference.scoring.compare import compare_systems
     from bayes_dispatch.inference.scoring.held_out import KINDS, held_out_sets

@@ -57,7 +57,7 @@ def fit(
         raise ConfigError(f"expected either --examples or --evidence, got {'none' if examples is None else 'both'}")
     refuse_unused("--ray", ray, examples is not None, "with --examples")
     check_new_output(out, "bundle.json")
-    cluster = mapped_on_ray() if ray else None
+    cluster = mapped_on_ray(device) if ray else None
     from bayes_dispatch.app.training.own_expert import with_dispatcher
     from bayes_dispatch.dispatcher.evidence.files import EvidenceFile, read_evidence
     from bayes_dispatch.experts.domains.own import read_examples

@@ -114,6 +114,7 @@ def serve(
         raise ConfigError(f"expected --keys, {VARIABLE} or --no-keys to listen at {host}, got none of them")
     refuse_unused("--remembered", remembered, prior is not None, "with --prior")
     refuse_unused("--cache-bytes", cache_bytes, vllm is None, "without --vllm, where caches are vLLM's", "both")
+    refuse_unused("--vllm", vllm, "@" not in (vllm or ""), "with a URL that has no name and password", "one with an @")
     settings = WebSettings(
         body_bytes=body_bytes,
         header_bytes=header_bytes,
@@ -129,14 +130,14 @@ def serve(
     refuse_unused("--replicas", replicas, ray, "with --ray")
     refuse_unused("--replica-cpus", replica_cpus, ray, "with --ray")
     refuse_unused("--replica-busy", replica_busy, "-" in (replicas or ""), "with --replicas A-B")
-    scale = _scale(replicas or "1", replica_busy or max(1, running // 2), replica_cpus or 1.0) if ray else None
+    scale = _scale(replicas or "1", replica_busy or max(1, running // 2), replica_cpus or 1.0, device) if ray else None
     with listen(host, port) as listening:
         from bayes_dispatch.app.bundle_at import BundleAt
         from bayes_dispatch.app.engines import EngineOf
         from bayes_dispatch.inference.two_pass.events import JsonLines
         from bayes_dispatch.serving.engine import Limits
 
-        loaded, learner = open_bundle(bundle, device, dtype), None
+        loaded, learner = open_bundle(bundle, "cpu" if ray else device, dtype), None  # a gateway runs no model
         if prior is not None:
             loaded.dispatcher.keep_prior(prior)
             learner = Learner(loaded.dispatcher, REMEMBERED if remembered is None else remembered)
@@ -153,19 +154,20 @@ def serve(
             Server(app, engine, settings).serve_on(listening)
 
 
-def _scale(replicas: str, busy: int, cpus: float) -> "Scale":
+def _scale(replicas: str, busy: int, cpus: float, device: str) -> "Scale":
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"expected --device cpu or cuda with --ray, which chooses the GPUs, got {device:.80}")
     try:
         from bayes_dispatch.serving.ray.cluster import Scale
     except ImportError as error:
         message = f"expected the extra ray (pip install 'bayes-dispatch[serve,ray]'), got no {error.name}"
         raise MissingDependencyError(message) from None
-    return Scale.read(replicas, busy, cpus)
+    return Scale.read(replicas, busy, cpus, int(device == "cuda"))
 
 
 @contextmanager
 def _on_ray(make: "EngineOf", loaded: "Bundle", scale: "Scale", name: str) -> "Iterator[Engine]":
     """Engines in a cluster, each made by ``make``."""
-    from bayes_dispatch.inference.chat.form import Form
     from bayes_dispatch.serving.ray.cluster import replicas_on_ray
     from bayes_dispatch.serving.replicas import ReplicatedEngine
 
@@ -175,7 +177,7 @@ def _on_ray(make: "EngineOf", loaded: "Bundle", scale: "Scale", name: str) -> "I
         check_lora(loaded.experts, loaded.model)
     holds = make.limits.running + make.limits.waiting
     with replicas_on_ray(make, scale, name, holds, make.limits.waiting) as replicas:
-        yield ReplicatedEngine(replicas, Form.of(loaded.tokenizer).stop)
+        yield ReplicatedEngine(replicas)
 
 
 def export_vllm(

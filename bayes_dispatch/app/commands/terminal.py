@@ -221,12 +221,18 @@ def typed(text: str, escapes: bool) -> bytes:
     return os.fsencode(text)
 
 
-def mapped_on_ray() -> "AbstractContextManager[MapBlocks]":
+def mapped_on_ray(device: str) -> "AbstractContextManager[MapBlocks]":
     """A Ray cluster, not yet begun, in which blocks are scored and read.
 
+    Args:
+        device: where the bundles run.
+
     Raises:
-        MissingDependencyError: Ray is not installed.
+        ConfigError: another one than the CPU: blocks are given cores, and no GPU. MissingDependencyError: Ray is not
+            installed.
     """
+    if device != "cpu":
+        raise ConfigError(f"expected --device cpu with --ray, whose blocks have a core each, got {device:.80}")
     try:
         from bayes_dispatch.serving.ray.bulk import blocks_on_ray
     except ImportError as error:
