@@ -18,11 +18,7 @@ from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import ConfigError, PromptError, TensorError
 from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.two_pass.particles import Decoding
-<<<<<<< HEAD
-from bayes_dispatch.inference.two_pass.system import System, check_system, cut_of
-=======
-from bayes_dispatch.inference.two_pass.system import System, cut_of, dispatch
->>>>>>> wF1
+from bayes_dispatch.inference.two_pass.system import System, check_system, cut_of, dispatch
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.serving.reading import Reading, Running
 from bayes_dispatch.serving.waiting import Request, WaitingLine
