@@ -146,7 +146,7 @@ KINDS: dict[str, tuple[Part, ...]] = {
         *MULTIPLIED,
         Fixed("num_local_experts", 8, (0,)),
         Fixed("normalization_function", "rmsnorm", ("rmsnorm",)),
-        Fixed("mlp_bias", False, (False,)),  # of models that others saved
+        Alias("mlp_bias", lambda found: False),  # of checkpoints that others saved
         Ignored("intermediate_size"),  # of experts
     ),
 }
