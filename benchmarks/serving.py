@@ -87,7 +87,8 @@ def main() -> None:
         rates, alone, first, between = [], [], list[float](), list[float]()
         for turn in range(given.rounds + 1):  # the first is for warming up
             each = max(1, given.requests // count)
-            works = [works_of(components, client, each, given.tokens, given.one_row) for client in range(count)]
+            tokens = given.tokens if turn else min(8, given.tokens)
+            works = [works_of(components, client, each, tokens, given.one_row) for client in range(count)]
             clients, begun = [Client(engine, own) for own in works], perf_counter()
             for client in clients:
                 client.start()
@@ -99,7 +100,7 @@ def main() -> None:
             for work in some:
                 assert isinstance(work.prompt, str)
                 result = generator.generate(
-                    [work.prompt], blend=work.blend, max_new_tokens=given.tokens, do_sample=True, seed=work.seed
+                    [work.prompt], blend=work.blend, max_new_tokens=tokens, do_sample=True, seed=work.seed
                 )
                 written += int(result.lengths[0])
             if turn:
