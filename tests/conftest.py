@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import torch
 
     from bayes_dispatch.app.bundle import Bundle
-    from bayes_dispatch.dispatcher.estimator import Dispatcher
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -199,20 +198,6 @@ def bundle64(bundle: Bundle, model64: MambaFormerForCausalLM) -> Bundle:
     return Bundle(model64, bundle.experts, bundle.dispatcher)
 
 
-def dispatcher_of(names: tuple[str, ...], model: Any, tokenizer: Any) -> Dispatcher:
-    """One that is fitted, coarsely, to what comes out of the first block."""
-    from bayes_dispatch.dispatcher.estimator import Dispatcher
-    from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
-    from bayes_dispatch.dispatcher.fitting.svi import SVISettings
-    from bayes_dispatch.inference.two_pass.first_pass import first_pass
-
-    labels = np.arange(30) % 3
-    texts = [("ab>ba\n", "ba>ab\n", "1+2=3\n")[label] * (1 + i % 4) for i, label in enumerate(labels)]
-    evidence = first_pass(model, tokenizer, texts, cut=1).evidence
-    features = FeatureSettings(dimensions=4, folds=2)
-    return Dispatcher(names, svi=SVISettings(steps=40, rounds=1), features=features).fit(evidence, labels)
-
-
 @pytest.fixture(scope="session")
 def cut64(bundle64: "Bundle", model64: "MambaFormerForCausalLM") -> "Bundle":
     """A system whose experts adapt from block 1 on, its dispatcher fitted to what comes out of block 0."""
@@ -222,6 +207,7 @@ def cut64(bundle64: "Bundle", model64: "MambaFormerForCausalLM") -> "Bundle":
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.vectors import ExpertVector
     from bayes_dispatch.model.tokenizer import ByteTokenizer
+    from tests.tiny import dispatcher_of
 
     draw = torch.Generator().manual_seed(3)
     ranks = {name: rank for name, rank in model64.adaptable().items() if not name.startswith("blocks.0.")}
@@ -239,7 +225,7 @@ def llama64() -> SimpleNamespace:
 
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.lora import LoraExpert
-    from tests.tiny import tiny_backbone
+    from tests.tiny import dispatcher_of, tiny_backbone
 
     model, draw, names = tiny_backbone("llama"), torch.Generator().manual_seed(4), ("reverse", "sort", "add")
     matrices = {name: shape for name, shape in model.linears().items() if ".layers." in name and ".0." not in name}
@@ -265,7 +251,7 @@ def hybrid64() -> SimpleNamespace:
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.lora import LoraExpert
     from bayes_dispatch.experts.vectors import ExpertVector
-    from tests.tiny import tiny_converted
+    from tests.tiny import dispatcher_of, tiny_converted
 
     model, draw = tiny_converted("bamba"), torch.Generator().manual_seed(4)
     base, upper = model.fingerprint(), [name for name in model.adaptable() if model.cut([name])]

@@ -6,6 +6,8 @@ the shipped bundle's, and the API page names every public name.
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,12 @@ def test_make_targets_exist() -> None:
     named = {command[1] for command in commands() if command[0] == "make"}
     named |= {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)`", text_of(page))}
     assert {"demo", "test"} <= named <= targets
+
+
+def test_the_check_of_vllm_starts() -> None:
+    """It runs outside pytest, in an environment that `make check` does not have."""
+    asked = [sys.executable, "-m", "tests.vllm.check", "--help"]
+    assert subprocess.run(asked, cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 if TYPE_CHECKING:
+    from bayes_dispatch.dispatcher.estimator import Dispatcher
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
     from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 
@@ -157,3 +159,17 @@ def tiny_adapter(
                     parameter.copy_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(directory, save_embedding_layers=False)
     return model
+
+
+def dispatcher_of(names: tuple[str, ...], model: Any, tokenizer: Any) -> "Dispatcher":
+    """One that is fitted, coarsely, to what comes out of the first block."""
+    from bayes_dispatch.dispatcher.estimator import Dispatcher
+    from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
+    from bayes_dispatch.dispatcher.fitting.svi import SVISettings
+    from bayes_dispatch.inference.two_pass.first_pass import first_pass
+
+    labels = np.arange(30) % 3
+    texts = [("ab>ba\n", "ba>ab\n", "1+2=3\n")[label] * (1 + i % 4) for i, label in enumerate(labels)]
+    evidence = first_pass(model, tokenizer, texts, cut=1).evidence
+    features = FeatureSettings(dimensions=4, folds=2)
+    return Dispatcher(names, svi=SVISettings(steps=40, rounds=1), features=features).fit(evidence, labels)

@@ -43,8 +43,7 @@ from bayes_dispatch.serving.vllm.engine import VllmEngine
 from bayes_dispatch.serving.vllm.export import export_bank
 from bayes_dispatch.serving.vllm.format import told
 from bayes_dispatch.serving.work import Ended, Event, Work, Wrote
-from tests.conftest import dispatcher_of
-from tests.tiny import SPECIAL, tiny_tokenizer
+from tests.tiny import SPECIAL, dispatcher_of, tiny_tokenizer
 
 NAMES = ("ada", "bo", "cy", "dee", "eve", "fay", "gus", "hal")
 RANKS = (8, 4, 8, 8, 2, 8, 8, 8)
