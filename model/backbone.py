@@ -22,6 +22,7 @@ __all__ = [
     "Tokens",
     "check_rows",
     "check_tokens",
+    "last_of",
     "padded",
     "token_weights",
 ]
@@ -268,6 +269,14 @@ def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "B T"],
     for row, own in zip(ids, rows, strict=True):
         row[: len(own)] = torch.tensor(own)
     return ids, tokens
+
+
+def last_of(hidden: Float[Tensor, "R T D"], tokens: Int[Tensor, " R"] | None, tail: int) -> Float[Tensor, "R tail D"]:
+    """The last ``tail`` of each row's real tokens, all T for ``None``; the first again where a row has fewer."""
+    if tokens is None:
+        return hidden[:, hidden.shape[1] - tail :]
+    places = (tokens[:, None] - tail + torch.arange(tail)).clamp(min=0).to(hidden.device)
+    return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2]))
 
 
 def token_weights(text: Tokens, weights: Sequence[float]) -> Float[Tensor, " T"]:

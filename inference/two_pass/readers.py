@@ -16,7 +16,7 @@ from torch import Tensor
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.first_pass import Prefix
-from bayes_dispatch.model.backbone import Backbone, Session, padded
+from bayes_dispatch.model.backbone import Backbone, Session, last_of, padded
 
 __all__ = ["CachedReader", "ParticleReader", "Said", "UncachedReader", "straight"]
 
@@ -340,7 +340,5 @@ def _said(
     said = None if read.own is None else spread(read.own.cpu())
     if read.after.shape[1] == tail:
         return Said(said, iter([spread(read.after.cpu())]))
-    counts = torch.full((len(ids),), ids.shape[1]) if tokens is None else tokens
-    places = (counts[:, None] - tail + torch.arange(tail)).clamp(min=0).to(read.hidden.device)
-    hidden = read.hidden.gather(1, places[..., None].expand(-1, -1, read.hidden.shape[2]))
+    hidden = last_of(read.hidden, tokens, tail)
     return Said(said, (spread(session.after(part).cpu()) for part in hidden.split(max(1, at_once), 1)))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import Read, Session, check_rows, check_tokens
+from bayes_dispatch.model.backbone import Read, Session, check_rows, check_tokens, last_of
 from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.token_model import check_ids
 
@@ -92,12 +92,7 @@ class MambaFormerSession:
             self._changing = False
             return Read(None, None, hidden)
         said = self._own(ids, hidden) if own else None
-        tail = min(tail, width)
-        if counts is None:
-            after = self.after(hidden[:, width - tail :])
-        else:
-            places = (counts[:, None] - tail + torch.arange(tail)).clamp(min=0)
-            after = self.after(hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2])))
+        after = self.after(last_of(hidden, counts, min(tail, width)))
         self._before = after[:, -1]
         self._changing = False
         return Read(said, after, hidden)
