@@ -109,6 +109,22 @@ class SelfAttention(nn.Module):
             q, k, v, attn_mask=visible, is_causal=is_causal, enable_gqa=grouped, scale=self.scale
         )
 
+    def _attend_in_parts(self, q: Tensor, k: Tensor, v: Tensor, filled: int) -> Tensor:
+        """Attention of T queries to the ``filled`` tokens before them, and to the T of their own, causally.
+
+        With one mask over both, most of which is true, each layer would make it and add it. Either part needs none;
+        their outputs are joined by their normalisers, as those of blocks are in FlashAttention (arXiv 2205.14135).
+        """
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which also tells the normalisers
+        shared = q.reshape(q.shape[0], self.kv_heads, -1, self.head_width)  # as if a group's heads were queries
+        past, seen = attend(shared, k[:, :, :filled], v[:, :, :filled], scale=self.scale)
+        past, seen = past.reshape(q.shape), seen.reshape(q.shape[:3])
+        k, v = (t[:, :, filled:] for t in (k, v))
+        if self.kv_heads != self.n_heads:
+            k, v = (t.repeat_interleave(self.n_heads // self.kv_heads, dim=1) for t in (k, v))
+        own, said = attend(q, k, v, is_causal=True, scale=self.scale)
+        return own.lerp_(past, torch.sigmoid(seen - said).unsqueeze(-1).to(own.dtype))
+
     def _continue(self, q: Tensor, k: Tensor, v: Tensor, span: Span, state: AttentionState) -> Tensor:
         """Append to slots in order, and attend to all that are filled."""
         length = q.shape[2]
@@ -120,6 +136,8 @@ class SelfAttention(nn.Module):
                 return self._attend(q, keys, values, None)
             if filled == 0:
                 return self._attend(q, keys, values, None, is_causal=True)
+            if q.device.type == "cpu" and not torch.is_grad_enabled():
+                return self._attend_in_parts(q, keys, values, filled)
             first: Tensor = torch.tensor([filled], device=q.device)
         else:
             first = _per_row(filled, q)
