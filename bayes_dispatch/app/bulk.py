@@ -1,12 +1,15 @@
 """Many documents, or prompts, in blocks: each is scored, or read, in a process that has loaded the bundle by then.
 
-A posterior depends on the seed and on the prompt alone, so that blocks give what all documents together give, to the
-rounding of matrix products of another size.
+A posterior depends on the seed and on the prompt alone, so that blocks of documents give what all together give, to the
+rounding of matrix products of another size. A block of prompts is whole batches of the first pass over all of them, so
+that its evidence is the same to the last bit: fitting would make more of a difference than rounding does.
 """
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.bundle_at import BundleAt
@@ -14,12 +17,13 @@ from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.scoring.compare import compare_blends
 from bayes_dispatch.inference.scoring.scores import Comparison
-from bayes_dispatch.inference.two_pass.first_pass import first_pass
+from bayes_dispatch.inference.two_pass.first_pass import PROMPTS_AT_ONCE, by_length, first_pass
+from bayes_dispatch.model.backbone import Tokenizer
 
 __all__ = ["MapBlocks", "compare_in_blocks", "evidence_in_blocks", "read_block", "score_block"]
 
 DOCUMENTS = 8  # of a block: as many as are scored together where they have some hundred bytes
-PROMPTS = 64  # of a block: two batches of the first pass
+PROMPTS = 2 * PROMPTS_AT_ONCE  # of a block
 
 
 # (work, blocks, *constants, progress) → work(block, *constants) of each: ``map_blocks`` of ``serving.ray.bulk``
@@ -45,9 +49,18 @@ def compare_in_blocks(
     )
 
 
-def evidence_in_blocks(mapped: MapBlocks, bundle: BundleAt, prompts: Sequence[str], progress: bool = False) -> Evidence:
-    """The evidence of a first pass over the blocks that no expert touches, block by block of prompts."""
-    return Evidence.concatenate(mapped(read_block, _blocks(prompts, PROMPTS), bundle, progress=progress))
+def evidence_in_blocks(
+    mapped: MapBlocks, bundle: BundleAt, tokenizer: Tokenizer, prompts: Sequence[str], progress: bool = False
+) -> Evidence:
+    """The evidence of a first pass over the blocks that no expert touches, block by block of prompts.
+
+    Args:
+        mapped, bundle, progress: as in ``compare_in_blocks``. tokenizer: the bundle's. prompts: as in ``first_pass``.
+    """
+    order = by_length([tokenizer.tokenize(prompt) for prompt in prompts])
+    blocks = _blocks([prompts[n] for n in order], PROMPTS)
+    read = Evidence.concatenate(mapped(read_block, blocks, bundle, progress=progress))
+    return read.select(np.argsort(order))
 
 
 def score_block(documents: Sequence[Document], bundle: BundleAt, blends: Sequence[str], seed: int) -> Comparison:

@@ -18,8 +18,10 @@ from bayes_dispatch.model.backbone import Backbone, Read, Session, Tokenizer, To
 
 __all__ = [
     "TOKEN_CLASSES",
+    "PROMPTS_AT_ONCE",
     "FirstPass",
     "Prefix",
+    "by_length",
     "class_counts",
     "evidence_of",
     "first_pass",
@@ -86,7 +88,7 @@ def first_pass(
     """
     checked = check_prompts(prompts)
     texts = tokenized(tokenizer, checked, model.longest)
-    order = sorted(range(len(checked)), key=lambda i: len(texts[i].ids))  # similar lengths run together
+    order = by_length(texts)
     rows: dict[int, dict[str, np.ndarray]] = {}
     for start in tqdm(range(0, len(order), PROMPTS_AT_ONCE), "first pass", disable=None if progress else True):
         batch = order[start : start + PROMPTS_AT_ONCE]
@@ -94,6 +96,11 @@ def first_pass(
         rows.update(zip(batch, _pooled(model, ids, tokens, cut), strict=True))
     views = {name: np.stack([rows[i][name] for i in range(len(checked))]) for name in rows[0]}
     return FirstPass(evidence_of(checked, texts, views))
+
+
+def by_length(texts: Sequence[Tokens]) -> list[int]:
+    """The order in which they are read: those of similar lengths run together."""
+    return sorted(range(len(texts)), key=lambda n: len(texts[n].ids))
 
 
 def _pooled(

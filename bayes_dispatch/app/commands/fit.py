@@ -80,7 +80,8 @@ def fit(
             from bayes_dispatch.app.bundle_at import BundleAt
 
             with cluster as mapped:
-                seen = evidence_in_blocks(mapped, BundleAt.here(bundle, device, dtype), prompts, progress)
+                place = BundleAt.here(bundle, device, dtype)
+                seen = evidence_in_blocks(mapped, place, system.tokenizer, prompts, progress)
         known = EvidenceFile(seen, *weights)
     new = with_dispatcher(system, known.evidence, known.labels, known.mixtures, seed, progress=True)
     new.save(out)

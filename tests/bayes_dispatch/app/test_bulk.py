@@ -40,7 +40,8 @@ def place(bundle64: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     bundle64.save(tmp_path / "tiny")
     bulk._loaded.cache_clear()
     monkeypatch.setattr(bulk, "DOCUMENTS", 2)
-    monkeypatch.setattr(bulk, "PROMPTS", 3)
+    monkeypatch.setattr(bulk, "PROMPTS", 4)
+    monkeypatch.setattr("bayes_dispatch.inference.two_pass.first_pass.PROMPTS_AT_ONCE", 2)
     return BundleAt.here(tmp_path / "tiny")
 
 
@@ -59,12 +60,12 @@ def test_blocks_of_documents_are_joined_to_what_all_give(place: BundleAt, bundle
 
 def test_blocks_of_prompts_are_joined_to_what_all_give(place: BundleAt, bundle64: Bundle) -> None:
     mapped = Elsewhere()
-    found = bulk.evidence_in_blocks(mapped, place, TEXTS)
+    found = bulk.evidence_in_blocks(mapped, place, bundle64.tokenizer, TEXTS)
     expected = first_pass(bundle64.model, bundle64.tokenizer, TEXTS).evidence
-    assert mapped.sizes == [3, 2]
+    assert mapped.sizes == [4, 1]
     assert found.views.keys() == expected.views.keys()
     for name, view in expected.views.items():
-        np.testing.assert_allclose(found.views[name], view, atol=1e-9)
+        np.testing.assert_array_equal(found.views[name], view)  # the same batches
     np.testing.assert_array_equal(found.lengths, expected.lengths)
     assert not any(mask.any() for mask in found.missing.values())
     assert bulk._loaded.cache_info().misses == 1
