@@ -139,7 +139,7 @@ def long(model: bd.MambaFormerForCausalLM, tokens: int) -> None:
     """Print what reading a long prompt takes, and what a token after it does."""
     session, begun = model.open(1, tokens + 16), time.perf_counter()
     peak = grown(lambda: session.read(prompt(tokens)))
-    seconds, states = time.perf_counter() - begun, session.cache.nbytes
+    seconds, states = time.perf_counter() - begun, session.nbytes
     begun = time.perf_counter()
     for step in prompt(16).split(1, dim=1):
         session.read(step)
@@ -158,7 +158,7 @@ def main(
     rows: Annotated[list[int], typer.Option(help="Rows to decode; repeat it.")] = [1, 4, 16],  # noqa: B006
     tokens: Annotated[int, typer.Option(help="To decode.")] = 16,
     rounds: Annotated[int, typer.Option(help="Rounds.")] = 5,
-    length: Annotated[int, typer.Option("--long", help="Read that many tokens with ours, and print no times.")] = 0,
+    length: Annotated[int, typer.Option("--long", help="Read that many tokens, with ours alone.")] = 0,
 ) -> None:
     """Print how long loading, prefill and decoding take."""
     torch.set_num_threads(threads)

@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
@@ -244,6 +245,17 @@ class ExpertBank(Mapping[str, Expert]):
         """What tells this bank from others: a hash of its experts' files, in order."""
         own = "".join(expert_digest(expert) for expert in self._experts.values())
         return hashlib.blake2b(own.encode(), digest_size=16).hexdigest()
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """A hash of all that the experts' weights are, in whatever files: all of them are read for it, once."""
+        experts = self.blend(torch.eye(len(self.components), dtype=torch.double))
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensors in [*((n, (z,)) for n, z in experts.scales.items()), *experts.deltas.items()]:
+            digest.update(name.encode())
+            for values in tensors:
+                digest.update(values.float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def with_expert(self, expert: Expert) -> "ExpertBank":
         """This bank with one more expert at its end, or with that expert in the place of the one of the same name.

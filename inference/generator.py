@@ -185,11 +185,10 @@ class TwoPassGenerator:
             BundleError: the file is missing, damaged, or of a chat with another system; nothing is unpickled.
         """
         from bayes_dispatch.inference.chat.chat import Chat
-        from bayes_dispatch.inference.chat.file import owner_of, read_chat
+        from bayes_dispatch.inference.chat.file import read_chat
 
-        owner = owner_of(self.bundle)
-        settings, state = read_chat(Path(file), self.bundle, owner)
-        return Chat(self.bundle, settings, Path(file), state, owner)
+        settings, state = read_chat(Path(file), self.bundle)
+        return Chat(self.bundle, settings, Path(file), state)
 
     def _stream(self, run: SecondPass) -> Iterator[Streamed]:
         posteriors: dict[int, DispatchPosterior] = {}

@@ -181,8 +181,8 @@ class Engine(Protocol):
                 must be quick, and not raise.
 
         Raises:
-            PromptError: a prompt that is empty, no UTF-8 or too long. ConfigError: a setting that does not fit.
-            BusyError: the queue is full.
+            PromptError: a prompt that is empty, no UTF-8 or too long. ConfigError: a setting that does not fit, or
+                more than the caches can ever hold. BusyError: the queue is full.
         """
         ...
 

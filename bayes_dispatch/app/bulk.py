@@ -2,7 +2,8 @@
 
 A posterior depends on the seed and on the prompt alone, so that blocks of documents give what all together give, to the
 rounding of matrix products of another size. A block of prompts is whole batches of the first pass over all of them, so
-that its evidence is the same to the last bit: fitting would make more of a difference than rounding does.
+that its evidence is the same to the last bit on processors of one kind with as many threads: fitting makes more of a
+difference than rounding does.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ import numpy as np
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.bundle_at import BundleAt
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.errors import BayesDispatchError
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.scoring.compare import compare_blends
 from bayes_dispatch.inference.scoring.scores import Comparison
@@ -59,7 +61,10 @@ def evidence_in_blocks(
     """
     order = by_length([tokenizer.tokenize(prompt) for prompt in prompts])
     blocks = _blocks([prompts[n] for n in order], PROMPTS)
-    read = Evidence.concatenate(mapped(read_block, blocks, bundle, progress=progress))
+    try:
+        read = Evidence.concatenate(mapped(read_block, blocks, bundle, progress=progress))
+    except BayesDispatchError as error:
+        raise type(error)(f"{error}; prompts are counted from the shortest to the longest") from None
     return read.select(np.argsort(order))
 
 

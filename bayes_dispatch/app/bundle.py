@@ -192,9 +192,7 @@ def _read_reference(directory: Path) -> dict[str, Any]:
 def _base_model(directory: Path, reference: dict[str, Any] | None, device: str, dtype: str | None) -> Backbone:
     """The model of a bundle, or the one that it refers to."""
     if reference is None:
-        if device != "cpu" or dtype is not None:
-            asked = device if device != "cpu" else dtype
-            raise ConfigError(f"expected a bundle of a transformers model for {asked}, got one of our own, on the CPU")
+        refuse_elsewhere(directory, device, dtype)
         return MambaFormerForCausalLM.from_pretrained(directory / "model")
     found = transformers_backbone(
         reference["path"], device=device, dtype=reference["dtype"], cast=dtype or reference.get("cast")
@@ -204,6 +202,15 @@ def _base_model(directory: Path, reference: dict[str, Any] | None, device: str, 
             f"expected the base model {reference.get('fingerprint')} in {reference['path']}, got {found.fingerprint()}"
         )
     return found
+
+
+def refuse_elsewhere(directory: Path, device: str, dtype: str | None = None) -> None:
+    """Raise ``ConfigError`` unless a bundle of a model of ours can run there."""
+    if device != "cpu" or dtype is not None:
+        asked = device if device != "cpu" else dtype
+        raise ConfigError(
+            f"expected a bundle of a transformers model for {asked}, got {directory}, one of our own, on the CPU"
+        )
 
 
 def transformers_backbone(path: str, *, device: str, dtype: str, cast: str | None = None) -> Backbone:

@@ -19,7 +19,7 @@ memory is bounded for every model.
 """
 
 import logging
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -36,7 +36,7 @@ from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.chat.caches import ChatCaches
 from bayes_dispatch.inference.chat.divergence import expected_divergence
-from bayes_dispatch.inference.chat.file import owner_of, write_chat
+from bayes_dispatch.inference.chat.file import write_chat
 from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.chat.reply import Reply
 from bayes_dispatch.inference.chat.state import ChatSettings, ChatState, Transcript, Turn
@@ -66,7 +66,6 @@ class Chat:
     Args:
         system: model, tokenizer, experts and dispatcher. settings: of the conversation.
         file: written after every turn, if given. state: to go on from; the beginning by default.
-        owner: what its files belong to, where it is known (``owner_of``).
 
     Raises:
         ConfigError: a context that is longer than the model can read.
@@ -81,11 +80,10 @@ class Chat:
         settings: ChatSettings,
         file: Path | None = None,
         state: ChatState | None = None,
-        owner: Mapping[str, Any] | None = None,
     ) -> None:
         self.settings = settings
         self.turn: Turn | None = None
-        self._system, self._file, self._owner = system, file, owner
+        self._system, self._file = system, file
         self._cut, self._form = cut_of(system), Form.of(system.tokenizer)
         whole("max_context", settings.max_context, 2, self._form.room(system.model.longest))
         self._state = ChatState.empty(len(system.experts.components)) if state is None else state
@@ -173,12 +171,7 @@ class Chat:
         Raises:
             ConfigError: a blend that is none of this package's. OSError: the disk is full, or refuses.
         """
-        self._save(Path(path), self._state)
-
-    def _save(self, path: Path, state: ChatState) -> None:
-        if self._owner is None:
-            self._owner = owner_of(self._system)
-        write_chat(path, self._owner, self.settings, state)
+        write_chat(Path(path), self._system, self.settings, self._state)
 
     def _answer(self, data: bytes, words: Tokens, writing: Writing) -> Generator[Streamed, None, None]:
         if not self._answering.acquire(blocking=False):
@@ -273,12 +266,12 @@ class Chat:
         state = ChatState(reply.transcript, self.turns + 1, caches.rows, caches.decoding.filtered)
         try:
             if self._file is not None:
-                self._save(self._file, state)
+                write_chat(self._file, self._system, self.settings, state)
             self._state, self.turn, self._caches = state, turn, caches
         except BaseException:
             if self._file is not None and self._state is before:
                 with suppress(OSError):  # the file is not ahead, whether it had been written or not
-                    self._save(self._file, before)
+                    write_chat(self._file, self._system, self.settings, before)
             raise
         facts = {"turn": state.turns, "tokens": len(reply.written.ids), "saved": self._file is not None}
         tell(logger, logging.INFO, "replied", lambda: facts | asdict(reply.cost))

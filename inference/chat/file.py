@@ -4,7 +4,6 @@ It names the weights of the model, the experts and the
 dispatcher that it belongs to. Caches are not in it: they are made again from the transcript.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,18 +23,15 @@ from bayes_dispatch.storage import read_tensors, write_tensors
 if TYPE_CHECKING:
     from bayes_dispatch.inference.two_pass.system import System
 
-__all__ = ["owner_of", "read_chat", "write_chat"]
+__all__ = ["read_chat", "write_chat"]
 
 FORMAT = "bayes-dispatch chat 2"
 BYTES = "bayes-dispatch chat 1"  # what it was: tokens are the bytes of the transcript
 BY_CLASS: dict[str, type] = {kind.__name__: kind for kind in (*BLENDS.values(), FixedWeights)}
 
 
-def write_chat(path: Path, owner: Mapping[str, Any], settings: ChatSettings, state: ChatState) -> None:
-    """Write a conversation, whole or not at all.
-
-    Args:
-        owner: the system of the conversation (``owner_of``).
+def write_chat(path: Path, system: "System", settings: ChatSettings, state: ChatState) -> None:
+    """Write a conversation with ``system``, whole or not at all.
 
     Raises:
         ConfigError: a blend that is none of ``BY_CLASS``. BundleError: ``path`` is a directory.
@@ -62,15 +58,15 @@ def write_chat(path: Path, owner: Mapping[str, Any], settings: ChatSettings, sta
     chosen = {**vars(settings), "blend": {"kind": type(blend).__name__, "settings": vars(blend)}}
     header = {
         "format": FORMAT,
-        "system": json.dumps(owner),
+        "system": json.dumps(_owner(system)),
         "settings": json.dumps(chosen, default=lambda values: values.tolist()),  # of NumPy
         "turns": json.dumps(state.turns),
     }
     write_tensors(path, tensors, header)
 
 
-def read_chat(path: Path, system: "System", owner: Mapping[str, Any]) -> tuple[ChatSettings, ChatState]:
-    """What ``write_chat`` wrote, for the same system, and its owner.
+def read_chat(path: Path, system: "System") -> tuple[ChatSettings, ChatState]:
+    """What ``write_chat`` wrote, for the same system.
 
     Raises:
         BundleError: the file is missing, truncated, edited, no chat, or one with another model, other experts or
@@ -81,7 +77,7 @@ def read_chat(path: Path, system: "System", owner: Mapping[str, Any]) -> tuple[C
     if header.get("format") not in (FORMAT, *[BYTES] * bytewise):
         raise BundleError(f"expected a file of format {FORMAT!r} in {path}, got {header.get('format')!r}")
     try:
-        for name, value in owner.items():
+        for name, value in _owner(system).items():
             if (saved := json.loads(header["system"])[name]) != value:
                 raise BundleError(f"expected a chat with {name} {value!r} in {path}, got one with {saved!r}")
         settings = _settings(json.loads(header["settings"]))
@@ -134,18 +130,11 @@ def _state(transcript: Transcript, tensors: Mapping[str, Tensor], turns: int, co
     return ChatState(transcript, turns, rows, filtered)
 
 
-def owner_of(system: "System") -> dict[str, Any]:
-    """What a chat belongs to; it hashes all that the experts' weights are."""
-    count = len(system.experts.components)
-    experts = system.experts.blend(torch.eye(count, dtype=torch.double))
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensors in [*((n, (z,)) for n, z in experts.scales.items()), *experts.deltas.items()]:
-        digest.update(name.encode())
-        for values in tensors:
-            digest.update(values.float().cpu().contiguous().numpy().tobytes())
+def _owner(system: "System") -> dict[str, Any]:
+    """What a chat belongs to; a dispatcher may have been fitted again since the last turn."""
     return {
         "model": system.experts.base,
         "experts": list(system.experts.names),
-        "scales": digest.hexdigest(),
+        "scales": system.experts.weights_digest,
         "dispatcher": system.dispatcher.fingerprint,
     }

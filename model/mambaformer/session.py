@@ -17,6 +17,7 @@ from bayes_dispatch.model.mambaformer.token_model import check_ids
 __all__ = ["MambaFormerSession"]
 
 LOGITS_AT_ONCE = 2**12 * 258  # numbers: 4 MiB, which stay in the processor's caches
+ROWS_AT_ONCE = 64  # of logits, however many numbers they have: fewer would read a large head from memory too often
 
 
 @runtime_checkable
@@ -156,7 +157,8 @@ class MambaFormerSession:
     def _own(self, ids: Tensor, hidden: Tensor) -> Float[Tensor, "R T"]:
         rows, width = ids.shape
         first = hidden.new_full((rows, 1), torch.nan) if self._before is None else self._before.gather(1, ids[:, :1])
-        said, step = [first], max(1, LOGITS_AT_ONCE // (rows * self._model.vocab_size))
+        at_once = max(LOGITS_AT_ONCE // self._model.vocab_size, ROWS_AT_ONCE)
+        said, step = [first], max(1, at_once // rows)
         for start in range(0, width - 1, step):
             stop = min(start + step, width - 1)
             said.append(self.after(hidden[:, start:stop]).gather(2, ids[:, start + 1 : stop + 1, None])[..., 0])

@@ -109,6 +109,18 @@ def test_ray_is_asked_for_a_gpu_where_replicas_run_on_one(
     assert asked == [("2", 16, 1.0, gpus), (device, ("cpu", None), "scale")]
 
 
+def test_a_model_of_ours_on_a_gpu_is_refused_before_ray_starts(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cluster = SimpleNamespace(Scale=SimpleNamespace(read=lambda *_: "scale"), replicas_on_ray=None)  # not to be called
+    monkeypatch.setitem(sys.modules, "bayes_dispatch.serving.ray.cluster", cluster)
+    monkeypatch.setattr(commands, "_log", lambda _: None)  # it would stay for other tests
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["serve", "--port", "0", "--ray", "--device", "cuda"])
+    assert ended.value.code == 2
+    assert "expected a bundle of a transformers model for cuda, got " in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "extra"),
     [

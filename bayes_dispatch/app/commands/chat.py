@@ -127,6 +127,8 @@ def chat(
         except BayesDispatchError as error:
             if not interactive:
                 raise
+            if written and not as_json:
+                print(flush=True)
             say_aside("error", str(error))  # the conversation is as it was before this line
             continue
         assert conversation.turn is not None

@@ -171,7 +171,12 @@ def _on_ray(make: "EngineOf", loaded: "Bundle", scale: "Scale", name: str) -> "I
     from bayes_dispatch.serving.ray.cluster import replicas_on_ray
     from bayes_dispatch.serving.replicas import ReplicatedEngine
 
-    if make.vllm is not None:  # what each replica would say after Ray has started
+    if loaded.default_dtype is None:  # what each replica would say after Ray has started
+        from bayes_dispatch.app.bundle import refuse_elsewhere
+        from bayes_dispatch.app.shipped import bundle_directory
+
+        refuse_elsewhere(bundle_directory(make.bundle.path), make.bundle.device)
+    if make.vllm is not None:  # likewise
         from bayes_dispatch.serving.vllm.export import check_lora
 
         check_lora(loaded.experts, loaded.model)

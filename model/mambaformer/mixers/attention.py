@@ -136,7 +136,7 @@ class SelfAttention(nn.Module):
                 return self._attend(q, keys, values, None)
             if filled == 0:
                 return self._attend(q, keys, values, None, is_causal=True)
-            if q.device.type == "cpu" and not torch.is_grad_enabled():
+            if can_compile(q, keys, values):
                 return self._attend_in_parts(q, keys, values, filled)
             first: Tensor = torch.tensor([filled], device=q.device)
         else:

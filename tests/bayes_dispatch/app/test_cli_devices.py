@@ -14,6 +14,7 @@ import torch
 from bayes_dispatch.app.bundle import Bundle, load_bundle, transformers_backbone
 from bayes_dispatch.app.bundle_at import BundleAt
 from bayes_dispatch.app.commands import main as cli
+from bayes_dispatch.app.shipped import SHIPPED
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from tests.tiny import tiny_tokenizer
@@ -59,7 +60,11 @@ def test_a_device_that_is_not_there_is_one_line(
         pytest.importorskip("starlette", reason="needs the extra serve")
     given = [] if ours else ["--bundle", saved]
     code, out, err = run(capfd, command, *COMMANDS[command], *given, "--device", ABSENT)
-    told = f"bundle of a transformers model for {ABSENT}, got one of our own, on the CPU" if ours else "device of this "
+    told = (
+        f"bundle of a transformers model for {ABSENT}, got {SHIPPED}, one of our own, on the CPU"
+        if ours
+        else "device of this "
+    )
     assert (code, out) == (2, "")
     assert err.startswith(f"bayes-dispatch: error: expected a {told}")
     assert (err.count("\n"), ABSENT in err, list(Path().iterdir())) == (1, True, [])
