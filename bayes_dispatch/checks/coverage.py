@@ -1,6 +1,6 @@
 """Coverage of the posterior intervals of the weights: how often a true weight lies inside.
 
-One definition throughout: equal-tailed intervals, over the components whose posterior mean exceeds .05. An exact
+Equal-tailed intervals, over the components whose posterior mean exceeds .05. An exact
 posterior covers its level on them, for they are chosen without a look at the truth. Chosen by their true weight it does
 not: a component that is there, but that evidence hardly shows, lies in the upper tail even of an exact posterior, and
 those that are not there, always inside, would not make up for it. A true weight of 0 or of 1 ties with draws that are
@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float
 from bayes_dispatch.arguments import number, several, shown, whole
 from bayes_dispatch.checks.sbc import posterior_ranks, true_weights
 from bayes_dispatch.dispatcher.arrays import as_points
-from bayes_dispatch.dispatcher.conformal import COUNTED
+from bayes_dispatch.dispatcher.conformal import COUNTED, counted
 from bayes_dispatch.errors import ConfigError, TensorError
 
 if TYPE_CHECKING:
@@ -92,13 +92,17 @@ def interval_coverage(
     ranks = posterior_ranks(posterior, truth)
     # A rank among S draws stands for an interval of length 1 / (S + 1): a point of it, so that any level can be held.
     places = (ranks + np.random.default_rng(0).random(ranks.shape)) / (len(posterior.weights) + 1)
-    return _coverage(posterior, np.abs(places - 0.5) <= probability / 2, high - low)
+    own = posterior.mean > COUNTED
+    if not own.any():
+        raise TensorError(f"expected a posterior mean above {COUNTED}, got none in {len(own)} prompts")
+    return _coverage(own.astype(float), np.abs(places - 0.5) <= probability / 2, high - low)
 
 
 def calibrated_coverage(
     posterior: DispatchPosterior, truth: Float[np.ndarray, "prompt weight"], probability: float = 0.9
 ) -> Coverage:
-    """Coverage of :meth:`DispatchPosterior.calibrated_interval`, over the same components.
+    """Coverage of :meth:`DispatchPosterior.calibrated_interval`, as they are promised: of one of a prompt's counted
+    components, taken at random, so that each prompt counts as much.
 
     An interval is taken as it stands: one that reaches down to 0 holds a true weight of 0.
 
@@ -111,20 +115,22 @@ def calibrated_coverage(
     """
     truth = true_weights(posterior, truth)
     low, high = posterior.calibrated_interval(probability)
-    return _coverage(posterior, (low <= truth) & (truth <= high), high - low)
+    assert posterior.calibrated is not None  # it has told the interval
+    own = counted(posterior.calibrated.answer.mean)
+    return _coverage(own / own.sum(1, keepdims=True), (low <= truth) & (truth <= high), high - low)
 
 
 def _coverage(
-    posterior: DispatchPosterior, inside: Bool[np.ndarray, "prompt weight"], widths: Float[np.ndarray, "prompt weight"]
+    shares: Float[np.ndarray, "prompt weight"],
+    inside: Bool[np.ndarray, "prompt weight"],
+    widths: Float[np.ndarray, "prompt weight"],
 ) -> Coverage:
-    """Over the components that the posterior counts."""
-    counted = posterior.mean > COUNTED
-    if not counted.any():
-        raise TensorError(f"expected a posterior mean above {COUNTED}, got none in {len(counted)} prompts")
-    hits, sizes = (inside & counted).sum(1), counted.sum(1)  # (prompt,)
+    """Where each component counts by its share; those of share 0 do not."""
+    hits, sizes = (inside * shares).sum(1), shares.sum(1)  # (prompt,)
     value = hits.sum() / sizes.sum()
     error = np.sqrt(np.sum((hits - value * sizes) ** 2)) / sizes.sum()
-    return Coverage(float(value), float(error), int(sizes.sum()), float(widths[counted].mean()))
+    width = float((widths * shares).sum() / sizes.sum())
+    return Coverage(float(value), float(error), int((shares > 0).sum()), width)
 
 
 def coverage_curve(

@@ -3,7 +3,8 @@
 A posterior is right where its program is. Split conformal prediction (Vovk et al., 2005; Lei et al., 2018) needs no
 program: it scores how far off the posterior was of each of n prompts, and allows a new prompt what p of them, and a
 little more, would have needed. If the new prompt is exchangeable with the n, that is enough with probability at least
-p, whatever the posterior is worth, and at most p + 1/(n + 1) where scores do not tie. The probability is over the
+p, whatever the posterior is worth, and at most p + 1/(n + 1) where scores do not tie. (Those do of which the truth is
+where the posterior has half of its mass, as at a share of 0: any interval holds it.) The probability is over the
 calibration prompts and the new one together, not for every kind of prompt; but prompts are told apart by their length,
 as far as the n go, for short ones are harder: all this is then of each bin of lengths and its own n. The bins are cut
 by the calibration prompts' own lengths, which moves the probability by one prompt of a bin at most. A prompt of unknown
@@ -25,10 +26,10 @@ from bayes_dispatch.dispatcher.exact.cells import RESOLUTION, Cells
 from bayes_dispatch.dispatcher.fitting.flat import Dirichlets
 from bayes_dispatch.errors import ConfigError
 
-__all__ = ["Answer", "Conformal", "ConformalIntervals", "conformal_quantile"]
+__all__ = ["Answer", "Conformal", "ConformalIntervals", "conformal_quantile", "counted"]
 
 Answer = Cells | Dirichlets  # distributions themselves, and not draws
-FEWEST, BINS = 200, 4  # prompts of a bin of lengths, at least, and bins, at most
+FEWEST, BINS = 200, 8  # prompts of a bin of lengths, at least, and bins, at most
 COUNTED = 0.05  # posterior mean of an expert from which on its interval is promised anything
 ROUNDING = 1e-12  # of probabilities: what just meets a quantile is inside
 HALVINGS = 14  # of 0 to 1, where the ends of intervals are sought: a sixteenth of RESOLUTION
@@ -83,11 +84,11 @@ class Conformal(Frozen):
         """
         if not len(known := np.isfinite(truth).all(1)) or not known.all():
             raise ConfigError(f"expected prompts whose mixtures are known, got {known.sum()} of {len(known)} that are")
-        above, below = (answer.below(np.clip(truth + by, 0, 1)) for by in (RESOLUTION, -RESOLUTION))
+        above, below = answer.below(np.minimum(truth + RESOLUTION, 1)), answer.below(truth - RESOLUTION)
         levels = np.clip(np.maximum(1 - 2 * above, 2 * below - 1), 0, 1)
         # The choice may not depend on the truth: then prompts, and with them these scores, are exchangeable.
-        mean, random = answer.mean, np.random.default_rng(seed).random(truth.shape)
-        chosen = np.where(mean >= np.minimum(COUNTED, mean.max(1, keepdims=True)), random, -1).argmax(1)
+        random = np.random.default_rng(seed).random(truth.shape)
+        chosen = np.where(counted(answer.mean), random, -1).argmax(1)
         largest = truth >= truth.max(1, keepdims=True) - RESOLUTION
         doubts = np.where(largest, 1 - answer.probability_best(), 0).max(1)
         chosen_levels = levels[np.arange(len(truth)), chosen]
@@ -174,6 +175,11 @@ class ConformalIntervals(Frozen):
             return None
         answers = [part.answer for part in given]
         return cls(given[0].known, np.concatenate([part.lengths for part in given]), answers[0].concatenate(answers))  # type: ignore[arg-type]  # all of one kind
+
+
+def counted(mean: Float[np.ndarray, "prompt weight"]) -> Bool[np.ndarray, "prompt weight"]:
+    """``(N, K+1)`` of which experts a posterior's intervals are promised anything: one of each prompt, at least."""
+    return mean >= np.minimum(COUNTED, mean.max(1, keepdims=True))
 
 
 def conformal_quantile(scores: Float[np.ndarray, " score"], probability: float) -> float:

@@ -235,11 +235,16 @@ def test_calibrated_coverage_is_of_the_intervals_as_they_stand(fitted: "Dispatch
     able = replace(posterior, calibrated=intervals)
     coverage = calibrated_coverage(able.select(range(30)), truth, 0.8)
     low, high = able.calibrated_interval(0.8)
-    counted = able.mean[:30] > 0.05
-    assert coverage.value == ((low[:30] <= truth) & (truth <= high[:30]))[counted].mean()
-    assert coverage.width == pytest.approx((high - low)[:30][counted].mean())
+    assert coverage.value == pytest.approx(((low[:30] <= truth) & (truth <= high[:30])).mean())
+    assert coverage.width == pytest.approx((high - low)[:30].mean())
     with pytest.raises(TensorError, match="expected true weights of shape"):
         calibrated_coverage(able, truth)
+    alpha = np.tile([[2.0, 1.0, 0.01, 0.01], [9.0, 0.01, 0.01, 0.01]], (15, 1))  # two are counted, and one
+    able = replace(able.select(range(30)), calibrated=ConformalIntervals(known, np.ones(30), Dirichlets(alpha)))
+    low, high = able.calibrated_interval(0.8)
+    held = (low <= truth) & (truth <= high)
+    each = np.stack([held[::2, :2].mean(1), held[1::2, 0]])  # a prompt counts as much as another
+    assert calibrated_coverage(able, truth, 0.8).value == pytest.approx(each.mean())
 
 
 @pytest.mark.slow

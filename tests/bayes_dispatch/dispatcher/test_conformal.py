@@ -157,7 +157,7 @@ def test_sets_hold_as_often_as_stated(overconfident: Dispatcher, known: Callable
 def test_bins_have_the_prompts_that_it_takes() -> None:
     """Of lengths that tie, and for probabilities near 1, there are fewer bins; any length, and none, is in one."""
     scores = np.linspace(0, 1, 1000)
-    asked = np.array([0.0, 3.0, 511.0, 512.0, 9999.0])
+    asked = np.array([0.0, 3.0, 300.0, 511.0, 512.0, 9999.0])
     for shorter in (0, 3, 199, 200, 500):
         lengths = np.concatenate([np.linspace(8, 500, shorter), np.full(1000 - shorter, 512.0)])
         known = Conformal(np.full(3, 1 / 3), scores, scores, lengths)
@@ -184,6 +184,26 @@ def test_ends_are_quantiles(level: float) -> None:
     assert (ends[0] <= expected[0] + 1e-12).all()
     assert (ends[1] >= expected[1] - 1e-12).all()
     np.testing.assert_allclose(ends, expected, atol=1e-4)
+
+
+def test_scores_of_shares_of_0_and_1() -> None:
+    """The least level whose interval holds the truth: none, where half of the posterior is exactly there."""
+    corners = np.zeros((1, 2, 3, 3))
+    corners[0, 0, 0, 0] = 1  # alone
+    corners[0, 1, 0, 0] = corners[0, 1, 1, 1] = 1  # with another, in any proportion
+    mass, sizes, supports = np.array([[0.7, 0.3]]), np.array([[1, 2]]), np.tile(np.arange(3), (1, 2, 1))
+    answer = Cells(3, mass, sizes, supports, corners, np.zeros((1, 2)), np.zeros(1))
+    for own, least in ((1.0, 0.0), (0.9, 0.46), (0.5, 0.7), (0.1, 0.94)):  # of .3 of the mass, the part below
+        truth, found = np.array([[own, 1 - own, 0.0]]), []
+        for seed in range(20):  # one of the two that are counted
+            scores = Conformal.of(answer, truth, np.full(3, 1 / 3), np.zeros(1), seed)
+            found.append(scores.levels[0])
+            for level, inside in ((least - 0.01, False), (least + 0.01, True)):
+                known = Conformal(np.full(3, 1 / 3), np.full(10, max(0.0, level)), np.zeros(10), np.zeros(10))
+                low, high = ConformalIntervals(known, np.zeros(1), answer)(0.9)
+                held = (low <= truth) & (truth <= high)
+                assert (held[0, :2] == (inside or level < 0)).all()
+        np.testing.assert_allclose(found, least, atol=0.002)
 
 
 def test_the_quantile_is_the_least_that_will_do() -> None:
