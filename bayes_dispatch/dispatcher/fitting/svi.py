@@ -90,11 +90,11 @@ class GlobalsPosterior:
         parts = ({name: value.to(dtype) for name, value in each.items()} for each in (self.locations, self.scales))
         return GlobalsPosterior(*parts)
 
-    def draw(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """One draw of every site, constrained; by name, as a file knows no other order."""
+    def draw(self, generator: torch.Generator | None = None, shape: tuple[int, ...] = ()) -> dict[str, Tensor]:
+        """Draws ``(*shape, ·)`` of every site, constrained; by name, as a file knows no other order."""
         drawn = {}
         for name, loc in sorted(self.locations.items()):
-            noise = torch.randn(loc.shape, dtype=loc.dtype, generator=generator)
+            noise = torch.randn((*shape, *loc.shape), dtype=loc.dtype, generator=generator)
             drawn[name] = _constrained(name)(loc + self.scales[name] * noise)
         return drawn
 

@@ -67,7 +67,7 @@ class View(ABC):
         self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
     ) -> TorchDistributionMixin:
         """The distribution ``(N,) | (width,)`` of the view's evidence given weights ``(·, K+1)``, one row for all or a
-        row for each prompt."""
+        row for each prompt; globals, too, may be of all or, with ``N`` in front of their shape, of each."""
 
     def site(self, parameter: str) -> str:
         """The Pyro site of a global: plain for the views of :data:`NAMED_KINDS`, else with the view's name."""
@@ -77,9 +77,9 @@ class View(ABC):
         """Draw globals: site → value; inside the plate of experts ``(K, ·)``."""
         return {self.site(name): pyro.sample(self.site(name), prior) for name, prior in priors.items()}
 
-    def with_base(self, sites: Mapping[str, Tensor], parameter: str) -> Float[Tensor, "weight number"]:
+    def with_base(self, sites: Mapping[str, Tensor], parameter: str) -> Float[Tensor, "*draws weight number"]:
         """``(K+1, width)`` a global of the experts, base last."""
-        return torch.cat([sites[self.site(parameter)], sites[self.site(f"base_{parameter}")].unsqueeze(0)])
+        return torch.cat([sites[self.site(parameter)], sites[self.site(f"base_{parameter}")].unsqueeze(-2)], -2)
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ class _StudentView(View):
         self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
     ) -> TorchDistributionMixin:
         means, variances = (self.with_base(sites, name) for name in self.constants)  # (K+1, width)
-        mean, noise = weights @ means, (weights @ variances) * self.noise(sites, prompts).unsqueeze(-1)  # (N, width)
-        noise = noise + self.mixing(sites) * (weights @ means.square() - mean.square()).clamp(min=0)
+        mean, noise = _mixed(weights, means), _mixed(weights, variances)  # (N, width)
+        noise = noise * self.noise(sites, prompts).unsqueeze(-1)
+        noise = noise + self.mixing(sites) * (_mixed(weights, means.square()) - mean.square()).clamp(min=0)
         return dist.StudentT(6.0, mean, (temper.unsqueeze(-1) * noise).sqrt()).to_event(1)
 
     def noise(self, sites: Mapping[str, Tensor], prompts: Prompts) -> Float[Tensor, "*draws prompt"]:
@@ -198,7 +199,7 @@ class _ClassesView(View):
     def concentration(self, sites: Mapping[str, Tensor], weights: Tensor, temper: Tensor) -> Float[Tensor, "... class"]:
         """``conc/τ · (w @ Phi) + 1e-3``."""
         strength = (sites[self.site("conc")] / temper).unsqueeze(-1)
-        return strength * (weights @ self.with_base(sites, "Phi")) + 1e-3
+        return strength * _mixed(weights, self.with_base(sites, "Phi")) + 1e-3
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,11 @@ KINDS: dict[str, Callable[[int, str], View]] = {
 
 # The kinds of views that have a name of their own; of others a dispatcher must be told.
 NAMED_KINDS = {"hidden": "vectors", "counts": "counts", "surprise": "surprise"}
+
+
+def _mixed(weights: Tensor, table: Tensor) -> Float[Tensor, "... number"]:
+    """The rows of a table ``(K+1, ·)``, or of each prompt's own ``(N, K+1, ·)``, in the shares ``(N, K+1)``."""
+    return (weights.unsqueeze(-2) @ table).squeeze(-2)
 
 
 def length_factor(lengths: Float[Tensor, " prompt"], lt: Tensor) -> Float[Tensor, "*draws prompt"]:

@@ -7,10 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 
 from bayes_dispatch.checks.coverage import simulated_coverage
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.fitting.simulation import simulate
+from bayes_dispatch.dispatcher.fitting.svi import isolated
 from bayes_dispatch.errors import BayesDispatchError, ConfigError, EvidenceError, NotFittedError, TensorError
 
 if TYPE_CHECKING:
@@ -109,6 +112,23 @@ def test_simulations(fitted: Dispatcher) -> None:
     truth, posterior = fitted.simulate(300, draws=32, seed=1, weights=given)
     assert np.array_equal(truth, given)
     assert (posterior.mean.argmax(1) == np.arange(300) % 3).mean() > 0.8
+
+
+def test_simulated_prompts_are_independent(fitted: Dispatcher) -> None:
+    """Each has globals of its own: where an expert's mean is as good as unknown, no two prompts of it are alike.
+
+    What ranks are held against, and standard errors of simulated coverage, take them for independent.
+    """
+    state = fitted.state
+    scales = {name: 100.0 + 0 * each if name == "M" else each for name, each in state.globals.scales.items()}
+    with isolated(0):
+        prompts = simulate(state.model, replace(state.globals, scales=scales), state.like, torch.eye(4)[[0] * 80], 1.0)
+    hidden = prompts.observed["hidden"]
+    apart = (hidden[:, None] - hidden).norm(dim=-1) + 1e3 * torch.eye(80)
+    assert apart.min(1).values.median() > 10
+    one = state.globals.draw(torch.Generator().manual_seed(0))
+    some = state.globals.draw(torch.Generator().manual_seed(0), (5,))
+    assert {name: (5, *each.shape) for name, each in one.items()} == {name: each.shape for name, each in some.items()}
 
 
 @pytest.mark.parametrize("call", ["posterior", "predict_proba", "predict", "simulate", "save"])
