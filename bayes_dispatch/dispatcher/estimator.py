@@ -301,11 +301,14 @@ class Dispatcher:
     def log_evidence(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, " prompt"]:
         """``(N,)`` log density of each prompt's evidence under the fitted program, nats: what tells drift.
 
+        The prior is the program's own: :meth:`update` and :meth:`feedback` move no score, so those of held-out prompts
+        and of later ones can be ranked together.
+
         >>> monitor = drift_monitor(dispatcher.log_evidence(held_out))              # doctest: +SKIP
         >>> monitor, report = watch(monitor, dispatcher.log_evidence(arriving))     # doctest: +SKIP
         """
         state = self.state
-        return state.answer(state.prompts(as_evidence(X)), state.labels(self.prior.mean)).log_evidence
+        return state.answer(state.prompts(as_evidence(X)), state.shares).log_evidence
 
     @property
     def prior(self) -> PriorState:

@@ -35,7 +35,8 @@ class DispatchPosterior(Frozen):
         experts: the K+1 names in order; the last is ``"base"``.
         k_hat: ``(prompt,)`` Pareto shape of the importance weights behind the draws, ``None`` where there were none.
             Above .7 the draws of the prompt are not to be trusted.
-        log_evidence: ``(prompt,)`` log density of the prompt's evidence under the fitted program, nats, or ``None``.
+        log_evidence: ``(prompt,)`` log density of the prompt's evidence under this posterior's prior, nats, or ``None``.
+            For drift there is ``Dispatcher.log_evidence``, which no feedback moves.
         prior: ``(prompt, K+1)`` mean of the weights before the prompt was read. ``None`` where the posterior owes
             nothing to the prompt itself: then the prompt's tokens are new to it.
         log_ratios: ``(draw, prompt)`` log density of each draw under the prior over that under the posterior that it
