@@ -542,9 +542,9 @@ class Dispatcher:
         from bayes_dispatch.dispatcher.arviz_data import to_inference_data
         from bayes_dispatch.dispatcher.arviz_groups import fitted_groups
 
-        evidence = as_evidence(X)
-        posterior = self.posterior(evidence, draws, seed)
-        return to_inference_data(fitted_groups(self.state, evidence, posterior, self._report, prompts, seed))
+        evidence, state = as_evidence(X), self.state
+        posterior, labels = self.posterior(evidence, draws, seed), state.labels(self.prior.mean)
+        return to_inference_data(fitted_groups(state, evidence, posterior, self._report, prompts, seed, labels))
 
     @property
     def _components(self) -> tuple[str, ...]:
