@@ -133,7 +133,8 @@ def _constrained(name: str) -> Transform:
 def isolated(seed: int, dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """Run alone, with torch's generator at ``seed``, a default dtype, gradients, and module-local Pyro parameters.
 
-    Global state is left as it was.
+    Global state is left as it was. But while it runs, default dtype and generator are those of the whole process: other
+    threads that name no dtype or generator of their own get these, and move the seeded numbers by what they draw.
 
     All work with Pyro goes through here, one thread at a time: Pyro keeps one stack of handlers for the process. What
     Pyro validates is off: evidence is checked where it enters, and float32 shares of many classes sum to 1 ± 1e-5.
