@@ -221,7 +221,7 @@ class ProbabilitiesView(_ClassesView):
     """``Dirichlet(conc/τ · (w @ Phi) + 1e-3)`` for probabilities ``(N, C)`` that a classifier gives: its confusions.
 
     ``Phi`` is the classifier's mean answer to an expert's prompts; ``conc`` tells how far it can be trusted. Evidence
-    enters :func:`floored`.
+    enters :func:`floored`, for classifiers say 0; what the program draws is positive as it is.
     """
 
     name: str = "classifier"
@@ -231,7 +231,7 @@ class ProbabilitiesView(_ClassesView):
     def likelihood(
         self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
     ) -> TorchDistributionMixin:
-        return _FlooredDirichlet(self.concentration(sites, weights, temper))
+        return dist.Dirichlet(self.concentration(sites, weights, temper))
 
 
 KINDS: dict[str, Callable[[int, str], View]] = {
@@ -260,13 +260,6 @@ def floored(probabilities: Tensor) -> Tensor:
     """Probabilities ``(·, C)`` moved a little to the uniform ones, so that all are positive."""
     width = probabilities.shape[-1]
     return (probabilities + PROBABILITY_FLOOR) / (1 + width * PROBABILITY_FLOOR)
-
-
-class _FlooredDirichlet(dist.Dirichlet):
-    """A Dirichlet of floored probabilities; what it samples is floored, so that every density is finite."""
-
-    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        return floored(super().rsample(torch.Size(sample_shape)))
 
 
 class _RaggedDirichletMultinomial(dist.DirichletMultinomial):
