@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Float
 from pyro import poutine
 from torch import Tensor
 
@@ -36,11 +37,13 @@ def fitted_groups(
     report: FitReport | None = None,
     prompts: Sequence[str] | None = None,
     seed: int = 0,
+    labels: Float[np.ndarray, " weight"] | None = None,
 ) -> dict[str, xr.Dataset]:
     """Every group for N prompts, with as many draws of each kind as the posterior has of the weights.
 
     Draw s of the weights stands beside an independent draw s of the fitted globals: the posterior has them
-    integrated out. A prior draw of the weights is made under its own globals.
+    integrated out. Prior weights are of the prior that the posterior is of, in which one, two or three components share
+    a prompt, and not of the sparse Dirichlet that SVI has in its place; of ``pi`` and ``kappa`` they do not depend.
 
     There is no ``log_likelihood``, on purpose: ``az.loo`` would misread it. Each prompt has weights of its own, and
     without the prompt they lie so far elsewhere that importance sampling fails (Pareto k above .7 at four prompts of
@@ -54,6 +57,7 @@ def fitted_groups(
         report: of the fit, for its trace; ``None`` where it is not known.
         prompts: a unique name of each prompt; its number by default.
         seed: of the globals and of replicated evidence.
+        labels: ``(K+1,)`` label shares of the posterior's prior; the program's own by default.
 
     Returns:
         - ``prior``, ``posterior``: ``weights`` (chain, draw, prompt, expert), and globals such as ``M`` (chain, draw,
@@ -81,12 +85,15 @@ def fitted_groups(
         globals_ = state.globals.to(torch.float64)
         fitted = [globals_.draw() for _ in weights]
         prior = [model.sample_globals() for _ in weights]
-        expected = [_replicate(state, sites, observed.blank()) for sites in prior]
+        before = state.quadrature.prior(state.shares if labels is None else labels)
+        shares = before.draw(weights[..., 0].numel(), np.random.default_rng([seed, 1])).reshape(weights.shape)
+        blanks = [replace(observed.blank(), known=w) for w in torch.tensor(shares)]
+        expected = [_replicate(state, sites, blank) for sites, blank in zip(prior, blanks, strict=True)]
         pairs = list(zip(fitted, weights, strict=True))
         replicated = [_replicate(state, sites, replace(observed.blank(), known=w)) for sites, w in pairs]
     groups = posterior.groups(prompts)
     groups["posterior"] = groups["posterior"].merge(_globals(model, fitted, coords))
-    drawn = {"weights": ((*DRAWS, "prompt", "expert"), _stack(expected, "weights"))}
+    drawn = {"weights": ((*DRAWS, "prompt", "expert"), shares[None])}
     groups["prior"] = as_dataset(drawn, coords).merge(_globals(model, prior, coords))
     for name, parts in (("prior_predictive", expected), ("posterior_predictive", replicated)):
         views = {
@@ -143,7 +150,6 @@ def _hidden(values: np.ndarray, prompts: Prompts, view: View) -> np.ndarray:
 
 
 def _replicate(state: FittedDispatcher, sites: Mapping[str, Tensor], blank: Prompts) -> dict[str, Tensor]:
-    """Weights (the known ones, or drawn) and views of prompts of which nothing is observed."""
+    """Views of prompts of known weights, of which nothing is observed."""
     trace: Any = poutine.trace(state.model.sample_prompts).get_trace(sites, blank, torch.tensor(state.temper))
-    drawn = {view.name: trace.nodes[view.name]["value"] for view in state.model.views}
-    return {"weights": trace.nodes["_RETURN"]["value"], **drawn}
+    return {view.name: trace.nodes[view.name]["value"] for view in state.model.views}

@@ -6,9 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -296,16 +297,20 @@ class Dispatcher:
 
     def mean(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` posterior mean of the weights: of the distribution itself, not of draws."""
-        return self._answer(X, self.prior.mean).mean
+        return self._of_each(X, self.prior.mean, lambda answer: answer.mean)
 
     def log_evidence(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, " prompt"]:
         """``(N,)`` log density of each prompt's evidence under the fitted program, nats: what tells drift.
+
+        The prior is the program's own: :meth:`update` and :meth:`feedback` move no score, so those of held-out prompts
+        and of later ones can be ranked together.
 
         >>> monitor = drift_monitor(dispatcher.log_evidence(held_out))              # doctest: +SKIP
         >>> monitor, report = watch(monitor, dispatcher.log_evidence(arriving))     # doctest: +SKIP
         """
         state = self.state
-        return state.answer(state.prompts(as_evidence(X)), state.labels(self.prior.mean)).log_evidence
+        pieces = state.prompts(as_evidence(X)).pieces()
+        return np.concatenate([state.answer(some, state.shares).log_evidence for some in pieces])
 
     @property
     def prior(self) -> PriorState:
@@ -381,7 +386,7 @@ class Dispatcher:
         likelihoods = feedback_likelihood(rows, rewards, len(names), reliability)
         if X is not None:
             pi = self.prior.mean  # the same for both uses, whatever other threads observe meanwhile
-            mean = self._answer(X, pi).mean
+            mean = self._of_each(X, pi, lambda answer: answer.mean)
             if len(mean) != len(rewards):
                 raise TensorError(f"expected evidence of {len(rewards)} prompts, got {len(mean)}")
             likelihoods = likelihoods * evidence_likelihood(mean, self._prior_mean(pi), floor=0.0)
@@ -406,7 +411,7 @@ class Dispatcher:
 
     def predict_proba(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` probability that each expert (base last) has the largest weight; deterministic."""
-        return self._answer(X, self.prior.mean).probability_best()
+        return self._of_each(X, self.prior.mean, lambda answer: answer.probability_best())
 
     def predict_set(
         self, X: Evidence | Shaped[np.ndarray, "prompt feature"], probability: float = 0.9
@@ -421,7 +426,12 @@ class Dispatcher:
         if (known := self._conformal) is None:
             raise NotFittedError("expected a calibrated dispatcher, got one before calibrate()")
         evidence = as_evidence(X)
-        return known.sets(self._answer(evidence, known.shares), evidence.known_lengths(), probability)
+        lengths = iter(evidence.known_lengths())
+
+        def sets(answer: Answer) -> Bool[np.ndarray, "prompt weight"]:
+            return known.sets(answer, np.array(list(islice(lengths, len(answer)))), probability)
+
+        return self._of_each(evidence, known.shares, sets)
 
     def predict(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Shaped[np.ndarray, " prompt"]:
         """``(N,)`` names of the experts most likely to have the largest weight, ``"base"`` among them."""
@@ -532,9 +542,9 @@ class Dispatcher:
         from bayes_dispatch.dispatcher.arviz_data import to_inference_data
         from bayes_dispatch.dispatcher.arviz_groups import fitted_groups
 
-        evidence = as_evidence(X)
-        posterior = self.posterior(evidence, draws, seed)
-        return to_inference_data(fitted_groups(self.state, evidence, posterior, self._report, prompts, seed))
+        evidence, state = as_evidence(X), self.state
+        posterior, labels = self.posterior(evidence, draws, seed), state.labels(self.prior.mean)
+        return to_inference_data(fitted_groups(state, evidence, posterior, self._report, prompts, seed, labels))
 
     @property
     def _components(self) -> tuple[str, ...]:
@@ -564,12 +574,35 @@ class Dispatcher:
         known = self._known
         return known.answer(known.prompts(as_evidence(X)), known.labels(pi))
 
+    def _of_each(
+        self,
+        X: Evidence | Shaped[np.ndarray, "prompt feature"],
+        pi: Float[np.ndarray, " component"],
+        asked: Callable[[Answer], Shaped[np.ndarray, "prompt weight"]],
+    ) -> Shaped[np.ndarray, "prompt weight"]:
+        """What is asked of the answer, which is not kept."""
+        known = self._known
+        labels, pieces = known.labels(pi), known.prompts(as_evidence(X)).pieces()
+        return np.concatenate([asked(known.answer(some, labels)) for some in pieces])
+
     def _prior_mean(self, pi: Float[np.ndarray, " component"]) -> Float[np.ndarray, " component"]:
         """Of the weights, before a prompt is read."""
         return self._known.prior_mean(self._known.labels(pi))
 
     def _posterior(self, prompts: Prompts, draws: int, generators: Sequence[np.random.Generator]) -> DispatchPosterior:
-        known, pi, calibrated = self._known, self.prior.mean, None
+        """Piece by piece: what a calibrated one keeps of each prompt is all that stays."""
+        turn, pi = iter(generators), self.prior.mean
+        parts = [self._posterior_of(some, draws, list(islice(turn, len(some))), pi) for some in prompts.pieces()]
+        return DispatchPosterior.concatenate(parts)
+
+    def _posterior_of(
+        self,
+        prompts: Prompts,
+        draws: int,
+        generators: Sequence[np.random.Generator],
+        pi: Float[np.ndarray, " component"],
+    ) -> DispatchPosterior:
+        known, calibrated = self._known, None
         answer = known.answer(prompts, known.labels(pi))
         weights, log_ratios = answer.draw(draws, generators)
         if (found := self._conformal) is not None:  # under the shares of calibration, which feedback may have moved

@@ -125,7 +125,8 @@ class Gate:
         Raises:
             NotFittedError: a dispatcher before ``fit``.
             EvidenceError, TensorError: evidence of other views, or groups of other prompts.
-            ConfigError: fewer prompts, or fewer than one bin.
+            ConfigError: fewer prompts, or fewer than four of a group, none of a group of known length where others have
+                some, or fewer than one bin.
         """
         count = len(evidence)
         kinds = np.zeros(count, np.int64) if groups is None else as_numbers(groups, "groups", None)
@@ -134,11 +135,16 @@ class Gate:
         bins, seed = whole("bins", bins, 1), a_seed(seed)
         if count < FEWEST_PROMPTS:
             raise ConfigError(f"expected at least {FEWEST_PROMPTS} prompts, got {count}")
-        kinds = np.unique(kinds, return_inverse=True)[1]
+        names, kinds, sizes = np.unique(kinds, return_inverse=True, return_counts=True)
+        if sizes.min() < FITTED:
+            smallest = names[sizes.argmin()]
+            raise ConfigError(f"expected at least {FITTED} prompts of each group, got {sizes.min()} of {smallest}")
         shares = dispatcher.prior.mean
         unlikely, lengths = _unlikely(dispatcher, evidence, shares), evidence.known_lengths()
-        fitted = np.zeros(count, bool)
-        fitted[np.random.default_rng(seed).permutation(count)[: count // FITTED]] = True
+        fitted, order = np.zeros(count, bool), np.random.default_rng(seed).permutation(count)
+        for kind in range(len(names)):  # of each its part: none is left without ranks
+            own = order[kinds[order] == kind]
+            fitted[own[: len(own) // FITTED]] = True
         location, spread = _regressions(unlikely[fitted], lengths[fitted])
         known = lengths[fitted & (lengths > 0)]
         wanted = min(bins, max(1, np.bincount(kinds[~fitted]).min() // PER_BIN))
@@ -151,8 +157,9 @@ class Gate:
             gate = replace(gate, edges=edges)
             gate = replace(gate, bins=gate._bins(lengths[~fitted]))
             if gate.least_rate < 1:  # else a group has no prompts of some lengths
-                break
-        return gate
+                return gate
+        unknown = names[[not (gate.bins[gate.groups == kind] > 0).any() for kind in range(len(names))]]
+        raise ConfigError(f"expected prompts of known length in every group, got none in {unknown.tolist()}")
 
     @property
     def least_rate(self) -> float:
@@ -291,7 +298,7 @@ def _unlikely(
     """``(N,)`` minus the log density, in nats, of evidence that base has no share in, under label shares ``(K+1,)``."""
     state = dispatcher.state
     of_experts = on_simplex(np.append(state.labels(shares)[:-1], NEVER))
-    return -state.answer(state.prompts(evidence), of_experts).log_evidence
+    return -np.concatenate([state.answer(some, of_experts).log_evidence for some in state.prompts(evidence).pieces()])
 
 
 def _regressions(

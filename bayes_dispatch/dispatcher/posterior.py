@@ -35,7 +35,8 @@ class DispatchPosterior(Frozen):
         experts: the K+1 names in order; the last is ``"base"``.
         k_hat: ``(prompt,)`` Pareto shape of the importance weights behind the draws, ``None`` where there were none.
             Above .7 the draws of the prompt are not to be trusted.
-        log_evidence: ``(prompt,)`` log density of the prompt's evidence under the fitted program, nats, or ``None``.
+        log_evidence: ``(prompt,)`` log density of the evidence under this posterior's prior, nats, or ``None``.
+            For drift there is ``Dispatcher.log_evidence``, which no feedback moves.
         prior: ``(prompt, K+1)`` mean of the weights before the prompt was read. ``None`` where the posterior owes
             nothing to the prompt itself: then the prompt's tokens are new to it.
         log_ratios: ``(draw, prompt)`` log density of each draw under the prior over that under the posterior that it
@@ -162,7 +163,17 @@ class DispatchPosterior(Frozen):
 
     @classmethod
     def concatenate(cls, parts: Sequence[DispatchPosterior]) -> DispatchPosterior:
-        """All prompts of posteriors over the same experts, of as many draws; what some of them lack all of them do."""
+        """All prompts of posteriors over the same experts, of as many draws; what some of them lack all of them do.
+
+        Raises:
+            TensorError: no posteriors, or not all of this class, with the same experts, draws and chains.
+        """
+        for part in parts:
+            kind = (type(part).__name__, part.experts, len(part.weights), part.chains)
+            if kind != (wanted := (cls.__name__, parts[0].experts, len(parts[0].weights), parts[0].chains)):
+                raise TensorError(f"expected posteriors of one class, experts, draws and chains {wanted}, got {kind}")
+        if not parts:
+            raise TensorError("expected at least 1 posterior, got none")
 
         def joined(name: str, axis: int = 0) -> np.ndarray | None:
             given = [values for part in parts if (values := getattr(part, name)) is not None]

@@ -55,9 +55,11 @@ class ReferencePosterior(DispatchPosterior):
 
     @property
     def converged(self) -> Bool[np.ndarray, " prompt"]:
-        """``(prompt,)`` whether r-hat ≤ 1.01 and bulk ESS ≥ 400 of every weight: only such draws are a reference.
+        """``(prompt,)`` whether r-hat ≤ 1.01 and bulk ESS ≥ 400 of every weight that moves, by a thousandth or more, in
+        any chain: only such draws are a reference.
 
-        Vehtari et al. (2021) give these bounds. A single chain has no r-hat, and has never converged.
+        Vehtari et al. (2021) give these bounds. A single chain has no r-hat: where a weight moves, it has never
+        converged. Weights that are known, or nearer to 0 or 1 than a thousandth in all draws, have nothing to reach.
         """
         well = (self.r_hat <= R_HAT) & (self.ess >= ESS)
         return np.asarray((well | ~self._moves).all(axis=1))
@@ -68,6 +70,18 @@ class ReferencePosterior(DispatchPosterior):
         own = {"divergences": self.divergences, "steps": self.steps}
         found = {name: values[rows] for name, values in own.items() if len(values)}  # neither has to be given
         return replace(cast(ReferencePosterior, super().select(rows)), **found)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[DispatchPosterior]) -> ReferencePosterior:
+        """As :meth:`DispatchPosterior.concatenate`; draws of the globals are kept where all are of the same chains."""
+        whole, given = cast(ReferencePosterior, super().concatenate(parts)), cast("Sequence[ReferencePosterior]", parts)
+        found = {}
+        for name in ("divergences", "steps"):
+            own = [getattr(part, name) for part in given]
+            some = all(len(values) == len(part) for values, part in zip(own, given, strict=True))
+            found[name] = np.concatenate(own) if some else own[0][:0]
+        same = all(part.globals is given[0].globals for part in given)
+        return replace(whole, **found, globals=given[0].globals if same else {})
 
     @property
     def _resolved(self) -> np.ndarray:

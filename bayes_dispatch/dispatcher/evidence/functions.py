@@ -170,6 +170,9 @@ class EmbeddingSimilarity:
 class ClassifierProbabilities:
     """Class probabilities of a fitted scikit-learn classifier, or pipeline, that takes texts.
 
+    Of the prompts that it was trained on it is too sure. Give ``Dispatcher.fit`` other prompts, or the probabilities
+    that ``cross_val_predict`` gives of these.
+
     Args:
         classifier: fitted, with ``predict_proba``.
         name: of the view.

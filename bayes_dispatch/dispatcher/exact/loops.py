@@ -59,7 +59,7 @@ def add_student(
                         mean += w * of[c]
                         noise += w * of[width + c]
                         square += w * of[2 * width + c]
-                        unknown += w * of[3 * width + c]
+                        unknown += w * w * of[3 * width + c]  # of independent errors
                 noise = temper * (noise * noisier[n] + mixing * max(square - mean * mean, 0.0)) + unknown
                 deviation = values[n, c] - mean
                 away = min(deviation * deviation / (6.0 * noise), FARTHEST)

@@ -13,7 +13,6 @@ from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from scipy.special import logsumexp
 
@@ -27,7 +26,6 @@ __all__ = ["Quadrature"]
 PAIRED, TRIPLED = 24, 10  # components that are tried in pairs, and in triples
 ANCHORS = 8  # the likeliest alone, each of which is tried beside every other where there are more than ``PAIRED``
 SPLIT = 64  # cells of a size that are split in a round, at most
-AT_ONCE = 32  # prompts whose cells are in memory together
 FINEST = (1.0, 1 / 64, 1 / 16)  # length of the finest cells of one, two and three components
 KEPT = 1024  # cells of a size, at most
 TAIL = 1e-4  # share of a size's mass that may be left out where it has fewer
@@ -90,9 +88,10 @@ class Quadrature:
 
     def __call__(self, prompts: Prompts, shares: Float[np.ndarray, " weight"]) -> Cells:
         """Posteriors of N prompts under a prior of label shares ``(K+1,)``; each is of its own evidence alone."""
-        prior, rows = self.prior(shares), torch.arange(len(prompts))
-        parts = [self._cells(prompts.select(some), prior) for some in rows.split(AT_ONCE) if len(some)]
-        return Cells.concatenate(parts) if parts else _none(self.width)
+        if not len(prompts):
+            return _none(self.width)
+        prior = self.prior(shares)
+        return Cells.concatenate([self._cells(some, prior) for some in prompts.pieces()])
 
     @property
     def width(self) -> int:

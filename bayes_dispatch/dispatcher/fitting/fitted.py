@@ -21,7 +21,6 @@ from bayes_dispatch.dispatcher.evidence.projection import FeatureMap
 from bayes_dispatch.dispatcher.exact.cells import Cells
 from bayes_dispatch.dispatcher.exact.densities import ViewDensity
 from bayes_dispatch.dispatcher.exact.quadrature import Quadrature
-from bayes_dispatch.dispatcher.fitting.simulation import GLOBAL_DRAWS
 from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior, isolated
 from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
@@ -31,6 +30,7 @@ from bayes_dispatch.errors import EvidenceError, TensorError
 
 __all__ = ["FittedDispatcher", "as_prompts"]
 
+GLOBAL_DRAWS = 40  # of the globals, that serving takes means of
 LARGEST_COUNT = 2**24  # of a class, that float32 counts exactly
 
 

@@ -59,11 +59,10 @@ class Dirichlets(Frozen):
         high = np.log(top + 8.0 * np.sqrt(top) + 25.0)
         grid = low + (high - low) * np.linspace(0.0, 1.0, NODES)  # (U, G)
         edges = gammainc(rows[:, None], np.exp(grid)[..., None])  # (U, G, K+1)
-        steps = np.diff(edges, axis=1, prepend=0.0)
-        before = np.concatenate([np.zeros_like(edges[:, :1]), edges[:, :-1]], axis=1)
-        middle = np.maximum((edges + before) / 2, 1e-300)
+        steps, middle = np.diff(edges, axis=1), np.maximum((edges[:, 1:] + edges[:, :-1]) / 2, 1e-300)
         others = np.log(middle).sum(-1, keepdims=True) - np.log(middle)
-        return on_simplex((steps * np.exp(others)).sum(1))[place.reshape(-1)]
+        below = edges[:, 0].prod(-1, keepdims=True) * on_simplex(rows)  # F_k(g) is in proportion to g^α_k near 0
+        return on_simplex((steps * np.exp(others)).sum(1) + below)[place.reshape(-1)]
 
     def draw(
         self, draws: int, generators: Sequence[np.random.Generator]

@@ -14,9 +14,9 @@ from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior
 from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
 
-__all__ = ["GLOBAL_DRAWS", "simulate"]
+__all__ = ["simulate"]
 
-GLOBAL_DRAWS = 40  # of the globals: that simulations share, and that serving takes means of
+AT_ONCE = 256  # prompts whose globals are in memory together
 
 
 @torch.no_grad()
@@ -27,17 +27,18 @@ def simulate(
     weights: Float[Tensor, "prompt weight"],
     temper: float,
 ) -> Prompts:
-    """Draw prompts of weights ``(N, K+1)`` with torch's generator, every view observed.
+    """Draw independent prompts of weights ``(N, K+1)`` with torch's generator, every view observed.
 
     Args:
-        model, posterior: the program and its globals, of which the prompts share some draws.
+        model, posterior: the program and its globals, of which every prompt has a draw of its own.
         like: prompts whose lengths, totals and missing views these take (bootstrap).
         temper: τ.
     """
     pieces = []
-    for known in weights.chunk(GLOBAL_DRAWS):
+    for known in weights.split(AT_ONCE):
         blank = replace(like.select(torch.randint(len(like), (len(known),))), known=known)
-        nodes: Any = poutine.trace(model.sample_prompts).get_trace(posterior.draw(), blank, torch.tensor(temper)).nodes
+        sites = posterior.draw(shape=(len(known),))
+        nodes: Any = poutine.trace(model.sample_prompts).get_trace(sites, blank, torch.tensor(temper)).nodes
         observed = {view.name: nodes[view.name]["value"] for view in model.views}
         pieces.append(replace(blank, observed=observed, known=None))
     return Prompts.concatenate(pieces)

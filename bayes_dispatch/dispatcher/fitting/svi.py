@@ -90,11 +90,11 @@ class GlobalsPosterior:
         parts = ({name: value.to(dtype) for name, value in each.items()} for each in (self.locations, self.scales))
         return GlobalsPosterior(*parts)
 
-    def draw(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """One draw of every site, constrained; by name, as a file knows no other order."""
+    def draw(self, generator: torch.Generator | None = None, shape: tuple[int, ...] = ()) -> dict[str, Tensor]:
+        """Draws ``(*shape, ·)`` of every site, constrained; by name, as a file knows no other order."""
         drawn = {}
         for name, loc in sorted(self.locations.items()):
-            noise = torch.randn(loc.shape, dtype=loc.dtype, generator=generator)
+            noise = torch.randn((*shape, *loc.shape), dtype=loc.dtype, generator=generator)
             drawn[name] = _constrained(name)(loc + self.scales[name] * noise)
         return drawn
 
@@ -133,7 +133,8 @@ def _constrained(name: str) -> Transform:
 def isolated(seed: int, dtype: torch.dtype = torch.float32) -> Iterator[None]:
     """Run alone, with torch's generator at ``seed``, a default dtype, gradients, and module-local Pyro parameters.
 
-    Global state is left as it was.
+    Global state is left as it was. But while it runs, default dtype and generator are those of the whole process: other
+    threads that name no dtype or generator of their own get these, and move the seeded numbers by what they draw.
 
     All work with Pyro goes through here, one thread at a time: Pyro keeps one stack of handlers for the process. What
     Pyro validates is off: evidence is checked where it enters, and float32 shares of many classes sum to 1 ± 1e-5.

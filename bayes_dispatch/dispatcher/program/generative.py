@@ -95,8 +95,7 @@ class DispatchModel:
         """Draw the weights of prompts, and their evidence where it is not observed.
 
         Args:
-            sites: globals; ``kappa`` may be a scalar, or ``(N,)`` for a precision per prompt, and ``pi`` ``(K+1,)`` or
-                ``(N, K+1)``.
+            sites: globals, each of all prompts or, with ``N`` in front of its shape, of each.
             prompts: what is known of the prompts; rows of known mixture enter at their weights.
             temper: ``(N,)`` or scalar τ, 1 by default.
 

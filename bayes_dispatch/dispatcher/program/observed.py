@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 __all__ = ["Prompts"]
+
+AT_ONCE = 32  # prompts whose posteriors are in memory together
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +61,13 @@ class Prompts:
             None if self.labels is None else self.labels[rows],
             None if self.known is None else self.known[rows],
         )
+
+    def pieces(self) -> Iterator[Prompts]:
+        """All prompts in order, a few at a time; of none, one empty piece.
+
+        Posteriors of many are long where one of them is vague: what is asked of each prompt is asked piece by piece.
+        """
+        return (self.select(rows) for rows in torch.arange(len(self)).split(AT_ONCE))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Prompts]) -> Prompts:

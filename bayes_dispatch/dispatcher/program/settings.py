@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from bayes_dispatch.arguments import real, several, simplex
+from bayes_dispatch.dispatcher.arrays import on_simplex
 from bayes_dispatch.dispatcher.program.generative import PRIOR, SIZES, DispatchModel
 from bayes_dispatch.dispatcher.program.views import KINDS, NAMED_KINDS, View
 from bayes_dispatch.errors import ConfigError, EvidenceError
 
 __all__ = ["Admixture"]
 
-# Names of the program itself, and of the dimensions of its draws.
+# Names of the program itself, of what its draws are kept with, and of their dimensions; views have sites beside these.
 RESERVED = {"w", "pi", "kappa", "labels", "expert", "experts", "prompts", "base", "chain", "draw", "prompt"}
+RESERVED |= {"weights", "lengths"}
+ROUNDING = 1e-9  # of a sum
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Admixture:
 
     def __post_init__(self) -> None:
         sizes = simplex("sizes", several("sizes", self.sizes, 3))
+        if abs(sizes.sum() - 1) > ROUNDING:  # sizes that were read from a file stay as they are, to the last bit
+            sizes = on_simplex(sizes)
         object.__setattr__(self, "sizes", tuple(map(float, sizes)))
         if self.temper is not None:
             object.__setattr__(self, "temper", real("temper", self.temper, 0, above=True))
@@ -57,10 +62,19 @@ class Admixture:
                 )
             if NAMED_KINDS.get(name, kind) != kind:
                 raise ConfigError(f"expected view {name!r} of kind {NAMED_KINDS[name]!r}, got {kind!r}")
+        self._check_sites()
         if self.views is not None and not self.views:
             raise ConfigError("expected at least one view, got none")
         for name, value in (self.prior or {}).items():
             real(f"the concentration of {name!r}", value, 0, above=True)
+
+    def _check_sites(self) -> None:
+        """Refuse views whose sites, or the dimensions of whose draws, have one name."""
+        owners: dict[str, str] = {}
+        for view in (KINDS[kind](2, name) for name, kind in (self.views or {}).items()):
+            for name in (view.name, f"{view.name}_feature", *map(view.site, (*view.experts(), *view.shared()))):
+                if (other := owners.setdefault(name, view.name)) != view.name:
+                    raise ConfigError(f"expected views that share no name, got {name!r} of {other!r} and {view.name!r}")
 
     def check_experts(self, experts: Sequence[str]) -> None:
         """Refuse names that are no experts.

@@ -67,7 +67,7 @@ class View(ABC):
         self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
     ) -> TorchDistributionMixin:
         """The distribution ``(N,) | (width,)`` of the view's evidence given weights ``(·, K+1)``, one row for all or a
-        row for each prompt."""
+        row for each prompt; globals, too, may be of all or, with ``N`` in front of their shape, of each."""
 
     def site(self, parameter: str) -> str:
         """The Pyro site of a global: plain for the views of :data:`NAMED_KINDS`, else with the view's name."""
@@ -77,9 +77,9 @@ class View(ABC):
         """Draw globals: site → value; inside the plate of experts ``(K, ·)``."""
         return {self.site(name): pyro.sample(self.site(name), prior) for name, prior in priors.items()}
 
-    def with_base(self, sites: Mapping[str, Tensor], parameter: str) -> Float[Tensor, "weight number"]:
+    def with_base(self, sites: Mapping[str, Tensor], parameter: str) -> Float[Tensor, "*draws weight number"]:
         """``(K+1, width)`` a global of the experts, base last."""
-        return torch.cat([sites[self.site(parameter)], sites[self.site(f"base_{parameter}")].unsqueeze(0)])
+        return torch.cat([sites[self.site(parameter)], sites[self.site(f"base_{parameter}")].unsqueeze(-2)], -2)
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ class _StudentView(View):
         self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
     ) -> TorchDistributionMixin:
         means, variances = (self.with_base(sites, name) for name in self.constants)  # (K+1, width)
-        mean, noise = weights @ means, (weights @ variances) * self.noise(sites, prompts).unsqueeze(-1)  # (N, width)
-        noise = noise + self.mixing(sites) * (weights @ means.square() - mean.square()).clamp(min=0)
+        mean, noise = _mixed(weights, means), _mixed(weights, variances)  # (N, width)
+        noise = noise * self.noise(sites, prompts).unsqueeze(-1)
+        noise = noise + self.mixing(sites) * (_mixed(weights, means.square()) - mean.square()).clamp(min=0)
         return dist.StudentT(6.0, mean, (temper.unsqueeze(-1) * noise).sqrt()).to_event(1)
 
     def noise(self, sites: Mapping[str, Tensor], prompts: Prompts) -> Float[Tensor, "*draws prompt"]:
@@ -198,7 +199,7 @@ class _ClassesView(View):
     def concentration(self, sites: Mapping[str, Tensor], weights: Tensor, temper: Tensor) -> Float[Tensor, "... class"]:
         """``conc/τ · (w @ Phi) + 1e-3``."""
         strength = (sites[self.site("conc")] / temper).unsqueeze(-1)
-        return strength * (weights @ self.with_base(sites, "Phi")) + 1e-3
+        return strength * _mixed(weights, self.with_base(sites, "Phi")) + 1e-3
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ class ProbabilitiesView(_ClassesView):
     """``Dirichlet(conc/τ · (w @ Phi) + 1e-3)`` for probabilities ``(N, C)`` that a classifier gives: its confusions.
 
     ``Phi`` is the classifier's mean answer to an expert's prompts; ``conc`` tells how far it can be trusted. Evidence
-    enters :func:`floored`.
+    enters :func:`floored`, for classifiers say 0; what the program draws is positive as it is.
     """
 
     name: str = "classifier"
@@ -230,7 +231,7 @@ class ProbabilitiesView(_ClassesView):
     def likelihood(
         self, sites: Mapping[str, Tensor], weights: Tensor, prompts: Prompts, temper: Tensor
     ) -> TorchDistributionMixin:
-        return _FlooredDirichlet(self.concentration(sites, weights, temper))
+        return dist.Dirichlet(self.concentration(sites, weights, temper))
 
 
 KINDS: dict[str, Callable[[int, str], View]] = {
@@ -244,6 +245,11 @@ KINDS: dict[str, Callable[[int, str], View]] = {
 NAMED_KINDS = {"hidden": "vectors", "counts": "counts", "surprise": "surprise"}
 
 
+def _mixed(weights: Tensor, table: Tensor) -> Float[Tensor, "... number"]:
+    """The rows of a table ``(K+1, ·)``, or of each prompt's own ``(N, K+1, ·)``, in the shares ``(N, K+1)``."""
+    return (weights.unsqueeze(-2) @ table).squeeze(-2)
+
+
 def length_factor(lengths: Float[Tensor, " prompt"], lt: Tensor) -> Float[Tensor, "*draws prompt"]:
     """Noise variance at T tokens relative to 50 tokens, ``(1 + 20 lt/T) / (1 + .4 lt)``; 1 where T is 0, unknown."""
     known = (1 + 20 * lt / lengths.clamp(min=1.0)) / (1 + 0.4 * lt)
@@ -254,13 +260,6 @@ def floored(probabilities: Tensor) -> Tensor:
     """Probabilities ``(·, C)`` moved a little to the uniform ones, so that all are positive."""
     width = probabilities.shape[-1]
     return (probabilities + PROBABILITY_FLOOR) / (1 + width * PROBABILITY_FLOOR)
-
-
-class _FlooredDirichlet(dist.Dirichlet):
-    """A Dirichlet of floored probabilities; what it samples is floored, so that every density is finite."""
-
-    def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        return floored(super().rsample(torch.Size(sample_shape)))
 
 
 class _RaggedDirichletMultinomial(dist.DirichletMultinomial):

@@ -322,6 +322,26 @@ def test_posteriors_know_their_chains() -> None:
     np.testing.assert_array_equal(shown.values[2], weights[200:300])
 
 
+def test_nuts_of_several_runs() -> None:
+    """Each prompt keeps what is known of its chains; draws of globals are those of one run, or none."""
+    weights = np.random.default_rng(0).dirichlet([0.5, 1, 2], (7, 4))
+    drawn = {"pi": np.ones((7, 3))}
+    first, second = (
+        ReferencePosterior(
+            weights, ("a", "b", "base"), divergences=np.arange(4) + n, steps=np.full(4, n), globals=drawn
+        )
+        for n in (10, 20)
+    )
+    joined = ReferencePosterior.concatenate([first.select([0, 1]), second])
+    assert joined.divergences.tolist() == [10, 11, 20, 21, 22, 23]
+    assert joined.steps.tolist() == [10, 10, 20, 20, 20, 20]
+    assert joined.globals is drawn
+    assert not ReferencePosterior.concatenate([first, replace(second, globals={"pi": np.zeros((7, 3))})]).globals
+    assert not len(ReferencePosterior.concatenate([first, replace(second, steps=np.zeros(0))]).steps)
+    with pytest.raises(TensorError, match=r"expected posteriors of one class, .*, got"):
+        DispatchPosterior.concatenate([first])
+
+
 def test_converged_is_r_hat_and_ess() -> None:
     """Both bounds, against arviz's own figures of each weight; what is below a thousandth, or known, does not count."""
     import arviz as az

@@ -1,17 +1,24 @@
 """The estimator's draws and probabilities agree, belong to each prompt alone, and follow the seed; no evidence is
 uncertainty, simulations are of the program. Bad input is one clear line."""
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import torch
 
 from bayes_dispatch.checks.coverage import simulated_coverage
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.fitting.simulation import simulate
+from bayes_dispatch.dispatcher.fitting.svi import isolated
+from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.errors import BayesDispatchError, ConfigError, EvidenceError, NotFittedError, TensorError
+from tests.bayes_dispatch.conftest import coarsely
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -109,6 +116,46 @@ def test_simulations(fitted: Dispatcher) -> None:
     truth, posterior = fitted.simulate(300, draws=32, seed=1, weights=given)
     assert np.array_equal(truth, given)
     assert (posterior.mean.argmax(1) == np.arange(300) % 3).mean() > 0.8
+
+
+def test_a_vague_prompt_costs_its_own_memory(fitted: Dispatcher, fresh: "Sample") -> None:
+    """What is kept of each prompt is what was asked: 120 more sharp ones beside a vague one, whose posterior
+    has tens of kilobytes, take less than three each."""
+    vague = Evidence({"hidden": np.zeros((1, 6))}, missing={"hidden": np.ones(1, bool)})
+    sharp = fresh.evidence.select(np.flatnonzero(fresh.weights.max(1) == 1)[:40])
+    few, many = (Evidence.concatenate([vague, *[sharp] * times]) for times in (2, 5))
+    fitted = coarsely(fitted, rounds=1)
+    gate = Gate.calibrate(fitted, few)
+
+    def draws(evidence: Evidence) -> np.ndarray:
+        return fitted.posterior(evidence, draws=2).weights
+
+    asked = (fitted.predict_proba, fitted.mean, fitted.log_evidence, partial(gate.p_values, fitted), draws)
+    for call in asked:
+        peaks = []
+        for evidence in (few, many):
+            tracemalloc.start()
+            call(evidence)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.stop()
+        assert peaks[1] - peaks[0] < 120 * 3 * 1024
+
+
+def test_simulated_prompts_are_independent(fitted: Dispatcher) -> None:
+    """Each has globals of its own: where an expert's mean is as good as unknown, no two prompts of it are alike.
+
+    What ranks are held against, and standard errors of simulated coverage, take them for independent.
+    """
+    state = fitted.state
+    scales = {name: 100.0 + 0 * each if name == "M" else each for name, each in state.globals.scales.items()}
+    with isolated(0):
+        prompts = simulate(state.model, replace(state.globals, scales=scales), state.like, torch.eye(4)[[0] * 80], 1.0)
+    hidden = prompts.observed["hidden"]
+    apart = (hidden[:, None] - hidden).norm(dim=-1) + 1e3 * torch.eye(80)
+    assert apart.min(1).values.median() > 10
+    one = state.globals.draw(torch.Generator().manual_seed(0))
+    some = state.globals.draw(torch.Generator().manual_seed(0), (5,))
+    assert {name: (5, *each.shape) for name, each in one.items()} == {name: each.shape for name, each in some.items()}
 
 
 @pytest.mark.parametrize("call", ["posterior", "predict_proba", "predict", "simulate", "save"])

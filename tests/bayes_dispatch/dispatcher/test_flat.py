@@ -7,6 +7,8 @@ import pytest
 
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.exact.cells import prompt_generators
+from bayes_dispatch.dispatcher.fitting.flat import Dirichlets
 from bayes_dispatch.errors import ConfigError, NotFittedError
 
 EVIDENCE = Evidence({"counts": np.ones((3, 4))}, np.array([5.0, 6.0, 7.0]))
@@ -25,6 +27,16 @@ def test_the_posterior_is_the_dirichlet() -> None:
     assert not np.array_equal(draws[:, 0], draws[:, 1])
     alone = flat.posterior(EVIDENCE.select(np.array([1])), draws=8, seed=[7]).weights
     np.testing.assert_array_equal(alone[:, 0], flat.posterior(EVIDENCE, draws=8, seed=[1, 7, 2]).weights[:, 1])
+
+
+def test_the_largest_of_sparse_weights() -> None:
+    """Where one weight has nearly all, it is each with its mean; draws agree where none of this holds."""
+    sparse = Dirichlets(np.array([[0.005, 0.001, 0.001], [1e-4, 3e-4, 4e-4]]))
+    np.testing.assert_allclose(sparse.probability_best(), [[5 / 7, 1 / 7, 1 / 7], [1 / 8, 3 / 8, 4 / 8]], atol=2e-3)
+    some = Dirichlets(np.array([[0.05, 0.3, 1.0], [2.0, 3.0, 0.01], [30.0, 31.0, 5.0]]))
+    draws, _ = some.draw(40_000, prompt_generators(0, 3))
+    shares = (draws.argmax(-1)[..., None] == np.arange(3)).mean(0)
+    np.testing.assert_allclose(some.probability_best(), shares, atol=5 * 0.5 / 200)
 
 
 def test_labels_move_it_and_files_keep_it(tmp_path: Path) -> None:

@@ -105,6 +105,22 @@ class TestRate:
         assert len(Gate.calibrate(dispatcher, held_out).edges) > 0
         assert np.isfinite(gate.p_values(dispatcher, prompts(50, 12))).all()
 
+    def test_the_smallest_group_has_its_ranks(self, dispatcher: Dispatcher) -> None:
+        """Of four prompts three are ranked, whatever the seed: a group that were left out would have no guarantee."""
+        held_out = Evidence.concatenate([prompts(96, 13), prompts(4, 14, mixed=True)])
+        for seed in range(8):
+            gate = Gate.calibrate(dispatcher, held_out, np.repeat([0, 5], [96, 4]), bins=1, seed=seed)
+            assert np.bincount(gate.groups).tolist() == [72, 3]
+            assert gate.least_rate == 1 / 4
+
+    def test_a_group_that_would_lock_the_gate(self, dispatcher: Dispatcher) -> None:
+        """Nothing could be ranked in it: no rate could ever be kept."""
+        held_out = Evidence.concatenate([prompts(97, 13), Evidence(prompts(20, 14).views)])
+        with pytest.raises(ConfigError, match=r"expected prompts of known length in every .*, got none in \[7\]$"):
+            Gate.calibrate(dispatcher, held_out, np.repeat([2, 7], [97, 20]))
+        with pytest.raises(ConfigError, match=r"expected at least 4 prompts of each group, got 3 of 7$"):
+            Gate.calibrate(dispatcher, prompts(100, 13), np.repeat([2, 7], [97, 3]))
+
     def test_p_values_are_ranks(self, gate: Gate, dispatcher: Dispatcher) -> None:
         fresh = prompts(50, 9)
         scores, places = gate.foreignness(dispatcher, fresh), gate._bins(fresh.known_lengths())
@@ -118,7 +134,7 @@ class TestRate:
 class TestPower:
     @pytest.mark.parametrize("length", LENGTHS)
     def test_foreign_prompts_are_found(self, gate: Gate, dispatcher: Dispatcher, length: int) -> None:
-        """At least 95 of 100, of which nearly all are found; at .98 fewer come in 1 of 20,000 seeds."""
+        """At least 95 of 100, as nearly all are found; at .98 fewer come in 1 of 65 seeds, and they are fixed."""
         assert gate.decide(dispatcher, foreign(100, 10, length), RATE).foreign.sum() >= 95
 
     @pytest.mark.parametrize("families", [None, {"words": EXPERTS}, {"words": EXPERTS[:2], "sums": EXPERTS[2:]}])

@@ -4,6 +4,7 @@ Laws: groups and dimensions; draws are the posterior's; globals and observations
 NaN; replicates have the program's mean; nothing for ``az.loo`` to misread; NetCDF is the identity; names are unique.
 """
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,19 @@ def test_draws_are_those_of_the_posterior(data: Any, fitted: Dispatcher, fresh: 
         fitted.to_arviz(fresh.evidence, prompts=["a"])
     with pytest.raises(TensorError, match="expected unique prompt names, got 'a' 60 times"):
         fitted.to_arviz(fresh.evidence, prompts=["a"] * 60)
+
+
+def test_prior_weights_are_of_the_prior_that_is_served(fitted: Dispatcher, fresh: "Sample") -> None:
+    """After labels of one expert, too: means within five standard errors of 1,200 draws, and as many exact zeros."""
+    moved = copy.copy(fitted)
+    moved.update([1] * 30)
+    found = moved.to_arviz(fresh.evidence.select(slice(0, 30)), draws=40, seed=5)["prior"]["weights"].values
+    weights, sizes = found.reshape(-1, 4), fitted.state.model.sizes
+    prior = moved.posterior(fresh.evidence.select([0]), 1).prior
+    assert prior is not None
+    assert np.abs(weights.mean(0) - prior[0]).max() < 5 * 0.5 / np.sqrt(1_200)
+    shared = np.bincount((weights > 0).sum(1), minlength=4)[1:] / 1_200
+    assert np.abs(shared - sizes).max() < 5 * 0.5 / np.sqrt(1_200)
 
 
 def test_globals_and_observations_are_the_programs(data: Any, fitted: Dispatcher, fresh: "Sample") -> None:

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,21 @@ def test_select(posterior: DispatchPosterior) -> None:
     for rows in ([4], [-5], [True]):
         with pytest.raises(TensorError, match=r"expected indices of 4 prompts, got [^\n]+$"):
             posterior.select(rows)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_concatenate(posterior: DispatchPosterior) -> None:
+    """Halves are the whole; what is of other experts, draws, chains or kinds is refused in a line."""
+    halves = [posterior.select([0, 1]), posterior.select([2, 3])]
+    assert np.array_equal(DispatchPosterior.concatenate(halves).weights, posterior.weights)
+    others = (
+        replace(posterior, experts=("x", *NAMES[1:])),
+        replace(posterior, weights=posterior.weights[:3]),
+        replace(posterior, chains=7),
+    )
+    for parts in ([], *([posterior, other] for other in others)):
+        with pytest.raises(TensorError, match=r"^expected [^\n]*got [^\n]+$"):
+            DispatchPosterior.concatenate(parts)
 
 
 def test_its_arrays_are_its_own(posterior: DispatchPosterior) -> None:

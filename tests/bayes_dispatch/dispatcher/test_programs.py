@@ -110,12 +110,25 @@ def test_an_expert_without_family_is_one() -> None:
     "arguments",
     [
         *({"views": {}}, {"views": {"hidden": "smell"}}, {"views": {"a b": "counts"}}, {"views": {"pi": "counts"}}),
+        *({"views": {"weights": "counts"}}, {"views": {"lengths": "vectors"}}),
+        *({"views": {"hidden": "vectors", name: "counts"}} for name in ("M", "s2", "base_s2", "lt", "xi")),
+        *({"views": {"counts": "counts", name: "vectors"}} for name in ("Phi", "conc", "base_Phi", "counts_feature")),
+        *({"views": {"surprise": "surprise", "a2": "counts"}}, {"views": {"a": "vectors", "a_base": "vectors"}}),
         *({"views": {"hidden": "counts"}}, {"prior": {"a": 0.0}}, {"prior": {"a": float("nan")}}),
     ],
 )
 def test_bad_programs(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=ONE_LINE):
         Admixture(**arguments)
+
+
+def test_sizes_are_as_exact_as_they_are_told(settings: "Settings", sample: "Sample") -> None:
+    """Percentages of four digits sum to 1 for the generators that draw sizes; exact ones stay to the last bit."""
+    program = Admixture(sizes=(0.3333, 0.3333, 0.3333))
+    assert sum(program.sizes) == pytest.approx(1, abs=1e-15)
+    assert Admixture(sizes=(0.7, 0.2, 0.1)).sizes == (0.7, 0.2, 0.1)
+    dispatcher = Dispatcher(NAMES, **settings(svi=1), program=program).fit(sample.evidence, sample.labels)
+    assert dispatcher.simulate(3, draws=2)[0].shape == (3, 4)
 
 
 @pytest.mark.parametrize(

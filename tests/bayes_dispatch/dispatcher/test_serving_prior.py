@@ -137,6 +137,16 @@ def test_another_fit_has_another_prior(
         second.keep_prior(tmp_path / "prior.json")
 
 
+def test_updates_move_no_score_of_drift(own: Dispatcher, fresh: "Sample") -> None:
+    """Scores of before and after are exchangeable, as the monitor's guarantee takes it; posteriors do follow."""
+    own = coarsely(own)
+    before, mean = own.log_evidence(fresh.evidence), own.mean(fresh.evidence)
+    np.testing.assert_array_equal(before, own.posterior(fresh.evidence, 1).log_evidence)
+    own.update([2] * 40)
+    np.testing.assert_array_equal(own.log_evidence(fresh.evidence), before)
+    assert np.abs(own.mean(fresh.evidence) - mean).max() > 0.01
+
+
 def test_drift_shows_and_is_mended(own: Dispatcher, make_sample: "Callable[..., Sample]", settings: "Settings") -> None:
     """Prompts as before raise no alarm at rate .01; shifted ones do, and a recalibrated dispatcher expects them."""
     own = coarsely(own)
