@@ -303,6 +303,31 @@ def test_sessions_that_join_go_on_as_they_would_have_alone(backbone: Any, bound:
         assert batch.nbytes == alone[0].nbytes
 
 
+@pytest.mark.parametrize("kind_of", [scales, deltas])
+def test_rows_of_base_and_of_other_blocks_join(backbone: Any, bound: float, kind_of: Any) -> None:
+    """In any order: a row goes on under what adapts it alone."""
+    ids, later, whole = tokens(backbone, 3, 6), tokens(backbone, 3, 3, seed=1), kind_of(backbone)
+    upper = _from(backbone, whole, backbone.depth // 2)
+    lower = Adaptation(
+        {name: z for name, z in whole.scales.items() if name not in upper.scales},
+        {name: each for name, each in whole.deltas.items() if name not in upper.deltas},
+    )
+
+    def begun(row: int) -> Session:
+        session = backbone.open(1, 12, (None, lower, upper)[row])
+        session.read(ids[row : row + 1])
+        return session  # type: ignore[no-any-return]
+
+    alone = [read(begun(row), later[row : row + 1]) for row in range(3)]
+    for order in ([0, 1, 2], [1, 0, 2], [2, 1, 0]):
+        session = begun(order[0])
+        for row in order[1:]:
+            session.join(begun(row))
+        said = read(session, later[order], 1, 2)
+        for place, row in enumerate(order):
+            same(Read(*(each[place : place + 1] for each in said)), alone[row], bound * 10)  # type: ignore[index]
+
+
 def test_sessions_that_do_not_fit_are_not_joined(backbone: Any, bound: float) -> None:
     ids, later = tokens(backbone, 1, 6), tokens(backbone, 1, 3, seed=1)
     session, twin, half, empty = (
