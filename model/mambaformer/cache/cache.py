@@ -274,7 +274,7 @@ class Cache:
             raise TensorError(f"expected a batch of {self.batch_size} rows for this cache, got {batch_size}")
         if self.capacity is None:
             return
-        held = self._read - self._dropped + tokens
+        held = self._read - self._dropped + (tokens.cpu() if isinstance(tokens, Tensor) else tokens)
         need = int(held.max()) if isinstance(held, Tensor) else held
         if need <= self.capacity:
             return
