@@ -78,7 +78,7 @@ class TransformersSession:
     ) -> Read:
         self._check(ids, tokens, x)
         width = ids.shape[1]
-        ids = ids.to(self._parts.device)
+        ids = ids.to(self._parts.device, torch.long)
         shift = None  # (R,), to the right
         if tokens is not None and bool((tokens < width).any()):
             shift = (width - tokens).to(ids.device)

@@ -175,6 +175,7 @@ def test_no_more_log_probabilities_of_own_tokens_than_may_be_are_there_at_once(m
 
     monkeypatch.setattr(MambaFormerSession, "after", counted)
     monkeypatch.setattr("bayes_dispatch.model.mambaformer.session.LOGITS_AT_ONCE", 3 * 2 * vocabulary)
+    monkeypatch.setattr("bayes_dispatch.model.mambaformer.session.ROWS_AT_ONCE", 1)
     model.open(2, 40).read(torch.randint(258, (2, 40), generator=torch.Generator().manual_seed(0)), own=True)
     assert (max(numbers), sum(numbers)) == (3 * 2 * vocabulary, 40 * 2 * vocabulary)
 
@@ -570,8 +571,8 @@ def test_shapes_that_do_not_fit_are_refused_and_change_nothing(backbone: Any, un
         lambda: session.read(ids, torch.tensor([6, 0])),
         lambda: session.read(ids, torch.tensor([6, 7])),
         lambda: session.read(ids, torch.tensor([6])),
-        lambda: backbone.open(2, 6, scales(backbone, 3)).read(ids),
-        lambda: backbone.open(2, 6, Adaptation({"nothing": torch.ones(3)})).read(ids),
+        lambda: backbone.open(2, 6, scales(backbone, 3)),
+        lambda: backbone.open(2, 6, Adaptation({"nothing": torch.ones(3)})),
         lambda: backbone.open(2, 6, blocks=range(backbone.depth + 1)),
         lambda: backbone.open(2, 6, blocks=range(2, 2)),
         lambda: backbone.open(0, 6),
@@ -581,6 +582,30 @@ def test_shapes_that_do_not_fit_are_refused_and_change_nothing(backbone: Any, un
         with pytest.raises((TensorError, ConfigError), match="expected"):
             call()
     same(read(session, ids), read(twin, ids), 0)
+
+
+def test_hidden_states_that_do_not_fit_are_refused_and_change_nothing(backbone: Any, unchecked: None) -> None:
+    ids = tokens(backbone, 2, 6)
+    x = backbone.open(2, 6, blocks=range(1)).read(ids).hidden
+    session, twin = (backbone.open(2, 12, blocks=range(1, backbone.depth)) for _ in range(2))
+    wrong = [None, x[:, :5], x[:1], x[0]]
+    if not isinstance(backbone, TransformersBackbone):
+        wrong += [x[..., :5], x.float(), x.long()]
+    for each in wrong:
+        with pytest.raises(TensorError, match="expected hidden states"):
+            session.read(ids, x=each)
+    with pytest.raises(TensorError, match="expected input_ids in"):
+        session.read(ids - 300, x=x)
+    first, second = (each.read(ids, x=x, own=True) for each in (session, twin))
+    same(first, second, 0)
+
+
+def test_ids_of_32_bits_are_ids(backbone: Any) -> None:
+    ids, counts = tokens(backbone, 2, 6), torch.tensor([6, 4])
+    close(backbone.score(ids.int(), counts.int()), backbone.score(ids, counts), 0)
+    for given in (None, counts):
+        said = [backbone.open(2, 6).read(each, given, own=True) for each in (ids.int(), ids)]
+        same(*said, 0)
 
 
 def test_threads_with_different_adaptations_share_a_model(

@@ -149,6 +149,11 @@ def test_what_cannot_be_cut_is_refused(make_model: MakeModel) -> None:
     model = make_model()
     with pytest.raises(ConfigError, match="expected blocks of 0 … 2"):
         model.open(1, 8, blocks=range(3, 3))
+    with pytest.raises(ConfigError, match=r"expected the first or the last of 3 blocks, got range\(1, 2\)"):
+        model.open(1, 8, blocks=range(1, 2))
+    for blocks, block in ((range(2), 2), (range(2, 3), 2)):
+        with pytest.raises(TensorError, match=f"expected scales of block {block} and above alone, got some of 1"):
+            model.open(1, 8, scales(model, 1, 1), blocks)
     with pytest.raises(TensorError, match="expected scales of block 2 and above alone"):
         model.above(2, torch.zeros(1, 2, model.backbone.d_model), adaptation=scales(model, 1, 1))
     with pytest.raises(ConfigError, match=r"expected blocks of 0 … 2"):
