@@ -126,7 +126,7 @@ def write_directory(path: Path, kind: str, document: Mapping[str, Any], arrays: 
     """
     tensors = safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in arrays.items()})
     body = {"format": kind, **document}
-    text = json.dumps({**body, "digest": digest(body, tensors)}, indent=1)
+    text = json.dumps({**body, "digest": digest(body, [tensors])}, indent=1)
     with save_directory(path, f"{kind}.json") as new:
         (new / f"{kind}.safetensors").write_bytes(tensors)
         (new / f"{kind}.json").write_bytes(text.encode())
@@ -144,7 +144,7 @@ def read_directory(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.
         found = body.get("format") if isinstance(body, dict) else type(body).__name__
         raise BundleError(f"expected format {kind!r} in {path / f'{kind}.json'}, got {found!r}")
     expected, tensors = body.pop("digest", None), read_bytes(path / f"{kind}.safetensors")
-    expect_digest(path, expected, digest(body, tensors))
+    expect_digest(path, expected, digest(body, [tensors]))
     return body, safetensors.numpy.load(tensors)
 
 

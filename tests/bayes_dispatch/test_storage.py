@@ -14,6 +14,7 @@ import os
 import stat
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
@@ -37,6 +38,8 @@ from bayes_dispatch.storage import (
     check_directory,
     check_tensors,
     files,
+    parse_tensors,
+    read_bytes,
     read_directory,
     read_json,
     read_tensors,
@@ -458,6 +461,18 @@ def test_tensors_round_trip(tmp_path: Path) -> None:
     assert safetensors.torch.load_file(tmp_path / "a").keys() == tensors.keys()
     write_tensors(tmp_path / "b", *(dict(reversed(each.items())) for each in (tensors, metadata)))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_tensors_are_hashed_one_at_a_time(tmp_path: Path) -> None:
+    count, size = 16, 2**16
+    write_tensors(tmp_path / "a", {f"t{n}": torch.full((size // 4,), float(n)) for n in range(count)}, {})
+    tracemalloc.start()
+    try:
+        parse_tensors(read_bytes(tmp_path / "a"), tmp_path / "a")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.5 * count * size  # the file, its tensors, and few of them once more
 
 
 @pytest.mark.parametrize(
