@@ -258,7 +258,7 @@ class Backbone(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash of the weights: equal for equal weights only."""
+        """A hash of the weights, and of no settings: equal for equal weights only."""
         ...
 
 

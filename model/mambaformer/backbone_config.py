@@ -193,6 +193,10 @@ class MambaFormerConfig:
         sizes = [name for name, _ in known].index("positions") + 1
         return dict(known[:sizes] + [(name, v) for name, v in known[sizes:] if v != getattr(type(self), name)])
 
+    def deciding(self) -> dict[str, Any]:
+        """``to_json`` of what decides a result."""
+        return {name: value for name, value in self.to_json().items() if name != "chunk_size"}
+
     @classmethod
     def from_json(cls, data: Any) -> "MambaFormerConfig":
         """Inverse of ``to_json``; what a file lacks has its default.

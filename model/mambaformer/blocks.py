@@ -77,7 +77,7 @@ class BlockStack(nn.Module):
                 "out_proj.weight"
             ):  # residual branches start small, so that depth does not blow up the stream
                 parameter.data.mul_(backbone.n_blocks**-0.5)
-        self._fingerprint = Fingerprint()
+        self._fingerprint = Fingerprint(backbone.deciding())
         self._stretches: dict[range, Stretch] = {}
         self._checked: Checked = Checked()
 

@@ -56,7 +56,7 @@ class Cache:
     Attributes:
         states: one ``State`` per block. first: index of the first of these blocks in the model.
         capacity: most tokens that attention keeps in order; ``None`` where every state is of bounded size.
-        model: what made it: its weights' fingerprint and its dtype.
+        model: what made it: its weights' fingerprint, settings of its blocks, and its dtype.
         grow: make room when the capacity is reached, instead of raising ``CacheFullError``.
     """
 
@@ -283,7 +283,7 @@ class Cache:
         self.reserve(max(need, 2 * self.capacity))
 
     def check_model(self, model: str) -> None:
-        """Raise ``StaleCacheError`` unless the cache was made by this model: its weights' fingerprint and dtype."""
+        """Raise ``StaleCacheError`` unless the cache was made by this model: its weights, settings and dtype."""
         if model != self.model:
             raise StaleCacheError(f"expected a cache of model {model}, got one of model {self.model}")
 
