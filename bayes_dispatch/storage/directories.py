@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,12 +28,15 @@ __all__ = [
 ]
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What files of experts, and of bundles, are called: others in an index are not ours, whoever wrote it.
+EXPERT = re.compile(r"[\w-]+\.[0-9a-f]+\.safetensors", re.ASCII)
+BUNDLED = re.compile(r"base\.json|(model|experts|dispatcher|gate|evidence)/[^/]+\.(json|safetensors|npz)")
 # The file that tells what a saved directory consists of, and by its content the other files of such a save. What is no
 # index of ours raises what such access raises.
 CONTENTS: dict[str, Callable[[Any], Collection[str]]] = {
     "adapter_config.json": lambda index: index["peft_type"] and {"adapter_model.safetensors"},
-    "bank.json": lambda index: {entry["file"] for entry in index["experts"]},
-    "bundle.json": lambda index: index["files"].keys(),
+    "bank.json": lambda index: {entry["file"] for entry in index["experts"] if EXPERT.fullmatch(entry["file"])},
+    "bundle.json": lambda index: {name for name, _ in index["files"].items() if BUNDLED.fullmatch(name)},
     "config.json": lambda index: (
         {"model.safetensors", "tokenizer.json", "tokenizer_config.json"}
         if index.get("exported_by") == EXPORTED_BY
