@@ -122,27 +122,6 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         hidden, _ = self.read(input_ids, attention_mask, cache, adaptation)
         return CausalLMOutput(self.logits(hidden, adaptation), hidden, cache)
 
-    def above(
-        self,
-        block: int,
-        x: Int[Tensor, "B T"] | Float[Tensor, "B T D"],
-        *,
-        attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"] | None = None,
-        cache: Cache | None = None,
-        adaptation: Adaptation | None = None,
-        last: Int[Tensor, " B"] | None = None,
-    ) -> Float[Tensor, "B t V"]:
-        """The logits (B, T, V) that ``forward`` gives, from the hidden states that come into ``block``.
-
-        Args:
-            x, cache: see ``upper``. last: (B,) the one place of each row whose logits are wanted: (B, 1, V).
-
-        Raises:
-            TensorError, CacheFullError, StaleCacheError: see ``upper``.
-        """
-        hidden = self.upper(block, x, attention_mask=attention_mask, cache=cache, adaptation=adaptation)
-        return self.logits(hidden if last is None else hidden[torch.arange(len(hidden)), last][:, None], adaptation)
-
     def upper(
         self,
         block: int,

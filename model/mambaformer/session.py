@@ -73,7 +73,7 @@ class MambaFormerSession:
 
     @property
     def nbytes(self) -> int:
-        return self._cache.nbytes
+        return self._cache.nbytes + (0 if self._before is None else self._before.nbytes)
 
     def read(
         self,

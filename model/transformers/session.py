@@ -65,7 +65,8 @@ class TransformersSession:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for layer in self._layers() for _, tensor in _tensors(layer))
+        layers = sum(tensor.nbytes for layer in self._layers() for _, tensor in _tensors(layer))
+        return layers + (0 if self._before is None else self._before.nbytes)
 
     def read(
         self,

@@ -637,6 +637,9 @@ def test_what_is_kept_grows_and_is_counted(backbone: Any) -> None:
     session = backbone.open(2, 2 * WIDTH)
     session.read(ids)
     once = session.nbytes
+    below = backbone.open(2, 2 * WIDTH, blocks=range(backbone.depth - 1))  # which predicts nothing
+    below.read(ids)
+    assert once - below.nbytes >= 2 * backbone.vocab_size * 4
     assert session.select([0]).nbytes < once
     session.keep([0, 1, 0, 1])
     assert session.nbytes > once

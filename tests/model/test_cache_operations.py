@@ -1,6 +1,7 @@
 """Moved, copied, stored, grown, shrunk, pruned and rounded, a cache goes on as its rows' own sequences would;
 gradients pass through it. What does not fit, and rows that are not there, are refused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,15 @@ KINDS = {
     "transformer": {"blocks": ("attention", "feed_forward"), "positions": "rotary"},
     "rotary window": {"blocks": ("attention", "mamba1"), "positions": "rotary", "attention_window": 4},
 }
+WRONG: list[dict[str, Any]] = [  # of a cache of three states
+    {"made_by": ["", ""]},
+    {"made_by": ["", "", 3]},
+    {"made_by": [["", ""], "", ""]},
+    {"capacity": "20"},
+    {"first": -1},
+    {"grow": 1},
+    {"model": None},
+]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -137,6 +147,8 @@ def test_a_cache_that_does_not_fit_together_is_refused(make_model: MakeModel, tm
         ({"9.ssm": torch.zeros(3, 2, 2)}, {}),
         ({"read": torch.tensor([1, 2])}, {}),
         ({}, {"about": "{}"}),
+        ({"0.ssm": torch.tensor(1.0)}, {}),
+        *(({}, {"about": json.dumps(json.loads(header["about"]) | change)}) for change in WRONG),
     ):
         write_tensors(path, tensors | more, header | texts)
         with pytest.raises(BundleError, match=r"^expected .* got[^\n]*$"):

@@ -253,6 +253,11 @@ class Cache:
             cache._made_by = [tuple(d) if isinstance(d, list) else d for d in about["made_by"]]
         except (KeyError, TypeError) as error:
             raise BundleError(f"expected a cache in {path}, got one without {error}") from None
+        if not cache._fits_together():
+            got = {name: each for name, each in about.items() if name != "made_by"}
+            raise BundleError(
+                f"expected sizes and scales of {len(states)} states in the cache {path}, got {got!r:.120}"
+            )
         cache._read, cache._dropped = _one_number(lengths["read"]), _one_number(lengths["dropped"])
         return cache
 
@@ -324,6 +329,20 @@ class Cache:
     def end(self) -> None:
         """End the change that began."""
         self._changing = False
+
+    def _fits_together(self) -> bool:
+        """Whether what a file says of the states can be true."""
+        sizes = self.first, *(() if self.capacity is None else (self.capacity,))
+        rows = [digest for digest in self._made_by if isinstance(digest, tuple)]
+        others = [digest for digest in self._made_by if not isinstance(digest, tuple)]
+        return (
+            all(type(size) is int and size >= 0 for size in sizes)
+            and type(self.grow) is bool
+            and isinstance(self.model, str)
+            and len(self._made_by) == len(self.states)
+            and all(digest is None or isinstance(digest, str) for digest in others)
+            and all(len(row) == self.batch_size and all(isinstance(own, str) for own in row) for row in rows)
+        )
 
     def _check_block(self, block: int, made_by: tuple[str, ...], digests: tuple[str, ...]) -> None:
         for row, (expected, got) in enumerate(zip(made_by, digests, strict=True)):
