@@ -92,7 +92,8 @@ def ssd_step_(
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             D = None if D is None else D.to(dtype)
-            return ssd_step_(*(v.to(dtype) for v in (x, dt, A, B, C)), D, state).to(x.dtype)
+            wide, dt, A, B, C = (v.to(dtype) for v in (x, dt, A, B, C))
+            return ssd_step_(wide, dt, A, B, C, D, state).to(x.dtype)
     batch, heads, _ = x.shape
     groups, n = B.shape[1:]
     B, C = B.reshape(batch * groups, 1, n), C.reshape(batch * groups, n, 1)
