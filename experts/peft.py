@@ -41,7 +41,23 @@ OTHER_KINDS = {
     "kasa_config": "a base whose weights it changes",
     "velora_config": "compressed gradients",
     "arrow_config": "a choice among adapters",
+    "ensure_weight_tying": "factors that tied layers share",
 }
+READ = set(  # and heeded here
+    """
+    alpha_pattern base_model_name_or_path bias init_lora_weights lora_alpha peft_type r rank_pattern use_rslora
+""".split()  # noqa: SIM905
+)
+# What tells of training, of how factors began, or of where they are, which their names tell, too; the last line is of
+# older versions and of ms-swift.
+WITHOUT_EFFECT = set(
+    """
+    auto_mapping corda_config eva_config exclude_modules fan_in_fan_out inference_mode layers_pattern
+    layers_to_transform loftq_config lora_dropout lora_ga_config megatron_config megatron_core peft_version
+    qalora_group_size revision runtime_config target_modules task_type
+    lora_dtype lorap_emb_lr lorap_lr_ratio merge_weights
+""".split()  # noqa: SIM905
+)
 CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -128,6 +144,10 @@ def _check_kind(directory: Path, config: Mapping[str, Any]) -> None:
     for setting, what in OTHER_KINDS.items():
         if config.get(setting):
             raise ConfigError(f"expected updates of low rank alone in {directory}, got {setting}: {what}")
+    for setting in sorted(config.keys() - READ - WITHOUT_EFFECT):
+        if config[setting]:
+            known = f"expected settings of LoRA that are known here in {directory / CONFIG}"
+            raise ConfigError(f"{known}, got {setting}: take it out if it changes no result")
     if config.get("bias", "none") != "none":
         raise ConfigError(f"expected an adapter without biases in {directory}, got bias={config['bias']!r}")
     start = config.get("init_lora_weights")

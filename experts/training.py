@@ -22,7 +22,7 @@ from bayes_dispatch.experts.domains.domain import Domain, Split
 from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.experts.objectives import Likelihood, Objective, Reinforce
 from bayes_dispatch.experts.provenance import provenance
-from bayes_dispatch.experts.vectors import ExpertVector
+from bayes_dispatch.experts.vectors import ExpertVector, check_expert_name
 from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.model.frozen import frozen
@@ -166,9 +166,10 @@ def train_expert(
             shall join; by default as the settings say.
 
     Raises:
-        ConfigError: the objective rewards answers, and the domain has no checker; or no matrix is to be adapted, or
-            the model takes no checkpointing.
+        ConfigError: the objective rewards answers, and the domain has no checker; or no matrix is to be adapted, the
+            domain's name can be no expert's, or the model takes no checkpointing.
     """
+    check_expert_name(domain.name)
     saving = getattr(model, "checkpointing", None) if settings.checkpointing else nullcontext
     if saving is None:
         raise ConfigError(f"expected a transformers model to checkpoint, got a {type(model).__name__}")
@@ -190,7 +191,7 @@ def train_expert(
                 group["lr"] = rate * schedule(step, settings.steps, warmup=10, flat=0.1)
             documents = _documents(domain, settings, "train", settings.batch_size, [settings.seed, step])
             seed = _seed(settings, step, 2)
-            loss = settings.objective.judge(model, _adaptation(settings, trained), domain, documents, seed).loss
+            loss = settings.objective.judge(model, _adaptation(model, settings, trained), domain, documents, seed).loss
             if settings.decay:
                 loss = loss + settings.decay * _penalty(settings, trained)
             optimizer.zero_grad()
@@ -227,9 +228,9 @@ def _start(model: Backbone, settings: ExpertSettings, matrices: Mapping[str, int
     return found
 
 
-def _adaptation(settings: ExpertSettings, trained: Trained) -> Adaptation:
+def _adaptation(model: Backbone, settings: ExpertSettings, trained: Trained) -> Adaptation:
     if settings.kind == "svf":
-        return Adaptation({name: z for name, (z,) in trained.items()})
+        return Adaptation({name: z.to(model.weights_dtype) for name, (z,) in trained.items()})
     return Adaptation(
         {},
         {
@@ -292,7 +293,7 @@ class _Best:
         settings, stopping = self._settings, self._stopping
         documents = _documents(self._domain, settings, stopping.split, stopping.documents, [settings.seed, 0], [1])
         fixed = {name: tuple(each.detach().clone() for each in own) for name, own in trained.items()}
-        seed, adaptation = _seed(settings, 0, 3), _adaptation(settings, fixed)
+        seed, adaptation = _seed(settings, 0, 3), _adaptation(self._model, settings, fixed)
         score = settings.objective.judge(self._model, adaptation, self._domain, documents, seed).score
         self._scores[step] = score
         if self._best == step:

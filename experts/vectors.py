@@ -14,7 +14,7 @@ __all__ = ["BASE", "DTYPES", "ExpertVector", "check_expert_name", "check_metadat
 
 BASE = "base"  # the component without adaptation, last in every mixture
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-RESERVED = {"name", "base"}  # what a file of the expert says beside its metadata
+RESERVED = ("name", "base", "digest")  # what a file of the expert says beside its metadata
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +29,7 @@ class ExpertVector:
             ``bayes_dispatch`` and ``torch`` as ``provenance`` gives them; and whatever else.
 
     Raises:
-        ConfigError: a name that cannot be a file's; metadata that is no text, or called ``name`` or ``base``.
+        ConfigError: a name that cannot be a file's; metadata that is no text, or called ``name``, ``base`` or ``digest``.
         TensorError: scales that are not finite vectors.
     """
 
@@ -70,7 +70,7 @@ def check_metadata(name: str, metadata: Mapping[str, str]) -> None:
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str) or key in RESERVED:
             raise ConfigError(
-                f"expected metadata of expert {name} in text, under names other than 'name' and 'base', "
+                f"expected metadata of expert {name} in text, under names other than {', '.join(RESERVED)}, "
                 f"got {key!r}: {value!r:.80}"
             )
 

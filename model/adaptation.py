@@ -220,7 +220,7 @@ class Adaptation:
         return self._parts.get(name, _IDENTITY)
 
     def digest(self, block: int | None = None) -> Digest:
-        """A hash of what adapts one block (``block_of``), or all; empty where there is nothing.
+        """A hash of what adapts one block (``block_of``), or all; empty where nothing does, as scales of 1.
 
         One for all rows, or one for each row; a row has the hash that its scales would have if they were shared.
         """
@@ -251,16 +251,27 @@ class Adaptation:
         return self._digest([*self.scales, *self.deltas]) if self.scales or self.deltas else ""
 
     def _digest(self, names: Sequence[str]) -> Digest:
-        """Of some matrices: what is for each row, and then what all share."""
-        near = {name: self.scales[name].detach().cpu() for name in sorted(names) if name in self.scales}
-        deltas = {name: self.deltas[name] for name in sorted(names) if name in self.deltas}
-        near |= {f"{name} c": delta.c.detach().cpu() for name, delta in deltas.items()}
-        parts = [_part(name, part) for name in deltas for part in FACTORS]
-        factors = [f"{part} {self._factors[part].digest}" for part in parts]
-        shared = hashlib.blake2b(" ".join(factors).encode(), digest_size=16).hexdigest() if factors else ""
-        if self.rows is None:
-            return hashed(near) + shared
-        return tuple(hashed({name: each[row] for name, each in near.items()}) + shared for row in range(self.rows))
+        """Of some matrices: what is for each row, and then what all share.
+
+        What changes nothing is left out: a row has the same hash alone and beside rows that adapt more matrices.
+        """
+        rows = 1 if self.rows is None else self.rows
+        near = {
+            name: self.scales[name].detach().cpu().expand(rows, -1) for name in sorted(names) if name in self.scales
+        }
+        adapts = {name: (each != 1).any(1).tolist() for name, each in near.items()}
+        deltas = {f"{name} c": name for name in sorted(names) if name in self.deltas}
+        near |= {key: self.deltas[name].c.detach().cpu().expand(rows, -1) for key, name in deltas.items()}
+        adapts |= {key: (near[key] != 0).any(1).tolist() for key in deltas}
+
+        def of(row: int) -> str:
+            own = {name: each[row] for name, each in near.items() if adapts[name][row]}
+            parts = [_part(deltas[name], part) for name in own if name in deltas for part in FACTORS]
+            factors = " ".join(f"{part} {self._factors[part].digest}" for part in parts)
+            shared = hashlib.blake2b(factors.encode(), digest_size=16).hexdigest() if factors else ""
+            return hashed(own) + shared if own else ""
+
+        return of(0) if self.rows is None else tuple(of(row) for row in range(rows))
 
 
 def rows_of_deltas(mine: Mapping[str, Delta], theirs: Mapping[str, Delta], own: int, others: int) -> dict[str, Delta]:

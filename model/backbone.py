@@ -258,7 +258,7 @@ class Backbone(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash of the weights: equal for equal weights only."""
+        """A hash of the weights, and of no settings: equal for equal weights only."""
         ...
 
 
@@ -275,7 +275,7 @@ def last_of(hidden: Float[Tensor, "R T D"], tokens: Int[Tensor, " R"] | None, ta
     """The last ``tail`` of each row's real tokens, all T for ``None``; the first again where a row has fewer."""
     if tokens is None:
         return hidden[:, hidden.shape[1] - tail :]
-    places = (tokens[:, None] - tail + torch.arange(tail)).clamp(min=0).to(hidden.device)
+    places = (tokens.to(hidden.device)[:, None] - tail + torch.arange(tail, device=hidden.device)).clamp(min=0)
     return hidden.gather(1, places[..., None].expand(-1, -1, hidden.shape[2]))
 
 

@@ -55,6 +55,8 @@ class SubwordTokenizer:
         ends: Sequence[int] = (),
     ) -> None:
         known = list(backend.get_vocab().values())
+        if not known:
+            raise ConfigError("expected a tokenizer with tokens, got one without any")
         if (most := max(known)) >= vocab_size:
             raise ConfigError(f"expected a tokenizer of at most {vocab_size} ids, as the embedding has, got id {most}")
         special, ends = sorted(set(special)), sorted(set(ends))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,12 +28,15 @@ __all__ = [
 ]
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# What files of experts, and of bundles, are called: others in an index are not ours, whoever wrote it.
+EXPERT = re.compile(r"[\w-]+\.[0-9a-f]+\.safetensors", re.ASCII)
+BUNDLED = re.compile(r"base\.json|(model|experts|dispatcher|gate|evidence)/[^/]+\.(json|safetensors|npz)")
 # The file that tells what a saved directory consists of, and by its content the other files of such a save. What is no
 # index of ours raises what such access raises.
 CONTENTS: dict[str, Callable[[Any], Collection[str]]] = {
     "adapter_config.json": lambda index: index["peft_type"] and {"adapter_model.safetensors"},
-    "bank.json": lambda index: {entry["file"] for entry in index["experts"]},
-    "bundle.json": lambda index: index["files"].keys(),
+    "bank.json": lambda index: {entry["file"] for entry in index["experts"] if EXPERT.fullmatch(entry["file"])},
+    "bundle.json": lambda index: {name for name, _ in index["files"].items() if BUNDLED.fullmatch(name)},
     "config.json": lambda index: (
         {"model.safetensors", "tokenizer.json", "tokenizer_config.json"}
         if index.get("exported_by") == EXPORTED_BY
@@ -126,7 +130,7 @@ def write_directory(path: Path, kind: str, document: Mapping[str, Any], arrays: 
     """
     tensors = safetensors.numpy.save({name: np.asarray(array, order="C") for name, array in arrays.items()})
     body = {"format": kind, **document}
-    text = json.dumps({**body, "digest": digest(body, tensors)}, indent=1)
+    text = json.dumps({**body, "digest": digest(body, [tensors])}, indent=1)
     with save_directory(path, f"{kind}.json") as new:
         (new / f"{kind}.safetensors").write_bytes(tensors)
         (new / f"{kind}.json").write_bytes(text.encode())
@@ -144,7 +148,7 @@ def read_directory(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.
         found = body.get("format") if isinstance(body, dict) else type(body).__name__
         raise BundleError(f"expected format {kind!r} in {path / f'{kind}.json'}, got {found!r}")
     expected, tensors = body.pop("digest", None), read_bytes(path / f"{kind}.safetensors")
-    expect_digest(path, expected, digest(body, tensors))
+    expect_digest(path, expected, digest(body, [tensors]))
     return body, safetensors.numpy.load(tensors)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,8 @@ def parse_json(data: bytes, path: Path) -> Any:
         raise BundleError(f"expected JSON in {path}, got: {error}") from None
 
 
-def digest(document: Mapping[str, Any], *parts: bytes) -> str:
-    """SHA-256 of what JSON holds and of further bytes."""
+def digest(document: Mapping[str, Any], parts: Iterable[bytes] = ()) -> str:
+    """SHA-256 of what JSON holds and of further bytes, which may be made one part at a time."""
     found = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
     for part in parts:
         found.update(b"\0" + part)

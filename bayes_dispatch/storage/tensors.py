@@ -89,7 +89,7 @@ def _header(data: bytes) -> tuple[dict[str, Any], int]:
 def _of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
     return digest(
         metadata,
-        *(
+        (
             f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode()
             + tensor.detach().cpu().reshape(-1, 1).contiguous().view(torch.uint8).numpy().tobytes()
             for name, tensor in sorted(tensors.items())

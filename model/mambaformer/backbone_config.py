@@ -13,6 +13,8 @@ StateSpaceKind = Literal["mamba1", "mamba2"]
 PositionKind = Literal["none", "rotary"]
 BlockKind = Literal["mamba1", "mamba2", "attention", "cross_attention", "feed_forward"]
 
+LARGEST, MOST_BLOCKS = 2**31, 8192  # beyond these is no model, but a file that asks for memory
+
 
 @dataclass(frozen=True, kw_only=True)
 class MambaFormerConfig:
@@ -95,6 +97,8 @@ class MambaFormerConfig:
                 raise ConfigError(f"expected blocks to be a tuple of at least one kind, got {self.blocks!r}")
             for kind in self.blocks:
                 expect_member("each of blocks", kind, BlockKind)
+        if (count := 1 + 2 * self.n_pairs if self.blocks is None else len(self.blocks)) > MOST_BLOCKS:
+            raise ConfigError(f"expected at most {MOST_BLOCKS} blocks, got {count}")
         if self.attention_head_dim is None and self.d_model % self.n_heads:
             raise ConfigError(f"expected n_heads to divide d_model {self.d_model}, got n_heads {self.n_heads}")
         if self.n_heads % self.kv_heads:
@@ -189,6 +193,10 @@ class MambaFormerConfig:
         sizes = [name for name, _ in known].index("positions") + 1
         return dict(known[:sizes] + [(name, v) for name, v in known[sizes:] if v != getattr(type(self), name)])
 
+    def deciding(self) -> dict[str, Any]:
+        """``to_json`` of what decides a result."""
+        return {name: value for name, value in self.to_json().items() if name != "chunk_size"}
+
     @classmethod
     def from_json(cls, data: Any) -> "MambaFormerConfig":
         """Inverse of ``to_json``; what a file lacks has its default.
@@ -205,7 +213,9 @@ class MambaFormerConfig:
 
 def expect_integer(name: str, value: object, at_least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ConfigError(f"expected {name} to be an integer of at least {at_least}, got {value!r}")
+        raise ConfigError(f"expected {name} to be an integer of at least {at_least}, got {value!r:.80}")
+    if value > LARGEST:
+        raise ConfigError(f"expected {name} to be at most {LARGEST}, got {value!r:.80}")
 
 
 def expect_member(name: str, value: object, kind: object) -> None:

@@ -77,7 +77,7 @@ class BlockStack(nn.Module):
                 "out_proj.weight"
             ):  # residual branches start small, so that depth does not blow up the stream
                 parameter.data.mul_(backbone.n_blocks**-0.5)
-        self._fingerprint = Fingerprint()
+        self._fingerprint = Fingerprint(backbone.deciding())
         self._stretches: dict[range, Stretch] = {}
         self._checked: Checked = Checked()
 
@@ -264,10 +264,13 @@ class BlockStack(nn.Module):
             check_adaptation(adaptation, self.linears(), self.dtype, batch)
             self._checked[adaptation] = asked  # it cannot change, and every cached step asks
 
-    def _check_states(self, x: Tensor) -> None:
+    def check_states(self, x: Tensor) -> None:
+        """Raise ``TensorError`` unless blocks can read this: (B, T, D), at least one, in the model's dtype."""
         width = self.backbone.d_model
         if x.ndim != 3 or x.shape[0] < 1 or x.shape[1] < 1 or x.shape[2] != width:
             raise TensorError(f"expected hidden states of shape (B, T, {width}) with B, T >= 1, got {tuple(x.shape)}")
+        if x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TensorError(f"expected hidden states of {self.dtype}, as the model's, got {x.dtype}")
 
 
 def _named(blocks: range) -> str:
@@ -316,9 +319,9 @@ class MambaFormer(BlockStack):
         """The last hidden states, normalised; arguments and errors are those of ``MambaFormerForCausalLM``.
 
         Raises:
-            TensorError: ``x`` is empty or of another width.
+            TensorError: ``x`` is empty, or of another width or dtype.
         """
-        self._check_states(x)
+        self.check_states(x)
         adaptation = adaptation or Adaptation.identity()
         self._check_adaptation(adaptation, x.shape[0])
         padding = check_padding(attention_mask, (x.shape[0], x.shape[1]), at_least=1 if cache is None else 0)

@@ -1,6 +1,7 @@
 """A hash of a model's weights, kept until one of them changes."""
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -24,14 +25,19 @@ class Fingerprint:
     an eighth of each tensor in turn, of large models a 64th. What changes a whole tensor, as an optimiser does, it sees
     at once; what changes a few numbers of one, within eight tokens, or 64. Off the CPU both see version counters and
     places in memory alone.
+
+    Args:
+        settings: what else decides what the module computes, as JSON holds it: in no hash, but in ``maker``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *settings: Mapping[str, object]) -> None:
+        self._settings = settings
+        self._told = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8).hexdigest() if settings else ""
         self._kept: _Kept | None = None
         self._turn = 0
 
-    def __reduce__(self) -> tuple[type["Fingerprint"], tuple[()]]:
-        return Fingerprint, ()  # of another module
+    def __reduce__(self) -> tuple[type["Fingerprint"], tuple[Mapping[str, object], ...]]:
+        return Fingerprint, self._settings  # of another module
 
     @property
     def key(self) -> object:
@@ -39,8 +45,8 @@ class Fingerprint:
         return None if self._kept is None else self._kept.key
 
     def maker(self, module: nn.Module, dtype: torch.dtype, glance: bool = False) -> str:
-        """What a cache remembers of the model that made it: the hash, by a glance or not, and the dtype."""
-        return f"{self.glance(module) if glance else self.of(module)} in {dtype}"
+        """What a cache remembers of the model that made it: the hash, by a glance or not, settings and dtype."""
+        return f"{self.glance(module) if glance else self.of(module)}-{self._told} in {dtype}"
 
     def of(self, module: nn.Module) -> str:
         """The hash; always of the same module. Threads may compute it twice, and see it whole."""

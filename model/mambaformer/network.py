@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bayes_dispatch.errors import TensorError
+from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, block_of
 from bayes_dispatch.model.backbone import CausalLMOutput
 from bayes_dispatch.model.generation import Beginning, CachedContinuation, GenerationMixin, UncachedContinuation
@@ -122,27 +122,6 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         hidden, _ = self.read(input_ids, attention_mask, cache, adaptation)
         return CausalLMOutput(self.logits(hidden, adaptation), hidden, cache)
 
-    def above(
-        self,
-        block: int,
-        x: Int[Tensor, "B T"] | Float[Tensor, "B T D"],
-        *,
-        attention_mask: Int[Tensor, "B T"] | Bool[Tensor, "B T"] | None = None,
-        cache: Cache | None = None,
-        adaptation: Adaptation | None = None,
-        last: Int[Tensor, " B"] | None = None,
-    ) -> Float[Tensor, "B t V"]:
-        """The logits (B, T, V) that ``forward`` gives, from the hidden states that come into ``block``.
-
-        Args:
-            x, cache: see ``upper``. last: (B,) the one place of each row whose logits are wanted: (B, 1, V).
-
-        Raises:
-            TensorError, CacheFullError, StaleCacheError: see ``upper``.
-        """
-        hidden = self.upper(block, x, attention_mask=attention_mask, cache=cache, adaptation=adaptation)
-        return self.logits(hidden if last is None else hidden[torch.arange(len(hidden)), last][:, None], adaptation)
-
     def upper(
         self,
         block: int,
@@ -166,12 +145,9 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         stretch = self._stretch(range(block, len(self.blocks)))
         from_tokens = block == 0 and not x.is_floating_point()
         if not from_tokens:
-            self._check_states(x)
+            self.check_states(x)
         self._check_adaptation(adaptation, x.shape[0])
-        if adaptation.lowest_block < block:
-            raise TensorError(
-                f"expected scales of block {block} and above alone, got some of {adaptation.lowest_block}"
-            )
+        _check_above(adaptation, block)
         if from_tokens:
             x, padding = self._embed(x, attention_mask, cache, adaptation)
         else:
@@ -200,15 +176,21 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         self, rows: int, capacity: int, adaptation: Adaptation | None = None, blocks: range | None = None
     ) -> MambaFormerSession:
         """See ``model.backbone.Backbone``."""
-        chosen = range(self.depth) if blocks is None else blocks
+        chosen, adaptation = range(self.depth) if blocks is None else blocks, adaptation or Adaptation.identity()
         cache = self.init_cache(rows, capacity, blocks=chosen)
-        return MambaFormerSession(self, cache, adaptation or Adaptation.identity(), chosen, self.depth)
+        if chosen.start and chosen.stop < self.depth:
+            raise ConfigError(f"expected the first or the last of {self.depth} blocks, got {chosen}")
+        self._check_adaptation(adaptation, rows)
+        _check_above(adaptation, chosen.start if chosen.stop == self.depth else chosen.stop)
+        return MambaFormerSession(self, cache, adaptation, chosen, self.depth)
 
     def score(
         self, ids: Int[Tensor, "R T"], tokens: Int[Tensor, " R"] | None = None, adaptation: Adaptation | None = None
     ) -> Float[Tensor, "R T"]:
         """See ``model.backbone.Backbone``."""
-        mask = None if tokens is None else (torch.arange(ids.shape[1], device=ids.device) < tokens[:, None]).long()
+        ids = ids.to(self.device, torch.long)
+        places = torch.arange(ids.shape[1], device=ids.device)
+        mask = None if tokens is None else (places < tokens.to(ids.device)[:, None]).long()
         logits = self(ids, attention_mask=mask, adaptation=adaptation).logits[:, :-1]
         said = -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
         return torch.cat([said.new_full((len(ids), 1), torch.nan), said], 1)
@@ -249,3 +231,9 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         content = [row[:n].numpy().tobytes() for row, n in zip(ids.cpu(), lengths, strict=True)]
         kind = CachedContinuation if use_cache else UncachedContinuation
         return Beginning(kind(self, ids, padding.tokens, max_new_tokens - 1, adaptation), content, ids, padding.tokens)
+
+
+def _check_above(adaptation: Adaptation, block: int) -> None:
+    """Raise ``TensorError`` where something below ``block`` is adapted: that is read without it."""
+    if adaptation.lowest_block < block:
+        raise TensorError(f"expected scales of block {block} and above alone, got some of {adaptation.lowest_block}")

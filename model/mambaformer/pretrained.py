@@ -98,7 +98,11 @@ class Pretrained(nn.Module):
         tensors, header = read_tensors(weights)
         if header.get("dtype") == "float32" and all(t.dtype == torch.bfloat16 for t in tensors.values()):
             tensors = {name: t.float() for name, t in tensors.items()}
-        model = cast(Any, cls)(config)
+        try:
+            with torch.device("meta"):  # no memory before the file is found to fill it
+                model = cast(Any, cls)(config)
+        except (OverflowError, RuntimeError) as error:
+            raise BundleError(f"expected sizes of a model in {file}, got: {error}") from None
         large = matrices(model).keys()
         dtype = _most(tensor.dtype for name, tensor in tensors.items() if name not in large)
         model = model.to(dtype)
@@ -109,7 +113,8 @@ class Pretrained(nn.Module):
         check_tensors(weights, tensors, {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()})
         if header.get("config", got := _digest(data)) != got:
             raise BundleError(f"expected in {file} what {weights} was saved with, got another: it was edited")
-        model.load_state_dict(tensors)
+        # copies, one by one: what was read lies anywhere, and products of aligned matrices are faster
+        model.load_state_dict({name: tensors.pop(name).clone() for name in list(tensors)}, assign=True)
         if "tokenizer" in header:
             model.tokenizer = _tokenizer(directory / "tokenizer.json", config.vocab_size, header, weights)
         if isinstance(model, Fingerprinted):

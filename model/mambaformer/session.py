@@ -42,13 +42,18 @@ class _Blocks(Protocol):
 
     def logits(self, hidden: Tensor, adaptation: Adaptation | None = None) -> Tensor: ...
 
+    def check_states(self, x: Tensor) -> None: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
 
 class MambaFormerSession:
     """See ``model.backbone.Session``.
 
     Args:
-        model: the network. cache: empty, of the blocks that run. adaptation: of its rows.
-        blocks: which run; the head does, too, where the last one is among them. depth: blocks of the model.
+        model: the network. cache: empty, of the blocks that run. adaptation: of its rows, and of these blocks.
+        blocks: the first ones or the last ones; with these the head runs, too. depth: blocks of the model.
     """
 
     def __init__(self, model: _Blocks, cache: Cache, adaptation: Adaptation, blocks: range, depth: int) -> None:
@@ -68,7 +73,7 @@ class MambaFormerSession:
 
     @property
     def nbytes(self) -> int:
-        return self._cache.nbytes
+        return self._cache.nbytes + (0 if self._before is None else self._before.nbytes)
 
     def read(
         self,
@@ -79,13 +84,11 @@ class MambaFormerSession:
         own: bool = False,
         tail: int = 1,
     ) -> Read:
-        self._check_whole()
-        check_tokens(ids, tokens, self.rows)
-        width = ids.shape[1]
+        self._check(ids, tokens, x)
+        width, device = ids.shape[1], self._model.device
         self._cache.check_room(len(ids), width if tokens is None else tokens)
-        if self._blocks.start == 0:
-            check_ids(ids, self._model.vocab_size)
-        counts = None if tokens is None or bool((tokens == width).all()) else tokens
+        counts = None if tokens is None or bool((tokens == width).all()) else tokens.to(device)
+        ids, x = ids.to(device, torch.long), None if x is None else x.to(device)
         self._changing = True
         hidden = self._run(ids, x, counts)
         self.evaluated += (ids.numel() if counts is None else int(counts.sum())) * len(self._blocks)
@@ -137,6 +140,17 @@ class MambaFormerSession:
     def reserve(self, capacity: int) -> None:
         self._cache.reserve(capacity)
 
+    def _check(self, ids: Tensor, tokens: Tensor | None, x: Tensor | None) -> None:
+        self._check_whole()
+        check_tokens(ids, tokens, self.rows)
+        check_ids(ids, self._model.vocab_size)
+        if not self._blocks.start:
+            return
+        if x is None or x.shape[:2] != ids.shape:
+            got = "none" if x is None else f"shape {tuple(x.shape)}"
+            raise TensorError(f"expected hidden states (R, T, D) for tokens of shape {tuple(ids.shape)}, got {got}")
+        self._model.check_states(x)
+
     def _check_whole(self) -> None:
         if self._changing:
             raise StaleCacheError("expected a session whose last change ended, got one that was interrupted")
@@ -146,10 +160,10 @@ class MambaFormerSession:
         self._before = None if self._before is None else self._before[torch.as_tensor(rows)]
 
     def _run(self, ids: Tensor, x: Tensor | None, counts: Tensor | None) -> Float[Tensor, "R T D"]:
-        mask = None if counts is None else (torch.arange(ids.shape[1]) < counts[:, None]).long()
+        mask = None if counts is None else (torch.arange(ids.shape[1], device=ids.device) < counts[:, None]).long()
         if not self._whole:
             return self._model.below(self._blocks.stop, ids, attention_mask=mask, cache=self._cache)
-        given = ids if x is None else x
+        given = x if self._blocks.start and x is not None else ids
         return self._model.upper(
             self._blocks.start, given, attention_mask=mask, cache=self._cache, adaptation=self._adaptation
         )

@@ -67,7 +67,7 @@ class TokenModel(BlockStack):
         check_ids(input_ids, self.vocab_size)
         shape = (input_ids.shape[0], input_ids.shape[1])
         padding = check_padding(attention_mask, shape, at_least=1 if cache is None else 0)
-        return self.embedding(padding.to_right(input_ids), adaptation.of(EMBEDDING), self.dtype), padding
+        return self.embedding(padding.to_right(input_ids.long()), adaptation.of(EMBEDDING), self.dtype), padding
 
     def step(self, tokens: Int[Tensor, " B"], cache: Cache, adaptation: Adaptation) -> Float[Tensor, "B D"]:
         """What ``read`` gives for one more token of each row, with nothing checked: for loops that have done so.

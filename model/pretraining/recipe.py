@@ -91,5 +91,5 @@ def schedule(step: int, steps: int, warmup: int, flat: float) -> float:
     """Factor on the learning rate: linear warm-up, flat, then a half cosine to 0."""
     if step < warmup:
         return (step + 1) / warmup
-    done = max(0.0, step / steps - flat) / (1 - flat)
+    done = max(0.0, step / steps - flat) / (1 - flat) if flat < 1 else 0.0
     return 0.5 * (1 + float(np.cos(np.pi * done)))

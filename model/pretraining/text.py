@@ -56,20 +56,20 @@ def train(
     work: Annotated[Path | None, typer.Option(help="Directory of the checkpoint; default: OUT.work.")] = None,
 ) -> None:
     """Pre-train a byte-level model on text. The same command goes on where a stopped run's last checkpoint was."""
-    settings = PretrainingSettings(
-        steps=steps,
-        batch_size=batch_size,
-        length=length,
-        learning_rate=learning_rate,
-        warmup=min(50, steps),
-        seed=seed,
-        checkpoint_every=checkpoint_every,
-    )
-    compute = ComputeSettings(
-        device=device, precision=precision, gradient_checkpointing=gradient_checkpointing, compile=compile
-    )
     work = out.with_name(out.name + ".work") if work is None else work
     try:
+        settings = PretrainingSettings(
+            steps=steps,
+            batch_size=batch_size,
+            length=length,
+            learning_rate=learning_rate,
+            warmup=min(50, steps),
+            seed=seed,
+            checkpoint_every=checkpoint_every,
+        )
+        compute = ComputeSettings(
+            device=device, precision=precision, gradient_checkpointing=gradient_checkpointing, compile=compile
+        )
         check_directory(out, "config.json")
         corpus, judge = TextCorpus.read(text).split(held_out) if held_out else (TextCorpus.read(text), None)
         model_config = _config(config)

@@ -66,7 +66,7 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         self.encoder = BidirectionalStack(config.encoder)
         self.decoder = BlockStack(config.decoder)
         self.head = None if config.tie_embeddings else nn.Linear(width, config.vocab_size, bias=False)
-        self._fingerprint = Fingerprint()
+        self._fingerprint = Fingerprint(config.encoder.deciding(), config.decoder.deciding())
 
     @property
     def dtype(self) -> torch.dtype:

@@ -203,7 +203,7 @@ class TransformersBackbone:
         """See ``Backbone``."""
         check_ids(ids, self.vocab_size)
         self._check_length(ids.shape[1])
-        ids = ids.to(self.device)
+        ids = ids.to(self.device, torch.long)
         mask = (
             None if tokens is None else torch.arange(ids.shape[1], device=self.device) < tokens.to(self.device)[:, None]
         )

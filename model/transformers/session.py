@@ -65,7 +65,8 @@ class TransformersSession:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for layer in self._layers() for _, tensor in _tensors(layer))
+        layers = sum(tensor.nbytes for layer in self._layers() for _, tensor in _tensors(layer))
+        return layers + (0 if self._before is None else self._before.nbytes)
 
     def read(
         self,
@@ -78,7 +79,7 @@ class TransformersSession:
     ) -> Read:
         self._check(ids, tokens, x)
         width = ids.shape[1]
-        ids = ids.to(self._parts.device)
+        ids = ids.to(self._parts.device, torch.long)
         shift = None  # (R,), to the right
         if tokens is not None and bool((tokens < width).any()):
             shift = (width - tokens).to(ids.device)

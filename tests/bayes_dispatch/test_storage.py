@@ -14,6 +14,7 @@ import os
 import stat
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import count
@@ -37,6 +38,8 @@ from bayes_dispatch.storage import (
     check_directory,
     check_tensors,
     files,
+    parse_tensors,
+    read_bytes,
     read_directory,
     read_json,
     read_tensors,
@@ -206,13 +209,13 @@ class TestOutput:
             assert os.listdir(tmp_path) == ["file"]
 
 
-def save(path: Path, text: str, more: str = "more") -> None:
-    """A save like a bundle: ``part/a`` and one other file, named in the index."""
+def save(path: Path, text: str, more: str = "base.json") -> None:
+    """A save like a bundle: ``gate/a.json`` and one other file, named in the index."""
     with save_directory(path, "bundle.json") as new:
-        for name in ("part/a", more):
+        for name in ("gate/a.json", more):
             (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_text(text)
-        write_json(new / "bundle.json", {"files": {"part/a": "", more: ""}, "text": text})
+        write_json(new / "bundle.json", {"files": {"gate/a.json": "", more: ""}, "text": text})
 
 
 def load(path: Path) -> str:
@@ -225,13 +228,13 @@ def load(path: Path) -> str:
 
 FOREIGN: dict[str, Callable[[Path], object]] = {
     "thesis.txt": lambda path: (path / "thesis.txt").write_text("mine"),
-    "part/note": lambda path: (path / "part").mkdir(exist_ok=True) or (path / "part" / "note").write_text("mine"),
+    "gate/note": lambda path: (path / "gate").mkdir(exist_ok=True) or (path / "gate" / "note").write_text("mine"),
     "empty": lambda path: (path / "empty").mkdir(),
     r"thing \(a link\)": lambda path: (path / "thing").symlink_to(path.parent),
-    r"part/a \(a link\)": lambda path: (
-        (path / "part").mkdir(exist_ok=True),
-        (path / "part" / "a").unlink(missing_ok=True),
-        (path / "part" / "a").symlink_to(path.parent / "elsewhere"),
+    r"gate/a\.json \(a link\)": lambda path: (
+        (path / "gate").mkdir(exist_ok=True),
+        (path / "gate" / "a.json").unlink(missing_ok=True),
+        (path / "gate" / "a.json").symlink_to(path.parent / "elsewhere"),
     ),
     "pipe": lambda path: os.mkfifo(path / "pipe"),
 }
@@ -241,12 +244,12 @@ class TestSaving:
     def test_it_takes_the_place_of_an_earlier_save(self, tmp_path: Path) -> None:
         """Alone: what that had and this has not is gone, with its folder."""
         path = tmp_path / "deep" / "kept"
-        save(path, "old", "folder/file")
+        save(path, "old", "evidence/file.npz")
         inode = path.stat().st_ino
         save(path, "new")
         assert (load(path), path.stat().st_ino) == ("new", inode)
-        assert sorted(contents(path)) == ["bundle.json", "more", "part/a"]
-        assert sorted(os.listdir(path)) == ["bundle.json", "more", "part"]
+        assert sorted(contents(path)) == ["base.json", "bundle.json", "gate/a.json"]
+        assert sorted(os.listdir(path)) == ["base.json", "bundle.json", "gate"]
 
     @pytest.mark.parametrize("earlier", [True, False])
     @pytest.mark.parametrize("name", FOREIGN)
@@ -258,7 +261,7 @@ class TestSaving:
             save(path, "old")
         FOREIGN[name](path)
         before = sorted((str(each), each.lstat().st_ino) for each in tmp_path.rglob("*"))
-        found = name if earlier else f"({name}|part)"
+        found = name if earlier else f"({name}|gate)"
         refused(lambda: save(path, "new"), f"expected .*kept to be new, empty or an earlier save .*: {found}$")
         assert sorted((str(each), each.lstat().st_ino) for each in tmp_path.rglob("*")) == before
         assert (tmp_path / "elsewhere").read_text() == "mine"
@@ -278,20 +281,35 @@ class TestSaving:
         (tmp_path / index).write_text(text)
         refused(lambda: check_directory(tmp_path, index), f"got other things in it: {index}")
 
+    @pytest.mark.parametrize("mine", ["thesis.doc", "gate/thesis.doc", "thesis/a.json", "gate", ""])
+    def test_only_files_of_its_kind_are_its_own(self, tmp_path: Path, mine: str) -> None:
+        """Whatever an index lists, which somebody else may have written."""
+        save(tmp_path, "old")
+        files = read_json(tmp_path / "bundle.json")["files"]
+        write_json(tmp_path / "bundle.json", {"files": {**files, mine: ""}, "text": "old"})
+        if not (tmp_path / mine).exists():
+            (tmp_path / mine).parent.mkdir(exist_ok=True)
+            (tmp_path / mine).write_text("mine")
+            refused(lambda: save(tmp_path, "new"), "got other things in it: .*thesis")
+            assert (tmp_path / mine).read_text() == "mine"
+        else:
+            save(tmp_path, "new")
+            assert load(tmp_path) == "new"
+
     def test_what_file_managers_leave_is_no_obstacle(self, tmp_path: Path) -> None:
-        save(tmp_path, "old", "folder/file")
-        for folder in (".", "part", "folder"):
+        save(tmp_path, "old", "evidence/file.npz")
+        for folder in (".", "gate", "evidence"):
             (tmp_path / folder / ".DS_Store").write_text("icons")
         save(tmp_path, "new")
-        assert sorted(contents(tmp_path)) == [".DS_Store", "bundle.json", "more", "part/.DS_Store", "part/a"]
+        assert sorted(contents(tmp_path)) == [".DS_Store", "base.json", "bundle.json", "gate/.DS_Store", "gate/a.json"]
         (tmp_path / "Thumbs.db").mkdir()
         refused(lambda: save(tmp_path, "newer"), "got other things in it: Thumbs.db")
 
     def test_files_keep_their_modes(self, tmp_path: Path) -> None:
         save(tmp_path, "old")
-        (tmp_path / "part/a").chmod(0o640)
+        (tmp_path / "gate/a.json").chmod(0o640)
         save(tmp_path, "new")
-        assert (load(tmp_path), stat.S_IMODE((tmp_path / "part/a").stat().st_mode)) == ("new", 0o640)
+        assert (load(tmp_path), stat.S_IMODE((tmp_path / "gate/a.json").stat().st_mode)) == ("new", 0o640)
 
     def test_links_and_files_in_the_place_of_the_directory(self, tmp_path: Path) -> None:
         (tmp_path / "real").mkdir()
@@ -384,7 +402,7 @@ def test_a_save_that_is_stopped_anywhere(tmp_path: Path, error: BaseException, e
     for turn in count():
         path = tmp_path / str(turn) / "kept"
         if existing:
-            save(path, "old", "folder/file")
+            save(path, "old", "evidence/file.npz")
         with pytest.MonkeyPatch.context() as patch:
             done = fail_at(patch, turn, error)
             with suppress(OSError, Killed):
@@ -398,7 +416,7 @@ def test_a_save_that_is_stopped_anywhere(tmp_path: Path, error: BaseException, e
             assert not existing
         save(path, "newer")
         assert load(path) == "newer"
-        assert sorted(contents(path)) == ["bundle.json", "more", "part/a"]
+        assert sorted(contents(path)) == ["base.json", "bundle.json", "gate/a.json"]
         assert os.listdir(path.parent) == ["kept"]
         if not any(operation.endswith("failed") for operation in done):
             break
@@ -458,6 +476,18 @@ def test_tensors_round_trip(tmp_path: Path) -> None:
     assert safetensors.torch.load_file(tmp_path / "a").keys() == tensors.keys()
     write_tensors(tmp_path / "b", *(dict(reversed(each.items())) for each in (tensors, metadata)))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_tensors_are_hashed_one_at_a_time(tmp_path: Path) -> None:
+    count, size = 16, 2**16
+    write_tensors(tmp_path / "a", {f"t{n}": torch.full((size // 4,), float(n)) for n in range(count)}, {})
+    tracemalloc.start()
+    try:
+        parse_tensors(read_bytes(tmp_path / "a"), tmp_path / "a")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.5 * count * size  # the file, its tensors, and few of them once more
 
 
 @pytest.mark.parametrize(

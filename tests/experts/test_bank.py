@@ -411,7 +411,7 @@ class TestVector:
             ExpertVector("x", scales, "0")
 
     @pytest.mark.usefixtures("unchecked")
-    @pytest.mark.parametrize("metadata", [{"name": "x"}, {"base": "0"}, {"steps": 3}, {3: "steps"}])
+    @pytest.mark.parametrize("metadata", [{"name": "x"}, {"base": "0"}, {"digest": ""}, {"steps": 3}, {3: "steps"}])
     def test_bad_metadata(self, metadata: Any) -> None:
         with pytest.raises(ConfigError, match="expected metadata of expert x in text, under names other than"):
             ExpertVector("x", {"m": torch.ones(2)}, "0", metadata)

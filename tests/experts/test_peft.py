@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError, TensorError
 from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.peft import OTHER_KINDS, READ, WITHOUT_EFFECT
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 from tests.tiny import tiny_adapter, tiny_backbone, tiny_model
@@ -212,6 +214,7 @@ def test_weights_of_the_base_in_an_adapter(tmp_path: Path, llama: TransformersBa
         ({"use_dora": True}, ConfigError, "got use_dora: DoRA"),
         ({"modules_to_save": ["lm_head"]}, ConfigError, "got modules_to_save"),
         ({"bias": "all"}, ConfigError, "without biases"),
+        ({"use_newest": True}, ConfigError, "known here in .*json, got use_newest: take it out"),
         ({"peft_type": "IA3"}, ConfigError, "got one of type 'IA3'"),
         ({"peft_type": None}, ConfigError, "got one of type None"),
         ({"init_lora_weights": "pissa_niter_4"}, ConfigError, "unchanged base"),
@@ -232,6 +235,15 @@ def test_other_adapters_are_refused(
     with pytest.raises(error, match=message) as raised:
         ExpertBank.from_peft(llama, {"a": adapter})
     assert "\n" not in str(raised.value)
+
+
+def test_every_setting_of_peft_has_its_place() -> None:
+    """It is heeded, changes nothing, or is refused; adapters with PEFT's defaults are read."""
+    import peft
+
+    places = (set(OTHER_KINDS), READ, WITHOUT_EFFECT)
+    for name in {field.name for field in fields(peft.LoraConfig)}:
+        assert sum(name in place for place in places) == 1, name
 
 
 def test_damaged_adapters_are_refused(adapter: Path, llama: TransformersBackbone) -> None:

@@ -317,7 +317,8 @@ def test_projections_of_mamba1_are_a_choice(make_model: MakeModel, kind: str) ->
     assert held_out_loss(model, expert) < held_out_loss(model, None)
 
 
-OWN = OwnText("own", "".join(f"Of {number} things, none is like another.\n" for number in range(60)))
+OWN_TEXT = "".join(f"Of {number} things, none is like another.\n" for number in range(60))
+OWN = OwnText("own", OWN_TEXT)
 TINY = ExpertSettings(steps=12, batch_size=4, length=48, stopping=EarlyStopping(every=6, documents=8, split="held_out"))
 LORA = replace(TINY, kind="lora", rank=4, alpha=8.0, learning_rate=1e-2)
 
@@ -341,6 +342,25 @@ def test_on_any_backbone(settings: ExpertSettings, dtype: torch.dtype) -> None:
         own, other = (backbone.score(ids, adaptation=each.adaptation())[:, 1:] for each in (expert, again))
         assert torch.equal(own, other)
         assert not torch.equal(own, backbone.score(ids)[:, 1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("settings", [TINY, LORA], ids=["svf", "lora"])
+def test_in_any_precision(make_model: MakeModel, settings: ExpertSettings, dtype: torch.dtype) -> None:
+    expert = train_expert(make_model(seed=2, dtype=dtype), SORT, settings, progress=False)
+    assert float(expert.metadata["validation"]) > float(expert.metadata["base_validation"]) + 0.1
+    adapted = expert.adaptation()
+    numbers = [*adapted.scales.values(), *(each for delta in adapted.deltas.values() for each in delta)]
+    assert {each.dtype for each in numbers} == {torch.float32}
+
+
+def test_a_name_that_no_expert_can_have_is_refused_at_once(base: "MambaFormerForCausalLM") -> None:
+    class Unread(OwnText):
+        def document(self, *_: object) -> Document:  # type: ignore[override]
+            raise AssertionError("expected no training")
+
+    with pytest.raises(ConfigError, match="expected an expert name of letters, .* got 'de both ways'"):
+        train_expert(base, Unread("de both ways", OWN_TEXT), TINY, progress=False)
 
 
 def test_blocks_run_again_under_checkpointing() -> None:

@@ -127,6 +127,20 @@ def test_digest_tells_factors_and_weights() -> None:
     assert len({known.digest(), *(each.digest() for each in others)}) == 6
 
 
+def test_what_changes_nothing_is_in_no_digest() -> None:
+    """So that rows that join others keep theirs, though these adapt other matrices."""
+    z, names = torch.tensor([1.0, 2.0]), ("blocks.0.a", "blocks.0.b", "blocks.1.a")
+    some = [Adaptation({}), *(Adaptation({name: z}) for name in names), *(Adaptation({}, {n: delta()}) for n in names)]
+    for one in some:
+        for other in some:
+            joined = one.followed_by(other, 2, 1)
+            for block in (None, 0, 1):
+                digest = joined.digest(block)
+                rows = (digest,) * 3 if isinstance(digest, str) else digest
+                assert rows == (one.digest(block),) * 2 + (other.digest(block),)
+    assert Adaptation({"a": torch.ones(2)}, {"a": delta(weights=(0.0, 0.0))}).digest() == ""
+
+
 def test_factors_that_were_changed_in_place_are_seen() -> None:
     """As an optimiser changes them, and as a view of them does; a number that is not finite, too."""
     given = delta()

@@ -175,6 +175,7 @@ def test_no_more_log_probabilities_of_own_tokens_than_may_be_are_there_at_once(m
 
     monkeypatch.setattr(MambaFormerSession, "after", counted)
     monkeypatch.setattr("bayes_dispatch.model.mambaformer.session.LOGITS_AT_ONCE", 3 * 2 * vocabulary)
+    monkeypatch.setattr("bayes_dispatch.model.mambaformer.session.ROWS_AT_ONCE", 1)
     model.open(2, 40).read(torch.randint(258, (2, 40), generator=torch.Generator().manual_seed(0)), own=True)
     assert (max(numbers), sum(numbers)) == (3 * 2 * vocabulary, 40 * 2 * vocabulary)
 
@@ -301,6 +302,31 @@ def test_sessions_that_join_go_on_as_they_would_have_alone(backbone: Any, bound:
     batch.keep([0])
     if isinstance(backbone, TransformersBackbone):
         assert batch.nbytes == alone[0].nbytes
+
+
+@pytest.mark.parametrize("kind_of", [scales, deltas])
+def test_rows_of_base_and_of_other_blocks_join(backbone: Any, bound: float, kind_of: Any) -> None:
+    """In any order: a row goes on under what adapts it alone."""
+    ids, later, whole = tokens(backbone, 3, 6), tokens(backbone, 3, 3, seed=1), kind_of(backbone)
+    upper = _from(backbone, whole, backbone.depth // 2)
+    lower = Adaptation(
+        {name: z for name, z in whole.scales.items() if name not in upper.scales},
+        {name: each for name, each in whole.deltas.items() if name not in upper.deltas},
+    )
+
+    def begun(row: int) -> Session:
+        session = backbone.open(1, 12, (None, lower, upper)[row])
+        session.read(ids[row : row + 1])
+        return session  # type: ignore[no-any-return]
+
+    alone = [read(begun(row), later[row : row + 1]) for row in range(3)]
+    for order in ([0, 1, 2], [1, 0, 2], [2, 1, 0]):
+        session = begun(order[0])
+        for row in order[1:]:
+            session.join(begun(row))
+        said = read(session, later[order], 1, 2)
+        for place, row in enumerate(order):
+            same(Read(*(each[place : place + 1] for each in said)), alone[row], bound * 10)  # type: ignore[index]
 
 
 def test_sessions_that_do_not_fit_are_not_joined(backbone: Any, bound: float) -> None:
@@ -545,8 +571,8 @@ def test_shapes_that_do_not_fit_are_refused_and_change_nothing(backbone: Any, un
         lambda: session.read(ids, torch.tensor([6, 0])),
         lambda: session.read(ids, torch.tensor([6, 7])),
         lambda: session.read(ids, torch.tensor([6])),
-        lambda: backbone.open(2, 6, scales(backbone, 3)).read(ids),
-        lambda: backbone.open(2, 6, Adaptation({"nothing": torch.ones(3)})).read(ids),
+        lambda: backbone.open(2, 6, scales(backbone, 3)),
+        lambda: backbone.open(2, 6, Adaptation({"nothing": torch.ones(3)})),
         lambda: backbone.open(2, 6, blocks=range(backbone.depth + 1)),
         lambda: backbone.open(2, 6, blocks=range(2, 2)),
         lambda: backbone.open(0, 6),
@@ -556,6 +582,30 @@ def test_shapes_that_do_not_fit_are_refused_and_change_nothing(backbone: Any, un
         with pytest.raises((TensorError, ConfigError), match="expected"):
             call()
     same(read(session, ids), read(twin, ids), 0)
+
+
+def test_hidden_states_that_do_not_fit_are_refused_and_change_nothing(backbone: Any, unchecked: None) -> None:
+    ids = tokens(backbone, 2, 6)
+    x = backbone.open(2, 6, blocks=range(1)).read(ids).hidden
+    session, twin = (backbone.open(2, 12, blocks=range(1, backbone.depth)) for _ in range(2))
+    wrong = [None, x[:, :5], x[:1], x[0]]
+    if not isinstance(backbone, TransformersBackbone):
+        wrong += [x[..., :5], x.float(), x.long()]
+    for each in wrong:
+        with pytest.raises(TensorError, match="expected hidden states"):
+            session.read(ids, x=each)
+    with pytest.raises(TensorError, match="expected input_ids in"):
+        session.read(ids - 300, x=x)
+    first, second = (each.read(ids, x=x, own=True) for each in (session, twin))
+    same(first, second, 0)
+
+
+def test_ids_of_32_bits_are_ids(backbone: Any) -> None:
+    ids, counts = tokens(backbone, 2, 6), torch.tensor([6, 4])
+    close(backbone.score(ids.int(), counts.int()), backbone.score(ids, counts), 0)
+    for given in (None, counts):
+        said = [backbone.open(2, 6).read(each, given, own=True) for each in (ids.int(), ids)]
+        same(*said, 0)
 
 
 def test_threads_with_different_adaptations_share_a_model(
@@ -587,6 +637,9 @@ def test_what_is_kept_grows_and_is_counted(backbone: Any) -> None:
     session = backbone.open(2, 2 * WIDTH)
     session.read(ids)
     once = session.nbytes
+    below = backbone.open(2, 2 * WIDTH, blocks=range(backbone.depth - 1))  # which predicts nothing
+    below.read(ids)
+    assert once - below.nbytes >= 2 * backbone.vocab_size * 4
     assert session.select([0]).nbytes < once
     session.keep([0, 1, 0, 1])
     assert session.nbytes > once

@@ -1,7 +1,9 @@
 """Laws: continuing from a cache equals reading everything at once, however the sequence is cut and padded; a cache of
 other weights or scales, or one whose change was interrupted, is refused."""
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -248,6 +250,20 @@ class TestErrors:
 
     def test_another_model(self, make_model: MakeModel, cache: Cache) -> None:
         self.refused(make_model(seed=5, dtype=torch.float64), cache, StaleCacheError, "expected a cache of model")
+
+    @pytest.mark.parametrize(
+        "setting", [{"attention_window": 3}, {"positions": "rotary"}, {"n_heads": 4}, {"dt_limit": (0.1, 0.2)}]
+    )
+    def test_the_same_weights_under_other_settings(
+        self, make_model: MakeModel, model64: "MambaFormerForCausalLM", cache: Cache, setting: dict[str, Any]
+    ) -> None:
+        other = make_model(replace(model64.backbone, **setting), dtype=torch.float64)
+        assert other.fingerprint() == model64.fingerprint()
+        self.refused(other, cache, StaleCacheError, "expected a cache of model", adaptation=scales(model64))
+        same = make_model(replace(model64.backbone, chunk_size=5), dtype=torch.float64)  # it changes no result
+        for each in (copy.deepcopy(same), same):
+            with torch.no_grad():
+                each(tokens(4, 2, 2), cache=cache.clone(), adaptation=scales(model64))
 
     def test_the_same_model_in_another_dtype(self, model: "MambaFormerForCausalLM", cache: Cache) -> None:
         self.refused(model, cache, StaleCacheError, r"torch.float32.*torch.float64")

@@ -1,6 +1,7 @@
 """Moved, copied, stored, grown, shrunk, pruned and rounded, a cache goes on as its rows' own sequences would;
 gradients pass through it. What does not fit, and rows that are not there, are refused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import BundleError, CacheFullError, ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.mambaformer.cache import Cache
+from bayes_dispatch.model.mambaformer.cache import Cache, CrossAttentionState
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 from bayes_dispatch.storage import read_tensors, write_tensors
 
@@ -30,6 +31,15 @@ KINDS = {
     "transformer": {"blocks": ("attention", "feed_forward"), "positions": "rotary"},
     "rotary window": {"blocks": ("attention", "mamba1"), "positions": "rotary", "attention_window": 4},
 }
+WRONG: list[dict[str, Any]] = [  # of a cache of three states
+    {"made_by": ["", ""]},
+    {"made_by": ["", "", 3]},
+    {"made_by": [["", ""], "", ""]},
+    {"capacity": "20"},
+    {"first": -1},
+    {"grow": 1},
+    {"model": None},
+]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -137,6 +147,8 @@ def test_a_cache_that_does_not_fit_together_is_refused(make_model: MakeModel, tm
         ({"9.ssm": torch.zeros(3, 2, 2)}, {}),
         ({"read": torch.tensor([1, 2])}, {}),
         ({}, {"about": "{}"}),
+        ({"0.ssm": torch.tensor(1.0)}, {}),
+        *(({}, {"about": json.dumps(json.loads(header["about"]) | change)}) for change in WRONG),
     ):
         write_tensors(path, tensors | more, header | texts)
         with pytest.raises(BundleError, match=r"^expected .* got[^\n]*$"):
@@ -257,6 +269,16 @@ class TestPrecision:
             results.append(torch.cat([model(part, cache=cache).logits for part in ids.split(split, dim=1)], dim=1))
         for other in results[1:]:
             torch.testing.assert_close(other, results[0], rtol=0, atol=1e-10)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+    def test_int8_is_no_further_off_than_a_half_step(self, dtype: torch.dtype) -> None:
+        """Of the largest number in a vector, too, which is 127 and not −128."""
+        keys = torch.randn(2, 3, 100, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+        state = CrossAttentionState(torch.int8)
+        state.fill(keys, -keys, None, None)
+        bound = keys.double().abs().amax(-1, keepdim=True) * (0.5 / 127 + 2 * torch.finfo(dtype).eps)
+        for got, expected in zip(state.read(dtype), (keys, -keys), strict=True):
+            assert ((got.double() - expected.double()).abs() <= bound).all()
 
     @pytest.mark.parametrize("options", [{"dtype": torch.int8}, {"kv_dtype": torch.int32}])
     def test_other_dtypes_are_refused(self, make_model: MakeModel, options: dict[str, Any]) -> None:

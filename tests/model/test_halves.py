@@ -1,4 +1,4 @@
-"""Matrices that are kept in bfloat16 beside states in float32 give what the same numbers in float32 give."""
+"""Matrices that are kept in half precision beside states in float32 give what the same numbers in float32 give."""
 
 import copy
 import time
@@ -36,11 +36,13 @@ BACKBONES = {
 every_backbone = pytest.mark.parametrize("kind", BACKBONES)
 
 
-def halved(model: MambaFormerForCausalLM) -> tuple[MambaFormerForCausalLM, MambaFormerForCausalLM]:
-    """A model whose matrices are in bfloat16, and one with the same numbers in float32."""
+def halved(
+    model: MambaFormerForCausalLM, kept: torch.dtype = torch.bfloat16
+) -> tuple[MambaFormerForCausalLM, MambaFormerForCausalLM]:
+    """A model whose matrices are in half precision, and one with the same numbers in float32."""
     half, full = copy.deepcopy(model), copy.deepcopy(model)
     for own, other in zip(matrices(half).values(), matrices(full).values(), strict=True):
-        own.data = own.data.bfloat16()
+        own.data = own.data.to(kept)
         other.data = own.data.float()
     return half, full
 
@@ -96,6 +98,12 @@ ADAPTED = ["nothing", "one for all", "by row", "leading", "delta", "delta by row
 @pytest.mark.parametrize("adaptation", ADAPTED)
 def test_results_are_those_of_the_same_numbers(pairs: Any, kind: str, adaptation: str) -> None:
     equal(*pairs(kind), adaptation, rows=3)
+
+
+@pytest.mark.parametrize("kind", ["mamba1", "mamba2"])
+@pytest.mark.parametrize("adaptation", ["nothing", "by row"])
+def test_so_they_are_of_matrices_in_float16(make_model: Any, kind: str, adaptation: str) -> None:
+    equal(*halved(make_model(BACKBONES[kind]), torch.float16), adaptation, rows=2)
 
 
 @every_backbone

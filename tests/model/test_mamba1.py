@@ -173,6 +173,16 @@ def test_a_state_in_bfloat16_is_close(lengths: list[int]) -> None:
     assert_equal(got, whole, 0.02 * float(whole.abs().max()))
 
 
+def test_a_state_more_precise_than_the_mixer_is_kept_so() -> None:
+    mixer, x = make_mixer().bfloat16(), inputs().bfloat16()
+    with torch.no_grad():
+        once, stepped = (mixer.init_state(2, torch.float32) for _ in range(2))
+        expected = mixer(x, Span(), {}, once)
+        got = torch.cat([mixer(part, Span(), {}, stepped) for part in x.split(1, dim=1)], 1)
+    assert got.dtype == expected.dtype == torch.bfloat16
+    assert_equal(stepped.ssm, once.ssm, 0.02 * float(once.ssm.abs().max()))
+
+
 @pytest.mark.parametrize("matrix", ["in_proj", "x_proj", "dt_proj", "out_proj"])
 @pytest.mark.parametrize("per_row", [False, True])
 def test_scales_adapt_each_matrix(matrix: str, per_row: bool) -> None:

@@ -79,8 +79,8 @@ def test_uncached_parts(make_model: MakeModel) -> None:
     ids = tokens(1, 2, 9)
     for block in (1, 2):
         adaptation = scales(model, block, 2)
-        logits = model.above(block, model.below(block, ids), adaptation=adaptation)
-        torch.testing.assert_close(logits, model(ids, adaptation=adaptation).logits, rtol=0, atol=1e-12)
+        hidden = model.upper(block, model.below(block, ids), adaptation=adaptation)
+        torch.testing.assert_close(hidden, model(ids, adaptation=adaptation).hidden, rtol=0, atol=1e-12)
 
 
 def test_states_below_outlast_an_adaptation(make_model: MakeModel) -> None:
@@ -89,14 +89,14 @@ def test_states_below_outlast_an_adaptation(make_model: MakeModel) -> None:
     ids = tokens(2, 1, 6)
     below, above = (model.init_cache(1, 8, blocks=blocks) for blocks in (range(1), range(1, 3)))
     x = model.below(1, ids, cache=below)
-    model.above(1, x, cache=above, adaptation=scales(model, 1, 1))
+    model.upper(1, x, cache=above, adaptation=scales(model, 1, 1))
     following = model.below(1, ids[:, :1], cache=below)
     other = scales(model, 1, 1, seed=5)
     with pytest.raises(StaleCacheError, match="block 1"):
-        model.above(1, following, cache=above, adaptation=other)
+        model.upper(1, following, cache=above, adaptation=other)
     fresh = model.init_cache(1, 8, blocks=range(1, 3))
-    again = model.above(1, torch.cat([x, following], 1), cache=fresh, adaptation=other)[:, -1]
-    whole = model(torch.cat([ids, ids[:, :1]], 1), adaptation=other).logits[:, -1]
+    again = model.upper(1, torch.cat([x, following], 1), cache=fresh, adaptation=other)[:, -1]
+    whole = model(torch.cat([ids, ids[:, :1]], 1), adaptation=other).hidden[:, -1]
     torch.testing.assert_close(again, whole, rtol=0, atol=1e-10)
 
 
@@ -105,12 +105,12 @@ def test_caches_of_some_blocks(make_model: MakeModel, tmp_path: Any) -> None:
     model = make_model(dtype=torch.float64)
     below, above = (model.init_cache(2, 8, blocks=blocks) for blocks in (range(1), range(1, 3)))
     assert below.nbytes + above.nbytes == model.init_cache(2, 8).nbytes
-    model.above(1, model.below(1, tokens(3, 2, 4), cache=below), cache=above, adaptation=scales(model, 1, 2))
+    model.upper(1, model.below(1, tokens(3, 2, 4), cache=below), cache=above, adaptation=scales(model, 1, 2))
     above.save(tmp_path / "cache.safetensors")
     loaded = type(above).load(tmp_path / "cache.safetensors")
     assert loaded.first == 1
     x = model.below(1, tokens(4, 2, 1), cache=below)
-    one, other = (model.above(1, x, cache=c, adaptation=scales(model, 1, 2)) for c in (above.clone(), loaded))
+    one, other = (model.upper(1, x, cache=c, adaptation=scales(model, 1, 2)) for c in (above.clone(), loaded))
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
@@ -123,12 +123,12 @@ def test_caches_of_other_blocks_are_refused(make_model: MakeModel) -> None:
             model(ids, cache=model.init_cache(1, 8, blocks=blocks))
     for blocks in (range(3), range(2, 3), range(1)):
         with pytest.raises(StaleCacheError, match=r"expected a cache of blocks 1 … 2, got one of blocks"):
-            model.above(1, x, cache=model.init_cache(1, 8, blocks=blocks))
+            model.upper(1, x, cache=model.init_cache(1, 8, blocks=blocks))
     for blocks in (range(-1, 2), range(4), range(0)):
         with pytest.raises(ConfigError, match="expected blocks of 0 … 2, got"):
             model.init_cache(1, 8, blocks=blocks)
     with pytest.raises(ConfigError, match="expected blocks of 0 … 2, got blocks -1 … 2"):
-        model.above(-1, x)
+        model.upper(-1, x)
 
 
 def test_a_model_that_has_been_adapted_can_be_copied(make_model: MakeModel) -> None:
@@ -149,8 +149,13 @@ def test_what_cannot_be_cut_is_refused(make_model: MakeModel) -> None:
     model = make_model()
     with pytest.raises(ConfigError, match="expected blocks of 0 … 2"):
         model.open(1, 8, blocks=range(3, 3))
+    with pytest.raises(ConfigError, match=r"expected the first or the last of 3 blocks, got range\(1, 2\)"):
+        model.open(1, 8, blocks=range(1, 2))
+    for blocks, block in ((range(2), 2), (range(2, 3), 2)):
+        with pytest.raises(TensorError, match=f"expected scales of block {block} and above alone, got some of 1"):
+            model.open(1, 8, scales(model, 1, 1), blocks)
     with pytest.raises(TensorError, match="expected scales of block 2 and above alone"):
-        model.above(2, torch.zeros(1, 2, model.backbone.d_model), adaptation=scales(model, 1, 1))
+        model.upper(2, torch.zeros(1, 2, model.backbone.d_model), adaptation=scales(model, 1, 1))
     with pytest.raises(ConfigError, match=r"expected blocks of 0 … 2"):
         model.below(4, tokens(0, 1, 2))
 

@@ -131,6 +131,15 @@ class TestDamage:
         self.edit(saved, lambda config: config.update({name: value}))
         self.refused(saved, "config.json: expected")
 
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("d_model", 2**20), ("d_model", 2**31), ("expand", 2**31), ("n_pairs", 10**10), ("d_state", 10**100)],
+    )
+    def test_a_configuration_without_bounds(self, saved: Path, name: str, value: int) -> None:
+        """Of a model that has no room: no memory is asked for."""
+        self.edit(saved, lambda config: config["backbone"].update({name: value}))
+        self.refused(saved, "expected .*, got")
+
     @pytest.mark.parametrize(("name", "value"), [("d_model", 64), ("n_pairs", 2), ("attention_window", 3)])
     def test_a_configuration_of_another_model(self, saved: Path, name: str, value: int) -> None:
         """The window is of no weight's shape."""

@@ -215,6 +215,7 @@ def test_the_schedule_rises_stays_and_falls() -> None:
     assert all(a > b for a, b in pairwise(factors[60:]))
     np.testing.assert_allclose(factors[130], 0.5)  # half-way through the cosine
     assert 0 < factors[-1] < 1e-3
+    assert [schedule(step, 8, 2, flat=1.0) for step in range(8)] == [0.5] + [1.0] * 7
 
 
 def test_a_token_weighs_what_its_bytes_do_on_average() -> None:

@@ -129,6 +129,9 @@ def test_the_command(command: list[str], tmp_path: Path) -> None:
 
 def test_bad_input_ends_in_one_line(command: list[str], tmp_path: Path) -> None:
     assert "a batch_size that 3 processes can share, got 2" in error(run(*command, "--processes", "3"))
+    for option, told in (("--length", "length to be"), ("--learning-rate", "learning_rate to be")):
+        refused = error(run(*command, option, "0" if option == "--learning-rate" else "2"))
+        assert refused.startswith(f"bayes_dispatch.model.pretraining.text: error: expected {told}")
     missing = error(run(*command, "--text", str(tmp_path / "none")))
     assert missing.startswith("bayes_dispatch.model.pretraining.text: error: expected a readable text file")
     (tmp_path / "out").mkdir()

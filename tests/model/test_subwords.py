@@ -258,6 +258,12 @@ def test_what_is_no_tokenizer_of_this_model_is_refused(data: bytes, size: int, t
         SubwordTokenizer.from_json(data, size)
 
 
+def test_one_without_tokens_is_refused() -> None:
+    settings = {"prefix": [], "pad": 0, "special": []}
+    with pytest.raises(ConfigError, match="expected a tokenizer with tokens, got one without any"):
+        SubwordTokenizer.from_json(Tokenizer(models.BPE()).to_str().encode(), 300, settings)
+
+
 def with_settings(**changed: Any) -> SubwordTokenizer:
     made = trained()
     return SubwordTokenizer.from_json(made.to_json(), 300, made.settings | changed)

@@ -263,19 +263,17 @@ def test_a_cut_leaves_nothing_below(make_model: MakeModel) -> None:
     ids, adaptation = tokens(7, 2, 6), scales(model, 2)
     assert model.cut(adaptation.scales) == 0
     with torch.no_grad():
-        whole = model(ids, adaptation=adaptation).logits
-        torch.testing.assert_close(model.above(0, ids, adaptation=adaptation), whole, rtol=0, atol=1e-12)
-        last = model.above(0, ids, adaptation=adaptation, last=torch.tensor([5, 2]))
-        torch.testing.assert_close(last[:, 0], whole[[0, 1], [5, 2]], rtol=0, atol=1e-12)
-        plain = model.above(0, model.below(0, ids), adaptation=Adaptation.identity())
-        torch.testing.assert_close(plain, model(ids).logits, rtol=0, atol=1e-12)
+        whole = model(ids, adaptation=adaptation).hidden
+        torch.testing.assert_close(model.upper(0, ids, adaptation=adaptation), whole, rtol=0, atol=1e-12)
+        plain = model.upper(0, model.below(0, ids), adaptation=Adaptation.identity())
+        torch.testing.assert_close(plain, model(ids).hidden, rtol=0, atol=1e-12)
     only = Adaptation({EMBEDDING: torch.ones(32).double()})
     with pytest.raises(TensorError, match="expected scales of block 1 and above alone"):
-        model.above(1, model.below(1, ids), adaptation=only)
+        model.upper(1, model.below(1, ids), adaptation=only)
     with pytest.raises(TensorError, match=r"expected tokens, whose embedding is adapted, got torch\.float64"):
-        model.above(0, model.below(0, ids), adaptation=only)
+        model.upper(0, model.below(0, ids), adaptation=only)
     with pytest.raises(TensorError, match=r"expected input_ids in 0 … 257, got 300 … 300"):
-        model.above(0, torch.tensor([[300]]))
+        model.upper(0, torch.tensor([[300]]))
 
 
 def test_a_classifier_reads_under_it() -> None:

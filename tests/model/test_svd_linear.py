@@ -17,6 +17,7 @@ from torch import Tensor
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+from bayes_dispatch.model.mambaformer.svd.factors import Factors
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
 
 
@@ -151,6 +152,15 @@ def test_rows_of_ones_are_the_plain_model(make_model: Any, mixer: Any, embedding
                 got = model(new, cache=adapted, adaptation=rows).logits
                 torch.testing.assert_close(got[[0, 2]], expected[[0, 2]], rtol=0, atol=tolerance)
                 assert torch.equal(got[1], expected[1]) == (other == 1)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2,), (3, 2)])
+def test_scales_go_where_the_weight_is(shape: tuple[int, ...]) -> None:
+    """Experts and blends of them are on the CPU, wherever a model is."""
+    linear = SVDLinear(5, 4).to("meta")
+    linear.keep_factors(Factors(*(torch.empty(shape, device="meta") for shape in ((4, 4), (4,), (4, 5))), 0.0))
+    y = linear(torch.empty(3, 7, 5, device="meta"), torch.ones(shape, requires_grad=True))
+    assert (y.shape, y.device.type) == ((3, 7, 4), "meta")
 
 
 def test_scales_of_ones_have_gradients() -> None:

@@ -56,7 +56,7 @@ class Cache:
     Attributes:
         states: one ``State`` per block. first: index of the first of these blocks in the model.
         capacity: most tokens that attention keeps in order; ``None`` where every state is of bounded size.
-        model: what made it: its weights' fingerprint and its dtype.
+        model: what made it: its weights' fingerprint, settings of its blocks, and its dtype.
         grow: make room when the capacity is reached, instead of raising ``CacheFullError``.
     """
 
@@ -253,6 +253,11 @@ class Cache:
             cache._made_by = [tuple(d) if isinstance(d, list) else d for d in about["made_by"]]
         except (KeyError, TypeError) as error:
             raise BundleError(f"expected a cache in {path}, got one without {error}") from None
+        if not cache._fits_together():
+            got = {name: each for name, each in about.items() if name != "made_by"}
+            raise BundleError(
+                f"expected sizes and scales of {len(states)} states in the cache {path}, got {got!r:.120}"
+            )
         cache._read, cache._dropped = _one_number(lengths["read"]), _one_number(lengths["dropped"])
         return cache
 
@@ -274,7 +279,7 @@ class Cache:
             raise TensorError(f"expected a batch of {self.batch_size} rows for this cache, got {batch_size}")
         if self.capacity is None:
             return
-        held = self._read - self._dropped + tokens
+        held = self._read - self._dropped + (tokens.cpu() if isinstance(tokens, Tensor) else tokens)
         need = int(held.max()) if isinstance(held, Tensor) else held
         if need <= self.capacity:
             return
@@ -283,7 +288,7 @@ class Cache:
         self.reserve(max(need, 2 * self.capacity))
 
     def check_model(self, model: str) -> None:
-        """Raise ``StaleCacheError`` unless the cache was made by this model: its weights' fingerprint and dtype."""
+        """Raise ``StaleCacheError`` unless the cache was made by this model: its weights, settings and dtype."""
         if model != self.model:
             raise StaleCacheError(f"expected a cache of model {model}, got one of model {self.model}")
 
@@ -324,6 +329,20 @@ class Cache:
     def end(self) -> None:
         """End the change that began."""
         self._changing = False
+
+    def _fits_together(self) -> bool:
+        """Whether what a file says of the states can be true."""
+        sizes = self.first, *(() if self.capacity is None else (self.capacity,))
+        rows = [digest for digest in self._made_by if isinstance(digest, tuple)]
+        others = [digest for digest in self._made_by if not isinstance(digest, tuple)]
+        return (
+            all(type(size) is int and size >= 0 for size in sizes)
+            and type(self.grow) is bool
+            and isinstance(self.model, str)
+            and len(self._made_by) == len(self.states)
+            and all(digest is None or isinstance(digest, str) for digest in others)
+            and all(len(row) == self.batch_size and all(isinstance(own, str) for own in row) for row in rows)
+        )
 
     def _check_block(self, block: int, made_by: tuple[str, ...], digests: tuple[str, ...]) -> None:
         for row, (expected, got) in enumerate(zip(made_by, digests, strict=True)):

@@ -143,7 +143,8 @@ class AttentionState(State):
         encoded = {}
         for name, tensor in (("key", keys), ("value", values)):
             scales = tensor.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 127
-            encoded[f"{name}s"] = (tensor / scales.to(tensor)).round().to(torch.int8)
+            # by scales that are not rounded: half precision would make 128 of 127, and that is −128 in int8
+            encoded[f"{name}s"] = (tensor / scales).round().to(torch.int8)
             encoded[f"{name}_scales"] = scales
         return encoded
 

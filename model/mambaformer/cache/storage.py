@@ -58,7 +58,7 @@ def _read_state(description: dict[str, Any], index: int, tensors: dict[str, Tens
     names = [name for name in tensors if name.startswith(f"{index}.")]
     own = {name.split(".", 1)[1]: tensors.pop(name) for name in names}
     for name, tensor in own.items():
-        if tensor.shape[0] != batch or tensor.ndim not in DIMENSIONS.get(name, (4,)):
+        if tensor.shape[:1] != (batch,) or tensor.ndim not in DIMENSIONS.get(name, (4,)):
             raise ValueError(f"{name} of block {index} of shape {tuple(tensor.shape)}")
         if tensor.dtype not in FLOATS | {torch.int8, torch.uint8, torch.bool}:
             raise ValueError(f"{name} of block {index} of {tensor.dtype}")

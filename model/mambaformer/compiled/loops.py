@@ -616,7 +616,7 @@ def _add(x: Array, y: Array, residual: float) -> None:
 
 
 # The steps below are whole blocks for one more token of few rows: x (B, D) becomes x + residual * mixer(norm(x)). Each
-# matrix comes as the five arrays that ``product`` takes; the other arguments are those of the functions above.
+# matrix comes as the ``Matrix`` that ``product`` takes; the other arguments are those of the functions above.
 
 
 @loop

@@ -107,7 +107,7 @@ def _largest(block: Block) -> int:
 
 
 def _step(block: Block, given: Mapping[str, Scales]) -> Step | None:
-    """The step of a block, where it is compiled: not where a matrix has a bias, or cannot be folded (``_folds``).
+    """The step of a block, where it is compiled: not where a matrix has a bias, is in float16, or does not fold.
 
     One thread runs it. Where many rows meet large matrices, whose rows threads share, the module runs.
     """
@@ -121,6 +121,8 @@ def _step(block: Block, given: Mapping[str, Scales]) -> Step | None:
     norm = *_arguments(block.norm), block.residual
 
     dtype = block.norm.weight.dtype
+    if any(linear.weight.dtype not in (dtype, torch.bfloat16) for linear in linears.values()):
+        return None
 
     def matrices(*names: str) -> "list[Matrix]":
         return [_matrix(linears[name], dtype, *adapted.get(name, (None, None))) for name in names]

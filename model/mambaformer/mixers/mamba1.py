@@ -140,7 +140,7 @@ class Mamba1Mixer(nn.Module):
         self, x: Tensor, gate: Tensor, span: Span, scales: Mapping[str, Scales], state: MambaState
     ) -> Float[Tensor, "B 1 d_inner"]:
         """One token of each row, where no gradient is recorded: few operations, and the state changes in place."""
-        window = torch.cat([state.conv, x], dim=1)  # (B, taps, d_inner)
+        window = torch.cat([state.conv.to(x.dtype), x], dim=1)  # (B, taps, d_inner)
         x = (window * self.conv_weight.t()).sum(1, keepdim=True).add_(self.conv_bias)
         delta, B, C = self._select(F.silu(x, inplace=True), scales)
         history = window.narrow(1, 1, self.d_conv - 1)

@@ -146,7 +146,7 @@ class Mamba2Mixer(nn.Module):
         """``_mix`` of one token of each row, where no gradient is recorded: few operations, the state in place."""
         gate, xBC, dt = self.in_proj(x, scales.get("in_proj")).split(self._widths, dim=-1)
         dt = self._step_sizes(dt)  # (B, 1, H)
-        window = torch.cat([state.conv, xBC], dim=1)  # (B, taps, C)
+        window = torch.cat([state.conv.to(xBC.dtype), xBC], dim=1)  # (B, taps, C)
         if span.tokens is None:
             state.conv.copy_(window.narrow(1, 1, self.d_conv - 1))
         else:

@@ -84,7 +84,16 @@ def ssd_step_(
     D: Float[Tensor, " h"] | None,
     state: Float[Tensor, "b h p n"],
 ) -> Float[Tensor, "b h p"]:
-    """``ssd_step`` that changes ``state`` itself, which may be stored in less precision, and returns the output."""
+    """``ssd_step`` that changes ``state`` itself, which may be stored in less precision, and returns the output.
+
+    Without gradients, and in float32 at least, as ``ssd_scan`` computes.
+    """
+    if x.dtype.itemsize < 4 or torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            D = None if D is None else D.to(dtype)
+            wide, dt, A, B, C = (v.to(dtype) for v in (x, dt, A, B, C))
+            return ssd_step_(wide, dt, A, B, C, D, state).to(x.dtype)
     batch, heads, _ = x.shape
     groups, n = B.shape[1:]
     B, C = B.reshape(batch * groups, 1, n), C.reshape(batch * groups, n, 1)

@@ -57,4 +57,4 @@ class SVDEmbedding(SVDMatrix):
                 return F.embedding(ids, (U * (s * z)) @ Vt)
             return (F.embedding(ids, U) * of_rows(s * z)) @ Vt
 
-        return by_row(ids, scales, lambda ids: self._stored(ids, dtype), scaled)
+        return by_row(ids, scales._replace(z=z), lambda ids: self._stored(ids, dtype), scaled)

@@ -68,11 +68,11 @@ class SVDMatrix(nn.Module):
                 return F.linear(x, (U * (s * z)) @ Vt)
             return F.linear(F.linear(x, Vt) * of_rows(s * z), U)
 
-        return by_row(x, scales, lambda x: times(x, self.weight), scaled)
+        return by_row(x, scales._replace(z=z), lambda x: times(x, self.weight), scaled)
 
     def prepare(self, scales: MatrixScales, rows: int) -> tuple[Tensor, Factors]:
-        """The scales and as many singular triples; ``TensorError`` unless they are for all rows, or for each."""
-        z = cast(Tensor, scales.z)
+        """The scales, on this device, and as many singular triples; ``TensorError`` unless for all rows or for each."""
+        z = cast(Tensor, scales.z).to(self.weight.device)
         kinds, shape = ((self.rank,), (rows, self.rank)), tuple(z.shape)
         if shape[:-1] not in {kind[:-1] for kind in kinds} or not 1 <= shape[-1] <= self.rank:
             raise TensorError(f"expected scales of shape {kinds[0]} or {kinds[1]} or fewer of them, got {shape}")
