@@ -29,7 +29,7 @@ class ExpertVector:
             ``bayes_dispatch`` and ``torch`` as ``provenance`` gives them; and whatever else.
 
     Raises:
-        ConfigError: a name that cannot be a file's; metadata that is no text, or called ``name``, ``base`` or ``digest``.
+        ConfigError: a name that cannot be a file's; metadata that is no text, or named as what a file has of its own.
         TensorError: scales that are not finite vectors.
     """
 

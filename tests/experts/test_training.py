@@ -359,7 +359,7 @@ def test_a_name_that_no_expert_can_have_is_refused_at_once(base: "MambaFormerFor
         def document(self, *_: object) -> Document:  # type: ignore[override]
             raise AssertionError("expected no training")
 
-    with pytest.raises(ConfigError, match="expected an expert name of letters, .* got 'de both ways'"):
+    with pytest.raises(ConfigError, match=r"expected an expert name of letters, .* got 'de both ways'"):
         train_expert(base, Unread("de both ways", OWN_TEXT), TINY, progress=False)
 
 

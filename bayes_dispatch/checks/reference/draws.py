@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
@@ -75,7 +75,7 @@ class ReferencePosterior(DispatchPosterior):
     def concatenate(cls, parts: Sequence[DispatchPosterior]) -> ReferencePosterior:
         """As :meth:`DispatchPosterior.concatenate`; draws of the globals are kept where all are of the same chains."""
         whole, given = cast(ReferencePosterior, super().concatenate(parts)), cast("Sequence[ReferencePosterior]", parts)
-        found = {}
+        found: dict[str, Any] = {}
         for name in ("divergences", "steps"):
             own = [getattr(part, name) for part in given]
             some = all(len(values) == len(part) for values, part in zip(own, given, strict=True))
