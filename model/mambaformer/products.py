@@ -28,8 +28,8 @@ def times(
     """``x Wᵀ + b`` in the precision of ``x``, which that of ``W`` may be less than.
 
     On a CPU nothing but the result is rounded: a matrix in bfloat16 halves what is read from memory, and that is what
-    few rows wait for. Many rows are rounded to it, too, where the processor multiplies so and the caller has allowed it:
-    by ``torch.set_float32_matmul_precision("medium")``, which is torch's word for that. Other devices always do.
+    few rows wait for. Many rows are rounded to it, too, where the processor multiplies so and the caller allows it: by
+    ``torch.set_float32_matmul_precision("medium")``, which is torch's word for that. Other devices always do.
     """
     plain = type(weight) in PLAIN
     near = plain and x.device.type == weight.device.type == "cpu"
