@@ -3,6 +3,7 @@
     python benchmarks/checkpoints.py                                      # Granite-4.0-H-350M
     python benchmarks/checkpoints.py --shape bamba --threads 2
     python benchmarks/checkpoints.py --dtype bfloat16 --prefill 512 --prefill 4096
+    python benchmarks/checkpoints.py --dtype bfloat16 --precision medium  # many rows are rounded to it, as theirs are
     python benchmarks/checkpoints.py --dtype bfloat16 --long 65536        # a long prompt, read by ours alone
 
 A checkpoint is written to a temporary directory, and read by both, each in a process of its own ("load"). Then both
@@ -158,11 +159,13 @@ def main(
     rows: Annotated[list[int], typer.Option(help="Rows to decode; repeat it.")] = [1, 4, 16],  # noqa: B006
     tokens: Annotated[int, typer.Option(help="To decode.")] = 16,
     rounds: Annotated[int, typer.Option(help="Rounds.")] = 5,
+    precision: Annotated[str, typer.Option(help="Of float32's products: torch's word, such as medium.")] = "highest",
     length: Annotated[int, typer.Option("--long", help="Read that many tokens, with ours alone.")] = 0,
 ) -> None:
     """Print how long loading, prefill and decoding take."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision(precision)
     wanted = getattr(torch, dtype)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

@@ -4,10 +4,12 @@ Their Python runs and prints what they show, their shell commands parse, their l
 the shipped bundle's, and the API page names every public name.
 """
 
+import logging
 import re
 import shlex
 import subprocess
 import sys
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,9 @@ def test_python_prints_what_is_shown(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    logger = logging.getLogger("bayes_dispatch")
+    for name in ("handlers", "level"):  # what a page sets would stay for other tests
+        monkeypatch.setattr(logger, name, copy(getattr(logger, name)))
     exec(compile(blocks(page, "python"), PAGES[page], "exec"), {"__name__": "__main__"})
     printed = capfd.readouterr().out
     assert page != "README" or list(tmp_path.iterdir()) == []  # its first lines leave nothing behind

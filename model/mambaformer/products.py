@@ -28,7 +28,8 @@ def times(
     """``x Wᵀ + b`` in the precision of ``x``, which that of ``W`` may be less than.
 
     On a CPU nothing but the result is rounded: a matrix in bfloat16 halves what is read from memory, and that is what
-    few rows wait for. Other devices multiply in bfloat16: there ``x`` is rounded to it, too.
+    few rows wait for. Many rows are rounded to it, too, where the processor multiplies so and the caller allows it: by
+    ``torch.set_float32_matmul_precision("medium")``, which is torch's word for that. Other devices always do.
     """
     plain = type(weight) in PLAIN
     near = plain and x.device.type == weight.device.type == "cpu"
@@ -40,6 +41,9 @@ def times(
     if near and rows and (half or weight.numel() >= SMALL) and fits and can_compile(x):
         few = rows <= MOST_ROWS and weight.dtype in (x.dtype, torch.bfloat16)
         if few or half:
+            rounded = weight.dtype == torch.bfloat16 and torch.get_float32_matmul_precision() == "medium"
+            if not few and rounded and _in_hardware(torch.bfloat16):
+                return F.linear(x.bfloat16(), weight, None if bias is None else bias.bfloat16()).to(x.dtype)
             product = (_few if few else _tiled)(x.reshape(rows, x.shape[-1]), weight)
             return (product if bias is None else product.add_(bias)).reshape(*x.shape[:-1], len(weight))
     if not half:

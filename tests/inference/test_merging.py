@@ -160,6 +160,7 @@ def test_no_more_log_probabilities_than_may_be_are_compared_at_once(
     rows = weights.shape[0] * weights.shape[1]
     monkeypatch.setattr(readers, "AFTER_AT_ONCE", 5 * rows * model64.vocab_size)
     monkeypatch.setattr("bayes_dispatch.model.mambaformer.session.LOGITS_AT_ONCE", 5 * rows * model64.vocab_size)
+    monkeypatch.setattr("bayes_dispatch.model.mambaformer.session.ROWS_AT_ONCE", 1)
     monkeypatch.setattr(MambaFormerSession, "after", counted_after)
     monkeypatch.setattr(particles_module, "divergences", counted_divergences)
     for kind in kinds:

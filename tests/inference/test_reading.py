@@ -128,6 +128,7 @@ def test_no_more_log_probabilities_than_may_be_are_there_at_once(
     monkeypatch.setattr(MambaFormerSession, "after", told)
     monkeypatch.setattr(reading_module, "LOGITS_AT_ONCE", at_once)
     monkeypatch.setattr("bayes_dispatch.model.mambaformer.session.LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr("bayes_dispatch.model.mambaformer.session.ROWS_AT_ONCE", 1)
     experts = experts_from(model64, 1)
     particles = {"p": Particles(np.eye(3)[None], np.full((1, 3), 1 / 3))}
     score_together(model64, experts, [Document("ab" * 30, 4)], particles)

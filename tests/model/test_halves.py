@@ -205,6 +205,26 @@ def test_half_precision_throughout_rounds_the_result_alone(
         torch.testing.assert_close(found.double(), expected, rtol=unit, atol=(4 if hardware else 1) * unit)
 
 
+@pytest.mark.parametrize("hardware", [False, True])
+def test_many_rows_are_rounded_where_that_is_allowed(hardware: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's setting, where the processor multiplies so: few rows, and other processors, round nothing."""
+    monkeypatch.setattr(products, "_in_hardware", lambda _: hardware)
+    draw = torch.Generator().manual_seed(5)
+    weight, bias = torch.randn(70, 300, generator=draw).bfloat16(), torch.randn(70, generator=draw)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        for rows in (1, 32, 40):
+            x = torch.randn(rows, 300, generator=draw)
+            expected = x.double() @ weight.double().T + bias.double()
+            with torch.no_grad():
+                off = (times(x, weight, bias) - expected).abs().max()
+            rounded = hardware and rows > products.MOST_ROWS
+            assert (1e-2 < off < 1) if rounded else off < 1e-3  # of sums of 300 products, some 17
+    finally:
+        torch.set_float32_matmul_precision(before)  # type: ignore[no-untyped-call]
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_another_width_is_refused() -> None:
     for width in (200, 400):

@@ -66,7 +66,7 @@ def test_coverage_by_length(bundle: Bundle, found: Diagnosis) -> None:
     again = diagnose(replace(new, dispatcher=coarsely(new.dispatcher)), SETTINGS).held_out.by_length["all"]
     assert list(again) == [*names, "calibrated 50%", "calibrated 90%"]
     assert again["posterior 90%"] == rows["all"]["posterior 90%"]
-    assert again["calibrated 90%"].count == counts[-1]
+    assert again["calibrated 90%"].count >= len(rows["all"])  # by means of the distribution, not of draws
     assert again["calibrated 90%"].value > again["calibrated 50%"].value
 
 
