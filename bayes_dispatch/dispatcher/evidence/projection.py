@@ -148,12 +148,16 @@ def spread_of(values: Float[np.ndarray, "prompt raw"]) -> Float[np.ndarray, " ra
 
 
 def _residual_directions(x: np.ndarray, y: np.ndarray, directions: np.ndarray, count: int) -> np.ndarray:
-    """``(F, count)``: principal directions of x within class, uncorrelated with the given ones, of unit variance."""
+    """``(F, count)``: principal directions of x within class, uncorrelated with the given ones, of unit variance.
+
+    Where x has fewer, the others stay as they are: what varies within rounding alone is not made large.
+    """
     within = x - y @ np.linalg.lstsq(y, x, rcond=None)[0]
     explained, *_ = np.linalg.lstsq(within @ directions, within, rcond=None)  # (kept, F)
     pca = _fitted_pca(within - within @ directions @ explained, count)
     extra = pca.components_.T - directions @ (explained @ pca.components_.T)
-    return extra / (within @ extra).std(axis=0)
+    spread = (within @ extra).std(axis=0)
+    return extra / np.where(spread > 1e-9 * np.abs(within).max(), spread, 1.0)
 
 
 def _principal(hidden: np.ndarray, dimensions: int) -> tuple[FeatureMap, np.ndarray]:

@@ -124,3 +124,13 @@ def test_a_constant_view_tells_nothing() -> None:
     feature_map, own = fit_feature_map(hidden, targets, FeatureSettings(dimensions=3), 0)
     assert np.isfinite(feature_map(hidden)).all()
     np.testing.assert_allclose(own, 0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("error")
+def test_rounding_is_no_direction() -> None:
+    """Where columns repeat each other, features beyond what they tell vary by nothing."""
+    hidden, targets = world(raw=2)
+    feature_map, features = fit_feature_map(np.tile(hidden, 4), targets, FeatureSettings(dimensions=5, folds=4), 0)
+    assert (features[:, :2].std(axis=0) > 0.1).all()
+    np.testing.assert_allclose(features[:, 2:], 0, atol=1e-6)
+    assert np.abs(feature_map(np.tile(world(raw=2, seed=1)[0], 4))).max() < 100
