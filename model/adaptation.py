@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from types import MappingProxyType
 from typing import Any, NamedTuple, cast
 
@@ -264,12 +264,15 @@ class Adaptation:
         near |= {key: self.deltas[name].c.detach().cpu().expand(rows, -1) for key, name in deltas.items()}
         adapts |= {key: (near[key] != 0).any(1).tolist() for key in deltas}
 
+        @cache  # most rows have deltas of the same matrices
+        def of_factors(names: tuple[str, ...]) -> str:
+            parts = [_part(name, part) for name in names for part in FACTORS]
+            told = " ".join(f"{part} {self._factors[part].digest}" for part in parts)
+            return hashlib.blake2b(told.encode(), digest_size=16).hexdigest() if told else ""
+
         def of(row: int) -> str:
             own = {name: each[row] for name, each in near.items() if adapts[name][row]}
-            parts = [_part(deltas[name], part) for name in own if name in deltas for part in FACTORS]
-            factors = " ".join(f"{part} {self._factors[part].digest}" for part in parts)
-            shared = hashlib.blake2b(factors.encode(), digest_size=16).hexdigest() if factors else ""
-            return hashed(own) + shared if own else ""
+            return hashed(own) + of_factors(tuple(deltas[key] for key in own if key in deltas)) if own else ""
 
         return of(0) if self.rows is None else tuple(of(row) for row in range(rows))
 

@@ -1,14 +1,14 @@
 """Coverage of the posterior intervals of the weights: how often a true weight lies inside.
 
-Equal-tailed intervals, over the components whose posterior mean exceeds .05. An exact
+Those of the posterior are equal-tailed, and judged over the components whose posterior mean exceeds .05. An exact
 posterior covers its level on them, for they are chosen without a look at the truth. Chosen by their true weight it does
 not: a component that is there, but that evidence hardly shows, lies in the upper tail even of an exact posterior, and
 those that are not there, always inside, would not make up for it. A true weight of 0 or of 1 ties with draws that are
 next to it (nearer than ``RESOLUTION``), and its rank among them is drawn at random, as in simulation-based calibration:
-an interval that reaches down to 0 would otherwise always hold a 0. Coverage below the nominal level means intervals
-that are too narrow; :func:`simulated_coverage`, the same statistic on evidence simulated from the fitted program, tells
-how much of it is the prior's, for which weights that are given may be rare. The rest is the
-likelihoods' fault, or the evidence's.
+an interval that reaches down to 0 would otherwise always hold a 0. Calibrated ones are judged by what is promised of
+them. Coverage below the nominal level means intervals that are too narrow; :func:`simulated_coverage`, the same
+statistic on evidence simulated from the fitted program, tells how much of it is the prior's, for which weights that are
+given may be rare. The rest is the likelihoods' fault, or the evidence's.
 """
 
 from __future__ import annotations

@@ -122,10 +122,14 @@ class Conformal(Frozen):
         return np.array(found)
 
     def sets(
-        self, answer: Answer, lengths: Float[np.ndarray, " prompt"], probability: float
+        self,
+        best: Float[np.ndarray, "prompt weight"],
+        lengths: Float[np.ndarray, " prompt"],
+        probability: float,
     ) -> Bool[np.ndarray, "prompt weight"]:
-        """``(N, K+1)`` the least ambiguous sets (Sadinle et al., 2019), with the likeliest expert in each."""
-        doubts = 1 - answer.probability_best()
+        """``(N, K+1)`` the least ambiguous sets (Sadinle et al., 2019), with the likeliest expert in each, where the
+        posterior says that each is ``best``."""
+        doubts = 1 - best
         most = np.maximum(self.quantiles("doubts", lengths, probability), doubts.min(1, keepdims=True))
         return doubts <= most + ROUNDING
 

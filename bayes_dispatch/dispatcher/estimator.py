@@ -309,8 +309,7 @@ class Dispatcher:
         >>> monitor, report = watch(monitor, dispatcher.log_evidence(arriving))     # doctest: +SKIP
         """
         state = self.state
-        pieces = state.prompts(as_evidence(X)).pieces()
-        return np.concatenate([state.answer(some, state.shares).log_evidence for some in pieces])
+        return state.log_evidence(as_evidence(X), state.shares)
 
     @property
     def prior(self) -> PriorState:
@@ -426,12 +425,8 @@ class Dispatcher:
         if (known := self._conformal) is None:
             raise NotFittedError("expected a calibrated dispatcher, got one before calibrate()")
         evidence = as_evidence(X)
-        lengths = iter(evidence.known_lengths())
-
-        def sets(answer: Answer) -> Bool[np.ndarray, "prompt weight"]:
-            return known.sets(answer, np.array(list(islice(lengths, len(answer)))), probability)
-
-        return self._of_each(evidence, known.shares, sets)
+        best = self._of_each(evidence, known.shares, lambda answer: answer.probability_best())
+        return known.sets(best, evidence.known_lengths(), probability)
 
     def predict(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Shaped[np.ndarray, " prompt"]:
         """``(N,)`` names of the experts most likely to have the largest weight, ``"base"`` among them."""
@@ -591,32 +586,29 @@ class Dispatcher:
 
     def _posterior(self, prompts: Prompts, draws: int, generators: Sequence[np.random.Generator]) -> DispatchPosterior:
         """Piece by piece: what a calibrated one keeps of each prompt is all that stays."""
-        turn, pi = iter(generators), self.prior.mean
-        parts = [self._posterior_of(some, draws, list(islice(turn, len(some))), pi) for some in prompts.pieces()]
+        known, pi, found = self._known, self.prior.mean, self._conformal  # of all pieces, whatever other threads fit
+        labels, turn = known.labels(pi), iter(generators)
+        theirs = None if found is None or np.array_equal(found.shares, pi) else known.labels(found.shares)
+        parts = []
+        for some in prompts.pieces():
+            answer = known.answer(some, labels)
+            weights, log_ratios = answer.draw(draws, list(islice(turn, len(some))))
+            calibrated = None
+            if found is not None:  # under the shares of calibration, which feedback may have moved
+                own = answer if theirs is None else known.answer(some, theirs)
+                calibrated = ConformalIntervals(found, some.lengths.numpy(), own)
+            prior = None if log_ratios is None else np.tile(known.prior_mean(labels), (len(some), 1))
+            parts.append(
+                DispatchPosterior(
+                    weights,
+                    self._components,
+                    log_evidence=answer.log_evidence,
+                    prior=prior,
+                    log_ratios=log_ratios,
+                    calibrated=calibrated,
+                )
+            )
         return DispatchPosterior.concatenate(parts)
-
-    def _posterior_of(
-        self,
-        prompts: Prompts,
-        draws: int,
-        generators: Sequence[np.random.Generator],
-        pi: Float[np.ndarray, " component"],
-    ) -> DispatchPosterior:
-        known, calibrated = self._known, None
-        answer = known.answer(prompts, known.labels(pi))
-        weights, log_ratios = answer.draw(draws, generators)
-        if (found := self._conformal) is not None:  # under the shares of calibration, which feedback may have moved
-            same = np.array_equal(found.shares, pi)
-            theirs = answer if same else known.answer(prompts, known.labels(found.shares))
-            calibrated = ConformalIntervals(found, prompts.lengths.numpy(), theirs)
-        return DispatchPosterior(
-            weights,
-            self._components,
-            log_evidence=answer.log_evidence,
-            prior=None if log_ratios is None else np.tile(self._prior_mean(pi), (len(prompts), 1)),
-            log_ratios=log_ratios,
-            calibrated=calibrated,
-        )
 
 
 def _tuples(settings: dict[str, Any]) -> dict[str, Any]:

@@ -298,7 +298,7 @@ def _unlikely(
     """``(N,)`` minus the log density, in nats, of evidence that base has no share in, under label shares ``(K+1,)``."""
     state = dispatcher.state
     of_experts = on_simplex(np.append(state.labels(shares)[:-1], NEVER))
-    return -np.concatenate([state.answer(some, of_experts).log_evidence for some in state.prompts(evidence).pieces()])
+    return -state.log_evidence(evidence, of_experts)
 
 
 def _regressions(

@@ -41,9 +41,6 @@ def times(
     if near and rows and (half or weight.numel() >= SMALL) and fits and can_compile(x):
         few = rows <= MOST_ROWS and weight.dtype in (x.dtype, torch.bfloat16)
         if few or half:
-            rounded = weight.dtype == torch.bfloat16 and torch.get_float32_matmul_precision() == "medium"
-            if not few and rounded and _in_hardware(torch.bfloat16):
-                return F.linear(x.bfloat16(), weight, None if bias is None else bias.bfloat16()).to(x.dtype)
             product = (_few if few else _tiled)(x.reshape(rows, x.shape[-1]), weight)
             return (product if bias is None else product.add_(bias)).reshape(*x.shape[:-1], len(weight))
     if not half:
@@ -74,7 +71,10 @@ def _few(x: Float[Tensor, "B K"], weight: Float[Tensor, "O K"]) -> Float[Tensor,
 
 
 def _tiled(x: Float[Tensor, "B K"], weight: Float[Tensor, "O K"]) -> Float[Tensor, "B O"]:
-    """Of many rows, by the library's product with a part of the matrix at a time."""
+    """Of many rows, by the library's product with a part of the matrix at a time, or all if rows are rounded."""
+    rounded = weight.dtype == torch.bfloat16 and torch.get_float32_matmul_precision() == "medium"
+    if rounded and _in_hardware(torch.bfloat16):
+        return F.linear(x.bfloat16(), weight).to(x.dtype)
     out = x.new_empty(len(x), len(weight))
     precise = x.new_empty(min(TILE, len(weight)), x.shape[1])
     for start in range(0, len(weight), TILE):

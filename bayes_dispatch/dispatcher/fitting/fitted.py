@@ -114,6 +114,10 @@ class FittedDispatcher:
         """The posterior of float64 prompts under label shares ``(K+1,)``."""
         return self.quadrature(prompts, labels)
 
+    def log_evidence(self, evidence: Evidence, labels: Float[np.ndarray, " weight"]) -> Float[np.ndarray, " prompt"]:
+        """``(N,)`` log density of prompts under label shares ``(K+1,)``, nats; raises as ``prompts``."""
+        return np.concatenate([self.answer(some, labels).log_evidence for some in self.prompts(evidence).pieces()])
+
     def pack(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         """What JSON holds, and named arrays."""
         views = [{"name": view.name, "kind": view.kind, "width": view.width} for view in self.model.views]

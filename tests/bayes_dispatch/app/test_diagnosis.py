@@ -15,11 +15,12 @@ from bayes_dispatch.app.diagnosis_report import FILES, diagnosis_tables, write_d
 from bayes_dispatch.app.held_out import calibrated
 from bayes_dispatch.checks.reliability import expected_calibration_error
 from bayes_dispatch.checks.selective import Abstention, risk_coverage
+from bayes_dispatch.dispatcher.conformal import counted
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS
 from bayes_dispatch.experts.domains.own import OwnText
-from bayes_dispatch.inference.scoring.evidence_sets import pure_evidence
+from bayes_dispatch.inference.scoring.evidence_sets import mixed_evidence, pure_evidence
 from tests.bayes_dispatch.conftest import coarsely
 
 MINE = OwnText("sort", "".join(f"Of {number} things, none is like another.\n" for number in range(60)))
@@ -66,7 +67,10 @@ def test_coverage_by_length(bundle: Bundle, found: Diagnosis) -> None:
     again = diagnose(replace(new, dispatcher=coarsely(new.dispatcher)), SETTINGS).held_out.by_length["all"]
     assert list(again) == [*names, "calibrated 50%", "calibrated 90%"]
     assert again["posterior 90%"] == rows["all"]["posterior 90%"]
-    assert again["calibrated 90%"].count >= len(rows["all"])  # by means of the distribution, not of draws
+    names_of = {domain.name: domain for domain in EXPERT_DOMAINS}
+    domains, lengths = [names_of[name] for name in bundle.experts.names], SETTINGS.mixture_lengths
+    known = mixed_evidence(bundle.model, domains, 20, lengths, "held_out", SETTINGS.seed, cut=bundle.cut)
+    assert again["calibrated 90%"].count == counted(coarsely(new.dispatcher).mean(known.evidence)).sum()
     assert again["calibrated 90%"].value > again["calibrated 50%"].value
 
 
