@@ -1,13 +1,14 @@
 """Tokens per second of an engine under a closed loop of clients, beside the same requests one at a time.
 
 Each of C clients asks for one text after the other, of a prompt and a blend of its own: eight blends in turn. "One at a
-time" is ``TwoPassGenerator.generate`` of the same requests, in the same process, between the loads.
+time" are eight of these requests by one client, between the loads.
 
     python benchmarks/serving.py [--clients 1 8 32] [--tokens 64] [--rounds 3]
     python benchmarks/serving.py --bundle DIR --dtype float32 --one-row --clients 8 --tokens 256 --requests 8 --rounds 1
 """
 
 from argparse import ArgumentParser
+from functools import partial
 from threading import Thread
 from time import perf_counter
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 import bayes_dispatch as bd
+from bayes_dispatch.app.engines import passing
 from bayes_dispatch.inference.two_pass.blends import as_blend
 from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
@@ -78,8 +80,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    bundle = bd.load_bundle(given.bundle, dtype=given.dtype)
-    generator, engine = bd.TwoPassGenerator(bundle), BatchedEngine(bundle, Limits(running=64))
+    bundle = passing(partial(bd.load_bundle, given.bundle, dtype=given.dtype))
+    engine = passing(partial(BatchedEngine, bundle, Limits(running=64)))
     components = bundle.experts.components
     print("| clients | tokens/s | one at a time | ratio | first token p50, p99 (s) | between tokens p50, p99 (ms) |")
     print("| --- | --- | --- | --- | --- | --- |")
@@ -95,17 +97,11 @@ def main() -> None:
             for client in clients:
                 client.join()
             rate = sum(client.tokens for client in clients) / (perf_counter() - begun)
-            some = [work for own in works for work in own][:8]
-            begun, written = perf_counter(), 0
-            for work in some:
-                assert isinstance(work.prompt, str)
-                result = generator.generate(
-                    [work.prompt], blend=work.blend, max_new_tokens=tokens, do_sample=True, seed=work.seed
-                )
-                written += int(result.lengths[0])
+            lonely, begun = Client(engine, [work for own in works for work in own][:8]), perf_counter()
+            lonely.run()
             if turn:
                 rates.append(rate)
-                alone.append(written / (perf_counter() - begun))
+                alone.append(lonely.tokens / (perf_counter() - begun))
                 first += [time for client in clients for time in client.first]
                 between += [time for client in clients for time in client.between]
         ratio = np.median(np.array(rates) / np.array(alone))

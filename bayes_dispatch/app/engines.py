@@ -1,6 +1,10 @@
 """Makes engines of a bundle, here or on another machine: what is sent there is its path, and the engine's settings."""
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
 
 from bayes_dispatch.app.bundle_at import BundleAt
 from bayes_dispatch.errors import MissingDependencyError
@@ -9,7 +13,19 @@ from bayes_dispatch.inference.two_pass.system import System
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
 from bayes_dispatch.serving.work import Engine
 
-__all__ = ["EngineOf"]
+__all__ = ["EngineOf", "passing"]
+
+T = TypeVar("T")
+
+
+def passing(work: Callable[[], T]) -> T:
+    """Do it in a thread that ends, and with it the threads that OpenMP gave it.
+
+    Each thread that has computed keeps its own, and where there are more of these than cores, they sleep between two
+    products and have to be woken for the next. An engine's thread is to be the only one that has any.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
 
 
 @dataclass(frozen=True)
@@ -33,7 +49,7 @@ class EngineOf:
         Raises:
             BundleError: see ``BundleAt.load``. BayesDispatchError: see :meth:`start`.
         """
-        return self.start(self.bundle.load())
+        return self.start(passing(self.bundle.load))
 
     def start(self, system: System) -> Engine:
         """An engine of what has been loaded; it has compiled what would hold up its first request.
@@ -41,6 +57,9 @@ class EngineOf:
         Raises:
             MissingDependencyError: vLLM's server cannot be asked. UpstreamError, ConfigError: see ``VllmEngine``.
         """
+        return passing(partial(self._start, system))
+
+    def _start(self, system: System) -> Engine:
         if self.vllm is None:
             TwoPassGenerator(system).generate(["a", "b"], max_new_tokens=2)
             return BatchedEngine(system, self.limits)

@@ -9,13 +9,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayes_dispatch.model.mambaformer.compiled.switch import array, can_compile, kernels
-from bayes_dispatch.model.mambaformer.compiled.threads import in_parts
+from bayes_dispatch.model.mambaformer.compiled.threads import shared, sharing
 
-__all__ = ["HALVES", "MOST_ROWS", "SHARED", "Head", "times"]
+__all__ = ["HALVES", "MOST_ROWS", "Head", "times"]
 
 HALVES = {torch.bfloat16, torch.float16}  # which matrices may be kept in beside float32
 
-SHARED = 6 * 2**20  # multiplications from which on a second thread saves more than asking it costs
 SMALL = 2**16  # numbers in a matrix of which a library's product of few rows is faster
 MOST_ROWS = 32  # with more, it is faster, too
 PLAIN = (Tensor, nn.Parameter)  # not a quantised matrix, which multiplies in its own way
@@ -62,11 +61,9 @@ class Head(nn.Linear):
 def _few(x: Float[Tensor, "B K"], weight: Float[Tensor, "O K"]) -> Float[Tensor, "B O"]:
     """Of few rows, by a loop that reads the matrix once; threads share its rows."""
     rows, numbers = array(x), array(weight if weight.dtype == x.dtype else weight.view(torch.uint16))
-    out = np.empty((len(rows), len(numbers)), rows.dtype)
-    if len(rows) * weight.numel() >= SHARED:
-        in_parts(kernels().rows_times, len(numbers), rows, numbers, out)
-    else:
-        kernels().rows_times(rows, numbers, out, 0, len(numbers))
+    out, threads = np.empty((len(rows), len(numbers)), rows.dtype), sharing()
+    with shared(threads):
+        kernels().multiply(rows, numbers, out, threads)
     return torch.from_numpy(out)
 
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -133,11 +134,12 @@ def serve(
     scale = _scale(replicas or "1", replica_busy or max(1, running // 2), replica_cpus or 1.0, device) if ray else None
     with listen(host, port) as listening:
         from bayes_dispatch.app.bundle_at import BundleAt
-        from bayes_dispatch.app.engines import EngineOf
+        from bayes_dispatch.app.engines import EngineOf, passing
         from bayes_dispatch.inference.two_pass.events import JsonLines
         from bayes_dispatch.serving.engine import Limits
 
-        loaded, learner = open_bundle(bundle, "cpu" if ray else device, dtype), None  # a gateway runs no model
+        here = "cpu" if ray else device  # a gateway runs no model
+        loaded, learner = passing(partial(open_bundle, bundle, here, dtype)), None
         if prior is not None:
             loaded.dispatcher.keep_prior(prior)
             learner = Learner(loaded.dispatcher, REMEMBERED if remembered is None else remembered)

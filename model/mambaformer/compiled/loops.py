@@ -10,7 +10,7 @@ numba keeps their programs on disk, and makes one anew only when the file of its
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import types
+from numba import prange, types
 from numba.extending import intrinsic, overload
 
 from bayes_dispatch.errors import TensorError
@@ -22,9 +22,9 @@ __all__ = [
     "attend_across",
     "convolve",
     "mix_mamba2",
+    "multiply",
     "normalise",
     "product",
-    "rows_times",
     "scan_mamba1",
     "step_attention",
     "step_cross_attention",
@@ -37,6 +37,7 @@ Array = Any  # numba infers what its functions take
 
 TILE = 64  # tokens whose activations stay in a processor's cache
 CHANNELS = 128  # of a selective scan, likewise
+SHARED = 2**18  # multiplications from which on a second thread saves more than asking it costs
 OTHER_SHAPE = "expected cached states of this model's sizes, got others"  # indices are not checked one by one
 
 
@@ -47,6 +48,7 @@ class Matrix(NamedTuple):
         weight: (O, K), or U (O, r). scaled: (1 or B, r), s z; empty for a matrix that is ``weight``. right: Vᵀ (r, K).
         stored: (O, K), what the rows ``plain`` (of those whose scales are all 1) are multiplied by.
         bits: (O, K), of bfloat16, in the place of a ``weight``, or of ``stored``, that is (0, K); or (0, K).
+        threads: how many may share a product.
     """
 
     weight: Array
@@ -55,10 +57,12 @@ class Matrix(NamedTuple):
     stored: Array
     plain: Array
     bits: Array
+    threads: int
 
 
 precise = compile_with("contract")  # an exponential needs its two-part constants as they are
-loop = compile_with("contract", "reassoc", "nsz", "arcp")  # sums in any order, NaN and infinity as they are
+LIBERTIES = "contract", "reassoc", "nsz", "arcp"  # sums in any order, NaN and infinity as they are
+loop = compile_with(*LIBERTIES)
 
 
 def _power(typing_context: Any, biased: Any) -> Any:
@@ -545,33 +549,48 @@ def attend_across(queries: Array, keys: Array, values: Array, visible: Array, sc
 @loop
 def product(x: Array, matrix: Matrix) -> Array:
     """Rows x (B, K) times a matrix, for few rows: it is read once, and memory is what that waits for."""
-    weight, scaled, right, stored, plain, bits = matrix
+    weight, scaled, right, stored, plain, bits, threads = matrix
     if x.shape[1] != (right if len(scaled) > 0 else weight).shape[1]:
         raise TensorError(OTHER_SHAPE)
     inner = np.empty((len(x), len(right)), x.dtype)
     out = np.empty((len(x), max(len(weight), len(bits))), x.dtype)
     if len(scaled) > 0:
-        rows_times(x, right, inner, 0, len(right))
+        multiply(x, right, inner, threads)
         for b in range(len(x)):
             row, factors = inner[b], scaled[b % len(scaled)]
             for r in range(len(right)):
                 row[r] *= factors[r]
-        rows_times(inner, weight, out, 0, len(weight))
+        multiply(inner, weight, out, threads)
     elif len(bits) > 0:
-        rows_times(x, bits, out, 0, len(bits))
+        multiply(x, bits, out, threads)
     else:
-        rows_times(x, weight, out, 0, len(weight))
+        multiply(x, weight, out, threads)
     for b in plain:
         if len(bits) > 0:
-            rows_times(x[b : b + 1], bits, out[b : b + 1], 0, len(bits))
+            multiply(x[b : b + 1], bits, out[b : b + 1], threads)
         else:
-            rows_times(x[b : b + 1], stored, out[b : b + 1], 0, len(stored))
+            multiply(x[b : b + 1], stored, out[b : b + 1], threads)
     return out
 
 
 @loop
-def rows_times(x: Array, weight: Array, out: Array, start: int, stop: int) -> None:
-    """Some columns of x (B, K) times weight (O, K), numbers or the bits of bfloat16, into out (B, O).
+def multiply(x: Array, weight: Array, out: Array, threads: int) -> None:
+    """x (B, K) times weight (O, K), numbers or the bits of bfloat16, into out (B, O); threads share a large product."""
+    if threads > 1 and len(x) * weight.size >= SHARED:
+        _multiply_in_parts(x, weight, out, threads)
+    else:
+        _multiply(x, weight, out, 0, len(weight))
+
+
+@compile_with(*LIBERTIES, parallel=True)
+def _multiply_in_parts(x: Array, weight: Array, out: Array, threads: int) -> None:
+    for part in prange(threads):
+        _multiply(x, weight, out, len(weight) * part // threads, len(weight) * (part + 1) // threads)
+
+
+@loop
+def _multiply(x: Array, weight: Array, out: Array, start: int, stop: int) -> None:
+    """Some columns.
 
     Four rows of the matrix are read at a time, far from each other: a processor fetches each of several streams ahead,
     and one core reads half as much again as from a single one. The last rows may be done twice.

@@ -1,6 +1,5 @@
 """One more token of few rows on a CPU: each block is one compiled function, matrix products included."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, cast
@@ -15,6 +14,7 @@ from bayes_dispatch.model.adaptation import Adaptation, Delta, MatrixScales, Sca
 from bayes_dispatch.model.mambaformer.block import Block
 from bayes_dispatch.model.mambaformer.cache import AttentionState, Cache, CrossAttentionState, MambaState, State
 from bayes_dispatch.model.mambaformer.compiled.switch import Array, array, can_compile, kernels
+from bayes_dispatch.model.mambaformer.compiled.threads import shared, sharing
 from bayes_dispatch.model.mambaformer.mixers import (
     CrossAttention,
     FeedForward,
@@ -25,7 +25,7 @@ from bayes_dispatch.model.mambaformer.mixers import (
     Span,
 )
 from bayes_dispatch.model.mambaformer.normalisation import RMSNorm
-from bayes_dispatch.model.mambaformer.products import MOST_ROWS, SHARED
+from bayes_dispatch.model.mambaformer.products import MOST_ROWS
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear, parts_of
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ class Stepper:
     """
 
     def __init__(self, blocks: Sequence[Block], norm: RMSNorm | None, scales: Sequence[Mapping[str, Scales]]) -> None:
-        self._blocks = [(block, z, _step(block, z), _largest(block)) for block, z in zip(blocks, scales, strict=True)]
+        self.threads = sharing()
+        steps = [_step(block, z, self.threads) for block, z in zip(blocks, scales, strict=True)]
+        self._blocks = list(zip(blocks, scales, steps, strict=True))
         self._norm = None if norm is None else _arguments(norm)
 
     def __call__(
@@ -61,12 +63,11 @@ class Stepper:
         """The hidden states, normalised where that was asked for; states change, but the cache is not advanced."""
         rows = x[:, 0].numpy().copy()
         places = span.places(len(rows))
-        shared = 2 * SHARED if torch.get_num_threads() > 1 else math.inf  # twice: a compiled block saves time, too
-        for (block, z, step, largest), state in zip(self._blocks, cache.states, strict=True):
-            alone = step is not None and len(rows) * largest < shared
-            # no step: a first one of cross-attention, states of other precision
-            if not alone or not cast(Step, step)(rows, places, state):
-                rows[:] = block(torch.from_numpy(rows)[:, None], span, z, state, memory)[:, 0].numpy()
+        with shared(self.threads):
+            for (block, z, step), state in zip(self._blocks, cache.states, strict=True):
+                # no step: a first one of cross-attention, states of other precision
+                if step is None or not step(rows, places, state):
+                    rows[:] = block(torch.from_numpy(rows)[:, None], span, z, state, memory)[:, 0].numpy()
         if self._norm is not None:
             kernels().normalise(rows, *self._norm, rows)
         return torch.from_numpy(rows)[:, None]
@@ -91,7 +92,7 @@ class Steppers:
         """
         adapted = adaptation if adaptation.scales or adaptation.deltas else self._plain
         kept = self._kept.get(adapted)
-        if kept is None or kept[0] is not weights:
+        if kept is None or kept[0] is not weights or kept[1].threads != sharing():
             kept = weights, build()
             with self._lock:
                 self._kept.pop(adapted, None)
@@ -101,15 +102,10 @@ class Steppers:
         return kept[1]
 
 
-def _largest(block: Block) -> int:
-    """Numbers in its largest matrix."""
-    return max((each.weight.numel() for each in block.mixer.children() if isinstance(each, SVDLinear)), default=0)
-
-
-def _step(block: Block, given: Mapping[str, Scales]) -> Step | None:
+def _step(block: Block, given: Mapping[str, Scales], threads: int) -> Step | None:
     """The step of a block, where it is compiled: not where a matrix has a bias, is in float16, or does not fold.
 
-    One thread runs it. Where many rows meet large matrices, whose rows threads share, the module runs.
+    Threads share its large products.
     """
     mixer = block.mixer
     linears = {name: linear for name, linear in mixer.named_children() if isinstance(linear, SVDLinear)}
@@ -125,7 +121,7 @@ def _step(block: Block, given: Mapping[str, Scales]) -> Step | None:
         return None
 
     def matrices(*names: str) -> "list[Matrix]":
-        return [_matrix(linears[name], dtype, *adapted.get(name, (None, None))) for name in names]
+        return [_matrix(linears[name], dtype, threads, *adapted.get(name, (None, None))) for name in names]
 
     if type(mixer) is Mamba1Mixer:
         products = matrices("in_proj", "x_proj", "dt_proj", "out_proj")
@@ -203,7 +199,9 @@ def _folds(linear: SVDLinear, scales: MatrixScales | None, delta: Delta | None) 
     return z is None or z.ndim == 1 or z.shape[1] == linear.rank
 
 
-def _matrix(linear: SVDLinear, dtype: torch.dtype, scales: MatrixScales | None, delta: Delta | None) -> "Matrix":
+def _matrix(
+    linear: SVDLinear, dtype: torch.dtype, threads: int, scales: MatrixScales | None, delta: Delta | None
+) -> "Matrix":
     """As ``product`` takes it: W alone, or U, s z and Vᵀ, and W for the rows whose scales are all 1."""
     make = kernels().Matrix
     nobody, nothing = np.empty(0, np.int64), array(linear.weight[:0].to(dtype))
@@ -211,11 +209,11 @@ def _matrix(linear: SVDLinear, dtype: torch.dtype, scales: MatrixScales | None, 
     bits = array(linear.weight[: None if halves else 0].bfloat16().view(torch.uint16))
     z = None if scales is None or scales.z is None or bool((scales.z == 1).all()) else scales.z
     if z is None and delta is None:
-        return make(nothing if halves else array(linear.weight), nothing, nothing, nothing, nobody, bits)
+        return make(nothing if halves else array(linear.weight), nothing, nothing, nothing, nobody, bits, threads)
     if z is None or z.shape[-1] < linear.rank or delta is not None:
         folded = array(linear.folded(None if z is None else z.reshape(-1), delta, dtype))
-        return make(folded, nothing, nothing, nothing, nobody, bits[:0])
+        return make(folded, nothing, nothing, nothing, nobody, bits[:0], threads)
     U, s, Vt, _ = linear.factors(dtype=dtype)
     z = z.reshape(-1, linear.rank)
     stored, plain = nothing if halves else array(linear.weight), array((z == 1).all(dim=1).nonzero()[:, 0])
-    return make(array(U), array(s * z), array(Vt), stored, plain, bits)
+    return make(array(U), array(s * z), array(Vt), stored, plain, bits, threads)

@@ -13,6 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bayes_dispatch.model.mambaformer.compiled.threads import start_threads
+
 __all__ = ["Array", "Views", "array", "can_compile", "kernels", "tensors_only", "token_counts"]
 
 Array = npt.NDArray[Any]
@@ -23,7 +25,9 @@ _only_tensors = ContextVar("only_tensors", default=False)
 @cache
 def kernels() -> ModuleType:
     """The module, imported when it is first needed."""
-    return import_module("bayes_dispatch.model.mambaformer.compiled.loops")
+    module = import_module("bayes_dispatch.model.mambaformer.compiled.loops")
+    start_threads()  # before a loop does
+    return module
 
 
 @contextmanager

@@ -1,41 +1,61 @@
-"""Threads that share one compiled loop."""
+"""Threads that share one compiled loop: numba's, which are asked within microseconds, as those of torch are."""
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
-from itertools import pairwise
 
 import torch
 
-__all__ = ["in_parts"]
+__all__ = ["shared", "sharing", "start_threads"]
 
 
-def in_parts(loop: Callable[..., None], count: int, *arguments: object) -> None:
-    """``loop(*arguments, start, stop)`` for all of 0 … ``count``, by as many threads as torch may use.
+def sharing() -> int:
+    """How many threads may share a loop: as many as torch may use, where numba has OpenMP or TBB; else one.
 
-    The parts must not touch each other's results. The loop holds no lock while it runs.
+    numba's last resort, ``workqueue``, ends the process when two threads ask at once.
     """
-    threads = min(torch.get_num_threads(), count)
-    here, *others = pairwise(count * part // threads for part in range(threads + 1))
-    jobs, mine = [], [here]
+    wanted = torch.get_num_threads()
+    return 1 if wanted == 1 else min(wanted, start_threads())
+
+
+@contextmanager
+def shared(threads: int) -> Iterator[None]:
+    """Within this context, loops of this thread that are parallel run on so many."""
+    import numba
+
+    if threads == 1 or (before := numba.get_num_threads()) == threads:
+        yield
+        return
+    numba.set_num_threads(threads)
     try:
-        for part in others:
-            try:
-                jobs.append(_helpers(threads - 1).submit(loop, *arguments, *part))
-            except RuntimeError:  # no more threads are to be had, as when the interpreter ends
-                mine.append(part)
-        for part in mine:
-            loop(*arguments, *part)
-    finally:  # whatever failed, the others end before anyone reads, or changes, these arrays
-        wait(jobs)
-    for job in jobs:
-        job.result()
+        yield
+    finally:
+        numba.set_num_threads(before)
 
 
 @cache
-def _helpers(count: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(count, thread_name_prefix="compiled-loop")
+def start_threads() -> int:
+    """Have numba start its threads; how many may share a loop, whatever torch's setting is.
+
+    It does so in a thread that ends, since OpenMP, which torch uses too, is told their number as this thread's own.
+    """
+    import numba
+
+    if _forked:
+        return 1
+    with ThreadPoolExecutor(1) as passing:
+        most = passing.submit(numba.get_num_threads).result()
+    return most if numba.threading_layer() in ("omp", "tbb") else 1  # type: ignore[attr-defined]
 
 
-os.register_at_fork(after_in_child=_helpers.cache_clear)  # threads do not come along
+_forked: list[int] = []  # GNU's OpenMP ends a process that was forked from one with its threads
+
+
+def _after_fork() -> None:
+    _forked.append(os.getpid())
+    start_threads.cache_clear()
+
+
+os.register_at_fork(after_in_child=_after_fork)
