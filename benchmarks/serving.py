@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 import bayes_dispatch as bd
-from bayes_dispatch.app.engines import passing
 from bayes_dispatch.inference.two_pass.blends import as_blend
 from bayes_dispatch.inference.two_pass.prompts import Writing
+from bayes_dispatch.model.mambaformer.compiled.threads import passing
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
 from bayes_dispatch.serving.work import Ended, Event, Work, Wrote
 

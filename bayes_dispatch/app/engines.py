@@ -1,31 +1,17 @@
 """Makes engines of a bundle, here or on another machine: what is sent there is its path, and the engine's settings."""
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 from bayes_dispatch.app.bundle_at import BundleAt
 from bayes_dispatch.errors import MissingDependencyError
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.system import System
+from bayes_dispatch.model.mambaformer.compiled.threads import passing
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
 from bayes_dispatch.serving.work import Engine
 
-__all__ = ["EngineOf", "passing"]
-
-T = TypeVar("T")
-
-
-def passing(work: Callable[[], T]) -> T:
-    """Do it in a thread that ends, and with it the threads that OpenMP gave it.
-
-    Each thread that has computed keeps its own, and where there are more of these than cores, they sleep between two
-    products and have to be woken for the next. An engine's thread is to be the only one that has any.
-    """
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(work).result()
+__all__ = ["EngineOf"]
 
 
 @dataclass(frozen=True)
@@ -57,15 +43,15 @@ class EngineOf:
         Raises:
             MissingDependencyError: vLLM's server cannot be asked. UpstreamError, ConfigError: see ``VllmEngine``.
         """
-        return passing(partial(self._start, system))
-
-    def _start(self, system: System) -> Engine:
         if self.vllm is None:
-            TwoPassGenerator(system).generate(["a", "b"], max_new_tokens=2)
-            return BatchedEngine(system, self.limits)
+            return passing(partial(self._batched, system))
         try:
             from bayes_dispatch.serving.vllm.engine import VllmEngine
         except ImportError as error:
             message = f"expected the extra vllm (pip install 'bayes-dispatch[vllm]'), got no {error.name}"
             raise MissingDependencyError(message) from None
         return VllmEngine(system, self.vllm, self.limits, self.key)
+
+    def _batched(self, system: System) -> Engine:
+        TwoPassGenerator(system).generate(["a", "b"], max_new_tokens=2)
+        return BatchedEngine(system, self.limits)

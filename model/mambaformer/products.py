@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bayes_dispatch.model.mambaformer.compiled.switch import array, can_compile, kernels
-from bayes_dispatch.model.mambaformer.compiled.threads import shared, sharing
+from bayes_dispatch.model.mambaformer.compiled.threads import sharing
 
 __all__ = ["HALVES", "MOST_ROWS", "Head", "times"]
 
@@ -61,8 +61,8 @@ class Head(nn.Linear):
 def _few(x: Float[Tensor, "B K"], weight: Float[Tensor, "O K"]) -> Float[Tensor, "B O"]:
     """Of few rows, by a loop that reads the matrix once; threads share its rows."""
     rows, numbers = array(x), array(weight if weight.dtype == x.dtype else weight.view(torch.uint16))
-    out, threads = np.empty((len(rows), len(numbers)), rows.dtype), sharing()
-    with shared(threads):
+    out = np.empty((len(rows), len(numbers)), rows.dtype)
+    with sharing() as threads:
         kernels().multiply(rows, numbers, out, threads)
     return torch.from_numpy(out)
 

@@ -134,8 +134,9 @@ def serve(
     scale = _scale(replicas or "1", replica_busy or max(1, running // 2), replica_cpus or 1.0, device) if ray else None
     with listen(host, port) as listening:
         from bayes_dispatch.app.bundle_at import BundleAt
-        from bayes_dispatch.app.engines import EngineOf, passing
+        from bayes_dispatch.app.engines import EngineOf
         from bayes_dispatch.inference.two_pass.events import JsonLines
+        from bayes_dispatch.model.mambaformer.compiled.threads import passing
         from bayes_dispatch.serving.engine import Limits
 
         here = "cpu" if ray else device  # a gateway runs no model

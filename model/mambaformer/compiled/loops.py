@@ -3,8 +3,9 @@
 On a CPU a library call costs as much as the arithmetic of a decoded token, and between the matrix products of a prompt
 most time goes into memory. Here a mixer is one pass over its inputs between two products, for one token as for many.
 
-All arrays are C-contiguous and of one dtype, float32 or float64. All loops that call each other are in this one file:
-numba keeps their programs on disk, and makes one anew only when the file of its own function changes.
+All arrays are C-contiguous and of one dtype, float32 or float64. ``threads`` may share a large product. All loops that
+call each other are in this one file: numba keeps their programs on disk, and makes one anew only when the file of its
+own function changes.
 """
 
 from typing import Any, NamedTuple
@@ -37,7 +38,7 @@ Array = Any  # numba infers what its functions take
 
 TILE = 64  # tokens whose activations stay in a processor's cache
 CHANNELS = 128  # of a selective scan, likewise
-SHARED = 2**18  # multiplications from which on a second thread saves more than asking it costs
+SHARED = 2**17  # multiplications of each thread from which on another one saves more than asking it costs
 OTHER_SHAPE = "expected cached states of this model's sizes, got others"  # indices are not checked one by one
 
 
@@ -48,7 +49,6 @@ class Matrix(NamedTuple):
         weight: (O, K), or U (O, r). scaled: (1 or B, r), s z; empty for a matrix that is ``weight``. right: Vᵀ (r, K).
         stored: (O, K), what the rows ``plain`` (of those whose scales are all 1) are multiplied by.
         bits: (O, K), of bfloat16, in the place of a ``weight``, or of ``stored``, that is (0, K); or (0, K).
-        threads: how many may share a product.
     """
 
     weight: Array
@@ -57,7 +57,6 @@ class Matrix(NamedTuple):
     stored: Array
     plain: Array
     bits: Array
-    threads: int
 
 
 precise = compile_with("contract")  # an exponential needs its two-part constants as they are
@@ -547,9 +546,9 @@ def attend_across(queries: Array, keys: Array, values: Array, visible: Array, sc
 
 
 @loop
-def product(x: Array, matrix: Matrix) -> Array:
+def product(x: Array, matrix: Matrix, threads: int) -> Array:
     """Rows x (B, K) times a matrix, for few rows: it is read once, and memory is what that waits for."""
-    weight, scaled, right, stored, plain, bits, threads = matrix
+    weight, scaled, right, stored, plain, bits = matrix
     if x.shape[1] != (right if len(scaled) > 0 else weight).shape[1]:
         raise TensorError(OTHER_SHAPE)
     inner = np.empty((len(x), len(right)), x.dtype)
@@ -576,7 +575,7 @@ def product(x: Array, matrix: Matrix) -> Array:
 @loop
 def multiply(x: Array, weight: Array, out: Array, threads: int) -> None:
     """x (B, K) times weight (O, K), numbers or the bits of bfloat16, into out (B, O); threads share a large product."""
-    if threads > 1 and len(x) * weight.size >= SHARED:
+    if threads > 1 and len(x) * weight.size >= SHARED * threads:
         _multiply_in_parts(x, weight, out, threads)
     else:
         _multiply(x, weight, out, 0, len(weight))
@@ -641,6 +640,7 @@ def _add(x: Array, y: Array, residual: float) -> None:
 @loop
 def step_mamba1(
     x: Array,
+    threads: int,
     tokens: Array,
     history: Array,
     state: Array,
@@ -659,22 +659,23 @@ def step_mamba1(
 ) -> None:
     """A block of Mamba."""
     rows, width = len(x), A.shape[1]
-    projected = product(_normalised(x, weight, eps), in_proj)
+    projected = product(_normalised(x, weight, eps), in_proj, threads)
     inputs = projected.reshape(rows, 1, 2 * width)
     mixed, out = np.empty((rows, 1, width), x.dtype), np.empty((rows, 1, width), x.dtype)
     convolve(inputs, tokens, history, taps, bias, mixed)
-    selected = product(mixed.reshape(rows, width), x_proj)
+    selected = product(mixed.reshape(rows, width), x_proj, threads)
     rank = selected.shape[1] - 2 * len(A)
-    steps = product(np.ascontiguousarray(selected[:, :rank]), dt_proj)
+    steps = product(np.ascontiguousarray(selected[:, :rank]), dt_proj, threads)
     scan_mamba1(
         mixed, steps.reshape(rows, 1, width), selected.reshape(rows, 1, -1), inputs, tokens, A, D, dt_bias, state, out
     )
-    _add(x, product(out.reshape(rows, width), out_proj), residual)
+    _add(x, product(out.reshape(rows, width), out_proj, threads), residual)
 
 
 @loop
 def step_mamba2(
     x: Array,
+    threads: int,
     tokens: Array,
     history: Array,
     state: Array,
@@ -697,16 +698,17 @@ def step_mamba2(
 ) -> None:
     """A block of Mamba-2."""
     rows, width = len(x), len(inner_weight)
-    projected = product(_normalised(x, weight, eps), in_proj).reshape(rows, 1, -1)
+    projected = product(_normalised(x, weight, eps), in_proj, threads).reshape(rows, 1, -1)
     out = np.empty((rows, 1, width), x.dtype)
     settings = (inner_eps, normalised, groups, least, most)
     mix_mamba2(projected, tokens, history, state, taps, bias, A, dt_bias, D, inner_weight, *settings, out)
-    _add(x, product(out.reshape(rows, width), out_proj), residual)
+    _add(x, product(out.reshape(rows, width), out_proj, threads), residual)
 
 
 @loop
 def step_attention(
     x: Array,
+    threads: int,
     tokens: Array,
     held: Array,
     positions: Array,
@@ -723,15 +725,16 @@ def step_attention(
     scale: float,
 ) -> None:
     """A block of attention."""
-    projected = product(_normalised(x, weight, eps), qkv)
+    projected = product(_normalised(x, weight, eps), qkv, threads)
     out = np.empty((len(x), projected.shape[1] - 2 * keys.shape[1] * keys.shape[3]), x.dtype)
     attend(projected, tokens, held, positions, keys, values, ring, base, turned, scale, out)
-    _add(x, product(out, out_proj), residual)
+    _add(x, product(out, out_proj, threads), residual)
 
 
 @loop
 def step_cross_attention(
     x: Array,
+    threads: int,
     keys: Array,
     values: Array,
     visible: Array,
@@ -743,15 +746,16 @@ def step_cross_attention(
     scale: float,
 ) -> None:
     """A block of attention to an encoder."""
-    queries = product(_normalised(x, weight, eps), q_proj)
+    queries = product(_normalised(x, weight, eps), q_proj, threads)
     out = np.empty_like(queries)
     attend_across(queries, keys, values, visible, scale, out)
-    _add(x, product(out, out_proj), residual)
+    _add(x, product(out, out_proj, threads), residual)
 
 
 @loop
 def step_feed_forward(
     x: Array,
+    threads: int,
     weight: Array,
     eps: float,
     residual: float,
@@ -759,11 +763,11 @@ def step_feed_forward(
     out_proj: Matrix,
 ) -> None:
     """A feed-forward block."""
-    projected = product(_normalised(x, weight, eps), in_proj)
+    projected = product(_normalised(x, weight, eps), in_proj, threads)
     width = projected.shape[1] // 2
     out = np.empty((len(x), width), x.dtype)
     for b in range(len(x)):
         gate, up, into = projected[b, :width], projected[b, width:], out[b]
         for c in range(width):
             into[c] = gate[c] * sigmoid(gate[c]) * up[c]
-    _add(x, product(out, out_proj), residual)
+    _add(x, product(out, out_proj, threads), residual)

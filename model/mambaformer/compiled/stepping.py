@@ -14,7 +14,7 @@ from bayes_dispatch.model.adaptation import Adaptation, Delta, MatrixScales, Sca
 from bayes_dispatch.model.mambaformer.block import Block
 from bayes_dispatch.model.mambaformer.cache import AttentionState, Cache, CrossAttentionState, MambaState, State
 from bayes_dispatch.model.mambaformer.compiled.switch import Array, array, can_compile, kernels
-from bayes_dispatch.model.mambaformer.compiled.threads import shared, sharing
+from bayes_dispatch.model.mambaformer.compiled.threads import sharing
 from bayes_dispatch.model.mambaformer.mixers import (
     CrossAttention,
     FeedForward,
@@ -36,7 +36,7 @@ __all__ = ["Stepper", "Steppers", "can_step"]
 MOST_KEPT = 16  # steppers of adaptations that are still in use, each with matrices of its own where these were built
 
 Places = tuple[Array, Array, Array]  # what ``Span.places`` gives
-Step = Callable[[Array, Places, State], bool]  # whether it knew what to do with the state
+Step = Callable[[Array, int, Places, State], bool]  # for so many threads; whether it knew what to do with the state
 
 
 def can_step(x: Float[Tensor, "B T D"]) -> bool:
@@ -52,9 +52,7 @@ class Stepper:
     """
 
     def __init__(self, blocks: Sequence[Block], norm: RMSNorm | None, scales: Sequence[Mapping[str, Scales]]) -> None:
-        self.threads = sharing()
-        steps = [_step(block, z, self.threads) for block, z in zip(blocks, scales, strict=True)]
-        self._blocks = list(zip(blocks, scales, steps, strict=True))
+        self._blocks = [(block, z, _step(block, z)) for block, z in zip(blocks, scales, strict=True)]
         self._norm = None if norm is None else _arguments(norm)
 
     def __call__(
@@ -63,10 +61,10 @@ class Stepper:
         """The hidden states, normalised where that was asked for; states change, but the cache is not advanced."""
         rows = x[:, 0].numpy().copy()
         places = span.places(len(rows))
-        with shared(self.threads):
+        with sharing() as threads:
             for (block, z, step), state in zip(self._blocks, cache.states, strict=True):
                 # no step: a first one of cross-attention, states of other precision
-                if step is None or not step(rows, places, state):
+                if step is None or not step(rows, threads, places, state):
                     rows[:] = block(torch.from_numpy(rows)[:, None], span, z, state, memory)[:, 0].numpy()
         if self._norm is not None:
             kernels().normalise(rows, *self._norm, rows)
@@ -92,7 +90,7 @@ class Steppers:
         """
         adapted = adaptation if adaptation.scales or adaptation.deltas else self._plain
         kept = self._kept.get(adapted)
-        if kept is None or kept[0] is not weights or kept[1].threads != sharing():
+        if kept is None or kept[0] is not weights:
             kept = weights, build()
             with self._lock:
                 self._kept.pop(adapted, None)
@@ -102,7 +100,7 @@ class Steppers:
         return kept[1]
 
 
-def _step(block: Block, given: Mapping[str, Scales], threads: int) -> Step | None:
+def _step(block: Block, given: Mapping[str, Scales]) -> Step | None:
     """The step of a block, where it is compiled: not where a matrix has a bias, is in float16, or does not fold.
 
     Threads share its large products.
@@ -121,7 +119,7 @@ def _step(block: Block, given: Mapping[str, Scales], threads: int) -> Step | Non
         return None
 
     def matrices(*names: str) -> "list[Matrix]":
-        return [_matrix(linears[name], dtype, threads, *adapted.get(name, (None, None))) for name in names]
+        return [_matrix(linears[name], dtype, *adapted.get(name, (None, None))) for name in names]
 
     if type(mixer) is Mamba1Mixer:
         products = matrices("in_proj", "x_proj", "dt_proj", "out_proj")
@@ -143,10 +141,10 @@ def _arguments(norm: RMSNorm) -> tuple[Array, float]:
 
 
 def _mamba(step: Callable[..., None], dtype: torch.dtype, *arguments: object) -> Step:
-    def run(x: Array, places: Places, state: State) -> bool:
+    def run(x: Array, threads: int, places: Places, state: State) -> bool:
         state = cast(MambaState, state)
         if known := state.conv.dtype == state.ssm.dtype == dtype:
-            step(x, places[0], *state.arrays(), *arguments)
+            step(x, threads, places[0], *state.arrays(), *arguments)
         return known
 
     return run
@@ -155,10 +153,10 @@ def _mamba(step: Callable[..., None], dtype: torch.dtype, *arguments: object) ->
 def _attention(dtype: torch.dtype, *arguments: object) -> Step:
     step = kernels().step_attention
 
-    def run(x: Array, places: Places, state: State) -> bool:
+    def run(x: Array, threads: int, places: Places, state: State) -> bool:
         state = cast(AttentionState, state)
         if known := state.keys.dtype == dtype:
-            step(x, *places, *state.arrays(), *arguments)
+            step(x, threads, *places, *state.arrays(), *arguments)
         return known
 
     return run
@@ -167,12 +165,12 @@ def _attention(dtype: torch.dtype, *arguments: object) -> Step:
 def _cross_attention(dtype: torch.dtype, *arguments: object) -> Step:
     step, everything = kernels().step_cross_attention, np.empty((0, 0), np.bool_)
 
-    def run(x: Array, places: Places, state: State) -> bool:
+    def run(x: Array, threads: int, places: Places, state: State) -> bool:
         state = cast(CrossAttentionState, state)
         keys, values, visible = state.keys, state.values, state.visible
         if keys is None or values is None or keys.dtype != dtype:
             return False
-        step(x, array(keys), array(values), everything if visible is None else array(visible), *arguments)
+        step(x, threads, array(keys), array(values), everything if visible is None else array(visible), *arguments)
         return True
 
     return run
@@ -181,8 +179,8 @@ def _cross_attention(dtype: torch.dtype, *arguments: object) -> Step:
 def _feed_forward(*arguments: object) -> Step:
     step = kernels().step_feed_forward
 
-    def run(x: Array, places: Places, state: State) -> bool:
-        step(x, *arguments)
+    def run(x: Array, threads: int, places: Places, state: State) -> bool:
+        step(x, threads, *arguments)
         return True
 
     return run
@@ -199,9 +197,7 @@ def _folds(linear: SVDLinear, scales: MatrixScales | None, delta: Delta | None) 
     return z is None or z.ndim == 1 or z.shape[1] == linear.rank
 
 
-def _matrix(
-    linear: SVDLinear, dtype: torch.dtype, threads: int, scales: MatrixScales | None, delta: Delta | None
-) -> "Matrix":
+def _matrix(linear: SVDLinear, dtype: torch.dtype, scales: MatrixScales | None, delta: Delta | None) -> "Matrix":
     """As ``product`` takes it: W alone, or U, s z and Vᵀ, and W for the rows whose scales are all 1."""
     make = kernels().Matrix
     nobody, nothing = np.empty(0, np.int64), array(linear.weight[:0].to(dtype))
@@ -209,11 +205,11 @@ def _matrix(
     bits = array(linear.weight[: None if halves else 0].bfloat16().view(torch.uint16))
     z = None if scales is None or scales.z is None or bool((scales.z == 1).all()) else scales.z
     if z is None and delta is None:
-        return make(nothing if halves else array(linear.weight), nothing, nothing, nothing, nobody, bits, threads)
+        return make(nothing if halves else array(linear.weight), nothing, nothing, nothing, nobody, bits)
     if z is None or z.shape[-1] < linear.rank or delta is not None:
         folded = array(linear.folded(None if z is None else z.reshape(-1), delta, dtype))
-        return make(folded, nothing, nothing, nothing, nobody, bits[:0], threads)
+        return make(folded, nothing, nothing, nothing, nobody, bits[:0])
     U, s, Vt, _ = linear.factors(dtype=dtype)
     z = z.reshape(-1, linear.rank)
     stored, plain = nothing if halves else array(linear.weight), array((z == 1).all(dim=1).nonzero()[:, 0])
-    return make(array(U), array(s * z), array(Vt), stored, plain, bits, threads)
+    return make(array(U), array(s * z), array(Vt), stored, plain, bits)

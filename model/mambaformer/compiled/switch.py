@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from bayes_dispatch.model.mambaformer.compiled.threads import start_threads
+from bayes_dispatch.model.mambaformer.compiled.threads import prepare_threads
 
 __all__ = ["Array", "Views", "array", "can_compile", "kernels", "tensors_only", "token_counts"]
 
@@ -26,7 +26,7 @@ _only_tensors = ContextVar("only_tensors", default=False)
 def kernels() -> ModuleType:
     """The module, imported when it is first needed."""
     module = import_module("bayes_dispatch.model.mambaformer.compiled.loops")
-    start_threads()  # before a loop does
+    prepare_threads()  # else the first loop does what this does, and all of it is seen
     return module
 
 
