@@ -23,7 +23,8 @@ class Factor:
 
     def __init__(self, tensor: Tensor) -> None:
         key = id(tensor)
-        self.tensor = ref(tensor, lambda gone: _known.pop(key, None))
+        known = _known  # when the interpreter ends, modules forget their names before all tensors are gone
+        self.tensor = ref(tensor, lambda gone: known.pop(key, None))
         self.state = _state(tensor)
 
     @cached_property

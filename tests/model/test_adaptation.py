@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import sys
 
 import pytest
 import torch
@@ -186,3 +187,15 @@ def test_factors_are_hashed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     del given, blends
     gc.collect()
     assert set(factors._known) <= kept
+
+
+def test_what_is_known_of_a_tensor_may_be_gone_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the interpreter ends, and modules have forgotten their names."""
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    tensor = torch.ones(3)
+    factors.looked_at({"a": tensor})
+    monkeypatch.setattr(factors, "_known", None)
+    del tensor
+    gc.collect()
+    assert not told
