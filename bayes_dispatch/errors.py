@@ -15,6 +15,7 @@ __all__ = [
     "MissingDependencyError",
     "NotFittedError",
     "PromptError",
+    "PromptTooLongError",
     "RewardError",
     "StaleCacheError",
     "TensorError",
@@ -36,6 +37,10 @@ class TensorError(BayesDispatchError):
 
 class PromptError(BayesDispatchError):
     """A prompt is empty, too long, or no UTF-8 text."""
+
+
+class PromptTooLongError(PromptError):
+    """A prompt of more tokens than the model can read, with those that are to follow."""
 
 
 class RewardError(BayesDispatchError):

@@ -65,7 +65,7 @@ def make_app(
     metrics = Metrics(engine, system.dispatcher, arrivals, learner)
     jobs = Jobs(system, settings)
     app, desk, made = (
-        FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
+        FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False),
         _Desk(engine, metrics, settings, learner),
         int(time.time()),
     )
@@ -80,7 +80,8 @@ def make_app(
 
     @app.exception_handler(HTTPException)
     async def no_endpoint(_: Request, error: HTTPException) -> Response:
-        return RefusedError(error.status_code, f"expected an endpoint of this server, got: {error.detail}").response
+        message = f"expected an endpoint of this server, got: {error.detail}"
+        return RefusedError(error.status_code, message, headers=dict(error.headers or {})).response
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:  # it is raised again, and logged by the front
@@ -189,14 +190,15 @@ class _Desk:
         try:
             hearing = await Hearing.of(self._engine, job.works)
         except BayesDispatchError as error:
-            raise (closing() if self._engine.state.closing else as_refused(error, record.id)) from None
-        told = _Told(record, self._metrics, choices)
+            refused = as_refused(error, record.id, job.prompt_param, job.blend_param)
+            raise (closing() if self._engine.state.closing else refused) from None
+        told = _Told(record, job, self._metrics, choices)
         try:
             if answer is not None and job.stream:
                 first = await unless_gone(request, hearing.next())
                 told.check(*first)
                 over = partial(self._over, answer.name, record, choices)
-                return _Stream(hearing, told, answer, first, self._settings.body_seconds, over)
+                return _Stream(hearing, told, answer, first, over)
             pieces: list[list[Piece]] = await unless_gone(request, _all_pieces(hearing, told))
         except GoneError:
             hearing.close()
@@ -216,8 +218,8 @@ class _Desk:
 class _Told:
     """Counts what an engine tells of a request, and makes pieces of it."""
 
-    def __init__(self, record: Record, metrics: Metrics, choices: list[Choice]) -> None:
-        self.record, self.choices, self._metrics = record, choices, metrics
+    def __init__(self, record: Record, job: Job, metrics: Metrics, choices: list[Choice]) -> None:
+        self.record, self.choices, self._job, self._metrics = record, choices, job, metrics
         self._last = [record.begun] * len(choices)
 
     def check(self, n: int, event: Event) -> None:
@@ -229,7 +231,7 @@ class _Told:
         if isinstance(event, Ended) and event.reason not in ("stop", "length", "dispatched", "abstained"):
             if event.error is not None and event.reason == "broken":
                 tell_failure(self.record, event.error)
-            raise as_refused(event, self.record.id)
+            raise as_refused(event, self.record.id, self._job.prompt_param, self._job.blend_param)
 
     def hear(self, n: int, event: Event) -> Piece | None:
         """What an event adds to its choice; ``None`` for its beginning.
@@ -279,14 +281,12 @@ class _Stream(EventSourceResponse):
         told: _Told,
         answer: Answer,
         first: tuple[int, Event],
-        seconds: float,
         over: Callable[[], None],
     ) -> None:
         self._hearing, self._told, self._answer, self._over = hearing, told, answer, over
         super().__init__(
             self._lines(first),
             sep="\n",
-            send_timeout=seconds,
             shutdown_event=anyio.Event(),
             shutdown_grace_period=LAST_WORDS - 1,  # in which what has been told is still sent
         )

@@ -24,6 +24,7 @@ __all__ = ["ENDPOINTS", "Front", "Record", "tell_failure"]
 logger = logging.getLogger(__name__)
 
 OPEN = ("/health", "/ready")  # that need no key, and may be asked by any name of this machine
+METHOD = 16  # characters of it that the log has: who has no key writes no more there
 PAGE = "/"  # needs no key either: it asks its reader for one
 ENDPOINTS = (
     "/v1/completions",
@@ -102,7 +103,8 @@ class Front:
             path = "/v1/models" if path.startswith("/v1/models/") else path
             endpoint = path if path in ENDPOINTS else "other"
             self._metrics.answered(endpoint, record.status or 499)
-            tell(logger, logging.INFO, "request", lambda: record.facts(scope["method"], endpoint))
+            method = scope["method"][:METHOD]
+            tell(logger, logging.INFO, "request", lambda: record.facts(method, endpoint))
 
     def _admit(self, scope: Scope, record: Record) -> None:
         """Check size, host and key.

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from bayes_dispatch.arguments import seed as checked_seed
-from bayes_dispatch.arguments import whole
+from bayes_dispatch.arguments import shown, whole
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.two_pass.blends import Blend, FixedWeights, as_blend
 from bayes_dispatch.inference.two_pass.prompts import Writing
-from bayes_dispatch.inference.two_pass.system import System
+from bayes_dispatch.inference.two_pass.system import System, check_gate
 from bayes_dispatch.serving.web.fields import Asked, ChatAsked, CompletionAsked, DispatchAsked, Turn
 from bayes_dispatch.serving.web.refusals import RefusedError, naming
 from bayes_dispatch.serving.web.settings import WebSettings
@@ -34,6 +34,7 @@ class Job:
     Attributes:
         model: its id, as it was asked for. works: one for each choice: prompt by prompt, and ``n`` for each.
         prompts: how many. stream, usage, logprobs: what the answer has.
+        prompt_param, blend_param: fields that are at fault where the engine refuses a prompt, or else a setting.
     """
 
     model: str
@@ -42,6 +43,8 @@ class Job:
     stream: bool = False
     usage: bool = False
     logprobs: bool = False
+    prompt_param: str | None = None
+    blend_param: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class Jobs:
         Raises:
             RefusedError: 400, naming the field; 404 for a model that there is not.
         """
-        most = COMPLETION_TOKENS if asked.max_tokens is None else asked.max_tokens
+        some = min(COMPLETION_TOKENS, self.settings.max_new_tokens)
+        most = some if asked.max_tokens is None else asked.max_tokens
         return self._written(asked, tuple(asked.prompt), "prompt", "max_tokens", most, asked.stop, owner)
 
     def of_chat(self, asked: ChatAsked, owner: str) -> Job:
@@ -108,8 +112,9 @@ class Jobs:
             raise RefusedError(400, f"expected the model {BUNDLE!r} to dispatch, got {asked.model!r}", param="model")
         prompt = asked.input if isinstance(asked.input, str) else _messages(asked.input, "input")
         self._check_prompts((prompt,), "input")
+        self._check_rate(asked.false_alarm_rate)
         work = Work(prompt, self.settings.blend, None, _seed(asked.seed, 1), asked.false_alarm_rate, owner=owner)
-        return Job(asked.model, (replace(work, patience=self.settings.patience),), 1)
+        return Job(asked.model, (replace(work, patience=self.settings.patience),), 1, prompt_param="input")
 
     def _written(
         self,
@@ -130,8 +135,12 @@ class Jobs:
             raise RefusedError(400, "expected stream_options with stream, got it without", param="stream_options")
         if asked.abstain and asked.false_alarm_rate is None:
             raise RefusedError(400, "expected abstain with a false_alarm_rate, got it without", param="abstain")
+        self._check_rate(asked.false_alarm_rate)
         with naming(most_param):
             whole(most_param, most, 1, self.settings.max_new_tokens)
+        if (tokens := len(prompts) * each * most) > self.settings.tokens:  # an idle server had no room for them either
+            message = f"expected at most {self.settings.tokens} tokens of all choices, got {tokens}"
+            raise RefusedError(400, message, param=most_param)
         heat = 1.0 if asked.temperature is None else asked.temperature
         with naming("stop"):
             writing = Writing.of(most, heat > 0, heat or 1.0, stops, None if asked.top_p == 1 else asked.top_p)
@@ -152,7 +161,8 @@ class Jobs:
         )
         usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
         told = bool(asked.logprobs) if isinstance(asked, ChatAsked) else asked.logprobs is not None
-        return Job(asked.model, works, len(prompts), bool(asked.stream), usage, told)
+        given = next((name for name in ("draws", "blend", "weights") if getattr(asked, name) is not None), None)
+        return Job(asked.model, works, len(prompts), bool(asked.stream), usage, told, param, given)
 
     def _check_prompts(self, prompts: tuple[Prompt, ...], param: str) -> None:
         texts = [
@@ -162,6 +172,11 @@ class Jobs:
         if size > self.settings.prompt_bytes:
             message = f"expected at most {self.settings.prompt_bytes} bytes of prompts, got {size}"
             raise RefusedError(400, message, param=param, code="context_length_exceeded")
+
+    def _check_rate(self, rate: float | None) -> None:
+        if rate is not None:
+            with naming("false_alarm_rate"):
+                check_gate(self.system, rate)
 
     def _fixed(self, model: str) -> FixedWeights:
         """All weight on the component that a model's id names.
@@ -219,9 +234,12 @@ def _with_draws(blend: Blend, draws: int) -> Blend:
 
 
 def _messages(turns: Sequence[Turn], param: str) -> tuple[Message, ...]:
-    if turns[-1].role != "user":
-        raise RefusedError(400, f"expected a last message of the user, got one of {turns[-1].role}", param=param)
-    return tuple(Message(ROLES.get(turn.role, turn.role), turn.content) for turn in turns)
+    roles = [ROLES.get(turn.role, turn.role) for turn in turns]
+    said = roles[1:] if roles[0] == "system" else roles
+    if len(said) % 2 == 0 or said != (["user", "assistant"] * len(said))[: len(said)]:
+        wanted = "messages of user and assistant in turn, the user's first and last, after at most one of the system"
+        raise RefusedError(400, f"expected {wanted}, got {shown(roles)}", param=param)
+    return tuple(Message(role, turn.content) for role, turn in zip(roles, turns, strict=True))
 
 
 def _seed(given: int | None, choices: int) -> int:
@@ -229,5 +247,5 @@ def _seed(given: int | None, choices: int) -> int:
     if given is None:
         return secrets.randbelow(SEEDS)
     with naming("seed"):
-        checked_seed(given + choices)  # generators of sampling go one further
-        return checked_seed(given)
+        checked_seed(checked_seed(given) + choices)  # generators of sampling go one further
+    return given

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
 from bayes_dispatch.arguments import shown
-from bayes_dispatch.errors import BayesDispatchError
+from bayes_dispatch.errors import BayesDispatchError, PromptError, PromptTooLongError
 from bayes_dispatch.serving.work import BusyError, Ended
 
 __all__ = ["RefusedError", "as_refused", "closing", "naming", "of_fields"]
@@ -53,26 +53,32 @@ class RefusedError(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
-def as_refused(error: BaseException | Ended, request: str) -> RefusedError:
+def as_refused(
+    error: BaseException | Ended, request: str, prompt_param: str | None = None, blend_param: str | None = None
+) -> RefusedError:
     """The refusal that an error becomes, or an end that is none of a text.
 
     Args:
         request: its id, which is all that a client hears of a failure of ours.
+        prompt_param, blend_param: see ``Job``.
     """
     if isinstance(error, RefusedError):
         return error
     if isinstance(error, Ended) and error.error is not None and error.reason != "broken":
-        return as_refused(error.error, request)
+        return as_refused(error.error, request, prompt_param, blend_param)
     if isinstance(error, BusyError):
         wait = {"retry-after": str(error.retry_after)}
         return RefusedError(429, str(error), code="rate_limit_exceeded", headers=wait)
+    if isinstance(error, PromptError):
+        code = "context_length_exceeded" if isinstance(error, PromptTooLongError) else None
+        return RefusedError(400, str(error), param=prompt_param, code=code)
     if isinstance(error, BayesDispatchError):
-        return RefusedError(400, str(error))
+        return RefusedError(400, str(error), param=blend_param)
     reason = error.reason if isinstance(error, Ended) else "failed"
     if reason == "late":
-        return RefusedError(
-            504, "expected time enough for an answer, got none: try again, or ask for less", code="timeout"
-        )
+        message = "expected time enough for an answer, got none: ask for less, or later"
+        # OpenAI's clients would ask at once, twice more, for what takes too long.
+        return RefusedError(504, message, code="timeout", headers={"x-should-retry": "false"})
     if reason == "closed":
         return closing()
     return RefusedError(500, f"internal error, request id {request}", code="internal_error")

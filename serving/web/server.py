@@ -21,6 +21,7 @@ __all__ = ["LAST_WORDS", "Server", "listen"]
 logger = logging.getLogger(__name__)
 
 LAST_WORDS = 5  # seconds in which answers that have ended may still be sent
+KEEP_ALIVE = 75  # seconds between requests of a connection: proxies that keep theirs for a minute must end it first
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -41,25 +42,49 @@ def listen(host: str, port: int) -> socket.socket:
     return found
 
 
-def _impatient(seconds: float) -> type[H11Protocol]:
-    """Connections that are closed when they have had no request for so long, or but a part of its head."""
+def _guarded(seconds: float, most: int) -> type[H11Protocol]:
+    """Connections that hold nothing for nobody: looked at every so many ``seconds``, and ``most`` of them at once.
 
-    class Impatient(H11Protocol):
+    One that has had no request, or but a part of its head, is closed, and one whose client reads nothing is cut off.
+    After an answer uvicorn's own timer runs, until something is heard.
+    """
+
+    class Guarded(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self.loop.call_later(seconds, self._look, None)
+            self._look_later((None,), 0)
+            if len(self.connections) > most:
+                tell(logger, logging.WARNING, "too many connections", lambda: {"most": most})
+                transport.abort()
 
-        def _look(self, before: RequestResponseCycle | None) -> None:
-            """Close it if there is no request, and has been none since the last look."""
-            if self.transport.is_closing():
-                return
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._looking.cancel()  # it would keep the connection and its last request
+            super().connection_lost(exc)
+
+        def _look_later(self, owed: tuple[RequestResponseCycle | None] | None, unsent: int) -> None:
+            self._looking = self.loop.call_later(seconds, self._look, owed, unsent)
+
+        def _look(self, owed_before: tuple[RequestResponseCycle | None] | None, unsent_before: int) -> None:
+            """End it if since the last look the same request is owed, or as many bytes are left to be read.
+
+            Args:
+                owed_before: after which request the client owed a whole one; ``None`` if none was owed.
+            """
             cycle: RequestResponseCycle | None = self.cycle
-            if cycle is before and (cycle is None or cycle.response_complete):
+            at_rest = self.timeout_keep_alive_task is not None and not self.conn.trailing_data[0]
+            owed = (cycle,) if cycle is None or (cycle.response_complete and not at_rest) else None
+            unsent = self.transport.get_write_buffer_size()
+            if unsent and unsent == unsent_before:
+                self.transport.abort()  # to close it would wait for the client
+                return
+            if owed is not None and owed == owed_before:
                 self.transport.close()
-            else:
-                self.loop.call_later(seconds, self._look, cycle)
+            self._look_later(owed, unsent)
 
-    return Impatient
+        def _unsupported_upgrade_warning(self) -> None:
+            """Who asks for another protocol gets HTTP; uvicorn would advise to install one."""
+
+    return Guarded
 
 
 class Server(uvicorn.Server):
@@ -73,7 +98,7 @@ class Server(uvicorn.Server):
         config = uvicorn.Config(
             self._answer,
             interface="asgi3",
-            http=_impatient(settings.body_seconds),
+            http=_guarded(settings.body_seconds, settings.connections),
             ws="none",
             lifespan="off",
             log_config=None,
@@ -82,7 +107,7 @@ class Server(uvicorn.Server):
             server_header=False,
             proxy_headers=False,
             h11_max_incomplete_event_size=settings.header_bytes,
-            limit_concurrency=settings.connections,
+            timeout_keep_alive=KEEP_ALIVE,
         )
         super().__init__(config)
         self._app, self._engine, self._drain, self._told = app, engine, settings.drain, False

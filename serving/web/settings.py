@@ -15,9 +15,11 @@ class WebSettings:
 
     Attributes:
         body_bytes, header_bytes: of a request. prompt_bytes: of all its prompts, or of its messages.
-        body_seconds: in which a body has to arrive; also those that a client may take to read a piece of a stream.
+        body_seconds: in which a request's head has to arrive, and then its body; a connection whose client reads
+            nothing for so long is cut off, before twice as long has passed.
         max_new_tokens: that a choice may ask for, at most 65,536; a chat that asks for no number gets so many.
-        choices: prompts times ``n``. connections: at once; others get 503 as plain text.
+        choices: prompts times ``n``. tokens: that these may ask for in all: half of those that may wait, as one key may
+            have. connections: at once; more are closed as they come.
         patience: seconds after which a request is given up, wherever it is; ``None`` for never.
         drain: seconds that requests have to end in, once the server is told to stop.
         log_prompts: whether prompts are written to the log.
@@ -33,6 +35,7 @@ class WebSettings:
     body_seconds: float = 30.0
     max_new_tokens: int = 1024
     choices: int = 32
+    tokens: int = 2**20
     connections: int = 1024
     patience: float | None = 300.0
     drain: float = 30.0
@@ -40,7 +43,7 @@ class WebSettings:
     blend: Blend = DEFAULT_BLEND
 
     def __post_init__(self) -> None:
-        for name in ("body_bytes", "header_bytes", "prompt_bytes", "choices", "connections"):
+        for name in ("body_bytes", "header_bytes", "prompt_bytes", "choices", "tokens", "connections"):
             whole(name, getattr(self, name), 1)
         whole("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS)
         real("body_seconds", self.body_seconds, 0, above=True)

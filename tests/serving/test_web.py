@@ -1,6 +1,7 @@
 """A server on a real port answers OpenAI's own client, refuses by name what it does not know, and frees what nobody
 waits for."""
 
+import gc
 import inspect
 import itertools
 import json
@@ -9,7 +10,9 @@ import re
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,18 +29,21 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from bayes_dispatch.app.bundle import load_bundle
 from bayes_dispatch.app.commands.main import main
-from bayes_dispatch.errors import BayesDispatchError, ConfigError
+from bayes_dispatch.errors import BayesDispatchError, ConfigError, PromptTooLongError
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.readers import CachedReader
-from bayes_dispatch.serving.engine import BatchedEngine
+from bayes_dispatch.serving.engine import BatchedEngine, Limits
 from bayes_dispatch.serving.web.answers import ChatShape, CompletionShape
 from bayes_dispatch.serving.web.app import make_app
 from bayes_dispatch.serving.web.choices import Choice, Piece, Stops, Token
 from bayes_dispatch.serving.web.feedback import Learner
-from bayes_dispatch.serving.web.fields import ChatAsked, CompletionAsked
+from bayes_dispatch.serving.web.fields import ChatAsked, CompletionAsked, DispatchAsked
+from bayes_dispatch.serving.web.jobs import Jobs
 from bayes_dispatch.serving.web.keys import Keys, is_loopback
+from bayes_dispatch.serving.web.refusals import RefusedError, as_refused
 from bayes_dispatch.serving.web.server import Server, listen
 from bayes_dispatch.serving.web.settings import WebSettings
+from bayes_dispatch.serving.work import Ended
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KEY = "a-key-of-enough-letters"
@@ -55,7 +61,7 @@ class Served:
         self.server_address = listening.getsockname()
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.server = Server(app, self.engine, settings)
-        self.thread = threading.Thread(target=self.server.serve_on, args=[listening])
+        self.thread = threading.Thread(target=self.server.serve_on, args=[listening], daemon=True)
         self.thread.start()
         self.http = httpx2.Client(base_url=self.url, headers={"authorization": f"Bearer {KEY}"}, timeout=60)
         self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
@@ -175,6 +181,7 @@ def test_who_abstains_writes_nothing(served: Served) -> None:
 
 CHAT: dict[str, Any] = {"model": "bundle", "messages": [{"role": "user", "content": "a"}], "max_tokens": 1}
 TEXT: dict[str, Any] = {"model": "bundle", "prompt": "a", "max_tokens": 1}
+ASKED: dict[str, dict[str, Any]] = {"completions": TEXT, "chat/completions": CHAT, "dispatch": {"input": "a"}}
 REFUSED = [
     ("completions", {"foo": 1}, "foo"),
     ("completions", {"best_of": 2}, "best_of"),
@@ -184,7 +191,7 @@ REFUSED = [
     ("completions", {"frequency_penalty": 0.5}, "frequency_penalty"),
     ("completions", {"logit_bias": {"1": 2}}, "logit_bias"),
     ("completions", {"prompt": [1, 2]}, "prompt"),
-    ("completions", {"prompt": ""}, None),
+    ("completions", {"prompt": ""}, "prompt"),
     ("completions", {"prompt": "a" * 6000}, "prompt"),
     ("completions", {"max_tokens": 0}, "max_tokens"),
     ("completions", {"max_tokens": 10**6}, "max_tokens"),
@@ -202,15 +209,17 @@ REFUSED = [
     ("completions", {"blend": "nonsense"}, "blend"),
     ("completions", {"blend": "__import__('os')"}, "blend"),
     ("completions", {"draws": 4, "blend": "top_k"}, "draws"),
-    ("completions", {"draws": 1000, "stream": True}, None),
-    ("completions", {"blend": "top_k(40)", "stream": True}, None),
+    ("completions", {"draws": 1000, "stream": True}, "draws"),
+    ("completions", {"blend": "top_k(40)", "stream": True}, "blend"),
     ("completions", {"weights": [1]}, "weights"),
     ("completions", {"weights": {"nobody": 1}}, "weights"),
     ("completions", {"weights": {"sort": 0.5}}, "weights"),
     ("completions", {"weights": {"sort": 1}, "blend": "top_k"}, "blend"),
     ("completions", {"model": "bundle:sort", "weights": {"sort": 1}}, "weights"),
     ("completions", {"abstain": True}, "abstain"),
-    ("completions", {"false_alarm_rate": 2}, None),
+    ("completions", {"false_alarm_rate": 2}, "false_alarm_rate"),
+    ("dispatch", {"false_alarm_rate": 2}, "false_alarm_rate"),
+    ("dispatch", {"input": ""}, "input"),
     ("chat/completions", {"tools": [{}]}, "tools"),
     ("chat/completions", {"response_format": {"type": "json_object"}}, "response_format"),
     ("chat/completions", {"store": True}, "store"),
@@ -219,19 +228,58 @@ REFUSED = [
     ("chat/completions", {"messages": []}, "messages"),
     ("chat/completions", {"messages": [{"role": "tool", "content": "a"}]}, "messages[0].role"),
     ("chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "a"}] * 3}, "messages"),
+    ("chat/completions", {"messages": [{"role": "system", "content": "a"}] * 2 + CHAT["messages"]}, "messages"),
+    ("chat/completions", {"messages": [{"role": "user", "content": ""}]}, "messages"),
     ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
 ]
 
 
 @pytest.mark.parametrize(("endpoint", "given", "param"), REFUSED)
-def test_refused_by_name(served: Served, endpoint: str, given: dict[str, Any], param: str | None) -> None:
-    answer = served.http.post(f"/v1/{endpoint}", json=(TEXT if endpoint == "completions" else CHAT) | given)
+def test_refused_by_name(served: Served, endpoint: str, given: dict[str, Any], param: str) -> None:
+    answer = served.http.post(f"/v1/{endpoint}", json=ASKED[endpoint] | given)
     error = answer.json()["error"]
     assert answer.status_code == 400, error
     assert error.keys() == {"message", "type", "param", "code"}
     assert (error["param"], error["type"]) == (param, "invalid_request_error")
-    assert error["message"].startswith("expected") or param is None
+    assert error["message"].startswith("expected")
     assert answer.headers["x-request-id"].startswith("req-")
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "kind"),
+    [("completions", CompletionAsked), ("chat/completions", ChatAsked), ("dispatch", DispatchAsked)],
+)
+def test_the_largest_number_of_json_is_refused_in_each_field(served: Served, endpoint: str, kind: Any) -> None:
+    """It has as many digits as Python prints; one more would fail as ours."""
+    for name in kind.model_fields:
+        others = json.dumps({key: value for key, value in ASKED[endpoint].items() if key != name} | {"user": None})
+        body = f'{others[:-1]}, "{name}": {"9" * 4300}}}'
+        answer = served.http.post(f"/v1/{endpoint}", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400, (name, answer.text)
+
+
+def test_too_many_tokens_have_openais_code() -> None:
+    """Programs shorten what they sent by it; the field is the request's own."""
+    told = as_refused(Ended("failed", PromptTooLongError("expected less, got more")), "req-1", "messages", "blend")
+    assert (told.status, told.param, told.code) == (400, "messages", "context_length_exceeded")
+
+
+def test_a_completion_of_no_number_asks_for_no_more_than_it_may(system: Any) -> None:
+    job = Jobs(system, WebSettings(max_new_tokens=5)).of_completion(CompletionAsked(model="bundle", prompt="a"), "")
+    assert job.works[0].writing is not None
+    assert job.works[0].writing.max_new_tokens == 5
+
+
+def test_what_never_has_room_to_wait_is_refused(system: Any) -> None:
+    """With 429 a client would ask for ever. A key has half of the tokens that may wait."""
+    jobs = Jobs(system, WebSettings(max_new_tokens=2**16))
+    asked = CompletionAsked(model="bundle", prompt=["a"] * 16, max_tokens=2**16)
+    assert len(jobs.of_completion(asked, "ann").works) == 16
+    with pytest.raises(RefusedError, match=f"expected at most {2**20} tokens of all choices, got {17 * 2**16}") as told:
+        jobs.of_completion(asked.model_copy(update={"prompt": ["a"] * 17}), "ann")
+    assert (told.value.status, told.value.param) == (400, "max_tokens")
+    assert WebSettings.tokens <= Limits.waiting_tokens // 2
 
 
 def test_more_tokens_than_a_text_may_have_are_refused_at_the_start(capfd: pytest.CaptureFixture[str]) -> None:
@@ -274,6 +322,8 @@ def test_errors_have_openais_shape(served: Served) -> None:
     for answer, status in wrong:
         assert answer.status_code == status, answer.text
         assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+    assert served.http.get("/v1/completions").headers["allow"] == "POST"
+    assert served.http.get("/health/").status_code == 404  # and no redirection
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="no", max_retries=0).models.list()
     assert httpx2.get(f"{served.url}/health").status_code == httpx2.get(f"{served.url}/ready").status_code == 200
@@ -427,8 +477,11 @@ def test_when_the_drain_is_over_what_runs_is_told_so(system: Any, caplog: pytest
 
 
 def test_what_is_late_gets_504(system: Any) -> None:
-    """And its rows are free."""
+    """And OpenAI's client does not ask again for what takes too long."""
     served = Served(system, WebSettings(patience=0.02), None)
+    with pytest.raises(openai.InternalServerError, match="time enough"):
+        served.client.with_options(max_retries=1).completions.create(**LONG)
+    assert 'requests_total{endpoint="/v1/completions",status="504"} 1.0' in served.http.get("/metrics").text
     late = served.http.post("/v1/completions", json=GREEDY | {"max_tokens": 1000, "stop": None})
     assert (late.status_code, late.json()["error"]["code"]) == (504, "timeout")
     with served.http.stream("POST", "/v1/completions", json=GREEDY | {"max_tokens": 1000, "stream": True}) as answer:
@@ -463,6 +516,97 @@ def test_a_connection_without_a_request_is_closed(system: Any, said: bytes) -> N
     answer = served.http.post("/v1/completions", json=GREEDY | {"max_tokens": 300, "stop": None})
     assert answer.status_code == 200
     served.close()
+
+
+def connection_of(served: Served, client: socket.socket) -> Any:
+    """The server's end of a connection."""
+    for _ in waits():
+        for each in list(served.server.server_state.connections):
+            if each.client == client.getsockname():
+                return each
+    raise AssertionError("the server has no such connection")
+
+
+def waits() -> Iterator[None]:
+    """Again and again, but for ten seconds only."""
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        yield
+        time.sleep(0.005)
+
+
+GET = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n"
+STREAM = json.dumps(LONG | {"stream": True, "logprobs": 0}).encode()
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: "
+
+
+@pytest.mark.parametrize("asked", [GET * 50, POST + b"%d\r\n\r\n" % len(STREAM) + STREAM])
+def test_who_does_not_read_is_cut_off(system: Any, asked: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """No fault of ours: it is logged as none."""
+    served = Served(system, WebSettings(body_seconds=0.3), None)
+    with socket.create_connection(served.server_address, timeout=60) as client:
+        transport = connection_of(served, client).transport
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        transport.set_write_buffer_limits(high=4096)
+        client.sendall(asked)
+        assert any(not served.server.server_state.connections for _ in waits())
+    assert any(not served.server.server_state.tasks for _ in waits())
+    served.close()
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_a_connection_waits_for_its_next_request_longer_than_a_proxy(system: Any) -> None:
+    """Which keeps it for a minute, and would send on what has just been closed."""
+    served = Served(system, WebSettings(body_seconds=0.05), None)
+    assert served.server.config.timeout_keep_alive > 60
+    with socket.create_connection(served.server_address, timeout=60) as client:
+        for _ in range(2):
+            client.sendall(GET.replace(b"/ ", b"/health "))
+            assert client.recv(65_536).startswith(b"HTTP/1.1 200")
+            time.sleep(0.3)
+    served.close()
+
+
+def test_a_connection_that_is_over_is_forgotten(served: Served) -> None:
+    """At once, with its last request; not when it would have been looked at."""
+    with socket.create_connection(served.server_address, timeout=60) as client:
+        client.sendall(GET.replace(b"/ ", b"/health "))
+        client.recv(65_536)
+        known = weakref.ref(connection_of(served, client))
+    assert any(gc.collect() >= 0 and known() is None for _ in waits())
+
+
+def test_more_connections_than_there_may_be_are_closed(system: Any) -> None:
+    """Though nothing has been asked on them; those that there are go on."""
+    served = Served(system, WebSettings(connections=2), None)
+    with closing(socket.create_connection(served.server_address)) as one, closing(socket.socket()) as two:
+        connection_of(served, one)
+        two.connect(served.server_address)
+        connection_of(served, two)
+        with socket.create_connection(served.server_address, timeout=60) as third:
+            assert third.recv(1) == b""
+        two.sendall(GET)
+        assert two.recv(12) == b"HTTP/1.1 200"
+    assert any(not served.server.server_state.connections for _ in waits())
+    assert served.http.get("/health").status_code == 200
+    served.close()
+
+
+def test_the_log_has_little_of_who_has_no_key(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """Of a long method a part; of another protocol, which browsers and curl ask for, nothing."""
+    with caplog.at_level(logging.INFO):
+        assert httpx2.request("A" * 5000, f"{served.url}/v1/models").status_code == 401
+        upgraded = httpx2.get(f"{served.url}/health", headers={"connection": "upgrade", "upgrade": "h2c"})
+        assert upgraded.status_code == 200
+        assert any(len(told(caplog)) == 2 for _ in waits())
+    assert [facts["method"] for facts in told(caplog)] == ["A" * 16, "GET"]
+    assert max(record.levelno for record in caplog.records) == logging.INFO
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    """What the log has of requests."""
+    return [record.facts for record in caplog.records if getattr(record, "event", None) == "request"]
 
 
 def test_a_server_whose_engine_has_ended_ends(system: Any) -> None:
