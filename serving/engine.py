@@ -6,10 +6,12 @@ written is its own. So an answer does not depend on what runs beside it, up to t
 
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from threading import Condition, Thread
 from time import monotonic
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +30,7 @@ __all__ = ["BatchedEngine", "Limits"]
 
 logger = logging.getLogger(__name__)
 
+READ_AT_ONCE = 4  # prompts that take turns, so that a long one holds up no short one
 LONGEST_WAIT = 60  # seconds after which a client that was refused may try again, at most
 
 
@@ -37,8 +40,9 @@ class Limits:
 
     Attributes:
         running: requests that share a step. waiting: that wait for that. waiting_tokens: of these, with what they may
-            write. cache_bytes: of all that is kept of what the model has read.
-        piece: tokens of a prompt that are read at a time: more read it sooner, and hold up the others longer.
+            write. cache_bytes: of all that is kept of what the model has read, and of what it says may follow.
+        piece: tokens of a prompt that are read at a time, those of every row counted: more read it sooner, and hold up
+            the others longer.
 
     Raises:
         ConfigError: one that is no whole number of at least 1.
@@ -71,13 +75,13 @@ class BatchedEngine:
         self._system, self._limits = system, Limits() if limits is None else limits
         self._form = Form.of(system.tokenizer)
         self._some = dispatch(system, ["a"], 0)[0]  # to see what blends make of a posterior
-        self._row_bytes, self._token_bytes, self._between_bytes = _cache_bytes(system.model, cut_of(system))
+        self._kept = _kept_of(system.model, cut_of(system))
         self._waiting = WaitingLine(self._limits.waiting, self._limits.waiting_tokens)
         self._closing: float | None = None  # when all is to be over, once it is to close
         self._state = EngineState()
         self._changed = Condition()  # guards the three above, which other threads see
         self._running: list[tuple[Request, Running]] = []
-        self._reading: tuple[Request, Reading] | None = None
+        self._reading: deque[tuple[Request, Reading]] = deque()  # whose turn is next first
         self._batch: Decoding | None = None  # of what runs, in order
         self._longest = 0  # tokens that its rows have room for, which stays when the one that asked for it has gone
         self._stepped = self._busy = 0.0  # seconds that the last step took, and all work so far
@@ -87,7 +91,7 @@ class BatchedEngine:
     def submit(self, work: Work, tell: Callable[[Event], None]) -> Request:
         """See ``work.Engine``."""
         request = Request.of(self._system, self._form, self._some, self._system.model.longest, work, tell)
-        self._check_room(request.rows, request.tokens)
+        self._check_room(request)
         with self._changed:
             if self._closing is not None:
                 raise BusyError("expected a request to a server that is not shutting down, got one that came late", 5)
@@ -122,9 +126,9 @@ class BatchedEngine:
         except BaseException as error:  # nobody else would tell those who wait
             logger.exception("the engine has ended")
             with self._changed:
-                left = [*self._waiting.clear(), *(request for request, _ in self._running)]
-                left += [] if self._reading is None else [self._reading[0]]
-                self._running, self._reading, self._batch, self._closing = [], None, None, monotonic()
+                left = [*self._waiting.clear(), *self._busy_with()]
+                self._running, self._batch, self._closing = [], None, monotonic()
+                self._reading.clear()
                 self._state = replace(self._state, running=0, rows=0, cache_bytes=0)
             for request in left:
                 request.hear(Ended("broken", error))
@@ -142,16 +146,17 @@ class BatchedEngine:
         for request, reason in gone:
             request.hear(Ended(reason))
         if over:
-            self._end_reading(Ended("closed"))
+            for request, _ in list(self._reading):
+                self._end_reading(request, Ended("closed"))
             self._fail(Ended("closed"))
         return over
 
     def _publish(self) -> None:
         """Let others see what there is."""
-        held = [] if self._batch is None else [(self._batch.reader.rows, self._batch.reader.nbytes)]
-        held += [] if self._reading is None else [self._reading[1].held]
+        held = [] if self._batch is None else [(self._batch.reader.rows, self._batch.nbytes)]
+        held += [reading.held for _, reading in self._reading]
         rows, nbytes = (sum(each) for each in zip((0, 0), *held, strict=True))
-        running = len(self._running) + (self._reading is not None)
+        running = len(self._busy_with())
         with self._changed:
             self._state = replace(self._state, running=running, rows=rows, cache_bytes=nbytes)
 
@@ -162,8 +167,9 @@ class BatchedEngine:
 
     def _let_go(self) -> None:
         """Of what nobody waits for any more."""
-        if self._reading is not None and (reason := self._reading[0].over()):
-            self._end_reading(Ended(reason))
+        for request, _ in list(self._reading):
+            if reason := request.over():
+                self._end_reading(request, Ended(reason))
         over = {n: Ended(reason) for n, (request, _) in enumerate(self._running) if (reason := request.over())}
         try:
             self._leave(over)
@@ -177,61 +183,80 @@ class BatchedEngine:
             pass
 
     def _read_piece(self) -> bool:
-        """Go on with one prompt; with one that waits, where there is room for it. Whether there was something to do."""
-        if self._reading is None:
-            with self._changed:
-                request = None if len(self._running) >= self._limits.running else self._waiting.next()
-            if request is None:
-                return False
-            tell = request.hear
-            self._reading = request, Reading(self._system, request.heard, request.work, self._limits.piece, tell)
-        request, reading = self._reading
+        """Go on with the prompt whose turn it is; whether there was one."""
+        self._take()
+        if not self._reading:
+            return False
+        request, reading = self._reading[0]
+        self._reading.rotate(-1)
         try:
-            if not self._fits(reading.rows, reading.tokens):
-                return False  # until others have ended
-            if reading.step():
+            over = reading.step()
+            if reading.rows > request.rows:  # there may be no room, and those that read may not wait for one another
+                most = f"at most {request.rows} rows, as of another prompt"
+                raise ConfigError(f"expected a blend of {most}, got {reading.rows} of {request.work.blend.name}")
+            if over:
                 self._join(request, reading)
         except (ConfigError, PromptError) as error:  # what it asks for cannot be
-            self._end_reading(Ended("failed", error))
+            self._end_reading(request, Ended("failed", error))
         except Exception as error:
-            self._end_reading(Ended("broken", error))
+            self._end_reading(request, Ended("broken", error))
         return True
 
-    def _fits(self, rows: int, tokens: int) -> bool:
-        """Whether there is room for so many rows of so many tokens beside what runs.
+    def _take(self) -> None:
+        """Begin with the prompts of those whose turn it is."""
+        places = self._limits.running
+        while len(self._reading) < READ_AT_ONCE and len(busy := self._busy_with()) < places:
+            with self._changed:
+                request = self._waiting.next(busy, places, self._fits)
+            if request is None:
+                return
+            reading = Reading(self._system, request.heard, request.work, self._limits.piece, request.hear)
+            self._reading.append((request, reading))
 
-        Raises:
-            ConfigError: there will never be.
+    def _busy_with(self) -> list[Request]:
+        """Those that run and those whose prompts are read."""
+        return [request for request, _ in (*self._running, *self._reading)]
+
+    def _fits(self, request: Request) -> bool:
+        """Whether there is room for it beside what runs, and all that those will need whose prompts are read.
+
+        So none that has begun ever waits for room that another one holds.
         """
-        self._check_room(rows, tokens)
-        if self._batch is None:
-            return True
-        return (
-            self._bytes(self._batch.reader.rows + rows, max(tokens, self._longest), tokens) <= self._limits.cache_bytes
+        read, batch = [*(each for each, _ in self._reading), request], self._batch
+        rows, longest, widest = (0, 0, 0) if batch is None else (batch.reader.rows, self._longest, batch.width)
+        needed = self._bytes(
+            rows + sum(each.rows for each in read),
+            max(longest, *(each.tokens for each in read)),
+            sum(each.tokens for each in read),
+            (len(self._running) + len(read)) * max(widest, *(each.width for each in read)),
         )
+        return needed <= self._limits.cache_bytes
 
-    def _check_room(self, rows: int, tokens: int) -> None:
-        """Whether there is room for so many rows of so many tokens where nothing else runs.
+    def _check_room(self, request: Request) -> None:
+        """Whether there is room for it where nothing else runs.
 
         Raises:
             ConfigError: there is not.
         """
-        if self._bytes(rows, tokens, tokens) > self._limits.cache_bytes:
-            most, needed = self._limits.cache_bytes, f"{rows} rows of {tokens} tokens"
+        rows, tokens, most = request.rows, request.tokens, self._limits.cache_bytes
+        if self._bytes(rows, tokens, tokens, request.width) > most:
             raise ConfigError(
-                f"expected a request whose caches fit in {most} bytes, got {needed}: try fewer tokens or draws"
+                f"expected a request whose caches fit in {most} bytes, got {rows} rows of {tokens} tokens: "
+                "try fewer tokens or draws"
             )
 
-    def _bytes(self, rows: int, tokens: int, read: int = 0) -> int:
-        """Of rows, and of a prompt of ``read`` tokens between the passes."""
-        return rows * (self._row_bytes + tokens * self._token_bytes) + read * self._between_bytes
+    def _bytes(self, rows: int, tokens: int, read: int = 0, said: int = 0) -> int:
+        """Of rows, of prompts of ``read`` tokens between the passes, and of what ``said`` particles say may follow."""
+        kept = self._kept
+        return rows * (kept.row + tokens * kept.token) + read * kept.between + said * kept.following
 
     def _join(self, request: Request, reading: Reading) -> None:
         """Take what has been read into the batch."""
         self._count(prompt_tokens=len(request.heard))
         if reading.running is None or reading.decoding is None:
-            return self._end_reading(Ended("dispatched" if request.work.writing is None else "abstained"))
-        self._reading = None
+            reason = "dispatched" if request.work.writing is None else "abstained"
+            return self._end_reading(request, Ended(reason))
+        self._reading.remove((request, reading))
         self._running.append((request, reading.running))
         if self._batch is None:
             self._batch, self._longest = reading.decoding, reading.tokens
@@ -242,11 +267,10 @@ class BatchedEngine:
         except Exception as error:
             self._fail(Ended("broken", error))
 
-    def _end_reading(self, ended: Ended) -> None:
-        if self._reading is not None:
-            request, self._reading = self._reading[0], None
-            self._publish()
-            request.hear(ended)
+    def _end_reading(self, request: Request, ended: Ended) -> None:
+        self._reading = deque(pair for pair in self._reading if pair[0] is not request)
+        self._publish()
+        request.hear(ended)
 
     def _write(self) -> None:
         """One more token of every request that runs."""
@@ -316,8 +340,22 @@ def _unpredictable(batch: Decoding) -> dict[int, Ended]:
     return {n: Ended("broken", error) for n, fine in enumerate(batch.predicts.tolist()) if not fine}
 
 
-def _cache_bytes(model: Backbone, cut: int) -> tuple[int, int, int]:
-    """What a row keeps however short it is, and for each of its tokens; what is kept of a token between the passes.
+class _Kept(NamedTuple):
+    """Bytes that are kept.
+
+    Attributes:
+        row: of a row of the model, however short it is. token: of each of its tokens. between: of a token between the
+            passes. following: of what one particle says may follow.
+    """
+
+    row: int
+    token: int
+    between: int
+    following: int
+
+
+def _kept_of(model: Backbone, cut: int) -> _Kept:
+    """Measured.
 
     Raises:
         TensorError: a model whose sessions cannot be joined.
@@ -327,8 +365,10 @@ def _cache_bytes(model: Backbone, cut: int) -> tuple[int, int, int]:
     with torch.no_grad():
         for tokens in (few, many):
             session = model.open(1, tokens)
-            hidden = session.read(torch.zeros(1, tokens, dtype=torch.long)).hidden
+            read = session.read(torch.zeros(1, tokens, dtype=torch.long), tail=1)
             sizes.append(session.nbytes)
             session.join(session.select([0]))  # requests will have to
+    assert read.after is not None
     by_token = (sizes[1] - sizes[0]) // (many - few)
-    return sizes[0] - few * by_token, by_token, hidden.shape[2] * hidden.element_size() if cut else 0
+    between = read.hidden.shape[2] * read.hidden.element_size() if cut else 0
+    return _Kept(sizes[0] - few * by_token, by_token, between, read.after.nbytes)

@@ -150,7 +150,7 @@ class Reading:
 
     Args:
         system: model, tokenizer, experts, dispatcher and gate. heard, work: what is asked.
-        piece: tokens that are read at a time.
+        piece: tokens that are read at a time, those of every row counted.
         tell: called with ``Begun`` once the prompt is dispatched.
 
     Attributes:
@@ -165,7 +165,7 @@ class Reading:
         self.running: Running | None = None
         self.decoding: Decoding | None = None
         self._system, self._heard, self._work, self._tell = system, heard, work, tell
-        self._piece = piece if system.model.continues else len(heard)
+        self._piece = piece if system.model.continues else None
         self._conversation: Conversation | None = None
         self._reader: CachedReader | None = None
         self._steps = self._read()

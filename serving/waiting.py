@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
@@ -78,6 +78,11 @@ class Request:
         """Of the model that it may need."""
         return 1 if self.particles is None else rows_of(self.particles)
 
+    @property
+    def width(self) -> int:
+        """Particles that say what may follow."""
+        return 0 if self.particles is None else self.particles.mass.shape[1]
+
     def hear(self, event: Event) -> None:
         """``tell`` an event; who cannot bear it wants no more."""
         try:
@@ -136,15 +141,22 @@ class WaitingLine:
         if waiting and sum(each.tokens for each in waiting) + request.tokens > most_tokens:
             raise BusyError(f"expected at most {most_tokens} waiting tokens, got {request.tokens} more", retry_after)
 
-    def next(self) -> Request | None:
-        """The one whose turn it is."""
-        for owner in self._of:
-            line = self._of.pop(owner)
-            request = line.popleft()
-            if line:
-                self._of[owner] = line  # at the end
-            return request
-        return None
+    def next(self, busy: Sequence[Request], places: int, fits: Callable[[Request], bool]) -> Request | None:
+        """Take out the one whose turn it is.
+
+        Args:
+            busy: those that have places, of which there are so many: an owner with half of these lets others go first.
+            fits: whether there is room for it. While there is none nobody goes: small ones would overtake it for ever.
+        """
+        has = Counter(request.work.owner for request in busy)
+        owner = min(self._of, key=lambda owner: 2 * has[owner] >= places, default=None)  # the first of those with less
+        if owner is None or not fits(self._of[owner][0]):
+            return None
+        line = self._of.pop(owner)
+        request = line.popleft()
+        if line:
+            self._of[owner] = line  # at the end
+        return request
 
     def clear(self) -> list[Request]:
         """Take out all."""

@@ -80,9 +80,19 @@ class Decoding:
         return self._mean
 
     @property
+    def width(self) -> int:
+        """Particles of the prompt that has most."""
+        return max(self._counts)
+
+    @property
+    def nbytes(self) -> int:
+        """Of what the reader keeps, and of what may follow."""
+        return self.reader.nbytes + self._following.nbytes
+
+    @property
     def _alone(self) -> bool:
         """Whether there is nothing to filter."""
-        return max(self._counts) == 1
+        return self.width == 1
 
     @property
     def predicts(self) -> Bool[Tensor, " N"]:
@@ -106,7 +116,7 @@ class Decoding:
         """Read the prompts, and filter the particles by each of their tokens; then take aim at the particles' target.
 
         Args:
-            measured: whether to compare the particles. piece: tokens after which to pause; ``None`` for never.
+            measured: whether to compare the particles. piece: see ``ParticleReader``.
 
         Returns:
             Where ``measured`` and there are particles to compare: for ``merge``, by how many nats a token their
@@ -255,7 +265,7 @@ def settle(
     """Read prompts under their particles; once more where these are only to find one blend; and merge equal ones.
 
     Args:
-        begin: makes what reads them under given particles. piece: tokens after which to pause; ``None`` for never.
+        begin: makes what reads them under given particles. piece: see ``ParticleReader``.
     """
     decoding, kept = begin(particles), None
     kl = yield from decoding.read_prompts(particles.merge > 0, piece)

@@ -58,7 +58,8 @@ class ParticleReader(Protocol):
         Args:
             own: give the log-probability of each token. tail: after how many of the last tokens to give all; where a
                 prompt has fewer, the first of these have no meaning.
-            piece: tokens after which to pause, for prompts of one length; ``None`` for never.
+            piece: tokens after which to pause, those of every row counted, for prompts of one length; ``None`` for
+                never.
         """
         ...
 
@@ -152,8 +153,9 @@ class CachedReader:
 
     def read_prompts(self, own: bool, tail: int = 1, piece: int | None = None) -> Generator[None, None, Said]:
         width, said = self._prefix.ids.shape[1], list[Float[Tensor, "N S t"]]()
-        while piece is not None and width - self._read > piece + tail:  # the last piece has all of the tail
-            part = self._read_piece(self._read + piece, own, 1)
+        each = width if piece is None else max(1, piece // self.rows)
+        while width - self._read > each + tail:  # the last piece has all of the tail
+            part = self._read_piece(self._read + each, own, 1)
             said += [] if part.own is None else [part.own]
             yield
         last = self._read_piece(width, own, tail)

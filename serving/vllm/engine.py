@@ -161,7 +161,10 @@ class VllmEngine:
         with self._lock:
             gone = self._waiting.drop()
             turn: list[Request] = []
-            while len(self._tasks) + len(turn) < self._limits.running and (request := self._waiting.next()) is not None:
+            places = self._limits.running
+            while len(busy := [*self._tasks, *turn]) < places:
+                if (request := self._waiting.next(busy, places, lambda _: True)) is None:
+                    break
                 turn.append(request)
             for request in turn:
                 self._tasks[request] = task = self._loop.create_task(self._answer(request))

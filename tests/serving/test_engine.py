@@ -3,6 +3,8 @@ caches are bounded, and what fails fails alone."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from threading import Event as Flag
 from threading import Thread
 from time import sleep
 from types import SimpleNamespace
@@ -23,7 +25,7 @@ from bayes_dispatch.model.generation.sampling import Sampling
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
 from bayes_dispatch.serving.reading import Heard, Reading, hear
 from bayes_dispatch.serving.waiting import Request, WaitingLine
-from bayes_dispatch.serving.work import BusyError, Engine, Event, Message, Ticket, Work
+from bayes_dispatch.serving.work import Begun, BusyError, Ended, Engine, Event, Message, Ticket, Work
 from tests.serving.told import Told
 
 PROMPTS = ["ab>ba\nab>", "1+2=3\n" * 6, "9", "ba>ab\nabc>" * 3, "12+1="]
@@ -202,22 +204,17 @@ def test_what_nobody_waits_for_is_dropped_and_frees_its_rows(cut64: Any, start: 
 def test_caches_stay_within_their_bound(llama64: Any, start: Callable[..., BatchedEngine]) -> None:
     """What has no room beside others waits for it, what never has any is refused; all else is answered."""
     probe = start(llama64)
-    bound = probe._bytes(13, 60)  # two of six particles, and the first pass of one
-    engine, most = start(llama64, cache_bytes=bound), [0]
-    heard = [Told() for _ in range(12)]
-
-    def watch() -> None:
+    for rows, said in ((20, 18), (13, 12)):  # those of two of six particles, and six or none of what reads a third
+        bound = probe._bytes(rows, 60, said=said)
+        engine, most = start(llama64, cache_bytes=bound), 0
+        heard = [Told() for _ in range(8)]
+        for n, own in enumerate(heard):
+            engine.submit(work(llama64, "ab>" * 5, "posterior_predictive(6, merge=0.0)", 30, seed=n), own)
         while not all(own.over.is_set() for own in heard):
-            most[0] = max(most[0], engine.state.cache_bytes)
+            most = max(most, engine.state.cache_bytes)
             sleep(0.001)
-
-    watching = Thread(target=watch)
-    watching.start()
-    for n, own in enumerate(heard):
-        engine.submit(work(llama64, "ab>" * 5, "posterior_predictive(6, merge=0.0)", 30, seed=n), own)
-    assert {own.why() for own in heard} <= {"length", "stop"}
-    watching.join()
-    assert 0 < most[0] <= bound
+        assert {own.why() for own in heard} <= {"length", "stop"}
+        assert 0 < most <= bound
     for never in (work(llama64, "ab", tokens=500), work(llama64, "ab>" * 5, "posterior_predictive(40)", 60)):
         with pytest.raises(ConfigError, match=r"fit in .* fewer tokens or draws"):
             engine.submit(never, Told())
@@ -229,9 +226,10 @@ def test_what_reads_a_prompt_is_counted(llama64: Any, start: Callable[..., Batch
     asked = work(llama64, "ab>" * 40, "refined_mean(6)", 2)
     tokens = probe.submit(asked, Told()).tokens
     rows = 8  # of the first pass, six particles and their mean
+    bound = probe._bytes(rows, tokens, tokens, said=6)
     with pytest.raises(ConfigError, match=f"got {rows} rows of {tokens} tokens"):
-        start(llama64, cache_bytes=probe._bytes(rows, tokens, tokens) - 1).submit(asked, Told())
-    (own,) = run(start(llama64, cache_bytes=probe._bytes(rows, tokens, tokens)), [asked])
+        start(llama64, cache_bytes=bound - 1).submit(asked, Told())
+    (own,) = run(start(llama64, cache_bytes=bound), [asked])
     assert own.why() in ("length", "stop")
     engine, own, seen = start(llama64, piece=1), Told(), set[tuple[int, bool]]()
     engine.submit(asked, own)
@@ -278,7 +276,7 @@ def test_what_is_kept_between_the_passes_is_counted(cut64: Any, start: Callable[
 def test_what_a_long_request_left_is_counted(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
     """Rows keep the room of the longest that was beside them; readers that have joined keep nothing of their own."""
     probe = start(cut64)
-    bound = probe._bytes(1, 3000) * 3
+    bound = probe._bytes(2, 3000, said=2) * 2
     engine, heard, stays = start(cut64, cache_bytes=bound), [Told() for _ in range(12)], Told()
     long = Told()
     engine.submit(work(cut64, "ab>", tokens=400, seed=1), stays)
@@ -333,12 +331,143 @@ def test_more_than_can_wait_is_refused(cut64: Any, start: Callable[..., BatchedE
     assert {own.why() for own in heard} <= {"length", "stop"}
 
 
+def test_what_one_has_many_particles_beside_is_counted(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    """Where one has many, what may follow takes as much of all others."""
+    probe, asked = start(cut64), [work(cut64, "a", "base", 40, seed=n) for n in range(12)]
+    asked[3] = work(cut64, "a", "posterior_predictive(30, merge=0.0)", 40)
+    bound = probe._bytes(40, 44, 44, said=60)
+    engine, heard, most = start(cut64, cache_bytes=bound), [Told() for _ in asked], 0
+    for each, own in zip(asked, heard, strict=True):
+        engine.submit(each, own)
+    while not all(own.over.is_set() for own in heard):
+        most = max(most, engine.state.cache_bytes)
+        sleep(0.001)
+    assert {own.why() for own in heard} <= {"length", "stop"}
+    assert probe._bytes(31, 41, said=30) <= most <= bound
+
+
+class Held(Told):
+    """Holds the engine up where its prompt has been dispatched, until ``go``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = Flag()
+
+    def __call__(self, event: Event) -> None:
+        super().__call__(event)
+        if isinstance(event, Begun):
+            assert self.go.wait(60)
+
+
+def test_a_long_prompt_holds_up_no_short_one(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    """All that have begun take turns, piece by piece."""
+    engine, first, order = start(cut64, piece=4), Held(), list[str]()
+
+    def telling(name: str, own: Told) -> Callable[[Event], None]:
+        def tell(event: Event) -> None:
+            order.extend([name] * isinstance(event, Begun | Ended))
+            own(event)
+
+        return tell
+
+    long, short = Told(), Told()
+    engine.submit(work(cut64, tokens=1), first)
+    engine.submit(work(cut64, "ab>ba\n" * 20, "posterior_predictive(6)", 1), telling("long", long))
+    engine.submit(work(cut64, "a", tokens=1), telling("short", short))
+    first.go.set()
+    assert {long.why(), short.why()} <= {"length", "stop"}
+    assert order == ["short", "short", "long", "long"]
+
+
+def test_one_owner_cannot_have_all_places_that_others_wait_for(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    engine, first, order = start(cut64, running=2), Held(), list[str]()
+    engine.submit(work(cut64, tokens=5000, owner="a"), first)
+    while first.begun is None:
+        sleep(0.001)
+    for name in ("a1", "a2", "b1", "b2"):
+
+        def tell(event: Event, name: str = name) -> None:
+            order.extend([name] * isinstance(event, Begun))
+
+        engine.submit(work(cut64, tokens=1, owner=name[0]), tell)
+    first.go.set()
+    while len(order) < 4:
+        sleep(0.001)
+    assert order == ["b1", "b2", "a1", "a2"]
+
+
+@dataclass
+class Late:
+    """A blend that cannot be made of the second posterior that it gets."""
+
+    name: str = "late"
+    asked: int = 0
+
+    def particles(self, posterior: Any) -> Particles:
+        self.asked += 1
+        if self.asked > 1:
+            raise ConfigError("expected another posterior, got this one")
+        return PosteriorMean().particles(posterior)
+
+
+class Grows(Late):
+    """A blend of more particles of the second posterior."""
+
+    def particles(self, posterior: Any) -> Particles:
+        self.asked += 1
+        return as_blend(f"posterior_predictive({2 + self.asked})").particles(posterior)
+
+
+def test_a_blend_that_needs_more_than_was_counted_fails(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    (own,) = run(start(cut64), [replace(work(cut64), blend=Grows())])
+    assert own.why() == "failed"
+    assert "at most 4 rows, as of another prompt, got 5 of late" in str(own.ended and own.ended.error)
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+def test_a_piece_is_of_all_rows(cut64: Any, rows: int) -> None:
+    """So that many particles hold up the others no longer than one."""
+    piece, depth = 12, cut64.model.depth
+    asked = work(cut64, "ab>ba\n" * 10, f"posterior_predictive({rows}, merge=0.0)")
+    heard = hear(cut64.tokenizer, Form.of(cut64.tokenizer), None, asked)
+    reading, done = Reading(cut64, heard, asked, piece, lambda _: None), [0]
+    with torch.no_grad():
+        while not reading.step():
+            if reading._reader is not None:
+                done.append(reading._reader.evaluated)
+    steps = np.diff(done)
+    assert len(steps) >= len(heard) * rows // piece - 1
+    assert steps.max() <= piece * depth
+
+
 def test_owners_take_turns() -> None:
+    """But for who has half of the places while another waits; what has no room is not overtaken."""
     line, three = WaitingLine(100, 10**6), Heard((0, 1, 2), Transcript.empty(), frozenset(), None)
-    for name in ["a1", "a2", "a3", "b1", "c1", "b2"]:
-        given: Any = SimpleNamespace(owner=name[0], writing=None, name=name)
-        line.add(Request(given, three, lambda _: None, np.inf), 1)
-    order = [next_.work.name for next_ in iter(line.next, None)]  # type: ignore[attr-defined]
+
+    def add(names: str) -> None:
+        for name in names.split():
+            given: Any = SimpleNamespace(owner=name[0], writing=None, name=name)
+            line.add(Request(given, three, lambda _: None, np.inf), 1)
+
+    def take(busy: str, places: int = 4, room: str = "abc") -> str | None:
+        has: Any = [SimpleNamespace(work=SimpleNamespace(owner=owner)) for owner in busy]
+        found: Any = line.next(has, places, lambda request: request.work.owner in room)
+        return None if found is None else found.work.name
+
+    add("a1 a2 a3 b1")
+    assert take("aa") == "b1"
+    assert take("aa") == "a1"
+    assert take("", room="bc") is None
+    add("b1 b2 c1")
+    assert [take("a"), take("aac", room="b"), take("abb", room="c"), take("ab", 3), take("b", 3)] == [
+        "a2",
+        "b1",
+        "c1",
+        "a3",
+        "b2",
+    ]
+    add("a1 a2 a3 b1 c1 b2")
+    order = [next_.work.name for next_ in iter(partial(line.next, [], 8, lambda _: True), None)]  # type: ignore[attr-defined]
     assert order == ["a1", "b1", "c1", "a2", "b2", "a3"]
     assert len(line) == 0
 
@@ -432,7 +561,7 @@ def test_a_step_that_fails_leaves_the_prompt_that_is_read(
     (alone,) = run(engine, [asked])
 
     def broken(self: CachedReader, tokens: torch.Tensor) -> torch.Tensor:
-        if engine._reading is not None and not runs.over.is_set():
+        if engine._reading and not runs.over.is_set():
             raise MemoryError("no more")
         return whole(self, tokens)
 
@@ -442,20 +571,6 @@ def test_a_step_that_fails_leaves_the_prompt_that_is_read(
     assert runs.why() == "broken"
     assert reads.why() == alone.why()
     assert reads.text == alone.text
-
-
-@dataclass
-class Late:
-    """A blend that cannot be made of the second posterior that it gets."""
-
-    name: str = "late"
-    asked: int = 0
-
-    def particles(self, posterior: Any) -> Particles:
-        self.asked += 1
-        if self.asked > 1:
-            raise ConfigError("expected another posterior, got this one")
-        return PosteriorMean().particles(posterior)
 
 
 def test_a_prompt_that_fails_fails_alone(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
