@@ -49,8 +49,8 @@ class Replicas(Protocol):
         """
         ...
 
-    async def states(self) -> Mapping[str, EngineState]:
-        """Of those that answer, by name."""
+    async def states(self) -> Mapping[str, EngineState] | None:
+        """Of those that answer, by name; ``None`` where that is not known now."""
         ...
 
 
@@ -129,11 +129,12 @@ class ReplicatedEngine:
         """The sums over replicas, as they were a second ago at most; counts of those that are gone stay in."""
         with self._lock:
             alive, counts, closing = self._alive.values(), self._counts.values(), self._closing
+        serves = any(state.serves for state in alive)
         sums = {
             each.name: sum(getattr(state, each.name) for state in (counts if each.name in SUMMED else alive))
             for each in fields(EngineState)
         }
-        return EngineState(**sums | {"closing": closing})
+        return EngineState(**sums | {"closing": closing, "serves": serves})
 
     def close(self, patience: float) -> None:
         """See ``work.Engine``."""
@@ -164,6 +165,8 @@ class ReplicatedEngine:
 
     async def _look(self) -> None:
         alive = await self._replicas.states()
+        if alive is None:
+            return
         with self._lock:
             self._alive = alive
             self._counts = {**self._counts, **alive}

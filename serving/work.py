@@ -151,6 +151,7 @@ class EngineState:
         rows: of the model, that are run together. cache_bytes: of what they keep.
         prompt_tokens, new_tokens, steps: so far. closing: whether new work is refused.
         replicas: engines that answer, where this one stands for several.
+        serves: whether it can answer: there is an engine, and the server that it asks is there and is what it was.
     """
 
     waiting: int = 0
@@ -163,6 +164,7 @@ class EngineState:
     steps: int = 0
     closing: bool = False
     replicas: int = 1
+    serves: bool = True
 
     def counted(self, **more: int) -> "EngineState":
         """The state after more of what is counted so far."""

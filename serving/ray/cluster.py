@@ -105,13 +105,15 @@ class RayReplicas:
                 answer.cancel()
             raise
 
-    async def states(self) -> Mapping[str, EngineState]:
+    async def states(self) -> Mapping[str, EngineState] | None:
         """See ``Replicas``."""
         try:
             asked = self._handle.broadcast("report")
             told = await asked.results_async(timeout_s=REPORT_SECONDS, return_exceptions=True)
-        except (DeploymentUnavailableError, TimeoutError):  # none runs, or one is stuck: then nothing is known
+        except DeploymentUnavailableError:  # none runs
             return {}
+        except TimeoutError:  # one is stuck, until Ray replaces it, and nothing is told of the others
+            return None
         return dict(each for each in told if not isinstance(each, BaseException))
 
 

@@ -40,6 +40,8 @@ __all__ = ["VllmEngine"]
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER = 1  # seconds
+CHECKED = 30.0  # seconds after which a server that nobody asks is checked again
+FAILED = 2.0  # and one that has failed
 POLL = 0.02  # seconds between looks at what is left when it closes
 SERVED = "posterior_mean, top_k(2), best_expert, thompson_sample, an expert's name, base, or weights of your own"
 Found = TypeVar("Found")
@@ -91,14 +93,17 @@ class VllmEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
+        self._longest: int | None
+        self._checking: asyncio.Task[None] | None = None  # the last one since the start
+        self._later: asyncio.TimerHandle | None = None  # when the next one is due
         try:
-            most = self._wait(self._upstream.longest())
-            self.off = self._wait(self._upstream.check(*probes_of(system)))
+            self._probes = probes_of(system)
+            self._wait(self._check())
         except BaseException:
             self.close(0)
             raise
         log(logger, logging.INFO, "vllm", lambda: {"url": self._upstream.url, "nats_off": self.off})
-        self._longest = min((each for each in (most, system.model.longest) if each is not None), default=None)
+        self._loop.call_soon_threadsafe(self._check_in, CHECKED)
 
     def submit(self, work: Work, tell: Callable[[Event], None]) -> _Ticket:
         """See ``work.Engine``."""
@@ -150,11 +155,71 @@ class VllmEngine:
         for request in left:
             request.hear(Ended("closed"))
         self._over = True
-        tasks = list(self._tasks.values())
+        tasks: list[asyncio.Task[Any]] = [*self._tasks.values()]
+        tasks += [] if self._checking is None else [self._checking]
         for task in tasks:
             task.cancel()
+        if self._later is not None:
+            self._later.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._upstream.close()
+
+    async def _check(self) -> None:
+        """See that it is a server of this bank.
+
+        Raises:
+            ConfigError, UpstreamError, BusyError: see ``Upstream``.
+        """
+        most = await self._upstream.longest()
+        self.off = await self._upstream.check(*self._probes)
+        self._longest = min((each for each in (most, self._system.model.longest) if each is not None), default=None)
+
+    def _check_in(self, seconds: float) -> None:
+        self._later = self._loop.call_later(seconds, self._check_again)
+
+    def _check_again(self) -> None:
+        """It may be another server by now."""
+        if self._tasks and self.state.serves:  # they will tell if it fails; and its line may be long
+            return self._check_in(CHECKED)
+        self._checking = self._loop.create_task(self._check())
+        self._checking.add_done_callback(self._judge)
+
+    def _judge(self, task: asyncio.Task[None]) -> None:
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None:
+            log(logger, logging.WARNING, "vllm failed", lambda: {"url": self._upstream.url, "message": str(error)})
+        elif not self.state.serves:
+            log(logger, logging.INFO, "vllm", lambda: {"url": self._upstream.url, "nats_off": self.off})
+        if not isinstance(error, BusyError):
+            self._serve(error is None)
+        self._check_in(CHECKED if error is None else FAILED)
+
+    def _serve(self, serves: bool) -> None:
+        with self._lock:
+            self._state = replace(self._state, serves=serves)
+
+    def _doubt(self) -> None:
+        """The server has failed: serve nobody until it has been checked."""
+        if self.state.serves and not self._over:
+            self._serve(False)
+            for planned in (self._later, self._checking):  # for which nobody waits
+                if planned is not None:
+                    planned.cancel()
+            self._check_again()
+
+    async def _sure(self) -> None:
+        """Wait for a server that has failed to be checked.
+
+        Raises:
+            UpstreamError: it fails still, or is another one. BusyError: it has no room.
+        """
+        if not self.state.serves and self._checking is not None:
+            try:
+                await asyncio.shield(self._checking)
+            except ConfigError as error:  # which is not of the request
+                raise UpstreamError(str(error)) from None
 
     def _take(self) -> None:
         """Begin with those whose turn it is, as far as there is room, and let those go that waited for too long."""
@@ -207,7 +272,12 @@ class VllmEngine:
                 return Ended("abstained")
             blend = request.work.blend
             particles = particles_of(blend, begun.posterior)
-            return await self._write(request, _weights(blend, particles, begun.fallback))
+            await self._sure()
+            try:
+                return await self._write(request, _weights(blend, particles, begun.fallback))
+            except UpstreamError:
+                self._doubt()
+                raise
 
     def _dispatch(self, request: Request) -> Begun | None:
         """Of the prompt; nothing where it is not wanted any more. On a thread of its own: others are written meanwhile.

@@ -103,6 +103,8 @@ class Upstream:
                 await _check_status(answer)
                 said = answer.json()["choices"][0]["logprobs"]["top_logprobs"][0]
                 found.append([float(said[f"token_id:{token}"]) for token in asked])
+            except ConfigError as error:  # of ours, and told to whoever runs the server
+                raise ConfigError(f"{error}: {error.__cause__}") from None
             except (httpx2.HTTPError, ValueError, KeyError, TypeError, IndexError) as error:
                 raise UpstreamError(f"expected log-probabilities of {self.url}, got {error!r:.200}") from None
         try:
@@ -191,7 +193,8 @@ def _refuse(status: int, content: bytes) -> None:
     except (ValueError, KeyError, TypeError):
         told = ""
     if status == 400:
-        raise ConfigError(f"expected a request that vLLM takes, got one that it refuses: {' '.join(told.split()):.300}")
+        why = UpstreamError(f"{' '.join(told.split()):.300}")  # not for clients: it may tell of what is inside
+        raise ConfigError("expected a request that vLLM takes, got one that it refuses") from why
     raise UpstreamError(f"expected an answer of vLLM, got status {status}: {told:.300}")
 
 

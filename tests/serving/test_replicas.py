@@ -24,6 +24,7 @@ class Here:
     def __init__(self, **engines: Engine) -> None:
         self.engines = engines
         self.taken: list[str] = []
+        self.known, self.asked = True, 0  # of states
 
     async def run(self, work: Work, tried: Sequence[str]) -> AsyncGenerator[tuple[str | None, Sequence[Event]], None]:
         name = next((name for name in self.engines if name not in tried), next(iter(self.engines)))
@@ -32,8 +33,9 @@ class Here:
         async for events in events_of(self.engines[name], work):
             yield name, events
 
-    async def states(self) -> Mapping[str, EngineState]:
-        return {name: engine.state for name, engine in self.engines.items()}
+    async def states(self) -> Mapping[str, EngineState] | None:
+        self.asked += 1
+        return {name: engine.state for name, engine in self.engines.items()} if self.known else None
 
 
 class Reseeded(Here):
@@ -239,8 +241,11 @@ def test_closing_drains_and_then_cuts_off(cut64: Any, here: Callable[..., Here],
         until(lambda: idle(replicas.engines["first"]))
 
 
-def test_the_state_is_of_all_replicas(cut64: Any, here: Callable[..., Here], start: Start) -> None:
-    """Counts stay when a replica goes."""
+def test_the_state_is_of_all_replicas(
+    cut64: Any, here: Callable[..., Here], start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts stay when a replica goes; without any, nothing is served; it is as it was where nothing is known."""
+    monkeypatch.setattr("bayes_dispatch.serving.replicas.REPORTS", 0.01)
     replicas, heard = here(), [Told(), Told()]
     engine = start(replicas)
     for name, own in zip(("first", "second"), heard, strict=True):
@@ -251,6 +256,14 @@ def test_the_state_is_of_all_replicas(cut64: Any, here: Callable[..., Here], sta
     until(lambda: len(engine._alive) == 1)
     assert engine.state.new_tokens == 10
     assert (engine.state.running, engine.state.rows, engine.state.closing) == (0, 0, False)
+    replicas.known, known = False, replicas.asked
+    gone = replicas.engines.pop("second")
+    until(lambda: replicas.asked > known + 2)
+    assert engine.state.serves
+    replicas.known = True
+    until(lambda: not engine.state.serves)
+    replicas.engines["second"] = gone
+    until(lambda: engine.state.serves)
 
 
 def test_a_refusal_comes_whole_from_another_process() -> None:

@@ -33,6 +33,7 @@ from bayes_dispatch.inference.two_pass.blends import as_blend
 from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
 from bayes_dispatch.serving.replicas import ReplicatedEngine
+from bayes_dispatch.serving.vllm import engine as vllm_engine
 from bayes_dispatch.serving.vllm import upstream
 from bayes_dispatch.serving.vllm.engine import VllmEngine
 from bayes_dispatch.serving.vllm.export import export_bank, whole_bank
@@ -42,7 +43,7 @@ from bayes_dispatch.serving.vllm.upstream import Upstream
 from bayes_dispatch.serving.web.app import make_app
 from bayes_dispatch.serving.web.server import Server, listen
 from bayes_dispatch.serving.web.settings import WebSettings
-from bayes_dispatch.serving.work import BusyError, Engine, Ticket, UpstreamError, Work
+from bayes_dispatch.serving.work import Begun, BusyError, Engine, Ticket, UpstreamError, Work
 from tests.serving.test_replicas import Here
 from tests.serving.told import Told
 
@@ -450,6 +451,27 @@ def test_a_cancelled_request_is_closed_at_the_server(stand: Stand, start: Callab
     ticket.cancel()  # harmless
 
 
+def test_an_owner_of_half_of_the_places_lets_others_go_first(stand: Stand, start: Callable[..., VllmEngine]) -> None:
+    engine, order = start(running=2), list[str]()
+    stand.fault = "slow"
+    heard = {name: Told() for name in ("a0", "b0", "a1", "b1")}
+    tickets = {}
+    for name, own in heard.items():
+
+        def tell(event: Any, name: str = name, own: Told = own) -> None:
+            own(event)
+            order.extend([name] * isinstance(event, Begun))
+
+        tickets[name] = engine.submit(work(stand.system, tokens=200 if "0" in name else 2, owner=name[0]), tell)
+    assert heard["a0"].wrote.wait(60)
+    assert heard["b0"].wrote.wait(60)
+    tickets["b0"].cancel()
+    heard["b1"].why()
+    heard["a1"].why()
+    assert order[2:] == ["b1", "a1"]
+    tickets["a0"].cancel()
+
+
 def test_a_stop_ends_the_request_at_the_server(stand: Stand, start: Callable[..., VllmEngine]) -> None:
     engine, whole, cut = start(), Told(), Told()
     engine.submit(work(stand.system, tokens=30), whole)
@@ -474,7 +496,7 @@ def test_patience_ends_what_runs_and_what_waits(stand: Stand, start: Callable[..
 @pytest.mark.parametrize(
     ("fault", "reason", "kind", "told_of"),
     [
-        ("400", "failed", ConfigError, "no such thing"),
+        ("400", "failed", ConfigError, "expected a request that vLLM takes, got one that it refuses"),
         ("429", "failed", BusyError, "busy"),
         ("503", "failed", BusyError, "busy"),
         ("500", "broken", UpstreamError, "status 500"),
@@ -492,6 +514,7 @@ def test_a_servers_failure_is_told(
     assert heard.ended is not None
     assert isinstance(heard.ended.error, kind)
     assert told_of in str(heard.ended.error)
+    assert reason == "broken" or "no such thing" not in str(heard.ended.error)  # what clients read
     if isinstance(heard.ended.error, BusyError):
         assert heard.ended.error.retry_after == 7
     stand.fault = None
@@ -573,6 +596,57 @@ def test_another_server_is_refused(stand: Stand, start: Callable[..., VllmEngine
         start()
     stand.close()
     with pytest.raises(UpstreamError, match="expected a vLLM server at http"):
+        start()
+
+
+def until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def test_a_server_that_failed_is_checked_before_it_serves(
+    stand: Stand, start: Callable[..., VllmEngine], uneven64: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have come back with other experts, of the same names."""
+    monkeypatch.setattr(vllm_engine, "FAILED", 0.01)
+    engine, lost, other, again = start(), Told(), Told(), Told()
+    assert engine.state.serves
+    stand.fault, stand.bank = "breaks", uneven64.experts
+    engine.submit(work(stand.system, "sort"), lost)
+    assert lost.why() == "broken"
+    assert not engine.state.serves
+    stand.fault = None
+    engine.submit(work(stand.system, "sort"), other)
+    assert (other.why(), other.tokens) == ("broken", [])
+    assert isinstance(other.ended and other.ended.error, UpstreamError)
+    stand.bank = stand.system.experts
+    until(lambda: engine.state.serves)
+    engine.submit(work(stand.system, "sort"), again)
+    assert again.why() in ("length", "stop")
+
+
+def test_a_server_that_nobody_asks_is_checked(
+    stand: Stand, start: Callable[..., VllmEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_engine, "FAILED", 0.01)
+    monkeypatch.setattr(vllm_engine, "CHECKED", 0.01)
+    monkeypatch.setattr("bayes_dispatch.serving.replicas.REPORTS", 0.01)
+    engine, replicated = start(), ReplicatedEngine(Here(only=start()))
+    assert replicated.state.serves
+    stand.fault = "500"
+    until(lambda: not engine.state.serves)
+    until(lambda: not replicated.state.serves)
+    stand.fault = None
+    until(lambda: engine.state.serves)
+    replicated.close(0)
+
+
+def test_why_the_check_is_refused_is_told(stand: Stand, start: Callable[..., VllmEngine]) -> None:
+    """To whoever starts the server, who knows what is inside."""
+    stand.fault = "400"
+    with pytest.raises(ConfigError, match="got one that it refuses: no such thing"):
         start()
 
 
