@@ -8,8 +8,9 @@
 
 Each client asks for one streamed completion after the other, of a prompt, a blend and a seed of its own. "First" is the
 time from a request to its first token, "between" from one to the next; what is not over when the time is, is cut off,
-and its tokens until then count. With ``--overload`` the table tells how many
-requests got an answer, and which; every one has to get one.
+and its tokens until then count. "Failed" are answers of another status than 200, 429 or 503, and streams that tell an
+error, break off, or have fewer tokens than they say. With ``--overload`` the table tells how many requests got an
+answer, and which; every one has to get one.
 """
 
 import json
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +35,38 @@ ONE_ROW = ["posterior_mean", "best_expert", "thompson_sample", "top_k(2)", "top_
 WEIGHTS = ["ada=0.4,bo=0.6", "cy=1", "dee=0.2,eve=0.3,fay=0.5", "gus=0.7,base=0.3", "hal=0.5,ada=0.5", "base=1"]
 PROMPTS = ["kfpa>apfk\nbcde>", "37+58=95\n46+27=73\n64+85=", "EN: Save TR: Speichern\nEN: Close TR:", '{"name": "']
 BUSY = (429, 503)
+
+
+def pieces(lines: Iterable[bytes], tokens: int, done: bool) -> Iterator[str]:
+    """The texts of a stream, as they come.
+
+    Args:
+        tokens: that were asked for. done: whether the server ends its streams with ``[DONE]``.
+
+    Raises:
+        ValueError: it tells an error, breaks off, or has not as many tokens as the reason why it ended says.
+    """
+    reason: str | None = None
+    written: int | None = None
+    over = not done
+    for line in lines:
+        over = over or line == b"data: [DONE]"
+        if not line.startswith(b"data: {"):
+            continue
+        told = json.loads(line.removeprefix(b"data: "))
+        if "error" in told:
+            raise ValueError(f"expected a text, got the error {told['error']}")
+        if told.get("usage"):
+            written = told["usage"]["completion_tokens"]
+        for choice in told.get("choices", ()):
+            reason = choice.get("finish_reason") or reason
+            if choice.get("text"):
+                yield choice["text"]
+    if not over or reason is None or written is None:
+        raise ValueError("expected a stream that tells its end, got one that breaks off")
+    if written > tokens or (reason == "length" and written < tokens):
+        raise ValueError(f"expected {tokens} tokens before the end {reason}, got {written}")
+
 
 if "LOAD_MODEL" in os.environ:  # this file is also what Locust runs
     from locust import HttpUser, task
@@ -55,6 +88,7 @@ if "LOAD_MODEL" in os.environ:  # this file is also what Locust runs
                 "temperature": 1.0,
                 "seed": int(self.random.integers(2**31)),
                 "stream": True,
+                "stream_options": {"include_usage": True},
             }
             more = json.loads(os.environ["LOAD_MORE"])
             body |= more[self.random.integers(len(more))]
@@ -64,17 +98,16 @@ if "LOAD_MODEL" in os.environ:  # this file is also what Locust runs
                     self.told(str(answer.status_code), 0.0)
                     answer.success()
                     return
-                for line in answer.iter_lines():
-                    if not line.startswith(b"data: {"):
-                        continue
-                    told = json.loads(line.removeprefix(b"data: "))
-                    if "error" in told:
-                        answer.failure(told["error"]["message"])
-                        return
-                    if any(choice.get("text") for choice in told["choices"]):
+                if answer.status_code != 200:
+                    answer.failure(f"expected the status 200, got {answer.status_code}")
+                    return
+                try:
+                    for _ in pieces(answer.iter_lines(), body["max_tokens"], os.environ["LOAD_DONE"] == "1"):
                         now = time.perf_counter()
                         self.told(name, 1000 * (now - last))
                         last, name = now, "between"
+                except (ValueError, OSError) as error:  # of the latter kind are those of requests
+                    answer.failure(str(error))
 
         def told(self, name: str, milliseconds: float) -> None:
             self.environment.events.request.fire(
@@ -115,14 +148,23 @@ def serving(command: list[str], port: int) -> Iterator[str]:
 
 
 def run(
-    url: str, model: str, clients: int, seconds: int, tokens: int, more: list[dict[str, Any]], wait: int = 0
+    url: str,
+    model: str,
+    clients: int,
+    seconds: int,
+    tokens: int,
+    more: list[dict[str, Any]],
+    wait: int = 0,
+    done: bool = True,
 ) -> dict[str, Any]:
     """Locust's statistics by name: of all requests, and of tokens.
 
     Args:
         more: fields of requests, one of these at random. wait: seconds in which what is asked may still be answered.
+        done: see ``pieces``.
     """
     settings = {"LOAD_MODEL": model, "LOAD_TOKENS": str(tokens), "LOAD_MORE": json.dumps(more)}
+    settings["LOAD_DONE"] = str(int(done))
     command = [sys.executable, "-m", "locust", "-f", __file__, "--headless", "--json", "--only-summary"]
     command += ["-H", url, "-u", str(clients), "-r", str(clients), "-t", f"{seconds}s", "-s", str(wait), "-L", "ERROR"]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
@@ -191,8 +233,9 @@ def main(
         for count in clients:
             for name, command, model, more in servers:
                 with nullcontext(command) if isinstance(command, str) else serving(command, port) as url:
-                    run(url, model, 1, 5, tokens, more)  # to warm up
-                    found = run(url, model, count, seconds, tokens, more)
+                    done = not name.startswith("transformers")  # whose streams end with the usage
+                    run(url, model, 1, 5, tokens, more, done=done)  # to warm up
+                    found = run(url, model, count, seconds, tokens, more, done=done)
                 written = sum(found[each]["num_requests"] for each in ("first", "between") if each in found)
                 over = found["all"]["num_requests"] if "all" in found else 0
                 failed = found["all"]["num_failures"] if "all" in found else 0

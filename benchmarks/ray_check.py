@@ -1,12 +1,14 @@
-"""Two replicas in a Ray cluster on this machine, of which one is killed while they are asked: no request may fail.
+"""Two replicas in a Ray cluster on this machine, of which one is killed while they are asked: what has not begun to
+stream must not fail.
 
     make check-ray
     python benchmarks/ray_check.py --bundle DIR --vllm URL    # replicas that let a vLLM server write (beside_vllm.py)
 
 It asks for answers and streams, of several blends and seeds, from some threads at once; kills a replica's process amid;
-and tells how long it takes until there are two again. It fails where a request fails, an answer is not that of
-``TwoPassGenerator.generate``, a client that hangs up leaves rows behind, a full server answers anything but 429, or
-a process is left at the end. vLLM is asked for greedy answers of blends of one row.
+and tells how long it takes until there are two again. Streams that fail after their first token are counted. It fails
+where another request fails, an answer is not that of ``TwoPassGenerator.generate``, a client that hangs up leaves rows
+behind, a full server answers anything but 429, or a process is left at the end. vLLM is asked for greedy answers of
+blends of one row.
 """
 
 import json

@@ -4,9 +4,11 @@
     python benchmarks/server_stress.py --requests 200
 
 Most ask for an answer or a stream of a random prompt, blend and seed; a tenth of these were asked before, and must come
-back the same, and in the end as ``TwoPassGenerator.generate`` gives it. Of the others, some hang up amid a stream, some
-send a body that is no JSON, a field that nobody knows, a prompt that is too long, or a wrong key. At the end no row may
-be held, and the process may have grown by no more than five hundredths since a tenth of the requests.
+back the same, and in the end as ``TwoPassGenerator.generate`` gives it. Of the others, some hang up, amid a stream or
+at any time before (half of all wait for a place at first), some send a body that is no JSON, a field that nobody knows,
+a prompt that is too long, or a wrong key. It ends with an error where an answer is another, where at the end something
+is held, an error has been logged, or the server does not end with the status 0, and where the process has grown by more
+than five hundredths since a tenth of the requests.
 """
 
 import json
@@ -20,6 +22,7 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Annotated, Any
 
 import httpx2 as httpx
@@ -30,12 +33,13 @@ import bayes_dispatch as bd
 KEY = "a-key-that-nobody-guesses"
 BLENDS = ["posterior_predictive", "posterior_mean", "best_expert", "refined_mean", "top_k(3)", "sort", "base"]
 LINES = ["kfpa>apfk\n", "mold>npme\n", "37+58=95\n", "12+21=33\n", '{"a": 1}\n', "THE CAT\n", "ab>ba\n", "2+2=4\n"]
+GROWTH = 0.05  # at most, from the first tenth of the requests to the last
 EXPECTED = {"json": 400, "field": 400, "long": 400, "key": 401, "big": 413}
 
 
 def ask(client: httpx.Client, random_: random.Random, seen: dict[str, str], counts: Counter[str], lock: Any) -> None:
     """One request; differences from what is expected raise."""
-    kind = random_.choices(["text", "stream", "hang up", *EXPECTED], [50, 20, 12, 4, 4, 4, 4, 2])[0]
+    kind = random_.choices(["text", "stream", "hang up", "hang up early", *EXPECTED], [50, 20, 6, 6, 4, 4, 4, 4, 2])[0]
     body: dict[str, Any] = {
         "model": "bundle",
         "prompt": "".join(random_.choices(LINES, k=random_.randint(1, 12))),
@@ -62,6 +66,13 @@ def ask(client: httpx.Client, random_: random.Random, seen: dict[str, str], coun
             body = json.loads(random_.choice(list(seen)))
     content = json.dumps(body).encode() if content is None else content
     headers["Content-Type"] = "application/json"
+    if kind == "hang up early":  # waiting, being read, or written: the status comes with the whole answer
+        content = json.dumps(body | {"prompt": body["prompt"] * random_.choice([1, 20])}).encode()
+        try:
+            client.post("/v1/completions", content=content, headers=headers, timeout=random_.uniform(0.001, 0.3))
+        except httpx.TimeoutException:
+            return counts.update([kind])
+        return counts.update(["answered before they hung up"])
     if kind in ("stream", "hang up"):
         content = json.dumps(body | {"stream": True}).encode()
         text, read = "", random_.randint(0, 5)
@@ -109,6 +120,7 @@ def main(
         log = Path(folder, "log")
         with log.open("wb") as told:
             command = [sys.executable, "-m", "bayes_dispatch", "serve", "--port", "8765", "--keys", str(keys)]
+            command += ["--running", str(max(1, threads // 2))]
             process = subprocess.Popen(command, stderr=told, env=os.environ | {"OMP_NUM_THREADS": "1"})
         try:
             found = _ask_all(process, requests, threads, seed)
@@ -116,7 +128,23 @@ def main(
             process.terminate()
             code = process.wait(60)
         errors = sum(1 for line in log.read_text().splitlines() if '"level": "error"' in line)
-    typer.echo(json.dumps(found | {"exit status": code, "errors logged": errors}, indent=1))
+    found |= {"exit status": code, "errors logged": errors}
+    typer.echo(json.dumps(found, indent=1))
+    if wrong := faults(found):
+        raise SystemExit("\n".join(wrong))
+
+
+def faults(found: dict[str, Any]) -> list[str]:
+    """What is not as it has to be, in one line each."""
+    equal, asked = found["equal to generate"]
+    rules = [
+        ("nothing that is held", all(float(value) == 0 for value in found["held"].values()), found["held"]),
+        (f"growth of at most {GROWTH}", found["growth"] <= GROWTH, found["growth"]),
+        ("the answers of generate", equal == asked, f"{asked - equal} others of {asked}"),
+        ("the exit status 0", found["exit status"] == 0, found["exit status"]),
+        ("no error that is logged", found["errors logged"] == 0, found["errors logged"]),
+    ]
+    return [f"expected {what}, got {got}" for what, fine, got in rules if not fine]
 
 
 def _ask_all(process: subprocess.Popen[bytes], requests: int, threads: int, seed: int) -> dict[str, Any]:
@@ -134,9 +162,11 @@ def _ask_all(process: subprocess.Popen[bytes], requests: int, threads: int, seed
         early = resident(process)
         some(range(requests // 10, requests))
         late = resident(process)
-        metrics = client.get("/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
-    held = dict(re.findall(r"^(bayes_dispatch_(?:rows|running|waiting|cache_bytes)) (\S+)$", metrics, re.M))
-    assert held, metrics
+        deadline = monotonic() + 30  # for those that have just hung up
+        held = _held(client)
+        while any(float(value) for value in held.values()) and monotonic() < deadline:
+            sleep(0.1)
+            held = _held(client)
     return (
         dict(counts)
         | {"held": held, "MiB": [early >> 20, late >> 20], "growth": round(late / early - 1, 3)}
@@ -144,9 +174,15 @@ def _ask_all(process: subprocess.Popen[bytes], requests: int, threads: int, seed
     )
 
 
-def _until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
-    from time import sleep
+def _held(client: httpx.Client) -> dict[str, str]:
+    """What the engine holds, as ``/metrics`` tells it."""
+    metrics = client.get("/metrics", headers={"Authorization": f"Bearer {KEY}"}).text
+    held = dict(re.findall(r"^(bayes_dispatch_(?:rows|running|waiting|cache_bytes)) (\S+)$", metrics, re.M))
+    assert len(held) == 4, metrics
+    return held
 
+
+def _until_ready(client: httpx.Client, process: subprocess.Popen[bytes]) -> None:
     while process.poll() is None:
         try:
             if client.get("/ready").status_code == 200:
@@ -170,7 +206,7 @@ def _as_generated(seen: dict[str, str], most: int = 300) -> dict[str, Any]:
             stop=body["stop"],
         ).texts[0]
         equal += text == (alone.removesuffix(body["stop"]) if body["stop"] else alone)
-    return {"equal to generate": f"{equal} of {len(asked)}"}
+    return {"equal to generate": (equal, len(asked))}
 
 
 if __name__ == "__main__":
