@@ -26,7 +26,7 @@ from bayes_dispatch.serving.reading import Reading, Running
 from bayes_dispatch.serving.waiting import Request, WaitingLine
 from bayes_dispatch.serving.work import BusyError, Ended, EngineState, Event, Work, Wrote
 
-__all__ = ["BatchedEngine", "Limits"]
+__all__ = ["READ_AT_ONCE", "BatchedEngine", "Limits"]
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """An engine that dispatches here, and lets a vLLM server write.
 
-The first pass runs in this process, one prompt after the other; the server gets a prompt's tokens and the weights of
+The first pass runs in this process, some prompts by turns; the server gets a prompt's tokens and the weights of
 its blend, and runs all blends in one batch. It knows one set of weights for each request: a blend of many particles,
 which every token filters, is refused.
 """
@@ -27,7 +27,7 @@ from bayes_dispatch.inference.two_pass.events import tell as log
 from bayes_dispatch.inference.two_pass.prompts import Written
 from bayes_dispatch.inference.two_pass.second_pass import on_base
 from bayes_dispatch.inference.two_pass.system import System, check_system, dispatch
-from bayes_dispatch.serving.engine import Limits
+from bayes_dispatch.serving.engine import READ_AT_ONCE, Limits
 from bayes_dispatch.serving.reading import Reading, particles_of
 from bayes_dispatch.serving.vllm.export import check_lora, probes_of
 from bayes_dispatch.serving.vllm.format import told
@@ -89,7 +89,7 @@ class VllmEngine:
         self._tasks: dict[Request, asyncio.Task[Ended]] = {}
         self._over = False  # whether tasks are cancelled because the engine is
         self._upstream = Upstream(url, key)
-        self._worker = ThreadPoolExecutor(1, "dispatch")
+        self._worker, self._reading = ThreadPoolExecutor(1, "dispatch"), asyncio.Semaphore(READ_AT_ONCE)
         self._loop = asyncio.new_event_loop()
         self._thread = Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
@@ -261,7 +261,7 @@ class VllmEngine:
     async def _answer(self, request: Request) -> Ended:
         left = request.deadline - monotonic()
         async with asyncio.timeout(left if math.isfinite(left) else None):
-            begun = await self._loop.run_in_executor(self._worker, self._dispatch, request)
+            begun = await self._dispatch(request)
             if begun is None:
                 return Ended(request.over() or "cancelled")
             self._count(prompt_tokens=len(request.heard))
@@ -279,17 +279,19 @@ class VllmEngine:
                 self._doubt()
                 raise
 
-    def _dispatch(self, request: Request) -> Begun | None:
-        """Of the prompt; nothing where it is not wanted any more. On a thread of its own: others are written meanwhile.
+    async def _dispatch(self, request: Request) -> Begun | None:
+        """Of the prompt; nothing where it is not wanted any more.
 
-        As the engine in this process reads it, but for what would be written.
+        As the engine in this process reads it, but for what would be written: by turns with other prompts, piece by
+        piece, on a thread where others are written meanwhile.
         """
         found: list[Begun] = []
         heard = replace(request.heard, writing=None)
         reading = Reading(self._system, heard, request.work, self._limits.piece, found.append)
-        with torch.no_grad():
-            while request.over() is None and not reading.step():
-                pass
+        async with self._reading:
+            while request.over() is None:
+                if await self._loop.run_in_executor(self._worker, torch.no_grad()(reading.step)):
+                    break
         return found[0] if found else None
 
     async def _write(self, request: Request, weights: np.ndarray) -> Ended:

@@ -4,7 +4,6 @@ caches are bounded, and what fails fails alone."""
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from threading import Event as Flag
 from threading import Thread
 from time import sleep
 from types import SimpleNamespace
@@ -26,7 +25,7 @@ from bayes_dispatch.serving.engine import BatchedEngine, Limits
 from bayes_dispatch.serving.reading import Heard, Reading, hear
 from bayes_dispatch.serving.waiting import Request, WaitingLine
 from bayes_dispatch.serving.work import Begun, BusyError, Ended, Engine, Event, Message, Ticket, Work
-from tests.serving.told import Told
+from tests.serving.told import Held, Told
 
 PROMPTS = ["ab>ba\nab>", "1+2=3\n" * 6, "9", "ba>ab\nabc>" * 3, "12+1="]
 BLENDS = ["posterior_predictive(6)", "posterior_mean", "reverse", "refined_mean(6)", "base", "thompson_sample"]
@@ -344,19 +343,6 @@ def test_what_one_has_many_particles_beside_is_counted(cut64: Any, start: Callab
         sleep(0.001)
     assert {own.why() for own in heard} <= {"length", "stop"}
     assert probe._bytes(31, 41, said=30) <= most <= bound
-
-
-class Held(Told):
-    """Holds the engine up where its prompt has been dispatched, until ``go``."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.go = Flag()
-
-    def __call__(self, event: Event) -> None:
-        super().__call__(event)
-        if isinstance(event, Begun):
-            assert self.go.wait(60)
 
 
 def test_a_long_prompt_holds_up_no_short_one(cut64: Any, start: Callable[..., BatchedEngine]) -> None:

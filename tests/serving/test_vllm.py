@@ -45,7 +45,7 @@ from bayes_dispatch.serving.web.server import Server, listen
 from bayes_dispatch.serving.web.settings import WebSettings
 from bayes_dispatch.serving.work import Begun, BusyError, Engine, Ticket, UpstreamError, Work
 from tests.serving.test_replicas import Here
-from tests.serving.told import Told
+from tests.serving.told import Held, Told
 
 IDS = torch.tensor([[1, 20, 70, 33, 90, 101, 55]])
 KEY = "a-key-of-the-server"
@@ -470,6 +470,24 @@ def test_an_owner_of_half_of_the_places_lets_others_go_first(stand: Stand, start
     heard["a1"].why()
     assert order[2:] == ["b1", "a1"]
     tickets["a0"].cancel()
+
+
+def test_a_long_prompt_holds_up_no_short_one(stand: Stand, start: Callable[..., VllmEngine]) -> None:
+    """Prompts are read by turns, piece by piece."""
+    engine, first, order = start(piece=2), Held(), list[str]()
+    engine.submit(replace(work(stand.system), writing=None), first)
+    heard = {"long": Told(), "short": Told()}
+    for name, own in heard.items():
+
+        def tell(event: Any, name: str = name, own: Told = own) -> None:
+            order.extend([name] * isinstance(event, Begun))
+            own(event)
+
+        engine.submit(work(stand.system, prompt="ab>ba\n" * 20 if name == "long" else "a", tokens=2), tell)
+    first.go.set()
+    for own in heard.values():
+        own.why()
+    assert order == ["short", "long"]
 
 
 def test_a_stop_ends_the_request_at_the_server(stand: Stand, start: Callable[..., VllmEngine]) -> None:

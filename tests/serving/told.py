@@ -4,7 +4,7 @@ from threading import Event as Flag
 
 from bayes_dispatch.serving.work import Begun, Ended, Event, Wrote
 
-__all__ = ["Told"]
+__all__ = ["Held", "Told"]
 
 
 class Told:
@@ -37,3 +37,16 @@ class Told:
         assert self.over.wait(600)
         assert self.ended is not None
         return self.ended.reason
+
+
+class Held(Told):
+    """Holds the engine up where its prompt has been dispatched, until ``go``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = Flag()
+
+    def __call__(self, event: Event) -> None:
+        super().__call__(event)
+        if isinstance(event, Begun):
+            assert self.go.wait(60)
