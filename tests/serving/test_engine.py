@@ -426,6 +426,16 @@ def test_a_piece_is_of_all_rows(cut64: Any, rows: int) -> None:
     assert steps.max() <= piece * depth
 
 
+def test_a_model_that_cannot_read_on_reads_a_prompt_at_once(llama64: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each pass, however many rows there are."""
+    monkeypatch.setattr(llama64.model.parts, "continues", False)
+    asked = work(llama64, "ab>ba\n" * 10, "posterior_predictive(6)")
+    heard = hear(llama64.tokenizer, Form.of(llama64.tokenizer), None, asked)
+    reading = Reading(llama64, heard, asked, 2, lambda _: None)
+    with torch.no_grad():
+        assert [reading.step() for _ in range(3)] == [False, False, True]
+
+
 def test_owners_take_turns() -> None:
     """But for who has half of the places while another waits; what has no room is not overtaken."""
     line, three = WaitingLine(100, 10**6), Heard((0, 1, 2), Transcript.empty(), frozenset(), None)
