@@ -53,6 +53,7 @@ from .errors import LabelError as LabelError
 from .errors import MissingDependencyError as MissingDependencyError
 from .errors import NotFittedError as NotFittedError
 from .errors import PromptError as PromptError
+from .errors import PromptTooLongError as PromptTooLongError
 from .errors import RewardError as RewardError
 from .errors import StaleCacheError as StaleCacheError
 from .errors import TensorError as TensorError

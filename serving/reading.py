@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
-from bayes_dispatch.errors import ConfigError, PromptError
+from bayes_dispatch.errors import ConfigError, PromptError, PromptTooLongError
 from bayes_dispatch.inference.chat.conversation import Conversation
 from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.chat.state import Transcript
@@ -76,7 +76,7 @@ def hear(tokenizer: Tokenizer, form: Form, longest: int | None, work: Work) -> H
         room = longest - len(heard)
         if not (work.shorter and writing is not None and room > 0):
             most = f"expected a prompt of at most {longest} tokens with the {heard.tokens - len(heard)} that follow"
-            raise PromptError(f"{most}, got {len(heard)}")
+            raise PromptTooLongError(f"{most}, got {len(heard)}")
         heard = replace(heard, writing=replace(writing, max_new_tokens=room))
     return heard
 

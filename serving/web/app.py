@@ -139,6 +139,9 @@ def make_app(
     async def ready() -> Response:
         if engine.state.closing:
             raise closing()
+        if not engine.state.serves:
+            message = "expected an engine that can answer, got one whose server or replicas are gone"
+            raise RefusedError(503, message, code="not_serving")
         return JSONResponse({"status": "ready"})
 
     @app.get("/metrics")

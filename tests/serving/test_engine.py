@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bayes_dispatch.errors import BayesDispatchError, ConfigError, PromptError, TensorError
+from bayes_dispatch.errors import BayesDispatchError, ConfigError, PromptError, PromptTooLongError, TensorError
 from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.chat.state import Transcript
 from bayes_dispatch.inference.generator import TwoPassGenerator
@@ -496,7 +496,7 @@ def test_one_owner_cannot_fill_the_line() -> None:
 def test_a_reply_of_no_stated_length_takes_the_room_there_is(cut64: Any) -> None:
     form, asked = Form.of(cut64.tokenizer), work(cut64, (Message("user", "abc"),), tokens=50)
     read = len(hear(cut64.tokenizer, form, None, asked))
-    with pytest.raises(PromptError, match=f"at most 20 tokens with the 50 that follow, got {read}"):
+    with pytest.raises(PromptTooLongError, match=f"at most 20 tokens with the 50 that follow, got {read}"):
         hear(cut64.tokenizer, form, 20, asked)
     shorter = replace(asked, shorter=True)
     assert hear(cut64.tokenizer, form, 20, shorter).tokens == 20

@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -327,6 +328,15 @@ def test_errors_have_openais_shape(served: Served) -> None:
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{served.url}/v1", api_key="no", max_retries=0).models.list()
     assert httpx2.get(f"{served.url}/health").status_code == httpx2.get(f"{served.url}/ready").status_code == 200
+
+
+def test_it_is_ready_while_its_engine_can_answer(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while the vLLM server or all replicas behind it are gone; it runs all the same."""
+    gone = replace(served.engine.state, serves=False)
+    monkeypatch.setattr(BatchedEngine, "state", property(lambda _: gone))
+    answer = served.http.get("/ready")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_serving")
+    assert served.http.get("/health").status_code == 200
 
 
 @pytest.mark.parametrize("stream", [True, False])
