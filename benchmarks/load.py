@@ -37,18 +37,18 @@ PROMPTS = ["kfpa>apfk\nbcde>", "37+58=95\n46+27=73\n64+85=", "EN: Save TR: Speic
 BUSY = (429, 503)
 
 
-def pieces(lines: Iterable[bytes], tokens: int, done: bool) -> Iterator[str]:
+def pieces(lines: Iterable[bytes], tokens: int, tells_done: bool) -> Iterator[str]:
     """The texts of a stream, as they come.
 
     Args:
-        tokens: that were asked for. done: whether the server ends its streams with ``[DONE]``.
+        tokens: that were asked for. tells_done: whether the server ends its streams with ``[DONE]``.
 
     Raises:
         ValueError: it tells an error, breaks off, or has not as many tokens as the reason why it ended says.
     """
     reason: str | None = None
     written: int | None = None
-    over = not done
+    over = not tells_done
     for line in lines:
         over = over or line == b"data: [DONE]"
         if not line.startswith(b"data: {"):
@@ -155,16 +155,16 @@ def run(
     tokens: int,
     more: list[dict[str, Any]],
     wait: int = 0,
-    done: bool = True,
+    tells_done: bool = True,
 ) -> dict[str, Any]:
     """Locust's statistics by name: of all requests, and of tokens.
 
     Args:
         more: fields of requests, one of these at random. wait: seconds in which what is asked may still be answered.
-        done: see ``pieces``.
+        tells_done: see ``pieces``.
     """
     settings = {"LOAD_MODEL": model, "LOAD_TOKENS": str(tokens), "LOAD_MORE": json.dumps(more)}
-    settings["LOAD_DONE"] = str(int(done))
+    settings["LOAD_DONE"] = str(int(tells_done))
     command = [sys.executable, "-m", "locust", "-f", __file__, "--headless", "--json", "--only-summary"]
     command += ["-H", url, "-u", str(clients), "-r", str(clients), "-t", f"{seconds}s", "-s", str(wait), "-L", "ERROR"]
     done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, check=False)
@@ -233,9 +233,9 @@ def main(
         for count in clients:
             for name, command, model, more in servers:
                 with nullcontext(command) if isinstance(command, str) else serving(command, port) as url:
-                    done = not name.startswith("transformers")  # whose streams end with the usage
-                    run(url, model, 1, 5, tokens, more, done=done)  # to warm up
-                    found = run(url, model, count, seconds, tokens, more, done=done)
+                    tells_done = not name.startswith("transformers")  # whose streams end with the usage
+                    run(url, model, 1, 5, tokens, more, tells_done=tells_done)  # to warm up
+                    found = run(url, model, count, seconds, tokens, more, tells_done=tells_done)
                 written = sum(found[each]["num_requests"] for each in ("first", "between") if each in found)
                 over = found["all"]["num_requests"] if "all" in found else 0
                 failed = found["all"]["num_failures"] if "all" in found else 0

@@ -30,7 +30,7 @@ __all__ = ["READ_AT_ONCE", "BatchedEngine", "Limits"]
 
 logger = logging.getLogger(__name__)
 
-READ_AT_ONCE = 4  # prompts that take turns, so that a long one holds up no short one
+READ_AT_ONCE = 4  # prompts that take turns, so that a long one holds up no short one; the last is for another owner
 LONGEST_WAIT = 60  # seconds after which a client that was refused may try again, at most
 
 
@@ -205,9 +205,10 @@ class BatchedEngine:
     def _take(self) -> None:
         """Begin with the prompts of those whose turn it is."""
         places = self._limits.running
-        while len(self._reading) < READ_AT_ONCE and len(busy := self._busy_with()) < places:
+        while (free := READ_AT_ONCE - len(self._reading)) > 0 and len(busy := self._busy_with()) < places:
+            owners = {request.work.owner for request, _ in self._reading} - {""}  # nobody is named so
             with self._changed:
-                request = self._waiting.next(busy, places, self._fits)
+                request = self._waiting.next(busy, places, self._fits, owners if free == 1 else set())
             if request is None:
                 return
             reading = Reading(self._system, request.heard, request.work, self._limits.piece, request.hear)
@@ -355,7 +356,7 @@ class _Kept(NamedTuple):
 
 
 def _kept_of(model: Backbone, cut: int) -> _Kept:
-    """Measured.
+    """By sessions of two lengths, which are opened for that.
 
     Raises:
         TensorError: a model whose sessions cannot be joined.

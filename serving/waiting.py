@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from time import monotonic
 
@@ -141,15 +141,19 @@ class WaitingLine:
         if waiting and sum(each.tokens for each in waiting) + request.tokens > most_tokens:
             raise BusyError(f"expected at most {most_tokens} waiting tokens, got {request.tokens} more", retry_after)
 
-    def next(self, busy: Sequence[Request], places: int, fits: Callable[[Request], bool]) -> Request | None:
+    def next(
+        self, busy: Sequence[Request], places: int, fits: Callable[[Request], bool], but: Set[str] = frozenset()
+    ) -> Request | None:
         """Take out the one whose turn it is.
 
         Args:
             busy: those that have places, of which there are so many: an owner with half of these lets others go first.
             fits: whether there is room for it. While there is none nobody goes: small ones would overtake it for ever.
+            but: owners who are passed over.
         """
         has = Counter(request.work.owner for request in busy)
-        owner = min(self._of, key=lambda owner: 2 * has[owner] >= places, default=None)  # the first of those with less
+        owners = [owner for owner in self._of if owner not in but]
+        owner = min(owners, key=lambda owner: 2 * has[owner] >= places, default=None)  # the first of those with less
         if owner is None or not fits(self._of[owner][0]):
             return None
         line = self._of.pop(owner)

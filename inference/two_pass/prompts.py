@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bayes_dispatch.arguments import whole
-from bayes_dispatch.errors import ConfigError, PromptError
+from bayes_dispatch.errors import ConfigError, PromptError, PromptTooLongError
 from bayes_dispatch.model.backbone import Tokenizer, Tokens
 from bayes_dispatch.model.generation.sampling import Sampling
 from bayes_dispatch.model.tokenizer import utf8
@@ -55,7 +55,7 @@ def tokenized(tokenizer: Tokenizer, prompts: Sequence[bytes], longest: int | Non
             raise PromptError(f"expected prompt {index} to have at least one token, got none")
         if longest is not None and len(text.ids) + room > longest:
             most = f"at most {longest} tokens" + (f" with the {room} that follow" if room else "")
-            raise PromptError(f"expected prompt {index} to have {most}, got {len(text.ids)}")
+            raise PromptTooLongError(f"expected prompt {index} to have {most}, got {len(text.ids)}")
     return found
 
 

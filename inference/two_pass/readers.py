@@ -154,8 +154,8 @@ class CachedReader:
     def read_prompts(self, own: bool, tail: int = 1, piece: int | None = None) -> Generator[None, None, Said]:
         width, said = self._prefix.ids.shape[1], list[Float[Tensor, "N S t"]]()
         each = width if piece is None else max(1, piece // self.rows)
-        while width - self._read > each + tail:  # the last piece has all of the tail
-            part = self._read_piece(self._read + each, own, 1)
+        while (left := width - self._read) > max(each, tail):  # the last piece has all of the tail
+            part = self._read_piece(self._read + min(each, left - tail), own, 1)
             said += [] if part.own is None else [part.own]
             yield
         last = self._read_piece(width, own, tail)

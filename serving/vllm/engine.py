@@ -94,6 +94,7 @@ class VllmEngine:
         self._thread = Thread(target=self._loop.run_forever, name="engine", daemon=True)
         self._thread.start()
         self._longest: int | None
+        self._heard = -math.inf  # when the server last gave a token, or was found to be what it was
         self._checking: asyncio.Task[None] | None = None  # the last one since the start
         self._later: asyncio.TimerHandle | None = None  # when the next one is due
         try:
@@ -173,24 +174,25 @@ class VllmEngine:
         most = await self._upstream.longest()
         self.off = await self._upstream.check(*self._probes)
         self._longest = min((each for each in (most, self._system.model.longest) if each is not None), default=None)
+        self._heard = monotonic()
 
     def _check_in(self, seconds: float) -> None:
         self._later = self._loop.call_later(seconds, self._check_again)
 
     def _check_again(self) -> None:
-        """It may be another server by now."""
-        if self._tasks and self.state.serves:  # they will tell if it fails; and its line may be long
+        """It may be another server by now, or a silent one."""
+        if self.state.serves and self._tasks and monotonic() - self._heard < CHECKED:  # its line may be long
             return self._check_in(CHECKED)
         self._checking = self._loop.create_task(self._check())
         self._checking.add_done_callback(self._judge)
 
     def _judge(self, task: asyncio.Task[None]) -> None:
-        if task.cancelled():
+        if task.cancelled() or task is not self._checking:
             return
         error = task.exception()
-        if error is not None:
+        if error is not None and self.state.serves:
             log(logger, logging.WARNING, "vllm failed", lambda: {"url": self._upstream.url, "message": str(error)})
-        elif not self.state.serves:
+        elif error is None and not self.state.serves:
             log(logger, logging.INFO, "vllm", lambda: {"url": self._upstream.url, "nats_off": self.off})
         if not isinstance(error, BusyError):
             self._serve(error is None)
@@ -210,12 +212,16 @@ class VllmEngine:
             self._check_again()
 
     async def _sure(self) -> None:
-        """Wait for a server that has failed to be checked.
+        """Wait for a server that has failed, or said nothing for long, to be checked.
 
         Raises:
             UpstreamError: it fails still, or is another one. BusyError: it has no room.
         """
-        if not self.state.serves and self._checking is not None:
+        if monotonic() - self._heard > CHECKED and (self._checking is None or self._checking.done()):
+            if self._later is not None:
+                self._later.cancel()
+            self._check_again()
+        if self._checking is not None and not (self.state.serves and self._checking.done()):
             try:
                 await asyncio.shield(self._checking)
             except ConfigError as error:  # which is not of the request
@@ -306,6 +312,7 @@ class VllmEngine:
             async for said in tokens:
                 last = written.add(said.token_id)
                 self._count(new_tokens=1)
+                self._heard = monotonic()
                 request.hear(Wrote(written.piece, said.token_id, said.log_probability, None, None, weights))
                 if last:
                     stopped = any(written.text.endswith(stop) for stop in writing.stops) or said.token_id in heard.ends

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, NamedTuple
@@ -9,11 +10,14 @@ from typing import Any, NamedTuple
 import httpx2
 
 from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.inference.two_pass.events import tell as log
 from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.serving.vllm.format import BANK, FIELD, Probe, gap
 from bayes_dispatch.serving.work import BusyError, UpstreamError
 
 __all__ = ["Said", "Upstream"]
+
+logger = logging.getLogger(__name__)
 
 CONNECTING = 10.0  # seconds
 STARTING = 60.0  # seconds in which each question must be answered before requests are taken
@@ -194,6 +198,7 @@ def _refuse(status: int, content: bytes) -> None:
         told = ""
     if status == 400:
         why = UpstreamError(f"{' '.join(told.split()):.300}")  # not for clients: it may tell of what is inside
+        log(logger, logging.WARNING, "vllm refused", lambda: {"message": str(why)})
         raise ConfigError("expected a request that vLLM takes, got one that it refuses") from why
     raise UpstreamError(f"expected an answer of vLLM, got status {status}: {told:.300}")
 

@@ -22,7 +22,7 @@ GAUGES = {
     "waiting_tokens": "Tokens of the waiting requests, with those that they may write.",
     "running": "Requests that the model works on.",
     "rows": "Rows of the model that run together.",
-    "cache_bytes": "Bytes that the rows keep.",
+    "cache_bytes": "Bytes that the rows keep, and of what may follow.",
     "replicas": "Engines that answer.",
 }
 COUNTERS = {

@@ -18,8 +18,8 @@ class WebSettings:
         body_seconds: in which a request's head has to arrive, and then its body; a connection whose client reads
             nothing for so long is cut off, before twice as long has passed.
         max_new_tokens: that a choice may ask for, at most 65,536; a chat that asks for no number gets so many.
-        choices: prompts times ``n``. tokens: that these may ask for in all: half of those that may wait, as one key may
-            have. connections: at once; more are closed as they come.
+        choices: prompts times ``n``. tokens: that these may ask for in all; with their prompts that is no more than a
+            key has room for in the line. connections: at once; more are closed as they come.
         patience: seconds after which a request is given up, wherever it is; ``None`` for never.
         drain: seconds that requests have to end in, once the server is told to stop.
         log_prompts: whether prompts are written to the log.
@@ -35,7 +35,7 @@ class WebSettings:
     body_seconds: float = 30.0
     max_new_tokens: int = 1024
     choices: int = 32
-    tokens: int = 2**20
+    tokens: int = 2**19
     connections: int = 1024
     patience: float | None = 300.0
     drain: float = 30.0

@@ -101,6 +101,7 @@ def test_numbers_are_the_cpus(pair: tuple[Model, Model], work: Callable[[Model],
         expected, found = work(here), work(away)
     assert any(isinstance(each, Remote) for each in found)
     for own, other in zip(found, expected, strict=True):
+        assert (own is None) == (other is None)
         if own is not None and other is not None:
             held = own.held if isinstance(own, Remote) else own
             torch.testing.assert_close(held, other, rtol=1e-4, atol=1e-4, equal_nan=True)

@@ -21,7 +21,7 @@ from bayes_dispatch.inference.two_pass.blends import Blend, Particles, Posterior
 from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.model.generation.sampling import Sampling
-from bayes_dispatch.serving.engine import BatchedEngine, Limits
+from bayes_dispatch.serving.engine import READ_AT_ONCE, BatchedEngine, Limits
 from bayes_dispatch.serving.reading import Heard, Reading, hear
 from bayes_dispatch.serving.waiting import Request, WaitingLine
 from bayes_dispatch.serving.work import Begun, BusyError, Ended, Engine, Event, Message, Ticket, Work
@@ -365,6 +365,26 @@ def test_a_long_prompt_holds_up_no_short_one(cut64: Any, start: Callable[..., Ba
     assert order == ["short", "short", "long", "long"]
 
 
+def test_one_owner_cannot_have_all_turns_of_those_that_read(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    engine, first, order = start(cut64, piece=4), Held(), list[str]()
+
+    def telling(name: str, own: Told) -> Callable[[Event], None]:
+        def tell(event: Event) -> None:
+            order.extend([name] * isinstance(event, Begun))
+            own(event)
+
+        return tell
+
+    several, short = [Told() for _ in range(READ_AT_ONCE)], Told()
+    engine.submit(work(cut64, tokens=1), first)
+    for told in several:
+        engine.submit(work(cut64, "ab>ba\n" * 20, "posterior_predictive(6)", 1, owner="a"), telling("a", told))
+    engine.submit(work(cut64, "a", tokens=1, owner="b"), telling("b", short))
+    first.go.set()
+    assert {told.why() for told in (*several, short)} <= {"length", "stop"}
+    assert order == ["b", *["a"] * READ_AT_ONCE]
+
+
 def test_one_owner_cannot_have_all_places_that_others_wait_for(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
     engine, first, order = start(cut64, running=2), Held(), list[str]()
     engine.submit(work(cut64, tokens=5000, owner="a"), first)
@@ -410,20 +430,22 @@ def test_a_blend_that_needs_more_than_was_counted_fails(cut64: Any, start: Calla
     assert "at most 4 rows, as of another prompt, got 5 of late" in str(own.ended and own.ended.error)
 
 
+@pytest.mark.parametrize(("merge", "last"), [(0.0, 1), (0.003, 32)])
 @pytest.mark.parametrize("rows", [1, 6])
-def test_a_piece_is_of_all_rows(cut64: Any, rows: int) -> None:
-    """So that many particles hold up the others no longer than one."""
+def test_a_piece_is_of_all_rows(cut64: Any, rows: int, merge: float, last: int) -> None:
+    """So that many particles hold up the others no longer than one; those that may merge are compared over a tail."""
     piece, depth = 12, cut64.model.depth
-    asked = work(cut64, "ab>ba\n" * 10, f"posterior_predictive({rows}, merge=0.0)")
+    asked = work(cut64, "ab>ba\n" * 10, f"posterior_predictive({rows}, merge={merge})")
     heard = hear(cut64.tokenizer, Form.of(cut64.tokenizer), None, asked)
     reading, done = Reading(cut64, heard, asked, piece, lambda _: None), [0]
     with torch.no_grad():
         while not reading.step():
             if reading._reader is not None:
                 done.append(reading._reader.evaluated)
-    steps = np.diff(done)
-    assert len(steps) >= len(heard) * rows // piece - 1
-    assert steps.max() <= piece * depth
+    steps = np.diff([*done, reading.decoding.reader.evaluated])
+    assert len(steps) > (len(heard) - last) * rows // piece
+    assert steps[:-1].max() <= piece * depth
+    assert steps[-1] <= max(piece, rows * last) * depth
 
 
 def test_a_model_that_cannot_read_on_reads_a_prompt_at_once(llama64: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -645,6 +645,20 @@ def test_a_server_that_failed_is_checked_before_it_serves(
     assert again.why() in ("length", "stop")
 
 
+def test_a_server_that_said_nothing_for_long_is_checked_before_it_writes(
+    stand: Stand, start: Callable[..., VllmEngine], uneven64: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one may be in its place, and nobody was told."""
+    engine, before, after = start(), Told(), Told()
+    stand.bank = uneven64.experts
+    engine.submit(work(stand.system, "sort"), before)
+    assert before.why() in ("length", "stop")
+    monkeypatch.setattr(vllm_engine, "CHECKED", 0.0)
+    engine.submit(work(stand.system, "sort"), after)
+    assert (after.why(), after.tokens) == ("broken", [])
+    until(lambda: not engine.state.serves)
+
+
 def test_a_server_that_nobody_asks_is_checked(
     stand: Stand, start: Callable[..., VllmEngine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
