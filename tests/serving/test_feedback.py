@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx2
 import hypothesis
 import numpy as np
 import pytest
@@ -35,6 +37,7 @@ from bayes_dispatch.serving.web.fields import FeedbackAsked
 from bayes_dispatch.serving.web.keys import Keys
 from bayes_dispatch.serving.web.refusals import RefusedError
 from bayes_dispatch.serving.web.settings import WebSettings
+from tests.serving.process import serving
 from tests.serving.test_web import KEY, Served
 
 OTHER = {"authorization": f"Bearer {KEY}-2"}
@@ -366,3 +369,29 @@ def test_a_burst_is_asked_about_in_part_and_copies_once(
     served.close()
     assert answer.status_code == 200
     assert len(added) == 2
+
+
+@pytest.mark.slow
+def test_a_killed_server_loses_only_what_was_in_flight(tmp_path: Path) -> None:
+    """What it had answered as learnt, the next one has; the file is whole, and nothing else is left beside it."""
+    kept = tmp_path / "prior.json"
+    asked = {"model": "bundle", "prompt": "kfpa>lgab\nmold>npme\nhbme>", "max_tokens": 4, "seed": 1}
+    with serving("--prior", str(kept)) as server:
+        with httpx2.Client(base_url=server.url, timeout=60) as client:
+            for events in (1, 2):
+                more = asked | {"prompt": "ab>bc\n" * events + "ef>"}
+                answer = client.post("/v1/completions", json=more).json()
+                told = client.post("/v1/feedback", json={"id": answer["id"], "label": "shift"})
+                assert told.status_code == 200, told.text
+                assert told.json()["prior"]["events"] == events
+            with client.stream("POST", "/v1/completions", json=asked | {"max_tokens": 1000, "stream": True}) as stream:
+                lines = stream.iter_lines()
+                assert next(lines).startswith("data: {")
+                server.tell(signal.SIGKILL)
+                with pytest.raises(httpx2.HTTPError):
+                    list(lines)
+        assert server.ended() == -signal.SIGKILL
+    with serving("--prior", str(kept)) as server:
+        answer = httpx2.post(f"{server.url}/v1/completions", json=asked, timeout=60).json()
+        assert answer["dispatch"]["prior_events"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["prior.json"]
