@@ -77,7 +77,8 @@ class Likelihood:
         weights[:, 0] = 0  # nothing is said of the first token
         said = model.score(ids, tokens, adaptation)
         total = float(weights.sum().clamp(min=1e-9))  # rows of one token alone weigh nothing
-        loss = -(said.nan_to_num(nan=0.0) * weights.to(said.device)).sum() / total
+        weights = weights.to(said.device)
+        loss = -(said.masked_fill(weights == 0, 0.0) * weights).sum() / total
         return Judgement(loss, -float(loss.detach()))
 
 

@@ -49,14 +49,18 @@ def filter_tokens(
         found: (N, T, S) log-probabilities of the particles after each token.
     """
     prompts, rates, particles = joint.shape
+    counted = np.empty((rates, particles))
     for n in range(prompts):
         own = joint[n]
         for t in range(likelihood.shape[2]):
+            total = -np.inf
             if counts[n, t]:
                 for e in range(rates):
                     for s in range(particles):
-                        own[e, s] += likelihood[n, s, t]
-                total = _log_sum(own.reshape(-1))
+                        counted[e, s] = own[e, s] + likelihood[n, s, t]
+                total = _log_sum(counted.reshape(-1))
+            if total != -np.inf:  # what no particle can say tells nothing of them
+                own[:] = counted
                 for e in range(rates):
                     for s in range(particles):
                         own[e, s] -= total

@@ -94,7 +94,7 @@ class ParticleFilter:
 
         Args:
             log_likelihood: (N, S, T). counts: (N, T), false where a prompt has no such token, or it is no evidence:
-                its weights stay.
+                its weights stay. So they do at a token that no particle can say.
 
         Returns:
             ``log_weights`` after each token.
@@ -118,10 +118,11 @@ class ParticleFilter:
         found = [values.new_empty(len(values), 0, values.shape[1])]
         for value, read in zip(values.detach().unbind(2), counts.unbind(1), strict=True):
             counted = joint + value[:, None]
-            counted = counted - counted.logsumexp((1, 2), keepdim=True)
+            total = counted.logsumexp((1, 2), keepdim=True)
+            counted = counted - total
             of_rate = counted.logsumexp(2, keepdim=True)  # (N, E, 1): a switch changes the particle, not the rate
             counted = torch.logaddexp(counted + stay, of_rate + switch + target)
-            joint = torch.where(read[:, None, None], counted, joint)
+            joint = torch.where(read[:, None, None] & (total != -torch.inf), counted, joint)
             found.append(joint.logsumexp(1)[:, None])
         self._joint, self._log_weights = joint.numpy(), None
         return torch.cat(found, 1)

@@ -195,7 +195,7 @@ def surprise_of(read: Read, tokens: Int[Tensor, " B"]) -> Float[np.ndarray, "B 2
     hidden = _wide(read.hidden)
     real = _after_first(hidden, tokens)
     means = (hidden * real).sum(1) / real.sum(1)
-    said = torch.where((real[..., 0] > 0) & read.own.isfinite(), read.own.double(), 0.0)
+    said = torch.where(real[:, 1:, 0] > 0, read.own[:, 1:].double(), 0.0)  # nothing is said of the first
     nll = -said.sum(1) / real.sum((1, 2)).double()
     return torch.stack([nll, _log_residual(hidden, means, real).double()], -1).cpu().numpy()
 

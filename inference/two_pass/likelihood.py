@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from bayes_dispatch.errors import TensorError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.two_pass.prompts import check_prompts, tokenized
 from bayes_dispatch.model.backbone import Backbone, Tokenizer, padded
@@ -48,6 +49,7 @@ class ExpertLogLikelihoods:
 
         Raises:
             PromptError: no prompts, or one that is too long or no UTF-8.
+            TensorError: an expert, or base, under which the model says NaN, or that a token cannot be.
         """
         filled = [index for index, prompt in enumerate(prompts) if prompt != ""]
         scores = np.full((len(prompts), len(self.experts.components)), np.nan)
@@ -70,7 +72,11 @@ class ExpertLogLikelihoods:
             adaptation = self.experts.blend(vertices.repeat(len(batch), 1))
             said = self.model.open(len(ids), ids.shape[1], adaptation).read(ids, tokens, own=True).own
             assert said is not None
-            real = (torch.arange(ids.shape[1]) < tokens[:, None]).to(said.device) & said.isfinite()
-            total = torch.where(real, said, 0.0).double().sum(1).reshape(-1, copies).cpu().numpy()
+            place = torch.arange(ids.shape[1])
+            counted = (place > 0) & (place < tokens[:, None])  # nothing is said of the first
+            total = said.double().masked_fill(~counted.to(said.device), 0.0).sum(1).reshape(-1, copies).cpu().numpy()
+            if not (finite := np.isfinite(total).all(0)).all():
+                broken = self.experts.components[int(finite.argmin())]
+                raise TensorError(f"expected finite log-probabilities under {broken}, got NaN or infinity")
             scores[batch] = total / np.array([len(prompts[i]) for i in batch])[:, None]
         return scores

@@ -19,6 +19,7 @@ from bayes_dispatch.model.generation.sampling import Sampling
 __all__ = ["Decoding", "Settled", "Token", "settle"]
 
 MEASURED = 32  # tokens at the end of a prompt on which divergences of particles are measured
+NOT_A_NUMBER = "expected finite log-probabilities from the model, got NaN"
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +122,9 @@ class Decoding:
         Returns:
             Where ``measured`` and there are particles to compare: for ``merge``, by how many nats a token their
             predictives diverged at the end of the prompts.
+
+        Raises:
+            TensorError: the model says NaN of a token, or of what may follow.
         """
         measured = measured and not self._alone
         said = yield from self.reader.read_prompts(not self._alone, MEASURED if measured else 1, piece)
@@ -130,9 +134,11 @@ class Decoding:
             return None
         place = torch.arange(self._ids.shape[1])
         counts = (place < self._lengths[:, None]) & (place > 0)  # nothing is said of the first one
+        if bool(said.own.isnan().any(1)[counts].any()):
+            raise TensorError(NOT_A_NUMBER)
         if self._evidence is not None:
             counts &= self._evidence
-        self.path[:] = self._filter.means(self._update(said.own.nan_to_num(nan=0.0), counts)).swapaxes(0, 1)
+        self.path[:] = self._filter.means(self._update(said.own, counts)).swapaxes(0, 1)
         self._filter.state = self._filter.state.aimed(self._target)
         return kl
 
@@ -145,6 +151,8 @@ class Decoding:
                 places = torch.arange(place, place := place + part.shape[2])
                 total = total + divergences(part, places >= -self._lengths[:, None])
         self._following = part[:, :, -1]
+        if np.isnan(total).any():  # no comparison of numbers would hold of it
+            raise TensorError(NOT_A_NUMBER)
         return total / np.minimum(self._lengths.numpy(), count)[:, None, None] if measured else None
 
     def read_on(self, ids: Int[Tensor, "N t"], evidence: Bool[Tensor, "N t"]) -> None:
@@ -185,7 +193,7 @@ class Decoding:
         """
         mixed = predictive(self._filter.log_weights, self._following)
         if bool(mixed.log_probabilities.isnan().any()):
-            raise TensorError("expected finite log-probabilities from the model, got NaN")
+            raise TensorError(NOT_A_NUMBER)
         logits = mixed.log_probabilities.masked_fill(self._stops, -torch.inf)
         if not bool(logits.amax(1).isfinite().all()):
             raise TensorError("expected a finite log-probability of the next token from the model, got infinity")

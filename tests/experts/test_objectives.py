@@ -165,6 +165,12 @@ def test_likelihood_weights(base: "MambaFormerForCausalLM") -> None:
         assert judged.score == -float(judged.loss)
 
 
+def test_what_overflows_is_not_likely(base: "MambaFormerForCausalLM") -> None:
+    large = Adaptation({name: torch.full((rank,), 1e30) for name, rank in base.adaptable().items()})
+    judged = Likelihood().judge(base, large, SORT, [Document("kfpa>apfk\n", 0)], 0)
+    assert np.isnan([float(judged.loss), judged.score]).all()
+
+
 def next_token_loss_of_each(model: "MambaFormerForCausalLM", ids: torch.Tensor) -> torch.Tensor:
     logits = model(ids).logits
     return torch.stack([next_token_loss(logits, ids, torch.eye(ids.shape[1] - 1)[i : i + 1]) for i in range(10)])

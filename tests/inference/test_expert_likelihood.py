@@ -1,5 +1,5 @@
 """Scores of a batch of experts are those of one expert and one prompt at a time; base's is the surprise of the first
-pass. Bad prompts and experts of another model are refused."""
+pass. Bad prompts, experts of another model and those under which a model says NaN are refused."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from bayes_dispatch.dispatcher.evidence.functions import LogLikelihoods, read
-from bayes_dispatch.errors import ForeignExpertError, PromptError
+from bayes_dispatch.errors import ForeignExpertError, PromptError, TensorError
+from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference.two_pass import likelihood
 from bayes_dispatch.inference.two_pass.first_pass import first_pass
 from bayes_dispatch.inference.two_pass.likelihood import ExpertLogLikelihoods
@@ -17,23 +19,22 @@ from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
-    from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 PROMPTS = ["kfpa>apfk\nbcde>", "a", "naïve “prose”, 3 kinds", "x" * 40, "37+58=95\n12+11="]
 
 
 @pytest.fixture(scope="module")
-def bank64(make_bank: Callable[..., "ExpertBank"], model64: "MambaFormerForCausalLM") -> "ExpertBank":
+def bank64(make_bank: Callable[..., ExpertBank], model64: "MambaFormerForCausalLM") -> ExpertBank:
     return make_bank(model64)
 
 
 @pytest.fixture(scope="module")
-def score(model64: "MambaFormerForCausalLM", bank64: "ExpertBank") -> ExpertLogLikelihoods:
+def score(model64: "MambaFormerForCausalLM", bank64: ExpertBank) -> ExpertLogLikelihoods:
     return ExpertLogLikelihoods(model64, bank64, ByteTokenizer())
 
 
-def one_by_one(model: Any, bank: "ExpertBank", prompt: str) -> list[float]:
+def one_by_one(model: Any, bank: ExpertBank, prompt: str) -> list[float]:
     data, found = prompt.encode(), []
     for name in bank.components:
         scales = bank[name].scales if name in bank else {}
@@ -77,6 +78,15 @@ def test_bad_prompts(score: ExpertLogLikelihoods) -> None:
         score(["a" * 40_000])
 
 
-def test_experts_of_another_model(make_model: Callable[..., "MambaFormerForCausalLM"], bank64: "ExpertBank") -> None:
+def test_experts_of_another_model(make_model: Callable[..., "MambaFormerForCausalLM"], bank64: ExpertBank) -> None:
     with pytest.raises(ForeignExpertError, match="expected experts made for base model"):
         ExpertLogLikelihoods(make_model(seed=5), bank64, ByteTokenizer())
+
+
+def test_an_expert_under_which_the_model_overflows_is_no_certain_one(
+    model: "MambaFormerForCausalLM", bank: ExpertBank
+) -> None:
+    scales = {name: torch.full((rank,), 1e30) for name, rank in model.adaptable().items()}
+    broken = ExpertBank([*bank.values(), ExpertVector("large", scales, bank.base)])
+    with pytest.raises(TensorError, match=r"^expected finite log-probabilities under large, got NaN or infinity$"):
+        ExpertLogLikelihoods(model, broken, ByteTokenizer())(PROMPTS)

@@ -2,6 +2,8 @@
 any likelihood. Entropy splits into within and between particles."""
 
 import itertools
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import pytest
@@ -162,6 +164,18 @@ def test_a_particle_of_no_mass_stays_out() -> None:
         assert float(masses.sum()) == pytest.approx(1)
         assert float(masses[0]) == 0
         assert predictive(weights.log_weights, torch.randn(1, 3, 5).log_softmax(-1)).entropy.isfinite().all()
+
+
+@pytest.mark.parametrize("context", [nullcontext, tensors_only])
+def test_a_token_that_no_particle_can_say_is_no_evidence(context: Callable[[], AbstractContextManager[None]]) -> None:
+    with torch.no_grad(), context():
+        for switching in ((0.0,), (0.0, 0.1)):
+            one, other = (ParticleFilter(random_particles(0, 1, 3, switching)) for _ in range(2))
+            said = torch.randn(1, 3, 2, generator=torch.Generator().manual_seed(0))
+            impossible = torch.full((1, 3, 1), -torch.inf)
+            one.update(said)
+            other.update(torch.cat([said[..., :1], impossible, said[..., 1:]], 2))
+            torch.testing.assert_close(other.state.joint, one.state.joint, rtol=0, atol=0)
 
 
 def test_very_unlikely_tokens_do_not_underflow() -> None:

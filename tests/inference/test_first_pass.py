@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from bayes_dispatch.errors import PromptError
 from bayes_dispatch.inference.two_pass import first_pass as first_pass_module
-from bayes_dispatch.inference.two_pass.first_pass import TOKEN_CLASSES, class_counts, first_pass
+from bayes_dispatch.inference.two_pass.first_pass import TOKEN_CLASSES, class_counts, first_pass, surprise_of
 from bayes_dispatch.inference.two_pass.prompts import check_prompts
+from bayes_dispatch.model.backbone import Read
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
@@ -67,6 +68,14 @@ def test_surprise_of_one_byte_is_finite_and_below_that_of_others(model: "MambaFo
     surprise = first_pass(model, TOKENIZER, ["a", "q", "ab", "q>"]).evidence.views["surprise"]
     assert np.isfinite(surprise).all()
     assert surprise[:2, 1].max() < surprise[2:, 1].min()
+
+
+def test_nan_surprises_unless_nothing_is_said_there() -> None:
+    """Of the first token, and of padding."""
+    tokens, hidden = torch.tensor([3, 1, 4]), torch.ones(3, 4, 2)
+    own = torch.full((3, 4), torch.nan)
+    own[0, 1:3], own[2, 1:] = torch.tensor([-1.0, -2.0]), torch.tensor([-1.0, torch.nan, -1.0])
+    np.testing.assert_allclose(surprise_of(Read(own, None, hidden), tokens)[:, 0], [1.5, 0.0, np.nan])
 
 
 @pytest.mark.parametrize(("name", "tolerance"), [("model64", 1e-10), ("model", 1e-5)])

@@ -22,6 +22,7 @@ from bayes_dispatch.inference.two_pass.blends import (
 )
 from bayes_dispatch.inference.two_pass.first_pass import first_pass
 from bayes_dispatch.inference.two_pass.generation import Cost, Generation
+from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.inference.two_pass.system import cut_of, dispatch
 
 if TYPE_CHECKING:
@@ -258,6 +259,26 @@ def test_nan_is_one_clear_error(bundle: "Bundle", make_model: Any, do_sample: bo
     for blend in (FixedWeights((0.0, 0.0, 0.0, 1.0)), PosteriorPredictive(5, merge=0.0)):
         with pytest.raises(TensorError, match="expected finite log-probabilities"):
             generator.generate(["ab"], blend=blend, max_new_tokens=2, do_sample=do_sample, seed=0, strategy=known)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("part", ["own", "after"])
+def test_a_particle_of_which_nan_is_said_is_no_certain_one(
+    bundle: "Bundle", monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """Of one token of the prompt, or of what may follow, where that tells which particles are alike."""
+    whole = CachedReader.read_prompts
+
+    def poisoned(self: CachedReader, own: bool, tail: int = 1, piece: int | None = None) -> Any:
+        said = yield from whole(self, own, tail, piece)
+        after = torch.cat(list(said.after), 2)
+        found = {"own": said.own.clone(), "after": after}
+        found[part][:, 1, 2] = torch.nan
+        return said._replace(own=found["own"], after=iter([after]))
+
+    monkeypatch.setattr(CachedReader, "read_prompts", poisoned)
+    with pytest.raises(TensorError, match=r"^expected finite log-probabilities from the model, got NaN$"):
+        TwoPassGenerator(bundle).generate(["kfpa>apfk"], blend=PosteriorPredictive(6), max_new_tokens=2, seed=0)
 
 
 def test_too_many_tokens_are_refused(bundle: "Bundle") -> None:
