@@ -107,7 +107,7 @@ class SequentialMonteCarlo:
         for _ in range(40):
             middle = (low + high) / 2
             low, high = (middle, high) if effective(middle) >= self.keep else (low, middle)
-        return max(low, 1e-6)
+        return high  # above 0, as low may not be
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bayes_dispatch.arguments import real
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.inference.few_shot.answers import AnswerLikelihood
 
 __all__ = ["PRECISION", "FewShotFit", "FewShotMethod", "FewShotProgram", "log_dirichlet"]
@@ -94,8 +94,16 @@ class FewShotProgram:
         return value + log_dirichlet(about, state[:, 1:]).sum(1)
 
     def log_likelihood(self, state: Float[Tensor, "P G components"]) -> Float[Tensor, " P"]:
-        """Log probability of the answers, nats: P times as many sequences as there are pairs."""
-        return self.likelihood(state[:, 0] if self.coupling is None else state[:, 1:])
+        """Log probability of the answers, nats: P times as many sequences as there are pairs.
+
+        Raises:
+            TensorError: it is NaN or infinite; no method could weigh such weights against others.
+        """
+        found = self.likelihood(state[:, 0] if self.coupling is None else state[:, 1:])
+        if wrong := int((~found.isfinite()).sum()):
+            got = f"got {wrong} of {len(found)} that are NaN or infinite"
+            raise TensorError(f"expected finite log-likelihoods of the answers under blends of the experts, {got}")
+        return found
 
     def _answers(self, state: Tensor) -> Tensor:
         """The log-likelihood of states with any leading dimensions."""

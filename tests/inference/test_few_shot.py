@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from scipy.stats import beta, kstest
 
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.inference.few_shot.answers import AnswerLikelihood
 from bayes_dispatch.inference.few_shot.methods import (
     CrossEntropy,
@@ -186,6 +186,33 @@ class AsciiLikelihood(AnswerLikelihood):
         )
         said = log_p.gather(2, ids[:, 1:, None].clamp(max=127))[..., 0]
         return (said * self._counted[:, 1:].repeat(particles, 1)).sum(1).unflatten(0, (particles, pairs))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [ImportanceSampling(50, 20), SequentialMonteCarlo(16), VariationalInference(3, 2, draws=30), CrossEntropy(8, 2, 2)],
+    ids=lambda method: method.name,
+)
+def test_an_expert_under_which_the_model_overflows_is_refused(
+    model: Any, bank: Any, method: FewShotMethod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, whole = iter(range(100)), AnswerLikelihood.by_pair  # where it is not, some never end
+    monkeypatch.setattr(AnswerLikelihood, "by_pair", lambda self, weights: (next(calls), whole(self, weights))[1])
+    scales = {name: torch.full((rank,), 1e30) for name, rank in model.adaptable().items()}
+    broken = type(bank)([bank["add"], replace(bank["add"], name="large", scales=scales)])
+    program = FewShotProgram(AnswerLikelihood(model, broken, PAIRS))
+    with pytest.raises(TensorError, match="expected finite log-likelihoods of the answers under blends"):
+        method.infer(program, seed=0)
+
+
+@pytest.mark.parametrize("width", [1.0, 1e3, 1e9, 1e30])
+def test_steps_leave_enough_particles_effective_and_go_on(width: float) -> None:
+    """However many nats lie between the particles."""
+    likelihood = -width * torch.linspace(0, 1, 64).double()
+    step = SequentialMonteCarlo(keep=0.5)._step(likelihood, 1.0)
+    weights = (step * likelihood).softmax(0)
+    assert 0 < step <= 1
+    assert float(1 / weights.square().sum()) >= 0.499 * len(weights) or width > 1e12  # as near as steps come
 
 
 def test_resampled_particles_come_in_random_order() -> None:
