@@ -238,8 +238,11 @@ class PosteriorPredictive(NamedBySettings):
     after the prompt is told by the features of the prompt: to a vertex in proportion to its posterior mean weight, to
     the others equally. A posterior that owes nothing to the prompt (``DispatchPosterior.prior``) tells both.
 
+    A posterior of a single draw, such as known weights or a point estimate, leaves nothing open: that draw is the only
+    particle.
+
     Attributes:
-        draws: particles in all; ``None`` for the default number.
+        draws: particles in all; ``None`` for the default number, or fewer where the posterior has fewer draws.
         switching, merge: see ``Particles``.
         flat: share of the mass that the vertices have in equal parts, whatever prior and posterior.
         vertex_mass: of the rest, that of the vertices together.
@@ -265,10 +268,12 @@ class PosteriorPredictive(NamedBySettings):
 
     def particles(self, posterior: DispatchPosterior) -> Particles:
         available, prompts, components = posterior.weights.shape
+        if available == 1:
+            return Particles.single(posterior.weights[0])
         rows = min(max(components + 1 + DRAWS, LEAST), MOST) if self.draws is None else self.draws
         vertices = components if rows > components else rows // 2
         fixed = vertices + 1 if rows > components or rows >= 4 else 0  # and the mean
-        count = rows - fixed
+        count = rows - fixed if self.draws is not None else min(rows - fixed, available)
         if count > available:
             raise ConfigError(f"expected a posterior of at least {count} draws, got {available}")
         drawn = posterior.weights[:count].swapaxes(0, 1)  # (prompt, draw, K + 1)

@@ -205,6 +205,24 @@ class TestPosteriorPredictive:
         assert (particles.switching, particles.merge) == ((0.2, 0.01), 0.5)
         assert PosteriorMean().particles(posterior(0)).switching == (0.0,)
 
+    @pytest.mark.parametrize("draws", [2, 3, 6, 7, 20])
+    def test_a_few_draws_are_all_taken(self, draws: int) -> None:
+        """By default, beside each vertex and the mean; these have as much mass as beside more."""
+        few = posterior(0, draws=draws)
+        for prior in (False, True):
+            particles = PosteriorPredictive().particles(posterior(0, draws=draws, prior=prior))
+            assert particles.weights.shape == (3, min(16, 5 + draws), 4)
+            np.testing.assert_array_equal(particles.weights[:, 5:], few.weights[:11].swapaxes(0, 1))
+            np.testing.assert_allclose(particles.mass.sum(1), 1)
+            np.testing.assert_allclose(particles.mass[:, :4].sum(1), 0.94 * 0.5 + 0.06)
+
+    @pytest.mark.parametrize("blend", [PosteriorPredictive(), PosteriorPredictive(9), RefinedMean()], ids=repr)
+    def test_a_single_draw_leaves_nothing_open(self, blend: Blend) -> None:
+        known = posterior(0, draws=1)
+        particles = blend.particles(known)
+        np.testing.assert_array_equal(particles.weights, known.weights.swapaxes(0, 1))
+        np.testing.assert_array_equal(particles.mass, np.ones((3, 1)))
+
     def test_too_few_draws(self) -> None:
         with pytest.raises(ConfigError, match="expected a posterior of at least 25 draws, got 20"):
             PosteriorPredictive(30).particles(posterior(0))

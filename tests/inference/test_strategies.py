@@ -26,7 +26,7 @@ from bayes_dispatch.inference.few_shot.strategies import (
 )
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.scoring.compare import compare_blends
-from bayes_dispatch.inference.two_pass.blends import PosteriorMean
+from bayes_dispatch.inference.two_pass.blends import DEFAULT_BLEND, PosteriorMean
 from bayes_dispatch.inference.two_pass.system import Dispatched, Strategy
 
 PROMPTS = ["kfpa>apfk\n", "37+58=95\n12+11=", "def mean(xs):"]
@@ -43,7 +43,7 @@ def make_strategy(bundle: Any) -> Callable[[str], Strategy]:
         "asked model": AskedModel,
         "asked expert": lambda: AskedExpert(asked),
         "classified": lambda: Classified(lambda evidence: np.tile([0.5, 0.25, 0.25, 0.0], (len(evidence), 1))),
-        "few-shot": lambda: FewShot(PAIRS, ImportanceSampling(64, 32)),
+        "few-shot": lambda: FewShot(PAIRS, ImportanceSampling(64, 3)),
         "few-shot, own pairs": lambda: ByPrompt(lambda prompt: FewShot([("", prompt)], CrossEntropy(8, 2, 2))),
         "given": lambda: Given(np.full(4, 0.25)),
     }
@@ -55,7 +55,8 @@ NAMES = ["dispatched", "asked model", "asked expert", "classified", "few-shot", 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_contract(bundle: Any, make_strategy: Callable[[str], Strategy], name: str) -> None:
-    """Draws for each prompt over the bank's components, the same by seed, and served like the dispatcher's."""
+    """Draws for each prompt over the bank's components, the same by seed, and served like the dispatcher's; also under
+    the blend that nobody chose."""
     strategy = make_strategy(name)
     assert isinstance(strategy, Strategy)
     assert strategy.name
@@ -67,9 +68,13 @@ def test_contract(bundle: Any, make_strategy: Callable[[str], Strategy], name: s
         PROMPTS, blend=PosteriorMean(), max_new_tokens=2, seed=3, strategy=strategy
     )
     np.testing.assert_allclose(made.weights, posterior.mean, atol=1e-6)
+    by_default = TwoPassGenerator(bundle).generate(PROMPTS, max_new_tokens=2, seed=3, strategy=strategy)
+    assert by_default.weights.shape == posterior.mean.shape
+    if len(posterior.weights) == 1:  # nothing is open
+        np.testing.assert_allclose(by_default.weights, posterior.mean, atol=1e-6)
     documents = [Document(prompt + "ab", len(prompt.encode())) for prompt in PROMPTS]
-    frame = compare_blends(bundle, documents, [PosteriorMean()], seed=3, strategy=strategy).to_frame()
-    assert len(frame) == 3
+    frame = compare_blends(bundle, documents, [PosteriorMean(), DEFAULT_BLEND], seed=3, strategy=strategy).to_frame()
+    assert len(frame) == 6
     assert np.isfinite(frame["nll"]).all()
 
 
