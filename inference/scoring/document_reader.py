@@ -30,7 +30,7 @@ class TokenDocument(NamedTuple):
     Attributes:
         ids: of all its tokens, (1 + T,): nothing is said of the first. starts: (T,) first bytes of the others.
         stops: (T,) the bytes after their last. places: which of the T are scored, in the order of the scored ranges.
-        sizes: how many are in each range that has some. scored_bytes: of all ranges.
+        sizes: how many are in each range that has some. scored_bytes: of the text of these, of all ranges together.
     """
 
     ids: tuple[int, ...]
@@ -42,13 +42,14 @@ class TokenDocument(NamedTuple):
 
     @classmethod
     def of(cls, document: Document, tokenizer: Tokenizer) -> "TokenDocument":
-        """A token is scored where it begins within a scored range of bytes."""
+        """A token is scored, whole, where it begins within a scored range of bytes."""
         text = tokenizer.tokenize(document.data)
         starts, stops = np.array(text.spans[1:], dtype=int).reshape(-1, 2).T
         inside = [np.flatnonzero((starts >= a) & (starts < b) & (stops > starts)) for a, b in document.ranges]
-        sizes = tuple(len(own) for own in inside if len(own))
-        scored = sum(b - a for a, b in document.ranges)
-        return cls(text.ids, starts, stops, np.concatenate([np.zeros(0, int), *inside]), sizes, scored)
+        inside = [own for own in inside if len(own)]
+        places, sizes = np.concatenate([np.zeros(0, int), *inside]), tuple(map(len, inside))
+        scored = sum(int(stops[own[-1]] - starts[own[0]]) for own in inside)  # several tokens may share a character
+        return cls(text.ids, starts, stops, places, sizes, scored)
 
     def tokens_before(self, byte: int) -> int:
         """How many of the T tokens are whole before this byte."""

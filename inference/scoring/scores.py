@@ -36,7 +36,7 @@ class ScoredTokens:
         log_probability: (P,) of the true token, nats.
         confidence: (P,) probability of the most probable token. right: (P,) whether that is the true one.
         entropy: (P,) of the next token, nats. mutual_information: (P,) its epistemic part, nats.
-        bytes: scored ones of the text.
+        bytes: of their text.
     """
 
     log_probability: Float[np.ndarray, " P"]
@@ -53,12 +53,13 @@ class Score:
 
     Attributes:
         document: its index. blend: the blend's name.
-        nll: −log p of the scored tokens, in nats per byte of their text, so that tokenizers can be compared.
+        nll: −log p of the scored tokens, in nats per byte of their text, so that tokenizers can be compared. A token
+            that a range divides is scored, all of it, by the range that it begins in.
         exact_match: share of the scored ranges whose every token is the most probable one: what greedy decoding from
             the true beginning would get right.
         entropy: of the scored tokens, in nats per byte; the sum of the next two.
         mutual_information: the epistemic part, from not knowing the weights. aleatoric: the rest.
-        ece: expected calibration error of the most probable byte, in 5 equally filled bins. With so few bytes it is
+        ece: expected calibration error of the most probable token, in 5 equally filled bins. With so few of them it is
             above 0 even where calibration is perfect: it is for paired differences, its size is in
             ``Comparison.summary``.
         rows: particles that were run, the cost of the blend in rows of the model.

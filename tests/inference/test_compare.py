@@ -137,6 +137,15 @@ def test_exact_match_counts_whole_ranges(bundle64: "Bundle") -> None:
     assert broken.exact_match == 0.5
 
 
+def test_a_prompt_that_ends_amid_a_token_has_no_score_of_its_own(llama64: SimpleNamespace) -> None:
+    """The token counts for neither: what is scored, and how many bytes that is, is as if it ended with it."""
+    text = "the the the\n"
+    amid, after = (compare_blends(llama64, [Document(text, end)], ["base"]).scores[0] for end in (1, 3))
+    assert len(amid.scored.log_probability) == len(after.scored.log_probability) == 5
+    for name in ("nll", "entropy", "aleatoric"):
+        assert getattr(amid, name) == pytest.approx(getattr(after, name), rel=1e-12)
+
+
 def test_rows_at_once_and_order_do_not_matter(bundle64: "Bundle", monkeypatch: pytest.MonkeyPatch) -> None:
     together = compare_blends(bundle64, DOCUMENTS, BLENDS, seed=1)
     monkeypatch.setattr(compare_module, "KEPT_AT_ONCE", 1)

@@ -164,3 +164,16 @@ def test_tokens_of_several_bytes_are_scored_where_they_begin() -> None:
     pieces = [data[a:b] for a, b in zip(text.starts, text.stops, strict=True)]
     assert [pieces[place] for place in text.places] == [b"ab", b" ", b"12"]
     assert text.tokens_before(4) == pieces.index(b"ab")
+    assert text.scored_bytes == 5
+
+
+@pytest.mark.parametrize(
+    "ranges", [((1, 12),), ((3, 12),), ((4, 10), (0, 2)), ((9, 12),), ((10, 15),), ((1, 3), (0, 4))]
+)
+def test_scored_bytes_are_those_of_the_scored_tokens(ranges: tuple[tuple[int, int], ...]) -> None:
+    """Whatever of a token a range holds; a character that several tokens share counts once."""
+    tokenizer, text = TransformersTokenizer(tiny_tokenizer(), 270), "the ab 12é the"
+    spans = tokenizer.tokenize(text).spans[1:]
+    assert len(set(spans)) < len(spans)  # é is two tokens
+    own = [{place for start, stop in spans if a <= start < b for place in range(start, stop)} for a, b in ranges]
+    assert TokenDocument.of(Document(text, 0, ranges), tokenizer).scored_bytes == sum(map(len, own))
