@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
@@ -19,7 +19,7 @@ from bayes_dispatch.errors import ConfigError, ForeignExpertError, TensorError, 
 from bayes_dispatch.experts.bank_files import LORA, StoredExpert, expert_digest, read_bank, write_bank
 from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.experts.peft import read_peft, write_peft
-from bayes_dispatch.experts.vectors import BASE, ExpertVector
+from bayes_dispatch.experts.vectors import BASE, ExpertVector, check_expert_name
 from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of
 from bayes_dispatch.model.backbone import Backbone
 
@@ -56,7 +56,8 @@ class ExpertBank(Mapping[str, Expert]):
         metadata: of each expert, by name; no expert is read for it.
 
     Raises:
-        ConfigError: no experts, or two of one name. ForeignExpertError: experts of different base models.
+        ConfigError: no experts, two of one name, or one that is called as a blend is.
+        ForeignExpertError: experts of different base models.
         TensorError: experts that scale different matrices.
     """
 
@@ -65,6 +66,8 @@ class ExpertBank(Mapping[str, Expert]):
             raise ConfigError("expected at least one expert, got none")
         if len({expert.name for expert in experts}) < len(experts):
             raise ConfigError(f"expected experts of different names, got {[expert.name for expert in experts]}")
+        for expert in experts:
+            check_expert_name(expert.name)
         base = experts[0].base
         scaled = [expert for expert in experts if isinstance(expert, ExpertVector)]
         matrices = scaled[0].matrices if scaled else {}
@@ -99,8 +102,9 @@ class ExpertBank(Mapping[str, Expert]):
         bank._fill(base, matrices, experts)
         return bank
 
-    def __reduce__(self) -> tuple[type["ExpertBank"], tuple[list[Expert]]]:
-        return ExpertBank, (list(self.values()),)  # read from disk: another process may not see the files
+    def __reduce__(self) -> tuple[Callable[..., "ExpertBank"], tuple[str, dict[str, int], list[Expert]]]:
+        """With its experts: another process may not see their files."""
+        return ExpertBank._of, (self.base, dict(self.matrices), list(self.values()))
 
     def __getitem__(self, name: str) -> Expert:
         """The expert of that name.
@@ -261,8 +265,10 @@ class ExpertBank(Mapping[str, Expert]):
         """This bank with one more expert at its end, or with that expert in the place of the one of the same name.
 
         Raises:
-            ForeignExpertError: it was made for another base model. TensorError: it scales other matrices.
+            ConfigError: it is called as a blend is. ForeignExpertError: it was made for another base model.
+            TensorError: it scales other matrices.
         """
+        check_expert_name(expert.name)
         matrices = self.matrices or (expert.matrices if isinstance(expert, ExpertVector) else {})
         _check_fit(expert, self.base, matrices, "the bank")
         if isinstance(expert, LoraExpert):
@@ -290,6 +296,7 @@ class ExpertBank(Mapping[str, Expert]):
         """
         if new in self:
             raise ConfigError(f"expected a name that no expert of the bank has, got {new!r}")
+        check_expert_name(new)
         vector: Expert = replace(self[old], name=new)
         experts = [vector if expert.name == old else expert for expert in self._experts.values()]
         return self._of(self.base, self.matrices, experts)

@@ -16,7 +16,7 @@ import torch
 
 from bayes_dispatch.errors import BayesDispatchError, BundleError, ConfigError, ForeignExpertError, TensorError
 from bayes_dispatch.experts.lora import LoraExpert
-from bayes_dispatch.experts.vectors import ExpertVector, check_expert_name
+from bayes_dispatch.experts.vectors import ExpertVector, check_file_name
 from bayes_dispatch.storage import (
     keep_file,
     parse_tensors,
@@ -208,7 +208,7 @@ def _stored(directory: Path, entry: Any, base: str, matrices: dict[str, int]) ->
     name, file, digest, metadata = (entry[key] for key in ("name", "file", "digest", "metadata"))
     _expect(path, all(isinstance(text, str) for text in (name, file, digest, *metadata.values())), "text", entry)
     try:
-        check_expert_name(name)
+        check_file_name(name)
     except ConfigError as error:
         raise BundleError(f"{path}: {error}") from None
     _expect(path, re.fullmatch("[0-9a-f]{32}", digest) is not None, "a digest of 32 hexadecimal digits", digest)

@@ -10,10 +10,22 @@ from torch import Tensor
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Tensors
 
-__all__ = ["BASE", "DTYPES", "ExpertVector", "check_expert_name", "check_metadata"]
+__all__ = [
+    "BASE",
+    "DTYPES",
+    "NAMES_OF_BLENDS",
+    "ExpertVector",
+    "check_expert_name",
+    "check_file_name",
+    "check_metadata",
+]
 
 BASE = "base"  # the component without adaptation, last in every mixture
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+NAMES_OF_BLENDS = {  # of ``inference.two_pass.blends``: where a blend is asked for, an expert's name will do
+    *("best_expert", "posterior_mean", "posterior_predictive", "refined_mean", "thompson_sample", "top_k"),
+    *("max", "predictive", "thompson", "weighted_average"),
+}
 RESERVED = ("name", "base", "digest")  # what a file of the expert says beside its metadata
 
 
@@ -66,7 +78,7 @@ class ExpertVector:
 
 def check_metadata(name: str, metadata: Mapping[str, str]) -> None:
     """Raise ``ConfigError`` unless an expert can have this name and these metadata."""
-    check_expert_name(name)
+    check_file_name(name)
     for key, value in metadata.items():
         if not isinstance(key, str) or not isinstance(value, str) or key in RESERVED:
             raise ConfigError(
@@ -76,6 +88,13 @@ def check_metadata(name: str, metadata: Mapping[str, str]) -> None:
 
 
 def check_expert_name(name: str) -> None:
-    """Raise ``ConfigError`` unless ``name`` can be that of an expert, and of its file."""
+    """Raise ``ConfigError`` unless a new expert can have this name. A bank on disk may have one that is a blend's."""
+    check_file_name(name)
+    if name in NAMES_OF_BLENDS:
+        raise ConfigError(f"expected an expert name that is no blend's, got {name!r}")
+
+
+def check_file_name(name: str) -> None:
+    """Raise ``ConfigError`` unless ``name`` can be that of an expert's file."""
     if name == BASE or not name.replace("_", "").replace("-", "").isalnum() or not name.isascii():
         raise ConfigError(f"expected an expert name of letters, digits, '_' and '-' other than 'base', got {name!r}")

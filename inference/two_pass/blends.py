@@ -361,7 +361,7 @@ def as_blend(blend: Blend | str, components: Sequence[str] = ()) -> Blend:
 
     Args:
         blend: settings that a name leaves out are the default ones. components: their names are blends, too: all
-            weight on one of them.
+            weight on one of them, also where a bank from disk has one that is called as a blend is.
 
     Raises:
         UnknownNameError: there is no such blend. ConfigError: neither blend nor name, or settings that it has not.
@@ -376,15 +376,15 @@ def as_blend(blend: Blend | str, components: Sequence[str] = ()) -> Blend:
     kind = BLENDS.get(ALIASES.get(called, called))
     if kind is None:
         names = ", ".join([*BLENDS, *components])
-        raise UnknownNameError(f"expected a blend of {names}, or an object such as TopK(2), got {blend!r}")
+        raise UnknownNameError(f"expected a blend of {names}, or an object such as TopK(2), got {blend!r:.80}")
     try:
         call = ast.parse(blend if bracket else f"{blend}()", mode="eval").body
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
             raise SyntaxError
         given = [ast.literal_eval(value) for value in call.args]
         found: Blend = kind(*given, **{str(each.arg): ast.literal_eval(each.value) for each in call.keywords})
-    except (SyntaxError, TypeError, ValueError):
-        raise ConfigError(f"expected a blend written as {kind().name}, got {blend!r}") from None
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):  # the last two: what is nested too deep
+        raise ConfigError(f"expected a blend written as {kind().name}, got {blend!r:.80}") from None
     return found
 
 

@@ -374,6 +374,7 @@ class TestEdits:
             ("sort", "sort", ConfigError, "expected a name that no expert of the bank has, got 'sort'"),
             ("sort", "base", ConfigError, "other than 'base', got 'base'"),
             ("sort", "../up", ConfigError, "expected an expert name of letters"),
+            ("sort", "top_k", ConfigError, "expected an expert name that is no blend's, got 'top_k'"),
         ],
     )
     def test_names_that_cannot_be(
@@ -381,6 +382,13 @@ class TestEdits:
     ) -> None:
         with pytest.raises(error, match=message):
             bank.renamed(old, new)
+
+    @pytest.mark.parametrize("name", ["max", "posterior_mean"])
+    def test_no_expert_is_called_as_a_blend(self, bank: ExpertBank, name: str) -> None:
+        expert = replace(bank["sort"], name=name)
+        for make in (lambda: ExpertBank([bank["add"], expert]), lambda: bank.with_expert(expert)):
+            with pytest.raises(ConfigError, match=f"expected an expert name that is no blend's, got '{name}'"):
+                make()
 
 
 class TestVector:

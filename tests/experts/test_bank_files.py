@@ -4,6 +4,7 @@ damaged one alone tells why. That a save is whole or did not happen: tests/bayes
 import io
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,10 +18,12 @@ from torch import Tensor
 
 from bayes_dispatch.app.bundle import SHIPPED
 from bayes_dispatch.errors import BundleError, ForeignExpertError, TensorError
+from bayes_dispatch.experts import vectors
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.bank_files import verify_bank
 from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.vectors import ExpertVector
+from bayes_dispatch.inference.two_pass.blends import BestExpert, FixedWeights, as_blend
 from bayes_dispatch.storage import tensors_as_bytes
 
 if TYPE_CHECKING:
@@ -127,6 +130,18 @@ class TestSaving:
             assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
         assert_same(ExpertBank.load(saved), changed)
         assert ExpertBank.load(saved).names == ("reverse", "sort", "plus", "more")
+
+    def test_a_bank_may_have_an_expert_that_is_called_as_a_blend(
+        self, bank: ExpertBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was made when that was allowed; it is read, goes to other processes, and its expert can be renamed."""
+        with monkeypatch.context() as patch:
+            patch.setattr(vectors, "NAMES_OF_BLENDS", set())
+            bank.renamed("add", "max").save(tmp_path / "bank")
+        loaded = ExpertBank.load(tmp_path / "bank")
+        assert as_blend("max", loaded.components) == FixedWeights((0.0, 0.0, 1.0, 0.0), "max")
+        assert as_blend("max(  )", loaded.components) == BestExpert()
+        assert_same(pickle.loads(pickle.dumps(loaded)).renamed("max", "add"), bank)
 
     def test_saving_repairs_files_of_experts_at_hand(self, bank: ExpertBank, saved: Path) -> None:
         file_of(saved, "sort").write_bytes(b"x")

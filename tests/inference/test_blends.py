@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, UnknownNameError
+from bayes_dispatch.experts.vectors import NAMES_OF_BLENDS
 from bayes_dispatch.inference.two_pass.blends import (
     ALIASES,
     BLENDS,
@@ -286,6 +287,7 @@ def test_a_name_gives_the_blend_that_has_it() -> None:
     assert [blend.name for blend in named] == [
         *("posterior_predictive", "posterior_predictive(merge=0.0)", "refined_mean", "refined_mean(16)")
     ]
+    assert {*BLENDS, *ALIASES} == NAMES_OF_BLENDS  # so that no expert is called so
     assert {alias: as_blend(alias) for alias in ALIASES} == {
         "max": BestExpert(),
         "weighted_average": PosteriorMean(),
@@ -302,13 +304,16 @@ def test_a_name_gives_the_blend_that_has_it() -> None:
         ("top_k(2, 3)", ConfigError, r"expected a blend written as top_k\(2\), got 'top_k\(2, 3\)'"),
         ("top_k(", ConfigError, "expected a blend written as"),
         ("top_k(2) + 1", ConfigError, "expected a blend written as"),
+        (f"top_k({'-' * 5_000}1)", ConfigError, r"expected a blend written as top_k\(2\), got 'top_k\(-----"),
+        (f"top_k({'-' * 200_000}1)", ConfigError, r"expected a blend written as top_k\(2\), got 'top_k\(-----"),
         ("max(k=exit())", ConfigError, "expected a blend written as best_expert"),
         (PosteriorMean, ConfigError, "expected a blend such as .*, or a name, got <class"),
     ],
 )
 def test_what_is_no_blend(name: Any, error: type[Exception], message: str, unchecked: None) -> None:
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         as_blend(name, NAMES)
+    assert len(str(raised.value)) < 250
 
 
 def test_an_expert_of_a_former_name_is_itself() -> None:

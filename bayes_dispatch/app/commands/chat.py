@@ -81,17 +81,16 @@ def chat(
     from bayes_dispatch.inference.two_pass.blends import as_blend
     from bayes_dispatch.inference.two_pass.prompts import Writing
 
-    as_blend(blend or "posterior_predictive")  # is it one?
     (named,) = with_options([blend or "posterior_predictive"], top_k, draws)
     refuse_unused("--temperature", temperature, sample, "with --sample")
     refuse_unused("--show-experts", show_experts, not as_json, "without --json, which always has them", "both")
     temperature = 1.0 if temperature is None else temperature
-    chosen = as_blend(named)
     ending = ... if stop is None else typed(stop, escapes)
     Writing.of(max_new_tokens, sample, temperature, None if isinstance(ending, EllipsisType) else ending)
     from bayes_dispatch.inference.generator import TwoPassGenerator
 
     generator = TwoPassGenerator(open_bundle(bundle, device, dtype))
+    chosen = as_blend(named, generator.bundle.experts.components)
     if state is not None and state.exists():
         conversation = generator.resume_chat(state)
         kept = conversation.settings

@@ -59,7 +59,7 @@ def compare(
         list[str] | None,
         typer.Option(
             "--blend",
-            help=f"{BLENDS_HELP} Or base, or the name of an expert. Repeatable; default: six of them.",
+            help=f"{BLENDS_HELP} Repeatable; default: six of them.",
         ),
     ] = None,
     reference: Annotated[

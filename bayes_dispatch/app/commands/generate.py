@@ -73,23 +73,22 @@ def generate(
     prompts = [*(typed(text, escapes) for text in prompt or ()), *(_read(path) for path in prompt_file or ())]
     if not prompts:
         raise PromptError("expected at least one --prompt or --prompt-file, got none")
-    from bayes_dispatch.inference.two_pass.blends import as_blend
-
-    as_blend(blend)  # is it one?
     (named,) = with_options([blend], top_k, draws)
     refuse_unused("--temperature", temperature, sample, "with --sample")
     refuse_unused("--show-experts", show_experts, not as_json, "without --json, which always has them", "both")
     refuse_unused("--abstain", abstain, false_alarm_rate is not None, "with --false-alarm-rate")
     refuse_unused("--escapes", escapes, bool(prompt) or stop is not None, "with --prompt or --stop")
     temperature = 1.0 if temperature is None else temperature
+    from bayes_dispatch.inference.two_pass.blends import as_blend
     from bayes_dispatch.inference.two_pass.prompts import check_prompts
 
-    chosen = as_blend(named)
     checked = check_prompts(prompts)
     ending = None if stop is None else typed(stop, escapes)
     from bayes_dispatch.inference.generator import TwoPassGenerator
 
-    generation = TwoPassGenerator(open_bundle(bundle, device, dtype)).generate(
+    opened = open_bundle(bundle, device, dtype)
+    chosen = as_blend(named, opened.experts.components)
+    generation = TwoPassGenerator(opened).generate(
         checked,
         blend=chosen,
         max_new_tokens=max_new_tokens,

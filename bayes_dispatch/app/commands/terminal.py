@@ -54,7 +54,7 @@ __all__ = [
 
 BLENDS_HELP = (
     "How the experts are blended: posterior_predictive, refined_mean, posterior_mean, best_expert, top_k or "
-    "thompson_sample; settings may follow, as in top_k(3)."
+    "thompson_sample; settings may follow, as in top_k(3). Or base, or the name of an expert."
 )
 WIDTH = 130  # of output that goes to no terminal
 LARGE = 20_000_000  # weights, from which on matrix products gain by more threads
@@ -164,15 +164,16 @@ def with_options(blends: Sequence[str], top_k: int | None, draws: int | None) ->
     """
     from bayes_dispatch.inference.two_pass.blends import ALIASES
 
-    names = [ALIASES.get(blend, blend) for blend in blends]
+    names = [ALIASES.get(blend, blend) for blend in blends]  # told apart by these; ``as_blend`` reads what was typed
     sampled = ("posterior_predictive", "refined_mean")
     others = f"it with {', '.join(blends)}"
     refuse_unused("--top-k", top_k, "top_k" in names, "with the blend top_k", others)
     refuse_unused(
         "--draws", draws, not set(sampled).isdisjoint(names), f"with the blend {' or '.join(sampled)}", others
     )
-    settings = {"top_k": 2 if top_k is None else top_k, **({} if draws is None else dict.fromkeys(sampled, draws))}
-    return [f"{name}({settings[name]})" if name in settings else name for name in names]
+    given = {"top_k": top_k, **dict.fromkeys(sampled, draws)}
+    settings = [given.get(name) for name in names]
+    return [blend if each is None else f"{blend}({each})" for blend, each in zip(blends, settings, strict=True)]
 
 
 def open_console() -> "Console":

@@ -115,6 +115,29 @@ def test_json_has_all_that_was_asked(saved: Path, capfd: pytest.CaptureFixture[s
     assert found.items() >= (asked | {"false_alarm_rate": None, "blend_settings": {"k": 1}}).items()
 
 
+@pytest.mark.parametrize("name", ["base", "sort", "max"])
+def test_the_shell_takes_the_blends_that_python_takes(
+    saved: Path, bundle: Bundle, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    """An expert, base, and former names among them."""
+    from bayes_dispatch.inference.generator import TwoPassGenerator
+
+    arguments = ["generate", "--bundle", saved, "--prompt", "kfpa>", "--max-new-tokens", "2", "--json"]
+    code, out, err = run(capfd, *arguments, "--blend", name)
+    assert (code, err) == (0, "")
+    expected = TwoPassGenerator(bundle).generate(["kfpa>"], blend=name, max_new_tokens=2, seed=0)
+    found = json.loads(out)
+    assert (found["blend"], found["texts"]) == (expected.blend, list(expected.texts))
+    np.testing.assert_allclose(found["weights"], expected.weights, atol=1e-6)
+
+
+def test_names_of_blends_stay_as_they_were_typed() -> None:
+    """What they mean is for ``as_blend`` to say, which knows the experts."""
+    names = ["max", "top_k", "predictive", "refined_mean(4)", "sort"]
+    assert terminal.with_options(names, None, None) == names
+    assert terminal.with_options(names, 3, 8) == ["max", "top_k(3)", "predictive(8)", "refined_mean(4)", "sort"]
+
+
 def test_sampling_depends_on_the_seed(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["generate", "--bundle", saved, "--prompt", "kfpa>", "--json", "--sample", "--temperature", "2"]
     first, again, other = (json.loads(run(capfd, *arguments, "--seed", seed)[1]) for seed in ("0", "0", "1"))

@@ -59,6 +59,15 @@ def test_a_chat_as_json(talk: Talk, bundle: Bundle) -> None:
     assert documents[1]["divergence"] == pytest.approx(turn.divergence, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["base", "sort"])
+def test_a_chat_under_one_expert_or_base(talk: Talk, bundle: Bundle, name: str) -> None:
+    asked = ("--json", "--blend", name, "--state", "chat")
+    for _ in range(2):  # begun, and gone on with
+        code, out, err = talk(b"ab>ba\n", *asked)
+        assert (code, err) == (0, "")
+        assert json.loads(out)["weights"] == [float(each == name) for each in bundle.experts.components]
+
+
 def test_a_state_goes_on(talk: Talk) -> None:
     """Stopped after a line and started again, with the settings it began with; others are refused."""
     lines = [b"ab>ba\n", b"bc>\n", b"1+2=\n"]
@@ -114,7 +123,7 @@ def test_what_is_shown(talk: Talk) -> None:
         (b"", ("--stop", ""), "expected stop to be a text of at least one byte"),
         (b"", ("--threshold", "-1"), "expected threshold to be a finite number ≥ 0, got -1.0"),
         (b"", ("--max-context", "5"), "expected max_new_tokens of less than max_context, 5 tokens, got 5"),
-        (b"", ("--blending-mode", "none"), "expected a blend of best_expert"),
+        (b"", ("--blend", "none"), "expected a blend of best_expert"),
         (b"", ("--sample", "--temperature", "0"), "expected temperature to be a finite number > 0, got 0.0"),
         (b"", ("--state", "."), "expected a readable file ., got: Is a directory"),
         (b"", ("--bundle", "none"), "expected a bundle directory, got none"),
