@@ -159,7 +159,8 @@ def sequence_kl(
     own: Float[Tensor, "R A V"], base: Float[Tensor, "R A V"], real: Bool[Tensor, "R A"]
 ) -> Float[Tensor, " R"]:
     """Divergence of ``own`` from ``base``, both log-probabilities, in nats: of each row, over its real tokens."""
-    return ((own.exp() * (own - base)).sum(-1) * real).sum(1)
+    ratio = (own - base).masked_fill(own == -torch.inf, 0.0)  # what has no probability adds nothing
+    return ((own.exp() * ratio).sum(-1) * real).sum(1)
 
 
 class _Reading(NamedTuple):

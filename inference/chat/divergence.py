@@ -61,7 +61,8 @@ def expected_divergence(
     else:
         p = _mixed(new, after[:, count:])
     q = _mixed(_filtered(current.forgotten(), own[:, :count], user), after[:, :count])
-    kl = (p.exp() * (p - q)).sum(-1).mean()
+    ratio = (p - q).masked_fill(p == -torch.inf, 0.0)  # what has no probability adds nothing
+    kl = (p.exp() * ratio).sum(-1).mean()
     return max(float(kl), 0.0), evaluated + len(ids) * cut
 
 

@@ -20,7 +20,7 @@ from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.scoring.document_reader import Reading, TokenDocument, following, read_documents
 from bayes_dispatch.inference.scoring.scores import Comparison, Score, ScoredTokens, SystemComparison
 from bayes_dispatch.inference.two_pass.blends import Blend, Particles, as_blend
-from bayes_dispatch.inference.two_pass.filtering import ParticleFilter, predictive
+from bayes_dispatch.inference.two_pass.filtering import ParticleFilter, entropy_of, predictive
 from bayes_dispatch.inference.two_pass.system import Strategy, System, as_strategy
 from bayes_dispatch.model.backbone import Backbone
 
@@ -209,7 +209,7 @@ def _scored(
     start = 0
     for after in following:
         part = slice(start, start + after.shape[1])
-        entropy = -(after.exp() * after).sum(-1, dtype=torch.double)
+        entropy = entropy_of(after)
         for name, (rows, log_masses) in mixtures.items():
             mixed = predictive(log_masses[places[part]], after[rows].transpose(0, 1), entropy[rows].T)
             said = mixed.log_probabilities.gather(1, true[part, None])[:, 0]

@@ -37,6 +37,11 @@ def _log_add(a: float, b: float) -> float:
 
 
 @precise
+def _times_log(p: float, log_p: float) -> float:
+    return p * log_p if p != 0.0 else 0.0  # of no probability, whose logarithm is -inf; NaN stays
+
+
+@precise
 def filter_tokens(
     joint: Array, target: Array, stay: Array, switch: Array, likelihood: Array, counts: Array, found: Array
 ) -> None:
@@ -89,7 +94,7 @@ def mix(log_weights: Array, log_probabilities: Array, mixed: Array, entropy: Arr
             own = 0.0
             for v in range(tokens):
                 mixed[n, v] = log_probabilities[n, possible[0], v]
-                own -= math.exp(mixed[n, v]) * mixed[n, v]
+                own -= _times_log(math.exp(mixed[n, v]), mixed[n, v])
             entropy[n], information[n] = own, 0.0
             continue
         for v in range(tokens):
@@ -100,7 +105,7 @@ def mix(log_weights: Array, log_probabilities: Array, mixed: Array, entropy: Arr
             for v in range(tokens):
                 log_p = np.float64(log_probabilities[n, s, v])
                 p = math.exp(log_p)
-                own -= p * log_p
+                own -= _times_log(p, log_p)
                 mixed[n, v] += weight * p
             within += weight * own
         total = 0.0
@@ -114,6 +119,6 @@ def mix(log_weights: Array, log_probabilities: Array, mixed: Array, entropy: Arr
                     terms[s] = log_weights[n, s] + np.float64(log_probabilities[n, s, v])
                 mixed[n, v] = _log_sum(terms)
                 p = math.exp(mixed[n, v])
-            total -= p * mixed[n, v]
+            total -= _times_log(p, mixed[n, v])
         entropy[n] = total
         information[n] = max(total - within, 0.0) if not math.isnan(total - within) else total - within

@@ -19,7 +19,7 @@ from torch import Tensor
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.model.mambaformer.compiled.switch import array, can_compile
 
-__all__ = ["FilterState", "ParticleFilter", "Predictive", "predictive"]
+__all__ = ["FilterState", "ParticleFilter", "Predictive", "entropy_of", "predictive"]
 
 
 class FilterState(NamedTuple):
@@ -219,11 +219,11 @@ def predictive(
     if entropies is None and can_compile(log_weights) and can_compile(log_probabilities):
         return _mixed_by_kernel(log_weights, log_probabilities)
     log_probabilities = log_probabilities.double()
-    own = _entropy(log_probabilities) if entropies is None else entropies.double()
+    own = entropy_of(log_probabilities) if entropies is None else entropies.double()
     if log_weights.shape[1] == 1:
         return Predictive(log_probabilities[:, 0], own[:, 0], torch.zeros_like(own[:, 0]))
     mixed = torch.logsumexp(log_weights[..., None] + log_probabilities, dim=1)
-    entropy = _entropy(mixed)
+    entropy = entropy_of(mixed)
     within = (log_weights.exp() * own).sum(1)
     return Predictive(mixed, entropy, (entropy - within).clamp(min=0))
 
@@ -241,5 +241,7 @@ def _kernels() -> ModuleType:
     return import_module("bayes_dispatch.inference.two_pass.filter_loops")
 
 
-def _entropy(log_probabilities: Tensor) -> Tensor:
-    return -(log_probabilities.exp() * log_probabilities).sum(-1)
+def entropy_of(log_probabilities: Float[Tensor, "*of V"]) -> Float[Tensor, "*of"]:
+    """In nats, as doubles; what has no probability adds nothing."""
+    finite = log_probabilities.clamp(min=torch.finfo(log_probabilities.dtype).min)  # NaN stays
+    return -(log_probabilities.exp() * finite).sum(-1, dtype=torch.double)

@@ -12,12 +12,17 @@ from torch import Tensor
 
 __all__ = ["divergences", "representatives"]
 
+NEVER = -1e300  # for the logarithm of 0, by which none can be multiplied; sums of it are finite
+
 
 def divergences(
     log_probabilities: Float[Tensor, "N S T V"], counted: Bool[Tensor, "N T"]
 ) -> Float[np.ndarray, "N S S"]:
-    """``Σ_t KL(p_s ‖ p_r)`` for all s and r of each prompt, in nats, over the tokens that are ``counted``."""
-    log_p = log_probabilities.double()
+    """``Σ_t KL(p_s ‖ p_r)`` for all s and r of each prompt, in nats, over the tokens that are ``counted``.
+
+    Where r gives no probability to what s does, it is beyond any tolerance, and finite.
+    """
+    log_p = log_probabilities.double().clamp(min=NEVER)
     p = log_p.exp() * counted[:, None, :, None]
     cross = torch.einsum("nstv,nrtv->nsr", p, log_p)
     within = cross.diagonal(dim1=1, dim2=2)

@@ -142,6 +142,16 @@ def test_divergence_is_the_analytic_one() -> None:
     assert float(sequence_kl(own, own, real).abs().max()) == 0
 
 
+def test_a_token_that_both_mask_adds_no_divergence_and_has_no_gradient() -> None:
+    generator, real = torch.Generator().manual_seed(0), torch.ones(2, 3, dtype=torch.bool)
+    logits = torch.randn(2, 2, 3, 5, generator=generator).requires_grad_()
+    mask = torch.tensor([0.0, 0.0, 0.0, 0.0, -torch.inf])
+    found = sequence_kl(*(logits + mask).log_softmax(-1), real)
+    (gradient,) = torch.autograd.grad(found.sum(), logits)
+    torch.testing.assert_close(found, sequence_kl(*logits[..., :4].log_softmax(-1), real))
+    assert bool(gradient.isfinite().all())
+
+
 def test_divergence_is_taken_from_the_base_model(base: "MambaFormerForCausalLM") -> None:
     """At z = 1 it is 0, and so is its gradient: kl changes nothing. Elsewhere it does."""
     documents = [SORT.document(np.random.default_rng(i), 0, 48, "train") for i in range(3)]

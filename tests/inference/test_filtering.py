@@ -131,6 +131,9 @@ def test_the_compiled_mixture_is_that_of_tensors(seed: int, count: int, vocabula
     v[0] = np.eye(count)[0]
     logits = torch.from_numpy(rng.normal(size=(2, count, vocabulary)) * 10.0 ** rng.integers(-1, 4)).to(dtype)
     log_p = logits.log_softmax(-1)
+    if seed % 3 == 0:  # some tokens have no probability, under one particle or all
+        log_p[:, rng.integers(count), 1:] = -torch.inf
+        log_p[..., -1] = -torch.inf if vocabulary > 1 else 0.0
     if seed % 5 == 0:
         log_p[1, 0, 0] = torch.nan
     with torch.no_grad():
@@ -183,6 +186,22 @@ def test_very_unlikely_tokens_do_not_underflow() -> None:
     for _ in range(100):
         weights.update(torch.tensor([[[-900.0], [-1000.0], [-1000.0]]]))
     np.testing.assert_allclose(weights.log_weights.exp(), [[1, 0, 0]], atol=1e-12)
+
+
+@pytest.mark.parametrize("context", [nullcontext, tensors_only])
+def test_a_token_of_no_probability_adds_nothing(context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Uncertainty is that of the other tokens alone; the token may have some under another particle."""
+    v = torch.tensor([[0.3, 0.7]]).double().log()
+    some = torch.tensor([[[0.2, 0.8], [0.5, 0.5]]]).double()
+    apart = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]).double()
+    with torch.no_grad(), context():
+        for p in (some, some[:, :1], apart):
+            weights = v if p.shape[1] == 2 else torch.zeros(1, 1).double()
+            masked = torch.nn.functional.pad(p, (0, 1)).log()
+            found, expected = predictive(weights, masked), predictive(weights, p.clamp(min=1e-300).log())
+            assert float(found.log_probabilities[0, -1]) == -torch.inf
+            for ours, theirs in zip(found[1:], expected[1:], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=40, deadline=None)

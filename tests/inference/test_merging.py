@@ -77,6 +77,22 @@ def test_divergences_of_counted_tokens_only() -> None:
     np.testing.assert_allclose(divergences(log_p, counted)[0], expected, atol=1e-12)
 
 
+def test_tokens_of_no_probability_keep_apart_what_differs() -> None:
+    """One that is masked under all particles changes nothing; one that is masked under one alone tells it apart."""
+    counted = torch.ones(1, 2, dtype=torch.bool)
+    log_p = random_predictives(3, 3, 2, 2.0)
+    masked = torch.nn.functional.pad(log_p, (0, 1), value=-torch.inf)
+    np.testing.assert_allclose(divergences(masked, counted), divergences(log_p, counted), atol=1e-12)
+    alone = torch.log_softmax(torch.zeros(1, 3, 2, 4).double(), -1)
+    alone[0, 1, 0] = torch.tensor([1 / 3, 1 / 3, 1 / 3, 0.0]).log()
+    kl = divergences(alone, counted)[0] / 2
+    assert np.isfinite(kl).all()
+    for mass in ([0.4, 0.2, 0.4], [0.5, 0.5, 0.0]):
+        assert representatives(np.array(mass), kl, 0.1).tolist() == [0, 0, 0]  # what it says, the others say, too
+    assert len(set(representatives(np.array([0.2, 0.6, 0.2]), kl, 0.01).tolist())) == 2
+    assert kl[0, 1] > 1e100
+
+
 def test_a_particle_of_no_probability_needs_no_row_and_copies_one() -> None:
     log_p = random_predictives(3, 4, 2, 2.0)
     log_p[:, 2] = log_p[:, 0]
