@@ -1,9 +1,10 @@
 """How probable given answers are under blends of the experts: the likelihood of few-shot adaptation."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bayes_dispatch.errors import PromptError, TensorError
@@ -14,7 +15,7 @@ from bayes_dispatch.model.tokenizer import utf8
 __all__ = ["MAX_PAIR_BYTES", "AnswerLikelihood", "check_pairs"]
 
 MAX_PAIR_BYTES = 4096
-TOKENS_AT_ONCE = 16384  # bounds memory: particles times pairs times their length
+TOKENS_AT_ONCE = 16384  # bounds memory: particles times the pairs that run together times the longest of them
 
 
 class AnswerLikelihood:
@@ -48,10 +49,8 @@ class AnswerLikelihood:
         for index, row in enumerate(rows):
             if model.longest is not None and len(row) > model.longest:
                 raise PromptError(f"expected pair {index} to have at most {model.longest} tokens, got {len(row)}")
-        self._ids, self._tokens = padded(rows, tokenizer.pad_token_id)
-        places = torch.arange(self._ids.shape[1])
-        begins = torch.tensor([max(1, len(ids)) for ids in asked])  # the very first token has no probability
-        self._counted = (places >= begins[:, None]) & (places < self._tokens[:, None])
+        begins = [max(1, len(ids)) for ids in asked]  # the very first token has no probability
+        self._batches = [_Batch.of(part, rows, begins, tokenizer.pad_token_id) for part in _alike(list(map(len, rows)))]
         self.layers = experts.layers
 
     @property
@@ -79,17 +78,52 @@ class AnswerLikelihood:
         if tuple(weights.shape[1:]) not in expected:
             shapes = " or ".join(f"(P, {', '.join(map(str, shape))})" for shape in sorted(expected, key=len))
             raise TensorError(f"expected weights of shape {shapes}, got {tuple(weights.shape)}")
-        pairs, length = self._ids.shape
-        at_once = max(1, TOKENS_AT_ONCE // (pairs * length))
-        return torch.cat([self._score(part) for part in weights.split(at_once)])
+        scores = [
+            torch.cat([self._score(batch, part) for part in weights.split(max(1, TOKENS_AT_ONCE // batch.ids.numel()))])
+            for batch in self._batches
+        ]
+        order = torch.tensor([pair for batch in self._batches for pair in batch.pairs])
+        return torch.cat(scores, 1)[:, order.argsort()]
 
-    def _score(self, weights: Tensor) -> Tensor:
-        particles, pairs = len(weights), len(self._ids)
+    def _score(self, batch: "_Batch", weights: Tensor) -> Tensor:
+        particles, pairs = len(weights), len(batch.ids)
         adaptation = self.experts.blend_rows(weights.to(self.model.weights_dtype).repeat_interleave(pairs, 0))
-        ids, tokens = self._ids.repeat(particles, 1), self._tokens.repeat(particles)  # (P pairs, T)
+        ids, tokens = batch.ids.repeat(particles, 1), batch.tokens.repeat(particles)  # (P pairs, T)
         said = self.model.score(ids, tokens, adaptation).double()
-        counted = self._counted.repeat(particles, 1).to(said.device)
+        counted = batch.counted.repeat(particles, 1).to(said.device)
         return said.masked_fill(~counted, 0.0).sum(1).cpu().unflatten(0, (particles, pairs))
+
+
+class _Batch(NamedTuple):
+    """Pairs that run together.
+
+    Attributes:
+        pairs: their indices. ids: (pairs, T), of which ``tokens`` are real. counted: which are of the answers.
+    """
+
+    pairs: Sequence[int]
+    ids: Int[Tensor, "pairs T"]
+    tokens: Int[Tensor, " pairs"]
+    counted: Bool[Tensor, "pairs T"]
+
+    @classmethod
+    def of(cls, pairs: Sequence[int], rows: Sequence[Sequence[int]], begins: Sequence[int], pad: int) -> "_Batch":
+        """Some of ``rows``, whose answers begin at ``begins``."""
+        ids, tokens = padded([rows[pair] for pair in pairs], pad)
+        places, first = torch.arange(ids.shape[1]), torch.tensor([begins[pair] for pair in pairs])
+        return cls(pairs, ids, tokens, (places >= first[:, None]) & (places < tokens[:, None]))
+
+
+def _alike(lengths: Sequence[int]) -> list[list[int]]:
+    """Pairs that run together, by their lengths: at least half of what runs is real, and no more than may be."""
+    batches: list[list[int]] = []
+    for pair in sorted(range(len(lengths)), key=lambda pair: lengths[pair]):
+        own, length = batches[-1] if batches else [], lengths[pair]
+        if own and length <= 2 * lengths[own[0]] and (len(own) + 1) * length <= TOKENS_AT_ONCE:
+            own.append(pair)
+        else:
+            batches.append([pair])
+    return batches
 
 
 def check_pairs(pairs: Sequence[tuple[str | bytes, str | bytes]]) -> list[tuple[bytes, bytes]]:

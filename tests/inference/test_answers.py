@@ -79,6 +79,29 @@ def test_by_layer_equals_one_by_one(model64: Any, bank: Any, seed: int) -> None:
         np.testing.assert_allclose(likelihood(shared).numpy(), likelihood(weights[:, 0]).numpy(), rtol=1e-9)
 
 
+@pytest.mark.parametrize("tokens_at_once", [1, 70, 16384])
+def test_what_runs_together_is_alike_and_fits(
+    model64: Any, bank: Any, monkeypatch: pytest.MonkeyPatch, tokens_at_once: int
+) -> None:
+    """Pairs of any lengths, in any order: half of what runs is real. One row alone may be too long, and runs."""
+    pairs, runs, whole = [("x" * n, "y") for n in (3, 60, 3, 5, 130, 4, 1)], [], type(model64).score
+
+    def counted(self: Any, ids: torch.Tensor, tokens: torch.Tensor, adaptation: Any) -> torch.Tensor:
+        runs.append((ids.numel(), int(tokens.sum()), len(ids)))
+        return whole(self, ids, tokens, adaptation)
+
+    weights = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(4), 3))
+    with torch.no_grad():
+        expected = torch.cat([AnswerLikelihood(model64, bank, [pair]).by_pair(weights) for pair in pairs], 1)
+        monkeypatch.setattr(answers, "TOKENS_AT_ONCE", tokens_at_once)
+        monkeypatch.setattr(type(model64), "score", counted)
+        found = AnswerLikelihood(model64, bank, pairs).by_pair(weights)
+    np.testing.assert_allclose(found.numpy(), expected.numpy(), rtol=1e-9)
+    assert sum(real for _, real, _ in runs) == 3 * sum(len(prompt) + 2 for prompt, _ in pairs)
+    assert all(run <= 2 * real for run, real, _ in runs)
+    assert all(run <= tokens_at_once or rows == 1 for run, _, rows in runs)
+
+
 def test_batches_do_not_matter(model64: Any, bank: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     likelihood = AnswerLikelihood(model64, bank, PAIRS)
     weights = torch.from_numpy(np.random.default_rng(0).dirichlet(np.ones(4), 7))

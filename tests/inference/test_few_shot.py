@@ -176,16 +176,16 @@ def test_calibration_by_simulation(model: Any, make_bank: Any) -> None:
 class AsciiLikelihood(AnswerLikelihood):
     """The likelihood among the bytes of ASCII, which the simulations draw from."""
 
-    def _score(self, weights: torch.Tensor) -> torch.Tensor:
-        particles, pairs = len(weights), len(self._ids)
-        ids, tokens = self._ids.repeat(particles, 1), self._tokens.repeat(particles)
+    def _score(self, batch: Any, weights: torch.Tensor) -> torch.Tensor:
+        particles, pairs = len(weights), len(batch.ids)
+        ids, tokens = batch.ids.repeat(particles, 1), batch.tokens.repeat(particles)
         mask = (torch.arange(ids.shape[1]) < tokens[:, None]).long()
         adaptation = self.experts.blend_rows(weights.to(self.model.dtype).repeat_interleave(pairs, 0))
         log_p = (
             self.model(ids, attention_mask=mask, adaptation=adaptation).logits[:, :-1, :128].double().log_softmax(-1)
         )
         said = log_p.gather(2, ids[:, 1:, None].clamp(max=127))[..., 0]
-        return (said * self._counted[:, 1:].repeat(particles, 1)).sum(1).unflatten(0, (particles, pairs))
+        return (said * batch.counted[:, 1:].repeat(particles, 1)).sum(1).unflatten(0, (particles, pairs))
 
 
 @pytest.mark.parametrize(
