@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from bayes_dispatch.arguments import several, shown, whole
 from bayes_dispatch.errors import ConfigError
 
 __all__ = ["Document"]
@@ -17,7 +18,7 @@ class Document:
         scored: byte ranges (start, stop) that count; ``None`` means all after the prompt.
 
     Raises:
-        ConfigError: the prompt is longer than the text, or a range lies outside it.
+        ConfigError: a text that is none, a prompt that is longer, or a range that is none of whole numbers within it.
     """
 
     text: str
@@ -25,12 +26,17 @@ class Document:
     scored: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise ConfigError(f"expected the text of a document, got {shown(self.text)}")
         length = len(self.data)
-        if not 0 <= self.prompt_bytes <= length:
-            raise ConfigError(f"expected prompt_bytes in 0 … {length}, got {self.prompt_bytes}")
-        for start, stop in self.ranges:
-            if not 0 <= start <= stop <= length:
-                raise ConfigError(f"expected scored ranges within {length} bytes, got {start} … {stop}")
+        object.__setattr__(self, "prompt_bytes", whole("prompt_bytes", self.prompt_bytes, 0, length))
+        if self.scored is None:
+            return
+        scored = []
+        for start, stop in (several("a scored range", each, 2) for each in several("scored", self.scored)):
+            last = whole("the end of a scored range", stop, 0, length)
+            scored.append((whole("the start of a scored range", start, 0, last), last))
+        object.__setattr__(self, "scored", tuple(scored))
 
     @property
     def data(self) -> bytes:

@@ -50,7 +50,9 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood:
-    """Mean negative log-likelihood of all bytes; its negative is the score.
+    """Mean negative log-likelihood of a token, in nats; its negative is the score.
+
+    A token weighs as much as its bytes do on average, however many it has. Tokens of our own model are bytes.
 
     Attributes:
         question_weight: loss weight of bytes that are not scored; above 0, so that every byte is evidence later. With 0
@@ -91,7 +93,8 @@ class Reinforce:
 
     Attributes:
         samples: answers to each question, at temperature 1. kl: weight of the divergence from the base model, in
-            rewards per nat and answer. answer_bytes: of a sampled answer, at most, where the true one is not longer.
+            rewards per nat and answer. answer_bytes: of the answer that is asked for where a text has none of its own;
+            a sampled one has at most as many tokens, and no fewer than the true one has bytes.
 
     Raises:
         ConfigError: fewer than two samples, or a setting that is negative or not finite.

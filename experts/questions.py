@@ -16,7 +16,7 @@ class Question(NamedTuple):
     Attributes:
         context: all bytes before. text: those since the answer before this one, without its newline.
         expected: the document's own answer. is_line: whether a newline ends the answer.
-        limit: most bytes to answer with, that newline included.
+        limit: most tokens to answer with, that newline included: as many as ``expected`` may have bytes.
     """
 
     context: bytes

@@ -50,7 +50,7 @@ for _index, _members in enumerate(TOKEN_CLASSES.values()):
     _CLASS_OF[list(_members)] = _index
 
 PROMPTS_AT_ONCE = 32
-RESIDUAL_FLOOR = 0.01  # of the mean squared hidden state: the residual of one byte is 0, which has no logarithm
+RESIDUAL_FLOOR = 0.01  # of the mean squared hidden state: the residual of one token is 0, which has no logarithm
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,11 +58,12 @@ class FirstPass:
     """What the first pass found.
 
     Attributes:
-        evidence: the views ``hidden`` (prompt, D), the mean of the last hidden states over the prompt's bytes;
-            ``counts`` (prompt, C), how many of its bytes fall into each token class; and ``surprise`` (prompt, 2), the
-            mean negative log-likelihood per byte in nats, and the log of the mean squared distance between the hidden
-            states of the bytes and their mean. Where only some blocks ran, ``hidden`` is of what comes out of them, and
-            there is no ``surprise``, which needs them all.
+        evidence: the views ``hidden`` (prompt, D), the mean of the last hidden states over the prompt's tokens but the
+            first; ``counts`` (prompt, C), how many of its tokens fall into each class; and ``surprise`` (prompt, 2),
+            the mean negative log-likelihood of these tokens in nats, and the log of the mean squared distance between
+            their hidden states and the mean. Tokens of our own model are bytes, after one that begins the text. Where
+            only some blocks ran, ``hidden`` is of what comes out of them, and there is no ``surprise``, which needs
+            them all.
     """
 
     evidence: Evidence

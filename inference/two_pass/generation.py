@@ -1,4 +1,4 @@
-"""What two-pass generation gives: texts, how sure each byte of them is, and what it cost."""
+"""What two-pass generation gives: texts, how sure each token of them is, and what it cost."""
 
 from dataclasses import dataclass
 
@@ -76,8 +76,8 @@ class Generation:
         predictive_entropy, mutual_information: (N, max_new_tokens) in nats, of the next token, and between it and the
             particle: the epistemic part, under the same posterior, given the tokens generated so far as well.
         lengths: (N,), tokens that were generated.
-        paths: for each prompt (tokens + lengths, K + 1), the mean blend weights before each token of the prompt and
-            each generated one.
+        paths: for each prompt (tokens − 1 + lengths, K + 1), the mean blend weights before each token of the prompt
+            but the first, of which nothing is said, and each generated one.
         cost: in evaluations of blocks on tokens.
         fallback: (N,), whether the gate sent the prompt to base, for a false-alarm rate that was asked for.
         p_values: (N,) of the gate: how foreign the prompt is among held-out ones of the experts' domains; NaN where it

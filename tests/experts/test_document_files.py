@@ -39,7 +39,10 @@ def test_documents_are_read(tmp_path: Path) -> None:
         (b'{"text": "\\ud800", "prompt_bytes": 1}', 'expected a "text" of whole characters in line 2'),
         (b'{"text": "abcdefghijkl", "prompt_bytes": 1}', "expected at most 10 bytes of text in line 2 .*, got 12"),
         (b'{"text": "abc", "prompt_bytes": 0}', "expected prompt_bytes of at least 1 in line 2 .*, got 0"),
-        (b'{"text": "abc", "prompt_bytes": 4}', "line 2 of .*: expected prompt_bytes in 0 … 3, got 4"),
+        (
+            b'{"text": "abc", "prompt_bytes": 4}',
+            "line 2 of .*: expected prompt_bytes to be .* from 0 to 3, got 4",
+        ),
         ('{"text": "éa", "prompt_bytes": 1}'.encode(), "expected a whole character within prompt_bytes in line 2"),
         (b'{"text": "abc", "prompt_bytes": 3}', "expected scored bytes after the prompt in line 2 .*, got none"),
         (b'{"text": "abc", "prompt_bytes": 1, "scored": []}', "expected scored bytes after the prompt in line 2"),
@@ -48,7 +51,10 @@ def test_documents_are_read(tmp_path: Path) -> None:
             r'expected "scored" as .* in line 2 .*, got \[\[1\]\]',
         ),
         (b'{"text": "abc", "prompt_bytes": 1, "scored": 3}', r'expected "scored" as .* in line 2 .*, got 3'),
-        (b'{"text": "abc", "prompt_bytes": 1, "scored": [[1, 9]]}', "line 2 of .*: expected scored ranges within 3"),
+        (
+            b'{"text": "abc", "prompt_bytes": 1, "scored": [[1, 9]]}',
+            "line 2 of .*: expected the end of a scored",
+        ),
         (b'{"text": "\xff", "prompt_bytes": 1}', "expected UTF-8 in .*own.jsonl, got another byte at position"),
     ],
 )

@@ -2,7 +2,9 @@
 that."""
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,15 +64,30 @@ def test_a_cut_keeps_a_beginning_and_what_is_scored_in_it(parts: Parts, length: 
 
 
 @pytest.mark.parametrize(
-    ("prompt_bytes", "scored", "message"),
+    ("text", "prompt_bytes", "scored", "message"),
     [
-        (4, None, "prompt_bytes in 0 … 3, got 4"),
-        (-1, None, "prompt_bytes in 0 … 3, got -1"),
-        (1, ((2, 4),), "ranges within 3 bytes, got 2 … 4"),
-        (1, ((-1, 2),), "got -1 … 2"),
-        (1, ((2, 1),), "got 2 … 1"),
+        (b"abc", 1, None, "expected the text of a document, got b'abc'"),
+        (None, 1, None, "expected the text of a document, got None"),
+        ("é.", 4, None, "prompt_bytes to be a whole number from 0 to 3, got 4"),
+        ("é.", -1, None, "prompt_bytes to be a whole number from 0 to 3, got -1"),
+        ("é.", 2.5, None, "prompt_bytes to be a whole number from 0 to 3, got 2.5"),
+        ("é.", True, None, "prompt_bytes to be a whole number from 0 to 3, got True"),
+        ("é.", 1, ((2, 4),), "the end of a scored range to be a whole number from 0 to 3, got 4"),
+        ("é.", 1, ((-1, 2),), "the start of a scored range to be a whole number from 0 to 2, got -1"),
+        ("é.", 1, ((2, 1),), "the start of a scored range to be a whole number from 0 to 1, got 2"),
+        ("é.", 1, ((0.0, 1),), "the start of a scored range to be a whole number from 0 to 1, got 0.0"),
+        ("é.", 1, (1, 2), "a scored range to be a list of 2, got 1"),
+        ("é.", 1, 3, "scored to be a list, got 3"),
     ],
 )
-def test_what_lies_outside(prompt_bytes: int, scored: tuple[tuple[int, int], ...] | None, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Document("é.", prompt_bytes, scored)
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_place_in_a_text(text: Any, prompt_bytes: Any, scored: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"{message}$"):
+        Document(text, prompt_bytes, scored)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_of_numpy_are_places() -> None:
+    document = Document("abc", np.int64(1), [np.array([1, 2])])  # type: ignore[arg-type]
+    assert document == Document("abc", 1, ((1, 2),))
+    assert hash(document) == hash(Document("abc", 1, ((1, 2),)))
