@@ -154,7 +154,8 @@ class Chat:
     ) -> Generator[Streamed, None, None]:
         """What ``say`` gives with the same arguments, token by token as they come; then ``turn`` has all of it.
 
-        Nothing is read before the first token is asked for. A stream that is closed ends the reply there.
+        Nothing is read before the first token is asked for. A stream that is closed ends the reply there; an error that
+        is thrown into it takes the turn back.
 
         Raises:
             PromptError, ConfigError, TensorError, EvidenceError, OSError: see ``say``.

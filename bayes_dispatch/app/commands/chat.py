@@ -118,11 +118,15 @@ def chat(
         try:
             line = typed(told, escapes)
             reply = conversation.stream(line, max_new_tokens, do_sample=sample, temperature=temperature, stop=ending)
-            for event in reply:
-                written += event.text
-                if not as_json:
-                    sys.stdout.write(_shown(event.text))
-                    sys.stdout.flush()
+            try:
+                for event in reply:
+                    written += event.text
+                    if not as_json:
+                        sys.stdout.write(_shown(event.text))
+                        sys.stdout.flush()
+            except BaseException as error:  # amid a reply, which would else count as said when it is closed
+                reply.throw(error)
+                raise
         except BayesDispatchError as error:
             if not interactive:
                 raise

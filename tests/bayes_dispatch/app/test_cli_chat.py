@@ -1,9 +1,12 @@
 """``bayes-dispatch chat``: replies to lines, a state that goes on, and one line with exit code 2 on bad input."""
 
+import gc
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -93,6 +96,20 @@ def test_a_state_goes_on(talk: Talk) -> None:
     talk(lines[0], "--blend", "posterior_predictive", "--state", "state/default")
     err = talk(b"", "--draws", "9", "--state", "state/default")[2]
     assert "expected no --draws, with which the chat in state/default began, got 9" in err
+
+
+def test_a_reply_that_nobody_hears_is_not_said(talk: Talk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whoever reads what is printed goes away amid it."""
+    given = ("--blend", "posterior_mean", "--stop", "zzz", "--state", "talk")
+    assert talk(b"ab>\n", *given)[0] == 0
+    before = (tmp_path / "talk").read_bytes()
+    reader, writer = os.pipe()
+    os.close(reader)
+    with suppress(BrokenPipeError), open(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stdout", broken)
+        assert talk(b"bc>\n", *given)[0] == 1
+    gc.collect()  # which closes what is left open
+    assert (tmp_path / "talk").read_bytes() == before
 
 
 def test_a_bad_line_at_a_terminal_is_refused_and_the_chat_goes_on(talk: Talk) -> None:
