@@ -19,7 +19,7 @@ TEMPORARY = ".bayes-dispatch-temporary"
 WITHOUT_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # some network file systems
 
 
-def write_output(path: Path, data: bytes | Callable[[], bytes]) -> None:
+def write_output(path: Path, data: bytes | Callable[[], bytes], check: Callable[[], object] | None = None) -> None:
     """Have ``path`` hold ``data``; afterwards it survives a crash.
 
     A file gets its content at once, and keeps mode and owner. A link stays one: its target is written. A pipe or a
@@ -28,7 +28,8 @@ def write_output(path: Path, data: bytes | Callable[[], bytes]) -> None:
 
     Args:
         path: the file; missing directories are made. data: its bytes, or a function that makes them from what is there:
-            it is called when no other writer can come between.
+            it is called when no other writer can come between. check: raises where what is there is not to be replaced;
+            likewise, or as shortly before as can be where the disk has no locks.
 
     Raises:
         BundleError: ``path`` is a directory. OSError: the disk is full, or refuses.
@@ -48,6 +49,8 @@ def write_output(path: Path, data: bytes | Callable[[], bytes]) -> None:
         raise BundleError(f"expected a file at {path}, got a link to itself")
     path.parent.mkdir(parents=True, exist_ok=True)
     with alone_in(path.parent) as alone:
+        if check is not None:
+            check()
         if callable(data):
             if not alone:
                 raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(path))

@@ -1,7 +1,7 @@
 """Tensors in safetensors files, with a digest of everything in their header."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from bayes_dispatch.storage.files import read_bytes, write_output
 __all__ = ["check_tensors", "parse_tensors", "read_tensors", "tensors_as_bytes", "write_tensors"]
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], check: Callable[[], object] | None = None
+) -> None:
     """``write_output`` for safetensors, with a digest of everything in their header."""
-    write_output(path, tensors_as_bytes(tensors, {**metadata, "digest": _of_tensors(tensors, metadata)}))
+    write_output(path, tensors_as_bytes(tensors, {**metadata, "digest": _of_tensors(tensors, metadata)}), check)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -33,7 +33,7 @@ from jaxtyping import Float
 
 from bayes_dispatch.arguments import whole
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.inference.chat.caches import ChatCaches
 from bayes_dispatch.inference.chat.divergence import expected_divergence
 from bayes_dispatch.inference.chat.file import write_chat
@@ -132,6 +132,7 @@ class Chat:
             PromptError: text that is empty, no UTF-8, or too long for ``max_context`` with its reply.
             ConfigError: a setting out of range, a blend by layer, or a stream of this chat has not ended.
             TensorError, EvidenceError: the model gives NaN. OSError: the chat's file cannot be written.
+            BundleError: another has gone on with that file.
         """
         reply = self.stream(text, max_new_tokens, do_sample=do_sample, temperature=temperature, stop=stop)
         try:
@@ -158,7 +159,7 @@ class Chat:
         is thrown into it takes the turn back.
 
         Raises:
-            PromptError, ConfigError, TensorError, EvidenceError, OSError: see ``say``.
+            PromptError, ConfigError, TensorError, EvidenceError, OSError, BundleError: see ``say``.
         """
         ending = self._form.stop if isinstance(stop, EllipsisType) else stop
         writing = Writing.of(max_new_tokens, do_sample, temperature, ending)
@@ -267,12 +268,14 @@ class Chat:
         state = ChatState(reply.transcript, self.turns + 1, caches.rows, caches.decoding.filtered)
         try:
             if self._file is not None:
-                write_chat(self._file, self._system, self.settings, state)
+                write_chat(self._file, self._system, self.settings, state, [before])
             self._state, self.turn, self._caches = state, turn, caches
+        except BundleError:  # what is there is another's
+            raise
         except BaseException:
             if self._file is not None and self._state is before:
-                with suppress(OSError):  # the file is not ahead, whether it had been written or not
-                    write_chat(self._file, self._system, self.settings, before)
+                with suppress(OSError, BundleError):  # the file is not ahead, whether it had been written or not
+                    write_chat(self._file, self._system, self.settings, before, [before, state])
             raise
         facts = {"turn": state.turns, "tokens": len(reply.written.ids), "saved": self._file is not None}
         tell(logger, logging.INFO, "replied", lambda: facts | asdict(reply.cost))

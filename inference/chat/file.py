@@ -5,7 +5,7 @@ dispatcher that it belongs to. Caches are not in it: they are made again from th
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,12 +30,18 @@ BYTES = "bayes-dispatch chat 1"  # what it was: tokens are the bytes of the tran
 BY_CLASS: dict[str, type] = {kind.__name__: kind for kind in (*BLENDS.values(), FixedWeights)}
 
 
-def write_chat(path: Path, system: "System", settings: ChatSettings, state: ChatState) -> None:
+def write_chat(
+    path: Path, system: "System", settings: ChatSettings, state: ChatState, over: Sequence[ChatState] = ()
+) -> None:
     """Write a conversation with ``system``, whole or not at all.
 
+    Args:
+        path: the file. system, settings, state: what is written.
+        over: what it may replace; without it whatever is there.
+
     Raises:
-        ConfigError: a blend that is none of ``BY_CLASS``. BundleError: ``path`` is a directory.
-        OSError: the disk is full, or refuses.
+        ConfigError: a blend that is none of ``BY_CLASS``. BundleError: ``path`` is a directory, or holds anything else
+            than ``over``: another process has gone on with the chat. OSError: the disk is full, or refuses.
     """
     blend = settings.blend
     if BY_CLASS.get(type(blend).__name__) is not type(blend):
@@ -62,7 +68,7 @@ def write_chat(path: Path, system: "System", settings: ChatSettings, state: Chat
         "settings": json.dumps(chosen, default=lambda values: values.tolist()),  # of NumPy
         "turns": json.dumps(state.turns),
     }
-    write_tensors(path, tensors, header)
+    write_tensors(path, tensors, header, (lambda: _check_held(path, over)) if over else None)
 
 
 def read_chat(path: Path, system: "System") -> tuple[ChatSettings, ChatState]:
@@ -88,6 +94,17 @@ def read_chat(path: Path, system: "System") -> tuple[ChatSettings, ChatState]:
     except (BayesDispatchError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise BundleError(f"expected a chat in {path}, got {reason}") from None
+
+
+def _check_held(path: Path, expected: Sequence[ChatState]) -> None:
+    if path.exists():
+        tensors, header = read_tensors(path)
+        held = header.get("turns"), tensors["transcript"].numpy().tobytes() if "transcript" in tensors else None
+        if held not in [(json.dumps(state.turns), state.transcript.data) for state in expected]:
+            turns = expected[0].turns
+            raise BundleError(
+                f"expected the chat in {path} as it was after turn {turns}, got one that went on elsewhere: resume it"
+            )
 
 
 def _settings(chosen: dict[str, Any]) -> ChatSettings:

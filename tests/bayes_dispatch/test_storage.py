@@ -206,6 +206,9 @@ class TestOutput:
             for thread in threads:
                 thread.join()
             assert (tmp_path / "file").read_bytes() in texts
+            with pytest.raises(KeyError):
+                write_output(tmp_path / "file", b"new", lambda: {}["not this one"])
+            assert (tmp_path / "file").read_bytes() in texts
             assert os.listdir(tmp_path) == ["file"]
 
 

@@ -151,11 +151,11 @@ def test_arrays_that_do_not_fit_are_refused(cut64: "Bundle", saved: Path, monkey
 def test_a_file_of_bytes(cut64: "Bundle", llama64: Any, saved: Path) -> None:
     """As they were before: read where tokens are bytes."""
     tensors, header = read_tensors(saved)
-    before = TwoPassGenerator(cut64).resume_chat(saved)
+    expected = TwoPassGenerator(cut64).resume_chat(saved).say(SAID[1], 4)
     old = {name: tensor for name, tensor in tensors.items() if name not in ("ids", "user", "spans")}
     write_tensors(saved, old, header | {"format": "bayes-dispatch chat 1"})
     one = TwoPassGenerator(cut64).resume_chat(saved)
-    assert one.say(SAID[1], 4).token_ids.tolist() == before.say(SAID[1], 4).token_ids.tolist()
+    assert one.say(SAID[1], 4).token_ids.tolist() == expected.token_ids.tolist()
     write_tensors(saved, old, header | {"format": "bayes-dispatch chat 1"})
     with pytest.raises(BundleError, match="expected a file of format 'bayes-dispatch chat 2' in"):
         TwoPassGenerator(llama64).resume_chat(saved)
@@ -251,6 +251,24 @@ def test_what_cannot_be_written(cut64: "Bundle", tmp_path: Path, monkeypatch: py
     chat.save(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
     assert generator.resume_chat(tmp_path / "chat").turns == 1  # the turn that could not be kept was taken back
+
+
+def test_a_chat_that_goes_on_twice(cut64: "Bundle", saved: Path) -> None:
+    """The turns of whoever was first stay; the other's turn is taken back, and it may go on in a file of its own."""
+    generator = TwoPassGenerator(cut64)
+    one, other = (generator.resume_chat(saved) for _ in range(2))
+    for text in SAID[1:3]:
+        one.say(text, 3)
+    kept, transcript = saved.read_bytes(), other.transcript.data
+    for _ in range(2):
+        with pytest.raises(BundleError, match=r"expected the chat in .* after turn 1, got one that went on elsewhere"):
+            other.say(SAID[1], 3)
+    assert (saved.read_bytes(), other.turns, other.transcript.data) == (kept, 1, transcript)
+    other.save(saved)  # which puts it in the place of the other's
+    other.say(SAID[1], 3)
+    assert generator.resume_chat(saved).turns == 2
+    with pytest.raises(BundleError, match="went on elsewhere"):
+        one.say(SAID[1], 3)
 
 
 @pytest.mark.usefixtures("unchecked")
