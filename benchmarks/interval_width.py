@@ -25,12 +25,11 @@ from bayes_dispatch.app.tables import Table
 from bayes_dispatch.app.training.build import PROGRAM
 from bayes_dispatch.dispatcher.conformal import COUNTED, Conformal
 from bayes_dispatch.dispatcher.estimator import Dispatcher
-from bayes_dispatch.dispatcher.evidence.files import read_evidence
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence
 from dispatch import DATA, FULL, QUICK
-from real.methods import logistic
+from real.methods import left_beside, logistic
 
 __all__ = ["SCALES", "Scores", "compare", "conformal", "main", "scores"]
 
@@ -138,8 +137,9 @@ def main(
             problem = DATA[on](seed, budget.sizes, kept)
             train, held_out, program = problem.train, problem.mixed, problem.program
         else:
-            beside = bundle.with_name(f"{bundle.name}.work")
-            train, both = (KnownEvidence(*read_evidence(beside / f"{name}.npz")) for name in ("train", "held_out"))
+            train, both = left_beside(bundle, "train"), left_beside(bundle, "held_out")
+            if train is None or both is None:
+                raise typer.BadParameter(f"expected a bundle with its evidence beside it, got {bundle}")
             held_out, program = both.several, PROGRAM
         found.append(compare(train, held_out, program, budget.svi, seed))
     for level in LEVELS:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bayes_dispatch.arguments import simplex, whole
 from bayes_dispatch.errors import ConfigError, ForeignExpertError, TensorError, UnknownNameError
-from bayes_dispatch.experts.bank_files import LORA, StoredExpert, expert_digest, read_bank, write_bank
+from bayes_dispatch.experts.bank_files import LORA, StoredExpert, read_bank, write_bank
 from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.experts.peft import read_peft, write_peft
 from bayes_dispatch.experts.vectors import BASE, ExpertVector, check_expert_name
@@ -245,14 +245,9 @@ class ExpertBank(Mapping[str, Expert]):
                 f"expected experts made for base model {model.fingerprint()}, got ones for {self.base}"
             )
 
-    def digest(self) -> str:
-        """What tells this bank from others: a hash of its experts' files, in order."""
-        own = "".join(expert_digest(expert) for expert in self._experts.values())
-        return hashlib.blake2b(own.encode(), digest_size=16).hexdigest()
-
     @cached_property
-    def weights_digest(self) -> str:
-        """A hash of all that the experts' weights are, in whatever files: all of them are read for it, once."""
+    def digest(self) -> str:
+        """A hash of all that the experts' weights are, in order, whatever their names and metadata; all are read."""
         experts = self.blend(torch.eye(len(self.components), dtype=torch.double))
         digest = hashlib.blake2b(digest_size=16)
         for name, tensors in [*((n, (z,)) for n, z in experts.scales.items()), *experts.deltas.items()]:

@@ -32,7 +32,6 @@ __all__ = [
     "ExpertCheck",
     "StoredBank",
     "StoredExpert",
-    "expert_digest",
     "read_bank",
     "verify_bank",
     "write_bank",
@@ -240,11 +239,6 @@ def expert_bytes(expert: ExpertVector | LoraExpert) -> bytes:
     else:
         tensors = dict(expert.scales)
     return tensors_as_bytes(tensors, {**expert.metadata, "name": expert.name, "base": expert.base})
-
-
-def expert_digest(expert: ExpertVector | LoraExpert | StoredExpert) -> str:
-    """BLAKE2b of its file."""
-    return expert.digest if isinstance(expert, StoredExpert) else _digest(expert_bytes(expert))
 
 
 def _write_expert(old: Path, new: Path, expert: ExpertVector | LoraExpert | StoredExpert) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 import bayes_dispatch as bd
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.files import read_evidence
+from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import Domain
 from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.inference.scoring.compare import score_together
@@ -29,7 +30,17 @@ from dispatching.classifiers import encoded, logistic_regression, targets
 from real.routers import Router, arrow, spectr
 from real.sets import HALF, SHORT, Case
 
-__all__ = ["GROUPS", "ROUTERS", "Contest", "Nats", "contest", "logistic", "takes_routers", "training_evidence"]
+__all__ = [
+    "GROUPS",
+    "ROUTERS",
+    "Contest",
+    "Nats",
+    "contest",
+    "left_beside",
+    "logistic",
+    "takes_routers",
+    "training_evidence",
+]
 
 OURS, FLAT = "posterior_predictive", "flat dispatcher"
 BLENDS = ("best_expert", "posterior_mean", "top_k(2)", "refined_mean(16)", OURS)
@@ -167,11 +178,22 @@ def contest(bundle: bd.Bundle, directory: Path, domains: Sequence[Domain], group
     return Contest(bundle, lambda evidence: hard(evidence).argmax(1), made)
 
 
+def left_beside(directory: Path, name: str) -> KnownEvidence | None:
+    """The evidence that ``bayes-dispatch build`` left beside a bundle, if it did.
+
+    Raises:
+        ConfigError: it was built there of several inputs.
+    """
+    kept = list(directory.with_name(directory.name + ".work").rglob(f"{name}.npz"))
+    if len(kept) > 1:
+        raise ConfigError(f"expected evidence of one build, got {kept[0]} and {kept[1]}: delete one")
+    return KnownEvidence(*read_evidence(kept[0])) if kept else None
+
+
 def training_evidence(bundle: bd.Bundle, directory: Path, domains: Sequence[Domain]) -> KnownEvidence:
     """What the bundle's dispatcher was fitted on, or else evidence of its experts' domains that is made anew."""
-    kept = directory.with_name(directory.name + ".work") / "train.npz"
-    if kept.exists():
-        return KnownEvidence(*read_evidence(kept))
+    if (known := left_beside(directory, "train")) is not None:
+        return known
     return pure_evidence(bundle.model, domains, 60, (SHORT, HALF), "train", 0, cut=cut_of(bundle))
 
 

@@ -58,7 +58,7 @@ class Reader:
                 "shares": torch.cat([self._arrow(part) for part in ids.split(max(TOKENS // ids.shape[1], 1))]).numpy()
             }
 
-        return self._kept("arrow", [self.bundle.experts.digest(), str(TOP)], texts, read)["shares"]
+        return self._kept("arrow", [self.bundle.experts.digest, str(TOP)], texts, read)["shares"]
 
     @cached_property
     def _arrow(self) -> Callable[[Tensor], Tensor]:

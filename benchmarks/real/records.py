@@ -91,7 +91,7 @@ def add_line(path: Path | None, fields: Mapping[str, Any]) -> None:
 
 def bank_of(bundle: bd.Bundle) -> str:
     """What tells a bundle's scores from another's: digests of experts and dispatcher, and the model's dtype."""
-    digests = bundle.experts.digest()[:12], bundle.dispatcher.fingerprint[:12]
+    digests = bundle.experts.digest[:12], bundle.dispatcher.fingerprint[:12]
     return f"{' '.join(digests)} {str(bundle.model.dtype).removeprefix('torch.')}"
 
 

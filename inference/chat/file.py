@@ -152,6 +152,6 @@ def _owner(system: "System") -> dict[str, Any]:
     return {
         "model": system.experts.base,
         "experts": list(system.experts.names),
-        "scales": system.experts.weights_digest,
+        "scales": system.experts.digest,
         "dispatcher": system.dispatcher.fingerprint,
     }

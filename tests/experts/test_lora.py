@@ -130,7 +130,7 @@ class TestLaws:
                 bank.layers,
             )
             assert same.metadata == bank.metadata
-            assert same.digest() == bank.digest()
+            assert same.digest == bank.digest
             assert_same(dense(same.blend(w)), dense(bank.blend(w)))
         assert all(check.ok for check in verify_bank(directory))
 

@@ -153,7 +153,7 @@ def test_kinds_together_on_disk_and_on_the_way(tmp_path: Path) -> None:
         torch.testing.assert_close(of(1, backbone, by_matrix), found, rtol=0, atol=1e-12)
         bank.save(tmp_path / "bank")
         again = ExpertBank.load(tmp_path / "bank")
-        assert again.digest() == bank.digest() != lora.digest()
+        assert again.digest == bank.digest != lora.digest
         for other in (again, pickle.loads(pickle.dumps(bank)), again.renamed("low", "lower").without("scaled")):
             if len(other) == 2:
                 torch.testing.assert_close(of(1, backbone, other.blend(mean)), found, rtol=0, atol=1e-12)
@@ -199,11 +199,11 @@ def test_weights_of_the_base_in_an_adapter(tmp_path: Path, llama: TransformersBa
     """PEFT adds those of adapted embeddings: they are passed over where they are the base's, else refused."""
     tiny_adapter(tmp_path / "a", targets=("embed_tokens",))
     backbone, path = llama, tmp_path / "a" / "adapter_model.safetensors"
-    expected = ExpertBank.from_peft(backbone, {"a": tmp_path / "a"}).digest()
+    expected = ExpertBank.from_peft(backbone, {"a": tmp_path / "a"}).digest
     own = {"model.embed_tokens.base_layer": "model.embed_tokens", "lm_head": "lm_head"}
     tensors = {f"base_model.model.{key}.weight": backbone.model.get_submodule(m).weight for key, m in own.items()}
     save_file({**load_file(path), **{key: tensor.float() for key, tensor in tensors.items()}}, path)
-    assert ExpertBank.from_peft(backbone, {"a": tmp_path / "a"}).digest() == expected
+    assert ExpertBank.from_peft(backbone, {"a": tmp_path / "a"}).digest == expected
     with pytest.raises(ConfigError, match=r"factors of LoRA alone in .*, got base_model\.model\.(lm_head|model)"):
         ExpertBank.from_peft(tiny_backbone(seed=1), {"a": tmp_path / "a"})
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bayes_dispatch.app.bundle import Bundle
-from bayes_dispatch.app.training.build import BuildSettings, build_bundle, claim
+from bayes_dispatch.app.training.build import BuildSettings, beginning, build_bundle, kept_at
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import BASE_TEXTS, Domain
@@ -55,7 +55,8 @@ def train_documents(
 ) -> Bundle:
     """Train an expert of each domain, fit a dispatcher and a gate for them, and save the bundle.
 
-    Each expert, and each stage after them, is kept in ``OUT.work``: a run that was stopped goes on where it was.
+    Each expert, and each stage after them, is kept in ``OUT.work``: a run that was stopped goes on where it was, and
+    another one, of more domains, trains these alone.
 
     Args:
         model: the base model. domains: of different names. plan: the recipes. out: directory of the bundle.
@@ -63,16 +64,15 @@ def train_documents(
         progress: show progress bars. announce: called with a line of text as each stage begins.
 
     Raises:
-        ConfigError: fewer than two domains, one twice, or a work directory of another plan or model.
+        ConfigError: fewer than two domains, or one twice.
     """
     names = [domain.name for domain in domains]
     if len(set(names)) < max(2, len(names)):
         raise ConfigError(f"expected at least two domains, none of them twice, got {', '.join(names)}")
-    work = out.resolve().with_name(out.name + ".work")
-    claim(work / "experts.json", {"model": model.fingerprint(), "experts": asdict(plan.experts)})
+    recipe = {"model": model.fingerprint(), "experts": asdict(plan.experts)}
+    places = [kept_at(out, {**recipe, "texts": beginning(each)}, "experts", each.name) for each in domains]
     experts = []
-    for domain in domains:
-        directory = work / "experts" / domain.name
+    for domain, directory in zip(domains, places, strict=True):
         if not directory.exists():
             announce(f"expert {domain.name}")
             ExpertBank([_small(train_expert(model, domain, plan.experts, progress))]).save(directory)

@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.app.held_out import settled
-from bayes_dispatch.app.training.build import PROGRAM, claim
+from bayes_dispatch.app.training.build import PROGRAM
 from bayes_dispatch.app.training.curriculum import CURRICULA, Curriculum
 from bayes_dispatch.app.training.plans import TrainingPlan
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.gate import Gate
+from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import Domain
 from bayes_dispatch.experts.training import ExpertSettings, train_expert
@@ -75,7 +76,7 @@ def train_bundle(
         BundleError: a stage's result is damaged.
     """
     work = out.with_name(out.name + ".work") if work is None else work
-    claim(work / "plan.json", asdict(plan))
+    _claim(work / "plan.json", asdict(plan))
     curriculum = CURRICULA[plan.curriculum](packages)
     announce("base model")
     model = _base_model(plan, curriculum, work, processes, progress)
@@ -94,6 +95,20 @@ def train_bundle(
     bundle = Bundle(model, experts, dispatcher, report, gate=gate)
     bundle.save(out)
     return bundle
+
+
+def _claim(file: Path, plan: dict[str, Any]) -> None:
+    """Write down what a directory's stages are made of, or find there that it is the same.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    plan = json.loads(json.dumps(plan))
+    if not file.exists():
+        write_json(file, plan)
+    elif read_json(file) != plan:
+        where = file.parent
+        raise ConfigError(f"expected stages of this plan in {where}, got those of another: delete it, or use a new one")
 
 
 def _base_model(

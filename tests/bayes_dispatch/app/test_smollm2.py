@@ -56,7 +56,7 @@ def test_the_bundle_translates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert found.texts == tuple(prompt.answer for prompt in prompts)
     again = tmp_path / "again"
     bundle.save(again)
-    assert bd.load_bundle(again, model=bundle.model).experts.digest() == bundle.experts.digest()
+    assert bd.load_bundle(again, model=bundle.model).experts.digest == bundle.experts.digest
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Experts of domains and their bundle: a run that was stopped goes on and ends in the same bundle."""
 
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 from bayes_dispatch.app.bundle import load_bundle
 from bayes_dispatch.app.commands.main import main
-from bayes_dispatch.app.training.build import BuildSettings
+from bayes_dispatch.app.training.build import BuildSettings, kept_at
 from bayes_dispatch.app.training.documents import DocumentsPlan, train_documents
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.errors import ConfigError
@@ -19,6 +19,7 @@ from bayes_dispatch.experts.domains.own import OwnText
 from bayes_dispatch.experts.training import ExpertSettings
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
+from tests.packages import install, install_translations
 from tests.tiny import tiny_model, tiny_tokenizer
 
 BUILD = BuildSettings(
@@ -48,7 +49,7 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     told: list[str] = []
     whole = train_documents(model, DOMAINS, plan, out, [], False, told.append)
     assert told[:2] == ["expert low", "expert high"]
-    assert load_bundle(out).experts.digest() == whole.experts.digest()
+    assert load_bundle(out).experts.digest == whole.experts.digest
     work = tmp_path / "bundle.work"
     for expert in whole.experts.values():
         assert isinstance(expert, ExpertVector)
@@ -62,8 +63,13 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     assert again.report["gains"] == whole.report["gains"]
     first, second = (each.experts["high"].adaptation().scales for each in (whole, again))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    with pytest.raises(ConfigError, match="got those of others"):
-        train_documents(model, DOMAINS, replace(plan, experts=replace(experts, steps=4)), out, [])
+    told.clear()
+    others = [OwnText("low", text("xyz", 2)), DOMAINS[1], OwnText("middle", text("hijklmn", 3))]
+    train_documents(model, others, plan, out, [], False, told.append)
+    assert [line for line in told if line.startswith("expert")] == ["expert low", "expert middle"]
+    assert set(load_bundle(out).report["gains"]) == {"low", "high", "middle"}
+    unlike = kept_at(out, {"experts": asdict(replace(experts, steps=4))})
+    assert unlike != kept_at(out, {"experts": asdict(experts)})
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -83,9 +89,17 @@ def test_the_command_adapts_the_upper_half_of_any_model(
         raise ConfigError("expected no training here, got as far as that")
 
     monkeypatch.setattr("bayes_dispatch.app.training.documents.train_expert", train)
-    with pytest.raises(SystemExit):
-        main(["train-documents", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")])
-    assert (begun, "got as far as that" in capsys.readouterr().err) == ([first], True)
+    install_translations(tmp_path / "packages")
+    install(tmp_path / "packages", "mkdocs-material", "1.0", {})
+    words = ["train-documents", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "out")]
+    words += ["--packages", str(tmp_path / "packages"), "--domain", "de", "--domain"]
+    for last, expected, told in (("icons", [], "expected mkdocs-material"), ("fr", [first], "got as far as that")):
+        with pytest.raises(SystemExit):
+            main([*words, last])
+        assert (begun, told in capsys.readouterr().err) == (
+            expected,
+            True,
+        )  # a package that lacks is told before any training
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -67,6 +67,7 @@ def test_bundle_and_report(trained: tuple[Path, str]) -> None:
 
 def test_finished_run_is_not_done_again(trained: tuple[Path, str], command: list[str]) -> None:
     before = contents(trained[0])
+    shutil.rmtree(trained[0])
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout == trained[1]
     assert "pre-training" not in done.stderr
@@ -95,7 +96,7 @@ def test_stopped_run_goes_on_to_the_same_bundle(trained: tuple[Path, str], tmp_p
 
 
 def test_work_of_another_plan_is_refused(trained: tuple[Path, str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"expected stages of these inputs .* got those of others"):
+    with pytest.raises(ConfigError, match=r"expected stages of this plan in .*, got those of another"):
         train_bundle(PLANS["smoke"].with_seed(1), tmp_path / "bundle", trained[0].with_name("bundle.work"))
 
 
