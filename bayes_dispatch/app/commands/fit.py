@@ -56,7 +56,7 @@ def fit(
     if (examples is None) == (evidence is None):
         raise ConfigError(f"expected either --examples or --evidence, got {'none' if examples is None else 'both'}")
     refuse_unused("--ray", ray, examples is not None, "with --examples")
-    check_new_output(out, "bundle.json")
+    check_new_output(out, "bundle.json", bundle)
     cluster = mapped_on_ray(device) if ray else None
     from bayes_dispatch.app.training.own_expert import with_dispatcher
     from bayes_dispatch.dispatcher.evidence.files import EvidenceFile, read_evidence

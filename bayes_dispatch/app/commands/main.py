@@ -192,7 +192,7 @@ def calibrate_gate(
     as_json: JsonOption = False,
 ) -> None:
     """Calibrate a bundle on held-out prompts: its gate, which tells foreign ones, its intervals, and its sets."""
-    check_new_output(out, "bundle.json")
+    check_new_output(out, "bundle.json", bundle)
     from bayes_dispatch.app.held_out import read_own
 
     own = read_own(named_paths(text, "--text"), named_paths(jsonl, "--jsonl"))

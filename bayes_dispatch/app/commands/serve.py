@@ -17,7 +17,7 @@ from bayes_dispatch.app.commands.terminal import (
     BundleOption,
     DeviceOption,
     DtypeOption,
-    check_new_output,
+    check_output,
     open_bundle,
     refuse_unused,
 )
@@ -193,7 +193,10 @@ def export_vllm(
     bundle: BundleOption = None,
 ) -> None:
     """Write a bundle's LoRA experts as adapters that vLLM loads, for serve --vllm."""
-    check_new_output(out, "vllm.json")
+    from bayes_dispatch.storage import check_directory
+
+    check_output(out)
+    check_directory(out, "vllm.json")  # an earlier one has nothing that its bundle has not
     from bayes_dispatch.serving.vllm.export import export_bank
     from bayes_dispatch.serving.vllm.format import BANK
 

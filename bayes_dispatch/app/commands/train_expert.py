@@ -36,7 +36,11 @@ StepsOption = Annotated[
 def train_expert(
     name: Annotated[str, typer.Option(help="What to call the expert: letters, digits, _ and -.")],
     out: Annotated[
-        Path, typer.Option(help="Directory of the new bundle; with --model of a PEFT adapter, or of a bank of scales.")
+        Path,
+        typer.Option(
+            help="Directory of the new bundle, which may be that of the old one; with --model of a PEFT adapter, or of "
+            "a bank of scales."
+        ),
     ],
     text: Annotated[
         Path | None, typer.Option(help="A UTF-8 text to learn from; with --reward a prompt on each line.")
@@ -116,9 +120,10 @@ def train_expert(
         raise UnknownNameError(f"expected a kind of lora or svf, got {kind!r}")
     refit = model is None and refit is not False
     adapter = model is not None and kind != "svf"
-    check_new_output(out, "bundle.json" if refit else "adapter_config.json" if adapter else "bank.json")
     if not refit and is_of_a_bundle(out):
         raise ConfigError(f"expected a directory for experts alone, got that of a bundle's: {out}")
+    index = "bundle.json" if refit else "adapter_config.json" if adapter else "bank.json"
+    check_new_output(out, index, bundle if refit else None)
     from bayes_dispatch.app.training.own_expert import import_reward, objective_by_name, own_settings, read_domain
 
     function = None if reward is None else import_reward(reward)
@@ -137,7 +142,9 @@ def train_expert(
 
 
 def train_experts(
-    out: Annotated[Path, typer.Option(help="Directory of the new bundle.")],
+    out: Annotated[
+        Path, typer.Option(help="Directory of the new bundle; with --keep-experts it may be that of the old one.")
+    ],
     text: Annotated[
         list[str] | None, typer.Option(help="NAME=FILE: an expert's name and the UTF-8 text it learns. Repeatable.")
     ] = None,
@@ -155,7 +162,7 @@ def train_experts(
     as_json: JsonOption = False,
 ) -> None:
     """Train an expert on each of several files of yours, and write a bundle of them with one dispatcher for all."""
-    check_new_output(out, "bundle.json")
+    check_new_output(out, "bundle.json", bundle if keep_experts else None)
     from bayes_dispatch.app.held_out import read_own
     from bayes_dispatch.app.training.own_expert import own_settings
     from bayes_dispatch.experts.domains.own import OwnPrompts

@@ -222,6 +222,34 @@ class TestCommand:
         )
         assert code == 0
         assert ExpertBank.load("bank").names == ("reverse", "sort", "add", "times")
+        code, _, err = run(capfd, "--name", "b", "--text", "text.txt", "--no-refit", "--bundle", saved, "--out", "bank")
+        assert (code, "got bank, which holds a save: delete it" in err) == (2, True)
+
+    @pytest.mark.parametrize(
+        "words",
+        [
+            ["train-expert", "--name", "a", "--jsonl", "pairs.jsonl"],
+            ["train-experts", "--text", "a=text.txt", "--text", "b=text.txt"],
+            ["train-experts", "--text", "a=text.txt", "--text", "b=text.txt", "--bundle", "mine"],  # whose own go
+            ["calibrate-gate"],
+            ["fit", "--examples", "pairs.jsonl"],
+            ["train", "--plan", "smoke"],
+            ["build", "--model", "m", "--adapter", "a=a"],
+            ["train-documents"],
+        ],
+        ids=" ".join,
+    )
+    def test_another_bundle_is_not_replaced(
+        self, words: list[str], saved: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        saved.rename("mine")
+        before = Path("mine/bundle.json").read_bytes()
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*words, "--out", "mine"])
+        assert ended.value.code == 2
+        told = "expected a new directory, got mine, which holds a save: delete it, or use a new one"
+        assert capfd.readouterr().err == f"bayes-dispatch: error: {told}\n"
+        assert Path("mine/bundle.json").read_bytes() == before
 
     def test_the_bank_of_a_bundle_is_not_replaced(self, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
         code, _, err = run(
@@ -339,7 +367,10 @@ class TestOfATransformersModel:
         assert {name.split("layers.")[1][0] for name in factors} == {"3"}
         bank = ExpertBank.from_peft(TransformersBackbone.load(tiny, dtype="bfloat16"), {"mine": "mine"})
         assert len(bank.adapts) == len(factors) == 7
-        assert run(capfd, *given, "--out", "mine")[0] == 0  # in the place of the earlier one
+        before = Path("mine/adapter_model.safetensors").read_bytes()
+        code, _, err = run(capfd, *given, "--out", "mine")
+        assert (code, "got mine, which holds a save: delete it" in err) == (2, True)
+        assert Path("mine/adapter_model.safetensors").read_bytes() == before
 
     def test_scales(self, tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
         code, out, _ = run(
