@@ -1,12 +1,13 @@
 """Documents from a file of JSON lines: text with its prompt, and what of it is scored."""
 
 import json
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.documents import Document
 
-__all__ = ["read_documents"]
+__all__ = ["check_keys", "read_documents"]
 
 KEYS = {"text", "prompt_bytes", "scored"}
 
@@ -35,6 +36,12 @@ def read_documents(path: Path, longest: int) -> list[Document]:
     return documents
 
 
+def check_keys(found: Mapping[str, object], keys: Set[str], where: str) -> None:
+    """Raise ``ConfigError`` where an object has other keys: one that is misspelt would count as left out."""
+    if unknown := found.keys() - keys:
+        raise ConfigError(f"expected the keys {', '.join(sorted(keys))} in {where}, got {min(unknown)!r:.60}")
+
+
 def _document(where: str, line: str, longest: int) -> Document:
     try:
         found = json.loads(line)
@@ -48,8 +55,7 @@ def _document(where: str, line: str, longest: int) -> Document:
         raise ConfigError(
             f'expected an object with a text "text" and a number "prompt_bytes" in {where}, got {line!r:.60}'
         )
-    if unknown := found.keys() - KEYS:
-        raise ConfigError(f"expected the keys {', '.join(sorted(KEYS))} in {where}, got {min(unknown)!r:.60}")
+    check_keys(found, KEYS, where)
     try:
         size = len(found["text"].encode())
     except UnicodeEncodeError:

@@ -7,11 +7,14 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from bayes_dispatch.errors import UnknownNameError
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Split, exact
 from bayes_dispatch.experts.domains.mixtures import owners_of
 
 __all__ = ["Interleaved", "Items"]
+
+ORDERS = ("alternate", "random", "switch")
 
 
 @runtime_checkable
@@ -35,11 +38,18 @@ class Interleaved:
         kinds: what gives the items.
         order: ``"alternate"`` takes them in turn; ``"random"`` draws one for each item; ``"switch"`` goes from one to
             the next as the document goes on, in equal parts of its bytes.
+
+    Raises:
+        UnknownNameError: another order.
     """
 
     name: str
     kinds: tuple[Items, ...]
     order: str = "alternate"
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise UnknownNameError(f"expected an order of {', '.join(ORDERS)}, got {self.order!r:.60}")
 
     def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
         """Items until ``total_bytes`` are reached; the prompt ends with an item, and later answers are scored."""

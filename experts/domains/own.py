@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from bayes_dispatch.errors import ConfigError, PromptError, RewardError
+from bayes_dispatch.experts.document_files import check_keys
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Checked, Split, agreement, exact
 from bayes_dispatch.experts.domains.interleaved import Interleaved
@@ -237,6 +238,7 @@ def read_examples(path: Path) -> list[Example]:
             raise ConfigError(f"{expected}, got {line[:60]!r}") from None
         if not isinstance(entry, dict) or not isinstance(entry.get("expert"), str | None):
             raise ConfigError(f"{expected}, got {line[:60]!r}")
+        check_keys(entry, {"expert", "text"}, f"line {number} of {path}")
         text = entry.get("text")
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(f"{expected}, got a text that is {'empty' if isinstance(text, str) else 'none'}")
@@ -274,7 +276,8 @@ def read_jsonl(name: str, path: Path, longest: int) -> OwnPairs | OwnPrompts:
         name: of the domain. path: the file. longest: most bytes of a pair.
 
     Raises:
-        ConfigError: it is missing or no UTF-8; a line is malformed, lacks a key or is too long; there are too few.
+        ConfigError: it is missing or no UTF-8; a line is malformed, lacks a key, has another or is too long; there are
+            too few.
     """
     prompts: list[str] = []
     answers: list[str] = []
@@ -301,6 +304,7 @@ def _pair(path: Path, number: int, line: str) -> tuple[str, str | None]:
         raise ConfigError(f"expected JSON in line {number} of {path}, got: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("prompt"), str) or not found["prompt"]:
         raise ConfigError(f'expected an object with a text "prompt" in line {number} of {path}, got {line!r:.60}')
+    check_keys(found, {"prompt", "answer"}, f"line {number} of {path}")
     answer = found.get("answer")
     if answer is not None and (not isinstance(answer, str) or not answer or "\n" in answer):
         raise ConfigError(

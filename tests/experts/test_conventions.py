@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bayes_dispatch.errors import UnknownNameError
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains import CONVENTIONS, Interleaved, held_out, mixed_text
 from bayes_dispatch.experts.domains.base import BaseCorpus
@@ -95,6 +96,11 @@ def test_a_document_of_one_convention(name: str, seed: int, prompt_bytes: int, m
 def test_seeds_differ() -> None:
     first, second = (BY_NAME["add"].document(np.random.default_rng(seed), 0, 50, "train") for seed in (0, 1))
     assert first != second
+
+
+def test_an_order_that_is_none() -> None:
+    with pytest.raises(UnknownNameError, match="expected an order of alternate, random, switch, got 'swich'"):
+        Interleaved("mix", (BY_NAME["reverse"], BY_NAME["add"]), "swich")
 
 
 @settings(max_examples=40, deadline=None)

@@ -147,6 +147,7 @@ GOOD = jsonl(*({"prompt": p, "answer": a} for p, a in PAIRS))
         (GOOD + '{"answer": "a"}', 'expected an object with a text "prompt" in line 31'),
         (GOOD + '{"prompt": ""}', 'expected an object with a text "prompt" in line 31'),
         (GOOD + '{"prompt": 3, "answer": "a"}', 'expected an object with a text "prompt" in line 31'),
+        (GOOD + '{"prompt": "a", "answr": "b"}', "expected the keys answer, prompt in line 31 of .*file, got 'answr'"),
         (GOOD + '{"prompt": "a"}', "expected an answer, as lines before in line 31 of .*file, got the keys of"),
         (jsonl({"prompt": "a"}) + GOOD, "expected no answer, as lines before in line 2 of"),
         (GOOD + '{"prompt": "a", "answer": ""}', "expected an \"answer\" that is one line.* in line 31 .* got ''"),
