@@ -21,6 +21,7 @@ __all__ = [
 ]
 
 BASE = "base"  # the component without adaptation, last in every mixture
+LONGEST = 100  # letters of a name: a file's, with what we add, has at most 255 bytes on most disks
 DTYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 NAMES_OF_BLENDS = {  # of ``inference.two_pass.blends``: where a blend is asked for, an expert's name will do
     *("best_expert", "posterior_mean", "posterior_predictive", "refined_mean", "thompson_sample", "top_k"),
@@ -34,7 +35,7 @@ class ExpertVector:
     """Scales ``z`` of one expert.
 
     Attributes:
-        name: letters, digits, ``_`` and ``-``; not ``base``.
+        name: up to 100 letters, digits, ``_`` and ``-``; not ``base``.
         scales: for each adapted matrix its scales, (rank,): copies, on the way in and out.
         base: fingerprint of the model that the expert was trained on.
         metadata: where it comes from, in text: ``domain``, ``objective``, ``steps``, what was measured; ``date``,
@@ -98,3 +99,5 @@ def check_file_name(name: str) -> None:
     """Raise ``ConfigError`` unless ``name`` can be that of an expert's file."""
     if name == BASE or not name.replace("_", "").replace("-", "").isalnum() or not name.isascii():
         raise ConfigError(f"expected an expert name of letters, digits, '_' and '-' other than 'base', got {name!r}")
+    if len(name) > LONGEST:
+        raise ConfigError(f"expected an expert name of at most {LONGEST} letters, got {len(name)}: {name:.20}…")
