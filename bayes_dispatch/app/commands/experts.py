@@ -46,10 +46,12 @@ def show(name: NameArgument, bundle: BundleOption = None, bank: BankOption = Non
     expert = ExpertBank.load(directory)[name]
     matrices: list[dict[str, Any]] = []
     if isinstance(expert, LoraExpert):
-        what, changes = "Entries of its updates", {m: (up @ down).abs() for m, (down, up) in expert.factors.items()}
+        what = "Entries of its updates"
+        changes = ((m, (up @ down).abs()) for m, (down, up) in expert.factors.items())  # one at a time: they are dense
     else:
-        what, changes = "Distances |z − 1| of its scales", {m: (z.double() - 1).abs() for m, z in expert.scales.items()}
-    for matrix, change in changes.items():
+        what = "Distances |z − 1| of its scales"
+        changes = ((m, (z.double() - 1).abs()) for m, z in expert.scales.items())
+    for matrix, change in changes:
         summary = {"mean": float(change.mean()), "max": float(change.max())}
         matrices.append({"name": matrix, "rank": expert.matrices[matrix], **summary})
     known = dict(sorted(expert.metadata.items()))

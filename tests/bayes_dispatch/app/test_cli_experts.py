@@ -2,16 +2,20 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.overrides import TorchFunctionMode
 
 from bayes_dispatch.app.bundle import SHIPPED, Bundle
 from bayes_dispatch.app.commands import main as cli
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.bank_files import verify_bank
+from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.storage import FINISHED
 
 Experts = Callable[..., tuple[int, str, str]]
@@ -123,6 +127,39 @@ def test_show(experts: Experts, saved: Path, bank: ExpertBank) -> None:
     code, out, _ = experts("show", "sort", "--bank", saved)
     assert code == 0
     assert all(word in out for word in ("sort", bank.base, "domain", *bank.matrices, f"{row['max']:.4f}"))
+
+
+class Alive(TorchFunctionMode):
+    """The most numbers that tensors which functions gave held at once."""
+
+    now = most = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        if isinstance(found, torch.Tensor):
+            self._add(found.numel())
+            weakref.finalize(found, self._add, -found.numel())
+        return found
+
+    def _add(self, count: int) -> None:
+        self.now += count
+        self.most = max(self.most, self.now)
+
+
+def test_show_of_updates_makes_them_one_at_a_time(experts: Experts, tmp_path: Path) -> None:
+    """They are dense: those of all matrices are as large as the model."""
+    draw = torch.Generator().manual_seed(0)
+    factors = {
+        f"layers.{n}.up": (torch.randn(1, 64, generator=draw), torch.randn(64, 1, generator=draw)) for n in range(12)
+    }
+    ExpertBank([LoraExpert("low", factors, "0")]).save(tmp_path / "bank")
+    with Alive() as alive:
+        code, out, _ = experts("show", "low", "--bank", tmp_path / "bank", "--json")
+    assert code == 0
+    for row, (down, up) in zip(json.loads(out)["matrices"], factors.values(), strict=True):
+        update = (up * down).abs()
+        assert (row["mean"], row["max"]) == (pytest.approx(float(update.mean())), pytest.approx(float(update.max())))
+    assert 64 * 64 < alive.most < 6 * 64 * 64
 
 
 def test_verify(experts: Experts, saved: Path) -> None:
