@@ -1,7 +1,7 @@
 """A bundle: model, experts, dispatcher and gate as one directory of JSON and safetensors, and NumPy arrays of evidence.
 
-``bundle.json`` holds the format, the domain of each expert, what was measured when the bundle was trained, and a
-checksum of every other file, so that a truncated or edited file is refused before anything is read from it.
+``bundle.json`` holds the format, what was measured when the bundle was trained, and a checksum of every other file, so
+that a truncated or edited file is refused before anything is read from it.
 """
 
 import hashlib
