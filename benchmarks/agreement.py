@@ -7,11 +7,11 @@
 ``fixed``: the shipped dispatcher on documents, or one fitted to prompts of a known program. NUTS draws from the program
 as it is served, with the globals at their medians. The quadrature under the same globals differs by its cells alone;
 what is served sums the globals up over their posterior as well.
-``joint``: a dispatcher that is recalibrated to tens of prompts of three experts, those of a single expert labelled,
-beside NUTS for the globals and the weights of all of them, under the prior that is fitted. All rows are of the served
-prior: the reference is the mean of the quadrature's posteriors under some draws of NUTS's globals. That under draws of
-SVI's globals shows what SVI gets wrong of them; what is served, how much it matters besides that their means and
-variances stand for them.
+``joint``: globals that are fitted to tens of prompts of three experts, those of a single expert labelled, beside NUTS
+for the globals and the weights of all of them, under the prior that is fitted. All rows are of the served prior: the
+reference is the mean of the quadrature's posteriors under some draws of NUTS's globals. That under draws of SVI's
+globals shows what SVI gets wrong of them; what is served, how much it matters besides that their means and variances
+stand for them.
 Kolmogorov–Smirnov distances are means over prompts and components. The floor is that of two runs of NUTS of the same
 length; prompts on which either has not converged (r-hat ≤ 1.01, bulk ESS ≥ 400) do not count.
 """
@@ -34,7 +34,7 @@ from bayes_dispatch.checks.reference import joint_posterior
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
 from bayes_dispatch.dispatcher.exact.cells import prompt_generators
 from bayes_dispatch.dispatcher.exact.densities import ViewDensity
-from bayes_dispatch.dispatcher.fitting.svi import SUPPORTS, isolated
+from bayes_dispatch.dispatcher.fitting.svi import SUPPORTS, fit_globals, isolated
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS
 from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence, mixed_evidence, pure_evidence
@@ -141,10 +141,11 @@ def fixed(data: Data, prompts: int, draws: int, seed: int, quick: bool) -> Table
 
 def joint(data: Data, prompts: int, draws: int, seed: int) -> Table:
     """Distances to the served posterior under NUTS's globals, of mixtures beside labelled prompts."""
-    before, evidence, labels = to_fit(data, prompts, seed)
-    dispatcher = before.recalibrate(evidence, labels)
-    state = dispatcher.state
-    seen = replace(state.prompts(evidence), labels=torch.from_numpy(labels))
+    dispatcher, evidence, labels = to_fit(data, prompts, seed)
+    state, known = dispatcher.state, torch.from_numpy(labels)
+    seen = replace(state.prompts(evidence), labels=known)
+    given = replace(seen.to(dispatcher.svi.dtype), labels=known)
+    state = replace(state, globals=fit_globals(state.model, given, dispatcher.svi, seed)[0])
     nuts, again = (
         joint_posterior(state.model, seen, dispatcher.experts, draws, CHAINS, draws // 2, seed + run, state.temper)
         for run in range(2)
@@ -165,7 +166,9 @@ def joint(data: Data, prompts: int, draws: int, seed: int) -> Table:
     }
     found = {name: summed_out(dispatcher, judged, drawn, count, seed) for name, drawn in under.items()}
     reference = found.pop("NUTS")
-    found["served"] = dispatcher.posterior(judged, count, seed)
+    served = state.answer(state.prompts(judged), state.labels(dispatcher.prior.mean))
+    weights = served.draw(count, prompt_generators(seed, prompts))[0]
+    found["served"] = DispatchPosterior(weights, (*dispatcher.experts, "base"))
     note = (
         f"Mixtures, beside {len(evidence) - prompts} labelled prompts. {nuts.divergences[0]} divergences. Globals "
         f"against NUTS (sds between means, ratio of sds), by SVI: {_apart(alone, nuts.globals)}."

@@ -23,8 +23,8 @@ from jaxtyping import Bool, Float
 from bayes_dispatch.arguments import number, several, shown, whole
 from bayes_dispatch.checks.sbc import posterior_ranks, true_weights
 from bayes_dispatch.dispatcher.arrays import as_points
-from bayes_dispatch.dispatcher.conformal import COUNTED, counted
-from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.dispatcher.conformal import COUNTED
+from bayes_dispatch.errors import ConfigError, NotFittedError, TensorError
 
 if TYPE_CHECKING:
     from bayes_dispatch.dispatcher.estimator import Dispatcher
@@ -114,9 +114,9 @@ def calibrated_coverage(
         TensorError, ConfigError: as :func:`interval_coverage`, or a level that takes more calibration prompts.
     """
     truth = true_weights(posterior, truth)
-    low, high = posterior.calibrated_interval(probability)
-    assert posterior.calibrated is not None  # it has told the interval
-    own = counted(posterior.calibrated.answer.mean)
+    if posterior.calibrated is None:
+        raise NotFittedError("expected a posterior of a calibrated dispatcher, got one without calibrate()")
+    (low, high), own = posterior.calibrated(probability)
     return _coverage(own / own.sum(1, keepdims=True), (low <= truth) & (truth <= high), high - low)
 
 

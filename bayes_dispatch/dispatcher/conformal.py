@@ -14,16 +14,19 @@ length is in the bin of the shortest.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 
 from bayes_dispatch.arguments import fraction, simplex
 from bayes_dispatch.dispatcher.arrays import Frozen
 from bayes_dispatch.dispatcher.exact.cells import RESOLUTION, Cells
 from bayes_dispatch.dispatcher.fitting.flat import Dirichlets
+from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.errors import ConfigError
 
 __all__ = ["Answer", "Conformal", "ConformalIntervals", "conformal_quantile", "counted"]
@@ -66,7 +69,7 @@ class Conformal(Frozen):
     @classmethod
     def of(
         cls,
-        answer: Answer,
+        answers: Iterable[Answer],
         truth: Float[np.ndarray, "prompt weight"],
         shares: Float[np.ndarray, " weight"],
         lengths: Float[np.ndarray, " prompt"],
@@ -75,7 +78,8 @@ class Conformal(Frozen):
         """Scores of N prompts.
 
         Args:
-            answer: their posterior under a prior of mean ``shares (K+1,)``. truth: ``(N, K+1)`` their weights.
+            answers: their posteriors, in pieces, under a prior of mean ``shares (K+1,)``.
+            truth: ``(N, K+1)`` their weights.
             lengths: ``(N,)`` in tokens; 0 where unknown.
             seed: of the choice among the experts that the posterior of a prompt counts.
 
@@ -84,15 +88,19 @@ class Conformal(Frozen):
         """
         if not len(known := np.isfinite(truth).all(1)) or not known.all():
             raise ConfigError(f"expected prompts whose mixtures are known, got {known.sum()} of {len(known)} that are")
-        above, below = answer.below(np.minimum(truth + RESOLUTION, 1)), answer.below(truth - RESOLUTION)
-        levels = np.clip(np.maximum(1 - 2 * above, 2 * below - 1), 0, 1)
         # The choice may not depend on the truth: then prompts, and with them these scores, are exchangeable.
         random = np.random.default_rng(seed).random(truth.shape)
-        chosen = np.where(counted(answer.mean), random, -1).argmax(1)
-        largest = truth >= truth.max(1, keepdims=True) - RESOLUTION
-        doubts = np.where(largest, 1 - answer.probability_best(), 0).max(1)
-        chosen_levels = levels[np.arange(len(truth)), chosen]
-        return cls(np.array(shares), chosen_levels, np.clip(doubts, 0, 1), np.array(lengths))
+        levels, doubts = list[np.ndarray](), list[np.ndarray]()
+        for answer in answers:
+            rows = slice(start := sum(map(len, levels)), start + len(answer))
+            own = truth[rows]
+            above, below = answer.below(np.minimum(own + RESOLUTION, 1)), answer.below(own - RESOLUTION)
+            every = np.clip(np.maximum(1 - 2 * above, 2 * below - 1), 0, 1)
+            chosen = np.where(counted(answer.mean), random[rows], -1).argmax(1)
+            levels.append(every[np.arange(len(own)), chosen])
+            largest = own >= own.max(1, keepdims=True) - RESOLUTION
+            doubts.append(np.where(largest, 1 - answer.probability_best(), 0).max(1))
+        return cls(np.array(shares), np.concatenate(levels), np.clip(np.concatenate(doubts), 0, 1), np.array(lengths))
 
     def same(self, other: Conformal) -> bool:
         """Whether the other one is of the same prompts."""
@@ -108,6 +116,21 @@ class Conformal(Frozen):
         for place in np.unique(places):
             found[places == place] = conformal_quantile(np.sort(scores[own == place]), probability)
         return found
+
+    def ends(
+        self, answer: Answer, lengths: Float[np.ndarray, " prompt"], probability: float
+    ) -> Float[np.ndarray, "2 prompt weight"]:
+        """``(2, N, K+1)`` ends of the central posterior interval at the calibrated level, of the posterior's
+        distribution itself and not of draws, a ``RESOLUTION`` further out.
+        """
+        level = self.quantiles("levels", lengths, probability) + ROUNDING
+        low, high = np.zeros((2, 2, len(answer), len(self.shares)))  # each end lies between the two
+        high += 1
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            above = np.stack([answer.below(middle[0]) >= (1 - level) / 2, answer.below(middle[1]) > (1 + level) / 2])
+            low, high = np.where(above, low, middle), np.where(above, middle, high)
+        return np.clip(np.stack([low[0] - RESOLUTION, high[1] + RESOLUTION]), 0, 1)
 
     def _edges(self, fewest: int) -> Float[np.ndarray, " edge"]:
         """Lengths that part the prompts into bins of so many, at least; one bin where there are not twice as many."""
@@ -134,51 +157,63 @@ class Conformal(Frozen):
         return doubts <= most + ROUNDING
 
 
+@runtime_checkable
+class Program(Protocol):
+    """What knows the posterior of prompts, as the fitted parts of a dispatcher do."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that answers are computed from."""
+
+    def labels(self, pi: Float[np.ndarray, " weight"]) -> Float[np.ndarray, " weight"]:
+        """``(K+1,)`` label shares under ``pi``."""
+
+    def answer(self, prompts: Prompts, labels: Float[np.ndarray, " weight"]) -> Answer:
+        """The posterior of prompts under label shares."""
+
+
 @dataclass(frozen=True, eq=False)
-class ConformalIntervals(Frozen):
-    """Calibrated intervals of N prompts, at any probability.
+class ConformalIntervals:
+    """Calibrated intervals of N prompts, at any probability: computed when they are asked for, a few at a time.
 
     Attributes:
-        known: the calibration. lengths: ``(N,)`` of the N prompts, in tokens.
-        answer: their posterior.
+        known: the calibration. program: of the dispatcher that was calibrated. prompts: the N.
     """
 
     known: Conformal
-    lengths: np.ndarray
-    answer: Answer
-
-    def __post_init__(self) -> None:
-        self.__setstate__(vars(self))
+    program: Program
+    prompts: Prompts
 
     def __len__(self) -> int:
-        return len(self.answer)
+        return len(self.prompts)
 
-    def __call__(self, probability: float) -> Float[np.ndarray, "2 prompt weight"]:
-        """Lower and upper ends: those of the central posterior interval at the calibrated level, of the posterior's
-        distribution itself and not of draws, a ``RESOLUTION`` further out.
-        """
-        level = self.known.quantiles("levels", self.lengths, probability) + ROUNDING
-        answer = self.answer
-        low, high = np.zeros((2, 2, len(self), len(self.known.shares)))  # each end lies between the two
-        high += 1
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            above = np.stack([answer.below(middle[0]) >= (1 - level) / 2, answer.below(middle[1]) > (1 + level) / 2])
-            low, high = np.where(above, low, middle), np.where(above, middle, high)
-        return np.clip(np.stack([low[0] - RESOLUTION, high[1] + RESOLUTION]), 0, 1)
+    def __call__(
+        self, probability: float
+    ) -> tuple[Float[np.ndarray, "2 prompt weight"], Bool[np.ndarray, "prompt weight"]]:
+        """Lower and upper ends ``(2, N, K+1)``, and of which experts ``(N, K+1)`` they are promised."""
+        labels, found = self.program.labels(self.known.shares), []
+        for some in self.prompts.pieces():
+            answer = self.program.answer(some, labels)
+            found.append((self.known.ends(answer, some.lengths.numpy(), probability), counted(answer.mean)))
+        ends, promised = zip(*found, strict=True)
+        return np.concatenate(ends, axis=1), np.concatenate(promised)
 
     def select(self, rows: Int[np.ndarray, " selected"]) -> ConformalIntervals:
         """Those of some prompts."""
-        return replace(self, lengths=self.lengths[rows], answer=self.answer.select(rows))
+        return replace(self, prompts=self.prompts.select(torch.from_numpy(rows)))
 
     @classmethod
     def concatenate(cls, parts: Sequence[ConformalIntervals | None]) -> ConformalIntervals | None:
         """Those of all prompts; ``None`` where a part has none, or one of another calibration."""
         given = [part for part in parts if part is not None]
-        if len(given) < len(parts) or not all(part.known.same(given[0].known) for part in given):
+        first = given[0] if given else None
+        if first is None or len(given) < len(parts) or not all(part._same(first) for part in given):
             return None
-        answers = [part.answer for part in given]
-        return cls(given[0].known, np.concatenate([part.lengths for part in given]), answers[0].concatenate(answers))  # type: ignore[arg-type]  # all of one kind
+        return replace(first, prompts=Prompts.concatenate([part.prompts for part in given]))
+
+    def _same(self, other: ConformalIntervals) -> bool:
+        """Whether they are of one calibration of one program."""
+        return self.known.same(other.known) and self.program.fingerprint == other.program.fingerprint
 
 
 def counted(mean: Float[np.ndarray, "prompt weight"]) -> Bool[np.ndarray, "prompt weight"]:

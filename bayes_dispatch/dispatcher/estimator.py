@@ -167,7 +167,7 @@ class Dispatcher:
             The dispatcher itself.
 
         Raises:
-            EvidenceError: bad evidence, or none of the views that the dispatcher reads.
+            EvidenceError: bad evidence, none of the views that the dispatcher reads, or one that next to no prompt has.
             TensorError: labels outside −1 … K−1, mixtures off the simplex, or another N.
         """
         data = TrainingSet.of(X, y, mixtures, len(self.experts))
@@ -184,9 +184,10 @@ class Dispatcher:
         mixtures: Float[np.ndarray, "prompt weight"] | None = None,
         progress: bool = False,
     ) -> Dispatcher:
-        """A new dispatcher for evidence that has drifted: globals and temper fitted to it, from where they are.
+        """A new dispatcher for evidence that has drifted: globals fitted to it, and the temper where weights are known.
 
-        The projections stay, so a few hundred prompts will do, labelled or not; the serving prior stays too. What
+        What is known of the globals is their prior, so experts and views that these prompts do not show stay what they
+        were. The projections stay, so a few hundred prompts will do, labelled or not; the serving prior stays too. What
         :meth:`calibrate` has found does not. This dispatcher does not change.
 
         Args:
@@ -194,7 +195,7 @@ class Dispatcher:
 
         Raises:
             NotFittedError: before ``fit``.
-            EvidenceError, TensorError: as in :meth:`fit`.
+            EvidenceError, TensorError: as in :meth:`fit`, or no prompts.
         """
         data = TrainingSet.of(X, y, mixtures, len(self.experts))
         return self._of(*refit_parts(self.state, self.program, data, self.svi, self.random_state, progress))
@@ -253,8 +254,10 @@ class Dispatcher:
             EvidenceError, TensorError: as in :meth:`fit`.
         """
         data, pi = TrainingSet.of(X, y, mixtures, len(self.experts)), self.prior.mean
-        answer, lengths = self._answer(data.evidence, pi), data.evidence.known_lengths()
-        self._conformal = Conformal.of(answer, data.targets, pi, lengths, a_seed(seed))
+        known, lengths = self._known, data.evidence.known_lengths()
+        labels, pieces = known.labels(pi), known.prompts(data.evidence).pieces()
+        answers = (known.answer(some, labels) for some in pieces)
+        self._conformal = Conformal.of(answers, data.targets, pi, lengths, a_seed(seed))
         return self
 
     @property
@@ -291,9 +294,9 @@ class Dispatcher:
             TensorError: views of other widths than in ``fit``.
             ConfigError: fewer than one draw, or another number of seeds than prompts.
         """
-        evidence = as_evidence(X)
+        evidence, known = as_evidence(X), self._known
         draws, generators = whole("draws", draws, 1), prompt_generators(seed, len(evidence))
-        return self._posterior(self._known.prompts(evidence), draws, generators)
+        return self._posterior(known, known.prompts(evidence), draws, generators)
 
     def mean(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` posterior mean of the weights: of the distribution itself, not of draws."""
@@ -466,8 +469,8 @@ class Dispatcher:
         with isolated(a_seed(seed)):
             given = torch.tensor(truth, dtype=torch.float32)
             prompts = simulate(state.model, state.globals.to(torch.float32), state.like, given, state.temper)
-        posterior = self._posterior(prompts.to(torch.float64), whole("draws", draws, 1), prompt_generators(seed, count))
-        return truth, posterior
+        draws, generators = whole("draws", draws, 1), prompt_generators(seed, count)
+        return truth, self._posterior(state, prompts.to(torch.float64), draws, generators)
 
     def save(self, directory: str | Path) -> None:
         """Write ``dispatcher.json`` and ``dispatcher.safetensors`` into a directory, in the place of an earlier save.
@@ -563,12 +566,6 @@ class Dispatcher:
         new._know(state, self.prior)
         return new
 
-    def _answer(
-        self, X: Evidence | Shaped[np.ndarray, "prompt feature"], pi: Float[np.ndarray, " component"]
-    ) -> Answer:
-        known = self._known
-        return known.answer(known.prompts(as_evidence(X)), known.labels(pi))
-
     def _of_each(
         self,
         X: Evidence | Shaped[np.ndarray, "prompt feature"],
@@ -584,31 +581,28 @@ class Dispatcher:
         """Of the weights, before a prompt is read."""
         return self._known.prior_mean(self._known.labels(pi))
 
-    def _posterior(self, prompts: Prompts, draws: int, generators: Sequence[np.random.Generator]) -> DispatchPosterior:
-        """Piece by piece: what a calibrated one keeps of each prompt is all that stays."""
-        known, pi, found = self._known, self.prior.mean, self._conformal  # of all pieces, whatever other threads fit
-        labels, turn = known.labels(pi), iter(generators)
-        theirs = None if found is None or np.array_equal(found.shares, pi) else known.labels(found.shares)
-        parts = []
+    def _posterior(
+        self,
+        known: FittedDispatcher | FlatProgram,
+        prompts: Prompts,
+        draws: int,
+        generators: Sequence[np.random.Generator],
+    ) -> DispatchPosterior:
+        """Piece by piece, by what is known at one moment, whatever other threads fit."""
+        labels, turn, parts = known.labels(self.prior.mean), iter(generators), []
         for some in prompts.pieces():
             answer = known.answer(some, labels)
             weights, log_ratios = answer.draw(draws, list(islice(turn, len(some))))
-            calibrated = None
-            if found is not None:  # under the shares of calibration, which feedback may have moved
-                own = answer if theirs is None else known.answer(some, theirs)
-                calibrated = ConformalIntervals(found, some.lengths.numpy(), own)
             prior = None if log_ratios is None else np.tile(known.prior_mean(labels), (len(some), 1))
             parts.append(
                 DispatchPosterior(
-                    weights,
-                    self._components,
-                    log_evidence=answer.log_evidence,
-                    prior=prior,
-                    log_ratios=log_ratios,
-                    calibrated=calibrated,
+                    weights, self._components, log_evidence=answer.log_evidence, prior=prior, log_ratios=log_ratios
                 )
             )
-        return DispatchPosterior.concatenate(parts)
+        found, calibration = DispatchPosterior.concatenate(parts), self._conformal
+        if calibration is None:
+            return found
+        return replace(found, calibrated=ConformalIntervals(calibration, known, prompts))
 
 
 def _tuples(settings: dict[str, Any]) -> dict[str, Any]:

@@ -139,7 +139,7 @@ class DispatchPosterior(Frozen):
         """
         if self.calibrated is None:
             raise NotFittedError("expected a posterior of a calibrated dispatcher, got one without calibrate()")
-        return self.calibrated(probability)
+        return self.calibrated(probability)[0]
 
     def select(self, indices: Shaped[np.ndarray, " selected"] | Sequence[int] | slice) -> DispatchPosterior:
         """The posterior of the prompts at ``indices``, in that order.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from itertools import permutations
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from bayes_dispatch import arguments
 from bayes_dispatch.dispatcher.arrays import Frozen, on_simplex
@@ -104,10 +104,6 @@ class Cells(Frozen):
             np.add.at(weights[:, n], (rows, self.supports[n, chosen]), drawn)  # unused ones are 0
             ratios[:, n] = self.log_ratios[n, chosen]
         return on_simplex(weights), ratios
-
-    def select(self, rows: Int[np.ndarray, " selected"]) -> Cells:
-        """Those of some prompts."""
-        return Cells(self.width, *(getattr(self, name)[rows] for name in _COLUMNS))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Cells]) -> Cells:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from scipy.special import betainc, gammainc
 
 from bayes_dispatch.arguments import real
@@ -74,15 +74,6 @@ class Dirichlets(Frozen):
             # A gamma variate of shape a is one of shape a + 1 times u^(1/a): its log never underflows.
             logs[n] = np.log(random.standard_gamma(alpha + 1)) - random.standard_exponential(alpha.shape) / alpha
         return on_simplex(np.exp(logs - logs.max(-1, keepdims=True))).swapaxes(0, 1), None
-
-    def select(self, rows: Int[np.ndarray, " selected"]) -> Dirichlets:
-        """Those of some prompts."""
-        return Dirichlets(self.concentration[rows])
-
-    @classmethod
-    def concatenate(cls, parts: Sequence[Dirichlets]) -> Dirichlets:
-        """Those of all prompts."""
-        return cls(np.concatenate([part.concentration for part in parts]))
 
 
 @dataclass(frozen=True)

@@ -45,11 +45,10 @@ def fit_parts(
     mapped: dict[str, np.ndarray] = {}
     views = []
     for name, kind in program.kinds(list(data.evidence.views)).items():
-        values = data.evidence.views[name]
+        values, present = data.evidence.views[name], np.flatnonzero(~data.evidence.is_missing(name))
+        if len(present) < 2:
+            raise EvidenceError(f"expected at least 2 prompts with a view {name!r}, got {len(present)}")
         if kind in ("vectors", "surprise"):
-            present = np.flatnonzero(~data.evidence.is_missing(name))
-            if len(present) < 2:
-                raise EvidenceError(f"expected at least 2 prompts with a view {name!r}, got {len(present)}")
             if kind == "vectors":
                 maps[name], own = fit_feature_map(values[present], data.targets[present], features, seed)
             else:
@@ -70,11 +69,21 @@ def fit_parts(
 def refit_parts(
     parts: FittedDispatcher, program: Admixture, data: TrainingSet, svi: SVISettings, seed: int, progress: bool
 ) -> tuple[FittedDispatcher, FitReport]:
-    """Fit globals and temper to other evidence, from the globals as they are; the projections stay."""
+    """Fit globals and temper to other evidence, from what is known of the globals; the projections stay, and the temper
+    where no weights are known.
+
+    Raises:
+        EvidenceError: no prompts.
+    """
+    if not len(data.evidence):
+        raise EvidenceError("expected at least 1 prompt, got none")
     every = parts.prompts(data.evidence).to(svi.dtype)
-    start = parts.globals.to(svi.dtype)
-    posterior, report = fit_globals(parts.model, data.observed(every), svi, seed, progress, start)
-    return _tempered(replace(parts, globals=posterior), data, every, program.temper, seed), report
+    before = parts.globals.to(svi.dtype)
+    posterior, report = fit_globals(parts.model, data.observed(every), svi, seed, progress, before)
+    refitted = replace(parts, globals=posterior)
+    if not data.any_known:
+        return refitted, report
+    return _tempered(refitted, data, every, program.temper, seed), report
 
 
 def retemper_parts(parts: FittedDispatcher, program: Admixture, data: TrainingSet, seed: int) -> FittedDispatcher:
@@ -85,7 +94,7 @@ def retemper_parts(parts: FittedDispatcher, program: Admixture, data: TrainingSe
     """
     if program.temper is not None:
         raise ConfigError(f"expected a program without a temper, got one with {program.temper:g}")
-    if not np.isfinite(data.targets).all(1).any():
+    if not data.any_known:
         raise ConfigError("expected prompts of known weights, got none")
     known = KnownPrompts(parts.prompts(data.evidence), data.targets)
     random = np.random.default_rng(seed)
@@ -135,6 +144,11 @@ class TrainingSet:
         out, labelled = self.known.copy(), self.labels >= 0
         out[labelled] = np.eye(self.known.shape[1])[self.labels[labelled]]
         return out
+
+    @property
+    def any_known(self) -> bool:
+        """Whether the weights of any prompt are known."""
+        return bool(np.isfinite(self.targets).all(1).any())
 
     def observed(self, prompts: Prompts) -> Prompts:
         """The N prompts with their labels and known weights."""

@@ -10,11 +10,12 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_value
@@ -35,6 +36,7 @@ __all__ = ["ALONE", "FitReport", "GlobalsPosterior", "SVISettings", "finite", "f
 
 WINDOW = 0.1  # of the steps; the last two windows tell whether the loss still falls
 TOLERANCE = 0.02  # nats a prompt between them
+DRIFT = 0.1  # sd of what a global may have moved by since an earlier fit, on the line
 ALONE = threading.RLock()
 UNCHECKED = dict.fromkeys(
     ("validate_distributions_pyro", "validate_distributions_torch", "validate_infer", "validate_poutine"), False
@@ -172,9 +174,12 @@ def fit_globals(
     settings: SVISettings,
     seed: int,
     progress: bool = False,
-    start: GlobalsPosterior | None = None,
+    before: GlobalsPosterior | None = None,
 ) -> tuple[GlobalsPosterior, FitReport]:
     """Fit the program's globals to prompts by SVI, from a label-informed start.
+
+    What an earlier fit knows of them takes the place of the program's prior, a little wider, since they may have moved
+    (:data:`DRIFT`). So globals of which these prompts say nothing stay what they were.
 
     Args:
         model: the program.
@@ -182,18 +187,20 @@ def fit_globals(
         settings: optimiser settings.
         seed: of the start and of every draw.
         progress: show a bar.
-        start: globals to start at instead.
+        before: of an earlier fit, which this one starts at.
 
     Returns:
         The globals' posterior, and how the fit went.
     """
+    if before is not None:
+        model = _Drifting(**vars(model), before=before)
     if len(prompts) > settings.batch_size:
         model = replace(model, batch_size=settings.batch_size)
     fits = []
     for restart in range(settings.restarts):
         with isolated(seed + 7919 * restart, settings.dtype):
-            values = label_informed_start(model, prompts) if start is None else start.center()
-            if restart:
+            values = label_informed_start(model, prompts) if before is None else before.locations
+            if restart and before is None:
                 values = {name: _jitter(name, value) for name, value in values.items()}
             fits.append(_fit(model, prompts, values, settings, progress))
     final = tuple(report.final[0] for _, report in fits)
@@ -241,6 +248,21 @@ def _jitter(name: str, value: Tensor) -> Tensor:
     """Another start near one: noise in unconstrained coordinates."""
     free = _constrained(name).inv(value)
     return _constrained(name)(free + 0.2 * torch.randn_like(free))
+
+
+@dataclass(frozen=True)
+class _Drifting(DispatchModel):
+    """The program with what an earlier fit found in the place of its priors of the globals, whose sites are on the
+    line."""
+
+    before: GlobalsPosterior = field(kw_only=True)
+
+    def sample_globals(self) -> dict[str, Tensor]:
+        found = {}
+        for name, loc in sorted(self.before.locations.items()):
+            spread = (self.before.scales[name].square() + DRIFT**2).sqrt()
+            found[name] = _constrained(name)(pyro.sample(name, dist.Normal(loc, spread).to_event(loc.dim())))
+        return found
 
 
 class _Guide(PyroModule):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,8 +22,9 @@ from bayes_dispatch.checks.reliability import (
     reliability_curve,
 )
 from bayes_dispatch.dispatcher.conformal import Conformal, ConformalIntervals
-from bayes_dispatch.dispatcher.fitting.flat import Dirichlets
+from bayes_dispatch.dispatcher.fitting.flat import Dirichlets, FlatProgram
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
+from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.errors import ConfigError, NotFittedError, TensorError
 
 if TYPE_CHECKING:
@@ -231,8 +233,8 @@ def test_calibrated_coverage_is_of_the_intervals_as_they_stand(fitted: "Dispatch
         calibrated_coverage(posterior, drawn)
     truth = drawn[:30]
     known = Conformal(np.full(4, 0.25), np.linspace(0.1, 0.9, 30), np.zeros(30), np.ones(30))
-    intervals = ConformalIntervals(known, np.ones(60), Dirichlets(np.full((60, 4), 2.0)))
-    able = replace(posterior, calibrated=intervals)
+    prompts = Prompts(torch.ones(60), {}, {})
+    able = replace(posterior, calibrated=ConformalIntervals(known, FlatProgram(("a", "b", "c"), 2.0), prompts))
     coverage = calibrated_coverage(able.select(range(30)), truth, 0.8)
     low, high = able.calibrated_interval(0.8)
     assert coverage.value == pytest.approx(((low[:30] <= truth) & (truth <= high[:30])).mean())
@@ -240,7 +242,13 @@ def test_calibrated_coverage_is_of_the_intervals_as_they_stand(fitted: "Dispatch
     with pytest.raises(TensorError, match="expected true weights of shape"):
         calibrated_coverage(able, truth)
     alpha = np.tile([[2.0, 1.0, 0.01, 0.01], [9.0, 0.01, 0.01, 0.01]], (15, 1))  # two are counted, and one
-    able = replace(able.select(range(30)), calibrated=ConformalIntervals(known, np.ones(30), Dirichlets(alpha)))
+
+    class Given(FlatProgram):
+        def answer(self, prompts: Prompts, labels: np.ndarray) -> Dirichlets:
+            return Dirichlets(alpha)
+
+    intervals = ConformalIntervals(known, Given(("a", "b", "c"), 1.0), Prompts(torch.ones(30), {}, {}))
+    able = replace(able.select(range(30)), calibrated=intervals)
     low, high = able.calibrated_interval(0.8)
     held = (low <= truth) & (truth <= high)
     each = np.stack([held[::2, :2].mean(1), held[1::2, 0]])  # a prompt counts as much as another

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta, betabinom
 
-from bayes_dispatch.dispatcher.conformal import Conformal, ConformalIntervals, conformal_quantile
+from bayes_dispatch.dispatcher.conformal import Conformal, conformal_quantile
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.exact.cells import Cells
@@ -177,7 +177,7 @@ def test_ends_are_quantiles(level: float) -> None:
     alpha = np.array([[0.1, 1.0, 3.0], [0.3, 0.3, 0.3], [40.0, 2.0, 2.0]])
     rest = alpha.sum(1, keepdims=True) - alpha
     known = Conformal(np.full(3, 1 / 3), np.full(10, level), np.zeros(10), np.zeros(10))
-    ends = ConformalIntervals(known, np.zeros(3), Dirichlets(alpha))(0.9)
+    ends = known.ends(Dirichlets(alpha), np.zeros(3), 0.9)
     expected = np.clip(
         [beta.ppf((1 - level) / 2, alpha, rest) - 1e-3, beta.ppf((1 + level) / 2, alpha, rest) + 1e-3], 0, 1
     )
@@ -196,11 +196,11 @@ def test_scores_of_shares_of_0_and_1() -> None:
     for own, least in ((1.0, 0.0), (0.9, 0.46), (0.5, 0.7), (0.1, 0.94)):  # of .3 of the mass, the part below
         truth, found = np.array([[own, 1 - own, 0.0]]), []
         for seed in range(20):  # one of the two that are counted
-            scores = Conformal.of(answer, truth, np.full(3, 1 / 3), np.zeros(1), seed)
+            scores = Conformal.of([answer], truth, np.full(3, 1 / 3), np.zeros(1), seed)
             found.append(scores.levels[0])
             for level, inside in ((least - 0.01, False), (least + 0.01, True)):
                 known = Conformal(np.full(3, 1 / 3), np.full(10, max(0.0, level)), np.zeros(10), np.zeros(10))
-                low, high = ConformalIntervals(known, np.zeros(1), answer)(0.9)
+                low, high = known.ends(answer, np.zeros(1), 0.9)
                 held = (low <= truth) & (truth <= high)
                 assert (held[0, :2] == (inside or level < 0)).all()
         np.testing.assert_allclose(found, least, atol=0.002)
@@ -231,10 +231,11 @@ def test_feedback_moves_the_posterior_alone(dispatcher: Dispatcher, fresh: Sampl
     np.testing.assert_array_equal(dispatcher.predict_set(fresh.evidence), sets)
 
 
-def test_weights_are_summed_out_once_until_feedback(
+def test_intervals_cost_nothing_until_they_are_asked_for(
     dispatcher: Dispatcher, fresh: Sample, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Calibrated intervals are of the same answer as the draws, while prompts are served under calibration's prior."""
+    """Weights are summed out once, also after feedback, and a posterior keeps no more than its prompts' evidence."""
+    plain = len(pickle.dumps(dispatcher.posterior(fresh.evidence)))
     dispatcher.calibrate(fresh.evidence, mixtures=fresh.weights)
     calls, answer = list[int](), Quadrature.__call__
 
@@ -243,11 +244,13 @@ def test_weights_are_summed_out_once_until_feedback(
         return answer(self, prompts, shares)
 
     monkeypatch.setattr(Quadrature, "__call__", counted)
-    dispatcher.posterior(fresh.evidence)
-    assert sum(calls) == 60
     dispatcher.update([1] * 5)
-    dispatcher.posterior(fresh.evidence)
-    assert sum(calls) == 3 * 60
+    posterior = dispatcher.posterior(fresh.evidence)
+    assert sum(calls) == 60
+    of_many = DispatchPosterior.concatenate([posterior] * 20)
+    assert len(pickle.dumps(of_many)) < 1.5 * 20 * plain
+    posterior.calibrated_interval()
+    assert sum(calls) == 2 * 60
 
 
 def test_prompts_keep_their_own(dispatcher: Dispatcher, fresh: Sample) -> None:
@@ -262,7 +265,6 @@ def test_prompts_keep_their_own(dispatcher: Dispatcher, fresh: Sample) -> None:
     )
     one = dispatcher.posterior(fresh.evidence.select([7])).calibrated_interval(0.8)
     np.testing.assert_allclose(one, ends[:, [7]], atol=1e-4)
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(posterior)).calibrated_interval(0.8), ends)
     gated = GateDecision(np.zeros(60), np.ones(60, bool), 0.1).to_base(posterior)
     np.testing.assert_array_equal(gated.calibrated_interval(0.8), ends)
     other = dispatcher.calibrate(fresh.evidence.select(range(30)), mixtures=fresh.weights[:30])
@@ -270,6 +272,13 @@ def test_prompts_keep_their_own(dispatcher: Dispatcher, fresh: Sample) -> None:
         assert DispatchPosterior.concatenate([posterior, part]).calibrated is None
     with pytest.raises(TensorError, match="expected calibrated of 60 prompts, got 3"):
         replace(posterior, calibrated=halves[0].select([0, 1, 2]).calibrated)
+
+
+def test_a_posterior_sent_elsewhere_keeps_its_intervals(fitted: Dispatcher, fresh: Sample) -> None:
+    dispatcher = copy.copy(fitted).calibrate(fresh.evidence, mixtures=fresh.weights)
+    posterior = dispatcher.posterior(fresh.evidence.select(range(4)))
+    sent = pickle.loads(pickle.dumps(posterior))
+    np.testing.assert_array_equal(sent.calibrated_interval(0.8), posterior.calibrated_interval(0.8))
 
 
 def test_it_is_saved_and_belongs_to_one_fit(

@@ -202,11 +202,9 @@ def test_draws_and_answers_are_a_prompt_s_own() -> None:
     own, own_ratios = alone.draw(50, prompt_generators([4], 1))
     np.testing.assert_array_equal(drawn[:, 3], own[:, 0])
     np.testing.assert_array_equal(ratios[:, 3], own_ratios[:, 0])
-    picked = answer.select(np.array([3, 0]))
-    np.testing.assert_array_equal(picked.mean, answer.mean[[3, 0]])
-    joined = Cells.concatenate([alone, picked])
-    np.testing.assert_array_equal(joined.mean, answer.mean[[3, 3, 0]])
-    np.testing.assert_array_equal(joined.draw(9, prompt_generators([1, 2, 3], 3))[0].shape, (9, 3, 4))
+    joined = Cells.concatenate([alone, answer])
+    np.testing.assert_array_equal(joined.mean, answer.mean[[3, 0, 1, 2, 3, 4]])
+    np.testing.assert_array_equal(joined.draw(50, prompt_generators([4], 1) * 6)[0][:, 0], own[:, 0])
     assert len(finder(prompts.select(torch.tensor([], dtype=torch.long)), SHARES)) == 0
 
 

@@ -138,6 +138,46 @@ def test_fits_under_any_mode_of_torch(
     np.testing.assert_array_equal(answers(again, few.evidence), answers(expected, few.evidence))  # outside, too
 
 
+def only(evidence: Evidence, view: str) -> Evidence:
+    missing = {name: mask for name, mask in evidence.missing.items() if name in (view, "lengths")}
+    return Evidence({view: evidence.views[view]}, evidence.lengths, missing)
+
+
+@pytest.fixture(scope="module")
+def fitted_well(make_sample: "Callable[..., Sample]", settings: "Settings") -> Dispatcher:
+    sample = make_sample(240, 3)
+    return Dispatcher(NAMES, program=Admixture(temper=1.5), **settings(svi=200)).fit(sample.evidence, sample.labels)
+
+
+@pytest.mark.parametrize("lacking", ["an expert", "a view", "nearly all"])
+def test_later_prompts_take_nothing_away_that_they_do_not_show(
+    lacking: str, fitted_well: Dispatcher, make_sample: "Callable[..., Sample]"
+) -> None:
+    """Unlabelled traffic of two experts, of one view, or of three prompts: what is known of the rest stays."""
+    later, judged = make_sample(240, 4), make_sample(120, 5)
+    rows = {"an expert": later.weights[:, 2] == 0, "a view": np.full(240, True), "nearly all": np.arange(240) < 3}
+    evidence = later.evidence.select(np.flatnonzero(rows[lacking]))
+    new = fitted_well.recalibrate(only(evidence, "hidden") if lacking == "a view" else evidence)
+    counts = only(judged.evidence, "counts")
+    pure = judged.labels >= 0
+    for some in (judged.evidence, counts):
+        right, before = (
+            (each.predict_proba(some).argmax(1) == judged.labels)[pure].mean() for each in (new, fitted_well)
+        )
+        assert right > before - 0.05, some
+        assert before > 0.8
+    assert new.state.temper == fitted_well.state.temper
+
+
+def test_no_prompts_are_refused(fitted_well: Dispatcher, few: "Sample") -> None:
+    none = few.evidence.select([])
+    with pytest.raises(EvidenceError, match=r"^expected at least 1 prompt, got none$"):
+        fitted_well.recalibrate(none)
+    for evidence in (none, Evidence({"counts": np.zeros((0, 3))})):
+        with pytest.raises(EvidenceError, match=r"^expected at least 2 prompts with a view '\w+', got 0$"):
+            Dispatcher(NAMES).fit(evidence)
+
+
 def test_a_fitted_dispatcher_can_be_sent_elsewhere(fitted: Dispatcher, fresh: "Sample") -> None:
     """It pickles and copies after all of its uses, and answers as before."""
     posterior, fingerprint = fitted.posterior(fresh.evidence, 4), fitted.state.fingerprint
