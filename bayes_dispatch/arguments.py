@@ -75,13 +75,13 @@ def number(value: object) -> float:
 
 
 def several(name: str, value: object, count: int | None = None) -> list[Any]:
-    """What a sequence or an array has, ``count`` things where that is given; a text is one thing.
+    """What a sequence or an array has, ``count`` things where that is given; a text is one thing, a set has no order.
 
     Raises:
         ConfigError: likewise.
     """
     found = None
-    if not isinstance(value, (str, bytes)):
+    if not isinstance(value, (str, bytes, set, frozenset)):
         with suppress(TypeError):
             found = list(value)  # type: ignore[call-overload]
     if found is None or len(found) != (len(found) if count is None else count):

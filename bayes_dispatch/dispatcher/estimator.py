@@ -350,7 +350,7 @@ class Dispatcher:
 
     def feedback(
         self,
-        served: str | Sequence[str] | Float[np.ndarray, "event weight"],
+        served: str | Sequence[str] | Sequence[Sequence[float]] | Float[np.ndarray, "event weight"],
         reward: float | Sequence[float] | Float[np.ndarray, " event"],
         X: Evidence | Shaped[np.ndarray, "prompt feature"] | None = None,
         reliability: float = 0.95,
@@ -377,10 +377,10 @@ class Dispatcher:
                 simplex.
         """
         names = self._components
-        if isinstance(served, np.ndarray) and served.ndim == 2:
-            rows = served
+        experts = [served] if isinstance(served, str) else several("served", served)
+        if experts and np.ndim(experts[0]) == 1:
+            rows = as_numbers(served, "served")
         else:
-            experts = [served] if isinstance(served, str) else several("served", served)
             if unknown := [name for name in experts if name not in names]:
                 raise ConfigError(f"expected experts among {list(names)}, got {shown(unknown)}")
             rows = np.array([names.index(name) for name in experts], dtype=np.int64)

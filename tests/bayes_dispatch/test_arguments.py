@@ -54,7 +54,7 @@ def test_sums_of_half_precision_may_miss_by_more() -> None:
                     simplex("w", value)
 
 
-@pytest.mark.parametrize("value", ["ab", 3, None, (1, 2, 3), np.zeros(3), np.array(1)])
+@pytest.mark.parametrize("value", ["ab", 3, None, (1, 2, 3), {1, 2}, np.zeros(3), np.array(1)])
 def test_what_is_no_list_of_two(value: object) -> None:
     assert several("x", np.arange(2), 2) == [0, 1]
     with pytest.raises(ConfigError, match=r"^expected x to be a list of 2, got [^\n]+$"):

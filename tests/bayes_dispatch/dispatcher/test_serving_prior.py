@@ -168,12 +168,19 @@ def test_drift_shows_and_is_mended(own: Dispatcher, make_sample: "Callable[..., 
     assert (new.predict_proba(shifted).argmax(1) == later.labels)[pure].mean() > 0.8
 
 
+def test_blends_are_lists_as_well_as_arrays(own: Dispatcher) -> None:
+    blends = [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
+    again, expected = copy.copy(own), own.feedback(np.array(blends), [1.0, 0.0])
+    np.testing.assert_array_equal(again.feedback(blends, [1.0, 0.0]).mean, expected.mean)
+
+
 def test_bad_events(own: Dispatcher, fresh: "Sample") -> None:
     before = own.prior
     with pytest.raises((ConfigError, TensorError), match=ONE_LINE):
         own.update([7])
-    with pytest.raises(ConfigError, match="expected experts among"):
-        own.feedback("nosuch", 1.0)
+    for unknown in ("nosuch", ["add", "nosuch"]):
+        with pytest.raises(ConfigError, match="expected experts among"):
+            own.feedback(unknown, 1.0)
     with pytest.raises((ConfigError, TensorError), match=ONE_LINE):
         own.feedback("add", 1.5)
     with pytest.raises(TensorError, match="expected evidence of 1 prompts, got 60"):
