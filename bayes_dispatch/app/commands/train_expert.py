@@ -66,7 +66,10 @@ def train_expert(
         float | None, typer.Option(help="With reinforce: how much it costs to leave the base model; default: .2.")
     ] = None,
     answer_bytes: Annotated[
-        int | None, typer.Option(min=1, help="With reinforce: most bytes of an answer it tries; default: 16.")
+        int | None,
+        typer.Option(
+            min=1, help="With reinforce: most tokens, bytes with our own model, of an answer it tries; default: 16."
+        ),
     ] = None,
     steps: StepsOption = None,
     refit: Annotated[
