@@ -13,8 +13,8 @@ def test_value_and_gradient_are_the_librarys(shape: tuple[int, ...]) -> None:
     x, out = (torch.randn(shape, generator=draw, dtype=torch.float64) for _ in range(2))
     weight = torch.randn(shape[-1], generator=draw, dtype=torch.float64)
     results = []
-    eps = torch.tensor(1e-3, dtype=torch.float64)
-    for norm in (rms_norm, lambda x, w, eps: F.rms_norm(x, (shape[-1],), w, float(eps))):
+    eps = 1e-3
+    for norm in (rms_norm, lambda x, w, eps: F.rms_norm(x, (shape[-1],), w, eps)):
         inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
         y = norm(*inputs, eps)
         y.backward(out)
@@ -36,3 +36,18 @@ def test_less_precise_inputs_are_normalised_in_the_weights_dtype() -> None:
     norm = RMSNorm(7)
     assert norm(x).dtype == torch.float32
     assert torch.equal(norm(x), norm(x.float()))
+
+
+def test_one_that_is_built_without_memory_and_filled_later_is_the_same() -> None:
+    x, norm = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)), RMSNorm(4, eps=0.5)
+    with torch.device("meta"):
+        later = RMSNorm(4, eps=0.5)
+    later.to_empty(device="cpu").load_state_dict(norm.state_dict())
+    assert torch.equal(later(x), norm(x))
+
+
+def test_in_half_precision_no_eps_is_zero_and_no_square_infinite() -> None:
+    x = torch.tensor([[0.0, 0.0], [3e4, 3e4]]).half()
+    with torch.no_grad():
+        found = RMSNorm(2, eps=1e-8).half()(x)
+    torch.testing.assert_close(found.float(), torch.tensor([[0.0, 0.0], [1.0, 1.0]]), rtol=2e-3, atol=0)

@@ -137,7 +137,7 @@ def _step(block: Block, given: Mapping[str, Scales]) -> Step | None:
 
 
 def _arguments(norm: RMSNorm) -> tuple[Array, float]:
-    return array(norm.weight), norm.eps_number
+    return array(norm.weight), norm.eps
 
 
 def _mamba(step: Callable[..., None], dtype: torch.dtype, *arguments: object) -> Step:

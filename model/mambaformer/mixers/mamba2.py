@@ -17,7 +17,7 @@ from bayes_dispatch.model.mambaformer.compiled.switch import Array, array, can_c
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 from bayes_dispatch.model.mambaformer.mixers.convolution import continue_convolution
 from bayes_dispatch.model.mambaformer.mixers.span import Span
-from bayes_dispatch.model.mambaformer.normalisation import RMSNorm
+from bayes_dispatch.model.mambaformer.normalisation import RMSNorm, inverse_rms
 from bayes_dispatch.model.mambaformer.scan.ssd import ssd_scan, ssd_step_
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
 
@@ -136,7 +136,7 @@ class Mamba2Mixer(nn.Module):
 
     def arguments(self) -> tuple[float, int, int, float, float]:
         """What else it is told: the normalisation's eps and groups, groups of B and C, bounds of step sizes."""
-        return self.norm.eps_number, self.norm.groups, self.n_groups, *self.dt_bounds
+        return self.norm.eps, self.norm.groups, self.n_groups, *self.dt_bounds
 
     def _step_sizes(self, dt: Tensor) -> Tensor:
         dt = F.softplus(dt + self.dt_bias)
@@ -165,8 +165,7 @@ class Mamba2Mixer(nn.Module):
         z = scales.get("out_proj")
         if torch.is_grad_enabled() or self.norm.groups > 1 or self.out_proj.bias is not None:
             return self.out_proj(self.norm(y), z)
-        norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
-        inverse = torch.addcmul(self.norm.eps, norm, norm, value=1 / self.d_inner).rsqrt_()
+        inverse = inverse_rms(y, self.norm.eps)
         return self.out_proj(y.mul_(self.norm.weight), z).mul_(inverse)
 
 
