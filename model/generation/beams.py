@@ -22,7 +22,7 @@ def beam_search(prompts: Beginning, settings: GenerationSettings) -> Generated:
     ``num_beams`` have been set aside and no hypothesis that goes on scores higher, at its present length, than the
     worst of those; or after ``max_new_tokens``, where those that go on are set aside too. This is the rule of
     transformers' ``early_stopping=False``; the score of a hypothesis is its log-probability / length **
-    length_penalty, with penalties of repetition applied.
+    length_penalty. Penalties of repetition change the log-probabilities of tokens, not their logits, as they do there.
 
     Each prompt is read once; there are ``num_beams`` rows for it from the step on at which that many continuations
     exist.
@@ -77,7 +77,7 @@ class _Search:
         own = log_probabilities(self._logits)
         ranked = own
         if self._seen is not None:
-            ranked = log_probabilities(penalise_repetition(self._logits, self._seen, settings.penalty))
+            ranked = penalise_repetition(own, self._seen, settings.penalty)
         if settings.ends and self._tokens.shape[1] < settings.min_new_tokens:
             ranked = ranked.index_fill(1, torch.tensor(settings.ends, device=ranked.device), -torch.inf)
         prompts, vocab = len(self.running), own.shape[1]

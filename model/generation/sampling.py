@@ -81,6 +81,8 @@ def penalise_repetition(
 ) -> Float[Tensor, "B V"]:
     """Make tokens that were ``seen`` less probable: positive logits are divided by ``penalty``, others multiplied.
 
+    Log-probabilities will do for logits.
+
     CTRL (arXiv 1909.05858, section 4.1) divides all of them, which would favour tokens of negative logits.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)

@@ -37,7 +37,8 @@ class GenerationSettings(Sampling):
     Attributes:
         max_new_tokens: tokens to add at most.
         min_new_tokens: no end token is chosen before a row has so many others, and no stop sequence ends it before.
-        repetition_penalty: applied before all filters; see ``penalise_repetition``.
+        repetition_penalty: applied before all filters, to logits; by beam search, to log-probabilities, as transformers
+            does; see ``penalise_repetition``.
         num_beams: hypotheses that are kept at each step; above 1, beam search, which is deterministic.
         length_penalty: hypotheses are ranked by their total log-probability / length ** length_penalty: 0 for totals,
             1 for means; more prefers longer ones, less than 0 shorter ones. Used by beam search.

@@ -107,6 +107,17 @@ def test_texts_are_theirs_token_by_token(pairs: Any, kind: str) -> None:
     assert len(expected[0].unique()) > 5
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.3])
+def test_beams_are_theirs(pairs: Any, penalty: float) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 8, "num_beams": 3, "repetition_penalty": penalty, "eos_token_id": 5}
+    with torch.no_grad(), in_float64():
+        theirs, ours = pairs("llama")
+        for seed in range(4):
+            ids = tokens(1, 5, seed=seed)
+            expected = theirs.generate(ids, do_sample=False, pad_token_id=0, **settings)[0, 5:]
+            assert torch.equal(ours.generate(ids, **settings)[0], expected)
+
+
 def test_what_a_converted_model_saves_it_is(pairs: Any, tmp_path: Path) -> None:
     _, ours = pairs("granite-hybrid-rope-groups")
     ours.save_pretrained(tmp_path / "ours")
