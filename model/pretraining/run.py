@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import start_processes
 from tqdm import tqdm
 
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.backbone import Tokenizer, padded, token_weights
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -112,6 +112,7 @@ def pretrain(
     Raises:
         ConfigError: the batch cannot be shared evenly, the checkpoint is of other settings, or the machine lacks what
             ``compute`` asks for.
+        TensorError: a loss or a gradient is not finite; the last checkpoint stays.
         BundleError: the checkpoint is damaged.
     """
     compute = compute or ComputeSettings()
@@ -185,7 +186,10 @@ def _train(run: Run, worker: Worker) -> None:
         loss = next_token_loss(logits.float(), ids, weights)
         loss.backward()
         mean = _share_gradients(worker, parameters, loss.detach(), weights.sum())
-        torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
+        if not (mean + norm).isfinite():  # the same in all processes: none is left to wait for the others
+            got = f"a loss of {float(mean):.6g} and a gradient of norm {float(norm):.6g}"
+            raise TensorError(f"expected a finite loss and gradient at step {step}, got {got}: lower the learning rate")
         optimizer.step()
         if step % 20 == 0:
             bar.set_postfix(loss=f"{float(mean):.3f}", refresh=False)

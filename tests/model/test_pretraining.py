@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
 from bayes_dispatch.model.pretraining.run import PretrainingSettings, next_token_loss, pack_rows, pretrain, schedule
 from bayes_dispatch.model.subwords import train_subwords
@@ -201,6 +201,21 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_former_one(
     rest = Source()
     assert same(pretrain(CONFIG, rest, SETTINGS, tmp_path, progress=False), uninterrupted)
     assert 10**9 - rest.left == 4 * 5
+
+
+def test_a_step_that_is_no_number_ends_it_and_leaves_the_checkpoint_before(
+    uninterrupted: "MambaFormerForCausalLM", tmp_path: Path
+) -> None:
+    """Here a batch whose tokens weigh nothing."""
+
+    class Weightless(Source):
+        def row(self, rng: np.random.Generator, length: int) -> tuple[bytes, list[float]]:
+            text, own = super().row(rng, length)
+            return text, [0.0] * len(own) if 24 < 10**9 - self.left <= 28 else own
+
+    with pytest.raises(TensorError, match="expected a finite loss and gradient at step 6, got a loss of nan"):
+        pretrain(CONFIG, Weightless(), SETTINGS, tmp_path, progress=False)
+    assert same(pretrain(CONFIG, Source(), SETTINGS, tmp_path, progress=False), uninterrupted)
 
 
 def test_a_batch_is_shared_evenly(tmp_path: Path) -> None:
