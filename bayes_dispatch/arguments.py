@@ -74,6 +74,17 @@ def number(value: object) -> float:
         return math.nan
 
 
+def truth(name: str, value: object) -> bool:
+    """True or false, as a ``bool``: no number, and no text.
+
+    Raises:
+        ConfigError: likewise.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ConfigError(f"expected {name} to be true or false, got {shown(value)}")
+    return bool(value)
+
+
 def several(name: str, value: object, count: int | None = None) -> list[Any]:
     """What a sequence or an array has, ``count`` things where that is given; a text is one thing, a set has no order.
 

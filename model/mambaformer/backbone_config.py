@@ -4,10 +4,18 @@ import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from bayes_dispatch.arguments import real
+from bayes_dispatch.arguments import real, whole
 from bayes_dispatch.errors import ConfigError
 
-__all__ = ["BlockKind", "MambaFormerConfig", "StateSpaceKind", "expect_integer", "expect_member", "expect_names"]
+__all__ = [
+    "BlockKind",
+    "MambaFormerConfig",
+    "StateSpaceKind",
+    "expect_member",
+    "expect_names",
+    "keep_real",
+    "keep_whole",
+]
 
 StateSpaceKind = Literal["mamba1", "mamba2"]
 PositionKind = Literal["none", "rotary"]
@@ -44,7 +52,7 @@ class MambaFormerConfig:
         positions: what tells self-attention where a token stands: ``"none"``, or ``"rotary"`` (arXiv 2104.09864).
         attention_head_dim: width of a head of attention; ``None`` means ``d_model / n_heads``.
         attention_multiplier: what products of queries and keys are multiplied by; ``None`` means one over the root of
-            a head's width.
+            a head's width; above 0.
         rotary_base: longest wavelength of rotary positions, over 2π.
         rotary_width: leading numbers of a head that rotary positions turn; ``None`` means all.
         embedding_multiplier: what embeddings of tokens are multiplied by before the first block.
@@ -84,12 +92,12 @@ class MambaFormerConfig:
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_heads", "d_state", "expand", "head_dim", "chunk_size", "n_groups", "norm_groups"):
-            expect_integer(name, getattr(self, name), at_least=1)
-        expect_integer("n_pairs", self.n_pairs, at_least=0)
-        expect_integer("d_conv", self.d_conv, at_least=2)
+            keep_whole(self, name, 1)
+        keep_whole(self, "n_pairs", 0)
+        keep_whole(self, "d_conv", 2)
         for name in ("n_kv_heads", "attention_window", "dt_rank", "d_ff", "attention_head_dim", "rotary_width"):
             if getattr(self, name) is not None:
-                expect_integer(name, getattr(self, name), at_least=1)
+                keep_whole(self, name, 1)
         expect_member("mixer", self.mixer, StateSpaceKind)
         expect_member("positions", self.positions, PositionKind)
         if self.blocks is not None:
@@ -117,17 +125,17 @@ class MambaFormerConfig:
             raise ConfigError(f"expected heads of even width for rotary positions, got {self.turned}")
         if self.turned % 2 or self.turned > self.head_width:
             raise ConfigError(f"expected rotary_width to be even and at most {self.head_width}, got {self.turned}")
-        for name in ("embedding_multiplier", "residual_multiplier"):
-            real(name, getattr(self, name))
+        keep_real(self, "embedding_multiplier")
+        keep_real(self, "residual_multiplier")
         if self.attention_multiplier is not None:
-            real("attention_multiplier", self.attention_multiplier)
-        for name, above in (("rotary_base", True), ("norm_eps", False)):
-            real(name, getattr(self, name), 0, above=above)
+            keep_real(self, "attention_multiplier", 0, above=True)
+        keep_real(self, "rotary_base", 0, above=True)
+        keep_real(self, "norm_eps", 0)
         if not (isinstance(self.dt_limit, tuple) and len(self.dt_limit) == 2):
             raise ConfigError(f"expected dt_limit to be two bounds, got {self.dt_limit!r}")
-        low = real("the lower bound of dt_limit", self.dt_limit[0], 0)
-        if self.dt_limit[1] is not None:
-            real("the upper bound of dt_limit", self.dt_limit[1], low)
+        low, high = real("the lower bound of dt_limit", self.dt_limit[0], 0), self.dt_limit[1]
+        high = None if high is None else real("the upper bound of dt_limit", high, low)
+        object.__setattr__(self, "dt_limit", (low, high))
         if not isinstance(self.biased, tuple):
             raise ConfigError(f"expected biased to be a tuple of kinds of blocks, got {self.biased!r}")
         for kind in self.biased:
@@ -211,11 +219,14 @@ class MambaFormerConfig:
         return cls(**given)
 
 
-def expect_integer(name: str, value: object, at_least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ConfigError(f"expected {name} to be an integer of at least {at_least}, got {value!r:.80}")
-    if value > LARGEST:
-        raise ConfigError(f"expected {name} to be at most {LARGEST}, got {value!r:.80}")
+def keep_whole(config: object, name: str, at_least: int) -> None:
+    """Check a field of a frozen dataclass, and keep it as the ``int`` that JSON can hold."""
+    object.__setattr__(config, name, whole(name, getattr(config, name), at_least, LARGEST))
+
+
+def keep_real(config: object, name: str, at_least: float | int = -math.inf, *, above: bool = False) -> None:
+    """The same of a ``float``."""
+    object.__setattr__(config, name, real(name, getattr(config, name), at_least, above=above))
 
 
 def expect_member(name: str, value: object, kind: object) -> None:

@@ -6,15 +6,16 @@ The backbone knows no vocabulary; each head's configuration composes it.
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeVar, cast
 
-from bayes_dispatch.arguments import real
+from bayes_dispatch.arguments import truth
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.model.mambaformer.backbone_config import (
     BlockKind,
     MambaFormerConfig,
     StateSpaceKind,
-    expect_integer,
     expect_member,
     expect_names,
+    keep_real,
+    keep_whole,
 )
 
 __all__ = [
@@ -70,11 +71,10 @@ class LanguageModelConfig(Composed):
     longest: int = 32_768  # attention would read more, and take the memory for them
 
     def __post_init__(self) -> None:
-        expect_integer("vocab_size", self.vocab_size, at_least=2)
-        if not isinstance(self.tie_embeddings, bool):
-            raise ConfigError(f"expected tie_embeddings to be true or false, got {self.tie_embeddings!r}")
-        real("logits_scaling", self.logits_scaling, 0, above=True)
-        expect_integer("longest", self.longest, at_least=1)
+        keep_whole(self, "vocab_size", 2)
+        object.__setattr__(self, "tie_embeddings", truth("tie_embeddings", self.tie_embeddings))
+        keep_real(self, "logits_scaling", 0, above=True)
+        keep_whole(self, "longest", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class FeatureExtractorConfig(Composed):
     pooling: PoolingKind = "mean"
 
     def __post_init__(self) -> None:
-        expect_integer("vocab_size", self.vocab_size, at_least=2)
+        keep_whole(self, "vocab_size", 2)
         expect_member("pooling", self.pooling, PoolingKind)
         _expect_alone(self.backbone)
 
@@ -104,7 +104,7 @@ class ClassifierConfig(FeatureExtractorConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        expect_integer("num_labels", self.num_labels, at_least=1)
+        keep_whole(self, "num_labels", 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,10 +125,9 @@ class Seq2SeqConfig(Composed):
     start_token_id: int = 0
 
     def __post_init__(self) -> None:
-        expect_integer("vocab_size", self.vocab_size, at_least=2)
-        expect_integer("start_token_id", self.start_token_id, at_least=0)
-        if not isinstance(self.tie_embeddings, bool):
-            raise ConfigError(f"expected tie_embeddings to be true or false, got {self.tie_embeddings!r}")
+        keep_whole(self, "vocab_size", 2)
+        keep_whole(self, "start_token_id", 0)
+        object.__setattr__(self, "tie_embeddings", truth("tie_embeddings", self.tie_embeddings))
         if self.start_token_id >= self.vocab_size:
             raise ConfigError(f"expected start_token_id in 0 … {self.vocab_size - 1}, got {self.start_token_id}")
         _expect_alone(self.encoder)

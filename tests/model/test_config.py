@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -63,6 +64,8 @@ def test_json_round_trip(
         ("positions", "learned"),
         ("attention_head_dim", 0),
         ("attention_multiplier", float("inf")),
+        ("attention_multiplier", 0.0),  # softmax would be of no order, and attention that is not causal would be NaN
+        ("attention_multiplier", -0.5),
         ("embedding_multiplier", "12"),
         ("residual_multiplier", None),
         ("norm_eps", -1e-5),
@@ -135,6 +138,19 @@ def test_settings_are_written_where_they_are_not_their_defaults() -> None:
     assert LanguageModelConfig.from_json(data) == config
     assert data.keys() - TINY.to_json().keys() == {"logits_scaling", "longest"}
     assert data["backbone"].keys() - TINY.to_json()["backbone"].keys() == {"dt_limit", "biased", "norm_eps"}
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_of_numpy_are_numbers() -> None:
+    """And kept as those that JSON can hold."""
+    one, half = np.int64(1), np.float32(0.5)
+    backbone = replace(
+        TINY.backbone, d_model=32 * one, d_ff=9 * one, residual_multiplier=half, dt_limit=(half, 2 * half)
+    )
+    config = LanguageModelConfig(backbone=backbone, vocab_size=258 * one, logits_scaling=half, tie_embeddings=np.True_)
+    assert LanguageModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
+    plain = replace(TINY.backbone, d_ff=9, residual_multiplier=0.5, dt_limit=(0.5, 1.0))
+    assert config == LanguageModelConfig(backbone=plain, vocab_size=258, logits_scaling=0.5)
 
 
 def test_names_that_an_older_file_lacks_have_their_defaults() -> None:

@@ -244,7 +244,7 @@ def test_errors_of_our_own_checks_are_translated() -> None:
         "num_key_value_heads to divide num_attention_heads 12, got 5": ("granite-350m", {"num_key_value_heads": 5}),
         "num_attention_heads to divide hidden_size 768, got": ("granite-350m", {"num_attention_heads": 7}),
         "mamba_n_groups to divide the 48 Mamba-2 heads, got 5": ("granite-350m", {"mamba_n_groups": 5}),
-        "mamba_d_conv to be an integer of at least 2, got 1": ("granite-350m", {"mamba_d_conv": 1}),
+        "mamba_d_conv to be a whole number from 2 to 2147483648, got 1": ("granite-350m", {"mamba_d_conv": 1}),
         "the upper bound of time_step_limit to be": ("granite-350m", {"time_step_limit": [0.5, 0.1]}),
         "rope_theta to be a finite number > 0": ("bamba-9b", {"rope_theta": 0}),
         "layer_norm_epsilon to be a finite number": ("codestral", {"layer_norm_epsilon": float("nan")}),

@@ -271,9 +271,9 @@ class TestConfiguration:
     @pytest.mark.parametrize(
         ("changed", "message"),
         [
-            ({"vocab_size": 1}, "vocab_size to be an integer of at least 2, got 1"),
+            ({"vocab_size": 1}, "vocab_size to be a whole number from 2 to 2147483648, got 1"),
             ({"tie_embeddings": "no"}, "tie_embeddings to be true or false, got 'no'"),
-            ({"start_token_id": -1}, "start_token_id to be an integer of at least 0, got -1"),
+            ({"start_token_id": -1}, "start_token_id to be a whole number from 0 to 2147483648, got -1"),
             ({"start_token_id": 5}, "start_token_id in 0 … 4, got 5"),
             ({"encoder": MambaFormerConfig(attention_window=3)}, "encoder without attention_window, got 3"),
             ({"encoder": MambaFormerConfig(blocks=("cross_attention",))}, "blocks of a decoder only"),
