@@ -46,16 +46,20 @@ class PoolingModel(TokenModel, Pretrained):
     def start_from(self, model: TokenModel) -> None:
         """Take the embedding, the blocks and the norm of another model, such as a pre-trained language model.
 
+        And its tokenizer, which says what the embedding is of.
+
         Raises:
-            ConfigError: its backbone or its vocabulary is another.
+            ConfigError: its vocabulary is another, or something in its backbone that decides results.
         """
-        for name in ("backbone", "vocab_size"):
-            expected, got = getattr(self, name), getattr(model, name)
-            if expected != got:
-                raise ConfigError(f"expected a model of {name} {expected}, got {got}")
+        if self.backbone.deciding() != model.backbone.deciding():
+            raise ConfigError(f"expected a model of backbone {self.backbone}, got {model.backbone}")
+        if self.vocab_size != model.vocab_size:
+            raise ConfigError(f"expected a model of vocab_size {self.vocab_size}, got {model.vocab_size}")
         self.embedding.load_state_dict(model.embedding.state_dict())
         self.blocks.load_state_dict(model.blocks.state_dict())
         self.norm.load_state_dict(model.norm.state_dict())
+        if isinstance(model, Pretrained):
+            self.tokenizer = model.tokenizer
 
     def _features(self, input_ids: Tensor, attention_mask: Tensor | None, adaptation: Adaptation | None) -> Features:
         hidden, padding = self.read(input_ids, attention_mask, None, adaptation)

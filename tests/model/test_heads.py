@@ -19,6 +19,7 @@ from bayes_dispatch.errors import BundleError, ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.heads import MambaFormerForFeatureExtraction, MambaFormerForSequenceClassification, pool
 from bayes_dispatch.model.mambaformer.config import ClassifierConfig, FeatureExtractorConfig, MambaFormerConfig
+from bayes_dispatch.model.subwords import train_subwords
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -208,6 +209,17 @@ class TestStartFrom:
             model.norm.weight.add_(1)
         assert not torch.equal(model.norm.weight, source.norm.weight)  # copies
 
+    def test_what_the_embedding_is_of(self, make_model: MakeModel, tmp_path: Path) -> None:
+        """The tokenizer is taken, too; in chunks of what size a model scans changes no result."""
+        source = make_model(MambaFormerConfig(**SMALL), dtype=torch.float64)
+        source.tokenizer = train_subwords(["abab"], 258)
+        backbone = MambaFormerConfig(**SMALL | {"chunk_size": 3})
+        model = MambaFormerForFeatureExtraction(FeatureExtractorConfig(backbone=backbone, vocab_size=258)).double()
+        model.start_from(source)
+        model.save_pretrained(tmp_path / "model")
+        again = MambaFormerForFeatureExtraction.from_pretrained(tmp_path / "model")
+        assert again.tokenizer.tokenize("abab") == source.tokenizer.tokenize("abab")
+
     def test_another_backbone_or_vocabulary(self, make_model: MakeModel) -> None:
         model = classifier(make_model)
         with pytest.raises(ConfigError, match=r"of backbone .*d_model=16.* got .*d_model=32"):
@@ -255,9 +267,9 @@ def test_bad_input_is_named(make_model: MakeModel, changed: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"num_labels": 0}, "num_labels to be an integer of at least 1, got 0"),
+        ({"num_labels": 0}, "num_labels to be a whole number from 1 to 2147483648, got 0"),
         ({"pooling": "first"}, "pooling to be one of last, mean, max, got 'first'"),
-        ({"vocab_size": 1}, "vocab_size to be an integer of at least 2, got 1"),
+        ({"vocab_size": 1}, "vocab_size to be a whole number from 2 to 2147483648, got 1"),
         ({"backbone": MambaFormerConfig(blocks=("mamba2", "cross_attention"))}, "cross_attention .* decoder only"),
     ],
 )
