@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Scales
 from bayes_dispatch.model.mambaformer.block import Block, build_mixer
@@ -195,8 +196,8 @@ class BlockStack(nn.Module):
             ConfigError: a size below 1, blocks that there are not, no bound for attention without a window, or a dtype
                 that cannot hold states.
         """
-        if batch_size < 1 or (max_length is not None and max_length < 1):
-            raise ConfigError(f"expected a batch and a length of at least 1, got {batch_size} and {max_length}")
+        batch_size = whole("batch_size", batch_size, 1)
+        max_length = None if max_length is None else whole("max_length", max_length, 1)
         blocks = range(len(self.blocks)) if blocks is None else blocks
         self._check_range(blocks)
         kinds = [self.backbone.block_kinds[index] for index in blocks]

@@ -278,9 +278,10 @@ class TestErrors:
     def test_another_batch(self, model64: "MambaFormerForCausalLM", cache: Cache) -> None:
         self.refused(model64, cache, TensorError, "batch of 2 rows for this cache, got 3", input_ids=tokens(4, 3, 2))
 
-    @pytest.mark.parametrize("size", [(0, 4), (4, 0), (-1, 3)])
-    def test_sizes(self, model64: "MambaFormerForCausalLM", size: tuple[int, int]) -> None:
-        with pytest.raises(ConfigError, match="a batch and a length of at least 1"):
+    @pytest.mark.usefixtures("unchecked")
+    @pytest.mark.parametrize("size", [(0, 4), (4, 0), (-1, 3), (2.5, 10), (2, "9")])
+    def test_sizes(self, model64: "MambaFormerForCausalLM", size: tuple[Any, Any]) -> None:
+        with pytest.raises(ConfigError, match=r"expected (batch_size|max_length) to be a whole number ≥ 1, got"):
             model64.init_cache(*size)
 
 

@@ -36,6 +36,9 @@ WRONG: list[dict[str, Any]] = [  # of a cache of three states
     {"made_by": ["", "", 3]},
     {"made_by": [["", ""], "", ""]},
     {"capacity": "20"},
+    {"capacity": 10**6},
+    {"capacity": 6},
+    {"capacity": None},
     {"first": -1},
     {"grow": 1},
     {"model": None},
@@ -146,6 +149,7 @@ def test_a_cache_that_does_not_fit_together_is_refused(make_model: MakeModel, tm
         ({}, {"format": "pt"}),
         ({"9.ssm": torch.zeros(3, 2, 2)}, {}),
         ({"read": torch.tensor([1, 2])}, {}),
+        ({"read": torch.tensor([7, 2, 21])}, {}),
         ({}, {"about": "{}"}),
         ({"0.ssm": torch.tensor(1.0)}, {}),
         *(({}, {"about": json.dumps(json.loads(header["about"]) | change)}) for change in WRONG),
@@ -342,9 +346,16 @@ def test_rows_that_are_not_there(make_model: MakeModel, indices: list[Any]) -> N
     assert cache.batch_size == 3
 
 
+@pytest.mark.usefixtures("unchecked")
 @torch.no_grad()
 def test_arguments_out_of_range(make_model: MakeModel) -> None:
     cache = ragged(build(make_model, "mamba2"))
-    for call in (lambda: cache.expand(0), lambda: cache.prune(keep=0), lambda: cache.prune(keep=2, sinks=-1)):
+    for call in (
+        lambda: cache.expand(0),
+        lambda: cache.expand(1.5),  # type: ignore[arg-type]
+        lambda: cache.prune(keep=0),
+        lambda: cache.prune(keep=2, sinks=-1),
+        lambda: cache.reserve(40.5),  # type: ignore[arg-type]
+    ):
         with pytest.raises(ConfigError, match=r"expected .* got"):
             call()

@@ -1,7 +1,9 @@
 """On another device a MambaFormer gives the CPU's numbers, and mixes no tensors of the two."""
 
+import tempfile
 from collections.abc import Callable
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bayes_dispatch.model.adaptation import Adaptation, Delta
+from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from tests.model.device import DEVICE, Remote, device, there
@@ -73,7 +76,11 @@ def caching(model: Model) -> list[Tensor | None]:
     there_ = ids(2, 12).to(model.device)
     found = [model(there_, cache=cache).logits]
     cache.prune(6, 1)
-    return [*found, model(there_[:, :1], cache=cache).logits, model(there_[:, :3], cache=cache.clone()).logits]
+    found += [model(there_[:, :1], cache=cache).logits, model(there_[:, :3], cache=cache.clone()).logits]
+    with tempfile.TemporaryDirectory() as directory:
+        cache.save(Path(directory) / "cache")
+        again = Cache.load(Path(directory) / "cache", model.device)
+    return [*found, model(there_, cache=again).logits]
 
 
 def scoring(model: Model) -> list[Tensor | None]:

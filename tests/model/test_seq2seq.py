@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.cache import Cache, CrossAttentionState
 from bayes_dispatch.model.mambaformer.mixers import Memory
@@ -186,6 +187,15 @@ class TestCacheOperations:
         copied = cache.clone()
         self.check(model, cache.expand(2), adaptation, [0, 0, 1, 1, 2, 2])
         self.check(model, copied, adaptation, [0, 1, 2])
+
+    @torch.no_grad()
+    def test_rows_that_read_other_lengths_are_not_joined(self, model: "MambaFormerForSeq2Seq") -> None:
+        cache, adaptation = self.filled(model)
+        other = model.init_cache(1, 9)
+        model(tokens(3, 1, 3), tokens(4, 1, 2), attention_mask=torch.tensor([[1, 1, 0]]), cache=other)
+        with pytest.raises(TensorError, match=r"^expected keys of shape .* in each row, got "):
+            cache.join(other)
+        self.check(model, cache, adaptation, [0, 1, 2])
 
     @pytest.mark.parametrize("n_pairs", [1, 2])
     def test_save_and_load(self, make_seq2seq: MakeSeq2Seq, n_pairs: int, tmp_path: Path) -> None:

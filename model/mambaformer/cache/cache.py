@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from bayes_dispatch.errors import BundleError, CacheFullError, ConfigError, StaleCacheError, TensorError
+from bayes_dispatch.arguments import whole
+from bayes_dispatch.errors import BundleError, CacheFullError, StaleCacheError, TensorError
 from bayes_dispatch.model.mambaformer.cache.states import AttentionState, CrossAttentionState, State
 from bayes_dispatch.model.mambaformer.cache.storage import read_states, write_states
 
@@ -164,8 +165,7 @@ class Cache:
         Raises:
             ConfigError: fewer than one copy.
         """
-        if copies < 1:
-            raise ConfigError(f"expected at least one copy of each row, got {copies}")
+        copies = whole("copies", copies, 1)
         return self.reorder(torch.arange(self.batch_size).repeat_interleave(copies))
 
     def select(self, indices: Sequence[int] | Int[Tensor, " R"]) -> "Cache":
@@ -176,7 +176,7 @@ class Cache:
         """Take in copies of the rows of another cache after one's own.
 
         Raises:
-            TensorError: it is of other blocks, or one of the two has read nothing.
+            TensorError: it is of other blocks or of inputs of another length, or one of the two has read nothing.
             StaleCacheError: of another model, or a change of one was interrupted.
         """
         other.check_model(self.model)
@@ -217,8 +217,7 @@ class Cache:
         Raises:
             ConfigError: fewer than one token kept, or a negative number of sinks.
         """
-        if keep < 1 or sinks < 0:
-            raise ConfigError(f"expected keep of at least 1 and sinks of at least 0, got {keep} and {sinks}")
+        keep, sinks = whole("keep", keep, 1), whole("sinks", sinks, 0)
         ordered = [state for state in self.states if isinstance(state, AttentionState) and state.window is None]
         held = self.lengths - self._per_row(self._dropped)
         excess = (held - keep - sinks).clamp(min=0)
@@ -240,8 +239,11 @@ class Cache:
         write_states(Path(path), self.states, lengths, about | {"made_by": self._made_by})
 
     @classmethod
-    def load(cls, path: str | Path) -> "Cache":
+    def load(cls, path: str | Path, device: str | torch.device = "cpu") -> "Cache":
         """Read what ``save`` wrote; nothing is unpickled or executed. The model is checked when the cache is used.
+
+        Args:
+            device: that of the model that goes on from it.
 
         Raises:
             BundleError: the file is missing, damaged, or no cache.
@@ -251,6 +253,7 @@ class Cache:
         try:
             cache = cls(states, about["batch_size"], about["capacity"], about["model"], about["grow"], about["first"])
             cache._made_by = [tuple(d) if isinstance(d, list) else d for d in about["made_by"]]
+            cache._read, cache._dropped = _one_number(lengths["read"]), _one_number(lengths["dropped"])
         except (KeyError, TypeError) as error:
             raise BundleError(f"expected a cache in {path}, got one without {error}") from None
         if not cache._fits_together():
@@ -258,11 +261,13 @@ class Cache:
             raise BundleError(
                 f"expected sizes and scales of {len(states)} states in the cache {path}, got {got!r:.120}"
             )
-        cache._read, cache._dropped = _one_number(lengths["read"]), _one_number(lengths["dropped"])
+        for state in states:
+            state.apply(lambda tensor: tensor.to(device))
         return cache
 
     def reserve(self, capacity: int) -> None:
         """Make room for ``capacity`` tokens of each row, where there is less."""
+        capacity = whole("capacity", capacity, 1)
         if self.capacity is None or capacity <= self.capacity:
             return
         self.begin()
@@ -335,8 +340,12 @@ class Cache:
         sizes = self.first, *(() if self.capacity is None else (self.capacity,))
         rows = [digest for digest in self._made_by if isinstance(digest, tuple)]
         others = [digest for digest in self._made_by if not isinstance(digest, tuple)]
+        held = self.lengths - self._per_row(self._dropped)
         return (
             all(type(size) is int and size >= 0 for size in sizes)
+            and all(state.has_room_for(self.capacity) for state in self.states if isinstance(state, AttentionState))
+            and int(held.min()) >= 0
+            and (self.capacity is None or int(held.max()) <= self.capacity)
             and type(self.grow) is bool
             and isinstance(self.model, str)
             and len(self._made_by) == len(self.states)
@@ -377,6 +386,8 @@ def _joined(mine: State, theirs: State, capacity: int | None) -> State:
     if own.keys() != others.keys():
         raise TensorError(f"expected states of {sorted(own)}, got {sorted(others)}")
     for name, tensor in own.items():
+        if tensor.shape[1:] != (got := others[name].shape[1:]):  # as of what encoders read of other inputs
+            raise TensorError(f"expected {name} of shape {tuple(tensor.shape[1:])} in each row, got {tuple(got)}")
         setattr(both[0], name, torch.cat([tensor, others[name]]))
     return both[0]
 

@@ -89,6 +89,11 @@ class AttentionState(State):
     def slots(self) -> int:
         return self.keys.shape[2]
 
+    def has_room_for(self, capacity: int | None) -> bool:
+        """Whether it has the slots of a cache of this capacity."""
+        bounds = [bound for bound in (self.window, capacity) if bound is not None]
+        return bool(bounds) and self.slots == min(bounds)
+
     def arrays(self) -> tuple[Array, Array]:
         """Keys and values for a compiled loop that changes them in place."""
         return self.views.of(self.keys, self.values)

@@ -64,7 +64,9 @@ def _read_state(description: dict[str, Any], index: int, tensors: dict[str, Tens
             raise ValueError(f"{name} of block {index} of {tensor.dtype}")
     settings: dict[str, Any] = {}
     if kind is AttentionState:
-        settings["window"] = description["window"]
+        settings["window"] = window = description["window"]
+        if window is not None and type(window) is not int:
+            raise ValueError(f"a window of {window!r:.80} in block {index}")
     elif kind is CrossAttentionState:
         settings["dtype"] = {str(dtype): dtype for dtype in FLOATS | {torch.int8}}[description["dtype"]]
     return kind(**own, **settings)
