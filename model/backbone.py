@@ -162,7 +162,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; special ones have none, bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids; special ones, and numbers below 0, have none, bytes that are no UTF-8 become U+FFFD."""
         ...
 
     def stream(self, context: Sequence[int]) -> "TextStream":

@@ -171,7 +171,8 @@ class SubwordTokenizer:
         return whole[: len(ids)] == ids and self.said([*before, *rest]) == self.said(before) + self.said(rest).strip()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids without special tokens; bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids without special tokens and numbers below 0; bytes that are no UTF-8 become U+FFFD."""
+        ids = [id_ for id_ in ids if id_ >= 0]  # a row that has ended may be filled with what is no token
         text = self.said(ids)
         if UNFINISHED in text:  # some decoders give up whole runs of bytes for one that is none
             stream = self.stream(())

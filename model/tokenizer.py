@@ -54,12 +54,16 @@ class ByteTokenizer:
         Raises:
             PromptError: no texts, or a text that is not UTF-8.
         """
-        if not texts:
-            raise PromptError("expected at least one text, got none")
         return self.pad([self.encode(text) for text in texts])
 
     def pad(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Right-padded ids (B, T) and their mask (B, T) for rows of ids of any lengths."""
+        """Right-padded ids (B, T) and their mask (B, T) for rows of ids of any lengths.
+
+        Raises:
+            PromptError: no rows.
+        """
+        if not len(rows):
+            raise PromptError("expected at least one text, got none")
         width = max(len(row) for row in rows)
         ids = torch.full((len(rows), width), self.pad_token_id)
         mask = torch.zeros(len(rows), width, dtype=torch.long)
@@ -71,11 +75,13 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int] | Tensor) -> str:
         """The text of the byte tokens; special tokens are left out, bytes that are no UTF-8 become U+FFFD.
 
+        Numbers below 0, such as those that fill a row that has ended, are no tokens, and left out, too.
+
         Raises:
-            TensorError: an id outside 0 … vocab_size − 1.
+            TensorError: an id above vocab_size − 1.
         """
-        values = ids.tolist() if isinstance(ids, Tensor) else list(ids)
-        if any(not 0 <= value < self.vocab_size for value in values):
+        values = [value for value in (ids.tolist() if isinstance(ids, Tensor) else ids) if value >= 0]
+        if any(value >= self.vocab_size for value in values):
             raise TensorError(f"expected ids in 0 … {self.vocab_size - 1}, got {min(values)} … {max(values)}")
         return bytes(value for value in values if value < 256).decode("utf-8", errors="replace")
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -76,6 +77,9 @@ class LanguageModel(Protocol):
         ...
 
 
+AHEAD = 64  # tokens that a cache has room for beyond its prompt; then as many as it holds, as these may end the text
+
+
 class CachedContinuation:
     """Keeps the states of a causal model, so that a step costs one token.
 
@@ -89,18 +93,23 @@ class CachedContinuation:
     ) -> None:
         self._model = model
         self._prompt = ids, tokens
-        self._capacity = ids.shape[1] + room
+        self._length, self._most = ids.shape[1], ids.shape[1] + room
         self._adaptation = adaptation
         self._scales = list(range(ids.shape[0]))  # which row of the scales each row has
         self._cache: Cache
 
     def start(self) -> Float[Tensor, "R V"]:
         ids, tokens = self._prompt
+        self._capacity = min(self._length + AHEAD, self._most)
         self._cache = self._model.init_cache(ids.shape[0], self._capacity)
         hidden, _ = self._model.read(ids, _mask(tokens, ids.shape[1]), self._cache, self._adaptation)
         return self._model.logits(_last(hidden, tokens), self._adaptation)[:, 0]
 
     def step(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
+        if self._length == self._capacity:
+            self._capacity = min(2 * self._length, self._most)
+            self._cache.reserve(self._capacity)
+        self._length += 1
         hidden = self._model.step(tokens, self._cache, self._adaptation)
         return self._model.logits(hidden[:, None], self._adaptation)[:, 0]
 
@@ -115,7 +124,7 @@ class UncachedContinuation:
     """Reads the whole of each sequence again for each token: the slow reference.
 
     Args:
-        model, ids, tokens, room, adaptation: as for ``CachedContinuation``.
+        model, ids, tokens, adaptation: as for ``CachedContinuation``. room: not used.
     """
 
     def __init__(
@@ -123,7 +132,7 @@ class UncachedContinuation:
     ) -> None:
         self._model = model
         self._adaptation = adaptation
-        self._sequence = torch.cat([ids, ids.new_zeros(ids.shape[0], room)], dim=1)
+        self._sequence = ids
         self._tokens = ids.new_full(ids.shape[:1], ids.shape[1]) if tokens is None else tokens.to(ids.device)
 
     def start(self) -> Float[Tensor, "R V"]:
@@ -133,6 +142,8 @@ class UncachedContinuation:
         return self._model.logits(_last(hidden, self._tokens), self._adaptation)[:, 0]
 
     def step(self, tokens: Int[Tensor, " R"]) -> Float[Tensor, "R V"]:
+        if int(self._tokens.max()) == self._sequence.shape[1]:
+            self._sequence = F.pad(self._sequence, (0, 1))
         self._sequence = self._sequence.scatter(1, self._tokens[:, None], tokens[:, None])
         self._tokens = self._tokens + 1
         return self.start()

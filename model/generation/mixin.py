@@ -14,6 +14,8 @@ from bayes_dispatch.model.generation.beams import beam_search
 from bayes_dispatch.model.generation.continuation import Beginning
 from bayes_dispatch.model.generation.decoding import Generated, Step, decode, decode_scored, steps
 from bayes_dispatch.model.generation.settings import GenerationOptions, GenerationSettings
+from bayes_dispatch.model.subwords import SubwordTokenizer
+from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 __all__ = ["GenerationMixin"]
 
@@ -22,6 +24,7 @@ class GenerationMixin(ABC):
     """Generation from ``begin``, which a model defines."""
 
     vocab_size: int
+    tokenizer: ByteTokenizer | SubwordTokenizer
 
     @abstractmethod
     def begin(
@@ -122,6 +125,8 @@ class GenerationMixin(ABC):
         options: GenerationOptions,
     ) -> tuple[Beginning, GenerationSettings, int | None]:
         """Everything checked."""
+        if options.get("eos_token_id") is None:
+            options = {**options, "eos_token_id": sorted(self.tokenizer.ends)}
         settings = GenerationSettings(**options)
         settings.check_vocabulary(self.vocab_size)
         seed = None if seed is None else arguments.seed(seed)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bayes_dispatch.arguments import real, whole
+from bayes_dispatch.arguments import real, truth, whole
 
 __all__ = ["Sampling", "penalise_repetition", "prompt_seeds", "row_generators", "row_seeds"]
 
@@ -37,6 +37,7 @@ class Sampling:
     min_p: float | None = None
 
     def __post_init__(self) -> None:
+        truth("do_sample", self.do_sample)
         real("temperature", self.temperature, 0, above=True)
         if self.top_k is not None:
             whole("top_k", self.top_k, 1)

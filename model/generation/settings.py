@@ -42,9 +42,10 @@ class GenerationSettings(Sampling):
         num_beams: hypotheses that are kept at each step; above 1, beam search, which is deterministic.
         length_penalty: hypotheses are ranked by their total log-probability / length ** length_penalty: 0 for totals,
             1 for means; more prefers longer ones, less than 0 shorter ones. Used by beam search.
-        eos_token_id: a row that yields it, or one of them, has ended, and is filled with the first from there on.
+        eos_token_id: a row that yields it, or one of them, has ended, and is filled with the first from there on. Where
+            it is ``None``, a model takes those of its tokenizer, which one of bytes has not; ``()`` is none.
         stop_sequences: a row has ended when its new tokens end with one of these, which stays in the output; the
-            prompt's last tokens do not count. Without ``eos_token_id``, −1 follows, which is no token.
+            prompt's last tokens do not count. Without ``eos_token_id``, −1 follows, which is no token and has no text.
         ends, stops: the last two, as tuples.
 
     Raises:

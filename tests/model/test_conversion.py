@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM, PreTrainedModel
 
-from bayes_dispatch.errors import BayesDispatchError
+from bayes_dispatch.errors import BayesDispatchError, ConfigError
 from bayes_dispatch.model.backbone import padded
 from bayes_dispatch.model.mambaformer.compiled.switch import tensors_only
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -329,10 +329,31 @@ def test_of_two_copies_the_one_that_is_meant_is_read(tmp_path: Path) -> None:
     torch.testing.assert_close(read, model.embedding.weight + 1)
 
 
+def test_one_of_ours_is_none_of_theirs(make_model: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^expected a model of the transformers library, got a MambaFormer\w+$"):
+        MambaFormerForCausalLM.from_transformers(make_model())
+
+
 def test_pad_of_no_id_is_none(tmp_path: Path) -> None:
     directory = saved("llama", tmp_path)
     changed(pad_token_id=-1)(directory)
     assert MambaFormerForCausalLM.from_transformers(directory).tokenizer.pad_token_id == 0
+
+
+def test_a_text_ends_where_its_checkpoint_says(tmp_path: Path) -> None:
+    """Unless told otherwise; generation stops as that of transformers does."""
+    directory, ids = saved("llama", tmp_path), tokens(1, 5)
+    written = MambaFormerForCausalLM.from_transformers(directory).generate(ids, max_new_tokens=8, eos_token_id=())[0]
+    end = next(token for token in written.tolist()[1:] if token != written[0])
+    stop = written.tolist().index(end) + 1
+    assert 1 < stop < 8
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    ours = MambaFormerForCausalLM.from_transformers(directory)
+    theirs = LlamaForCausalLM.from_pretrained(directory)
+    expected = theirs.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)[0, 5:]
+    assert ours.generate(ids, max_new_tokens=8)[0].tolist() == expected.tolist() == written[:stop].tolist()
+    assert len(list(ours.stream(ids, max_new_tokens=8))) == stop
+    assert torch.equal(ours.generate(ids, max_new_tokens=8, eos_token_id=())[0], written)
 
 
 def test_numbers_that_a_narrower_dtype_has_not_are_refused() -> None:

@@ -119,6 +119,26 @@ def test_padding_counts_as_no_token(generator: "MambaFormerForCausalLM") -> None
         assert torch.equal(generator.generate(torch.where(mask.bool(), ids, token), **given), expected)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_memory_is_for_what_is_written(generator: "MambaFormerForCausalLM", use_cache: bool, beams: int) -> None:
+    """Not for all that may be."""
+    ids, mask = padded("left")
+    given = {"attention_mask": mask, "use_cache": use_cache, "num_beams": beams, "eos_token_id": range(258)}
+    assert generator.generate(ids, max_new_tokens=10**12, **given).shape == (3, 1)
+
+
+@fast
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_long_text_is_the_same_without_a_cache(generator: "MambaFormerForCausalLM", beams: int) -> None:
+    """Longer than a cache has room for at first, and more than twice."""
+    ids, mask = padded("left")
+    given = {"attention_mask": mask, "max_new_tokens": 160, "num_beams": beams, "repetition_penalty": 1.5}
+    cached = generator.generate(ids, **given)
+    assert len(cached.unique()) > 50
+    assert torch.equal(cached, generator.generate(ids, use_cache=False, **given))
+
+
 # Stop sequences
 
 
@@ -162,6 +182,7 @@ def test_what_fills_a_row_that_has_ended(generator: "MambaFormerForCausalLM") ->
         result = generator.generate(ids, attention_mask=mask, max_new_tokens=6, stop_sequences=[stop], **options)
         assert result.shape == (3, 6)
         assert result[0].tolist() == [*stop, *[fill] * 3]
+        assert fill != -1 or generator.tokenizer.decode(result[0]) == generator.tokenizer.decode(stop)
 
 
 # Errors
@@ -172,6 +193,7 @@ def test_what_fills_a_row_that_has_ended(generator: "MambaFormerForCausalLM") ->
     [
         ({"max_new_tokens": 0}, ConfigError, "max_new_tokens to be a whole number ≥ 1, got 0"),
         ({"max_new_tokens": 1.5}, ConfigError, "max_new_tokens to be a whole number ≥ 1, got 1.5"),
+        ({"do_sample": "no"}, ConfigError, "do_sample to be true or false, got 'no'"),
         ({"temperature": 0.0}, ConfigError, "temperature to be a finite number > 0, got 0.0"),
         ({"temperature": float("nan")}, ConfigError, "temperature to be a finite number > 0, got nan"),
         ({"top_k": 0}, ConfigError, "top_k to be a whole number ≥ 1, got 0"),

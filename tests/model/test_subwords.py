@@ -176,6 +176,7 @@ def test_what_may_continue_a_text_has_tokens_and_no_special_ones_but_ends(tokeni
     assert not tokenizer.continues[len(tokenizer.inner) :].any()
     assert tokenizer.continues[3:200].all()
     assert tokenizer.decode([1, 2]) == ""
+    assert tokenizer.decode([*tokenizer.tokenize("ab", begin=False).ids, -1, -1]) == "ab"  # as of a row that has ended
 
 
 def test_text_that_is_no_utf8_is_refused(tokenizer: SubwordTokenizer) -> None:

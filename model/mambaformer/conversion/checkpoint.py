@@ -53,7 +53,7 @@ def read_checkpoint(
     with ExitStack() as stack:
         if isinstance(source, nn.Module):
             where = f"a {type(source).__name__}"
-            if not hasattr(source, "config"):
+            if not hasattr(getattr(source, "config", None), "to_dict"):
                 raise ConfigError(f"expected a model of the transformers library, got {where}")
             data, theirs = cast(Any, source).config.to_dict(), _of_module(source)
         else:
