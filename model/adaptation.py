@@ -215,6 +215,18 @@ class Adaptation:
         }
         return Adaptation({name: z.detach() for name, z in self.scales.items()}, deltas)
 
+    def to(self, device: torch.device) -> "Adaptation":
+        """The same on a device: what is used again and again is moved there once. Itself, where all of it is there."""
+        own = [*cast(Tensors, self.scales).own.values(), *(each for delta in self.deltas.values() for each in delta)]
+        if all(each.device == device for each in own):
+            return self
+        with torch.inference_mode(False):  # what is moved stays, and is known
+            scales = {name: z.to(device) for name, z in cast(Tensors, self.scales).own.items()}
+            moved = Adaptation(scales, {n: Delta(*(e.to(device) for e in delta)) for n, delta in self.deltas.items()})
+        for name, factor in moved._factors.items():  # hashed once, on whatever device they are
+            factor.digest = self._factors[name].digest
+        return moved
+
     def part(self, name: str) -> "Adaptation":
         """What it does to the matrices in one part of a model, ``name.…``, under their names within it."""
         return self._parts.get(name, _IDENTITY)

@@ -325,5 +325,5 @@ class MambaFormer(BlockStack):
         self.check_states(x)
         adaptation = adaptation or Adaptation.identity()
         self._check_adaptation(adaptation, x.shape[0])
-        padding = check_padding(attention_mask, (x.shape[0], x.shape[1]), at_least=1 if cache is None else 0)
+        padding = check_padding(attention_mask, x, at_least=1 if cache is None else 0)
         return padding.restore(self._run(padding.to_right(x), padding, cache, adaptation))

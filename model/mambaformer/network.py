@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, block_of
@@ -19,7 +18,7 @@ from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
 from bayes_dispatch.model.mambaformer.padding import check_padding
 from bayes_dispatch.model.mambaformer.pretrained import Pretrained
 from bayes_dispatch.model.mambaformer.products import Head
-from bayes_dispatch.model.mambaformer.session import MambaFormerSession
+from bayes_dispatch.model.mambaformer.session import MambaFormerSession, said_after
 from bayes_dispatch.model.mambaformer.svd.embedding import EMBEDDING
 from bayes_dispatch.model.mambaformer.token_model import TokenModel, check_ids
 from bayes_dispatch.model.subwords import SubwordTokenizer
@@ -116,7 +115,7 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
             adaptation: scales for some matrices; the stored weights where ``None``.
 
         Raises:
-            TensorError: ids or mask of the wrong shape, dtype or range, or a mask with holes.
+            TensorError: ids or mask of the wrong shape, dtype, range or device, or a mask with holes.
             CacheFullError: the cache has no room. StaleCacheError: the cache is another model's or adaptation's.
         """
         hidden, _ = self.read(input_ids, attention_mask, cache, adaptation)
@@ -153,7 +152,7 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         else:
             if adaptation.of(EMBEDDING) is not None:
                 raise TensorError(f"expected tokens, whose embedding is adapted, got {x.dtype} of {tuple(x.shape)}")
-            padding = check_padding(attention_mask, (x.shape[0], x.shape[1]), at_least=1 if cache is None else 0)
+            padding = check_padding(attention_mask, x, at_least=1 if cache is None else 0)
             x = padding.to_right(x)
         return padding.restore(self._run(x, padding, cache, adaptation, stretch=stretch))
 
@@ -182,7 +181,7 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
             raise ConfigError(f"expected the first or the last of {self.depth} blocks, got {chosen}")
         self._check_adaptation(adaptation, rows)
         _check_above(adaptation, chosen.start if chosen.stop == self.depth else chosen.stop)
-        return MambaFormerSession(self, cache, adaptation, chosen, self.depth)
+        return MambaFormerSession(self, cache, adaptation.to(self.device), chosen, self.depth)
 
     def score(
         self, ids: Int[Tensor, "R T"], tokens: Int[Tensor, " R"] | None = None, adaptation: Adaptation | None = None
@@ -191,9 +190,9 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         ids = ids.to(self.device, torch.long)
         places = torch.arange(ids.shape[1], device=ids.device)
         mask = None if tokens is None else (places < tokens.to(ids.device)[:, None]).long()
-        logits = self(ids, attention_mask=mask, adaptation=adaptation).logits[:, :-1]
-        said = -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-        return torch.cat([said.new_full((len(ids), 1), torch.nan), said], 1)
+        hidden, _ = self.read(ids, mask, None, adaptation)
+        said = said_after(hidden, ids, self.vocab_size, lambda part: self.logits(part, adaptation).log_softmax(-1))
+        return torch.cat([hidden.new_full((len(ids), 1), torch.nan), *said], 1)
 
     def cut(self, matrices: Iterable[str]) -> int:
         """How many blocks can run once for all adaptations of these matrices."""
@@ -223,14 +222,15 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         adaptation = adaptation or Adaptation.identity()
         check_ids(input_ids, self.vocab_size)
         self._check_adaptation(adaptation, input_ids.shape[0])
-        padding = check_padding(attention_mask, (input_ids.shape[0], input_ids.shape[1]), at_least=1)
+        padding = check_padding(attention_mask, input_ids, at_least=1)
         ids = padding.to_right(input_ids.long())
         if padding.tokens is not None:
             ids = ids[:, : int(padding.tokens.max())]
         lengths = [ids.shape[1]] * ids.shape[0] if padding.tokens is None else padding.tokens.tolist()
         content = [row[:n].numpy().tobytes() for row, n in zip(ids.cpu(), lengths, strict=True)]
         kind = CachedContinuation if use_cache else UncachedContinuation
-        return Beginning(kind(self, ids, padding.tokens, max_new_tokens - 1, adaptation), content, ids, padding.tokens)
+        continuation = kind(self, ids, padding.tokens, max_new_tokens - 1, adaptation.to(self.device))
+        return Beginning(continuation, content, ids, padding.tokens)
 
 
 def _check_above(adaptation: Adaptation, block: int) -> None:

@@ -37,20 +37,30 @@ class Padding:
         return self.restore(torch.arange(length, device=self.tokens.device) < self.tokens[:, None])
 
 
-def check_padding(mask: Tensor | None, shape: tuple[int, int], at_least: int) -> Padding:
+def check_padding(mask: Tensor | None, of: Tensor, at_least: int) -> Padding:
     """Read an attention mask: 1 for tokens, 0 for padding at the ends of each row.
 
     Args:
-        mask: (B, T), or ``None`` where all tokens are real. shape: (B, T). at_least: tokens that each row must have.
+        mask: (B, T), or ``None`` where all tokens are real. of: the batch (B, T) or (B, T, D) that it is of.
+        at_least: tokens that each row must have.
 
     Raises:
-        TensorError: a mask of another shape, with holes, or a row of too few tokens.
+        TensorError: a mask of another shape, on another device, of other numbers than 0 and 1, with holes, or a row of
+            too few tokens.
     """
     if mask is None:
         return Padding()
+    shape = (of.shape[0], of.shape[1])
     if tuple(mask.shape) != shape:
         raise TensorError(f"expected an attention_mask of shape {shape}, got {tuple(mask.shape)}")
+    if mask.device != of.device:
+        raise TensorError(f"expected an attention_mask on {of.device}, as what it is of, got one on {mask.device}")
+    if mask.is_floating_point() or mask.is_complex():  # such as one that is added to products: there 0 is for tokens
+        raise TensorError(f"expected an attention_mask of truth values or whole numbers, got {mask.dtype}")
     real = mask.bool()
+    if not bool((mask == real).all()):
+        low, high = (int(bound) for bound in mask.aminmax())
+        raise TensorError(f"expected an attention_mask of zeros and ones, got {low} … {high}")
     if bool(real.all()):
         return Padding()
     tokens = real.sum(1)

@@ -1,6 +1,6 @@
 """Rows that a MambaFormer reads on: see ``model.backbone.Session``."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Protocol, runtime_checkable
 
@@ -14,7 +14,7 @@ from bayes_dispatch.model.backbone import Read, Session, check_rows, check_token
 from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.token_model import check_ids
 
-__all__ = ["MambaFormerSession"]
+__all__ = ["MambaFormerSession", "said_after"]
 
 LOGITS_AT_ONCE = 2**12 * 258  # numbers: 4 MiB, which stay in the processor's caches
 ROWS_AT_ONCE = 64  # of logits, however many numbers they have: fewer would read a large head from memory too often
@@ -169,11 +169,23 @@ class MambaFormerSession:
         )
 
     def _own(self, ids: Tensor, hidden: Tensor) -> Float[Tensor, "R T"]:
-        rows, width = ids.shape
-        first = hidden.new_full((rows, 1), torch.nan) if self._before is None else self._before.gather(1, ids[:, :1])
-        at_once = max(LOGITS_AT_ONCE // self._model.vocab_size, ROWS_AT_ONCE)
-        said, step = [first], max(1, at_once // rows)
-        for start in range(0, width - 1, step):
-            stop = min(start + step, width - 1)
-            said.append(self.after(hidden[:, start:stop]).gather(2, ids[:, start + 1 : stop + 1, None])[..., 0])
-        return torch.cat(said, 1)
+        nan = hidden.new_full((len(ids), 1), torch.nan)
+        first = nan if self._before is None else self._before.gather(1, ids[:, :1])
+        return torch.cat([first, *said_after(hidden, ids, self._model.vocab_size, self.after)], 1)
+
+
+def said_after(
+    hidden: Float[Tensor, "R T D"], ids: Int[Tensor, "R T"], vocab_size: int, after: Callable[[Tensor], Tensor]
+) -> list[Float[Tensor, "R _"]]:
+    """Log-probabilities of all tokens but the first, piece by piece: of all at once they would be of much memory.
+
+    Args:
+        hidden: states at each token. after: gives log-probabilities (R, t, V) of what follows some of them.
+    """
+    rows, width = ids.shape
+    step = max(1, max(LOGITS_AT_ONCE // vocab_size, ROWS_AT_ONCE) // rows)
+    said = []
+    for start in range(0, width - 1, step):
+        stop = min(start + step, width - 1)
+        said.append(after(hidden[:, start:stop]).gather(2, ids[:, start + 1 : stop + 1, None])[..., 0])
+    return said

@@ -65,8 +65,7 @@ class TokenModel(BlockStack):
     ) -> tuple[Float[Tensor, "B T D"], Padding]:
         """Embeddings of tokens, which are checked, right-padded; the caller has checked the scales."""
         check_ids(input_ids, self.vocab_size)
-        shape = (input_ids.shape[0], input_ids.shape[1])
-        padding = check_padding(attention_mask, shape, at_least=1 if cache is None else 0)
+        padding = check_padding(attention_mask, input_ids, at_least=1 if cache is None else 0)
         return self.embedding(padding.to_right(input_ids.long()), adaptation.of(EMBEDDING), self.dtype), padding
 
     def step(self, tokens: Int[Tensor, " B"], cache: Cache, adaptation: Adaptation) -> Float[Tensor, "B D"]:

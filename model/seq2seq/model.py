@@ -114,7 +114,7 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         check_ids(decoder_input_ids, self.vocab_size)
         rows, length = decoder_input_ids.shape
         self._check_adaptation(adaptation, rows)
-        padding = check_padding(decoder_attention_mask, (rows, length), at_least=1 if cache is None else 0)
+        padding = check_padding(decoder_attention_mask, decoder_input_ids, at_least=1 if cache is None else 0)
         if cache is not None:
             cache.check_model(self._maker(glance=length == 1))
             cache.check_room(rows, length if padding.tokens is None else padding.tokens)
@@ -170,7 +170,7 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         from padding on either side, fits the decoder's input, too.
         """
         check_ids(target_ids, self.vocab_size)
-        padding = check_padding(attention_mask, (target_ids.shape[0], target_ids.shape[1]), at_least=1)
+        padding = check_padding(attention_mask, target_ids, at_least=1)
         targets = padding.to_right(target_ids)
         start = torch.full_like(targets[:, :1], self.config.start_token_id)
         return padding.restore(torch.cat([start, targets[:, :-1]], dim=1))
@@ -203,6 +203,7 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         given = self._check_input(input_ids, attention_mask, None)
         batch = input_ids.shape[0]
         self._check_adaptation(adaptation, batch)
+        adaptation = adaptation.to(self.embedding.weight.device)
         start = given.ids.new_full((batch, 1), self.config.start_token_id, dtype=torch.long)
         decoder = ConditionedDecoder(
             lambda: self._encode(given, adaptation, None), self._decode, self.logits, self.init_cache
@@ -262,7 +263,7 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         check_ids(input_ids, self.vocab_size)
         if rows not in (None, input_ids.shape[0]):
             raise TensorError(f"expected input_ids of {rows} rows, as in decoder_input_ids, got {input_ids.shape[0]}")
-        return Input(input_ids, check_padding(attention_mask, (input_ids.shape[0], input_ids.shape[1]), at_least=1))
+        return Input(input_ids, check_padding(attention_mask, input_ids, at_least=1))
 
     def _check_filled(
         self, state: CrossAttentionState, given: Input | None, memory: Memory | None, expected: Tensor

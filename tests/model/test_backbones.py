@@ -20,7 +20,6 @@ from bayes_dispatch.model.adaptation import Adaptation, Delta
 from bayes_dispatch.model.backbone import Backbone, Read, Session, Tokenizer
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
-from bayes_dispatch.model.mambaformer.session import MambaFormerSession
 from bayes_dispatch.model.subwords import train_subwords
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 from tests.tiny import KINDS, tiny_backbone, tiny_converted
@@ -166,18 +165,22 @@ def test_no_more_log_probabilities_of_own_tokens_than_may_be_are_there_at_once(m
     """Of a MambaFormer with a vocabulary much larger than bytes."""
     vocabulary = 2000
     model = MambaFormerForCausalLM(LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=vocabulary)).eval()
-    numbers, after = list[int](), MambaFormerSession.after
+    numbers, logits = list[int](), model.logits
 
-    def counted(self: MambaFormerSession, hidden: Tensor) -> Tensor:
-        found = after(self, hidden)
+    def counted(hidden: Tensor, adaptation: Adaptation | None = None) -> Tensor:
+        found = logits(hidden, adaptation)
         numbers.append(found.numel())
         return found
 
-    monkeypatch.setattr(MambaFormerSession, "after", counted)
+    monkeypatch.setattr(model, "logits", counted)
     monkeypatch.setattr("bayes_dispatch.model.mambaformer.session.LOGITS_AT_ONCE", 3 * 2 * vocabulary)
     monkeypatch.setattr("bayes_dispatch.model.mambaformer.session.ROWS_AT_ONCE", 1)
-    model.open(2, 40).read(torch.randint(258, (2, 40), generator=torch.Generator().manual_seed(0)), own=True)
+    ids = torch.randint(258, (2, 40), generator=torch.Generator().manual_seed(0))
+    model.open(2, 40).read(ids, own=True)
     assert (max(numbers), sum(numbers)) == (3 * 2 * vocabulary, 40 * 2 * vocabulary)
+    numbers.clear()
+    model.score(ids)
+    assert (max(numbers), sum(numbers)) == (3 * 2 * vocabulary, 39 * 2 * vocabulary)
 
 
 @pytest.mark.parametrize("kind", KINDS, indirect=True)  # test_svd_linear.py merges those of a MambaFormer

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayes_dispatch.model.adaptation import Adaptation, Delta
 from bayes_dispatch.model.mambaformer.cache import Cache
@@ -112,6 +113,35 @@ def test_numbers_are_the_cpus(pair: tuple[Model, Model], work: Callable[[Model],
         if own is not None and other is not None:
             held = own.held if isinstance(own, Remote) else own
             torch.testing.assert_close(held, other, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+class Uploads(TorchDispatchMode):
+    """Shapes of numbers that go to the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        goes = func is torch.ops.aten._to_copy.default and kwargs.get("device") == DEVICE
+        if goes and not isinstance(args[0], Remote) and args[0].is_floating_point():
+            self.shapes.append(tuple(args[0].shape))
+        return func(*args, **kwargs)
+
+
+def test_an_adaptation_goes_to_the_device_once(pair: tuple[Model, Model]) -> None:
+    """Not with each token; its digest is that of the one on the CPU."""
+    _, away = pair
+    adaptation = adapted(away, 2)
+    with torch.no_grad(), device(), Uploads() as uploads:
+        session = away.open(2, 20, adaptation)
+        assert len(uploads.shapes) == len(adaptation.scales) + 3 * len(adaptation.deltas)
+        uploads.shapes.clear()
+        for width in (3, 1, 1):
+            session.read(ids(2, width))
+        assert uploads.shapes == []
+        assert adaptation.to(DEVICE).digest() == adaptation.digest()
 
 
 def test_tensors_of_both_devices_are_refused() -> None:

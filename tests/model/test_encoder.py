@@ -64,8 +64,8 @@ def test_every_token_sees_every_other(make_seq2seq: MakeSeq2Seq, blocks: Any, pa
     encoder = make_seq2seq(blocks=blocks).encoder
 
     mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 0, 0], [1] * 9]) if padded else None
-    padding = check_padding(mask, (2, 9), at_least=1)
     x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+    padding = check_padding(mask, x, at_least=1)
     hidden, _ = encoder(x, padding, Adaptation.identity())
     for b in range(2):
         real = torch.ones(9).bool() if mask is None else mask[b].bool()
