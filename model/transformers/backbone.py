@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from bayes_dispatch.errors import CacheFullError, ConfigError, TensorError
+from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of, rows_of_ones
 from bayes_dispatch.model.mambaformer.fingerprint import Fingerprint
 from bayes_dispatch.model.mambaformer.token_model import check_ids
@@ -135,7 +135,7 @@ class TransformersBackbone:
     @property
     def longest(self) -> int | None:
         """Tokens that it was made for; ``None`` where there is no bound."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return self.parts.longest
 
     def fingerprint(self) -> str:
         """A hash of all weights in float32: equal for equal weights only.
@@ -190,7 +190,7 @@ class TransformersBackbone:
     ) -> TransformersSession:
         """See ``Backbone``."""
         chosen = range(self.depth) if blocks is None else blocks
-        self._check_length(capacity)
+        self.parts.check_length(capacity)
         if rows < 1 or not chosen or chosen.step != 1 or chosen.start < 0 or chosen.stop > self.depth:
             raise ConfigError(f"expected some rows and some of {self.depth} blocks, got {rows} rows and {chosen}")
         if chosen != range(self.depth) and not self.cuts:
@@ -202,7 +202,7 @@ class TransformersBackbone:
     ) -> Float[Tensor, "R T"]:
         """See ``Backbone``."""
         check_ids(ids, self.vocab_size)
-        self._check_length(ids.shape[1])
+        self.parts.check_length(ids.shape[1])
         ids = ids.to(self.device, torch.long)
         mask = (
             None if tokens is None else torch.arange(ids.shape[1], device=self.device) < tokens.to(self.device)[:, None]
@@ -295,10 +295,6 @@ class TransformersBackbone:
             left, values, right = (each.to(self.dtype).contiguous() for each in factors)
             self._factors[name] = key, (left, values, right)
         return self._factors[name][1]
-
-    def _check_length(self, tokens: int) -> None:
-        if self.longest is not None and tokens > self.longest:
-            raise CacheFullError(f"expected at most {self.longest} tokens, as the model can read, got {tokens}")
 
     def _probe_calls(self) -> list[str]:
         """Matrices that the model multiplies by calling their module once a token: those that a delta reaches."""

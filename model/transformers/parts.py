@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import CacheFullError, ConfigError
 from bayes_dispatch.model.adaptation import Delta
 from bayes_dispatch.model.mambaformer.products import times
 
@@ -104,6 +104,16 @@ class ModelParts:
     def config(self) -> Any:
         """The model's."""
         return self._model.config
+
+    @property
+    def longest(self) -> int | None:
+        """Tokens that it was made for; ``None`` where there is no bound."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+    def check_length(self, tokens: int) -> None:
+        """Raise ``CacheFullError`` for more tokens of a row than it was made for: some fail there, others read on."""
+        if self.longest is not None and tokens > self.longest:
+            raise CacheFullError(f"expected at most {self.longest} tokens, as the model can read, got {tokens}")
 
     @property
     def device(self) -> torch.device:

@@ -230,6 +230,10 @@ class TransformersSession:
             raise TensorError(f"expected hidden states (R, T, D) for tokens of shape {tuple(ids.shape)}, got {got}")
         if self._read + ids.shape[1] > self.capacity:
             raise CacheFullError(f"expected at most {self.capacity} tokens, got {self._read + ids.shape[1]}")
+        # slots may be more, after ``reserve``, and in rows that are padded so as to end with longer ones
+        if self._parts.longest is not None and self._read + ids.shape[1] > self._parts.longest:
+            new = ids.shape[1] if tokens is None else tokens.to(self._pads.device)
+            self._parts.check_length(int((self.lengths + new).max()))
 
     def _whole(self) -> None:
         if self._changing:

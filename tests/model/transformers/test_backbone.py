@@ -320,6 +320,31 @@ def test_scales_near_one_are_told_from_one_in_half_precision() -> None:
     torch.testing.assert_close(delta.c, (backbone.factors(name)[1] * 0.001).to(delta.c.dtype), rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@torch.no_grad()
+def test_no_row_reads_more_than_the_model_can(kind: str) -> None:
+    """Whatever was reserved, and however it was joined; a shorter row beside it may read on."""
+    backbone = tiny_backbone(kind)
+    backbone.model.config.max_position_embeddings = 16
+    ids, long, short = torch.arange(3, 19)[None], backbone.open(1, 10), backbone.open(1, 16)
+    long.read(ids[:, :9])
+    long.reserve(40)
+    for _ in range(2):
+        with pytest.raises(CacheFullError, match="at most 16 tokens, as the model can read, got 17"):
+            long.read(ids[:, :8])
+    long.read(ids[:, :6])
+    short.read(ids[:, :3])
+    long.join(short)
+    long.read(ids[:, :1].expand(2, -1))
+    assert long.lengths.tolist() == [16, 4]
+    with pytest.raises(CacheFullError, match="as the model can read, got 17"):
+        long.read(ids[:, :1].expand(2, -1))
+    other = long.select([1])
+    alone = torch.cat([ids[:, :3], ids[:, :1], ids[:, :10]], 1)
+    expected = backbone.open(1, 16).read(alone).after
+    torch.testing.assert_close(other.read(ids[:, :10]).after, expected)
+
+
 def test_more_than_the_model_can_read_is_refused() -> None:
     backbone = tiny_backbone()
     for read in (lambda: backbone.open(1, 513), lambda: backbone.score(torch.ones(1, 513, dtype=torch.long))):
