@@ -39,7 +39,8 @@ def digest(document: Mapping[str, Any], parts: Iterable[bytes] = ()) -> str:
     """SHA-256 of what JSON holds and of further bytes, which may be made one part at a time."""
     found = hashlib.sha256(json.dumps(document, sort_keys=True).encode())
     for part in parts:
-        found.update(b"\0" + part)
+        found.update(b"\0")
+        found.update(part)
     return found.hexdigest()
 
 

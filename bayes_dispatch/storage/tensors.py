@@ -79,7 +79,7 @@ def tensors_as_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     described, end = _header(data)
     header = json.dumps(described, sort_keys=True, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header + data[end:]
+    return b"".join((len(header).to_bytes(8, "little"), header, memoryview(data)[end:]))
 
 
 def _header(data: bytes) -> tuple[dict[str, Any], int]:
@@ -92,8 +92,12 @@ def _of_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> s
     return digest(
         metadata,
         (
-            f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode()
-            + tensor.detach().cpu().reshape(-1, 1).contiguous().view(torch.uint8).numpy().tobytes()
+            b"".join(
+                (
+                    f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode(),
+                    tensor.detach().cpu().reshape(-1, 1).contiguous().view(torch.uint8).numpy().data,
+                )
+            )
             for name, tensor in sorted(tensors.items())
         ),
     )

@@ -45,6 +45,7 @@ from bayes_dispatch.storage import (
     read_tensors,
     save_directory,
     saved_at,
+    tensors_as_bytes,
     write_directory,
     write_json,
     write_output,
@@ -491,6 +492,17 @@ def test_tensors_are_hashed_one_at_a_time(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 2.5 * count * size  # the file, its tensors, and few of them once more
+
+
+def test_a_file_of_tensors_is_made_with_no_more_copies_than_its_library_makes() -> None:
+    tensors = {f"t{n}": torch.full((2**14,), float(n)) for n in range(16)}
+    tracemalloc.start()
+    try:
+        size = len(tensors_as_bytes(tensors, {}))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.5 * size
 
 
 @pytest.mark.parametrize(
