@@ -85,11 +85,11 @@ class CachedContinuation:
 
     Args:
         model: the language model. ids: (R, T) prompts, right-padded. tokens: real tokens of each row, (R,); ``None``
-            where all T are. room: tokens that ``step`` may append. adaptation: shared or per-row scales.
+            where all T are. adaptation: shared or per-row scales. room: tokens that ``step`` may append.
     """
 
     def __init__(
-        self, model: LanguageModel, ids: Tensor, tokens: Tensor | None, room: int, adaptation: Adaptation
+        self, model: LanguageModel, ids: Tensor, tokens: Tensor | None, adaptation: Adaptation, room: int
     ) -> None:
         self._model = model
         self._prompt = ids, tokens
@@ -124,12 +124,10 @@ class UncachedContinuation:
     """Reads the whole of each sequence again for each token: the slow reference.
 
     Args:
-        model, ids, tokens, adaptation: as for ``CachedContinuation``. room: not used.
+        model, ids, tokens, adaptation: as for ``CachedContinuation``.
     """
 
-    def __init__(
-        self, model: LanguageModel, ids: Tensor, tokens: Tensor | None, room: int, adaptation: Adaptation
-    ) -> None:
+    def __init__(self, model: LanguageModel, ids: Tensor, tokens: Tensor | None, adaptation: Adaptation) -> None:
         self._model = model
         self._adaptation = adaptation
         self._sequence = ids

@@ -228,8 +228,8 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
             ids = ids[:, : int(padding.tokens.max())]
         lengths = [ids.shape[1]] * ids.shape[0] if padding.tokens is None else padding.tokens.tolist()
         content = [row[:n].numpy().tobytes() for row, n in zip(ids.cpu(), lengths, strict=True)]
-        kind = CachedContinuation if use_cache else UncachedContinuation
-        continuation = kind(self, ids, padding.tokens, max_new_tokens - 1, adaptation.to(self.device))
+        own = self, ids, padding.tokens, adaptation.to(self.device)
+        continuation = CachedContinuation(*own, max_new_tokens - 1) if use_cache else UncachedContinuation(*own)
         return Beginning(continuation, content, ids, padding.tokens)
 
 

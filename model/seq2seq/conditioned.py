@@ -61,10 +61,8 @@ class ConditionedDecoder:
 class UncachedConditioned(UncachedContinuation):
     """``UncachedContinuation`` of a ``ConditionedDecoder``: the input is read once, and each output again and again."""
 
-    def __init__(
-        self, model: ConditionedDecoder, ids: Tensor, tokens: Tensor | None, room: int, adaptation: Adaptation
-    ) -> None:
-        super().__init__(model, ids, tokens, room, adaptation)
+    def __init__(self, model: ConditionedDecoder, ids: Tensor, tokens: Tensor | None, adaptation: Adaptation) -> None:
+        super().__init__(model, ids, tokens, adaptation)
         self._decoder = model
 
     def reorder(self, rows: Sequence[int]) -> None:

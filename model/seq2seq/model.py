@@ -208,8 +208,8 @@ class MambaFormerForSeq2Seq(Pretrained, GenerationMixin):
         decoder = ConditionedDecoder(
             lambda: self._encode(given, adaptation, None), self._decode, self.logits, self.init_cache
         )
-        kind = CachedContinuation if use_cache else UncachedConditioned
-        continuation = kind(decoder, start, None, max_new_tokens - 1, adaptation.part("decoder"))
+        own = decoder, start, None, adaptation.part("decoder")
+        continuation = CachedContinuation(*own, max_new_tokens - 1) if use_cache else UncachedConditioned(*own)
         return Beginning(continuation, given.contents(), start)
 
     def _encode(self, given: Input, adaptation: Adaptation, source: Tensor | None) -> Memory:

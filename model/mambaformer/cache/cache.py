@@ -267,7 +267,7 @@ class Cache:
 
     def reserve(self, capacity: int) -> None:
         """Make room for ``capacity`` tokens of each row, where there is less."""
-        capacity = whole("capacity", capacity, 1)
+        capacity = whole("capacity", capacity, 0)
         if self.capacity is None or capacity <= self.capacity:
             return
         self.begin()

@@ -65,7 +65,7 @@ def _read_state(description: dict[str, Any], index: int, tensors: dict[str, Tens
     settings: dict[str, Any] = {}
     if kind is AttentionState:
         settings["window"] = window = description["window"]
-        if window is not None and type(window) is not int:
+        if window is not None and (type(window) is not int or window < 1):
             raise ValueError(f"a window of {window!r:.80} in block {index}")
     elif kind is CrossAttentionState:
         settings["dtype"] = {str(dtype): dtype for dtype in FLOATS | {torch.int8}}[description["dtype"]]
