@@ -344,6 +344,7 @@ class Dispatcher:
         Raises:
             NotFittedError: before ``fit``.
             TensorError, ConfigError: labels outside 0 … K, or a forgetting outside (0, 1].
+            BundleError, OSError: the file of :meth:`keep_prior` cannot be read or written; the prior is as before.
         """
         likelihoods = label_likelihood(as_numbers(labels, "labels", None), len(self._components))
         return self._serving_prior.take_in(likelihoods, forgetting)
@@ -375,6 +376,7 @@ class Dispatcher:
             ConfigError: an unknown expert, or a number outside its range.
             TensorError, EvidenceError: rewards or evidence of other prompts than were served, or weights off the
                 simplex.
+            BundleError, OSError: as :meth:`update`.
         """
         names = self._components
         experts = [served] if isinstance(served, str) else several("served", served)
@@ -395,7 +397,7 @@ class Dispatcher:
         return self._serving_prior.take_in(likelihoods, forgetting)
 
     def keep_prior(self, path: str | Path) -> PriorState:
-        """Keep the prior in a file from now on, written whole after every event or batch of events; no crash loses it.
+        """Keep the prior in a file from now on, replaced at once after every event or batch of them: no crash loses it.
 
         Several processes may keep theirs in one file: each of their events is added to what the file has by then.
 
@@ -407,7 +409,9 @@ class Dispatcher:
 
         Raises:
             NotFittedError: before ``fit``.
-            BundleError: the file is of another dispatcher, truncated, edited, or no such file.
+            BundleError: the file is of another dispatcher, truncated, edited, or no such file; or it could only be
+                overwritten where it is: it is somebody else's, or its directory takes no new files.
+            OSError: the disk is full, refuses, or has no locks.
         """
         return self._serving_prior.keep(path)
 

@@ -5,9 +5,10 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import safetensors.numpy
@@ -22,6 +23,7 @@ __all__ = [
     "FINISHED",
     "check_directory",
     "read_directory",
+    "read_saved",
     "save_directory",
     "saved_at",
     "write_directory",
@@ -54,6 +56,7 @@ CONTENTS: dict[str, Callable[[Any], Collection[str]]] = {
 FACTORS_FILE = "factors.safetensors"
 EXPORTED_BY = "bayes-dispatch"  # in the config.json of models that were written as other libraries have them
 UNFINISHED, FINISHED = ".bayes-dispatch-unfinished", ".bayes-dispatch-finished"  # saves inside their directory
+T = TypeVar("T")
 CLUTTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave where they look; nobody's
 
 
@@ -64,7 +67,8 @@ def save_directory(path: Path, index: str) -> Iterator[Path]:
     Whatever stops it, the process killed included, ``saved_at`` then gives the old save or the new one, whole; a
     directory that was not there appears when it is whole. The block's files are made under a hidden name; one rename
     makes them what is read; then they are linked under their own names, and only then is the hidden name given up. How
-    the block writes does not matter: all of it reaches the disk before the rename. Saves into one directory take turns.
+    the block writes does not matter: all of it reaches the disk before the rename. Saves into one directory take turns;
+    what is written beside it waits for none.
 
     Args:
         path: the directory. index: the file that tells what the save consists of; a key of ``CONTENTS``.
@@ -75,16 +79,14 @@ def save_directory(path: Path, index: str) -> Iterator[Path]:
     _check_place(path)
     path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}{UNFINISHED}")
     with ExitStack() as locks:
-        if not path.exists():
-            locks.enter_context(alone_in(path.parent))
-        there = path.exists()  # another save may have been waited for
+        there = _take_turn(path, aside, locks)
         if there:
-            locks.enter_context(alone_in(path))
             check_directory(path, index)
             if (path / FINISHED).is_dir():
                 _settle(path, index)
-        new = path / UNFINISHED if there else path.with_name(f".{path.name}{UNFINISHED}")
+        new = (path if there else aside) / UNFINISHED
         if new.exists():
             shutil.rmtree(new)
         new.mkdir()
@@ -96,6 +98,9 @@ def save_directory(path: Path, index: str) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             raise
+        finally:
+            with suppress(OSError):
+                aside.rmdir()
         if there:
             _settle(path, index)
         sync(path.parent)
@@ -136,13 +141,39 @@ def write_directory(path: Path, kind: str, document: Mapping[str, Any], arrays: 
         (new / f"{kind}.json").write_bytes(text.encode())
 
 
+def read_saved(path: Path, index: str, read: Callable[[Path], T]) -> T:
+    """What ``read`` makes of a saved directory: of the earlier save or the new one, whatever is saved there meanwhile.
+
+    It is asked again where a save came between the files that it read, whether it failed or mixed the two.
+
+    Args:
+        path: the directory. index: as for :func:`save_directory`. read: takes the directory where the files are.
+
+    Raises:
+        What ``read`` raises of one save.
+    """
+    while True:
+        version = _version(path, index)
+        try:
+            found = read(version[0])
+        except Exception:
+            if _version(path, index) == version:
+                raise
+        else:
+            if _version(path, index) == version:
+                return found
+
+
 def read_directory(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Read what :func:`write_directory` wrote.
 
     Raises:
         BundleError: a file is missing, truncated, edited, or of another format.
     """
-    path = saved_at(path)
+    return read_saved(path, f"{kind}.json", partial(_read, kind))
+
+
+def _read(kind: str, path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     body = read_json(path / f"{kind}.json")
     if not isinstance(body, dict) or body.get("format") != kind:
         found = body.get("format") if isinstance(body, dict) else type(body).__name__
@@ -150,6 +181,32 @@ def read_directory(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, np.
     expected, tensors = body.pop("digest", None), read_bytes(path / f"{kind}.safetensors")
     expect_digest(path, expected, digest(body, [tensors]))
     return body, safetensors.numpy.load(tensors)
+
+
+def _version(path: Path, index: str) -> tuple[Path, int, int]:
+    """Where a save is read, and what tells it from the next: the file of its index, which takes its place last."""
+    place = saved_at(path)
+    try:
+        found = (place / index).stat()
+    except OSError:
+        return place, 0, 0
+    return place, found.st_ino, found.st_mtime_ns
+
+
+def _take_turn(path: Path, aside: Path, locks: ExitStack) -> bool:
+    """Wait for other saves into ``path``, and keep them out; whether it is there.
+
+    Where it is not, they are made in the directory ``aside``, one after the other.
+    """
+    while True:
+        there = path.exists()
+        with suppress(FileNotFoundError), ExitStack() as turn:  # the save that was waited for has removed it
+            if not there:
+                aside.mkdir(exist_ok=True)
+            turn.enter_context(alone_in(path if there else aside))
+            if path.exists() == there:
+                locks.push(turn.pop_all())
+                return there
 
 
 def _check_place(path: Path) -> None:

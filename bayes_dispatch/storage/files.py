@@ -13,13 +13,13 @@ from filelock import lock_descriptor
 
 from bayes_dispatch.errors import BundleError
 
-__all__ = ["TEMPORARY", "alone_in", "keep_file", "read_bytes", "sync", "write_output"]
+__all__ = ["TEMPORARY", "alone_in", "keep_file", "read_bytes", "replace_file", "sync", "write_output"]
 
 TEMPORARY = ".bayes-dispatch-temporary"
 WITHOUT_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # some network file systems
 
 
-def write_output(path: Path, data: bytes | Callable[[], bytes], check: Callable[[], object] | None = None) -> None:
+def write_output(path: Path, data: bytes) -> None:
     """Have ``path`` hold ``data``; afterwards it survives a crash.
 
     A file gets its content at once, and keeps mode and owner. A link stays one: its target is written. A pipe or a
@@ -27,27 +27,41 @@ def write_output(path: Path, data: bytes | Callable[[], bytes], check: Callable[
     several names, of another owner, or in a directory that takes no new files) is overwritten where it is.
 
     Args:
+        path: the file; missing directories are made. data: its bytes.
+
+    Raises:
+        BundleError: ``path`` is a directory. OSError: the disk is full, or refuses.
+    """
+    old = path.stat() if path.exists() else None
+    if old is not None and not stat.S_ISDIR(old.st_mode):
+        if (handle := _standard_stream(old)) is not None:
+            return _write(handle, data)
+        if not stat.S_ISREG(old.st_mode):
+            return _write(os.open(path, os.O_WRONLY), data)
+    path = _target(path)
+    with alone_in(path.parent) as alone:
+        if (old is not None and old.st_nlink > 1) or not _replace(path, data, alone):
+            _write(os.open(path, os.O_WRONLY | os.O_TRUNC), data)
+
+
+def replace_file(path: Path, data: bytes | Callable[[], bytes], check: Callable[[], object] | None = None) -> None:
+    """Have ``path`` hold ``data`` at once, or stay as it is: for what no crash and no full disk may take.
+
+    A file keeps mode and owner. A link stays one: its target is replaced. Other names of the same file, such as those
+    that backups give it, keep the old content.
+
+    Args:
         path: the file; missing directories are made. data: its bytes, or a function that makes them from what is there:
             it is called when no other writer can come between. check: raises where what is there is not to be replaced;
             likewise, or as shortly before as can be where the disk has no locks.
 
     Raises:
-        BundleError: ``path`` is a directory. OSError: the disk is full, or refuses.
+        BundleError: ``path`` is no file, or one that may only be overwritten where it is.
+        OSError: the disk is full, refuses, or has no locks that a function takes.
     """
-    if path.is_dir():
-        raise BundleError(f"expected a file at {path}, got a directory")
-    old = path.stat() if path.exists() else None
-    if old is not None:
-        if (handle := _standard_stream(old)) is not None:
-            return _write(handle, data)
-        if not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        if not stat.S_ISREG(old.st_mode):
-            return _write(os.open(path, os.O_WRONLY), data)
-    path = Path(os.path.realpath(path))
-    if path.is_symlink():
-        raise BundleError(f"expected a file at {path}, got a link to itself")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = _target(path)
+    if path.exists() and not path.is_file():
+        raise BundleError(f"expected a file at {path}, got a pipe or a device")
     with alone_in(path.parent) as alone:
         if check is not None:
             check()
@@ -55,19 +69,11 @@ def write_output(path: Path, data: bytes | Callable[[], bytes], check: Callable[
             if not alone:
                 raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(path))
             data = data()
-        mark = "" if alone else f"-{os.getpid()}-{os.urandom(4).hex()}"
-        temporary = path.with_name(f".{path.name}{TEMPORARY}{mark}")
-        if old is not None and (old.st_nlink > 1 or not _replaceable(temporary, old)):
-            return _write(os.open(path, os.O_WRONLY | os.O_TRUNC), data)
-        try:
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-            _write(handle, data)
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
-        sync(path.parent)
+        if not _replace(path, data, alone):
+            raise BundleError(
+                f"expected a file that another can take the place of, got {path}, which is somebody else's or in a "
+                "directory that takes no new files"
+            )
 
 
 def read_bytes(path: Path) -> bytes:
@@ -101,24 +107,61 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def alone_in(directory: Path) -> Iterator[bool]:
-    """Wait until nobody else writes in this directory, and keep others out; false where its disk has no locks."""
-    handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    """Wait until nobody else writes in this directory, and keep others out; false where its disk has no locks.
+
+    Raises:
+        FileNotFoundError: it is not there, or no longer.
+    """
+    while True:
+        handle = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            locked = lock_descriptor(handle, poll_interval=0.005)
-        except OSError as error:
-            if error.errno not in WITHOUT_LOCKS:
-                raise
-            locked = False
-        yield locked
-    finally:
-        os.close(handle)
+            try:
+                locked = lock_descriptor(handle, poll_interval=0.005)
+            except OSError as error:
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
+                locked = False
+            if os.path.samestat(os.fstat(handle), os.stat(directory)):  # else another one has taken its place
+                yield locked
+                return
+        finally:
+            os.close(handle)
 
 
-def _write(handle: int, data: bytes | Callable[[], bytes]) -> None:
+def _target(path: Path) -> Path:
+    """The file that a path leads to, whose directory is made; it may be written."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir() or path.is_symlink():
+        found = "a directory" if path.is_dir() else "a link to itself"
+        raise BundleError(f"expected a file at {path}, got {found}")
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _replace(path: Path, data: bytes, alone: bool) -> bool:
+    """Put a new file in the place of the old one, if there is one; false where it would have another owner or mode."""
+    mark = "" if alone else f"-{os.getpid()}-{os.urandom(4).hex()}"
+    temporary = path.with_name(f".{path.name}{TEMPORARY}{mark}")
+    if path.exists() and not _replaceable(temporary, path.stat()):
+        return False
+    try:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        _write(handle, data)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    sync(path.parent)
+    return True
+
+
+def _write(handle: int, data: bytes) -> None:
     """All bytes, down to the disk where there is one."""
     with os.fdopen(handle, "wb", buffering=0) as file:
-        rest = memoryview(data() if callable(data) else data)
+        rest = memoryview(data)
         while rest:
             rest = rest[file.write(rest) :]
         if stat.S_ISREG(os.fstat(handle).st_mode):
@@ -142,7 +185,9 @@ def _replaceable(temporary: Path, old: os.stat_result) -> bool:
     except PermissionError:
         return False
     try:
-        os.fchown(handle, old.st_uid, old.st_gid)
+        made = os.fstat(handle)
+        if (made.st_uid, made.st_gid) != (old.st_uid, old.st_gid):
+            os.fchown(handle, old.st_uid, old.st_gid)
         os.fchmod(handle, stat.S_IMODE(old.st_mode))
     except OSError:  # not allowed, or unknown to the file system
         os.unlink(temporary)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import BundleError
 from bayes_dispatch.storage.documents import digest, expect_digest
-from bayes_dispatch.storage.files import read_bytes, write_output
+from bayes_dispatch.storage.files import read_bytes, replace_file
 
 __all__ = ["check_tensors", "parse_tensors", "read_tensors", "tensors_as_bytes", "write_tensors"]
 
@@ -20,8 +20,8 @@ __all__ = ["check_tensors", "parse_tensors", "read_tensors", "tensors_as_bytes",
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], check: Callable[[], object] | None = None
 ) -> None:
-    """``write_output`` for safetensors, with a digest of everything in their header."""
-    write_output(path, tensors_as_bytes(tensors, {**metadata, "digest": _of_tensors(tensors, metadata)}), check)
+    """``replace_file`` for safetensors, with a digest of everything in their header."""
+    replace_file(path, tensors_as_bytes(tensors, {**metadata, "digest": _of_tensors(tensors, metadata)}), check)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

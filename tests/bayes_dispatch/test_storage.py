@@ -1,8 +1,10 @@
 """What is kept on disk. Laws:
 
 - an output goes through links, into pipes, devices and standard output, keeps mode and owner, and is written whole;
+- what is replaced is replaced at once, or is refused;
 - a save takes the place of an earlier save, and of nothing else: it refuses links and what else lies there;
 - wherever a save is stopped, by an error or for good, the old one or the new one is read, and the next one succeeds;
+- whoever reads while others save has one save or another, whole;
 - what is saved has reached the disk before it is what is read; saves into one directory take turns;
 - JSON, tensors and arrays come back as they were, and the same content is the same bytes;
 - tensors of other names, shapes or dtypes, and whatever is damaged, are refused in one line.
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import count
 from pathlib import Path
 from threading import Thread
@@ -37,14 +39,16 @@ from bayes_dispatch.storage import (
     TEMPORARY,
     check_directory,
     check_tensors,
+    directories,
     files,
     parse_tensors,
     read_bytes,
     read_directory,
     read_json,
+    read_saved,
     read_tensors,
+    replace_file,
     save_directory,
-    saved_at,
     tensors_as_bytes,
     write_directory,
     write_json,
@@ -69,6 +73,16 @@ def refused(act: Callable[[], object], message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def forbid_modes(patch: pytest.MonkeyPatch, error: int = errno.EPERM) -> None:
+    """No file can be given the owner and the mode of another."""
+
+    def forbidden(*_: object) -> None:
+        raise OSError(error, os.strerror(error))
+
+    patch.setattr(os, "fchown", forbidden)
+    patch.setattr(os, "fchmod", forbidden)
+
+
 class TestOutput:
     def test_it_replaces_a_file_and_keeps_its_mode(self, tmp_path: Path) -> None:
         file = tmp_path / "new" / "file"
@@ -88,13 +102,10 @@ class TestOutput:
         assert ((tmp_path / "file").stat().st_uid, (tmp_path / "file").stat().st_gid) == (1234, 2345)
 
     @pytest.mark.parametrize("error", [errno.EPERM, errno.EOPNOTSUPP])
-    def test_an_owner_that_cannot_be_kept_is_left_the_file(
+    def test_where_owner_and_mode_cannot_be_kept_the_file_is_overwritten(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
     ) -> None:
-        def forbidden(*_: object) -> None:
-            raise OSError(error, os.strerror(error))
-
-        monkeypatch.setattr(os, "fchown", forbidden)
+        forbid_modes(monkeypatch, error)
         (tmp_path / "file").write_text("old")
         before = (tmp_path / "file").stat()
         write_output(tmp_path / "file", b"new")
@@ -213,6 +224,31 @@ class TestOutput:
             assert os.listdir(tmp_path) == ["file"]
 
 
+class TestReplacing:
+    """Outputs of the same rules, but for these."""
+
+    def test_other_names_keep_the_old_content(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("old")
+        os.link(tmp_path / "file", tmp_path / "backup")
+        replace_file(tmp_path / "file", lambda: (tmp_path / "file").read_bytes() + b"er")
+        assert contents(tmp_path) == {"file": "older", "backup": "old"}
+
+    def test_what_could_only_be_overwritten_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "file").write_text("old")
+        forbid_modes(monkeypatch)
+        refused(lambda: replace_file(tmp_path / "file", b"new"), "expected a file that another can take the place of")
+        assert contents(tmp_path) == {"file": "old"}
+        os.mkfifo(tmp_path / "pipe")
+        refused(lambda: replace_file(tmp_path / "pipe", b"new"), "expected a file at .*pipe, got a pipe or a device")
+        refused(lambda: replace_file(tmp_path, b"new"), "expected a file at .*, got a directory")
+
+    def test_a_change_takes_a_lock(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(files, "alone_in", lambda _: nullcontext(False))
+        with pytest.raises(OSError, match="No locks available"):
+            replace_file(tmp_path / "file", lambda: b"new")
+        assert contents(tmp_path) == {}
+
+
 def save(path: Path, text: str, more: str = "base.json") -> None:
     """A save like a bundle: ``gate/a.json`` and one other file, named in the index."""
     with save_directory(path, "bundle.json") as new:
@@ -222,12 +258,18 @@ def save(path: Path, text: str, more: str = "base.json") -> None:
         write_json(new / "bundle.json", {"files": {"gate/a.json": "", more: ""}, "text": text})
 
 
-def load(path: Path) -> str:
-    """Which save it is; that it is whole."""
-    path = saved_at(path)
-    index = read_json(path / "bundle.json")
-    assert {(path / name).read_text() for name in index["files"]} == {index["text"]}
-    return str(index["text"])
+def load(path: Path, meanwhile: Callable[[], object] = lambda: None) -> str:
+    """Which save it is; that it is whole, whatever happens once between the reading of index and files."""
+    happens = iter([meanwhile])
+
+    def read(place: Path) -> tuple[str, set[str]]:
+        index = read_json(place / "bundle.json")
+        next(happens, lambda: None)()
+        return index["text"], {(place / name).read_text() for name in index["files"]}
+
+    text, found = read_saved(path, "bundle.json", read)
+    assert found == {text}
+    return text
 
 
 FOREIGN: dict[str, Callable[[Path], object]] = {
@@ -351,6 +393,31 @@ class TestSaving:
         other.join()
         assert load(tmp_path) == "other"
 
+    def test_saves_of_a_new_directory_take_turns_and_keep_nobody_else(self, tmp_path: Path) -> None:
+        done: list[str] = []
+        acts = {"other": lambda: save(tmp_path / "new", "other"), "beside": lambda: write_output(tmp_path / "a", b"")}
+        threads = {name: Thread(target=lambda name=name: (acts[name](), done.append(name))) for name in acts}
+        with save_directory(tmp_path / "new", "bundle.json") as new:
+            for thread in threads.values():
+                thread.start()
+            threads["beside"].join(30)
+            assert done == ["beside"]
+            write_json(new / "bundle.json", {"files": {}, "text": "first"})
+        threads["other"].join()
+        assert load(tmp_path / "new") == "other"
+        assert sorted(os.listdir(tmp_path)) == ["a", "new"]
+
+    def test_a_save_that_gives_up_lets_the_next_one_begin(self, tmp_path: Path) -> None:
+        """Though what the next one waits for is gone with it."""
+        other = Thread(target=save, args=(tmp_path / "new", "other"))
+        with suppress(ZeroDivisionError), save_directory(tmp_path / "new", "bundle.json"):
+            other.start()
+            other.join(0.1)
+            raise ZeroDivisionError
+        other.join()
+        assert load(tmp_path / "new") == "other"
+        assert os.listdir(tmp_path) == ["new"]
+
     def test_it_has_reached_the_disk_before_it_is_what_is_read(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -416,9 +483,10 @@ def test_a_save_that_is_stopped_anywhere(tmp_path: Path, error: BaseException, e
             (path / "note").mkdir()  # whatever was stopped, this is no part of it
             refused(lambda path=path: save(path, "newer"), "got other things in it: note")
             (path / "note").rmdir()
+            assert load(path, lambda path=path: save(path, "newer")) == "newer"
         else:
             assert not existing
-        save(path, "newer")
+            save(path, "newer")
         assert load(path) == "newer"
         assert sorted(contents(path)) == ["base.json", "bundle.json", "gate/a.json"]
         assert os.listdir(path.parent) == ["kept"]
@@ -440,6 +508,22 @@ def test_documents_round_trip(tmp_path: Path) -> None:
     for suffix in ("json", "safetensors"):
         (tmp_path / f"gate.{suffix}").rename(tmp_path / f"dispatcher.{suffix}")
     refused(lambda: read_directory(tmp_path, "dispatcher"), "expected format 'dispatcher' in .* got 'gate'")
+
+
+def test_documents_are_read_while_another_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two files of one; what was edited is no such case."""
+    write_directory(tmp_path, "gate", {"note": "old"}, ARRAYS)
+
+    def later(path: Path) -> bytes:
+        monkeypatch.undo()
+        write_directory(tmp_path, "gate", {"note": "new"}, {"a": ARRAYS["b"]})
+        return read_bytes(path)
+
+    monkeypatch.setattr(directories, "read_bytes", later)
+    document, arrays = read_directory(tmp_path, "gate")
+    assert (document["note"], list(arrays)) == ("new", ["a"])
+    (tmp_path / "gate.safetensors").write_bytes(b"")
+    refused(lambda: read_directory(tmp_path, "gate"), "expected digest .*: it was edited or truncated")
 
 
 @settings(max_examples=30, deadline=None)

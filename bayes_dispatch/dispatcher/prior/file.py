@@ -13,7 +13,7 @@ import numpy as np
 
 from bayes_dispatch.dispatcher.prior.online import STATE_ARRAYS, PriorState
 from bayes_dispatch.errors import BundleError
-from bayes_dispatch.storage import digest, expect_digest, expecting, read_json, write_output
+from bayes_dispatch.storage import digest, expect_digest, expecting, read_json, replace_file
 
 __all__ = ["read_prior", "update_prior", "write_prior"]
 
@@ -34,10 +34,11 @@ def write_prior(path: str | Path, state: PriorState, fingerprint: str) -> None:
         fingerprint: names the dispatcher that serves this prior.
 
     Raises:
-        BundleError: ``path`` is a directory.
+        BundleError: ``path`` is no file, or one that cannot be replaced: of another owner, or in a directory that takes
+            no new files.
         OSError: the disk is full, or refuses.
     """
-    write_output(Path(path), _as_bytes(state, fingerprint))
+    replace_file(Path(path), _as_bytes(state, fingerprint))
 
 
 def update_prior(
@@ -64,7 +65,7 @@ def update_prior(
         after = change(read_prior(path, start.names, fingerprint) if path.exists() else start)
         return _as_bytes(after, fingerprint)
 
-    write_output(path, changed)
+    replace_file(path, changed)
     return after
 
 

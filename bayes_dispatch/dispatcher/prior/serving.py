@@ -16,8 +16,6 @@ from bayes_dispatch.errors import ConfigError
 
 __all__ = ["ServingPrior"]
 
-LOCK = threading.RLock()  # held while a prior is read, changed and put back; one for all, so that each can be pickled
-
 
 class ServingPrior:
     """A state that events replace by the next. Threads, and processes that keep theirs in one file, lose no event.
@@ -31,9 +29,13 @@ class ServingPrior:
     def __init__(self, state: PriorState, fingerprint: str) -> None:
         self._state, self._fingerprint = state, fingerprint
         self._file: Path | None = None
+        self._lock = threading.Lock()  # held while the state is read, changed and put back
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_file": None}
+        return {"_state": self._state, "_fingerprint": self._fingerprint}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        ServingPrior.__init__(self, kept["_state"], kept["_fingerprint"])
 
     @property
     def state(self) -> PriorState:
@@ -44,7 +46,7 @@ class ServingPrior:
     def state(self, state: PriorState) -> None:
         if state.names != self._state.names:
             raise ConfigError(f"expected a prior over {list(self._state.names)}, got one over {list(state.names)}")
-        with LOCK:
+        with self._lock:
             if self._file is not None:
                 write_prior(self._file, state, self._fingerprint)
             self._state = state
@@ -52,7 +54,7 @@ class ServingPrior:
     def take_in(self, likelihoods: Float[np.ndarray, "event component"], forgetting: float) -> PriorState:
         """The state after events, as :func:`observe` has it; each is added to what the file has by then."""
         after = partial(observe, likelihoods=likelihoods, forgetting=forgetting)
-        with LOCK:
+        with self._lock:
             if self._file is None:
                 self._state = after(self._state)
             else:
@@ -61,7 +63,7 @@ class ServingPrior:
 
     def keep(self, path: str | Path) -> PriorState:
         """Keep it in a file from now on: the state that is there, or else this one."""
-        with LOCK:
+        with self._lock:
             self._state = update_prior(path, self._state, self._fingerprint, lambda state: state)
             self._file = Path(path).absolute()
             return self._state

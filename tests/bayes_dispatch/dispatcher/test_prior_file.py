@@ -1,6 +1,7 @@
 """The prior's file: what was written is what is read, or one clear line; and no crash leaves anything between."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,6 +84,26 @@ def test_an_update_that_fails_changes_nothing(path: Path) -> None:
     with pytest.raises(BundleError, match="expected JSON"):
         update_prior(path, after(0), DISPATCHER, lambda state: state)
     assert [file.name for file in path.parent.iterdir()] == ["prior.json"]
+
+
+def test_a_full_disk_takes_neither_the_prior_nor_its_backup(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is a second name of the file, as ``cp -al`` makes it."""
+    os.link(path, backup := path.with_name("backup.json"))
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    def update() -> None:
+        update_prior(path, after(0), DISPATCHER, lambda state: after(state.events + 1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            update()
+    assert_same(read_prior(path, NAMES, DISPATCHER), after(3))
+    update()
+    assert_same(read_prior(path, NAMES, DISPATCHER), after(4))
+    assert_same(read_prior(backup, NAMES, DISPATCHER), after(3))
 
 
 @pytest.mark.parametrize(

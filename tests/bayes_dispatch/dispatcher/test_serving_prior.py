@@ -2,10 +2,12 @@
 outlives it and belongs to one fit, and drift shows."""
 
 import copy
+import os
 import pickle
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.prior.online import prior_state
 from bayes_dispatch.errors import BundleError, ConfigError, NotFittedError, TensorError
+from bayes_dispatch.storage.files import alone_in
 from tests.bayes_dispatch.conftest import coarsely
 
 if TYPE_CHECKING:
@@ -109,6 +112,33 @@ def test_the_prior_outlives_the_process(own: Dispatcher, tmp_path: "Path") -> No
         other.keep_prior(file)
     own.prior = own.prior  # writes a whole file again
     assert other.keep_prior(file).events == 3
+
+
+def test_a_file_that_cannot_be_replaced_is_refused_at_the_start(
+    own: Dispatcher, tmp_path: "Path", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own.keep_prior(tmp_path / "prior.json")
+
+    def forbidden(*_: object) -> None:
+        raise PermissionError("Operation not permitted")
+
+    monkeypatch.setattr(os, "fchmod", forbidden)
+    with pytest.raises(BundleError, match=ONE_LINE):
+        Dispatcher.load(tmp_path / "own").keep_prior(tmp_path / "prior.json")
+
+
+def test_no_prior_waits_for_the_file_of_another(own: Dispatcher, tmp_path: "Path") -> None:
+    own.keep_prior(tmp_path / "kept" / "prior.json")
+    other = copy.copy(own)
+    with alone_in(tmp_path / "kept"):
+        waiting, free = (Thread(target=each.update, args=([0],)) for each in (own, other))
+        waiting.start()
+        waiting.join(0.1)
+        free.start()
+        free.join(30)
+        assert (own.prior.events, other.prior.events) == (0, 1)
+    waiting.join()
+    assert own.prior.events == 1
 
 
 def test_the_file_is_of_one_dispatcher_wherever_the_process_is(
