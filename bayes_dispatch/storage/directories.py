@@ -1,4 +1,5 @@
-"""Directories whose files belong together: the earlier save or the new one is read, whatever stops its writer."""
+"""Directories whose files belong together: the earlier save or the new one is read, whatever stops its writer, and
+however far it has come (``read_saved``)."""
 
 import json
 import os

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import count
 from pathlib import Path
 from threading import Thread
@@ -406,6 +406,22 @@ class TestSaving:
         threads["other"].join()
         assert load(tmp_path / "new") == "other"
         assert sorted(os.listdir(tmp_path)) == ["a", "new"]
+
+    def test_a_directory_that_another_save_has_made_meanwhile(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was not there when this one looked, and is there when its turn comes."""
+
+        def late(directory: Path) -> AbstractContextManager[bool]:
+            monkeypatch.undo()
+            save(tmp_path / "new", "other")
+            directory.mkdir()
+            return files.alone_in(directory)
+
+        monkeypatch.setattr(directories, "alone_in", late)
+        save(tmp_path / "new", "mine")
+        assert load(tmp_path / "new") == "mine"
+        assert os.listdir(tmp_path) == ["new"]
 
     def test_a_save_that_gives_up_lets_the_next_one_begin(self, tmp_path: Path) -> None:
         """Though what the next one waits for is gone with it."""
