@@ -2,12 +2,12 @@
 
 import io
 import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from bayes_dispatch.arguments import shown
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.errors import EvidenceError
 from bayes_dispatch.storage import write_output
@@ -37,8 +37,9 @@ def read_evidence(path: Path) -> EvidenceFile:
             arrays = {name: file[name] for name in file.files}
     except OSError as error:
         raise EvidenceError(f"expected a readable .npz file {path}, got: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyError) as error:
-        raise EvidenceError(f"expected an .npz file of plain arrays at {path}, got: {error}") from None
+    except Exception as error:  # damaged, encrypted, of arrays that no memory holds: each has an error of its own
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise EvidenceError(f"expected an .npz file of plain arrays at {path}, got {reason}") from None
     if unknown := arrays.keys() - set(ARRAYS):
         raise EvidenceError(
             f"expected arrays of the names {', '.join(ARRAYS)} in {path}, got {', '.join(sorted(unknown))}"
@@ -53,8 +54,10 @@ def write_evidence(
     """Write what ``read_evidence`` reads; no view may be missing for some prompts alone.
 
     Raises:
-        EvidenceError: something is missing.
+        EvidenceError: something is missing, or there are other views.
     """
+    if other := evidence.views.keys() - set(VIEWS):
+        raise EvidenceError(f"expected evidence of the views {', '.join(VIEWS)} for {path}, got {shown(sorted(other))}")
     if any(mask.any() for mask in evidence.missing.values()) or evidence.lengths is None:
         raise EvidenceError(f"expected evidence with all views of all prompts for {path}, got missing ones")
     file = io.BytesIO()

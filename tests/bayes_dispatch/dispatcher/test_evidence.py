@@ -1,7 +1,9 @@
 """Evidence is checked once where it enters, and is its own; selecting and concatenating are those of its rows; its
 files give it back."""
 
+import io
 import pickle
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
-from bayes_dispatch.dispatcher.evidence.files import read_evidence
+from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_evidence
 from bayes_dispatch.errors import EvidenceError
 
 no_deadline = settings(deadline=None, max_examples=40)
@@ -157,6 +159,24 @@ def test_bad_concatenations() -> None:
         Evidence.concatenate([Evidence.from_array(ones), Evidence.from_array(ones[:, :1])])
 
 
+def endless() -> bytes:
+    """A file of a few hundred bytes whose array would take 80 TB."""
+    header, file = io.BytesIO(), io.BytesIO()
+    described = {"descr": "<f8", "fortran_order": False, "shape": (10**7, 10**6)}
+    np.lib.format.write_array_header_1_0(header, described)
+    with zipfile.ZipFile(file, "w") as whole:
+        whole.writestr("hidden.npy", header.getvalue())
+    return file.getvalue()
+
+
+def test_evidence_that_could_not_be_read_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "evidence.npz"
+    for name in ("embedding", "file", "labels"):
+        with pytest.raises(EvidenceError, match=rf"^expected evidence of the views hidden, .* got \['{name}'\]$"):
+            write_evidence(path, Evidence({"hidden": ones, name: ones}, np.array([4, 5, 6])))
+    assert not path.exists()
+
+
 def test_evidence_files(tmp_path: Path) -> None:
     path = tmp_path / "evidence.npz"
     labels = np.array([0, 1, -1])
@@ -170,7 +190,11 @@ def test_evidence_files(tmp_path: Path) -> None:
     whole = path.read_bytes()
     pickled = tmp_path / "pickled.npz"
     np.savez(pickled, hidden=np.array([{"a": 1}], dtype=object), allow_pickle=True)
-    for content in (b"", b"PK no zip", whole[: len(whole) // 2], pickled.read_bytes()):
+    encrypted = bytearray(whole)
+    for name in (b"PK\x01\x02", b"PK\x03\x04"):  # where an entry's flags are: after its signature, and versions
+        encrypted[whole.index(name) + (8 if name[2] == 1 else 6)] |= 1
+    contents = (b"", b"PK no zip", whole[: len(whole) // 2], pickled.read_bytes(), bytes(encrypted), endless())
+    for content in contents:
         path.write_bytes(content)
         with pytest.raises(EvidenceError, match=r"^expected an? [^\n]*got[^\n]+$"):
             read_evidence(path)
