@@ -147,16 +147,15 @@ class Gate:
             fitted[own[: len(own) // FITTED]] = True
         location, spread = _regressions(unlikely[fitted], lengths[fitted])
         known = lengths[fitted & (lengths > 0)]
-        wanted = min(bins, max(1, np.bincount(kinds[~fitted]).min() // PER_BIN))
         none = np.zeros(0)
         empty = cls(dispatcher.fingerprint, shares, location, spread, none, none, kinds[:0], kinds[:0])
         gate = replace(empty, scores=empty._score(unlikely[~fitted], lengths[~fitted]), groups=kinds[~fitted])
-        for most in range(wanted, 0, -1):
+        for most in range(min(bins, count // PER_BIN), 0, -1):
             edges = np.unique(np.quantile(known, np.arange(1, most) / most)) if len(known) else np.zeros(0)
             edges = edges[edges > known.min(initial=np.inf)]  # where many prompts are as short as the shortest
             gate = replace(gate, edges=edges)
             gate = replace(gate, bins=gate._bins(lengths[~fitted]))
-            if gate.least_rate < 1:  # else a group has no prompts of some lengths
+            if gate.least_rate <= 1 / (1 + PER_BIN) or (most == 1 and gate.least_rate < 1):
                 return gate
         unknown = names[[not (gate.bins[gate.groups == kind] > 0).any() for kind in range(len(names))]]
         raise ConfigError(f"expected prompts of known length in every group, got none in {unknown.tolist()}")
@@ -214,6 +213,10 @@ class Gate:
             dispatcher: the one that it was calibrated for.
             evidence: of N prompts.
             false_alarm_rate: share of prompts of the experts' domains that may be sent to base.
+
+        Returns:
+            The decision. No prompt of unknown length is foreign if those of calibration were all of known length: there
+            is nothing to compare it with, and its p-value is 1.
 
         Raises:
             ConfigError: another dispatcher, or a rate outside ``least_rate`` to 1.

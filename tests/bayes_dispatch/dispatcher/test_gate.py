@@ -105,6 +105,13 @@ class TestRate:
         assert len(Gate.calibrate(dispatcher, held_out).edges) > 0
         assert np.isfinite(gate.p_values(dispatcher, prompts(50, 12))).all()
 
+    def test_a_group_with_few_prompts_of_some_lengths_gets_wider_bins(self, dispatcher: Dispatcher) -> None:
+        """Short prompts and long ones, a dozen of each among the others: with two bins the rate could not be .05."""
+        parts = [(440, 32), (16, 128), (16, 32), (440, 128)]
+        held_out = Evidence.concatenate([prompts(count, 15, length) for count, length in parts])
+        gate = Gate.calibrate(dispatcher, held_out, np.repeat([0, 1], 456))
+        assert (len(gate.edges), gate.least_rate) == (0, 1 / (1 + 342))
+
     def test_the_smallest_group_has_its_ranks(self, dispatcher: Dispatcher) -> None:
         """Of four prompts three are ranked, whatever the seed: a group that were left out would have no guarantee."""
         held_out = Evidence.concatenate([prompts(96, 13), prompts(4, 14, mixed=True)])
