@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from bayes_dispatch.arguments import real, several, simplex
+from bayes_dispatch.arguments import real, several, shown, simplex
 from bayes_dispatch.dispatcher.arrays import on_simplex
 from bayes_dispatch.dispatcher.program.generative import PRIOR, SIZES, DispatchModel
 from bayes_dispatch.dispatcher.program.views import KINDS, NAMED_KINDS, View
@@ -17,6 +18,12 @@ __all__ = ["Admixture"]
 RESERVED = {"w", "pi", "kappa", "labels", "expert", "experts", "prompts", "base", "chain", "draw", "prompt"}
 RESERVED |= {"weights", "lengths"}
 ROUNDING = 1e-9  # of a sum
+# What is kept by name, in dictionaries of its own, is plain: files give back the same.
+OF_NAMES: dict[str, Callable[[str, Any], object]] = {
+    "views": lambda _, kind: str(kind),
+    "families": lambda name, members: tuple(map(str, several(f"the family {name!r}", members))),
+    "prior": lambda name, value: real(f"the concentration of {name!r}", value, 0, above=True),
+}
 
 
 @dataclass(frozen=True)
@@ -32,8 +39,8 @@ class Admixture:
         temper: noise temper τ; by default prompts of known weights choose it.
 
     Raises:
-        ConfigError: an unknown kind, a name that cannot name a view, no view, a concentration or temper that is not
-            positive, or sizes off the simplex.
+        ConfigError: an unknown kind, a name that cannot name a view, no view, a family that is no sequence, a
+            concentration or temper that is not positive, or sizes off the simplex.
 
     Example:
         >>> Admixture(views={"hidden": "vectors", "keywords": "counts"}, prior={"sort": 30.0}).prior
@@ -53,6 +60,11 @@ class Admixture:
         object.__setattr__(self, "sizes", tuple(map(float, sizes)))
         if self.temper is not None:
             object.__setattr__(self, "temper", real("temper", self.temper, 0, above=True))
+        for field, of in OF_NAMES.items():
+            if (given := getattr(self, field)) is not None:
+                if not isinstance(given, Mapping):
+                    raise ConfigError(f"expected {field} by name, got {shown(given)}")
+                object.__setattr__(self, field, {str(name): of(name, value) for name, value in given.items()})
         for name, kind in (self.views or {}).items():
             if kind not in KINDS:
                 raise ConfigError(f"expected a kind of view among {', '.join(KINDS)}, got {kind!r} for {name!r}")
@@ -65,8 +77,6 @@ class Admixture:
         self._check_sites()
         if self.views is not None and not self.views:
             raise ConfigError("expected at least one view, got none")
-        for name, value in (self.prior or {}).items():
-            real(f"the concentration of {name!r}", value, 0, above=True)
 
     def _check_sites(self) -> None:
         """Refuse views whose sites, or the dimensions of whose draws, have one name."""

@@ -2,6 +2,7 @@
 not fit is refused."""
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,6 +100,22 @@ def test_families_and_priors(many_views: "tuple[Sample, Evidence]", settings: "S
     check(dispatcher, evidence, tmp_path)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_whatever_a_program_is_told_in_it_is_plain(settings: "Settings", sample: "Sample", tmp_path: "Path") -> None:
+    """So it can be saved, comes back the same, and is out of its teller's reach."""
+    prior: dict[str, Any] = {"a": np.int64(30), "b": np.float32(2.5)}
+    families = {"x": np.array(["a", "b"])}
+    given = {"views": MappingProxyType({"hidden": np.str_("vectors")}), "families": families, "prior": prior}
+    program = Admixture(**given)
+    assert (program.prior, program.families) == ({"a": 30.0, "b": 2.5}, {"x": ("a", "b")})
+    dispatcher = Dispatcher(NAMES, **settings(svi=1), program=program).fit(sample.evidence, sample.labels)
+    prior["a"], families["y"] = 3.0, np.array(["c"])
+    dispatcher.save(tmp_path / "saved")
+    loaded = Dispatcher.load(tmp_path / "saved")
+    assert loaded.program == dispatcher.program == program
+    assert loaded.fingerprint == dispatcher.fingerprint
+
+
 def test_an_expert_without_family_is_one() -> None:
     program = Admixture(families={"x": ["e", "b"], "y": ["c"]})
     model = program.model(["a", "b", "c", "d", "e"], (VectorsView(1),))
@@ -115,8 +132,10 @@ def test_an_expert_without_family_is_one() -> None:
         *({"views": {"counts": "counts", name: "vectors"}} for name in ("Phi", "conc", "base_Phi", "counts_feature")),
         *({"views": {"surprise": "surprise", "a2": "counts"}}, {"views": {"a": "vectors", "a_base": "vectors"}}),
         *({"views": {"hidden": "counts"}}, {"prior": {"a": 0.0}}, {"prior": {"a": float("nan")}}),
+        *({"views": ["hidden"]}, {"views": {"hidden": ["counts"]}}, {"prior": 3.0}, {"families": {"x": {"a", "b"}}}),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_bad_programs(arguments: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=ONE_LINE):
         Admixture(**arguments)
