@@ -107,7 +107,7 @@ class FlatProgram:
 
     def prompts(self, evidence: Evidence) -> Prompts:
         """How long the prompts are: no view is read."""
-        return Prompts(torch.tensor(evidence.known_lengths()), {}, {})
+        return Prompts(torch.from_numpy(evidence.known_lengths().copy()), {}, {})
 
     def labels(self, pi: Float[np.ndarray, " weight"]) -> Float[np.ndarray, " weight"]:
         """``(K+1,)`` label shares under ``pi``: the same."""

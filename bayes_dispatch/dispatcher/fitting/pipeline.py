@@ -60,7 +60,8 @@ def fit_parts(
     model = program.model(experts, tuple(views))
     every = as_prompts(model, data.evidence, mapped, svi.dtype)
     posterior, report = fit_globals(model, data.observed(every), svi, seed, progress)
-    like = every.select(torch.linspace(0, len(every) - 1, min(len(every), LIKE)).long()).to(torch.float32).blank()
+    rows = torch.linspace(0, len(every) - 1, min(len(every), LIKE), device=every.lengths.device).long()
+    like = every.select(rows).to(torch.float32).blank()
     fitted = FittedDispatcher(model, posterior, maps, 1.0, like)
     return _tempered(fitted, data, every, program.temper, seed), report
 
@@ -152,7 +153,7 @@ class TrainingSet:
 
     def observed(self, prompts: Prompts) -> Prompts:
         """The N prompts with their labels and known weights."""
-        known = torch.as_tensor(self.known, dtype=prompts.lengths.dtype)
+        known = torch.from_numpy(self.known).to(prompts.lengths.dtype)
         return replace(
             prompts,
             labels=torch.from_numpy(self.labels) if (self.labels >= 0).any() else None,

@@ -96,7 +96,7 @@ class GlobalsPosterior:
         """Draws ``(*shape, ·)`` of every site, constrained; by name, as a file knows no other order."""
         drawn = {}
         for name, loc in sorted(self.locations.items()):
-            noise = torch.randn((*shape, *loc.shape), dtype=loc.dtype, generator=generator)
+            noise = torch.randn((*shape, *loc.shape), dtype=loc.dtype, device=loc.device, generator=generator)
             drawn[name] = _constrained(name)(loc + self.scales[name] * noise)
         return drawn
 
@@ -133,7 +133,8 @@ def _constrained(name: str) -> Transform:
 
 @contextmanager
 def isolated(seed: int, dtype: torch.dtype = torch.float32) -> Iterator[None]:
-    """Run alone, with torch's generator at ``seed``, a default dtype, gradients, and module-local Pyro parameters.
+    """Run alone, with torch's generator at ``seed``, a default dtype, gradients, and module-local Pyro parameters; on
+    the CPU, whatever the default device.
 
     Global state is left as it was. But while it runs, default dtype and generator are those of the whole process: other
     threads that name no dtype or generator of their own get these, and move the seeded numbers by what they draw.
@@ -144,12 +145,13 @@ def isolated(seed: int, dtype: torch.dtype = torch.float32) -> Iterator[None]:
     with (
         ALONE,
         torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
         torch.inference_mode(False),
         torch.enable_grad(),
         pyro.settings.context(module_local_params=True, **UNCHECKED),
     ):
         before = torch.get_default_dtype()
-        torch.manual_seed(checked_seed(seed))
+        torch.default_generator.manual_seed(checked_seed(seed))  # torch's own function seeds every accelerator, too
         torch.set_default_dtype(dtype)
         try:
             yield

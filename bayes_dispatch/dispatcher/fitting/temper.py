@@ -113,7 +113,7 @@ class KnownPrompts:
         shares = (sizes / sizes.sum(-1, keepdim=True)).unsqueeze(-1)  # (n, 3, 1)
         used = sizes > 0
         unknown = ((prompts.lengths[pieces] == 0) & used).any(-1)
-        lengths = torch.where(unknown, torch.zeros(()), sizes.sum(-1))
+        lengths = sizes.sum(-1).masked_fill(unknown, 0.0)
         missing = {name: (mask[pieces] & used).any(-1) for name, mask in prompts.missing.items()}
         observed = {
             name: (values[pieces] * (used.unsqueeze(-1) if name in prompts.totals else shares)).sum(1)

@@ -89,7 +89,7 @@ class DispatchModel:
 
     def prior_of_shares(self) -> Float[Tensor, " weight"]:
         """``(K+1,)`` concentrations of ``pi``."""
-        return torch.tensor(self.prior or (PRIOR[0],) * self.n_experts + PRIOR[1:])
+        return torch.tensor(self.prior or (PRIOR[0],) * self.n_experts + PRIOR[1:], device="cpu")
 
     def sample_prompts(self, sites: Mapping[str, Tensor], prompts: Prompts, temper: Tensor | None = None) -> Tensor:
         """Draw the weights of prompts, and their evidence where it is not observed.

@@ -67,7 +67,7 @@ class Prompts:
 
         Posteriors of many are long where one of them is vague: what is asked of each prompt is asked piece by piece.
         """
-        return (self.select(rows) for rows in torch.arange(len(self)).split(AT_ONCE))
+        return (self.select(rows) for rows in torch.arange(len(self), device=self.lengths.device).split(AT_ONCE))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Prompts]) -> Prompts:

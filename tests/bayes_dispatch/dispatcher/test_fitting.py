@@ -228,6 +228,18 @@ def test_isolation_survives_errors() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_isolation_leaves_the_generators_of_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here there are none, but torch would seed those of each kind."""
+    seeded: list[object] = []
+    for kind in (torch.cuda, torch.xpu, torch.mps):
+        monkeypatch.setattr(kind, "manual_seed" if kind is torch.mps else "manual_seed_all", seeded.append)
+    with isolated(3):
+        first = torch.rand(5)
+    with isolated(3):
+        assert torch.equal(torch.rand(5), first)
+    assert seeded == []
+
+
 @pytest.mark.parametrize("known", ["nothing", "some labels", "mixtures", "labels and mixtures", "one expert only"])
 def test_whatever_is_known(known: str, few: "Sample", settings: "Settings") -> None:
     labels = {

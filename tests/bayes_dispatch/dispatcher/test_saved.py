@@ -1,7 +1,8 @@
 """A dispatcher comes back from its files as it was, bit for bit; files that hold none are refused in one line."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,39 @@ def test_dispatcher_round_trip(fitted: Dispatcher, fresh: "Sample", tmp_path: Pa
     assert [(tmp_path / d / f"dispatcher.{s}").read_bytes() for d in "a" for s in ("json", "safetensors")] == [
         (tmp_path / d / f"dispatcher.{s}").read_bytes() for d in "b" for s in ("json", "safetensors")
     ]
+
+
+def test_the_default_device_changes_nothing(
+    fresh: "Sample", settings: "Callable[..., dict[str, Any]]", tmp_path: Path
+) -> None:
+    """All is computed on the CPU where tensors are made elsewhere by default; here, where they hold nothing."""
+
+    few, labels = fresh.evidence.select(slice(12)), fresh.labels[:12]
+
+    def numbers(path: Path) -> list[np.ndarray]:
+        dispatcher = Dispatcher(("a", "b", "c"), **settings()).fit(few, labels)
+        dispatcher.save(path)
+        loaded, flat = Dispatcher.load(path), Dispatcher.flat(("a", "b"))
+        calibrated = loaded.calibrate(few, mixtures=fresh.weights[:12]).posterior(few, 2)
+        truth, simulated = loaded.simulate(3, 2)
+        scores = loaded.log_evidence(few)
+        return [
+            calibrated.weights,
+            calibrated.calibrated_interval(0.5),
+            truth,
+            simulated.weights,
+            scores,
+            flat.mean(few),
+        ]
+
+    expected = numbers(tmp_path / "cpu")
+    torch.set_default_device("meta")
+    try:
+        found = numbers(tmp_path / "meta")
+    finally:
+        torch.set_default_device(None)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_dispatchers_of_other_formats(fitted: Dispatcher, tmp_path: Path) -> None:
