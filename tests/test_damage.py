@@ -141,8 +141,8 @@ def kinds(make_model: "MakeModel", bundle: Bundle) -> dict[str, Kind]:
             lambda path: edit(path / "bundle.json", lambda index: index.update(format=2)),
         ),
         "prior": Kind(
-            lambda path: write_prior(path, state, "0f"),
-            lambda old, new: write_prior(new, read_prior(old, COMPONENTS, "0f"), "0f"),
+            lambda path: write_prior(path, state),
+            lambda old, new: write_prior(new, read_prior(old, COMPONENTS)),
             lambda path: edit(path, lambda body: body.update(version=2), seal=True),
         ),
         "evidence": Kind(

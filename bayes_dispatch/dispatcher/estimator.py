@@ -399,7 +399,8 @@ class Dispatcher:
     def keep_prior(self, path: str | Path) -> PriorState:
         """Keep the prior in a file from now on, replaced at once after every event or batch of them: no crash loses it.
 
-        Several processes may keep theirs in one file: each of their events is added to what the file has by then.
+        Several processes may keep theirs in one file: each of their events is added to what the file has by then. What
+        :meth:`recalibrate` and :meth:`retempered` give goes on with it; :meth:`fit` begins anew, without a file.
 
         Args:
             path: where it is read from, if it exists, and else begun.
@@ -409,7 +410,7 @@ class Dispatcher:
 
         Raises:
             NotFittedError: before ``fit``.
-            BundleError: the file is of another dispatcher, truncated, edited, or no such file; or it could only be
+            BundleError: the file is of other experts, truncated, edited, or no such file; or it could only be
                 overwritten where it is: it is somebody else's, or its directory takes no new files.
             OSError: the disk is full, refuses, or has no locks.
         """
@@ -561,13 +562,12 @@ class Dispatcher:
     def _know(self, state: FittedDispatcher | FlatProgram, prior: PriorState | None = None) -> None:
         """Serve by other parts from now on, under a prior that no file keeps: by default the parts' own."""
         prior = prior_state(state.initial, self._components) if prior is None else prior
-        self._state, self._serving = state, ServingPrior(prior, state.fingerprint)
+        self._state, self._serving = state, ServingPrior(prior)
 
     def _of(self, state: FittedDispatcher, report: FitReport | None) -> Dispatcher:
-        """One with other fitted parts, and the same serving prior."""
+        """One with other fitted parts, and the same serving prior, in the same file."""
         new = replace(self)
-        new._report = report
-        new._know(state, self.prior)
+        new._report, new._state, new._serving = report, state, self._serving_prior.handed_on()
         return new
 
     def _of_each(

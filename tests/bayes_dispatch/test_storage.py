@@ -219,7 +219,7 @@ class TestOutput:
                 thread.join()
             assert (tmp_path / "file").read_bytes() in texts
             with pytest.raises(KeyError):
-                write_output(tmp_path / "file", b"new", lambda: {}["not this one"])
+                replace_file(tmp_path / "file", b"new", lambda: {}["not this one"])
             assert (tmp_path / "file").read_bytes() in texts
             assert os.listdir(tmp_path) == ["file"]
 

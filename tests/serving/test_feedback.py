@@ -102,7 +102,7 @@ def test_the_prior_moves_as_the_library_moves_it(world: World) -> None:
     world.alike.feedback(np.array([[0.5, 0.5, 0.0, 0.0]]), 1.0, world.evidence())
     np.testing.assert_allclose(world.dispatcher.prior.mean, world.alike.prior.mean, rtol=1e-6)
     same(
-        prior_file.read_prior(world.path, world.dispatcher.prior.names, world.dispatcher.fingerprint),
+        prior_file.read_prior(world.path, world.dispatcher.prior.names),
         world.dispatcher.prior,
     )
 

@@ -21,7 +21,7 @@ FORMAT = "serving-prior"
 VERSION = 1
 
 
-def write_prior(path: str | Path, state: PriorState, fingerprint: str) -> None:
+def write_prior(path: str | Path, state: PriorState) -> None:
     """Put a state into a file, in the place of the one before.
 
     When this returns, the state survives a crash of process and machine. When it raises, or the process is killed, the
@@ -31,25 +31,21 @@ def write_prior(path: str | Path, state: PriorState, fingerprint: str) -> None:
     Args:
         path: the file; missing directories are made.
         state: what to keep.
-        fingerprint: names the dispatcher that serves this prior.
 
     Raises:
         BundleError: ``path`` is no file, or one that cannot be replaced: of another owner, or in a directory that takes
             no new files.
         OSError: the disk is full, or refuses.
     """
-    replace_file(Path(path), _as_bytes(state, fingerprint))
+    replace_file(Path(path), _as_bytes(state))
 
 
-def update_prior(
-    path: str | Path, start: PriorState, fingerprint: str, change: Callable[[PriorState], PriorState]
-) -> PriorState:
+def update_prior(path: str | Path, start: PriorState, change: Callable[[PriorState], PriorState]) -> PriorState:
     """Read the file's state, change it and write it, as one step: no event of another thread or process is lost.
 
     Args:
         path: the file, begun where there is none.
         start: what to begin it with; its names are those that the file is to have.
-        fingerprint: of the dispatcher.
         change: from the state before to the one after.
 
     Returns:
@@ -62,27 +58,25 @@ def update_prior(
 
     def changed() -> bytes:
         nonlocal after
-        after = change(read_prior(path, start.names, fingerprint) if path.exists() else start)
-        return _as_bytes(after, fingerprint)
+        after = change(read_prior(path, start.names) if path.exists() else start)
+        return _as_bytes(after)
 
     replace_file(path, changed)
     return after
 
 
-def read_prior(path: str | Path, names: Sequence[str], fingerprint: str) -> PriorState:
+def read_prior(path: str | Path, names: Sequence[str]) -> PriorState:
     """Read what :func:`write_prior` wrote.
 
     Args:
         path: the file.
         names: of the components that are served, base last.
-        fingerprint: of the dispatcher that serves them.
 
     Returns:
         The state, bit for bit.
 
     Raises:
-        BundleError: the file is missing, truncated, edited, of another format, or of other components or another
-            dispatcher.
+        BundleError: the file is missing, truncated, edited, of another format, or of other components.
     """
     path = Path(path)
     body = read_json(path)
@@ -90,7 +84,7 @@ def read_prior(path: str | Path, names: Sequence[str], fingerprint: str) -> Prio
         found = body.get("format") if isinstance(body, dict) else type(body).__name__
         raise BundleError(f"expected format {FORMAT!r} in {path}, got {found!r}")
     expect_digest(path, body.pop("digest", None), digest(body))
-    for key, wanted in (("version", VERSION), ("dispatcher", fingerprint), ("names", list(names))):
+    for key, wanted in (("version", VERSION), ("names", list(names))):
         if body.get(key) != wanted:
             raise BundleError(f"expected {key} {wanted!r} in {path}, got {body.get(key)!r}")
     with expecting(f"a serving prior in {path}"):
@@ -98,11 +92,10 @@ def read_prior(path: str | Path, names: Sequence[str], fingerprint: str) -> Prio
         return PriorState(**arrays, names=tuple(names), events=body["events"])
 
 
-def _as_bytes(state: PriorState, fingerprint: str) -> bytes:
+def _as_bytes(state: PriorState) -> bytes:
     body = {
         "format": FORMAT,
         "version": VERSION,
-        "dispatcher": fingerprint,
         "names": list(state.names),
         "events": state.events,
         **{name: getattr(state, name).tolist() for name in STATE_ARRAYS},

@@ -20,22 +20,22 @@ __all__ = ["ServingPrior"]
 class ServingPrior:
     """A state that events replace by the next. Threads, and processes that keep theirs in one file, lose no event.
 
-    A copy keeps a state of its own: that of the file counts the events of one dispatcher alone.
+    A copy keeps a state of its own, as do those that it is sent to; :meth:`handed_on` goes on with the file.
 
     Args:
-        state: before the events to come. fingerprint: of the dispatcher that serves under it.
+        state: before the events to come.
     """
 
-    def __init__(self, state: PriorState, fingerprint: str) -> None:
-        self._state, self._fingerprint = state, fingerprint
+    def __init__(self, state: PriorState) -> None:
+        self._state = state
         self._file: Path | None = None
         self._lock = threading.Lock()  # held while the state is read, changed and put back
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"_state": self._state, "_fingerprint": self._fingerprint}
+        return {"_state": self._state}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        ServingPrior.__init__(self, kept["_state"], kept["_fingerprint"])
+        ServingPrior.__init__(self, kept["_state"])
 
     @property
     def state(self) -> PriorState:
@@ -48,7 +48,7 @@ class ServingPrior:
             raise ConfigError(f"expected a prior over {list(self._state.names)}, got one over {list(state.names)}")
         with self._lock:
             if self._file is not None:
-                write_prior(self._file, state, self._fingerprint)
+                write_prior(self._file, state)
             self._state = state
 
     def take_in(self, likelihoods: Float[np.ndarray, "event component"], forgetting: float) -> PriorState:
@@ -58,12 +58,19 @@ class ServingPrior:
             if self._file is None:
                 self._state = after(self._state)
             else:
-                self._state = update_prior(self._file, self._state, self._fingerprint, after)
+                self._state = update_prior(self._file, self._state, after)
             return self._state
 
     def keep(self, path: str | Path) -> PriorState:
         """Keep it in a file from now on: the state that is there, or else this one."""
         with self._lock:
-            self._state = update_prior(path, self._state, self._fingerprint, lambda state: state)
+            self._state = update_prior(path, self._state, lambda state: state)
             self._file = Path(path).absolute()
             return self._state
+
+    def handed_on(self) -> ServingPrior:
+        """One that keeps the same file, if any, for a dispatcher that takes the place of this one's."""
+        with self._lock:
+            new = ServingPrior(self._state)
+            new._file = self._file
+            return new

@@ -16,7 +16,6 @@ from bayes_dispatch.errors import BundleError
 from bayes_dispatch.storage import digest
 
 NAMES = ("a", "b", "base")
-DISPATCHER = "0123abcd"
 
 LIVES = """
 import os, signal, sys
@@ -24,7 +23,7 @@ import numpy as np
 from bayes_dispatch.dispatcher.prior.online import label_likelihood, observe, prior_state
 from bayes_dispatch.dispatcher.prior.file import read_prior, update_prior, write_prior
 
-path, names, dispatcher = sys.argv[1], ("a", "b", "base"), "0123abcd"
+path, names = sys.argv[1], ("a", "b", "base")
 
 def next_state(state):
     return observe(state, label_likelihood(np.array([state.events % 3]), 3))
@@ -47,20 +46,20 @@ def assert_same(found: PriorState, expected: PriorState) -> None:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    write_prior(tmp_path / "prior.json", after(3), DISPATCHER)
+    write_prior(tmp_path / "prior.json", after(3))
     return tmp_path / "prior.json"
 
 
 def test_round_trip(path: Path) -> None:
     """Bit for bit; over what was there, through links, into new directories; and nothing else stays behind."""
-    assert_same(read_prior(path, NAMES, DISPATCHER), after(3))
+    assert_same(read_prior(path, NAMES), after(3))
     link = path.with_name("link.json")
     link.symlink_to(path)
-    write_prior(link, after(5), DISPATCHER)
+    write_prior(link, after(5))
     assert link.is_symlink()
-    assert_same(read_prior(path, list(NAMES), DISPATCHER), after(5))
-    write_prior(str(path.parent / "new" / "prior.json"), after(0), DISPATCHER)
-    assert_same(read_prior(str(path.parent / "new" / "prior.json"), NAMES, DISPATCHER), after(0))
+    assert_same(read_prior(path, list(NAMES)), after(5))
+    write_prior(str(path.parent / "new" / "prior.json"), after(0))
+    assert_same(read_prior(str(path.parent / "new" / "prior.json"), NAMES), after(0))
     assert sorted(file.name for file in path.parent.iterdir()) == ["link.json", "new", "prior.json"]
 
 
@@ -78,11 +77,11 @@ def test_an_update_that_fails_changes_nothing(path: Path) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        update_prior(path, after(0), DISPATCHER, change)
-    assert_same(read_prior(path, NAMES, DISPATCHER), after(3))
+        update_prior(path, after(0), change)
+    assert_same(read_prior(path, NAMES), after(3))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(BundleError, match="expected JSON"):
-        update_prior(path, after(0), DISPATCHER, lambda state: state)
+        update_prior(path, after(0), lambda state: state)
     assert [file.name for file in path.parent.iterdir()] == ["prior.json"]
 
 
@@ -94,16 +93,16 @@ def test_a_full_disk_takes_neither_the_prior_nor_its_backup(path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     def update() -> None:
-        update_prior(path, after(0), DISPATCHER, lambda state: after(state.events + 1))
+        update_prior(path, after(0), lambda state: after(state.events + 1))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             update()
-    assert_same(read_prior(path, NAMES, DISPATCHER), after(3))
+    assert_same(read_prior(path, NAMES), after(3))
     update()
-    assert_same(read_prior(path, NAMES, DISPATCHER), after(4))
-    assert_same(read_prior(backup, NAMES, DISPATCHER), after(3))
+    assert_same(read_prior(path, NAMES), after(4))
+    assert_same(read_prior(backup, NAMES), after(3))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +110,6 @@ def test_a_full_disk_takes_neither_the_prior_nor_its_backup(path: Path, monkeypa
     [
         (lambda p: p.write_bytes(b"{}"), "expected format 'serving-prior' in .*, got None"),
         (lambda p: p.write_text(p.read_text().replace('"digest"', '"digits"')), r"expected digest None.*edited"),
-        (lambda p: rewrite(p, dispatcher="9"), "expected dispatcher '0123abcd' in .*, got '9'"),
         (lambda p: rewrite(p, names=["b", "a", "base"]), r"expected names \['a', 'b', 'base'\] in .*, got \['b', 'a'"),
         (lambda p: rewrite(p, mean=[0.5, 0.5]), r"expected a serving prior in .*, got ConfigError: expected"),
         (lambda p: rewrite(p, mean=[0.5, 0.5, float("nan")]), "expected a serving prior in .*ConfigError"),
@@ -125,7 +123,7 @@ def test_a_full_disk_takes_neither_the_prior_nor_its_backup(path: Path, monkeypa
 def test_damaged_and_foreign_files(unchecked: None, path: Path, damage: Callable[[Path], object], message: str) -> None:
     damage(path)
     with pytest.raises(BundleError, match=f"^{message}[^\n]*$"):
-        read_prior(path, NAMES, DISPATCHER)
+        read_prior(path, NAMES)
 
 
 def run(script: str, path: Path) -> subprocess.Popen[str]:
@@ -141,10 +139,10 @@ def run(script: str, path: Path) -> subprocess.Popen[str]:
 def test_killed_at_random_moments(path: Path) -> None:
     """Eight lives, each killed within a tenth of a second of its first event: all that was reported is there."""
     script = """
-state = read_prior(path, names, dispatcher)
+state = read_prior(path, names)
 while True:
     state = next_state(state)
-    write_prior(path, state, dispatcher)
+    write_prior(path, state)
     print(state.events, flush=True)
 """
     rng, known = np.random.default_rng(0), 3
@@ -157,7 +155,7 @@ while True:
             process.kill()
             reported = [first, *map(int, process.stdout.read().splitlines())]
         assert first == known + 1
-        found = read_prior(path, NAMES, DISPATCHER)
+        found = read_prior(path, NAMES)
         assert found.events - reported[-1] in (0, 1)
         assert_same(found, after(found.events))
         known = found.events
@@ -170,13 +168,13 @@ def test_updates_of_several_processes_all_count(path: Path) -> None:
     script = """
 start = prior_state(np.array([3.0, 3.0, 1.5]), names)
 for _ in range(100):
-    update_prior(path, start, dispatcher, next_state)
+    update_prior(path, start, next_state)
 """
     processes = [run(script, path) for _ in range(3)]
     while any(process.poll() is None for process in processes):
-        read_prior(path, NAMES, DISPATCHER)
+        read_prior(path, NAMES)
     for process in processes:
         with process:
             assert process.returncode == 0
-    assert_same(read_prior(path, NAMES, DISPATCHER), after(303))
+    assert_same(read_prior(path, NAMES), after(303))
     assert [file.name for file in path.parent.iterdir()] == ["prior.json"]

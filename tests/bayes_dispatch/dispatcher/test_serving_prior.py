@@ -158,13 +158,23 @@ def test_the_file_is_of_one_dispatcher_wherever_the_process_is(
     assert not (tmp_path / "own" / "prior.json").exists()
 
 
-def test_another_fit_has_another_prior(
-    own: Dispatcher, sample: "Sample", settings: "Settings", tmp_path: "Path"
-) -> None:
+def test_what_comes_after_a_drift_goes_on_with_the_file(own: Dispatcher, sample: "Sample", tmp_path: "Path") -> None:
+    """Shares are of the experts, whatever fit serves them; a new fit begins anew, and a file of others is refused."""
+    own = coarsely(own)
     own.keep_prior(tmp_path / "prior.json")
-    second = Dispatcher(own.experts, **settings()).fit(sample.evidence, sample.labels)
-    with pytest.raises(BundleError, match=ONE_LINE):
-        second.keep_prior(tmp_path / "prior.json")
+    own.update([0])
+    known = sample.evidence.select(range(40))
+    later = own.recalibrate(known).retempered(known, sample.labels[:40], sample.mixtures[:40])
+    assert later.fingerprint != own.fingerprint
+    assert later.update([1, 2]).events == 3
+    assert own.update([0]).events == 4
+    again = Dispatcher.load(tmp_path / "own")
+    np.testing.assert_array_equal(again.keep_prior(tmp_path / "prior.json").mean, own.prior.mean)
+    later.fit(sample.evidence, sample.labels)
+    assert later.update([0]).events == 1
+    assert own.keep_prior(tmp_path / "prior.json").events == 4
+    with pytest.raises(BundleError, match=r"^expected names \['a', 'b', 'base'\] in .*, got \["):
+        Dispatcher.flat(("a", "b")).keep_prior(tmp_path / "prior.json")
 
 
 def test_updates_move_no_score_of_drift(own: Dispatcher, fresh: "Sample") -> None:
