@@ -26,13 +26,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 
 from bayes_dispatch.arguments import number, shown, whole
 from bayes_dispatch.arguments import seed as a_seed
 from bayes_dispatch.dispatcher.arrays import as_numbers, on_simplex, short_repr
 from bayes_dispatch.dispatcher.estimator import Dispatcher
-from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence, as_evidence
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import BundleError, ConfigError, TensorError
 from bayes_dispatch.storage import read_directory, write_directory
@@ -106,7 +106,7 @@ class Gate:
     def calibrate(
         cls,
         dispatcher: Dispatcher,
-        evidence: Evidence,
+        evidence: Evidence | Shaped[np.ndarray, "prompt feature"],
         groups: Int[np.ndarray, " prompt"] | Sequence[int] | None = None,
         bins: int = 8,
         seed: int = 0,
@@ -115,8 +115,9 @@ class Gate:
 
         Args:
             dispatcher: fitted.
-            evidence: of N ≥ 80 prompts, with the views that prompts to come have: without one, scores are on another
-                scale. The smallest rate that can be asked for is some ``bins · groups / N``.
+            evidence: of N ≥ 80 prompts, or an array ``(N, F)`` taken as their hidden view; with the views that prompts
+                to come have: without one, scores are on another scale. The smallest rate that can be asked for is some
+                ``bins · groups / N``.
             groups: ``(N,)`` integers ≥ 0: kinds of prompts, such as pure and mixed ones, for each of which the rate is
                 to hold, whatever the kinds' shares among prompts to come; one group by default.
             bins: of length, at most: quantiles of the lengths, fewer where a group has too few prompts for them.
@@ -128,6 +129,7 @@ class Gate:
             ConfigError: fewer prompts, or fewer than four of a group, none of a group of known length where others have
                 some, or fewer than one bin.
         """
+        evidence = as_evidence(evidence)
         count = len(evidence)
         kinds = np.zeros(count, np.int64) if groups is None else as_numbers(groups, "groups", None)
         if kinds.shape != (count,) or not np.issubdtype(kinds.dtype, np.integer) or kinds.min(initial=0) < 0:
@@ -170,22 +172,28 @@ class Gate:
         rows = counts[1:] if (self.bins > 0).any() else counts[:1]
         return float(1 / (1 + rows.min()))
 
-    def foreignness(self, dispatcher: Dispatcher, evidence: Evidence) -> Float[np.ndarray, " prompt"]:
+    def foreignness(
+        self, dispatcher: Dispatcher, evidence: Evidence | Shaped[np.ndarray, "prompt feature"]
+    ) -> Float[np.ndarray, " prompt"]:
         """``(N,)`` scores, comparable between lengths; more is more foreign.
 
         Raises:
             As :meth:`p_values`.
         """
         self.check_dispatcher(dispatcher)
+        evidence = as_evidence(evidence)
         return self._score(_unlikely(dispatcher, evidence, self.shares), evidence.known_lengths())
 
-    def p_values(self, dispatcher: Dispatcher, evidence: Evidence) -> Float[np.ndarray, " prompt"]:
+    def p_values(
+        self, dispatcher: Dispatcher, evidence: Evidence | Shaped[np.ndarray, "prompt feature"]
+    ) -> Float[np.ndarray, " prompt"]:
         """``(N,)`` conformal p-values; a prompt's depends on its own evidence alone.
 
         Raises:
             ConfigError: another dispatcher than it was calibrated for.
             EvidenceError, TensorError: evidence of other views.
         """
+        evidence = as_evidence(evidence)
         return self.ranked(self.foreignness(dispatcher, evidence), evidence.known_lengths())
 
     def ranked(
@@ -206,12 +214,17 @@ class Gate:
                 found[here] = np.maximum(found[here], (1 + above) / (1 + len(ranked)))
         return found
 
-    def decide(self, dispatcher: Dispatcher, evidence: Evidence, false_alarm_rate: float = 0.05) -> GateDecision:
+    def decide(
+        self,
+        dispatcher: Dispatcher,
+        evidence: Evidence | Shaped[np.ndarray, "prompt feature"],
+        false_alarm_rate: float = 0.05,
+    ) -> GateDecision:
         """Which prompts are foreign.
 
         Args:
             dispatcher: the one that it was calibrated for.
-            evidence: of N prompts.
+            evidence: of N prompts, or an array as above.
             false_alarm_rate: share of prompts of the experts' domains that may be sent to base.
 
         Returns:

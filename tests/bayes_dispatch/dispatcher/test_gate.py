@@ -276,3 +276,12 @@ class TestFiles:
         write_directory(tmp_path, "gate", document, arrays)
         with pytest.raises(BundleError, match=r"^expected [^\n]*got [^\n]+$"):
             Gate.load(tmp_path)
+
+
+def test_arrays_are_evidence_as_for_the_dispatcher(dispatcher: Dispatcher) -> None:
+    known, fresh = (prompts(200, seed).views["hidden"] for seed in (1, 2))
+    found = [
+        Gate.calibrate(dispatcher, one).decide(dispatcher, other)
+        for one, other in ((known, fresh), (Evidence({"hidden": known}), Evidence({"hidden": fresh})))
+    ]
+    np.testing.assert_array_equal(found[0].p_values, found[1].p_values)
