@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, block_of
@@ -191,8 +192,12 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         places = torch.arange(ids.shape[1], device=ids.device)
         mask = None if tokens is None else (places < tokens.to(ids.device)[:, None]).long()
         hidden, _ = self.read(ids, mask, None, adaptation)
-        said = said_after(hidden, ids, self.vocab_size, lambda part: self.logits(part, adaptation).log_softmax(-1))
-        return torch.cat([hidden.new_full((len(ids), 1), torch.nan), *said], 1)
+        if torch.is_grad_enabled():  # of all tokens at once: a gradient needs all of these anyway
+            logits = self.logits(hidden, adaptation)[:, :-1]
+            said = -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        else:
+            said = said_after(hidden, ids, self.vocab_size, lambda part: self.logits(part, adaptation).log_softmax(-1))
+        return torch.cat([said.new_full((len(ids), 1), torch.nan), said], 1)
 
     def cut(self, matrices: Iterable[str]) -> int:
         """How many blocks can run once for all adaptations of these matrices."""

@@ -171,12 +171,12 @@ class MambaFormerSession:
     def _own(self, ids: Tensor, hidden: Tensor) -> Float[Tensor, "R T"]:
         nan = hidden.new_full((len(ids), 1), torch.nan)
         first = nan if self._before is None else self._before.gather(1, ids[:, :1])
-        return torch.cat([first, *said_after(hidden, ids, self._model.vocab_size, self.after)], 1)
+        return torch.cat([first, said_after(hidden, ids, self._model.vocab_size, self.after)], 1)
 
 
 def said_after(
     hidden: Float[Tensor, "R T D"], ids: Int[Tensor, "R T"], vocab_size: int, after: Callable[[Tensor], Tensor]
-) -> list[Float[Tensor, "R _"]]:
+) -> Float[Tensor, "R T-1"]:
     """Log-probabilities of all tokens but the first, piece by piece: of all at once they would be of much memory.
 
     Args:
@@ -184,8 +184,11 @@ def said_after(
     """
     rows, width = ids.shape
     step = max(1, max(LOGITS_AT_ONCE // vocab_size, ROWS_AT_ONCE) // rows)
-    said = []
+    said = hidden.new_empty(rows, 0)
     for start in range(0, width - 1, step):
         stop = min(start + step, width - 1)
-        said.append(after(hidden[:, start:stop]).gather(2, ids[:, start + 1 : stop + 1, None])[..., 0])
+        piece = after(hidden[:, start:stop]).gather(2, ids[:, start + 1 : stop + 1, None])[..., 0]
+        if not start:  # filled, not joined at the end: pieces that stay would lie amid memory that the next logits need
+            said = piece.new_empty(rows, width - 1)
+        said[:, start:stop] = piece
     return said
