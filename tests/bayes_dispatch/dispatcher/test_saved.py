@@ -45,8 +45,10 @@ def test_the_default_device_changes_nothing(
     def numbers(path: Path) -> list[np.ndarray]:
         dispatcher = Dispatcher(("a", "b", "c"), **settings()).fit(few, labels)
         dispatcher.save(path)
-        loaded, flat = Dispatcher.load(path), Dispatcher.flat(("a", "b"))
-        calibrated = loaded.calibrate(few, mixtures=fresh.weights[:12]).posterior(few, 2)
+        loaded, flat = Dispatcher.load(path), Dispatcher.flat(("a", "b", "c"))
+        calibrated, of_flat = (
+            each.calibrate(few, mixtures=fresh.weights[:12]).posterior(few, 2) for each in (loaded, flat)
+        )
         truth, simulated = loaded.simulate(3, 2)
         scores = loaded.log_evidence(few)
         return [
@@ -55,7 +57,7 @@ def test_the_default_device_changes_nothing(
             truth,
             simulated.weights,
             scores,
-            flat.mean(few),
+            of_flat.calibrated_interval(0.5),
         ]
 
     expected = numbers(tmp_path / "cpu")
