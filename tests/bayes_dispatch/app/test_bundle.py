@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -122,6 +123,22 @@ def test_its_files_are_json_and_safetensors_alone(pristine: Path) -> None:
 def test_the_same_bundle_is_the_same_files(pristine: Path, tmp_path: Path) -> None:
     load_bundle(pristine).save(tmp_path / "again")
     assert checksums(tmp_path / "again") == checksums(pristine)
+
+
+def test_a_bundle_that_is_saved_anew_while_it_is_read_is_the_new_one(
+    bundle: Bundle, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files are checked and then read, by name: not those of two saves."""
+    others, read = [replace(bundle, report={"seed": n}) for n in range(2)], Dispatcher.load
+
+    def load(directory: Path) -> Dispatcher:
+        if others:
+            others.pop().save(saved)
+        return read(directory)
+
+    monkeypatch.setattr(Dispatcher, "load", load)
+    assert load_bundle(saved).report == {"seed": 0}
+    assert not others
 
 
 def test_without_a_directory_it_is_the_shipped_one(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
