@@ -146,12 +146,13 @@ def test_scales_and_adapters_are_one_bank(
     (tmp_path / "text.txt").write_text("".join(texts_of("hijklmn", 5, 40)))
     train = ["train-expert", "--model", str(model), "--kind", "svf", "--steps", "1", "--rank", "3", "--adapt-from", "2"]
     run(*train, "--name", "middle", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "middle"))
-    build = ["build", "--model", str(model), "--experts", str(tmp_path / "middle"), "--out", str(tmp_path / "bundle")]
-    told = json.loads(run(*build, "--adapter", f"low={adapters['low']}", "--json"))
+    build = ["build", "--model", str(model), "--experts", str(tmp_path / "middle"), "--out"]
+    told = json.loads(run(*build, str(tmp_path / "bundle"), "--adapter", f"low={adapters['low']}", "--json"))
     assert told["experts"] == ["middle", "low"]
     bundle = load_bundle(tmp_path / "bundle")
     assert told["cut"] == bundle.cut == bundle.experts.adapt_from
-    assert "expected experts of different names" in run(*build, "--adapter", f"middle={adapters['low']}")
+    twice = run(*build, str(tmp_path / "new"), "--adapter", f"middle={adapters['low']}")
+    assert "expected experts of different names" in twice
     other = ["build", "--model", str(model), "--out", str(tmp_path / "none")]
     assert "expected at least one --adapter" in run(*other)
     assert not (tmp_path / "none").exists()
