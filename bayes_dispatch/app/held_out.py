@@ -5,11 +5,9 @@ from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.dispatcher.estimator import Dispatcher
-from bayes_dispatch.dispatcher.gate import FEWEST_PROMPTS, Gate
+from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS, Domain, real_domains
 from bayes_dispatch.experts.domains.own import read_jsonl, read_text
@@ -17,7 +15,6 @@ from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence, calibr
 
 __all__ = ["calibrated", "held_out_domains", "read_own", "settled"]
 
-CHOOSING = 20  # prompts that choose a temper, at least
 LONGEST = 4096  # bytes of a prompt with its answer, unless told otherwise
 
 
@@ -73,7 +70,7 @@ def calibrated(
     progress: bool = False,
     packages: Path | None = None,
 ) -> Bundle:
-    """The bundle with noise temper, gate, and guarantees of intervals and sets by new held-out prompts.
+    """The bundle with gate, and guarantees of intervals and sets, by new held-out prompts.
 
     Args:
         bundle: what there is. own: text of experts from a user's files, by their names.
@@ -97,22 +94,10 @@ def calibrated(
 
 
 def settled(dispatcher: Dispatcher, known: KnownEvidence, seed: int) -> tuple[Dispatcher, Gate]:
-    """The dispatcher with the noise temper of held-out prompts and their guarantees, and a gate for it.
+    """The dispatcher with the guarantees of held-out prompts, and a gate for it.
 
-    A fifth of the prompts, taken at random, are for the temper if enough are left for a gate, and the others calibrate:
-    so these stay exchangeable with prompts to come. Of that fifth, those choose that are no longer than all of the fit.
-    Where these are too few to choose, or the program has a temper of its own, the temper stays and all prompts
-    calibrate. Intervals are calibrated on prompts of several domains: of one, truth is held more easily.
+    Intervals are calibrated on prompts of several domains: of one, truth is held more easily.
     """
-    order = np.random.default_rng([seed, 6]).permutation(len(known.labels))
-    count = 0 if dispatcher.program.temper is not None else min(len(order) // 5, max(len(order) - FEWEST_PROMPTS, 0))
-    lengths, longest = known.evidence.known_lengths(), float(dispatcher.state.like.lengths.max())
-    chosen = np.sort(order[:count][lengths[order[:count]] <= longest])
-    if len(chosen) < CHOOSING:
-        count, chosen = 0, chosen[:0]
-    some, rest = known.select(chosen), known.select(np.sort(order[count:]))
-    if len(chosen):
-        dispatcher = dispatcher.retempered(some.evidence, some.labels, some.mixtures, seed)
-    several = rest.several
+    several = known.several
     dispatcher = copy(dispatcher).calibrate(several.evidence, mixtures=several.mixtures, seed=seed)
-    return dispatcher, Gate.calibrate(dispatcher, rest.evidence, rest.groups, seed=seed)
+    return dispatcher, Gate.calibrate(dispatcher, known.evidence, known.groups, seed=seed)

@@ -26,7 +26,7 @@ from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
 from bayes_dispatch.dispatcher.exact.cells import prompt_generators
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher
 from bayes_dispatch.dispatcher.fitting.flat import FlatProgram
-from bayes_dispatch.dispatcher.fitting.pipeline import TrainingSet, fit_parts, refit_parts, retemper_parts
+from bayes_dispatch.dispatcher.fitting.pipeline import TrainingSet, fit_parts, refit_parts
 from bayes_dispatch.dispatcher.fitting.simulation import simulate
 from bayes_dispatch.dispatcher.fitting.svi import FitReport, SVISettings, isolated
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
@@ -199,32 +199,6 @@ class Dispatcher:
         """
         data = TrainingSet.of(X, y, mixtures, len(self.experts))
         return self._of(*refit_parts(self.state, self.program, data, self.svi, self.random_state, progress))
-
-    def retempered(
-        self,
-        X: Evidence | Shaped[np.ndarray, "prompt feature"],
-        y: Int[np.ndarray, " prompt"] | Sequence[int] | None = None,
-        mixtures: Float[np.ndarray, "prompt weight"] | None = None,
-        seed: int = 0,
-    ) -> Dispatcher:
-        """A new dispatcher whose noise temper is chosen by prompts that :meth:`fit` has not seen.
-
-        ``fit`` chooses it by its own prompts, which it explains better than those to come: new documents, other
-        authors. What :meth:`calibrate` has found does not stay: give it other prompts than these.
-
-        Args:
-            X: evidence; the more prompts the better, up to 300 of one expert and 300 mixed ones. Without mixed ones,
-                concatenations of the others stand for them.
-            y, mixtures: as in :meth:`fit`.
-            seed: of the choice among prompts.
-
-        Raises:
-            NotFittedError: before :meth:`fit`.
-            ConfigError: the program has a temper of its own, or no prompt is of known weights.
-            EvidenceError, TensorError: as in :meth:`fit`.
-        """
-        data = TrainingSet.of(X, y, mixtures, len(self.experts))
-        return self._of(retemper_parts(self.state, self.program, data, a_seed(seed)), self._report)
 
     def calibrate(
         self,
@@ -400,7 +374,7 @@ class Dispatcher:
         """Keep the prior in a file from now on, replaced at once after every event or batch of them: no crash loses it.
 
         Several processes may keep theirs in one file: each of their events is added to what the file has by then. What
-        :meth:`recalibrate` and :meth:`retempered` give goes on with it; :meth:`fit` begins anew, without a file.
+        :meth:`recalibrate` gives goes on with it; :meth:`fit` begins anew, without a file.
 
         Args:
             path: where it is read from, if it exists, and else begun.

@@ -53,7 +53,7 @@ class RefitSettings:
 
     pure_prompts: int = 150
     mixed_prompts: int = 500
-    prompt_lengths: tuple[int, int] = (16, 256)
+    prompt_lengths: tuple[int, int] = (16, 1024)
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -43,12 +43,12 @@ class TrainingPlan:
     pretraining: PretrainingSettings
     experts: ExpertSettings = field(default_factory=ExpertSettings)
     svi: SVISettings = field(default_factory=SVISettings)
-    pure_prompts: int = 150
-    mixed_prompts: int = 500
+    pure_prompts: int = 500
+    mixed_prompts: int = 3000
     gate_pure_prompts: int = 120
     gate_mixed_prompts: int = 3200
     gate_lengths: tuple[int, int] = (16, 1024)
-    prompt_lengths: tuple[int, int] = (16, 256)
+    prompt_lengths: tuple[int, int] = (16, 1024)
     judged_prompts: int = 100
     judged_lengths: tuple[int, ...] = (32, 64, 128)
     judged_mixtures: int = 2000

@@ -13,15 +13,14 @@ from bayes_dispatch.dispatcher.evidence.evidence import Evidence, as_evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureMap, FeatureSettings, fit_feature_map, spread_of
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher, as_prompts
 from bayes_dispatch.dispatcher.fitting.svi import FitReport, SVISettings, fit_globals
-from bayes_dispatch.dispatcher.fitting.temper import KnownPrompts, choose_temper
+from bayes_dispatch.dispatcher.fitting.temper import FEWEST, KnownPrompts, choose_temper
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.dispatcher.program.views import KINDS
-from bayes_dispatch.errors import ConfigError, EvidenceError, TensorError
+from bayes_dispatch.errors import EvidenceError, TensorError
 
-__all__ = ["TrainingSet", "fit_parts", "refit_parts", "retemper_parts"]
+__all__ = ["TrainingSet", "fit_parts", "refit_parts"]
 
-RETEMPERED = 300  # prompts of each kind that choose the temper anew, at most
 LIKE = 2_000  # prompts whose lengths and totals are kept for simulations
 
 
@@ -71,7 +70,7 @@ def refit_parts(
     parts: FittedDispatcher, program: Admixture, data: TrainingSet, svi: SVISettings, seed: int, progress: bool
 ) -> tuple[FittedDispatcher, FitReport]:
     """Fit globals and temper to other evidence, from what is known of the globals; the projections stay, and the temper
-    where no weights are known.
+    where next to no weights are known.
 
     Raises:
         EvidenceError: no prompts.
@@ -82,24 +81,9 @@ def refit_parts(
     before = parts.globals.to(svi.dtype)
     posterior, report = fit_globals(parts.model, data.observed(every), svi, seed, progress, before)
     refitted = replace(parts, globals=posterior)
-    if not data.any_known:
+    if np.isfinite(data.targets).all(1).sum() < FEWEST:
         return refitted, report
     return _tempered(refitted, data, every, program.temper, seed), report
-
-
-def retemper_parts(parts: FittedDispatcher, program: Admixture, data: TrainingSet, seed: int) -> FittedDispatcher:
-    """The parts with the noise temper that these prompts choose, which the fit has not seen.
-
-    Raises:
-        ConfigError: the program has a temper of its own, or no prompt is of known weights.
-    """
-    if program.temper is not None:
-        raise ConfigError(f"expected a program without a temper, got one with {program.temper:g}")
-    if not data.any_known:
-        raise ConfigError("expected prompts of known weights, got none")
-    known = KnownPrompts(parts.prompts(data.evidence), data.targets)
-    random = np.random.default_rng(seed)
-    return replace(parts, temper=choose_temper(parts.quadrature, known, parts.shares, random, RETEMPERED))
 
 
 def _tempered(
@@ -108,7 +92,7 @@ def _tempered(
     """With the noise temper that is given, or else the one that training prompts choose."""
     if temper is None:
         known = KnownPrompts(every.to(torch.float64), data.targets)
-        temper = choose_temper(fitted.quadrature, known, fitted.shares, np.random.default_rng(seed))
+        temper = choose_temper(fitted.quadrature, known, np.random.default_rng(seed))
     return replace(fitted, temper=temper)
 
 
@@ -145,11 +129,6 @@ class TrainingSet:
         out, labelled = self.known.copy(), self.labels >= 0
         out[labelled] = np.eye(self.known.shape[1])[self.labels[labelled]]
         return out
-
-    @property
-    def any_known(self) -> bool:
-        """Whether the weights of any prompt are known."""
-        return bool(np.isfinite(self.targets).all(1).any())
 
     def observed(self, prompts: Prompts) -> Prompts:
         """The N prompts with their labels and known weights."""

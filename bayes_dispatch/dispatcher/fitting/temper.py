@@ -1,37 +1,38 @@
 """The noise temper τ: how much wider the views' noise is than a prompt's tokens, taken one by one, would have it.
 
 Views are not independent given the weights, nor is a prompt quite what training prompts were. So prompts of known
-weights choose τ, by the posterior density of these weights: a proper score, which a posterior that is too narrow loses
-by as well as one that is too wide. Prompts of the fit itself fit too well, so τ is never below 1, and prompts that the
-fit has not seen choose it better.
+weights choose τ, by the posterior density of these weights among all of the components that share the prompt: a proper
+score, which a posterior that is too narrow loses by as well as one that is too wide. That others may share it is left
+out: the narrowest noise tells best who does, at whatever width of the intervals. Prompts of the fit itself fit too
+well, so τ is never below 1.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.special import logsumexp
 
 from bayes_dispatch.dispatcher.arrays import on_simplex
 from bayes_dispatch.dispatcher.exact.quadrature import Quadrature
 from bayes_dispatch.dispatcher.exact.supports import LARGEST_SET
 from bayes_dispatch.dispatcher.program.observed import Prompts
 
-__all__ = ["KnownPrompts", "choose_temper"]
+__all__ = ["FEWEST", "KnownPrompts", "choose_temper"]
 
 TEMPERS = np.geomspace(1.0, 4.0, 5)
-JUDGED = 75  # pure prompts of a fit that choose τ, at most, and mixed ones
-FEWEST = 30  # mixed ones, below which pure ones are joined
-SMALL = 0.02  # shares that are taken for none
+JUDGED = 150  # mixed prompts of a fit that choose τ, at most
+FEWEST = 30  # of them, below which pure ones are joined; and known prompts, below which a temper stays as it is
+POINTS = 256  # other weights of the same components, that the own are compared with
 
 
 def choose_temper(
     quadrature: Quadrature,
     known: KnownPrompts,
-    shares: Float[np.ndarray, " weight"],
     random: np.random.Generator,
     judged: int = JUDGED,
 ) -> float:
@@ -39,22 +40,21 @@ def choose_temper(
 
     Args:
         quadrature: of the fitted program. known: prompts with features as noisy as those of new ones.
-        shares: ``(K+1,)`` label shares of the prior. random: chooses among prompts.
-        judged: pure prompts that are asked, at most, and mixed ones.
+        random: chooses among prompts, and among weights.
+        judged: prompts that are asked, at most.
     """
     prompts, weights = known.judged(random, judged)
     if not len(weights):
         return 1.0
-    coarse = replace(quadrature, rounds=1)
-    supports = np.argsort(-weights, axis=1, kind="stable")[:, :LARGEST_SET]
-    own = np.take_along_axis(weights, supports, axis=1)
-    own = on_simplex(np.where((own > SMALL) | (own == own.max(1, keepdims=True)), own, 0.0))
+    supports = np.argsort(-weights, axis=1, kind="stable")[:, None, :LARGEST_SET]
+    own = np.take_along_axis(weights[:, None], supports, axis=2)
+    others = np.where(own > 0, random.standard_exponential((POINTS, supports.shape[2])), 0.0)
+    points = on_simplex(np.concatenate([own, others], axis=1))
+    supports = supports.repeat(1 + POINTS, axis=1)
 
     def score(temper: float) -> float:
-        tempered = coarse.at(temper)
-        evidence = tempered(prompts, shares).log_evidence
-        at = tempered.log_density(prompts, supports[:, None], own[:, None])[:, 0]
-        return float(np.mean(at - evidence))
+        density = quadrature.at(temper).log_density(prompts, supports, points)
+        return float(np.mean(density[:, 0] - logsumexp(density, axis=1)))
 
     scores = np.array([score(temper) for temper in TEMPERS])
     best, logs = int(scores.argmax()), np.log(TEMPERS)
@@ -83,13 +83,13 @@ class KnownPrompts:
         return np.flatnonzero(top == 1), np.flatnonzero((top > 0) & (top < 1))
 
     def judged(self, random: np.random.Generator, most: int) -> tuple[Prompts, Float[np.ndarray, "prompt weight"]]:
-        """Some pure and some mixed prompts, or concatenations of pure ones, with their weights."""
-        pure, mixed = (random.permutation(rows)[:most] for rows in self.groups)
-        rows = np.concatenate([pure, mixed])
+        """Some mixed prompts, or concatenations of pure ones, with their weights."""
+        pure, mixed = self.groups
+        rows = random.permutation(mixed)[:most]
         prompts, weights = self.prompts.select(torch.from_numpy(rows)), self.weights[rows]
-        if len(mixed) >= FEWEST or len(pure) < 2:
+        if len(rows) >= FEWEST or len(pure) < 2:
             return prompts, weights
-        joined, of_joined = self.concatenate(most - len(mixed), random)
+        joined, of_joined = self.concatenate(most - len(rows), random)
         return Prompts.concatenate([prompts, joined]), np.concatenate([weights, of_joined])
 
     def concatenate(

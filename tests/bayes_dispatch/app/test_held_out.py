@@ -101,51 +101,11 @@ class TestGate:
         np.testing.assert_array_equal(gated.gate.scores, expected.scores)
         assert gated.dispatcher.state.temper == dispatcher.state.temper
 
-    def test_what_calibrates_is_a_random_part_of_the_prompts(self, bundle: Bundle) -> None:
-        """Prompts longer than all of the fit neither choose the temper nor go to the gate in the others' place."""
-        named = {domain.name: domain for domain in CONVENTIONS}
-        known = calibration_evidence(bundle.model, [named[name] for name in bundle.experts.names], 20, 60, (16, 90), 1)
-        lengths, longest = known.evidence.known_lengths(), float(bundle.dispatcher.state.like.lengths.max())
-        order = np.random.default_rng([1, 6]).permutation(120)
-        assert (lengths[order[:24]] > longest).any()
-        _, gate = settled(bundle.dispatcher, known, 1)
-        assert len(gate.scores) == 72
-
-    def test_a_temper_of_the_program_s_own_stays(self, bundle: Bundle) -> None:
-        named = {domain.name: domain for domain in CONVENTIONS}
-        known = calibration_evidence(bundle.model, [named[name] for name in bundle.experts.names], 20, 60, (16, 24), 1)
-        fixed = copy(bundle.dispatcher)
-        fixed.program = replace(fixed.program, temper=bundle.dispatcher.state.temper)
-        dispatcher, gate = settled(fixed, known, 1)
-        assert dispatcher.state is fixed.state
-        assert len(gate.scores) == 90
-        with pytest.raises(ConfigError, match="expected a program without a temper"):
-            fixed.retempered(known.evidence, known.labels, known.mixtures)
-
-    def test_a_fifth_of_the_prompts_choose_the_temper_and_no_more(self, bundle: Bundle) -> None:
-        """The gate is calibrated on the others, of which three in four have ranks; few are left to the gate alone."""
-        named = {domain.name: domain for domain in CONVENTIONS}
-        domains = [named[name] for name in bundle.experts.names]
-        known = calibration_evidence(bundle.model, domains, 20, 60, (16, 24), 1)
-        dispatcher, gate = settled(bundle.dispatcher, known, 1)
-        assert len(gate.scores) == 72
-        order = np.random.default_rng([1, 6]).permutation(120)[:24]
-        some = known.select(np.sort(order))
-        alone = bundle.dispatcher.retempered(some.evidence, some.labels, some.mixtures, 1)
-        assert dispatcher.state.temper == alone.state.temper
-        few = known.select(np.r_[:40, 60:100])
-        long = calibration_evidence(bundle.model, domains, 20, 60, (300, 320), 1)  # longer than all of the fit
-        for given, ranks in ((few, 60), (long, 90)):
-            kept, gate = settled(bundle.dispatcher, given, 1)
-            assert kept.state.temper == bundle.dispatcher.state.temper
-            assert len(gate.scores) == ranks
-
     def test_so_are_intervals_and_sets_on_those_of_several(self, bundle: Bundle, gated: Bundle) -> None:
         named = {domain.name: domain for domain in CONVENTIONS}
         domains = [named[name] for name in bundle.experts.names]
         known = calibration_evidence(bundle.model, domains, 20, 60, (16, 24), 1)
-        order = np.random.default_rng([1, 6]).permutation(120)
-        several = known.select(np.sort(order[24:])).several
+        several = known.several
         expected = copy(gated.dispatcher).calibrate(several.evidence, mixtures=several.mixtures, seed=1)
         evidence = pure_evidence(bundle.model, CONVENTIONS[:2], 5, (16, 20), "held_out", 3).evidence
         for ends in (0.5, 0.9):

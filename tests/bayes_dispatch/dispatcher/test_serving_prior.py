@@ -164,7 +164,7 @@ def test_what_comes_after_a_drift_goes_on_with_the_file(own: Dispatcher, sample:
     own.keep_prior(tmp_path / "prior.json")
     own.update([0])
     known = sample.evidence.select(range(40))
-    later = own.recalibrate(known).retempered(known, sample.labels[:40], sample.mixtures[:40])
+    later = own.recalibrate(known, sample.labels[:40], sample.mixtures[:40])
     assert later.fingerprint != own.fingerprint
     assert later.update([1, 2]).events == 3
     assert own.update([0]).events == 4
