@@ -162,7 +162,7 @@ class TestCommand:
         code, out, err = self.run(capfd, "--bundle", saved, "--out", saved, *few)
         assert (code, err) == (0, "")
         told = json.loads(out)
-        assert (told["out"], told["ranks"], told["bins"]) == (str(saved), 61, 1)
+        assert (told["out"], told["ranks"], told["bins"]) == (str(saved), 75, 1)
         assert 1 / 37 < told["least_rate"] <= 1 / 20
         again = load_bundle(saved)
         assert again.gate is not None
