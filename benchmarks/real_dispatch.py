@@ -1,16 +1,17 @@
-"""How well a bundle of a real model dispatches prompts of 16 to 128 tokens, beside a classifier and Arrow's routing.
+"""How well a bundle of a real model dispatches prompts of 16 to 128 tokens, beside classifiers and Arrow's routing.
 
     python benchmarks/real_dispatch.py --bundle runs/lora --work /tmp/evidence    # eight LoRAs: 20 minutes
     python benchmarks/real_dispatch.py --quick    # a smoke test on a tiny model; the numbers mean nothing
 
-LogisticRegression reads the same features of the same training prompts as the dispatcher, where these lie beside the
-bundle (``BUNDLE.work``); else sixty fresh ones of each domain. Arrow reads the prompt
-through its blend of adapters; a prompt's probabilities are the mean shares that its tokens give the adapters. What was
-read of prompts is kept under ``--work``: a run that was stopped goes on. A prompt of 16 tokens may end before its first
+LogisticRegression, and the same with a temperature, read the same features of the same training prompts as the
+dispatcher: where these do not lie beside the bundle (``BUNDLE.work``), its recipe makes them anew. Arrow reads the
+prompt through its blend of adapters; a prompt's probabilities are the mean shares that its tokens give the adapters.
+What was read of prompts is kept under ``--work``: a run that was stopped goes on. Prompts are beginnings of documents,
+which are often alike: each distinct text of a domain counts once. One of 16 tokens may end before its first
 translation: then nothing in it tells the language.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
@@ -26,10 +27,10 @@ from bayes_dispatch.app.tables import Table
 from bayes_dispatch.checks.coverage import interval_coverage
 from bayes_dispatch.checks.detection import ood_auroc
 from bayes_dispatch.checks.reliability import expected_calibration_error
-from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.experts.domains import BASE_TEXTS, FOREIGN_TEXTS, Domain
+from dispatching.classifiers import FITS, Classifier, fit_classifier
 from dispatching.methods import Answer, Ours
-from real.methods import logistic, takes_routers, training_evidence
+from real.methods import evidence_of_build, takes_routers
 from real.parts import real_parts
 from real.prompts import mixed_prompts, pure_prompts
 from real.reader import Reader
@@ -43,13 +44,26 @@ LEVELS = (0.5, 0.9)
 MIXTURES = 4  # for each prompt of a domain
 RESAMPLES = 200
 PURE, BASE, MIXED, FOREIGN = "experts", "base", "mixtures", "foreign"
+CLASSIFIERS = ("LogisticRegression", "temperature-scaled softmax")
 
 
 class Prompts(NamedTuple):
-    """Prompts of one length and kind, with the shares (N, K + 1) of the experts' domains, base last; NaN if foreign."""
+    """Distinct prompts of one length and kind.
+
+    Attributes:
+        texts: N of them. shares: (N, K + 1) of the experts' domains, base last; NaN if foreign.
+        sources: (N,) names of the texts that each is from; "" of several domains.
+    """
 
     texts: list[str]
     shares: np.ndarray
+    sources: np.ndarray
+
+    @classmethod
+    def distinct(cls, drawn: Iterable[tuple[str, np.ndarray, str]]) -> "Prompts":
+        """Each text of a source once."""
+        found = {(source, text): shares for text, shares, source in drawn}
+        return cls([text for _, text in found], np.stack(list(found.values())), np.array([own for own, _ in found]))
 
 
 Answers = dict[str, Answer]  # by kind
@@ -62,9 +76,10 @@ def prompts(
     """Held-out prompts of a length, by kind: of each expert's domain, of base's texts, of several domains, and foreign.
 
     Args:
-        domains: of the experts, in order. foreign: have none. count: of each domain and seed.
+        domains: of the experts, in order. foreign: have none. count: of each domain and seed, before those that are
+            alike are one.
     """
-    corners, found = np.eye(len(domains) + 1), dict[str, list[Prompts]]()
+    corners, drawn = np.eye(len(domains) + 1), dict[str, list[tuple[str, np.ndarray, str]]]()
     kinds: tuple[tuple[str, Sequence[Domain], np.ndarray], ...] = (
         (PURE, domains, corners[:-1]),
         (BASE, BASE_TEXTS, np.tile(corners[-1], (len(BASE_TEXTS), 1))),
@@ -72,24 +87,23 @@ def prompts(
     )
     for seed in range(seeds):
         for kind, own, shares in kinds:
-            texts = [text for each in own for text in pure_prompts(each, tokens, count, bundle.tokenizer, seed)]
-            found.setdefault(kind, []).append(Prompts(texts, shares.repeat(count, axis=0)))
+            for each, known in zip(own, shares, strict=True):
+                texts = pure_prompts(each, tokens, count, bundle.tokenizer, seed)
+                drawn.setdefault(kind, []).extend((text, known, each.name) for text in texts)
         several, mixed = mixed_prompts(domains, tokens, MIXTURES * count, bundle.tokenizer, seed)
-        found.setdefault(MIXED, []).append(Prompts(several, np.pad(mixed, ((0, 0), (0, 1)))))
-    return {
-        kind: Prompts([text for part in parts for text in part.texts], np.concatenate([part.shares for part in parts]))
-        for kind, parts in found.items()
-    }
+        known = np.pad(mixed, ((0, 0), (0, 1)))
+        drawn.setdefault(MIXED, []).extend((text, own, "") for text, own in zip(several, known, strict=True))
+    return {kind: Prompts.distinct(own) for kind, own in drawn.items()}
 
 
-def methods(reader: Reader, classify: Callable[[Evidence], np.ndarray]) -> dict[str, Ask]:
-    """What answers for prompts of one length, by name; ``classify`` is as ``logistic`` makes it."""
+def methods(reader: Reader, classifiers: Mapping[str, Classifier]) -> dict[str, Ask]:
+    """What answers for prompts of one length, by name."""
     bundle = reader.bundle
-    count, ours = len(bundle.experts), Ours(bundle.dispatcher)
+    ours = Ours(bundle.dispatcher)
 
-    def point(shares: np.ndarray) -> Answer:
-        shares = np.pad(shares, ((0, 0), (0, count + 1 - shares.shape[1])))
-        return Answer(shares, shares, 1 - shares[:, :-1].max(1))
+    def routed(texts: Sequence[str]) -> Answer:
+        shares = np.pad(reader.shares(texts), ((0, 0), (0, 1)))
+        return Answer(shares, shares, 1 - shares.max(1))
 
     def dispatched(texts: Sequence[str]) -> Answer:
         evidence = reader.evidence(texts)
@@ -97,16 +111,15 @@ def methods(reader: Reader, classify: Callable[[Evidence], np.ndarray]) -> dict[
         return answer if gate is None else replace(answer, foreign=gate.foreignness(bundle.dispatcher, evidence))
 
     found: dict[str, Ask] = {"ours": dispatched}
-    found["LogisticRegression"] = lambda texts: point(classify(reader.evidence(texts)))
+    found |= {name: lambda texts, each=each: each(reader.evidence(texts)) for name, each in classifiers.items()}
     if takes_routers(bundle.experts):
-        found["Arrow"] = lambda texts: point(reader.shares(texts))
+        found["Arrow"] = routed
     return found
 
 
 def tables(
     names: Sequence[str],
     foreign: Sequence[str],
-    count: int,
     known: Mapping[int, Mapping[str, Prompts]],
     answers: Mapping[tuple[int, str], Answers],
 ) -> list[Table]:
@@ -114,17 +127,20 @@ def tables(
     other.
 
     Args:
-        names: of the experts. foreign: names of the foreign texts. count: prompts of each text and seed.
+        names: of the experts. foreign: names of the foreign texts.
         known: prompts by length and kind. answers: by length and method.
     """
-    sizes = {kind: len(own.texts) for kind, own in next(iter(known.values())).items()}
+    sizes = {
+        kind: ", ".join(str(len(own[kind].texts)) for own in known.values()) for kind in (PURE, BASE, MIXED, FOREIGN)
+    }
     pure = (
-        f"{sizes[PURE]} prompts of each length, ± standard errors (of ECE by bootstrap). To base: share of"
+        f"Distinct prompts, by length: {sizes[PURE]}; ± standard errors (of ECE by bootstrap). To base: share of"
         f" {sizes[BASE]} prompts of base's texts, where a method may choose base. Arrow: the top {TOP} of each token."
     )
     several = (
-        f"{sizes[MIXED]} mixtures of each length; {sizes[FOREIGN]} foreign prompts against those of one domain: ours by"
-        " the gate's score (where there is none, by the share of base), others by their largest probability."
+        f"Distinct prompts, by length: {sizes[MIXED]} mixtures; {sizes[FOREIGN]} foreign ones against those of one"
+        " domain: ours by the gate's score (where there is none, by the share of base), others by their largest"
+        " probability."
     )
     heads = {
         "Prompts of one expert's domain": ["accuracy", "ECE", "log loss", "Brier", "to base"],
@@ -142,7 +158,7 @@ def tables(
     return [
         *made,
         Table(
-            "AUROC of foreign prompts, by text", ["text", "method", *map(str, known)], _foreign(foreign, count, answers)
+            "AUROC of foreign prompts, by text", ["text", "method", *map(str, known)], _foreign(foreign, known, answers)
         ),
         Table(
             "Near pairs", ["held-out prompts", "method", *map(str, known)], _near(names, known, answers), "By tokens."
@@ -175,18 +191,19 @@ def _several(known: Mapping[str, Prompts], answers: Answers) -> list[str]:
     return [_mean(((given.shares - truth) ** 2).sum(1)), *covers, _number(found.value, found.standard_error)]
 
 
-def _foreign(names: Sequence[str], count: int, answers: Mapping[tuple[int, str], Answers]) -> list[list[str]]:
-    """Each text alone, ``count`` prompts of a seed, against the prompts of one domain."""
+def _foreign(
+    names: Sequence[str], known: Mapping[int, Mapping[str, Prompts]], answers: Mapping[tuple[int, str], Answers]
+) -> list[list[str]]:
+    """Each text alone against the prompts of one domain; nothing where a single prompt of it is left."""
     rows = []
-    for place, name in enumerate(names):
+    for name in names:
         for method in dict.fromkeys(method for _, method in answers):
             cells = []
-            for (_, own), given in answers.items():
-                if own == method:
-                    scores = given[FOREIGN].foreign
-                    kinds = np.arange(len(scores)) // count % len(names)  # by seed, and then by text
-                    found = ood_auroc(given[PURE].foreign, scores[kinds == place])
-                    cells.append(_number(found.value, found.standard_error))
+            for tokens, kinds in known.items():
+                given = answers[tokens, method]
+                own = given[FOREIGN].foreign[kinds[FOREIGN].sources == name]
+                found = ood_auroc(given[PURE].foreign, own) if len(own) > 1 else None
+                cells.append("" if found is None else _number(found.value, found.standard_error))
             rows.append([name, method, *cells])
     return rows
 
@@ -208,6 +225,8 @@ def _near(
 
 
 def _mean(values: np.ndarray) -> str:
+    if len(values) < 2:
+        return f"{values.mean():.3f}"
     return _number(values.mean(), values.std(ddof=1) / len(values) ** 0.5)
 
 
@@ -230,21 +249,23 @@ def main(
     torch.set_num_threads(threads)
     with TemporaryDirectory() as scratch:
         if quick:
-            from real.quick import quick_bundle, quick_domains
+            from real.quick import SETTINGS, quick_bundle, quick_domains
 
-            count, seeds, parts, bundle = 4, 2, (quick_bundle(Path(scratch)), *quick_domains()), Path(scratch)
+            count, seeds, bundle, settings = 4, 2, Path(scratch), SETTINGS
+            parts = (quick_bundle(bundle), *quick_domains())
         else:
-            parts = real_parts(bundle, model, dtype, texts)
+            parts, settings = real_parts(bundle, model, dtype, texts), None
         own, domains = parts[0], list(parts[1].values())
         reader = Reader(own, work or Path(gettempdir()) / "bayes-dispatch-evidence")
-        asked = methods(reader, logistic(training_evidence(own, bundle, domains)))
+        train = evidence_of_build(own, bundle, domains, reader.work, settings)
+        asked = methods(reader, {name: fit_classifier(FITS[name], train, 0) for name in CLASSIFIERS})
         known, answers = dict[int, dict[str, Prompts]](), dict[tuple[int, str], Answers]()
         foreign = [*parts[2]["foreign"], *FOREIGN_TEXTS]
         for tokens in tqdm(LENGTHS, "tokens", disable=None):
             known[tokens] = prompts(own, domains, foreign, tokens, count, seeds)
             for name, ask in asked.items():
                 answers[tokens, name] = {kind: ask(each.texts) for kind, each in known[tokens].items()}
-        for table in tables(list(own.experts), [each.name for each in foreign], count, known, answers):
+        for table in tables(list(own.experts), [each.name for each in foreign], known, answers):
             print(f"{table.to_markdown()}\n", flush=True)
 
 

@@ -13,7 +13,7 @@ document by its own scored part.
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Annotated
 
 import torch
@@ -84,6 +84,7 @@ def main(
     model: Annotated[str | None, typer.Option(help="Its base model, where it lies elsewhere by now.")] = None,
     texts: Annotated[Path | None, typer.Option(help="Where pip put the packages of the texts.")] = None,
     json: Annotated[Path | None, typer.Option(help="Lines of scores, kept and added to.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Where evidence that hard routing is fitted on is kept.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="A name or kind; may be repeated. All.")] = None,
     methods: Annotated[list[str] | None, typer.Option("--method", help=f"Of {', '.join(GROUPS)}; all.")] = None,
     documents: Annotated[int, typer.Option(min=2, help="Of each set and seed.")] = 64,
@@ -99,19 +100,23 @@ def main(
         raise typer.BadParameter(f"expected cost or tables, got {only!r}")
     kept = Records(json)
     if only == "tables":
+        if len(banks := {bank for bank, *_ in kept}) != 1:
+            raise typer.BadParameter(f"expected scores of one bundle in --json, got those of {len(banks)}")
         return _print(tables(kept.values()))
     groups = _chosen(methods, GROUPS, "method")
     with TemporaryDirectory() as scratch:
         if quick:
-            from real.quick import quick_bundle, quick_domains
+            from real.quick import SETTINGS, quick_bundle, quick_domains
 
-            documents, seeds, parts = 2, 1, (quick_bundle(Path(scratch)), *quick_domains())
+            documents, seeds, bundle, settings = 2, 1, Path(scratch), SETTINGS
+            parts = (quick_bundle(bundle), *quick_domains())
         else:
-            parts = real_parts(bundle, model, dtype, texts)
+            parts, settings = real_parts(bundle, model, dtype, texts), None
         known = document_sets(*parts[1:], 150 if quick else HALF)
         names = _chosen(sets, [name for each in known for name in (each.kind, each.name)], "set")
         chosen = [each for each in known if each.name in names or each.kind in names]
-        contested = contest(parts[0], Path(scratch) if quick else bundle, list(parts[1].values()), groups)
+        evidence = work or Path(gettempdir()) / "bayes-dispatch-evidence"
+        contested = contest(parts[0], bundle, list(parts[1].values()), groups, evidence, settings)
     if only == "cost":
         several = next((each for each in chosen if len(each.domains) > 1), chosen[0])  # pairs are of these
         return _print([costs(contested, several, 3 if quick else 7)])

@@ -102,8 +102,9 @@ def strategies_of(bundle: bd.Bundle, budget: Budget, seed: int, work: Path) -> l
     mean, predictive = bd.PosteriorMean(), bd.PosteriorPredictive(16)
     fitted = {name: fit_classifier(FITS[name], train, seed) for name in ("LogisticRegression", "k nearest neighbours")}
     classifiers = [
-        Classified(lambda evidence, each=each: each(evidence).best, name)  # type: ignore[misc]
+        Classified(lambda evidence, each=each, of=of: getattr(each(evidence), of), f"{name}, {told}")  # type: ignore[misc]
         for name, each in fitted.items()
+        for of, told in (("best", "of one expert"), ("shares", "of shares"))
     ]
     return [
         (Dispatched(), (mean, predictive)),

@@ -1,6 +1,7 @@
 """Classifiers with the same information as the dispatcher: hidden vectors, counts, surprise, lengths, known mixtures.
 
-What a classifier cannot be told is left out: calibration in folds and Gaussians see pure prompts alone.
+Each is fitted twice: to prompts of one component, for which component that is, and to all, for shares. A fit to shares
+blurs the probabilities of classes.
 """
 
 from collections.abc import Callable
@@ -8,10 +9,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from sklearn.calibration import CalibratedClassifierCV
 from sklearn.linear_model import LogisticRegression
 from sklearn.mixture import GaussianMixture
+from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.neighbors import KNeighborsRegressor
 from sklearn.preprocessing import StandardScaler
 
@@ -23,7 +24,8 @@ __all__ = ["FITS", "Classifier", "Fit", "Fitted", "fit_classifier"]
 
 PENALTIES = (0.01, 0.1, 1.0, 10.0)
 NEIGHBOURS = (5, 10, 20, 40)
-HELD_OUT = 0.2  # of the prompts to fit on, which choose penalties, neighbours and temperatures
+HELD_OUT = 0.2  # of the prompts to fit on, which choose penalties and neighbours
+FOLDS = 5
 
 Numbers = Callable[[np.ndarray], np.ndarray]
 
@@ -40,23 +42,27 @@ Fit = Callable[[np.ndarray, np.ndarray, int], Fitted]
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """A classifier of K+1 classes; its probabilities pass for shares."""
+    """A classifier of K+1 classes: ``best`` was fitted to prompts of one component, ``shares`` to all."""
 
     scaler: StandardScaler
-    fitted: Fitted
+    best: Fitted
+    shares: Fitted
 
     def __call__(self, evidence: Evidence) -> Answer:
         x = self.scaler.transform(encoded(evidence))
-        shares = self.fitted.probabilities(x)
-        surprise = None if self.fitted.surprise is None else self.fitted.surprise(x)
-        return Answer(shares, shares, 1 - shares[:, :-1].max(1), surprise)
+        best = self.best.probabilities(x)
+        surprise = None if self.best.surprise is None else self.best.surprise(x)
+        return Answer(self.shares.probabilities(x), best, 1 - best[:, :-1].max(1), surprise)
 
 
 def fit_classifier(fit: Fit, train: KnownEvidence, seed: int) -> Classifier:
-    """Fit one to evidence of known weights."""
-    x = encoded(train.evidence)
+    """Fit one to the evidence of known weights."""
+    y = targets(train)
+    known = np.isfinite(y).all(1)
+    x, y = encoded(train.evidence)[known], y[known]
     scaler = StandardScaler().fit(x)
-    return Classifier(scaler, fit(scaler.transform(x), targets(train), seed))
+    x, pure = scaler.transform(x), y.max(1) == 1
+    return Classifier(scaler, fit(x[pure], y[pure], seed), fit(x, y, seed))
 
 
 def encoded(evidence: Evidence) -> np.ndarray:
@@ -77,10 +83,10 @@ def targets(known: KnownEvidence) -> np.ndarray:
     return np.where(known.labels[:, None] >= 0, one_hot, known.mixtures)
 
 
-def replicated(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def replicated(y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rows, classes and sample weights: a mixture is there once for each of its components."""
     rows, classes = np.nonzero(y > 1e-3)
-    return x[rows], classes, y[rows, classes]
+    return rows, classes, y[rows, classes]
 
 
 def cross_entropy(probabilities: np.ndarray, y: np.ndarray) -> float:
@@ -88,36 +94,36 @@ def cross_entropy(probabilities: np.ndarray, y: np.ndarray) -> float:
     return float(-(y * np.log(np.maximum(probabilities, 1e-12))).sum(1).mean())
 
 
-def logistic(x: np.ndarray, y: np.ndarray, penalty: float) -> LogisticRegression:
+def logistic(x: np.ndarray, y: np.ndarray, penalty: float) -> Numbers:
     """A logistic regression that takes known mixtures at their shares."""
-    rows, classes, shares = replicated(x, y)
-    return LogisticRegression(C=penalty, max_iter=1000).fit(rows, classes, sample_weight=shares)
+    rows, classes, shares = replicated(y)
+    model = LogisticRegression(C=penalty, max_iter=1000).fit(x[rows], classes, sample_weight=shares)
+    return of_all_classes(model, y.shape[1])
+
+
+def of_all_classes(model: LogisticRegression | CalibratedClassifierCV, count: int) -> Numbers:
+    """Its probabilities ``(N, count)``: 0 of a class that no prompt had, such as base."""
+
+    def probabilities(inputs: np.ndarray) -> np.ndarray:
+        found = np.zeros((len(inputs), count))
+        found[:, model.classes_] = model.predict_proba(inputs)
+        return found
+
+    return probabilities
 
 
 def logistic_regression(x: np.ndarray, y: np.ndarray, seed: int) -> Fitted:
     """At the penalty of least held-out cross-entropy."""
-    return Fitted(logistic(x, y, chosen_penalty(x, y, seed)[0]).predict_proba)
+    return Fitted(logistic(x, y, chosen_penalty(x, y, seed)))
 
 
 def temperature_scaled(x: np.ndarray, y: np.ndarray, seed: int) -> Fitted:
-    """Logistic regression whose logits are divided by a temperature that held-out prompts choose (Guo et al. 2017)."""
-    penalty, train, rest = chosen_penalty(x, y, seed)
-    model = logistic(x[train], y[train], penalty)
-
-    def scaled(inputs: np.ndarray, log_temperature: float) -> np.ndarray:
-        logits = model.decision_function(inputs) / np.exp(log_temperature)
-        raised = np.exp(logits - logits.max(1, keepdims=True))
-        return raised / raised.sum(1, keepdims=True)
-
-    found = minimize_scalar(lambda t: cross_entropy(scaled(x[rest], t), y[rest]), bounds=(-3, 3), method="bounded")
-    return Fitted(lambda inputs: scaled(inputs, float(found.x)))
-
-
-def calibrated(x: np.ndarray, y: np.ndarray, seed: int) -> Fitted:
-    """Platt scaling in five folds, on pure prompts: the folds of a mixture's copies would overlap."""
-    pure = y.max(1) == 1
-    base = LogisticRegression(C=chosen_penalty(x, y, seed)[0], max_iter=1000)
-    return Fitted(CalibratedClassifierCV(base, cv=5).fit(x[pure], y[pure].argmax(1)).predict_proba)
+    """The same with its logits over a temperature (Guo et al. 2017), which prompts choose that a fold did not fit."""
+    rows, classes, shares = replicated(y)
+    folds = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed).split(x[rows], classes, rows)
+    base = LogisticRegression(C=chosen_penalty(x, y, seed), max_iter=1000)
+    model = CalibratedClassifierCV(base, method="temperature", cv=list(folds), ensemble=False)
+    return Fitted(of_all_classes(model.fit(x[rows], classes, sample_weight=shares), y.shape[1]))
 
 
 def nearest_neighbours(x: np.ndarray, y: np.ndarray, seed: int) -> Fitted:
@@ -155,11 +161,10 @@ def gaussian_mixture(x: np.ndarray, y: np.ndarray, seed: int) -> Fitted:
     return Fitted(model.predict_proba, lambda rows: -model.score_samples(rows))
 
 
-def chosen_penalty(x: np.ndarray, y: np.ndarray, seed: int) -> tuple[float, np.ndarray, np.ndarray]:
-    """The penalty of least held-out cross-entropy, and the rows of both parts."""
+def chosen_penalty(x: np.ndarray, y: np.ndarray, seed: int) -> float:
+    """The penalty of least held-out cross-entropy."""
     train, rest = split(len(x), seed)
-    loss = {c: cross_entropy(logistic(x[train], y[train], c).predict_proba(x[rest]), y[rest]) for c in PENALTIES}
-    return min(loss, key=lambda c: loss[c]), train, rest
+    return min(PENALTIES, key=lambda c: cross_entropy(logistic(x[train], y[train], c)(x[rest]), y[rest]))
 
 
 def split(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -170,7 +175,6 @@ def split(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 FITS: dict[str, Fit] = {
     "LogisticRegression": logistic_regression,
-    "CalibratedClassifierCV": calibrated,
     "temperature-scaled softmax": temperature_scaled,
     "k nearest neighbours": nearest_neighbours,
     "GaussianMixture": gaussian_mixture,

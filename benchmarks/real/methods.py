@@ -1,34 +1,35 @@
 """A document under every method: rows of weights read together, a search of weights, and rivals that route tokens."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import bayes_dispatch as bd
-from bayes_dispatch.dispatcher.evidence.evidence import Evidence
-from bayes_dispatch.dispatcher.evidence.files import read_evidence
+from bayes_dispatch.app.training.build import BuildSettings, beginning, training_evidence
+from bayes_dispatch.app.training.documents import DocumentsPlan, examples_of
+from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_evidence
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import Domain
 from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.inference.scoring.compare import score_together
 from bayes_dispatch.inference.scoring.document_reader import TokenDocument
-from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence, pure_evidence
+from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence
 from bayes_dispatch.inference.scoring.scores import ScoredTokens
 from bayes_dispatch.inference.two_pass.blends import Particles, as_blend
 from bayes_dispatch.inference.two_pass.first_pass import read_prefix
 from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, cut_of, dispatch
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.generation.sampling import row_seeds
-from dispatching.classifiers import encoded, logistic_regression, targets
+from bayes_dispatch.storage import digest
+from dispatching.classifiers import Classifier, fit_classifier, logistic_regression
 from real.routers import Router, arrow, spectr
-from real.sets import HALF, SHORT, Case
+from real.sets import Case
 
 __all__ = [
     "GROUPS",
@@ -36,10 +37,8 @@ __all__ = [
     "Contest",
     "Nats",
     "contest",
-    "left_beside",
-    "logistic",
+    "evidence_of_build",
     "takes_routers",
-    "training_evidence",
 ]
 
 OURS, FLAT = "posterior_predictive", "flat dispatcher"
@@ -63,11 +62,11 @@ class Contest:
     """A bundle and its rivals.
 
     Attributes:
-        hard: evidence of N prompts to the expert (N,) of each. routers: none where experts are no LoRAs.
+        hard: chooses one expert; ``None`` where that is not asked for. routers: none where experts are no LoRAs.
     """
 
     bundle: bd.Bundle
-    hard: Callable[[Evidence], np.ndarray]
+    hard: Classifier | None
     routers: dict[str, Router]
 
     @torch.no_grad()
@@ -116,7 +115,8 @@ class Contest:
             return found
         posterior, evidence = dispatch(bundle, prompts, seed)
         if HARD in groups:
-            found[HARD] = Particles.single(corners[self.hard(evidence)])
+            assert self.hard is not None
+            found[HARD] = Particles.single(corners[self.hard(evidence).best.argmax(1)])
         found |= {name: as_blend(name).particles(posterior) for name in BLENDS if name in groups}
         if FLAT in groups:
             seeds = [row_seeds(seed, [prompt.encode()])[0] for prompt in prompts]
@@ -165,55 +165,55 @@ class Contest:
         return session.after(read.hidden[:1, torch.from_numpy(text.places)])[0]
 
 
-def contest(bundle: bd.Bundle, directory: Path, domains: Sequence[Domain], groups: Sequence[str]) -> Contest:
-    """A bundle and what its rivals take.
-
-    Args:
-        directory: of the bundle; ``bayes-dispatch build`` leaves its evidence beside it. domains: of its experts, whose
-            evidence is made anew where there is none.
-    """
-    hard = logistic(training_evidence(bundle, directory, domains))
+def contest(
+    bundle: bd.Bundle,
+    directory: Path,
+    domains: Sequence[Domain],
+    groups: Sequence[str],
+    work: Path,
+    settings: BuildSettings | None = None,
+) -> Contest:
+    """A bundle and what its rivals among ``groups`` take; the rest is as in ``evidence_of_build``."""
+    hard = None
+    if HARD in groups:
+        hard = fit_classifier(logistic_regression, evidence_of_build(bundle, directory, domains, work, settings), 0)
     lora = takes_routers(bundle.experts)
     made = {name: make(bundle.model, bundle.experts) for name, make in ROUTERS.items() if lora and name in groups}
-    return Contest(bundle, lambda evidence: hard(evidence).argmax(1), made)
+    return Contest(bundle, hard, made)
 
 
-def left_beside(directory: Path, name: str) -> KnownEvidence | None:
-    """The evidence that ``bayes-dispatch build`` left beside a bundle, if it did.
+def evidence_of_build(
+    bundle: bd.Bundle, directory: Path, domains: Sequence[Domain], work: Path, settings: BuildSettings | None = None
+) -> KnownEvidence:
+    """What the bundle's dispatcher was fitted on: as its build left it, or else as its recipe makes it.
+
+    Args:
+        directory: of the bundle; ``bayes-dispatch build`` leaves its evidence beside it, and what ships has none there.
+        domains: of its experts, in order. work: where evidence that is made is kept.
+        settings: of the recipe; those of ``train-documents`` by default.
 
     Raises:
         ConfigError: it was built there of several inputs.
     """
-    kept = list(directory.with_name(directory.name + ".work").rglob(f"{name}.npz"))
-    if len(kept) > 1:
-        raise ConfigError(f"expected evidence of one build, got {kept[0]} and {kept[1]}: delete one")
-    return KnownEvidence(*read_evidence(kept[0])) if kept else None
-
-
-def training_evidence(bundle: bd.Bundle, directory: Path, domains: Sequence[Domain]) -> KnownEvidence:
-    """What the bundle's dispatcher was fitted on, or else evidence of its experts' domains that is made anew."""
-    if (known := left_beside(directory, "train")) is not None:
-        return known
-    return pure_evidence(bundle.model, domains, 60, (SHORT, HALF), "train", 0, cut=cut_of(bundle))
+    left = list(directory.with_name(directory.name + ".work").rglob("train.npz"))
+    if len(left) > 1:
+        raise ConfigError(f"expected evidence of one build, got {left[0]} and {left[1]}: delete one")
+    if left:
+        return KnownEvidence(*read_evidence(left[0]))
+    model, build = bundle.model, settings or DocumentsPlan.of("svf", bundle.model).build
+    examples = examples_of(domains, build)
+    texts = {name: each if isinstance(each, list) else beginning(each) for name, each in examples.items()}
+    decides = {"model": model.fingerprint(), "dtype": str(model.dtype), "cut": cut_of(bundle)}
+    decides |= {"build": asdict(build), "texts": list(texts.items())}
+    path = work / f"training-{digest(decides)[:32]}.npz"
+    if not path.exists():
+        write_evidence(path, *training_evidence(model, bundle.experts, examples, (), build, progress=True))
+    return KnownEvidence(*read_evidence(path))
 
 
 def takes_routers(experts: bd.ExpertBank) -> bool:
     """Whether all experts are LoRAs."""
     return all(isinstance(expert, LoraExpert) for expert in experts.values())
-
-
-def logistic(known: KnownEvidence) -> Callable[[Evidence], np.ndarray]:
-    """scikit-learn's LogisticRegression of the prompts of known weights, all that the dispatcher reads of them.
-
-    It gives probabilities (N, K + 1), or (N, K) where no prompt has any weight on base.
-    """
-    y = targets(known)
-    rows = np.isfinite(y).all(1)
-    x, y = encoded(known.evidence)[rows], y[rows]
-    y = y[:, : None if y[:, -1].any() else -1]
-    scaler = StandardScaler().fit(x)
-    fitted = logistic_regression(scaler.transform(x), y, 0)
-    return lambda evidence: fitted.probabilities(scaler.transform(encoded(evidence)))
 
 
 def merged(experts: bd.ExpertBank, weights: np.ndarray) -> Adaptation:

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.tiny import tiny_adapter, tiny_backbone
 
-__all__ = ["Invented", "quick_bundle", "quick_domains"]
+__all__ = ["SETTINGS", "Invented", "quick_bundle", "quick_domains"]
 
 LETTERS = {"de": "abcde", "fr": "fghij", "pt": "klmno", "pt_BR": "klmnp"}
 SETTINGS = BuildSettings(

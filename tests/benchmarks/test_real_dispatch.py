@@ -19,7 +19,7 @@ from real.prompts import beginning, mixed_prompts, pure_prompts
 from real.quick import quick_bundle, quick_domains
 from real.reader import Reader
 from real.routers import arrow_shares
-from real_dispatch import BASE, FOREIGN, LENGTHS, MIXED, PURE, Prompts, tables
+from real_dispatch import BASE, CLASSIFIERS, FOREIGN, LENGTHS, MIXED, PURE, Prompts, prompts, tables
 from tests.tiny import tiny_backbone
 
 LINES = ("xxxx\n", "yy\n", "zzzzzzz\n")
@@ -99,14 +99,27 @@ def test_what_was_read_is_kept_and_is_what_dispatch_reads(
         again.evidence(texts[1:])
 
 
+def test_a_text_counts_once_for_each_domain(bundle: bd.Bundle) -> None:
+    """Beginnings of documents are often alike, and others of the same seed are not."""
+    alike = [TextDomain(name, lambda split: ["e1\n" * 90] * 9) for name in ("de", "fr")]
+    drawn = prompts(bundle, [*alike, *list(quick_domains()[0].values())[2:]], alike[:1], 16, 3, 2)
+    for own in drawn.values():
+        assert len(set(zip(own.texts, own.sources, strict=True))) == len(own.texts) == len(own.shares)
+    pure = drawn[PURE]
+    assert [int((pure.shares[:, k] == 1).sum()) for k in range(2)] == [1, 1]
+    assert list(pure.sources[:2]) == ["de", "fr"]
+    assert (pure.sources == "pt").sum() > 3
+    assert len(drawn[FOREIGN].texts) == 1
+
+
 def test_tables_say_what_was_answered() -> None:
     corners = np.eye(3)
     known = {
         16: {
-            PURE: Prompts(["a"] * 4, corners[[0, 0, 1, 1]]),
-            BASE: Prompts(["a"] * 2, corners[[2, 2]]),
-            MIXED: Prompts(["a"] * 2, np.array([[0.5, 0.5, 0], [0.9, 0.1, 0]])),
-            FOREIGN: Prompts(["a"] * 4, np.full((4, 3), np.nan)),
+            PURE: Prompts(list("abcd"), corners[[0, 0, 1, 1]], np.array(["pt", "pt", "pt_BR", "pt_BR"])),
+            BASE: Prompts(list("ab"), corners[[2, 2]], np.array(["x", "y"])),
+            MIXED: Prompts(list("ab"), np.array([[0.5, 0.5, 0], [0.9, 0.1, 0]]), np.array(["", ""])),
+            FOREIGN: Prompts(list("abcde"), np.full((5, 3), np.nan), np.array(["fi", "uk", "fi", "uk", "zh"])),
         }
     }
 
@@ -117,17 +130,18 @@ def test_tables_say_what_was_answered() -> None:
         PURE: said([0, 1, 1, 1], 0.0),
         BASE: said([2, 0], 0.0),
         MIXED: said([0, 0], 0.0),
-        FOREIGN: Answer(corners[[0] * 4], corners[[0] * 4], np.array([1.0, -1.0, 1.0, 1.0])),  # of two seeds, one each
+        FOREIGN: Answer(corners[[0] * 5], corners[[0] * 5], np.array([1.0, -1.0, 1.0, 1.0, 1.0])),
     }
-    pure, several, foreign, near = tables(["pt", "pt_BR"], ["fi", "uk"], 1, known, {(16, "one"): answer})
+    pure, several, foreign, near = tables(["pt", "pt_BR"], ["fi", "uk", "zh"], known, {(16, "one"): answer})
     assert pure.rows == [
         ["16", "one", "0.750 ± 0.250", pure.rows[0][3], "6.908 ± 6.908", "0.500 ± 0.500", "0.500 ± 0.500"]
     ]
     assert str(pure.rows[0][3]).startswith("0.250 ± 0.2")
     assert several.rows[0][:5] == ["16", "one", "0.260 ± 0.240", "", ""]
-    assert [str(cell)[:5] for cell in several.rows[0][5:]] == ["0.750"]
-    assert [row[:2] for row in foreign.rows] == [["fi", "one"], ["uk", "one"]]
-    assert [str(row[2])[:5] for row in foreign.rows] == ["1.000", "0.500"]
+    assert [str(cell)[:5] for cell in several.rows[0][5:]] == ["0.800"]
+    assert [row[:2] for row in foreign.rows] == [["fi", "one"], ["uk", "one"], ["zh", "one"]]
+    assert [str(row[2])[:5] for row in foreign.rows] == ["1.000", "0.500", ""]  # one prompt is too few
+    assert "Distinct prompts, by length: 4;" in pure.note
     assert near.rows == [
         ["pt taken for pt_BR", "one", "0.500 ± 0.500"],
         ["pt_BR taken for pt", "one", "0.000 ± 0.000"],
@@ -139,7 +153,7 @@ def test_the_smoke_test_prints_every_method_at_every_length(tmp_path: Path, caps
     real_dispatch.main(quick=True, work=tmp_path)
     told = capsys.readouterr().out
     for tokens in LENGTHS:
-        for method in ("ours", "LogisticRegression", "Arrow"):
+        for method in ("ours", *CLASSIFIERS, "Arrow"):
             assert told.count(f"| {tokens} | {method} | ") == 2
-    assert told.count("pt_BR taken for pt | ") == 3
+    assert told.count("pt_BR taken for pt | ") == 4
     assert "nan" not in told

@@ -13,11 +13,26 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import bayes_dispatch as bd
 import real_documents
+from bayes_dispatch.dispatcher.evidence.files import write_evidence
+from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.scoring.compare import compare_blends
 from bayes_dispatch.inference.scoring.document_reader import TokenDocument
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
-from real.methods import BLENDS, GROUPS, OURS, PAIR, ROUTERS, SEARCH, Contest, Nats, contest, judged, merged
-from real.quick import quick_bundle, quick_domains
+from real.methods import (
+    BLENDS,
+    GROUPS,
+    OURS,
+    PAIR,
+    ROUTERS,
+    SEARCH,
+    Contest,
+    Nats,
+    contest,
+    evidence_of_build,
+    judged,
+    merged,
+)
+from real.quick import SETTINGS, quick_bundle, quick_domains
 from real.records import BEST, Record, Records, tables
 from real.routers import _aligned, arrow, spectr
 from real.sets import DocumentSet, document_sets
@@ -29,11 +44,35 @@ SETS = {each.name: each for each in document_sets(*quick_domains(), 60)}
 @pytest.fixture(scope="module")
 def contested(tmp_path_factory: pytest.TempPathFactory) -> Contest:
     directory = tmp_path_factory.mktemp("bundle")
-    return contest(quick_bundle(directory), directory, list(quick_domains()[0].values()), GROUPS)
+    domains = list(quick_domains()[0].values())
+    return contest(quick_bundle(directory), directory, domains, GROUPS, directory, SETTINGS)
 
 
 def text_of(contested: Contest, each: DocumentSet, number: int) -> TokenDocument:
     return TokenDocument.of(each.case(0, number).document, contested.bundle.tokenizer)
+
+
+def test_hard_routing_is_fitted_on_what_the_build_is(
+    contested: Contest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixtures and base's texts among it; what is made is kept, and what lies beside the bundle is taken as it is."""
+    bundle, domains = contested.bundle, list(quick_domains()[0].values())
+    made = evidence_of_build(bundle, tmp_path / "b", domains, tmp_path / "kept", SETTINGS)
+    assert (made.labels >= 0).sum() == 4 * SETTINGS.pure_prompts
+    assert (made.mixtures[:, -1] == 1).sum() == SETTINGS.pure_prompts
+    assert len(made.labels) == 5 * SETTINGS.pure_prompts + SETTINGS.mixed_prompts
+    monkeypatch.setattr("real.methods.training_evidence", None)
+    again = evidence_of_build(bundle, tmp_path / "b", domains, tmp_path / "kept", SETTINGS)
+    np.testing.assert_array_equal(again.evidence.views["hidden"], made.evidence.views["hidden"])
+    with pytest.raises(TypeError, match="not callable"):
+        evidence_of_build(bundle, tmp_path / "b", domains[::-1], tmp_path / "kept", SETTINGS)
+    own = made.select(np.arange(5))
+    write_evidence(tmp_path / "b.work" / "1" / "train.npz", *own)
+    beside = evidence_of_build(bundle, tmp_path / "b", domains, tmp_path / "kept", SETTINGS)
+    np.testing.assert_array_equal(beside.labels, own.labels)
+    write_evidence(tmp_path / "b.work" / "2" / "train.npz", *own)
+    with pytest.raises(ConfigError, match="expected evidence of one build, got"):
+        evidence_of_build(bundle, tmp_path / "b", domains, tmp_path / "kept", SETTINGS)
 
 
 def test_sets_of_documents() -> None:
@@ -138,7 +177,7 @@ def test_scales_have_no_routers_and_merge_all_the_same(contested: Contest, tmp_p
     names = ("de", "fr")
     bank = bd.ExpertBank([bd.ExpertVector(*own, backbone.fingerprint()) for own in zip(names, scales, strict=True)])
     bundle = bd.Bundle(backbone, bank, bd.Dispatcher.flat(names))
-    svf = contest(bundle, tmp_path, [quick_domains()[0][name] for name in names], GROUPS)
+    svf = contest(bundle, tmp_path, [quick_domains()[0][name] for name in names], GROUPS, tmp_path, SETTINGS)
     case, text = SETS["fr"].case(0, 0), text_of(contested, SETS["fr"], 0)
     (found,) = svf.scores([case], ["experts", *ROUTERS], 0)
     assert found.keys() == {*bank.components, "right expert"}
@@ -216,6 +255,14 @@ def test_costs_are_beside_base(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| base | " in told
     assert "1.00 ± 0.00" in told
     assert all(f"| {name} | " in told for name in GROUPS)
+
+
+def test_scores_of_several_bundles_are_not_pooled(tmp_path: Path) -> None:
+    kept = Records(tmp_path / "scores.jsonl")
+    for bank in ("svf", "lora"):
+        kept.add(replace(made_up(0, base=3, ours=2), bank=bank))
+    with pytest.raises(typer.BadParameter, match="expected scores of one bundle in --json, got those of 2"):
+        real_documents.main(json=kept.path, only="tables")
 
 
 def test_bad_input_is_refused() -> None:

@@ -35,7 +35,7 @@ from bayes_dispatch.inference.two_pass.likelihood import ExpertLogLikelihoods
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.storage import digest, read_json, write_json
 
-__all__ = ["PROGRAM", "BuildSettings", "beginning", "build_bundle", "kept_at"]
+__all__ = ["PROGRAM", "BuildSettings", "beginning", "build_bundle", "kept_at", "training_evidence"]
 
 # The view "surprise" was tried on our own model: squared error on held-out mixtures .078 with it and .067 without.
 PROGRAM = Admixture(views={"hidden": "vectors", "counts": "counts"})
@@ -107,7 +107,7 @@ def build_bundle(
     domains = _domains(experts, examples)
     stages = _Stages(None if out is None else kept_at(Path(out), _inputs(experts, domains, unlabelled, settings)))
     announce("evidence")
-    known = stages.evidence("train", lambda: _evidence(model, experts, domains, unlabelled, settings, progress))
+    known = stages.evidence("train", lambda: training_evidence(model, experts, domains, unlabelled, settings, progress))
     announce("dispatcher")
     dispatcher = stages.dispatcher(lambda: _fitted(experts, known, settings, progress))
     own = [domains[name] for name in experts.names]
@@ -144,16 +144,17 @@ def _domains(experts: ExpertBank, examples: Mapping[str, Sequence[str] | Domain]
     }
 
 
-def _evidence(
+def training_evidence(
     model: Backbone,
     experts: ExpertBank,
-    domains: Mapping[str, Domain],
+    examples: Mapping[str, Sequence[str] | Domain],
     unlabelled: Sequence[str],
     settings: BuildSettings,
-    progress: bool,
+    progress: bool = False,
 ) -> KnownEvidence:
-    """Prompts cut from the examples of one expert, of several, of base, and of nobody knows whom."""
-    cut, count = model.cut(experts.adapts), len(experts)
+    """What ``build_bundle`` fits a dispatcher on: prompts cut from the examples of one expert, of several, of base, and
+    of nobody knows whom."""
+    domains, cut, count = _domains(experts, examples), model.cut(experts.adapts), len(experts)
     own = [domains[name] for name in experts.names]
     lengths, seed = settings.prompt_lengths, settings.seed
     parts = [pure_evidence(model, own, settings.pure_prompts, lengths, "train", seed, progress, cut)]

@@ -18,7 +18,7 @@ from bayes_dispatch.experts.training import ExpertSettings, train_expert
 from bayes_dispatch.experts.vectors import BASE, ExpertVector
 from bayes_dispatch.model.backbone import Backbone
 
-__all__ = ["DocumentsPlan", "train_documents"]
+__all__ = ["DocumentsPlan", "examples_of", "train_documents"]
 
 BASE_DOCUMENTS = 100  # of each domain of base
 
@@ -77,12 +77,18 @@ def train_documents(
             announce(f"expert {domain.name}")
             ExpertBank([_small(train_expert(model, domain, plan.experts, progress))]).save(directory)
         experts.append(ExpertBank.load(directory)[domain.name])
-    rng, length = np.random.default_rng([plan.build.seed, 4]), plan.build.prompt_lengths[1]
+    bank, examples = ExpertBank(experts), examples_of(domains, plan.build, base)
+    return build_bundle(model, bank, examples, settings=plan.build, out=out, progress=progress, announce=announce)
+
+
+def examples_of(
+    domains: Sequence[Domain], build: BuildSettings, base: Sequence[Domain] = BASE_TEXTS
+) -> dict[str, Domain | list[str]]:
+    """What ``train_documents`` gives to ``build_bundle``."""
+    rng, length = np.random.default_rng([build.seed, 4]), build.prompt_lengths[1]
     texts = [domain.document(rng, 0, length, "train").text for domain in base for _ in range(BASE_DOCUMENTS)]
     examples: dict[str, Domain | list[str]] = {domain.name: domain for domain in domains}
-    examples |= {BASE: texts} if texts else {}
-    bank = ExpertBank(experts)
-    return build_bundle(model, bank, examples, settings=plan.build, out=out, progress=progress, announce=announce)
+    return examples | ({BASE: texts} if texts else {})
 
 
 def _small(expert: ExpertVector | LoraExpert) -> ExpertVector | LoraExpert:

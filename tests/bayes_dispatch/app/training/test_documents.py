@@ -10,8 +10,9 @@ import torch
 
 from bayes_dispatch.app.bundle import load_bundle
 from bayes_dispatch.app.commands.main import main
-from bayes_dispatch.app.training.build import BuildSettings, kept_at
-from bayes_dispatch.app.training.documents import DocumentsPlan, train_documents
+from bayes_dispatch.app.training.build import BuildSettings, kept_at, training_evidence
+from bayes_dispatch.app.training.documents import DocumentsPlan, examples_of, train_documents
+from bayes_dispatch.dispatcher.evidence.files import read_evidence
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import real_domains
@@ -51,6 +52,10 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     assert told[:2] == ["expert low", "expert high"]
     assert load_bundle(out).experts.digest == whole.experts.digest
     work = tmp_path / "bundle.work"
+    (kept,) = work.rglob("train.npz")
+    made = training_evidence(model, whole.experts, examples_of(DOMAINS, BUILD, []), (), BUILD)
+    np.testing.assert_array_equal(made.mixtures, read_evidence(kept).mixtures)
+    np.testing.assert_array_equal(made.evidence.views["hidden"], read_evidence(kept).evidence.views["hidden"])
     for expert in whole.experts.values():
         assert isinstance(expert, ExpertVector)
         assert {scales.dtype for scales in expert.scales.values()} == {torch.float16}
