@@ -30,7 +30,8 @@ from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 __all__ = ["LENGTHS_JUDGED", "Problem", "Sizes", "World", "shipped", "simulated"]
 
 LENGTHS_JUDGED = (32, 64, 128)
-SPAN = (16, 256)  # shortest and longest prompt
+SPAN = (16, 256)  # shortest and longest mixture that is judged
+FITTED = (16, 1024)  # of the prompts to fit on, as the bundle's
 STRANGERS = 2  # experts whose prompts are foreign
 DIMENSIONS, CLASSES = 12, 13
 
@@ -44,8 +45,8 @@ class Sizes:
         judged: held-out prompts of each expert at each length, and foreign ones. mixtures: held-out mixtures.
     """
 
-    pure: int = 150
-    mixed: int = 500
+    pure: int = 500
+    mixed: int = 3000
     judged: int = 200
     mixtures: int = 2000
 
@@ -115,7 +116,7 @@ def simulated(seed: int, sizes: Sizes, experts: int = 8) -> Problem:
     weights = np.concatenate([np.eye(experts + 1)[pure_labels], mixtures[: sizes.mixed]])
     labels = np.where(np.arange(len(weights)) < experts * sizes.pure, weights.argmax(1), -1)
     train = KnownEvidence(
-        world.draw(weights, _lengths(rng, len(weights)), 10 * seed + 1),
+        world.draw(weights, _lengths(rng, len(weights), FITTED), 10 * seed + 1),
         labels,
         np.where(labels[:, None] >= 0, np.nan, weights),
     )
@@ -130,7 +131,7 @@ def simulated(seed: int, sizes: Sizes, experts: int = 8) -> Problem:
         for index, length in enumerate(LENGTHS_JUDGED)
     }
     held_out = mixtures[sizes.mixed :]
-    mixed = world.draw(held_out, _lengths(rng, len(held_out)), 10 * seed + 6)
+    mixed = world.draw(held_out, _lengths(rng, len(held_out), SPAN), 10 * seed + 6)
     foreign = world.draw_foreign(2 * sizes.judged, LENGTHS_JUDGED[-1], 10 * seed + 7)
     return Problem(
         tuple(f"expert {k}" for k in range(experts)),
@@ -153,9 +154,9 @@ def shipped(seed: int, sizes: Sizes, work: Path, block: int = 0) -> Problem:
         if name == "train":
             return KnownEvidence.concatenate(
                 [
-                    pure_evidence(model, EXPERT_DOMAINS, sizes.pure, SPAN, "train", other, cut=block),
-                    mixed_evidence(model, EXPERT_DOMAINS, sizes.mixed, SPAN, "train", other, cut=block),
-                    base_evidence(model, BASE_TEXTS, count, sizes.pure, SPAN, "train", other, block),
+                    pure_evidence(model, EXPERT_DOMAINS, sizes.pure, FITTED, "train", other, cut=block),
+                    mixed_evidence(model, EXPERT_DOMAINS, sizes.mixed, FITTED, "train", other, cut=block),
+                    base_evidence(model, BASE_TEXTS, count, sizes.pure, FITTED, "train", other, block),
                 ]
             )
         if name == "mixed":
@@ -186,8 +187,8 @@ def _mixtures(rng: np.random.Generator, count: int, world: World) -> np.ndarray:
     return SupportPrior(model.sizes, model.label_shares(pi)).draw(count, rng)
 
 
-def _lengths(rng: np.random.Generator, count: int) -> np.ndarray:
-    return np.exp(rng.uniform(np.log(SPAN[0]), np.log(SPAN[1] + 1), count)).astype(int)
+def _lengths(rng: np.random.Generator, count: int, span: tuple[int, int]) -> np.ndarray:
+    return np.exp(rng.uniform(np.log(span[0]), np.log(span[1] + 1), count)).astype(int)
 
 
 def _write(file: Path, known: KnownEvidence) -> None:
