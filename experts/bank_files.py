@@ -8,7 +8,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,8 @@ from bayes_dispatch.storage import (
     parse_tensors,
     read_bytes,
     read_json,
+    read_saved,
     save_directory,
-    saved_at,
     tensors_as_bytes,
     write_json,
 )
@@ -63,9 +63,9 @@ class StoredExpert:
     kind: str = SVF
 
     @property
-    def path(self) -> Path:
-        """Its file."""
-        return saved_at(self.directory) / _file_name(self.name, self.digest)
+    def file(self) -> str:
+        """The name of its file."""
+        return _file_name(self.name, self.digest)
 
     @cached_property
     def vector(self) -> ExpertVector | LoraExpert:
@@ -75,22 +75,26 @@ class StoredExpert:
             BundleError: its file is missing, truncated, edited, another expert's, or holds other matrices or values
                 that are not finite. ForeignExpertError: it was made for another base model.
         """
-        data = read_bytes(self.path)
+        return read_saved(self.directory, INDEX, self._read)
+
+    def _read(self, place: Path) -> ExpertVector | LoraExpert:
+        path = place / self.file
+        data = read_bytes(path)
         with torch.inference_mode(False):  # it stays, and blends of it may be differentiated later
-            tensors, metadata = parse_tensors(data, self.path)
+            tensors, metadata = parse_tensors(data, path)
         if not {"name", "base"} <= metadata.keys():
-            raise BundleError(f"expected the name and base model of an expert in {self.path}, got {metadata!r:.80}")
+            raise BundleError(f"expected the name and base model of an expert in {path}, got {metadata!r:.80}")
         name, base = metadata.pop("name"), metadata.pop("base")
         if name != self.name:
-            raise BundleError(f"expected the expert {self.name!r} in {self.path}, got the expert {name!r}")
+            raise BundleError(f"expected the expert {self.name!r} in {path}, got the expert {name!r}")
         if base != self.base:
             raise ForeignExpertError(
-                f"expected expert {name} to be made for base model {self.base}, got one for {base}: {self.path}"
+                f"expected expert {name} to be made for base model {self.base}, got one for {base}: {path}"
             )
         ends = [""] if self.kind == SVF else [DOWN, UP]
         if odd := sorted(tensors.keys() ^ {matrix + end for matrix in self.matrices for end in ends}):
             shown = ", ".join(odd[:4])
-            raise BundleError(f"expected {len(self.matrices)} matrices in {self.path}, got others or fewer: {shown}")
+            raise BundleError(f"expected {len(self.matrices)} matrices in {path}, got others or fewer: {shown}")
         try:
             expert: ExpertVector | LoraExpert
             if self.kind == SVF:
@@ -99,14 +103,14 @@ class StoredExpert:
                 factors = {matrix: (tensors[matrix + DOWN], tensors[matrix + UP]) for matrix in self.matrices}
                 expert = LoraExpert(name, factors, base, metadata)
         except (ConfigError, TensorError) as error:
-            raise BundleError(f"{self.path}: {error}") from None
+            raise BundleError(f"{path}: {error}") from None
         for matrix, rank in expert.matrices.items():
             if rank != self.matrices[matrix]:
-                raise BundleError(f"expected {self.matrices[matrix]} scales of {matrix} in {self.path}, got {rank}")
+                raise BundleError(f"expected {self.matrices[matrix]} scales of {matrix} in {path}, got {rank}")
         if (got := _digest(data)) != self.digest:
-            raise BundleError(f"expected {self.path} with digest {self.digest[:12]}, got {got[:12]}: it was edited")
+            raise BundleError(f"expected {path} with digest {self.digest[:12]}, got {got[:12]}: it was edited")
         if expert.metadata != self.metadata:
-            raise BundleError(f"expected metadata of {name} as in {self.path}, got others in {INDEX}: it was edited")
+            raise BundleError(f"expected metadata of {name} as in {path}, got others in {INDEX}: it was edited")
         return expert
 
 
@@ -141,7 +145,7 @@ def verify_bank(directory: str | Path) -> tuple[ExpertCheck, ...]:
     Raises:
         BundleError: ``bank.json`` itself is missing, damaged or of another format.
     """
-    return tuple(ExpertCheck(expert.name, _reason(expert)) for expert in read_bank(Path(directory)).experts)
+    return read_saved(Path(directory), INDEX, _verify)
 
 
 def write_bank(
@@ -172,7 +176,11 @@ def read_bank(directory: Path) -> StoredBank:
         BundleError: it is missing, truncated, edited or of another format.
     """
     directory = directory.resolve()
-    path = saved_at(directory) / INDEX
+    return read_saved(directory, INDEX, partial(_read, directory))
+
+
+def _read(directory: Path, place: Path) -> StoredBank:
+    path = place / INDEX
     index = read_json(path)
     if isinstance(index, dict) and "format" not in index and "experts" in index:
         raise BundleError(f"expected a bank of format {FORMAT} in {path}, got the older one: train its experts again")
@@ -223,6 +231,10 @@ def _expect(path: Path, holds: bool, what: str, got: object) -> None:
         raise BundleError(f"expected {what} in {path}, got {got!r:.80}")
 
 
+def _verify(place: Path) -> tuple[ExpertCheck, ...]:
+    return tuple(ExpertCheck(expert.name, _reason(expert)) for expert in read_bank(place).experts)
+
+
 def _reason(expert: StoredExpert) -> str | None:
     try:
         expert.vector  # noqa: B018
@@ -244,8 +256,8 @@ def expert_bytes(expert: ExpertVector | LoraExpert) -> bytes:
 def _write_expert(old: Path, new: Path, expert: ExpertVector | LoraExpert | StoredExpert) -> str:
     """Have ``new`` hold an expert's file, which ``old`` may have, and return its digest."""
     if isinstance(expert, StoredExpert):
-        if expert.directory == old and expert.path.is_file():
-            keep_file(expert.path, new / expert.path.name)
+        if expert.directory == old and (old / expert.file).is_file():
+            keep_file(old / expert.file, new / expert.file)
             return expert.digest
         expert = expert.vector
     data = expert_bytes(expert)

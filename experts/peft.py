@@ -6,6 +6,7 @@ PEFT itself is not needed. Nothing is unpickled, and nothing of a directory is e
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.vectors import DTYPES
 from bayes_dispatch.model.adaptation import Delta
 from bayes_dispatch.model.backbone import Backbone
-from bayes_dispatch.storage import read_json, read_tensors, save_directory, saved_at, tensors_as_bytes, write_json
+from bayes_dispatch.storage import read_json, read_saved, read_tensors, save_directory, tensors_as_bytes, write_json
 
 __all__ = ["CONFIG", "WEIGHTS", "check_export", "read_peft", "write_peft"]
 
@@ -73,20 +74,8 @@ def read_peft(backbone: Backbone, base: str, name: str, directory: str | Path) -
         ConfigError: an adapter of another kind, or of layers that the model does not have or cannot adapt.
         ForeignExpertError: it was made for another base model. TensorError: values that are not finite.
     """
-    directory = Path(directory)
-    if not (directory / CONFIG).is_file():
-        raise BundleError(f"expected a LoRA adapter with an {CONFIG} in {directory}, got none")
-    config = read_json(directory / CONFIG)
-    if not isinstance(config, dict):
-        raise BundleError(f"expected the settings of an adapter in {directory / CONFIG}, got {config!r:.60}")
-    _check_kind(directory, config)
-    _check_base(backbone, directory, config)
-    if not (directory / WEIGHTS).is_file():
-        pickled = (directory / "adapter_model.bin").exists()
-        got = "adapter_model.bin, a pickle, which is never read: save it with safe_serialization" if pickled else "none"
-        raise BundleError(f"expected {WEIGHTS} in {directory}, got {got}")
-    factors = _factors(backbone, directory, config, read_tensors(directory / WEIGHTS)[0])
-    return LoraExpert(name, factors, base, {"adapter": directory.resolve().name, **provenance()})
+    factors = read_saved(Path(directory), CONFIG, partial(_read, backbone))
+    return LoraExpert(name, factors, base, {"adapter": Path(directory).resolve().name, **provenance()})
 
 
 def write_peft(directory: Path, deltas: Mapping[str, Delta], base: str, embeddings: Collection[str]) -> None:
@@ -133,9 +122,27 @@ def write_peft(directory: Path, deltas: Mapping[str, Delta], base: str, embeddin
 
 def check_export(directory: Path) -> None:
     """Raise ``BundleError`` where an adapter is that was not written here."""
-    old = saved_at(directory) / WEIGHTS
-    if old.exists() and OURS not in read_tensors(old)[1]:
+
+    def is_ours(place: Path) -> bool:
+        return not (place / WEIGHTS).exists() or OURS in read_tensors(place / WEIGHTS)[1]
+
+    if not read_saved(directory, CONFIG, is_ours):
         raise BundleError(f"expected {directory} to be new, empty or an earlier export, got an adapter from elsewhere")
+
+
+def _read(backbone: Backbone, directory: Path) -> dict[str, Factors]:
+    if not (directory / CONFIG).is_file():
+        raise BundleError(f"expected a LoRA adapter with an {CONFIG} in {directory}, got none")
+    config = read_json(directory / CONFIG)
+    if not isinstance(config, dict):
+        raise BundleError(f"expected the settings of an adapter in {directory / CONFIG}, got {config!r:.60}")
+    _check_kind(directory, config)
+    _check_base(backbone, directory, config)
+    if not (directory / WEIGHTS).is_file():
+        pickled = (directory / "adapter_model.bin").exists()
+        got = "adapter_model.bin, a pickle, which is never read: save it with safe_serialization" if pickled else "none"
+        raise BundleError(f"expected {WEIGHTS} in {directory}, got {got}")
+    return _factors(backbone, directory, config, read_tensors(directory / WEIGHTS)[0])
 
 
 def _check_kind(directory: Path, config: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pkgutil
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -84,6 +85,23 @@ def in_threads() -> Iterator[Callable[[int, Callable[[], Any]], list[Any]]]:
     sys.setswitchinterval(1e-6)
     yield run
     sys.setswitchinterval(before)
+
+
+@pytest.fixture
+def meanwhile(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[], object]], None]:
+    """Have something happen just before the next call of a function, which is given by its full name."""
+
+    def arrange(name: str, act: Callable[[], object]) -> None:
+        really = pkgutil.resolve_name(name)
+
+        def called(*arguments: Any, **given: Any) -> Any:
+            monkeypatch.setattr(name, really)
+            act()
+            return really(*arguments, **given)
+
+        monkeypatch.setattr(name, called)
+
+    return arrange
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.app.shipped import bundle_directory, is_smollm2
 from bayes_dispatch.errors import BundleError
-from bayes_dispatch.storage import saved_at
+from bayes_dispatch.storage import read_saved
 
 __all__ = ["BundleAt"]
 
@@ -41,14 +41,21 @@ class BundleAt:
         Raises:
             BundleError: there is none, or another one.
         """
-        if (found := _checksum(self.path)) != self.checksum:
+        return read_saved(bundle_directory(self.path), "bundle.json", self._load)
+
+    def _load(self, place: Path) -> Bundle:
+        if (found := _of_index(place)) != self.checksum:
             raise BundleError(f"expected the bundle {self.checksum:.12}, as where it was named, got {found:.12}")
         return load_bundle(self.path, device=self.device, dtype=self.dtype)
 
 
 def _checksum(path: Path | None) -> str:
     """Of the index, which has those of all other files."""
-    index = saved_at(bundle_directory(path)) / "bundle.json"
+    return read_saved(bundle_directory(path), "bundle.json", _of_index)
+
+
+def _of_index(place: Path) -> str:
+    index = place / "bundle.json"
     if not index.is_file():
         raise BundleError(f"expected a bundle at {index.parent}, got none")
     return hashlib.sha256(index.read_bytes()).hexdigest()

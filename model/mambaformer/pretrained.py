@@ -20,9 +20,9 @@ from bayes_dispatch.storage import (
     check_tensors,
     parse_json,
     read_bytes,
+    read_saved,
     read_tensors,
     save_directory,
-    saved_at,
     write_json,
     write_output,
     write_tensors,
@@ -88,7 +88,10 @@ class Pretrained(nn.Module):
             BundleError: a file is missing, truncated or edited, a tensor has another shape than the configuration says,
                 or another dtype than the rest, or a tokenizer that has more tokens than the model.
         """
-        directory = saved_at(Path(directory))
+        return read_saved(Path(directory), "config.json", cls._read)
+
+    @classmethod
+    def _read(cls: type[M], directory: Path) -> M:
         file, weights = directory / "config.json", directory / "model.safetensors"
         data = read_bytes(file)
         try:

@@ -23,6 +23,7 @@ from bayes_dispatch.model.mambaformer.token_model import check_ids
 from bayes_dispatch.model.transformers.parts import ModelParts
 from bayes_dispatch.model.transformers.session import LOGITS_AT_ONCE, TransformersSession
 from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
+from bayes_dispatch.storage import read_saved
 
 __all__ = ["TransformersBackbone"]
 
@@ -87,24 +88,8 @@ class TransformersBackbone:
         local = Path(path).is_dir()
         if not local and (isinstance(path, Path) or not HUB_NAME.fullmatch(path)):
             raise ConfigError(f"expected a directory, or a name on the hub, got {path}")
-        if local and not (Path(path) / "config.json").is_file():
-            raise ConfigError(f"expected a model's directory with a config.json, got {path}")
-        options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
-        try:
-            config = AutoConfig.from_pretrained(path, **options)
-            if type(config) in AutoModelForCausalLM._model_mapping:
-                loaded: Any = AutoModelForCausalLM.from_pretrained(
-                    path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-                )
-                model, found = loaded
-                nn.Module.to(model, device)
-                tokenizer = AutoTokenizer.from_pretrained(path, **options)
-        except Exception as error:  # a config can make that library fail in any way
-            raise ConfigError(f"expected a causal language model in {path}, got {_line(error)}") from None
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise ConfigError(f"expected a causal language model, got {type(config).__name__} in {path}")
-        if missing := sorted(found["missing_keys"]):  # that library would draw them at random
-            raise ConfigError(f"expected all weights of the model in {path}, got none of {missing[0]}")
+        read = partial(_read, dtype=dtype, device=device, local=local)
+        model, tokenizer = read_saved(Path(path), "config.json", read) if local else read(path)
         return cls(model, tokenizer, str(path))
 
     @property
@@ -399,6 +384,31 @@ def _path_of(model: PreTrainedModel, parts: ModelParts) -> str:
 
 def _ends(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+
+def _read(
+    path: str | Path, dtype: torch.dtype | str, device: str | torch.device, local: bool
+) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer of a directory or a name on the hub."""
+    if local and not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"expected a model's directory with a config.json, got {path}")
+    options: dict[str, Any] = {"local_files_only": local, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(path, **options)
+        if type(config) in AutoModelForCausalLM._model_mapping:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
+            model, found = loaded
+            nn.Module.to(model, device)
+            tokenizer = AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:  # a config can make that library fail in any way
+        raise ConfigError(f"expected a causal language model in {path}, got {_line(error)}") from None
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(f"expected a causal language model, got {type(config).__name__} in {path}")
+    if missing := sorted(found["missing_keys"]):  # that library would draw them at random
+        raise ConfigError(f"expected all weights of the model in {path}, got none of {missing[0]}")
+    return model, tokenizer
 
 
 def _line(error: Exception) -> str:

@@ -24,7 +24,7 @@ from bayes_dispatch.experts.bank_files import verify_bank
 from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.inference.two_pass.blends import BestExpert, FixedWeights, as_blend
-from bayes_dispatch.storage import tensors_as_bytes
+from bayes_dispatch.storage import FINISHED, tensors_as_bytes
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -213,6 +213,22 @@ class TestReading:
         bank = ExpertBank.load("bank")
         monkeypatch.chdir("/")
         assert bank["add"].name == "add"
+
+    @pytest.mark.parametrize("step", ["read_json", "read_bytes"])
+    def test_a_save_between_two_steps_of_reading(
+        self, saved: Path, bank: ExpertBank, meanwhile: Callable[..., None], step: str
+    ) -> None:
+        """Of one that another process was amid: its files are in another place afterwards."""
+        shutil.copytree(saved, saved / FINISHED)
+        meanwhile(f"bayes_dispatch.experts.bank_files.{step}", lambda: bank.save(saved))
+        assert_same(ExpertBank.load(saved), bank)
+
+    def test_a_bank_that_is_saved_anew_while_it_is_verified_is_whole(
+        self, saved: Path, bank: ExpertBank, meanwhile: Callable[..., None]
+    ) -> None:
+        other = bank.renamed("sort", "order")
+        meanwhile("bayes_dispatch.experts.bank_files.read_bytes", lambda: other.save(saved))
+        assert [(check.name, check.reason) for check in verify_bank(saved)] == [(name, None) for name in other]
 
     def test_it_belongs_to_one_model(
         self, saved: Path, bank: ExpertBank, make_model: Callable[..., "MambaFormerForCausalLM"]

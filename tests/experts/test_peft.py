@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,18 @@ def test_a_blend_is_the_cat_merge_and_rows_are_one_by_one(adapted: tuple[str, di
         for model in (exported, merged.eval()):
             found = model(input_ids=IDS[:1]).logits.log_softmax(-1)
             torch.testing.assert_close(found, together[:1], rtol=0, atol=1e-6)
+
+
+def test_an_adapter_that_is_saved_anew_while_it_is_read_is_the_new_one(
+    llama: TransformersBackbone, adapter: Path, tmp_path: Path, meanwhile: Callable[..., None]
+) -> None:
+    """Its settings and its factors are of one save."""
+    tiny_adapter(tmp_path / "b", seed=1, r=2)
+    bank = ExpertBank.from_peft(llama, {"a": adapter, "b": tmp_path / "b"})
+    bank.export([1, 0, 0], tmp_path / "out", llama)
+    meanwhile("bayes_dispatch.experts.peft.read_tensors", lambda: bank.export([0, 1, 0], tmp_path / "out", llama))
+    found = ExpertBank.from_peft(llama, {"x": tmp_path / "out"})
+    assert found["x"].matrices == bank["b"].matrices != bank["a"].matrices
 
 
 def test_kinds_together_on_disk_and_on_the_way(tmp_path: Path) -> None:

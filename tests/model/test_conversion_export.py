@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bayes_dispatch.errors import BundleError, ConfigError
+from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
 from bayes_dispatch.model.mambaformer.conversion.configs import KINDS, meaning, read_config, write_config
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.model.subwords import train_subwords
 from bayes_dispatch.model.tokenizer import ByteTokenizer
+from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 from tests.convertible import CONFIGS, close, every_config, in_float64, make, tokens
 from tests.tiny import tiny_tokenizer
 
@@ -128,6 +131,28 @@ def test_a_model_of_ours_is_theirs(tmp_path: Path, kind: str, dtype: torch.dtype
             close(ours(ids).logits, theirs(ids, use_cache=False).logits)
     assert theirs.config.model_type == kind.partition(",")[0]
     assert theirs.dtype == dtype
+
+
+CONVERSION = "bayes_dispatch.model.mambaformer.conversion.checkpoint"
+READERS: dict[str, tuple[Callable[[Path], Backbone], str]] = {
+    "ours": (MambaFormerForCausalLM.from_transformers, f"{CONVERSION}.opened"),
+    "theirs": (TransformersBackbone.load, "transformers.AutoModelForCausalLM.from_pretrained"),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_exported_anew_while_it_is_read_is_the_new_one(
+    tmp_path: Path, meanwhile: Callable[..., None], reader: str
+) -> None:
+    """Configuration and weights are of one export."""
+    read, between = READERS[reader]
+    backbones = (OWN["llama"], replace(OWN["llama"], d_model=16))
+    configs = [LanguageModelConfig(backbone=each, vocab_size=270) for each in backbones]
+    old, new = (MambaFormerForCausalLM(each, train_subwords(["the other"], 258)) for each in configs)
+    new.export_to_transformers(tmp_path / "new")
+    old.export_to_transformers(tmp_path / "x")
+    meanwhile(between, lambda: new.export_to_transformers(tmp_path / "x"))
+    assert read(tmp_path / "x").fingerprint() == read(tmp_path / "new").fingerprint()
 
 
 @pytest.mark.parametrize("trained", [True, False])

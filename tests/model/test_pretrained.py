@@ -38,6 +38,16 @@ def test_round_trip(make_model: "MakeModel", tmp_path: Path, tied: bool, window:
         assert torch.equal(again(ids).logits, model(ids).logits)
 
 
+def test_a_model_that_is_saved_anew_while_it_is_read_is_the_new_one(
+    make_model: "MakeModel", tmp_path: Path, meanwhile: Callable[..., None]
+) -> None:
+    """Its configuration and its weights are of one save."""
+    old, new = make_model(), make_model(MambaFormerConfig(d_model=16, n_pairs=1, d_state=4, head_dim=8))
+    old.save_pretrained(tmp_path)
+    meanwhile("bayes_dispatch.model.mambaformer.pretrained.read_tensors", lambda: new.save_pretrained(tmp_path))
+    assert MambaFormerForCausalLM.from_pretrained(tmp_path).fingerprint() == new.fingerprint() != old.fingerprint()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_it_is_loaded_in_the_dtype_that_it_was_saved_in(
     make_model: "MakeModel", tmp_path: Path, dtype: torch.dtype

@@ -66,6 +66,7 @@ def build(
     from bayes_dispatch.app.training.build import BuildSettings, build_bundle
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.domains.own import read_examples
+    from bayes_dispatch.storage import read_saved
 
     texts: dict[str | None, list[str]] = {}
     for each in () if examples is None else read_examples(examples):
@@ -73,12 +74,12 @@ def build(
     for name, file in named_paths(text, "--text").items():
         texts.setdefault(name, []).extend(_passages(file))
     backbone = transformers_backbone(model, device=device, dtype=dtype)
-    bank = ExpertBank(
-        [
-            *(expert for directory in experts or () for expert in ExpertBank.load(directory).values()),
-            *(ExpertBank.from_peft(backbone, adapters).values() if adapters else ()),
-        ]
-    )
+    given_experts = []
+    for directory in experts or ():
+        given_experts += read_saved(directory, "bank.json", lambda place: list(ExpertBank.load(place).values()))
+    if adapters:
+        given_experts += ExpertBank.from_peft(backbone, adapters).values()
+    bank = ExpertBank(given_experts)
     settings = BuildSettings(seed=seed) if prompts is None else BuildSettings(seed=seed, pure_prompts=prompts)
     bundle = build_bundle(
         backbone,

@@ -1,7 +1,8 @@
 """``bayes-dispatch experts``: the experts of a bundle, or of a bank on its own, listed, shown, checked and edited."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -13,17 +14,17 @@ __all__ = ["experts", "is_of_a_bundle"]
 experts = typer.Typer(help="The experts of a bundle, or of a bank on its own: list, show, check and edit them.")
 
 BankOption = Annotated[Path | None, typer.Option("--bank", help="A bank's directory, in the place of a bundle.")]
+T = TypeVar("T")
 NameArgument = Annotated[str, typer.Argument(help="Name of an expert.", show_default=False)]
 
 
 @experts.command(name="list")
 def list_experts(bundle: BundleOption = None, bank: BankOption = None, as_json: JsonOption = False) -> None:
     """All experts, and what is known about them."""
-    directory = _directory(bundle, bank)
     from bayes_dispatch.app.tables import Table, visible
     from bayes_dispatch.experts.bank import ExpertBank
 
-    found = ExpertBank.load(directory)
+    found = _read(bundle, bank, ExpertBank.load)
     scales = sum(found.matrices.values())
     if as_json:
         listed = [{"name": name, "metadata": dict(found.metadata[name])} for name in found.names]
@@ -38,12 +39,11 @@ def list_experts(bundle: BundleOption = None, bank: BankOption = None, as_json: 
 @experts.command()
 def show(name: NameArgument, bundle: BundleOption = None, bank: BankOption = None, as_json: JsonOption = False) -> None:
     """All that is known about one expert, and how far it changes each matrix."""
-    directory = _directory(bundle, bank)
     from bayes_dispatch.app.tables import Table, visible
     from bayes_dispatch.experts.bank import ExpertBank
     from bayes_dispatch.experts.lora import LoraExpert
 
-    expert = ExpertBank.load(directory)[name]
+    expert = _read(bundle, bank, lambda directory: ExpertBank.load(directory)[name])
     matrices: list[dict[str, Any]] = []
     if isinstance(expert, LoraExpert):
         what = "Entries of its updates"
@@ -67,11 +67,10 @@ def show(name: NameArgument, bundle: BundleOption = None, bank: BankOption = Non
 @experts.command()
 def verify(bundle: BundleOption = None, bank: BankOption = None, as_json: JsonOption = False) -> None:
     """Read every expert, and tell which are damaged; exit code 2 if any is."""
-    directory = _directory(bundle, bank)
     from bayes_dispatch.app.tables import Cell, Table, visible
     from bayes_dispatch.experts.bank_files import verify_bank
 
-    checks = verify_bank(directory)
+    directory, checks = _read(bundle, bank, lambda directory: (directory, verify_bank(directory)))
     if as_json:
         listed = [{"name": check.name, "ok": check.ok, "reason": check.reason} for check in checks]
         print_json({"directory": str(directory), "ok": all(check.ok for check in checks), "experts": listed})
@@ -120,16 +119,16 @@ def rename(
     print(f"{directory}: {name} is now {new}")
 
 
-def _directory(bundle: Path | None, bank: Path | None) -> Path:
-    """Of the bank to read."""
+def _read(bundle: Path | None, bank: Path | None, read: Callable[[Path], T]) -> T:
+    """What ``read`` makes of the directory of the bank."""
     if bank is not None:
         if bundle is not None:
             raise ConfigError(f"expected --bundle or --bank, got both: {bundle} and {bank}")
-        return bank
+        return read(bank)
     from bayes_dispatch.app.shipped import bundle_directory
-    from bayes_dispatch.storage import saved_at
+    from bayes_dispatch.storage import read_saved
 
-    return saved_at(bundle_directory(bundle)) / "experts"
+    return read_saved(bundle_directory(bundle), "bundle.json", lambda place: read(place / "experts"))
 
 
 def is_of_a_bundle(bank: Path) -> bool:

@@ -218,10 +218,10 @@ def report(
     from bayes_dispatch.app.bundle import read_index
     from bayes_dispatch.app.shipped import bundle_directory
     from bayes_dispatch.app.tables import report_markdown
-    from bayes_dispatch.storage import saved_at
+    from bayes_dispatch.storage import read_saved
 
     refuse_unused("--markdown", markdown, not as_json, "without --json", "both")
-    measured = read_index(saved_at(bundle_directory(bundle)))["report"]
+    measured = read_saved(bundle_directory(bundle), "bundle.json", read_index)["report"]
     if markdown and (tables := report_markdown(measured)):
         return print(tables)
     _print_report(measured, as_json)

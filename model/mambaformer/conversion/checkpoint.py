@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -25,7 +26,7 @@ from bayes_dispatch.model.mambaformer.pretrained import DTYPES, Pretrained
 from bayes_dispatch.model.mambaformer.svd.linear import matrices
 from bayes_dispatch.model.subwords import SubwordTokenizer
 from bayes_dispatch.model.tokenizer import ByteTokenizer
-from bayes_dispatch.storage import EXPORTED_BY, save_directory, write_json
+from bayes_dispatch.storage import EXPORTED_BY, read_saved, save_directory, write_json
 
 __all__ = ["read_checkpoint", "write_checkpoint"]
 
@@ -50,33 +51,8 @@ def read_checkpoint(
     """What ``build`` makes of the configuration, with the weights: see ``MambaFormerForCausalLM.from_transformers``."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"expected a float dtype, got {dtype}")
-    with ExitStack() as stack:
-        if isinstance(source, nn.Module):
-            where = f"a {type(source).__name__}"
-            if not hasattr(getattr(source, "config", None), "to_dict"):
-                raise ConfigError(f"expected a model of the transformers library, got {where}")
-            data, theirs = cast(Any, source).config.to_dict(), _of_module(source)
-        else:
-            where, file = str(source), Path(source) / "config.json"
-            if not file.is_file():
-                raise ConfigError(f"expected a model's directory with a config.json, got {source}")
-            data, theirs = read_optional(file), opened(Path(source), stack)
-        described = read_config(data)
-        with torch.device("meta"):  # no memory yet, and no random numbers
-            model = build(described.config)
-        state = read_state(described, model.state_dict(), theirs, dtype, where, matrices(model).keys())
-    model.load_state_dict(state, assign=True)
-    if tokenizer is None:
-        if isinstance(source, nn.Module):
-            raise ConfigError(f"expected a tokenizer for {where}, got none")
-        tokenizer = read_subwords(Path(source), described.config.vocab_size)
-    if tokenizer.vocab_size > described.config.vocab_size:
-        most = described.config.vocab_size
-        raise ConfigError(
-            f"expected a tokenizer of at most {most} ids, as the embedding has, got {tokenizer.vocab_size}"
-        )
-    model.tokenizer = tokenizer
-    return model.eval()
+    read = partial(_read, build, dtype=dtype, tokenizer=tokenizer)
+    return read(source) if isinstance(source, nn.Module) else read_saved(Path(source), "config.json", read)
 
 
 def write_checkpoint(model: Pretrained, directory: Path, model_type: str | None) -> None:
@@ -99,6 +75,41 @@ def write_checkpoint(model: Pretrained, directory: Path, model_type: str | None)
         if isinstance(tokenizer, SubwordTokenizer):
             write_subwords(tokenizer, new)
         save_file(theirs, new / WHOLE, {"format": "pt"})
+
+
+def _read(
+    build: Callable[[LanguageModelConfig], M],
+    source: Path | nn.Module,
+    dtype: torch.dtype | None,
+    tokenizer: SubwordTokenizer | ByteTokenizer | None,
+) -> M:
+    with ExitStack() as stack:
+        if isinstance(source, nn.Module):
+            where = f"a {type(source).__name__}"
+            if not hasattr(getattr(source, "config", None), "to_dict"):
+                raise ConfigError(f"expected a model of the transformers library, got {where}")
+            data, theirs = cast(Any, source).config.to_dict(), _of_module(source)
+        else:
+            where, file = str(source), source / "config.json"
+            if not file.is_file():
+                raise ConfigError(f"expected a model's directory with a config.json, got {source}")
+            data, theirs = read_optional(file), opened(source, stack)
+        described = read_config(data)
+        with torch.device("meta"):  # no memory yet, and no random numbers
+            model = build(described.config)
+        state = read_state(described, model.state_dict(), theirs, dtype, where, matrices(model).keys())
+    model.load_state_dict(state, assign=True)
+    if tokenizer is None:
+        if isinstance(source, nn.Module):
+            raise ConfigError(f"expected a tokenizer for {where}, got none")
+        tokenizer = read_subwords(source, described.config.vocab_size)
+    if tokenizer.vocab_size > described.config.vocab_size:
+        most = described.config.vocab_size
+        raise ConfigError(
+            f"expected a tokenizer of at most {most} ids, as the embedding has, got {tokenizer.vocab_size}"
+        )
+    model.tokenizer = tokenizer
+    return model.eval()
 
 
 def _of_module(module: nn.Module) -> Readers:

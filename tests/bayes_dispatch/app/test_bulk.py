@@ -2,7 +2,8 @@
 small, and a process that gets some of them loads the bundle once. None of it needs Ray."""
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from bayes_dispatch.app import bulk
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.bundle_at import BundleAt
+from bayes_dispatch.errors import BundleError
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.scoring.compare import compare_blends
 from bayes_dispatch.inference.two_pass.first_pass import first_pass
@@ -43,6 +45,15 @@ def place(bundle64: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(bulk, "PROMPTS", 4)
     monkeypatch.setattr("bayes_dispatch.inference.two_pass.first_pass.PROMPTS_AT_ONCE", 2)
     return BundleAt.here(tmp_path / "tiny")
+
+
+def test_a_bundle_that_is_saved_anew_while_it_is_loaded_is_not_the_one_that_was_named(
+    place: BundleAt, bundle64: Bundle, tmp_path: Path, meanwhile: Callable[..., None]
+) -> None:
+    other = replace(bundle64, report={"note": "other"})
+    meanwhile("bayes_dispatch.app.bundle_at.load_bundle", lambda: other.save(tmp_path / "tiny"))
+    with pytest.raises(BundleError, match=r"expected the bundle .*, as where it was named, got"):
+        place.load()
 
 
 def test_blocks_of_documents_are_joined_to_what_all_give(place: BundleAt, bundle64: Bundle) -> None:

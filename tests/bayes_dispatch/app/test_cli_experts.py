@@ -95,6 +95,18 @@ def test_a_save_that_was_stopped_is_read_where_it_is(experts: Experts, bank: Exp
     shutil.rmtree(finished)
 
 
+def test_a_bundle_whose_save_goes_on_while_it_is_read(
+    experts: Experts, bundle: Bundle, tmp_path: Path, meanwhile: Callable[..., None]
+) -> None:
+    """Its files are in another place afterwards."""
+    for command in (["list"], ["show", "sort"], ["verify"]):
+        directory = tmp_path / command[0]
+        bundle.save(directory)
+        shutil.copytree(directory, directory / FINISHED)
+        meanwhile("bayes_dispatch.experts.bank_files.read_bank", lambda directory=directory: bundle.save(directory))
+        assert experts(*command, "--bundle", directory, "--json")[0] == 0
+
+
 def test_list_shows_metadata_of_all_kinds_and_reads_no_expert(experts: Experts, bank: ExpertBank, saved: Path) -> None:
     known = {"objective": "likelihood", "date": "2026-01-31", "metric.nll": "0.25", "torch": "2.0", "odd": "a\x1b[2Jb"}
     for name in bank:
