@@ -19,6 +19,7 @@ from bayes_dispatch.experts.domains.domain import Checked, Domain
 from bayes_dispatch.experts.questions import Question, ask
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.backbone import Backbone, Read, Session, padded, token_weights
+from bayes_dispatch.model.generation.decoding import divergence
 
 __all__ = ["Judgement", "Likelihood", "Objective", "Reinforce", "reinforce_loss", "sequence_kl"]
 
@@ -136,9 +137,9 @@ class Reinforce:
         ]
         shape = (len(questions), self.samples)
         chosen = (own.gather(-1, tokens[..., None])[..., 0] * real).sum(1).view(shape)
-        divergence = sequence_kl(own, base, real).view(shape)
+        moved = sequence_kl(own, base, real).view(shape)
         reward = torch.tensor(rewards, dtype=own.dtype, device=own.device).view(shape)
-        return Judgement(reinforce_loss(chosen, reward, divergence, self.kl), float(reward.mean()))
+        return Judgement(reinforce_loss(chosen, reward, moved, self.kl), float(reward.mean()))
 
 
 def reinforce_loss(
@@ -162,8 +163,7 @@ def sequence_kl(
     own: Float[Tensor, "R A V"], base: Float[Tensor, "R A V"], real: Bool[Tensor, "R A"]
 ) -> Float[Tensor, " R"]:
     """Divergence of ``own`` from ``base``, both log-probabilities, in nats: of each row, over its real tokens."""
-    ratio = (own - base).masked_fill(own == -torch.inf, 0.0)  # what has no probability adds nothing
-    return ((own.exp() * ratio).sum(-1) * real).sum(1)
+    return (divergence(own, base) * real).sum(1)
 
 
 class _Reading(NamedTuple):

@@ -12,6 +12,7 @@ from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.filtering import FilterState, ParticleFilter
 from bayes_dispatch.inference.two_pass.first_pass import Prefix, read_prefix
 from bayes_dispatch.inference.two_pass.readers import CachedReader, straight
+from bayes_dispatch.model.generation.decoding import divergence
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.two_pass.system import System
@@ -61,9 +62,7 @@ def expected_divergence(
     else:
         p = _mixed(new, after[:, count:])
     q = _mixed(_filtered(current.forgotten(), own[:, :count], user), after[:, :count])
-    ratio = (p - q).masked_fill(p == -torch.inf, 0.0)  # what has no probability adds nothing
-    kl = (p.exp() * ratio).sum(-1).mean()
-    return max(float(kl), 0.0), evaluated + len(ids) * cut
+    return max(float(divergence(p, q).mean()), 0.0), evaluated + len(ids) * cut
 
 
 def _run(

@@ -15,7 +15,17 @@ from bayes_dispatch.model.generation.continuation import Beginning
 from bayes_dispatch.model.generation.sampling import penalise_repetition, row_generators
 from bayes_dispatch.model.generation.settings import GenerationSettings
 
-__all__ = ["Generated", "Step", "check_numbers", "decode", "decode_scored", "log_probabilities", "seen_tokens", "steps"]
+__all__ = [
+    "Generated",
+    "Step",
+    "check_numbers",
+    "decode",
+    "decode_scored",
+    "divergence",
+    "log_probabilities",
+    "seen_tokens",
+    "steps",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +97,12 @@ def check_numbers(logits: Float[Tensor, "R V"]) -> None:
     """Raise ``TensorError`` where no token can be chosen, or ranked, since a weight or a scale was no finite number."""
     if not math.isfinite(logits.amax(-1).sum(dtype=torch.double)):  # two operations, as each token pays for them
         raise TensorError("expected logits that are numbers, got NaN: a weight or a scale is no finite number")
+
+
+def divergence(own: Float[Tensor, "*of V"], other: Float[Tensor, "*of V"]) -> Float[Tensor, "*of"]:
+    """``KL(own ‖ other)`` in nats, of log-probabilities; what has no probability adds nothing, and has no gradient."""
+    ratio = (own - other).masked_fill(own == -torch.inf, 0.0)
+    return (own.exp() * ratio).sum(-1)
 
 
 def seen_tokens(prompts: Beginning, vocab_size: int) -> Bool[Tensor, "B V"]:
