@@ -217,7 +217,7 @@ class Reading:
         evidence = conversation.evidence(self._heard.transcript)
         p_value, foreign = None, np.zeros(1, dtype=bool)
         if work.false_alarm_rate is not None:
-            decision = gate_of(system).decide(system.dispatcher, evidence, work.false_alarm_rate)
+            decision = gate_of(system).decide(dispatcher, evidence, work.false_alarm_rate)
             p_value, foreign = float(decision.p_values[0]), decision.foreign
         seeds = row_seeds(work.seed, [self._heard.transcript.data])
         posterior = dispatcher.posterior(evidence, draws=POSTERIOR_DRAWS, seed=seeds)

@@ -6,17 +6,19 @@ Each function takes anything array-like and its name, and returns an array of kn
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from bayes_dispatch.arguments import shown
 from bayes_dispatch.errors import BayesDispatchError, TensorError
 
 __all__ = [
     "Frozen",
+    "as_codes",
     "as_flags",
     "as_labels",
     "as_numbers",
@@ -72,6 +74,20 @@ def as_labels(labels: Any, count: int | None, classes: int, least: int = 0) -> I
     if count and (array.min() < least or array.max() >= classes):
         raise TensorError(f"expected labels from {least} to {classes - 1}, got {array.min()} to {array.max()}")
     return array.astype(np.int64)
+
+
+def as_codes(
+    labels: Any, count: int | None, names: Sequence[str], classes: int | None = None, least: int = 0
+) -> Int[np.ndarray, " row"]:
+    """Labels as numbers, of which there are ``classes``, or as ``names``, and ``None`` where −1 may be."""
+    array = as_numbers(labels, "labels", None)
+    if any(isinstance(label, str) for label in array.flat):
+        codes = {name: code for code, name in enumerate(names)}
+        known = {None: -1, **codes} if least < 0 else codes
+        if odd := [label for label in array.flat if not isinstance(label, str | None) or label not in known]:
+            raise TensorError(f"expected labels among {', '.join(names)}, got {shown(odd[0])}")
+        array, classes = np.array([known[label] for label in array.flat]).reshape(array.shape), len(names)
+    return as_labels(array, count, len(names) if classes is None else classes, least)
 
 
 def as_rows(indices: Any, count: int, error: type[BayesDispatchError] = TensorError) -> Int[np.ndarray, "..."]:

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from bayes_dispatch.arguments import seed as a_seed
 from bayes_dispatch.arguments import several, shown, simplex, whole
-from bayes_dispatch.dispatcher.arrays import as_numbers
+from bayes_dispatch.dispatcher.arrays import as_codes, as_numbers
 from bayes_dispatch.dispatcher.conformal import Answer, Conformal, ConformalIntervals
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence, as_evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
@@ -48,13 +48,52 @@ __all__ = ["Dispatcher"]
 
 KIND = "dispatcher"
 VERSION = 3
+Labels = Shaped[np.ndarray, " prompt"] | Sequence[int | str | None]  # numbers or names
 SETTINGS = {"svi": SVISettings, "features": FeatureSettings, "program": Admixture}
 PROGRAMS = {each.kind: each for each in (FittedDispatcher, FlatProgram)}  # what can be known of experts, as files say
 
 
 @dataclass(eq=False)
+class _Served:
+    """What one ``fit`` or ``load`` gave, and what was found for it since.
+
+    A call takes it once, whatever other threads fit: what is known, the prior and the calibration belong together.
+    """
+
+    known: FittedDispatcher | FlatProgram
+    prior: ServingPrior
+    report: FitReport | None = None
+    conformal: Conformal | None = None
+
+    @property
+    def fitted(self) -> FittedDispatcher:
+        """What is known, of examples."""
+        if isinstance(self.known, FlatProgram):
+            raise NotFittedError("expected a dispatcher that was fitted on examples, got a flat one")
+        return self.known
+
+    @property
+    def labels(self) -> Float[np.ndarray, " component"]:
+        """Label shares under the prior of this moment."""
+        return self.known.labels(self.prior.state.mean)
+
+    def of_each(
+        self,
+        X: Evidence | Shaped[np.ndarray, "prompt feature"],
+        asked: Callable[[Answer], Shaped[np.ndarray, "prompt weight"]],
+        pi: Float[np.ndarray, " component"] | None = None,
+    ) -> Shaped[np.ndarray, "prompt weight"]:
+        """What is asked of the answer, which is not kept; under the prior of this moment by default."""
+        labels = self.labels if pi is None else self.known.labels(pi)
+        pieces = self.known.prompts(as_evidence(X)).pieces()
+        return np.concatenate([asked(self.known.answer(some, labels)) for some in pieces])
+
+
+@dataclass(eq=False)
 class Dispatcher:
     """Posterior over the weights of K experts and base, given first-pass evidence.
+
+    Threads may share one: an answer is of one moment, whatever another thread fits or calibrates meanwhile.
 
     Args:
         experts: K names, without base.
@@ -72,10 +111,7 @@ class Dispatcher:
     svi: SVISettings = field(default_factory=SVISettings)
     features: FeatureSettings = field(default_factory=FeatureSettings)
     program: Admixture = field(default_factory=Admixture)
-    _state: FittedDispatcher | FlatProgram | None = field(default=None, init=False, repr=False)
-    _report: FitReport | None = field(default=None, init=False, repr=False)
-    _serving: ServingPrior | None = field(default=None, init=False, repr=False)
-    _conformal: Conformal | None = field(default=None, init=False, repr=False)
+    _now: _Served | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.experts = tuple(several("experts", self.experts))
@@ -88,12 +124,13 @@ class Dispatcher:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy keeps a prior of its own."""
-        return vars(self) | {"_serving": copy(self._serving)}
+        now = self._now
+        return vars(self) | {"_now": now and replace(now, prior=copy(now.prior))}
 
     @property
     def fitted(self) -> bool:
         """Whether ``fit`` or ``load`` has run."""
-        return self._state is not None
+        return self._now is not None
 
     @property
     def state(self) -> FittedDispatcher:
@@ -102,15 +139,7 @@ class Dispatcher:
         Raises:
             NotFittedError: before ``fit``, or of a flat dispatcher, which has none.
         """
-        if isinstance(self._known, FlatProgram):
-            raise NotFittedError("expected a dispatcher that was fitted on examples, got a flat one")
-        return self._known
-
-    @property
-    def _known(self) -> FittedDispatcher | FlatProgram:
-        if self._state is None:
-            raise NotFittedError("expected a fitted dispatcher, got one before fit() or load()")
-        return self._state
+        return self._served.fitted
 
     @property
     def fingerprint(self) -> str:
@@ -119,7 +148,7 @@ class Dispatcher:
         Raises:
             NotFittedError: before ``fit``.
         """
-        return self._known.fingerprint
+        return self._served.known.fingerprint
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -128,7 +157,7 @@ class Dispatcher:
         Raises:
             NotFittedError: before ``fit``.
         """
-        return self._known.views
+        return self._served.known.views
 
     @classmethod
     def flat(cls, experts: Sequence[str], concentration: float = 1.0) -> Dispatcher:
@@ -151,7 +180,7 @@ class Dispatcher:
     def fit(
         self,
         X: Evidence | Shaped[np.ndarray, "prompt feature"],
-        y: Int[np.ndarray, " prompt"] | Sequence[int] | None = None,
+        y: Labels | None = None,
         mixtures: Float[np.ndarray, "prompt weight"] | None = None,
         progress: bool = False,
     ) -> Dispatcher:
@@ -159,7 +188,8 @@ class Dispatcher:
 
         Args:
             X: evidence of N prompts, or an array ``(N, F)`` taken as their hidden view.
-            y: ``(N,)`` expert index of each prompt, −1 where unknown; ``None`` for no labels.
+            y: ``(N,)`` the expert of each prompt: its name, as :meth:`predict` has it (``"base"`` too), and ``None``
+                where unknown; or its index, and −1 where unknown. ``None`` for no labels at all.
             mixtures: ``(N, K+1)`` known weights, base last, NaN rows where unknown; they win over labels.
             progress: show progress bars.
 
@@ -168,19 +198,18 @@ class Dispatcher:
 
         Raises:
             EvidenceError: bad evidence, none of the views that the dispatcher reads, or one that next to no prompt has.
-            TensorError: labels outside −1 … K−1, mixtures off the simplex, or another N.
+            TensorError: labels outside −1 … K−1, or of other names; mixtures off the simplex, or another N.
         """
-        data = TrainingSet.of(X, y, mixtures, len(self.experts))
+        data = TrainingSet.of(X, y, mixtures, self.experts)
         settings = (self.svi, self.features)
-        state, self._report = fit_parts(self.experts, self.program, data, *settings, self.random_state, progress)
-        self._conformal = None
-        self._know(state)
+        state, report = fit_parts(self.experts, self.program, data, *settings, self.random_state, progress)
+        self._know(state, report=report)
         return self
 
     def recalibrate(
         self,
         X: Evidence | Shaped[np.ndarray, "prompt feature"],
-        y: Int[np.ndarray, " prompt"] | Sequence[int] | None = None,
+        y: Labels | None = None,
         mixtures: Float[np.ndarray, "prompt weight"] | None = None,
         progress: bool = False,
     ) -> Dispatcher:
@@ -197,13 +226,14 @@ class Dispatcher:
             NotFittedError: before ``fit``.
             EvidenceError, TensorError: as in :meth:`fit`, or no prompts.
         """
-        data = TrainingSet.of(X, y, mixtures, len(self.experts))
-        return self._of(*refit_parts(self.state, self.program, data, self.svi, self.random_state, progress))
+        data = TrainingSet.of(X, y, mixtures, self.experts)
+        now = self._served
+        return self._of(now, *refit_parts(now.fitted, self.program, data, self.svi, self.random_state, progress))
 
     def calibrate(
         self,
         X: Evidence | Shaped[np.ndarray, "prompt feature"],
-        y: Int[np.ndarray, " prompt"] | Sequence[int] | None = None,
+        y: Labels | None = None,
         mixtures: Float[np.ndarray, "prompt weight"] | None = None,
         seed: int = 0,
     ) -> Dispatcher:
@@ -227,11 +257,11 @@ class Dispatcher:
             ConfigError: no prompts, or one whose mixture is not known.
             EvidenceError, TensorError: as in :meth:`fit`.
         """
-        data, pi = TrainingSet.of(X, y, mixtures, len(self.experts)), self.prior.mean
-        known, lengths = self._known, data.evidence.known_lengths()
+        data, now = TrainingSet.of(X, y, mixtures, self.experts), self._served
+        known, pi, lengths = now.known, now.prior.state.mean, data.evidence.known_lengths()
         labels, pieces = known.labels(pi), known.prompts(data.evidence).pieces()
         answers = (known.answer(some, labels) for some in pieces)
-        self._conformal = Conformal.of(answers, data.targets, pi, lengths, a_seed(seed))
+        now.conformal = Conformal.of(answers, data.targets, pi, lengths, a_seed(seed))
         return self
 
     @property
@@ -241,9 +271,9 @@ class Dispatcher:
         Raises:
             NotFittedError: before ``fit``, or after ``load``: it is not saved.
         """
-        if self._report is None:
+        if self._now is None or (report := self._now.report) is None:
             raise NotFittedError("expected a dispatcher that was fitted here, got one before fit() or from load()")
-        return self._report
+        return report
 
     def posterior(
         self,
@@ -268,13 +298,12 @@ class Dispatcher:
             TensorError: views of other widths than in ``fit``.
             ConfigError: fewer than one draw, or another number of seeds than prompts.
         """
-        evidence, known = as_evidence(X), self._known
-        draws, generators = whole("draws", draws, 1), prompt_generators(seed, len(evidence))
-        return self._posterior(known, known.prompts(evidence), draws, generators)
+        evidence, now = as_evidence(X), self._served
+        return self._posterior(now, now.labels, now.known.prompts(evidence), draws, seed)
 
     def mean(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` posterior mean of the weights: of the distribution itself, not of draws."""
-        return self._of_each(X, self.prior.mean, lambda answer: answer.mean)
+        return self._served.of_each(X, lambda answer: answer.mean)
 
     def log_evidence(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, " prompt"]:
         """``(N,)`` log density of each prompt's evidence under the fitted program, nats: what tells drift.
@@ -297,19 +326,19 @@ class Dispatcher:
         Raises:
             NotFittedError: before ``fit``.
         """
-        return self._serving_prior.state
+        return self._served.prior.state
 
     @prior.setter
     def prior(self, prior: PriorState) -> None:
-        self._serving_prior.state = prior
+        self._served.prior.state = prior
 
-    def update(self, labels: Int[np.ndarray, " event"] | Sequence[int], forgetting: float = 1.0) -> PriorState:
+    def update(self, labels: Labels, forgetting: float = 1.0) -> PriorState:
         """Take in the labels of served prompts; the next prompts are served under the new prior at once.
 
         Threads may call it at the same time, and processes that keep the prior in one file: every event counts once.
 
         Args:
-            labels: ``(E,)`` component of each event in order, K for base.
+            labels: ``(E,)`` component of each event in order: its name, or its index, K for base.
             forgetting: what remains of earlier events at each new one; 1 for all.
 
         Returns:
@@ -317,11 +346,11 @@ class Dispatcher:
 
         Raises:
             NotFittedError: before ``fit``.
-            TensorError, ConfigError: labels outside 0 … K, or a forgetting outside (0, 1].
+            TensorError, ConfigError: labels outside 0 … K, or of other names; or a forgetting outside (0, 1].
             BundleError, OSError: the file of :meth:`keep_prior` cannot be read or written; the prior is as before.
         """
-        likelihoods = label_likelihood(as_numbers(labels, "labels", None), len(self._components))
-        return self._serving_prior.take_in(likelihoods, forgetting)
+        likelihoods = label_likelihood(as_codes(labels, None, self._components), len(self._components))
+        return self._served.prior.take_in(likelihoods, forgetting)
 
     def feedback(
         self,
@@ -362,13 +391,15 @@ class Dispatcher:
             rows = np.array([names.index(name) for name in experts], dtype=np.int64)
         rewards = np.atleast_1d(as_numbers(reward, "rewards"))
         likelihoods = feedback_likelihood(rows, rewards, len(names), reliability)
+        now = self._served
         if X is not None:
-            pi = self.prior.mean  # the same for both uses, whatever other threads observe meanwhile
-            mean = self._of_each(X, pi, lambda answer: answer.mean)
+            pi = now.prior.state.mean  # the same for both uses, whatever other threads observe meanwhile
+            mean = now.of_each(X, lambda answer: answer.mean, pi)
             if len(mean) != len(rewards):
                 raise TensorError(f"expected evidence of {len(rewards)} prompts, got {len(mean)}")
-            likelihoods = likelihoods * evidence_likelihood(mean, self._prior_mean(pi), floor=0.0)
-        return self._serving_prior.take_in(likelihoods, forgetting)
+            before = now.known.prior_mean(now.known.labels(pi))
+            likelihoods = likelihoods * evidence_likelihood(mean, before, floor=0.0)
+        return now.prior.take_in(likelihoods, forgetting)
 
     def keep_prior(self, path: str | Path) -> PriorState:
         """Keep the prior in a file from now on, replaced at once after every event or batch of them: no crash loses it.
@@ -388,11 +419,11 @@ class Dispatcher:
                 overwritten where it is: it is somebody else's, or its directory takes no new files.
             OSError: the disk is full, refuses, or has no locks.
         """
-        return self._serving_prior.keep(path)
+        return self._served.prior.keep(path)
 
     def predict_proba(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Float[np.ndarray, "prompt weight"]:
         """``(N, K+1)`` probability that each expert (base last) has the largest weight; deterministic."""
-        return self._of_each(X, self.prior.mean, lambda answer: answer.probability_best())
+        return self._served.of_each(X, lambda answer: answer.probability_best())
 
     def predict_set(
         self, X: Evidence | Shaped[np.ndarray, "prompt feature"], probability: float = 0.9
@@ -404,11 +435,12 @@ class Dispatcher:
             NotFittedError: before :meth:`calibrate`.
             ConfigError: a probability outside 0 to 1, or one that takes more calibration prompts.
         """
-        if (known := self._conformal) is None:
+        now = self._now
+        if now is None or (calibration := now.conformal) is None:
             raise NotFittedError("expected a calibrated dispatcher, got one before calibrate()")
         evidence = as_evidence(X)
-        best = self._of_each(evidence, known.shares, lambda answer: answer.probability_best())
-        return known.sets(best, evidence.known_lengths(), probability)
+        best = now.of_each(evidence, lambda answer: answer.probability_best(), calibration.shares)
+        return calibration.sets(best, evidence.known_lengths(), probability)
 
     def predict(self, X: Evidence | Shaped[np.ndarray, "prompt feature"]) -> Shaped[np.ndarray, " prompt"]:
         """``(N,)`` names of the experts most likely to have the largest weight, ``"base"`` among them."""
@@ -437,9 +469,10 @@ class Dispatcher:
             ConfigError: fewer than one prompt or draw, or weights off the simplex.
             TensorError: weights of another shape.
         """
-        state, count = self.state, whole("count", count, 1)
+        now, count = self._served, whole("count", count, 1)
+        state, labels = now.fitted, now.labels
         if weights is None:
-            prior = state.quadrature.prior(state.labels(self.prior.mean))
+            prior = state.quadrature.prior(labels)
             truth = prior.draw(count, np.random.default_rng([a_seed(seed), 1]))
         else:
             truth = simplex("weights", weights)
@@ -448,8 +481,7 @@ class Dispatcher:
         with isolated(a_seed(seed)):
             given = torch.tensor(truth, dtype=torch.float32)
             prompts = simulate(state.model, state.globals.to(torch.float32), state.like, given, state.temper)
-        draws, generators = whole("draws", draws, 1), prompt_generators(seed, count)
-        return truth, self._posterior(state, prompts.to(torch.float64), draws, generators)
+        return truth, self._posterior(now, labels, prompts.to(torch.float64), draws, seed)
 
     def save(self, directory: str | Path) -> None:
         """Write ``dispatcher.json`` and ``dispatcher.safetensors`` into a directory, in the place of an earlier save.
@@ -458,17 +490,17 @@ class Dispatcher:
             NotFittedError: before ``fit``.
             BundleError: the directory is a link, or holds anything else.
         """
-        document, arrays = self._known.pack()
-        prior = self.prior  # of one moment: other threads may update it
+        now = self._served
+        (document, arrays), prior, calibration = now.known.pack(), now.prior.state, now.conformal
         arrays |= {f"prior.{name}": getattr(prior, name) for name in STATE_ARRAYS}
-        if self._conformal is not None:
-            arrays |= {f"conformal.{name}": values for name, values in vars(self._conformal).items()}
+        if calibration is not None:
+            arrays |= {f"conformal.{name}": values for name, values in vars(calibration).items()}
         header = {
             "version": VERSION,
             "experts": list(self.experts),
             "random_state": self.random_state,
             "events": prior.events,
-            "kind": self._known.kind,
+            "kind": now.known.kind,
         }
         settings = {name: asdict(getattr(self, name)) for name in SETTINGS}
         write_directory(Path(directory), KIND, {**header, **settings, **document}, arrays)
@@ -492,11 +524,12 @@ class Dispatcher:
             state = PROGRAMS[kind].unpack(document, arrays, dispatcher.experts, dispatcher.program)
         with expecting(f"a serving prior in {directory}"):
             found = {name: arrays[f"prior.{name}"] for name in STATE_ARRAYS}
-            dispatcher._know(state, PriorState(**found, names=dispatcher._components, events=document["events"]))
+            prior = PriorState(**found, names=dispatcher._components, events=document["events"])
+            served = dispatcher._know(state, prior)
         if any(name.startswith("conformal.") for name in arrays):
             with expecting(f"a calibration in {directory}"):
-                dispatcher._conformal = Conformal(*(arrays[f"conformal.{each.name}"] for each in fields(Conformal)))
-                several("shares", dispatcher._conformal.shares, len(dispatcher._components))
+                served.conformal = Conformal(*(arrays[f"conformal.{each.name}"] for each in fields(Conformal)))
+                several("shares", served.conformal.shares, len(dispatcher._components))
         return dispatcher
 
     def to_arviz(
@@ -519,55 +552,46 @@ class Dispatcher:
         from bayes_dispatch.dispatcher.arviz_data import to_inference_data
         from bayes_dispatch.dispatcher.arviz_groups import fitted_groups
 
-        evidence, state = as_evidence(X), self.state
-        posterior, labels = self.posterior(evidence, draws, seed), state.labels(self.prior.mean)
-        return to_inference_data(fitted_groups(state, evidence, posterior, self._report, prompts, seed, labels))
+        evidence, now = as_evidence(X), self._served
+        state, labels = now.fitted, now.labels
+        posterior = self._posterior(now, labels, state.prompts(evidence), draws, seed)
+        return to_inference_data(fitted_groups(state, evidence, posterior, now.report, prompts, seed, labels))
 
     @property
     def _components(self) -> tuple[str, ...]:
         return (*self.experts, "base")
 
     @property
-    def _serving_prior(self) -> ServingPrior:
-        if self._serving is None:
+    def _served(self) -> _Served:
+        if self._now is None:
             raise NotFittedError("expected a fitted dispatcher, got one before fit() or load()")
-        return self._serving
+        return self._now
 
-    def _know(self, state: FittedDispatcher | FlatProgram, prior: PriorState | None = None) -> None:
+    def _know(
+        self, known: FittedDispatcher | FlatProgram, prior: PriorState | None = None, report: FitReport | None = None
+    ) -> _Served:
         """Serve by other parts from now on, under a prior that no file keeps: by default the parts' own."""
-        prior = prior_state(state.initial, self._components) if prior is None else prior
-        self._state, self._serving = state, ServingPrior(prior)
+        prior = prior_state(known.initial, self._components) if prior is None else prior
+        self._now = served = _Served(known, ServingPrior(prior), report)
+        return served
 
-    def _of(self, state: FittedDispatcher, report: FitReport | None) -> Dispatcher:
+    def _of(self, now: _Served, state: FittedDispatcher, report: FitReport | None) -> Dispatcher:
         """One with other fitted parts, and the same serving prior, in the same file."""
         new = replace(self)
-        new._report, new._state, new._serving = report, state, self._serving_prior.handed_on()
+        new._now = _Served(state, now.prior.handed_on(), report)
         return new
-
-    def _of_each(
-        self,
-        X: Evidence | Shaped[np.ndarray, "prompt feature"],
-        pi: Float[np.ndarray, " component"],
-        asked: Callable[[Answer], Shaped[np.ndarray, "prompt weight"]],
-    ) -> Shaped[np.ndarray, "prompt weight"]:
-        """What is asked of the answer, which is not kept."""
-        known = self._known
-        labels, pieces = known.labels(pi), known.prompts(as_evidence(X)).pieces()
-        return np.concatenate([asked(known.answer(some, labels)) for some in pieces])
-
-    def _prior_mean(self, pi: Float[np.ndarray, " component"]) -> Float[np.ndarray, " component"]:
-        """Of the weights, before a prompt is read."""
-        return self._known.prior_mean(self._known.labels(pi))
 
     def _posterior(
         self,
-        known: FittedDispatcher | FlatProgram,
+        now: _Served,
+        labels: Float[np.ndarray, " component"],
         prompts: Prompts,
         draws: int,
-        generators: Sequence[np.random.Generator],
+        seed: int | Sequence[int],
     ) -> DispatchPosterior:
-        """Piece by piece, by what is known at one moment, whatever other threads fit."""
-        labels, turn, parts = known.labels(self.prior.mean), iter(generators), []
+        """Piece by piece, under label shares."""
+        draws, turn = whole("draws", draws, 1), iter(prompt_generators(seed, len(prompts)))
+        known, parts = now.known, []
         for some in prompts.pieces():
             answer = known.answer(some, labels)
             weights, log_ratios = answer.draw(draws, list(islice(turn, len(some))))
@@ -577,7 +601,7 @@ class Dispatcher:
                     weights, self._components, log_evidence=answer.log_evidence, prior=prior, log_ratios=log_ratios
                 )
             )
-        found, calibration = DispatchPosterior.concatenate(parts), self._conformal
+        found, calibration = DispatchPosterior.concatenate(parts), now.conformal
         if calibration is None:
             return found
         return replace(found, calibrated=ConformalIntervals(calibration, known, prompts))

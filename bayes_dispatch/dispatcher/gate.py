@@ -22,6 +22,7 @@ calibration count to the nearest bin, without a guarantee.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -141,6 +142,7 @@ class Gate:
         if sizes.min() < FITTED:
             smallest = names[sizes.argmin()]
             raise ConfigError(f"expected at least {FITTED} prompts of each group, got {sizes.min()} of {smallest}")
+        dispatcher = copy(dispatcher)  # of this moment, whatever other threads fit
         shares = dispatcher.prior.mean
         unlikely, lengths = _unlikely(dispatcher, evidence, shares), evidence.known_lengths()
         fitted, order = np.zeros(count, bool), np.random.default_rng(seed).permutation(count)
@@ -180,6 +182,7 @@ class Gate:
         Raises:
             As :meth:`p_values`.
         """
+        dispatcher = copy(dispatcher)  # of this moment, whatever other threads fit
         self.check_dispatcher(dispatcher)
         evidence = as_evidence(evidence)
         return self._score(_unlikely(dispatcher, evidence, self.shares), evidence.known_lengths())

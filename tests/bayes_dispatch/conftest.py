@@ -33,7 +33,7 @@ def coarsely(dispatcher: Dispatcher, rounds: int = 0, **parts: Any) -> Dispatche
     """
     made, state = copy.copy(dispatcher), replace(dispatcher.state, **parts)
     vars(state)["quadrature"] = replace(state.quadrature, rounds=rounds)
-    made._state = state
+    made._served.known = state
     return made
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from itertools import combinations
@@ -94,6 +95,7 @@ def reference_posterior(
         EvidenceError: none of the dispatcher's views.
         TensorError: a view of another width.
     """
+    dispatcher = copy(dispatcher)  # of this moment, whatever other threads fit
     state, run = dispatcher.state, (draws, chains, warmup, seed)
     sites = {**state.globals.center(), "pi": dispatcher.prior.mean}
     return conditional_posterior(state.model, state.prompts(evidence), dispatcher.experts, sites, *run, state.temper)

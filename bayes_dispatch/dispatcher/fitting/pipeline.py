@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from bayes_dispatch.dispatcher.arrays import as_labels, as_numbers
+from bayes_dispatch.dispatcher.arrays import as_codes, as_numbers
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence, as_evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureMap, FeatureSettings, fit_feature_map, spread_of
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher, as_prompts
@@ -111,16 +111,21 @@ class TrainingSet:
     known: np.ndarray
 
     @classmethod
-    def of(cls, given: Evidence | np.ndarray, labels: object, mixtures: object, n_experts: int) -> TrainingSet:
+    def of(cls, given: Evidence | np.ndarray, labels: object, mixtures: object, experts: Sequence[str]) -> TrainingSet:
         """Check what users give, ``None`` for no labels or mixtures; known mixtures win over labels.
+
+        Labels are names, or numbers of experts; the name of base tells that the weights are known.
 
         Raises:
             EvidenceError: bad evidence.
-            TensorError: labels outside −1 … K−1, mixtures off the simplex, or another N.
+            TensorError: labels outside −1 … K−1, or of other names; mixtures off the simplex, or another N.
         """
-        evidence = as_evidence(given)
-        codes = np.full(len(evidence), -1) if labels is None else as_labels(labels, len(evidence), n_experts, -1)
-        known = _mixtures(mixtures, len(evidence), n_experts + 1)
+        evidence, count, base = as_evidence(given), len(experts), np.eye(len(experts) + 1)[-1]
+        codes = np.full(len(evidence), -1)
+        if labels is not None:
+            codes = as_codes(labels, len(evidence), (*experts, "base"), count, -1)
+        known = _mixtures(mixtures, len(evidence), count + 1)
+        known[(codes == count) & ~np.isfinite(known).all(1)] = base
         return cls(evidence, np.where(np.isfinite(known).all(1), -1, codes), known)
 
     @property

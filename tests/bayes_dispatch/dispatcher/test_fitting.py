@@ -18,6 +18,7 @@ import torch
 from bayes_dispatch.checks.reference import log_density
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.fitting.pipeline import TrainingSet
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings, fit_globals, isolated
 from bayes_dispatch.dispatcher.fitting.temper import KnownPrompts
 from bayes_dispatch.dispatcher.program.observed import Prompts
@@ -125,6 +126,27 @@ def test_threads_do_not_mix(plain: Dispatcher, few: "Sample", settings: "Setting
     for name, found in at_once:
         np.testing.assert_array_equal(found.result(), alone[name], err_msg=name)
     np.testing.assert_array_equal(fit(), alone["fit"])
+
+
+def test_names_are_labels(plain: Dispatcher, few: "Sample") -> None:
+    """As numbers are: those that ``predict`` gives, and base's, which says that the weights are known."""
+    base = few.labels == 2
+    names = np.where(base, "base", np.array([*NAMES, None])[few.labels])
+    mixtures = np.where(base[:, None], np.eye(4)[3], np.nan)
+    expected = TrainingSet.of(few.evidence, np.where(base, -1, few.labels), mixtures, NAMES)
+    found = TrainingSet.of(few.evidence, names, None, NAMES)
+    np.testing.assert_array_equal(found.labels, expected.labels)
+    np.testing.assert_array_equal(found.known, expected.known)
+    predicted = plain.predict(few.evidence)
+    assert "base" in predicted
+    again = copy.copy(plain).fit(few.evidence, predicted)
+    numbers, other = [(*NAMES, "base").index(name) for name in predicted], copy.copy(again)
+    np.testing.assert_array_equal(again.update(predicted).mean, other.update(numbers).mean)
+    for labels, shown in ((["a", "d"] * 20, "'d'"), (["a", 1] * 20, "'1'")):
+        with pytest.raises(TensorError, match=f"^expected labels among a, b, c, base, got .*{shown}"):
+            again.calibrate(few.evidence, labels)
+    with pytest.raises(TensorError, match=r"^expected labels among a, b, c, base, got None$"):
+        again.update(["a", None])
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

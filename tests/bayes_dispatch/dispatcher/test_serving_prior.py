@@ -5,17 +5,22 @@ import copy
 import os
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from threading import Thread
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from bayes_dispatch.dispatcher import estimator
+from bayes_dispatch.dispatcher import gate as gates
 from bayes_dispatch.dispatcher.drift import drift_monitor, watch
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.dispatcher.prior.online import prior_state
 from bayes_dispatch.errors import BundleError, ConfigError, NotFittedError, TensorError
 from bayes_dispatch.storage.files import alone_in
@@ -70,6 +75,75 @@ def test_rewards_are_softer_than_labels(own: Dispatcher, fresh: "Sample") -> Non
     with_evidence = own.feedback(["sort"] * 4, np.ones(4), fresh.evidence.select(rows))
     own.prior = start
     assert with_evidence.mean[0] > own.feedback(["sort"] * 4, np.ones(4)).mean[0]
+
+
+def between_lines(
+    dispatcher: Dispatcher, ask: Callable[[Dispatcher], Any], act: Callable[[Dispatcher], object]
+) -> Iterator[Any]:
+    """What a copy answers when another thread acts on it before the first line of these modules, the second, and on."""
+    for turn in count():
+        own, passed = copy.copy(dispatcher), 0
+
+        def trace(frame: FrameType, event: str, _: Any, turn: int = turn, own: Dispatcher = own) -> Any:
+            nonlocal passed
+            if frame.f_code.co_filename not in (estimator.__file__, gates.__file__):
+                return None
+            if event == "line":
+                passed += 1
+                if passed == turn + 1:
+                    thread = Thread(target=act, args=(own,))
+                    thread.start()
+                    thread.join()
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            found = ask(own)
+        finally:
+            sys.settrace(before)
+        yield found
+        if passed <= turn:
+            return
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_answers_are_of_one_moment(
+    fitted: Dispatcher, sample: "Sample", settings: "Settings", tmp_path: "Path", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever another thread fits meanwhile: prior, calibration and gate are not those of another fit."""
+    X, pure = sample.evidence.select(slice(0, 2)), np.flatnonzero(sample.labels >= 0)
+    other = coarsely(Dispatcher(fitted.experts, **settings()).fit(sample.evidence, sample.labels))
+    monkeypatch.setattr(estimator, "fit_parts", lambda *_: (other.state, other.report))
+    own = coarsely(fitted).calibrate(sample.evidence.select(pure), sample.labels[pure])
+    own.update([1] * 40)
+    gate = Gate.calibrate(own, sample.evidence)
+
+    def saved(dispatcher: Dispatcher) -> list[Any]:
+        dispatcher.save(tmp_path / "saved")
+        return [(tmp_path / "saved" / f"dispatcher.{end}").read_bytes() for end in ("json", "safetensors")]
+
+    asked: dict[str, Callable[[Dispatcher], Any]] = {
+        "predict_proba": lambda each: each.predict_proba(X),
+        "predict_set": lambda each: each.predict_set(X, 0.5),
+        "posterior": lambda each: [(found := each.posterior(X, 2)).weights, found.calibrated is None],
+        "feedback": lambda each: each.feedback(["sort"] * 2, [1.0, 0.0], X).mean,
+        "simulate": lambda each: [(found := each.simulate(2, 2))[0], found[1].weights],
+        "foreignness": lambda each: gate.foreignness(each, X),
+        "save": saved,
+    }
+    for name, ask in asked.items():
+
+        def answer(dispatcher: Dispatcher, ask: Callable[[Dispatcher], Any] = ask) -> str:
+            try:
+                return repr(ask(dispatcher))
+            except (ConfigError, NotFittedError) as error:
+                return repr(error)
+
+        before, after = answer(copy.copy(own)), answer(copy.copy(own).fit(X))
+        assert before != after
+        found = list(between_lines(own, answer, lambda each: each.fit(X)))
+        assert set(found) == {before, after}, name
 
 
 @pytest.mark.parametrize("kept", [False, True])
