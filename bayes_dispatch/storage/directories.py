@@ -23,6 +23,7 @@ __all__ = [
     "EXPORTED_BY",
     "FINISHED",
     "check_directory",
+    "check_unused",
     "read_directory",
     "read_saved",
     "save_directory",
@@ -118,6 +119,17 @@ def check_directory(path: Path, index: str) -> None:
     if foreign := _foreign(path, ours | {f"{folder}/" for name in ours for folder in Path(name).parents}):
         expected = f"expected {path} to be new, empty or an earlier save (with {index}) alone"
         raise BundleError(f"{expected}, got other things in it: {foreign}")
+
+
+def check_unused(path: Path) -> None:
+    """Refuse a directory that holds anything: an earlier save, too, whose content may be nowhere else.
+
+    Raises:
+        BundleError: it is a file, a link, or holds something; that is named.
+    """
+    _check_place(path)
+    if found := FINISHED if saved_at(path) != path else _foreign(path, ()):
+        raise BundleError(f"expected a new or empty directory, got {path}, which holds {found}")
 
 
 def saved_at(path: Path) -> Path:

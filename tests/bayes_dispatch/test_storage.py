@@ -39,6 +39,7 @@ from bayes_dispatch.storage import (
     TEMPORARY,
     check_directory,
     check_tensors,
+    check_unused,
     directories,
     files,
     parse_tensors,
@@ -350,6 +351,23 @@ class TestSaving:
         assert sorted(contents(tmp_path)) == [".DS_Store", "base.json", "bundle.json", "gate/.DS_Store", "gate/a.json"]
         (tmp_path / "Thumbs.db").mkdir()
         refused(lambda: save(tmp_path, "newer"), "got other things in it: Thumbs.db")
+
+    def test_a_directory_that_is_to_be_unused(self, tmp_path: Path) -> None:
+        """An earlier save is no such one, not even between its two steps; what a killed save has left is nothing."""
+        path = tmp_path / "kept"
+        for _ in range(2):
+            check_unused(path)
+            path.mkdir(exist_ok=True)
+        (path / ".DS_Store").write_text("icons")
+        (path / directories.UNFINISHED).mkdir()
+        check_unused(path)
+        (path / directories.UNFINISHED).rename(path / FINISHED)
+        refused(lambda: check_unused(path), f"expected a new or empty directory, got .*kept, which holds {FINISHED}$")
+        (path / FINISHED).rmdir()
+        save(path, "old")
+        refused(lambda: check_unused(path), "got .*kept, which holds base.json$")
+        (tmp_path / "link").symlink_to("kept")
+        refused(lambda: check_unused(tmp_path / "link"), "expected a directory at .*link, got a link")
 
     def test_files_keep_their_modes(self, tmp_path: Path) -> None:
         save(tmp_path, "old")

@@ -204,23 +204,22 @@ def check_output(path: Path) -> None:
 
 
 def check_new_output(path: Path, index: str, changed: Path | None = None) -> None:
-    """Refuse, too, a directory that holds anything: an earlier save may have experts that are nowhere else.
+    """Refuse, too, a directory that holds anything, but for the bundle that the command changes.
 
     Args:
         path: the directory. index: of the save that is to be written. changed: the bundle that the command changes,
             which may be written in its own place.
 
     Raises:
-        ConfigError: as :func:`check_output`, or it holds another save. BundleError: it is a link, or holds something
-            else.
+        ConfigError: as :func:`check_output`. BundleError: it is a link, or holds something else.
     """
-    from bayes_dispatch.storage import check_directory, saved_at
+    from bayes_dispatch.storage import check_directory, check_unused
 
     check_output(path)
-    check_directory(path, index)
-    in_place = changed is not None and changed.exists() and path.exists() and path.samefile(changed)
-    if not in_place and (saved_at(path) / index).exists():
-        raise ConfigError(f"expected a new directory, got {path}, which holds a save: delete it, or use a new one")
+    if changed is not None and changed.exists() and path.exists() and path.samefile(changed):
+        check_directory(path, index)
+    else:
+        check_unused(path)
 
 
 def typed(text: str, escapes: bool) -> bytes:

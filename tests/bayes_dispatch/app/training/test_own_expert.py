@@ -223,7 +223,7 @@ class TestCommand:
         assert code == 0
         assert ExpertBank.load("bank").names == ("reverse", "sort", "add", "times")
         code, _, err = run(capfd, "--name", "b", "--text", "text.txt", "--no-refit", "--bundle", saved, "--out", "bank")
-        assert (code, "got bank, which holds a save: delete it" in err) == (2, True)
+        assert (code, "expected a new or empty directory, got bank, which holds add." in err) == (2, True)
 
     @pytest.mark.parametrize(
         "words",
@@ -247,7 +247,7 @@ class TestCommand:
         with pytest.raises(SystemExit) as ended:
             cli.main([*words, "--out", "mine"])
         assert ended.value.code == 2
-        told = "expected a new directory, got mine, which holds a save: delete it, or use a new one"
+        told = "expected a new or empty directory, got mine, which holds bundle.json"
         assert capfd.readouterr().err == f"bayes-dispatch: error: {told}\n"
         assert Path("mine/bundle.json").read_bytes() == before
 
@@ -369,7 +369,10 @@ class TestOfATransformersModel:
         assert len(bank.adapts) == len(factors) == 7
         before = Path("mine/adapter_model.safetensors").read_bytes()
         code, _, err = run(capfd, *given, "--out", "mine")
-        assert (code, "got mine, which holds a save: delete it" in err) == (2, True)
+        assert (code, "got mine, which holds adapter_config.json" in err) == (
+            2,
+            True,
+        )
         assert Path("mine/adapter_model.safetensors").read_bytes() == before
 
     def test_scales(self, tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
