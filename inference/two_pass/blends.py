@@ -388,9 +388,9 @@ def as_blend(blend: Blend | str, components: Sequence[str] = ()) -> Blend:
     return found
 
 
-def full_name(name: str) -> str:
-    """The name in full of the blend that ``name`` is one of; any other name as it is, such as that of an expert."""
+def full_name(name: str, components: Sequence[str] = ()) -> str:
+    """The name in full of the blend that ``name`` is one of; any other name as it is, such as that of a component."""
     try:
-        return as_blend(name).name
+        return as_blend(name, components).name
     except BayesDispatchError:
         return name

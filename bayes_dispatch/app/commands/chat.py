@@ -21,6 +21,7 @@ from bayes_dispatch.app.commands.terminal import (
     SampleOption,
     TemperatureOption,
     TopKOption,
+    components_of,
     open_bundle,
     refuse_unused,
     say_aside,
@@ -82,6 +83,7 @@ def chat(
     from bayes_dispatch.inference.two_pass.prompts import Writing
 
     (named,) = with_options([blend or "posterior_predictive"], top_k, draws)
+    as_blend(named, components_of(bundle))  # a name that is none is told before the model is loaded
     refuse_unused("--temperature", temperature, sample, "with --sample")
     refuse_unused("--show-experts", show_experts, not as_json, "without --json, which always has them", "both")
     temperature = 1.0 if temperature is None else temperature

@@ -20,6 +20,7 @@ from bayes_dispatch.app.commands.terminal import (
     RayOption,
     SeedOption,
     TopKOption,
+    components_of,
     mapped_on_ray,
     open_bundles,
     open_console,
@@ -88,10 +89,14 @@ def compare(
     from bayes_dispatch.inference.two_pass.blends import ALIASES, as_blend, full_name
 
     compared = with_options(blends or DEFAULT_BLENDS, top_k, draws)
-    names = [full_name(name) for name in compared]
-    settings = dict(zip([ALIASES.get(name, name) for name in blends or DEFAULT_BLENDS], names, strict=True))
+    components = components_of(bundle)
+    names = [as_blend(name, components).name for name in compared]
+    # an expert of an old bank may be called as a blend is
+    typed = [name if name in components else ALIASES.get(name, name) for name in blends or DEFAULT_BLENDS]
+    settings = dict(zip(typed, names, strict=True))
     if reference is not None:  # as it was named, or in full
-        reference = settings.get(ALIASES.get(reference, reference)) or full_name(reference)
+        known = reference if reference in components else ALIASES.get(reference, reference)
+        reference = settings.get(known) or full_name(reference, components)
     if reference is not None and reference not in names:
         raise UnknownNameError(f"expected a --reference of {', '.join(names)}, got {reference!r}")
     if other is not None and reference is not None:
@@ -107,8 +112,6 @@ def compare(
 
     places = {OURS: bundle} if other is None else {OURS: bundle, THEIRS: other}
     systems = dict(zip(places, open_bundles(list(places.values()), device, dtype), strict=True))
-    for name in compared:
-        as_blend(name, systems[OURS].experts.components)
     if jsonl is None:
         given = held_out_sets(list(dict.fromkeys(sets or KINDS)), documents or DEFAULT_DOCUMENTS, seed)
     elif len(own := read_documents(jsonl, LONGEST)) < 2:

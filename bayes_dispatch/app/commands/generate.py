@@ -18,6 +18,7 @@ from bayes_dispatch.app.commands.terminal import (
     SeedOption,
     TemperatureOption,
     TopKOption,
+    components_of,
     open_bundle,
     open_console,
     print_json,
@@ -82,6 +83,7 @@ def generate(
     from bayes_dispatch.inference.two_pass.blends import as_blend
     from bayes_dispatch.inference.two_pass.prompts import check_prompts
 
+    as_blend(named, components_of(bundle))  # a name that is none is told before the model is loaded
     checked = check_prompts(prompts)
     ending = None if stop is None else typed(stop, escapes)
     from bayes_dispatch.inference.generator import TwoPassGenerator

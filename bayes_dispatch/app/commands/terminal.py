@@ -38,6 +38,7 @@ __all__ = [
     "TemperatureOption",
     "TopKOption",
     "check_new_output",
+    "components_of",
     "check_output",
     "mapped_on_ray",
     "named_paths",
@@ -247,6 +248,24 @@ def mapped_on_ray(device: str) -> "AbstractContextManager[MapBlocks]":
         message = f"expected the extra ray (pip install 'bayes-dispatch[ray]'), got no {error.name}"
         raise MissingDependencyError(message) from None
     return blocks_on_ray()
+
+
+def components_of(bundle: Path | None) -> tuple[str, ...]:
+    """Names of a bundle's experts, and base, of which no model and no expert is read.
+
+    Raises:
+        BundleError: there is none, or its lists are damaged.
+    """
+    from bayes_dispatch.app.bundle import read_index
+    from bayes_dispatch.app.shipped import bundle_directory
+    from bayes_dispatch.experts.bank import ExpertBank
+    from bayes_dispatch.storage import read_saved
+
+    def read(place: Path) -> tuple[str, ...]:
+        read_index(place)
+        return ExpertBank.load(place / "experts").components
+
+    return read_saved(bundle_directory(bundle), "bundle.json", read)
 
 
 def open_bundle(path: Path | None, device: str = "cpu", dtype: str | None = None) -> "Bundle":

@@ -466,6 +466,18 @@ def test_interrupt(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
     assert run(capfd, "report") == (130, "", "")
 
 
+@pytest.mark.parametrize("command", [["generate", "--prompt", "a"], ["chat"], ["compare"]], ids=lambda words: words[0])
+def test_a_blend_that_is_none_is_told_before_the_bundle_is_loaded(
+    saved: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    loaded: list[Path] = []
+    monkeypatch.setattr("bayes_dispatch.app.bundle.load_bundle", lambda path, **_: loaded.append(path))
+    code, out, err = run(capfd, *command, "--blend", "soort", "--bundle", saved)
+    assert_one_line(code, out, err)
+    assert "reverse, sort, add, base, or an object such as TopK(2), got 'soort'" in err
+    assert loaded == []
+
+
 def test_threads_are_those_that_a_model_gains_by(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for a small model, and torch's own number for a large one, or where the environment tells."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -11,6 +11,7 @@ import pytest
 
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.commands import main as cli
+from bayes_dispatch.experts import vectors
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.scoring.compare import compare_blends, compare_systems
@@ -96,6 +97,27 @@ def test_held_out_sets_by_name(compare: Compare, saved: Path, bundle: Bundle) ->
     assert (code, err) == (0, "")
     words = ("add", "reverse then sort: minus best_expert", "base", "95% intervals", "2 documents")
     assert all(word in out for word in words)
+
+
+def test_an_expert_of_an_old_bank_that_is_called_as_a_blend_is(
+    compare: Compare, bundle: Bundle, jsonl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ("reverse", "sort", "max")
+    dispatcher = replace(bundle.dispatcher, experts=names)
+    dispatcher._know(bundle.dispatcher.state)
+    with monkeypatch.context() as patch:
+        patch.setattr(vectors, "NAMES_OF_BLENDS", set())
+        old = replace(bundle, experts=bundle.experts.renamed("add", "max"), dispatcher=dispatcher)
+    old.save(tmp_path / "old")
+    arguments = ["--bundle", tmp_path / "old", "--jsonl", jsonl, "--blend", "max", "--blend", "best_expert", "--json"]
+    for reference, other in (("max", "best_expert"), ("best_expert", "max")):
+        code, out, err = compare(*arguments, "--reference", reference)
+        assert (code, err) == (0, "")
+        document = json.loads(out)
+        assert document["reference"] == reference
+        printed = document["sets"]["own.jsonl"]
+        assert [row["blend"] for row in printed["summary"]] == ["max", "best_expert"]
+        assert {row["blend"] for row in printed["differences"]} == {other}
 
 
 def test_two_bundles(
