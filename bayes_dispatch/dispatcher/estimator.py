@@ -213,7 +213,7 @@ class Dispatcher:
         mixtures: Float[np.ndarray, "prompt weight"] | None = None,
         progress: bool = False,
     ) -> Dispatcher:
-        """A new dispatcher for evidence that has drifted: globals fitted to it, and the temper if thirty weights are known.
+        """A new dispatcher for evidence that has drifted: globals fitted to it, the temper if thirty weights are known.
 
         What is known of the globals is their prior, so experts and views that these prompts do not show stay what they
         were. The projections stay, so a few hundred prompts will do, labelled or not; the serving prior stays too. What
