@@ -82,8 +82,9 @@ def as_codes(
     """Labels as numbers, of which there are ``classes``, or as ``names``, and ``None`` where −1 may be."""
     array = as_numbers(labels, "labels", None)
     if any(isinstance(label, str) for label in array.flat):
-        codes = {name: code for code, name in enumerate(names)}
-        known: dict[str | None, int] = {None: -1, **codes} if least < 0 else {**codes}
+        known: dict[str | None, int] = {name: code for code, name in enumerate(names)}
+        if least < 0:
+            known[None] = -1
         if odd := [label for label in array.flat if not isinstance(label, str | None) or label not in known]:
             raise TensorError(f"expected labels among {', '.join(names)}, got {shown(odd[0])}")
         array, classes = np.array([known[label] for label in array.flat]).reshape(array.shape), len(names)
