@@ -19,7 +19,7 @@ from bayes_dispatch.errors import BayesDispatchError
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.scoring.compare import compare_blends
 from bayes_dispatch.inference.scoring.scores import Comparison
-from bayes_dispatch.inference.two_pass.first_pass import PROMPTS_AT_ONCE, by_length, first_pass
+from bayes_dispatch.inference.two_pass.first_pass import PROMPTS_AT_ONCE, batches, first_pass
 from bayes_dispatch.model.backbone import Tokenizer
 
 __all__ = ["MapBlocks", "compare_in_blocks", "evidence_in_blocks", "read_block", "score_block"]
@@ -59,13 +59,17 @@ def evidence_in_blocks(
     Args:
         mapped, bundle, progress: as in ``compare_in_blocks``. tokenizer: the bundle's. prompts: as in ``first_pass``.
     """
-    order = by_length([tokenizer.tokenize(prompt) for prompt in prompts])
-    blocks = _blocks([prompts[n] for n in order], PROMPTS)
+    blocks: list[list[int]] = []
+    for batch in batches([tokenizer.tokenize(prompt) for prompt in prompts]):
+        if not blocks or len(blocks[-1]) + len(batch) > PROMPTS:
+            blocks.append([])
+        blocks[-1] += batch
     try:
-        read = Evidence.concatenate(mapped(read_block, blocks, bundle, progress=progress))
+        texts = [[prompts[n] for n in block] for block in blocks]
+        read = Evidence.concatenate(mapped(read_block, texts, bundle, progress=progress))
     except BayesDispatchError as error:
         raise type(error)(f"{error}; prompts are counted from the shortest to the longest") from None
-    return read.select(np.argsort(order))
+    return read.select(np.argsort(np.concatenate(blocks)))
 
 
 def score_block(documents: Sequence[Document], bundle: BundleAt, blends: Sequence[str], seed: int) -> Comparison:

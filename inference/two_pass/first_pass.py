@@ -3,7 +3,7 @@
 What it has read below the first adapted block, the second pass uses again (``Prefix``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,13 +21,14 @@ __all__ = [
     "PROMPTS_AT_ONCE",
     "FirstPass",
     "Prefix",
-    "by_length",
+    "batches",
     "class_counts",
     "evidence_of",
     "first_pass",
-    "token_means",
     "read_prefix",
     "surprise_of",
+    "together",
+    "token_means",
 ]
 
 # Classes of bytes; a byte belongs to the first class that holds it, others to "other".
@@ -50,6 +51,7 @@ for _index, _members in enumerate(TOKEN_CLASSES.values()):
     _CLASS_OF[list(_members)] = _index
 
 PROMPTS_AT_ONCE = 32
+TOKENS_AT_ONCE = 8192  # of them, padded to the longest
 RESIDUAL_FLOOR = 0.01  # of the mean squared hidden state: the residual of one token is 0, which has no logarithm
 
 
@@ -89,19 +91,31 @@ def first_pass(
     """
     checked = check_prompts(prompts)
     texts = tokenized(tokenizer, checked, model.longest)
-    order = by_length(texts)
     rows: dict[int, dict[str, np.ndarray]] = {}
-    for start in tqdm(range(0, len(order), PROMPTS_AT_ONCE), "first pass", disable=None if progress else True):
-        batch = order[start : start + PROMPTS_AT_ONCE]
+    for batch in tqdm(batches(texts), "first pass", disable=None if progress else True):
         ids, tokens = padded([texts[i].ids for i in batch], tokenizer.pad_token_id)
         rows.update(zip(batch, _pooled(model, ids, tokens, cut), strict=True))
     views = {name: np.stack([rows[i][name] for i in range(len(checked))]) for name in rows[0]}
     return FirstPass(evidence_of(checked, texts, views))
 
 
-def by_length(texts: Sequence[Tokens]) -> list[int]:
-    """The order in which they are read: those of similar lengths run together."""
-    return sorted(range(len(texts)), key=lambda n: len(texts[n].ids))
+def batches(texts: Sequence[Tokens]) -> list[list[int]]:
+    """Which are read together, in their order: those of similar lengths."""
+    lengths = [len(text.ids) for text in texts]
+    order = sorted(range(len(texts)), key=lengths.__getitem__)
+    return list(together(order, lengths, PROMPTS_AT_ONCE, TOKENS_AT_ONCE))
+
+
+def together(order: Iterable[int], lengths: Sequence[int], rows: int, tokens: int) -> Iterator[list[int]]:
+    """Parts of an order by length: of so many rows at most, and of so many tokens once they are padded."""
+    part: list[int] = []
+    for n in order:
+        if part and (len(part) == rows or (len(part) + 1) * lengths[n] > tokens):
+            yield part
+            part = []
+        part.append(n)
+    if part:
+        yield part
 
 
 def _pooled(

@@ -15,7 +15,14 @@ from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.two_pass.blends import Blend, Particles
 from bayes_dispatch.inference.two_pass.events import tell
-from bayes_dispatch.inference.two_pass.first_pass import Prefix, evidence_of, first_pass, read_prefix, token_means
+from bayes_dispatch.inference.two_pass.first_pass import (
+    Prefix,
+    evidence_of,
+    first_pass,
+    read_prefix,
+    together,
+    token_means,
+)
 from bayes_dispatch.inference.two_pass.generation import Cost
 from bayes_dispatch.inference.two_pass.particles import Decoding, Token, settle
 from bayes_dispatch.inference.two_pass.prompts import Writing, Written, check_prompts, tokenized
@@ -125,14 +132,7 @@ class SecondPass:
         """Prompts whose first pass runs together; copies of one are neighbours."""
         lengths = [len(text.ids) for text in self._texts]
         order = sorted(range(len(self.prompts)), key=lambda n: (lengths[n], self.prompts[n]))
-        group: list[int] = []
-        for n in order:
-            full = len(group) == ROWS_AT_ONCE or (len(group) + 1) * lengths[n] > TOKENS_AT_ONCE
-            if group and full:
-                yield group
-                group = []
-            group.append(n)
-        yield group
+        return together(order, lengths, ROWS_AT_ONCE, TOKENS_AT_ONCE)
 
     def _generate(self, group: list[int]) -> Iterator[Step]:
         first = {self.prompts[n]: n for n in reversed(group)}  # of equal prompts

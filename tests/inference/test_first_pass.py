@@ -92,6 +92,23 @@ def test_a_batch_is_one_by_one_in_any_order(
     assert_same(shuffled.evidence, together.evidence.select(order), tolerance)
 
 
+def test_short_prompts_are_not_padded_to_a_long_one(
+    model64: "MambaFormerForCausalLM", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of similar lengths run together; evidence comes in their own order."""
+    prompts, read, shapes = ["ab>", "b" * 60, "c", "d" * 64, "efg"], first_pass_module._pooled, []
+
+    def watched(model: Any, ids: Any, tokens: Any, cut: int) -> Any:
+        shapes.append(tuple(ids.shape))
+        return read(model, ids, tokens, cut)
+
+    monkeypatch.setattr(first_pass_module, "_pooled", watched)
+    monkeypatch.setattr(first_pass_module, "TOKENS_AT_ONCE", 130)
+    evidence = first_pass(model64, TOKENIZER, prompts).evidence
+    assert shapes == [(3, 4), (2, 65)]
+    assert evidence.lengths.tolist() == [len(prompt) for prompt in prompts]
+
+
 def test_different_prompts_give_different_evidence(model64: "MambaFormerForCausalLM") -> None:
     hidden = first_pass(model64, TOKENIZER, ["ab>", "ba>"]).evidence.views["hidden"]
     assert not np.allclose(hidden[0], hidden[1], atol=0.01)
