@@ -4,9 +4,9 @@
     python benchmarks/blends.py --work /tmp/blends --set "reverse then sort"  # one set, a minute a seed
     python benchmarks/blends.py --quick                                       # a smoke test; the numbers mean nothing
 
-Scores of each set and seed are kept under ``--work`` and not computed again: runs of single sets, one after the other
-or at once, add up to the whole. Remove them when blends or bundle change. Seeds are those of documents and posterior
-draws; the bundle is always the same.
+Scores of each set and seed are kept under ``--work``, by names that tell the bundle, and not computed again: runs of
+single sets, one after the other or at once, add up to the whole. Seeds are those of documents and posterior draws; the
+bundle is always the same.
 
 *Best fixed* is the blend of constant weights that does best on a document, known only afterwards: of all vertices
 (each expert, base), all even pairs of them, and the posterior mean. It and the predictive of 64 take four fifths of all
@@ -39,6 +39,7 @@ from bayes_dispatch.inference.scoring.held_out import KINDS, domains_of
 from bayes_dispatch.inference.scoring.scores import Score
 from bayes_dispatch.inference.two_pass.blends import Particles
 from bayes_dispatch.inference.two_pass.system import Dispatched
+from real.records import bank_of
 
 __all__ = ["ABLATIONS", "Scores", "judge", "main", "tables"]
 
@@ -174,8 +175,10 @@ def judge(bundle: bd.Bundle, documents: Sequence[bd.Document], seed: int, progre
     return Scores.concatenate(parts)
 
 
-def kept(path: Path, bundle: bd.Bundle, name: str, documents: int, seed: int) -> Scores:
-    """The scores of a set and seed, from their file where there is one."""
+def kept(work: Path, bundle: bd.Bundle, name: str, documents: int, seed: int) -> Scores:
+    """The scores of a set and seed under a bundle, from their file where there is one."""
+    place = f"{name} {documents} {seed} {bank_of(bundle)}"
+    path = work / f"{place.replace(' ', '-').replace('&', 'and')}.npz"
     if not path.exists():
         (domain,) = domains_of(name)
         found = judge(bundle, held_out_documents(domain, documents, seed), seed)
@@ -280,8 +283,7 @@ def main(
     found: dict[str, list[Scores]] = {}
     runs = [(name, seed) for name in names for seed in range(first_seed, first_seed + seeds)]
     for name, seed in tqdm(runs, disable=None):
-        file = f"{name.replace(' ', '-').replace('&', 'and')}-{documents}-{seed}.npz"
-        found.setdefault(name, []).append(kept(work / file, bundle, name, documents, seed))
+        found.setdefault(name, []).append(kept(work, bundle, name, documents, seed))
     for table in tables({name: Scores.concatenate(parts) for name, parts in found.items()}):
         print(f"{table.to_markdown()}\n", flush=True)
 

@@ -143,12 +143,13 @@ def simulated(seed: int, sizes: Sizes, experts: int = 8) -> Problem:
 
 
 def shipped(seed: int, sizes: Sizes, work: Path, block: int = 0) -> Problem:
-    """Documents of the shipped experts' domains, read by the shipped model; evidence is kept under ``work``.
+    """Documents of the shipped experts' domains, read by the shipped model; evidence is kept under ``work``, where
+    names of files tell of which model it is.
 
     The dispatcher is fitted as the bundle's is. ``block`` is the first adapted one."""
     work.mkdir(parents=True, exist_ok=True)
     model = MambaFormerForCausalLM.from_pretrained(SHIPPED / "model")
-    count, other = len(EXPERT_DOMAINS), 1000 * seed
+    count, other, fingerprint = len(EXPERT_DOMAINS), 1000 * seed, model.fingerprint()[:12]
 
     def make(name: str) -> KnownEvidence:
         if name == "train":
@@ -170,7 +171,7 @@ def shipped(seed: int, sizes: Sizes, work: Path, block: int = 0) -> Problem:
     def get(name: str) -> KnownEvidence:
         parts = (sizes.pure, sizes.mixed, sizes.judged, sizes.mixtures, seed)
         below = f"-below-{block}" if block else ""
-        file = work / f"{name}-{'-'.join(map(str, parts))}{below}.npz"
+        file = work / f"{name}-{'-'.join(map(str, parts))}{below}-{fingerprint}.npz"
         if not file.exists():
             _write(file, make(name))
         return _read(file)

@@ -61,9 +61,10 @@ def scored(work: Path, plan: TrainingPlan, block: int) -> Scores:
 
 def shipped_scores(work: Path, plan: TrainingPlan) -> dict[str, float]:
     """The scores of ``JUDGED`` that the shipped bundle's own dispatcher has on the same prompts."""
-    file = work / f"seed-{plan.seed}" / "shipped.json"
+    dispatcher = bd.Dispatcher.load(SHIPPED / "dispatcher")
+    file = work / f"seed-{plan.seed}" / f"shipped-{dispatcher.fingerprint[:12]}.json"
     if not file.exists():
-        write_json(file, _dispatch_scores(bd.Dispatcher.load(SHIPPED / "dispatcher"), _problem(work, plan, 0)))
+        write_json(file, _dispatch_scores(dispatcher, _problem(work, plan, 0)))
     found: dict[str, float] = read_json(file)
     return found
 

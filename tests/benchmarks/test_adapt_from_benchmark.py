@@ -13,6 +13,7 @@ import adapt_from
 import bayes_dispatch as bd
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS
 from bayes_dispatch.inference.scoring.evaluation import expert_report
+from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.storage import read_json, write_json
 from dispatching.data import Sizes, shipped
 from first_block import measuring
@@ -33,7 +34,8 @@ def test_the_smoke_test_prints_all_and_keeps_it(
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*NAMES, *JUDGED, *BLENDED, "from block 4", "below block 4"))
     assert "nan" not in printed
-    assert sorted(path.name for path in (tmp_path / "seed-0").iterdir()) == ["block-0", "block-4", "shipped.json"]
+    own = f"shipped-{bd.load_bundle().dispatcher.fingerprint[:12]}.json"
+    assert sorted(path.name for path in (tmp_path / "seed-0").iterdir()) == ["block-0", "block-4", own]
     for made in ("train_expert", "judge", "score_together", "compare_blends"):
         monkeypatch.setattr(measuring, made, None)
     adapt_from.main(block=[4], work=tmp_path, quick=True)
@@ -51,14 +53,18 @@ def test_the_smoke_test_prints_all_and_keeps_it(
         assert np.mean(scores.exact[NAMES[0]][ours]) == pytest.approx(report[theirs]["exact_match"][0])
 
 
-def test_evidence_is_that_of_the_first_pass_below_the_block(tmp_path: Path) -> None:
-    """Other hidden states of the same prompts, in files of their own."""
+def test_evidence_is_that_of_the_first_pass_below_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other hidden states of the same prompts, in files of their own; so are those of another model."""
     sizes = Sizes(pure=1, mixed=2, judged=1, mixtures=2)
     last, below = (shipped(0, sizes, tmp_path, block).train.evidence for block in (0, 2))
     np.testing.assert_array_equal(last.views["counts"], below.views["counts"])
     assert not np.allclose(last.views["hidden"], below.views["hidden"], atol=1e-2)
     assert "surprise" not in below.views
     np.testing.assert_array_equal(shipped(0, sizes, tmp_path).train.evidence.views["hidden"], last.views["hidden"])
+    kept = len(list(tmp_path.iterdir()))
+    monkeypatch.setattr(MambaFormerForCausalLM, "fingerprint", lambda self: "another")
+    shipped(0, sizes, tmp_path)
+    assert len(list(tmp_path.iterdir())) == kept * 3 // 2
 
 
 @pytest.mark.slow

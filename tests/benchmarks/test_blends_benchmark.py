@@ -30,6 +30,9 @@ def test_the_smoke_test_prints_all_blends(
     monkeypatch.setattr(blends, "judge", None)
     blends.main(sets=["add", "add & reverse"], work=tmp_path, quick=True)
     assert capsys.readouterr().out == printed
+    monkeypatch.setattr(blends, "bank_of", lambda bundle: "another")
+    with pytest.raises(TypeError, match="not callable"):
+        blends.main(sets=["add"], work=tmp_path, quick=True)
 
 
 @pytest.mark.slow
