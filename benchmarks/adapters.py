@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import bayes_dispatch as bd
-from bayes_dispatch.app.tables import Table
+from bayes_dispatch.app.tables import Cell, Table
+from bayes_dispatch.checks.paired import paired_comparison
 from bayes_dispatch.experts.domains import CONVENTIONS, EXPERT_TEXTS, Domain
 from bayes_dispatch.experts.training import ExpertSettings, train_expert
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
@@ -194,8 +195,22 @@ def adapters(model: bd.MambaFormerForCausalLM, plan: Plan) -> tuple[list[Table],
         spread = np.std(values, axis=0, ddof=1) / len(values) ** 0.5
         cells = [f"{m:+.3f} ± {s:.3f}" for m, s in zip(np.mean(values, axis=0), spread, strict=True)]
         summary.append([name, f"{sizes[name][0]:,}", f"{sizes[name][1]:,}", *cells])
-    columns = ["adapter", "parameters", "bytes on disk", "gain, nats", "gain, exact match", "harm to others, nats"]
-    return [first, Table("Means over domains ± standard error", columns, summary)], kinds[2], vectors
+    measures = ["gain, nats", "gain, exact match", "harm to others, nats"]
+    columns = ["adapter", "parameters", "bytes on disk", *measures]
+    means = Table("Means over domains ± standard error", columns, summary)
+    return [first, means, versus_svf(own, measures)], kinds[2], vectors
+
+
+def versus_svf(own: Mapping[str, Sequence[Sequence[float]]], measures: Sequence[str]) -> Table:
+    """What each kind has more than SVF; ``own`` is by kind, domain and measure."""
+    rows: list[list[Cell | str]] = []
+    for name, values in own.items():
+        if name != "SVF":
+            pairs = [
+                paired_comparison(*both) for both in zip(np.transpose(values), np.transpose(own["SVF"]), strict=True)
+            ]
+            rows.append([name, *(f"{pair.difference:+.3f} ± {pair.standard_error:.3f}" for pair in pairs)])
+    return Table("Minus SVF, paired by domain", ["adapter", *measures], rows)
 
 
 def _matched(model: bd.MambaFormerForCausalLM) -> tuple[str, ...]:

@@ -122,8 +122,9 @@ def as_json(run: Run) -> dict[str, Any]:
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean and standard deviation over seeds; one seed has no deviation."""
-    return {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
+    """Mean and its standard error over seeds; one seed has none."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "se": error}
 
 
 def table(name: str, result: dict[str, Any]) -> Table:
@@ -144,7 +145,7 @@ def table(name: str, result: dict[str, Any]) -> Table:
 
 
 def show(value: dict[str, float | None], digits: int) -> str:
-    return " ± ".join(f"{number:.{digits}f}" for number in (value["mean"], value["sd"]) if number is not None)
+    return " ± ".join(f"{number:.{digits}f}" for number in (value["mean"], value["se"]) if number is not None)
 
 
 def main(
@@ -161,7 +162,7 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", dir_okay=False, help="A file for all numbers.")] = None,
 ) -> None:
-    """Train the models on the in-context tasks and print one table a task: loss and score, mean ± sd over seeds."""
+    """Train the models on the in-context tasks; a table for each has loss and score, ± standard errors over seeds."""
     begun = time.perf_counter()
     if json_file is not None and not json_file.parent.is_dir():
         raise typer.BadParameter(f"expected a file in a directory that exists, got {json_file}")

@@ -35,6 +35,7 @@ ONE_ROW = ["posterior_mean", "best_expert", "thompson_sample", "top_k(2)", "top_
 WEIGHTS = ["ada=0.4,bo=0.6", "cy=1", "dee=0.2,eve=0.3,fay=0.5", "gus=0.7,base=0.3", "hal=0.5,ada=0.5", "base=1"]
 PROMPTS = ["kfpa>apfk\nbcde>", "37+58=95\n46+27=73\n64+85=", "EN: Save TR: Speichern\nEN: Close TR:", '{"name": "']
 BUSY = (429, 503)
+STARTING = 300.0  # seconds
 
 
 def pieces(lines: Iterable[bytes], tokens: int, tells_done: bool) -> Iterator[str]:
@@ -131,20 +132,27 @@ def free_port() -> int:
 @contextmanager
 def serving(command: list[str], port: int) -> Iterator[str]:
     """A server's URL, once it answers; it is ended with the context."""
-    url = f"http://127.0.0.1:{port}"
+    url, begun = f"http://127.0.0.1:{port}", time.monotonic()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            for _ in range(600):
+            while not answers(url):
                 if process.poll() is not None:
                     raise SystemExit(f"expected a server, got exit code {process.returncode} of {' '.join(command)}")
-                try:
-                    urllib.request.urlopen(f"{url}/health", timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.5)
+                if time.monotonic() - begun > STARTING:
+                    raise SystemExit(f"expected a server, got no answer in {STARTING:g} s of {' '.join(command)}")
+                time.sleep(0.5)
             yield url
         finally:
             process.terminate()
+
+
+def answers(url: str) -> bool:
+    """Whether a server there says that it is well."""
+    try:
+        urllib.request.urlopen(f"{url}/health", timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def run(
@@ -217,7 +225,7 @@ def main(
     ]
     if beside is not None and vllm is None:
         theirs = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(beside)]
-        theirs += ["--port", str(port), "--device", "cpu", "--dtype", dtype or "float32"]
+        theirs += ["--port", str(port), "--device", "cpu", "--dtype", dtype or "float32", "--continuous-batching"]
         servers.append(("transformers, base", theirs, str(beside), [{}]))
     with ExitStack() as stack:
         if lora is not None and vllm is not None and beside is not None:
@@ -226,7 +234,7 @@ def main(
             weights = [{"vllm_xargs": {"blend_weights": each}} for each in WEIGHTS]
             servers[1:] = [
                 ("ours with --vllm, blends", [*ours, "--vllm", there], "bundle", blends),
-                ("vLLM alone, blends", there, "bank", weights),
+                ("vLLM with our plugin alone, blends", there, "bank", weights),
             ]
         print("| server | clients | requests/s | tokens/s | first p50 / p99 (ms) | between p50 / p99 (ms) | failed |")
         print("| --- | --- | --- | --- | --- | --- | --- |")

@@ -105,11 +105,13 @@ def _judge(
 def tables(found: Mapping[str, Mapping[str, Sequence[Outcome]]]) -> list[Table]:
     """For each domain and choice its outcomes, one for each seed."""
     rows, costs = [], []
+    seeds = len(next(iter(next(iter(found.values())).values())))
     for domain, outcomes in found.items():
         reference = _joined(outcomes["blocks"])
+        experts = np.repeat(np.arange(seeds), [len(outcome.nll) for outcome in outcomes["blocks"]])
         for choice, each in outcomes.items():
             nll = _joined(each)
-            against = paired_comparison(nll, reference)
+            against = paired_comparison(nll, reference, experts if seeds > 1 else None)
             difference = "" if choice == "blocks" else f"{against.difference:+.3f} ± {against.standard_error:.3f}"
             base = np.concatenate([outcome.base for outcome in each])
             exact, harm = (np.mean([getattr(outcome, name) for outcome in each]) for name in ("exact", "harm"))
@@ -119,8 +121,7 @@ def tables(found: Mapping[str, Mapping[str, Sequence[Outcome]]]) -> list[Table]:
             seconds = float(np.mean([outcome.seconds for outcome in each]))
             costs.append([domain, choice, f"{each[0].scales:,}", f"{seconds:.0f}"])
     heads = ["domain", "scales of", "base NLL", "NLL", "less that of blocks", "exact match", "harm to other domains"]
-    seeds = len(next(iter(next(iter(found.values())).values())))
-    note = f"{seeds} seed(s); ± over documents, paired."
+    note = f"{seeds} seed(s); ± over {'the experts of each seed' if seeds > 1 else 'documents'}, paired."
     return [
         Table("Held-out documents of the expert's own domain", heads, rows, note),
         Table("Cost", ["domain", "scales of", "scales", "CPU seconds of training"], costs),

@@ -29,7 +29,7 @@ Router = Callable[[Tensor], Tensor]  # ids (1, T) to logits (1, T, V)
 def arrow(backbone: TransformersBackbone, experts: bd.ExpertBank) -> Router:
     """PEFT's Arrow (Ostapenko and others 2024, arXiv 2405.11157)."""
     model = _arrow_model(backbone, experts)
-    return lambda ids: model(input_ids=ids).logits
+    return lambda ids: model(input_ids=ids, use_cache=False).logits
 
 
 def arrow_shares(backbone: TransformersBackbone, experts: bd.ExpertBank) -> Callable[[Tensor], Tensor]:
@@ -59,7 +59,10 @@ def arrow_shares(backbone: TransformersBackbone, experts: bd.ExpertBank) -> Call
 
 
 def _arrow_model(backbone: TransformersBackbone, experts: bd.ExpertBank) -> Any:
-    """It takes adapters of one rank that cover every layer: others are filled with zeros, and left out again."""
+    """It takes adapters of one rank that cover every layer: others are filled with zeros, and left out again.
+
+    They have the model's own type, as SpectR's have, and not float32, which is PEFT's default.
+    """
     from peft import ArrowConfig, create_arrow_model
 
     kinds = {matrix.rpartition(".")[2] for matrix in experts.adapts}
@@ -70,7 +73,8 @@ def _arrow_model(backbone: TransformersBackbone, experts: bd.ExpertBank) -> Any:
             deltas = {matrix: Delta(up[k], down[k], up.new_ones(up.shape[2])) for matrix, (up, down) in factors.items()}
             write_peft(Path(scratch) / name, deltas, backbone.name, ())
         paths = [f"{scratch}/{name}" for name in experts]
-        model = create_arrow_model(deepcopy(backbone.model), paths, ArrowConfig(top_k=min(TOP, len(paths)))).eval()
+        config = ArrowConfig(top_k=min(TOP, len(paths)))
+        model = create_arrow_model(deepcopy(backbone.model), paths, config, autocast_adapter_dtype=False).eval()
     inner = model.get_base_model()
     for matrix in set(matrices) - set(experts.adapts):
         inner.set_submodule(matrix, inner.get_submodule(matrix).base_layer)

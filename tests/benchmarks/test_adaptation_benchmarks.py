@@ -8,6 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import adapters
 import few_shot
 import strategies
 import switching
@@ -41,7 +42,8 @@ def test_strategies(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         "dispatcher",
         "asked model",
         "classification expert",
-        "LogisticRegression",
+        "LogisticRegression, of one expert",
+        "LogisticRegression, of shares",
         "oracle",
         "uniform",
         "base",
@@ -53,6 +55,17 @@ def test_switching(capsys: pytest.CaptureFixture[str]) -> None:
     switching.main(quick=True)
     printed = capsys.readouterr().out
     assert all(f"| {name} |" in printed for name in ("by row", "by row, truncated", "rebuilt", "folded"))
+
+
+def test_adapters_are_compared_by_domain() -> None:
+    """Domains that differ more than the adapters do are no noise of the difference."""
+    own = {"SVF": [[1.0, 0.0], [5.0, 0.5]], "LoRA": [[1.5, 0.0], [5.75, 0.5]]}
+    table = adapters.versus_svf(own, ["gain", "harm"])
+    assert table.rows == [["LoRA", "+0.625 ± 0.125", "+0.000 ± 0.000"]]
+
+
+def test_a_simulation_counts_as_one() -> None:
+    assert few_shot.coverage_told([1.0, 0.5]) == "Simulated answers: 90% intervals hold 0.750 ± 0.250 in 2 simulations."
 
 
 def test_pairs_take_conventions_in_turn() -> None:

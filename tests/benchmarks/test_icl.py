@@ -194,8 +194,9 @@ def test_the_smoke_preset_writes_its_numbers(tmp_path: Path, capsys: pytest.Capt
             losses = [run["loss"] for run in model["runs"]]
             assert [run["seed"] for run in model["runs"]] == [0, 1]
             assert model["loss"]["mean"] == pytest.approx(np.mean(losses))
-            assert model["loss"]["sd"] == pytest.approx(np.std(losses, ddof=1))
-            assert f"{model['loss']['mean']:.4f}" in printed
+            error = np.std(losses, ddof=1) / 2**0.5
+            assert model["loss"]["se"] == pytest.approx(error)
+            assert f"{model['loss']['mean']:.4f} ± {error:.4f}" in printed
 
 
 def test_tuning_takes_the_rate_of_least_validation_loss(tmp_path: Path) -> None:

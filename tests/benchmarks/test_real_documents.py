@@ -34,7 +34,7 @@ from real.methods import (
 )
 from real.quick import SETTINGS, quick_bundle, quick_domains
 from real.records import BEST, Record, Records, tables
-from real.routers import _aligned, arrow, spectr
+from real.routers import _aligned, _arrow_model, arrow, spectr
 from real.sets import DocumentSet, document_sets
 from tests.tiny import tiny_adapter, tiny_backbone
 
@@ -138,6 +138,14 @@ def test_routers_take_adapters_of_several_ranks_and_layers(tmp_path: Path) -> No
     with torch.no_grad():
         logits = [make(backbone, bank)(ids) for make in (arrow, spectr)]
     assert all(bool(each.isfinite().all()) for each in logits)
+
+
+def test_arrow_s_adapters_have_the_model_s_type(tmp_path: Path) -> None:
+    """As SpectR's do: otherwise one of them would have more digits than the other, and than our blends."""
+    tiny_adapter(tmp_path, seed=1)
+    backbone = tiny_backbone(dtype=torch.bfloat16)
+    model = _arrow_model(backbone, bd.ExpertBank.from_peft(backbone, {"a": tmp_path}))
+    assert {own.dtype for name, own in model.named_parameters() if ".task_0." in name} == {torch.bfloat16}
 
 
 def test_spectr_routes_by_the_size_of_each_update() -> None:

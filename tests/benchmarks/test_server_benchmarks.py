@@ -52,6 +52,18 @@ def test_a_stream_that_is_not_whole_counts_as_failed(lines: list[bytes], why: st
         list(load.pieces(lines, 3, True))
 
 
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [("import time; time.sleep(60)", "got no answer in 0.1 s of"), ("raise SystemExit(3)", "got exit code 3 of")],
+)
+def test_a_server_that_never_answers_is_told(program: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "sleep" in program:
+        monkeypatch.setattr(load, "STARTING", 0.1)
+    command = [sys.executable, "-c", program]
+    with pytest.raises(SystemExit, match=why), load.serving(command, load.free_port()):
+        raise AssertionError("it was taken for a server")
+
+
 FINE = {"held": {"rows": "0.0"}, "growth": 0.05, "equal to generate": (3, 3), "exit status": 0, "errors logged": 0}
 
 
