@@ -1,8 +1,9 @@
 """``bayes-dispatch train-expert`` and ``train-experts``: experts on a user's own files, and a bundle that has them."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +25,9 @@ from bayes_dispatch.errors import ConfigError, UnknownNameError
 if TYPE_CHECKING:
     from bayes_dispatch.app.bundle import Bundle
     from bayes_dispatch.experts.domains import Domain
+    from bayes_dispatch.experts.lora import LoraExpert
     from bayes_dispatch.experts.training import ExpertSettings
+    from bayes_dispatch.experts.vectors import ExpertVector
 
 __all__ = ["train_expert", "train_experts"]
 
@@ -127,7 +130,13 @@ def train_expert(
         raise ConfigError(f"expected a directory for experts alone, got that of a bundle's: {out}")
     index = "bundle.json" if refit else "adapter_config.json" if adapter else "bank.json"
     check_new_output(out, index, bundle if refit else None)
-    from bayes_dispatch.app.training.own_expert import import_reward, objective_by_name, own_settings, read_domain
+    from bayes_dispatch.app.training.own_expert import (
+        import_reward,
+        objective_by_name,
+        own_settings,
+        read_domain,
+        train_own_expert,
+    )
 
     function = None if reward is None else import_reward(reward)
     named = objective or ("likelihood" if reward is None else "reinforce")
@@ -138,7 +147,8 @@ def train_expert(
     domain = read_domain(name, text, jsonl, function, settings.length - 1)
     if model is None:
         old = open_bundle(bundle)
-        return _tell(out, *_train(old, [domain], settings, old.experts.names, out, refit), True, as_json)
+        train = partial(train_own_expert, progress=True)
+        return _tell(out, *_train(old, [domain], settings, old.experts.names, out, refit, train), True, as_json)
     given = {setting: value for setting, value in own.items() if value is not None}
     settings = replace(settings, **{"kind": "lora", **given})
     _train_alone(domain, settings, out, model, {name: value for name, value in loading.items() if value}, as_json)
@@ -164,10 +174,13 @@ def train_experts(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an expert on each of several files of yours, and write a bundle of them with one dispatcher for all."""
+    """Train an expert on each of several files of yours, and write a bundle of them with one dispatcher for all.
+
+    Each is kept in OUT.work, so that a run that was stopped goes on; delete it when all is done.
+    """
     check_new_output(out, "bundle.json", bundle if keep_experts else None)
     from bayes_dispatch.app.held_out import read_own
-    from bayes_dispatch.app.training.own_expert import own_settings
+    from bayes_dispatch.app.training.own_expert import kept_expert, own_settings
     from bayes_dispatch.experts.domains.own import OwnPrompts
     from bayes_dispatch.experts.objectives import Likelihood
 
@@ -179,7 +192,8 @@ def train_experts(
         raise ConfigError(f'expected an "answer" in each line of the files, got none for {", ".join(mute)}')
     old = open_bundle(bundle)
     keep = old.experts.names if keep_experts else ()
-    _tell(out, *_train(old, list(domains.values()), settings, keep, out, True), False, as_json)
+    train = partial(kept_expert, out=out, progress=True)
+    _tell(out, *_train(old, list(domains.values()), settings, keep, out, True, train), False, as_json)
 
 
 def _train(
@@ -189,16 +203,17 @@ def _train(
     keep: "Sequence[str]",
     out: Path,
     refit: bool,
+    train: "Callable[[Bundle, Domain, ExpertSettings], ExpertVector | LoraExpert]",
 ) -> tuple[list[str], dict[str, dict[str, str]]]:
     """Train an expert for each domain, join them to those of the bundle that stay, and write what came out.
 
     Args:
-        keep: experts of the bundle that stay, unless a domain has their name.
+        keep: experts of the bundle that stay, unless a domain has their name. train: makes one expert.
 
     Returns:
         All experts, and what is known of those that were trained.
     """
-    from bayes_dispatch.app.training.own_expert import RefitSettings, add_experts, check_texts, train_own_expert
+    from bayes_dispatch.app.training.own_expert import RefitSettings, add_experts, check_texts
     from bayes_dispatch.experts.vectors import check_expert_name
 
     names = [domain.name for domain in domains]
@@ -209,7 +224,7 @@ def _train(
         check_texts(old, keep)
         if len({*keep, *names}) < 2:
             raise ConfigError(f"expected at least two experts, another file or --keep-experts, got {names[0]} alone")
-    trained = {domain.name: (train_own_expert(old, domain, settings, progress=True), domain) for domain in domains}
+    trained = {domain.name: (train(old, domain, settings), domain) for domain in domains}
     if refit:
         refitting = RefitSettings(seed=settings.seed)
         new = add_experts(old, trained, keep, refitting, True, lambda line: print(line, file=sys.stderr))

@@ -5,17 +5,20 @@ user's earlier texts, which are not kept, the bundle holds the evidence.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 
 from bayes_dispatch.app.bundle import Bundle
+from bayes_dispatch.app.training.build import kept_at
 from bayes_dispatch.arguments import set_whole
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.errors import ConfigError, RewardError, TensorError, UnknownNameError
+from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, Checked, Domain
 from bayes_dispatch.experts.domains.own import OwnPrompts, Reward, Rewarded, read_jsonl, read_prompts, read_text
 from bayes_dispatch.experts.lora import LoraExpert
@@ -31,6 +34,7 @@ __all__ = [
     "check_texts",
     "check_trainable",
     "import_reward",
+    "kept_expert",
     "objective_by_name",
     "own_settings",
     "read_domain",
@@ -140,6 +144,22 @@ def train_own_expert(
     scaled = bundle.experts.matrices
     settings = replace(settings, kind="svf" if scaled else "lora")
     return train_expert(bundle.model, domain, settings, progress, scaled or None)
+
+
+def kept_expert(
+    bundle: Bundle, domain: Domain, settings: ExpertSettings, out: Path, progress: bool = False
+) -> ExpertVector | LoraExpert:
+    """``train_own_expert``, whose expert is kept in ``OUT.work``, where a run that was stopped goes on.
+
+    Args:
+        bundle, settings, progress: as there. domain: of a user's file. out: directory of the new bundle.
+    """
+    own: dict[str, Any] = {"domain": asdict(cast(Any, domain)), "experts": asdict(settings)}
+    inputs = {**own, "model": bundle.model.fingerprint(), "matrices": dict(bundle.experts.matrices)}
+    directory = kept_at(out, inputs, "experts", domain.name)
+    if not directory.exists():
+        ExpertBank([train_own_expert(bundle, domain, settings, progress)]).save(directory)
+    return ExpertBank.load(directory)[domain.name]
 
 
 def check_trainable(domain: Domain, objective: Objective) -> None:

@@ -4,6 +4,7 @@ What cannot join is refused in a line, before training."""
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.app.commands import main as cli
 from bayes_dispatch.app.training import own_expert
-from bayes_dispatch.app.training.own_expert import RefitSettings, add_experts, import_reward, own_settings
+from bayes_dispatch.app.training.own_expert import RefitSettings, add_experts, import_reward, kept_expert, own_settings
 from bayes_dispatch.errors import ConfigError, RewardError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import CONVENTIONS, Domain
@@ -179,12 +180,32 @@ class TestCommand:
         assert (exit_.value.code, err) == (0, "")
         told = json.loads(out)
         assert sorted(told["experts"]) == sorted(told["trained"]) == ["things", "times"]
+        assert sorted(each.name for each in Path("new.work/experts").iterdir()) == ["things", "times"]
         new = load_bundle("new")
         assert set(new.experts.names) == set(new.dispatcher.experts) == set(new.evidence) == {"things", "times"}
         with pytest.raises(SystemExit) as exit_:
             cli.main(["train-experts", *given, "--out", "more", "--keep-experts"])
         assert exit_.value.code == 0
         assert set(load_bundle("more").experts.names) == {"reverse", "sort", "add", "things", "times"}
+
+    def test_a_run_that_was_stopped_goes_on(self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+        """An expert is trained anew where its text or its recipe is another, and else read."""
+        trained: list[str] = []
+        really = own_expert.train_own_expert
+
+        def train(bundle: Bundle, domain: Any, *rest: Any) -> Any:
+            trained.append(domain.name)
+            return really(bundle, domain, *rest)
+
+        monkeypatch.setattr(own_expert, "train_own_expert", train)
+        settings = own_expert.own_settings(Likelihood(), 2, 0)
+        text, other = OwnText("things", TEXT), OwnText("things", TEXT + "Of one thing more, too.\n")
+        first, again = (kept_expert(bundle, text, settings, Path("new")) for _ in range(2))
+        assert first.metadata == again.metadata
+        assert trained == ["things"]
+        for domain, recipe in ((other, settings), (text, replace(settings, seed=1))):
+            kept_expert(bundle, domain, recipe, Path("new"))
+        assert trained == ["things"] * 3
 
     @pytest.mark.parametrize(
         ("given", "message"),
