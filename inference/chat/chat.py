@@ -178,24 +178,22 @@ class Chat:
     def _answer(self, data: bytes, words: Tokens, writing: Writing) -> Generator[Streamed, None, None]:
         if not self._answering.acquire(blocking=False):
             raise ConfigError("expected one reply at a time, got a turn before the stream of the last one has ended")
-        ended = False
+        last = False
         try:
             with torch.no_grad():
                 reply, caches = self._hear(data, words, writing)
             seed = self.settings.seed + 2 * self.turns + 1
             generators = row_generators(seed, [reply.transcript.data])
-            while not ended:
+            while not last:
                 with torch.no_grad():
                     token = caches.decoding.choose([writing.sampling], generators)
                     last = self._write(reply, caches, token)
-                if last:
-                    ended = True
-                    self._end(reply, caches)
                 yield reply.streamed(last)
+            self._end(reply, caches)
         except GeneratorExit:
-            if not ended:
+            if not last:
                 reply.written.close()
-                self._end(reply, caches)
+            self._end(reply, caches)
             raise
         finally:
             self._answering.release()

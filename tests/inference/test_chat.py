@@ -344,6 +344,22 @@ def test_a_closed_stream_ends_the_reply(cut64: "Bundle") -> None:
     assert closed.turns == 2
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_stream_that_is_thrown_into_is_no_turn(cut64: "Bundle", tokens: int) -> None:
+    """After its last token, too."""
+    chat = TwoPassGenerator(cut64).chat(blend=UNMERGED, seed=2)
+    stream = chat.stream("ab>", tokens, stop=None)
+    assert [next(stream).last for _ in range(tokens)] == [*([False] * (tokens - 1)), True]
+    with pytest.raises(KeyboardInterrupt):
+        stream.throw(KeyboardInterrupt())
+    assert (chat.turns, chat.turn, len(chat.transcript)) == (0, None, 0)
+    stream = chat.stream("ab>", tokens, stop=None)
+    events = [next(stream) for _ in range(tokens)]
+    stream.close()
+    assert chat.turn is not None
+    assert (chat.turns, chat.turn.text) == (1, "".join(event.text for event in events))
+
+
 def test_own_bytes_are_no_evidence(cut64: "Bundle") -> None:
     """Whatever it drew, the weights before the next turn's first byte are those that the user's bytes left."""
     generator = TwoPassGenerator(cut64)
