@@ -35,7 +35,7 @@ class ExpertVector:
     """Scales ``z`` of one expert.
 
     Attributes:
-        name: up to 100 letters, digits, ``_`` and ``-``; not ``base``.
+        name: letters, digits, ``_`` and ``-``; not ``base``. A new bank takes up to 100 of them.
         scales: for each adapted matrix its scales, (rank,): copies, on the way in and out.
         base: fingerprint of the model that the expert was trained on.
         metadata: where it comes from, in text: ``domain``, ``objective``, ``steps``, what was measured; ``date``,
@@ -89,15 +89,16 @@ def check_metadata(name: str, metadata: Mapping[str, str]) -> None:
 
 
 def check_expert_name(name: str) -> None:
-    """Raise ``ConfigError`` unless a new expert can have this name. A bank on disk may have one that is a blend's."""
+    """Raise ``ConfigError`` unless a new expert can have this name. A bank on disk may have one that is a blend's,
+    or longer."""
     check_file_name(name)
     if name in NAMES_OF_BLENDS:
         raise ConfigError(f"expected an expert name that is no blend's, got {name!r}")
+    if len(name) > LONGEST:
+        raise ConfigError(f"expected an expert name of at most {LONGEST} letters, got {len(name)}: {name:.20}…")
 
 
 def check_file_name(name: str) -> None:
     """Raise ``ConfigError`` unless ``name`` can be that of an expert's file."""
     if name == BASE or not name.replace("_", "").replace("-", "").isalnum() or not name.isascii():
         raise ConfigError(f"expected an expert name of letters, digits, '_' and '-' other than 'base', got {name!r}")
-    if len(name) > LONGEST:
-        raise ConfigError(f"expected an expert name of at most {LONGEST} letters, got {len(name)}: {name:.20}…")

@@ -400,7 +400,7 @@ class TestVector:
 
     def test_a_name_too_long_for_a_file(self) -> None:
         with pytest.raises(ConfigError, match=r"expected an expert name of at most 100 letters, got 101: a{20}…"):
-            ExpertVector("a" * 101, {"m": torch.ones(2)}, "0")
+            ExpertBank([ExpertVector("a" * 101, {"m": torch.ones(2)}, "0")])
 
     @pytest.mark.parametrize("name", ["add", "reversed_add", "v-2", "3", "a" * 100])
     def test_a_name_that_is(self, name: str) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bayes_dispatch.app.bundle import SHIPPED
-from bayes_dispatch.errors import BundleError, ForeignExpertError, TensorError
+from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError, TensorError
 from bayes_dispatch.experts import vectors
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.bank_files import verify_bank
@@ -142,6 +142,19 @@ class TestSaving:
         assert as_blend("max", loaded.components) == FixedWeights((0.0, 0.0, 1.0, 0.0), "max")
         assert as_blend("max(  )", loaded.components) == BestExpert()
         assert_same(pickle.loads(pickle.dumps(loaded)).renamed("max", "add"), bank)
+
+    def test_a_bank_may_have_an_expert_of_a_longer_name(
+        self, bank: ExpertBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It was made when that was allowed."""
+        long = "a" * 150
+        with monkeypatch.context() as patch:
+            patch.setattr(vectors, "LONGEST", 200)
+            bank.renamed("add", long).save(tmp_path / "bank")
+        loaded = ExpertBank.load(tmp_path / "bank")
+        assert_same(pickle.loads(pickle.dumps(loaded)).renamed(long, "add"), bank)
+        with pytest.raises(ConfigError, match="of at most 100 letters, got 150"):
+            ExpertBank(list(loaded.values()))
 
     def test_saving_repairs_files_of_experts_at_hand(self, bank: ExpertBank, saved: Path) -> None:
         file_of(saved, "sort").write_bytes(b"x")
