@@ -24,7 +24,7 @@ def write_output(path: Path, data: bytes) -> None:
 
     A file gets its content at once, and keeps mode and owner. A link stays one: its target is written. A pipe or a
     device is written to, and so is what standard output goes to. A file that cannot be replaced without loss (one of
-    several names, of another owner, or in a directory that takes no new files) is overwritten where it is.
+    several names, or in a directory that takes no new files, or none of its owner and mode) is overwritten where it is.
 
     Args:
         path: the file; missing directories are made. data: its bytes.
@@ -71,8 +71,8 @@ def replace_file(path: Path, data: bytes | Callable[[], bytes], check: Callable[
             data = data()
         if not _replace(path, data, alone):
             raise BundleError(
-                f"expected a file that another can take the place of, got {path}, which is somebody else's or in a "
-                "directory that takes no new files"
+                f"expected a file that another can take the place of, got {path}: its directory takes no new files, or "
+                "none of its owner and mode"
             )
 
 
@@ -188,7 +188,8 @@ def _replaceable(temporary: Path, old: os.stat_result) -> bool:
         made = os.fstat(handle)
         if (made.st_uid, made.st_gid) != (old.st_uid, old.st_gid):
             os.fchown(handle, old.st_uid, old.st_gid)
-        os.fchmod(handle, stat.S_IMODE(old.st_mode))
+        if stat.S_IMODE(made.st_mode) != stat.S_IMODE(old.st_mode):  # else a disk may have no modes to set
+            os.fchmod(handle, stat.S_IMODE(old.st_mode))
     except OSError:  # not allowed, or unknown to the file system
         os.unlink(temporary)
         return False

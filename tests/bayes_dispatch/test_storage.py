@@ -113,6 +113,19 @@ class TestOutput:
         assert ((tmp_path / "file").read_text(), (tmp_path / "file").stat().st_ino) == ("new", before.st_ino)
         assert os.listdir(tmp_path) == ["file"]
 
+    @pytest.mark.parametrize("write", [write_output, replace_file])
+    def test_a_disk_without_modes_has_none_to_keep(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path, bytes], object]
+    ) -> None:
+        """All its files have one mode, and it sets none."""
+        (tmp_path / "file").write_text("old")
+        (tmp_path / "file").chmod(0o600)
+        before = (tmp_path / "file").stat()
+        forbid_modes(monkeypatch)
+        write(tmp_path / "file", b"new")
+        assert (tmp_path / "file").stat().st_ino != before.st_ino
+        assert contents(tmp_path) == {"file": "new"}
+
     def test_all_names_of_a_file_have_its_content(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("a longer old one")
         os.link(tmp_path / "file", tmp_path / "other")
@@ -237,7 +250,9 @@ class TestReplacing:
     def test_what_could_only_be_overwritten_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "file").write_text("old")
         forbid_modes(monkeypatch)
-        refused(lambda: replace_file(tmp_path / "file", b"new"), "expected a file that another can take the place of")
+        (tmp_path / "file").chmod(0o640)
+        why = "its directory takes no new files, or none of its owner and mode"
+        refused(lambda: replace_file(tmp_path / "file", b"new"), f"expected a file that another .*/file: {why}$")
         assert contents(tmp_path) == {"file": "old"}
         os.mkfifo(tmp_path / "pipe")
         refused(lambda: replace_file(tmp_path / "pipe", b"new"), "expected a file at .*pipe, got a pipe or a device")
