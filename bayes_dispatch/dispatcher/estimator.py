@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Shaped
 
 from bayes_dispatch.arguments import seed as a_seed
 from bayes_dispatch.arguments import several, shown, simplex, whole
-from bayes_dispatch.dispatcher.arrays import as_codes, as_numbers
+from bayes_dispatch.dispatcher.arrays import as_codes, as_numbers, as_points
 from bayes_dispatch.dispatcher.conformal import Answer, Conformal, ConformalIntervals
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence, as_evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
@@ -383,10 +383,10 @@ class Dispatcher:
         """
         names = self._components
         experts = [served] if isinstance(served, str) else several("served", served)
-        if experts and np.ndim(experts[0]) == 1:
-            rows = as_numbers(served, "served")
+        if experts and not isinstance(experts[0], str):
+            rows = as_points(served, "served")
         else:
-            if unknown := [name for name in experts if name not in names]:
+            if unknown := [name for name in experts if not isinstance(name, str) or name not in names]:
                 raise ConfigError(f"expected experts among {list(names)}, got {shown(unknown)}")
             rows = np.array([names.index(name) for name in experts], dtype=np.int64)
         rewards = np.atleast_1d(as_numbers(reward, "rewards"))
