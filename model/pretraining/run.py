@@ -9,6 +9,7 @@ The same command goes on after a crash. Where ``torchrun --max-restarts`` is to 
 ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``: else it hands its processes the addresses of those before (pytorch #135712).
 """
 
+import pickle
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,10 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.spawn import start_processes
+from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 from tqdm import tqdm
 
-from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.errors import BayesDispatchError, ConfigError, TensorError
 from bayes_dispatch.model.backbone import Tokenizer, padded, token_weights
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -112,7 +113,8 @@ def pretrain(
     Raises:
         ConfigError: the batch cannot be shared evenly, the checkpoint is of other settings, or the machine lacks what
             ``compute`` asks for.
-        TensorError: a loss or a gradient is not finite; the last checkpoint stays.
+        TensorError: a loss or a gradient is not finite, or the bytes of a batch weigh nothing; the last checkpoint
+            stays.
         BundleError: the checkpoint is damaged.
     """
     compute = compute or ComputeSettings()
@@ -128,15 +130,29 @@ def pretrain(
     else:
         _check_share(settings.batch_size, processes)
         if _begin(run, alone("cpu")).step < settings.steps:
-            with tempfile.TemporaryDirectory() as meeting:
-                start_processes(_work, (processes, f"file://{meeting}/store", run), processes, start_method="spawn")
+            _train_in(processes, run)
     return _begin(run, alone("cpu")).model.eval()
 
 
-def _work(rank: int, world: int, meeting: str, run: Run) -> None:
+def _train_in(processes: int, run: Run) -> None:
+    """Train in processes of this one's, and raise what one of them has raised."""
+    with tempfile.TemporaryDirectory() as meeting:
+        try:
+            start_processes(_work, (processes, Path(meeting), run), processes, start_method="spawn")
+        except ProcessRaisedException:
+            if not (raised := sorted(Path(meeting).glob("*.error"))):
+                raise
+            raise pickle.loads(raised[0].read_bytes()) from None
+
+
+def _work(rank: int, world: int, meeting: Path, run: Run) -> None:
     torch.set_num_threads(1)
-    with join(run.compute.device, rank, rank, world, meeting) as worker:
-        _train(run, worker)
+    try:
+        with join(run.compute.device, rank, rank, world, f"file://{meeting}/store") as worker:
+            _train(run, worker)
+    except BayesDispatchError as error:  # of which torch would hand on the traceback alone
+        (meeting / f"{rank}.error").write_bytes(pickle.dumps(error))
+        raise
 
 
 class _State(NamedTuple):
@@ -185,9 +201,13 @@ def _train(run: Run, worker: Worker) -> None:
             logits = model(ids).logits
         loss = next_token_loss(logits.float(), ids, weights)
         loss.backward()
-        mean = _share_gradients(worker, parameters, loss.detach(), weights.sum())
+        mean, weight = _share_gradients(worker, parameters, loss.detach(), weights.sum())
+        if not weight > 0:  # the same in all processes, here and below: none is left to wait for the others
+            raise TensorError(
+                f"expected bytes of step {step} whose weights sum to more than 0, got {float(weight):.6g}"
+            )
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip)
-        if not (mean + norm).isfinite():  # the same in all processes: none is left to wait for the others
+        if not (mean + norm).isfinite():
             got = f"a loss of {float(mean):.6g} and a gradient of norm {float(norm):.6g}"
             raise TensorError(f"expected a finite loss and gradient at step {step}, got {got}: lower the learning rate")
         optimizer.step()
@@ -213,8 +233,11 @@ def _batch(run: Run, tokenizer: Tokenizer, worker: Worker, step: int) -> tuple[T
     return ids.to(worker.device), weights.to(worker.device)
 
 
-def _share_gradients(worker: Worker, parameters: Sequence[torch.nn.Parameter], loss: Tensor, weight: Tensor) -> Tensor:
-    """Give each parameter the gradient of the mean loss over the batches of all processes; returns that mean.
+def _share_gradients(
+    worker: Worker, parameters: Sequence[torch.nn.Parameter], loss: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Give each parameter the gradient of the mean loss over the batches of all processes; returns that mean, and the
+    weight of all of them.
 
     One sum over one flat tensor, not ``DistributedDataParallel``. That takes the mean of the processes' own means,
     which is another number where their weights differ. And it regroups the gradients after its first step, so that
@@ -226,7 +249,7 @@ def _share_gradients(worker: Worker, parameters: Sequence[torch.nn.Parameter], l
     gradients = (totals[2:] / totals[1]).split([p.numel() for p in parameters])
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.view_as(parameter)
-    return totals[0] / totals[1]
+    return totals[0] / totals[1], totals[1]
 
 
 def _gradient(parameter: Tensor) -> Tensor:

@@ -206,15 +206,18 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_former_one(
 def test_a_step_that_is_no_number_ends_it_and_leaves_the_checkpoint_before(
     uninterrupted: "MambaFormerForCausalLM", tmp_path: Path
 ) -> None:
-    """Here a batch whose tokens weigh nothing."""
+    """Because the batch weighs nothing, or the steps before were too long."""
 
     class Weightless(Source):
         def row(self, rng: np.random.Generator, length: int) -> tuple[bytes, list[float]]:
             text, own = super().row(rng, length)
             return text, [0.0] * len(own) if 24 < 10**9 - self.left <= 28 else own
 
-    with pytest.raises(TensorError, match="expected a finite loss and gradient at step 6, got a loss of nan"):
+    with pytest.raises(TensorError, match=r"^expected bytes of step 6 whose weights sum to more than 0, got 0$"):
         pretrain(CONFIG, Weightless(), SETTINGS, tmp_path, progress=False)
+    diverging = replace(SETTINGS, learning_rate=1e30)
+    with pytest.raises(TensorError, match=r"^expected a finite loss and gradient at step \d, .* the learning rate$"):
+        pretrain(CONFIG, Source(), diverging, tmp_path / "diverging", progress=False)
     assert same(pretrain(CONFIG, Source(), SETTINGS, tmp_path, progress=False), uninterrupted)
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.model.pretraining.corpus import TextCorpus
@@ -239,3 +239,9 @@ def test_several_processes_report_a_wrong_directory_by_its_own_error(tmp_path: P
     pretrain(CONFIG, CORPUS, replace(SETTINGS, steps=1), tmp_path, progress=False)
     with pytest.raises(ConfigError, match="expected a checkpoint of these settings"):
         pretrain(CONFIG, CORPUS, SETTINGS, tmp_path, processes=2, progress=False)
+
+
+def test_several_processes_report_a_loss_that_is_no_number_by_its_own_error(tmp_path: Path) -> None:
+    diverging = replace(SETTINGS, learning_rate=1e30)
+    with pytest.raises(TensorError, match=r"^expected a finite loss and gradient at step \d, .* the learning rate$"):
+        pretrain(CONFIG, CORPUS, diverging, tmp_path, processes=2, progress=False)
