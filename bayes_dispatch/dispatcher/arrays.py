@@ -96,7 +96,7 @@ def as_rows(indices: Any, count: int, error: type[BayesDispatchError] = TensorEr
     if isinstance(indices, list | tuple):
         indices = as_numbers(indices, "indices", None if indices else int, error)
     try:
-        return np.atleast_1d(np.arange(count)[indices])
+        return np.ascontiguousarray(np.arange(count)[indices])  # torch takes no array that runs backwards
     except IndexError as problem:
         raise error(f"expected indices of {count} prompts, got {problem}") from None
 

@@ -259,6 +259,8 @@ def test_prompts_keep_their_own(dispatcher: Dispatcher, fresh: Sample) -> None:
     posterior = dispatcher.posterior(fresh.evidence)
     ends = posterior.calibrated_interval(0.8)
     np.testing.assert_array_equal(posterior.select([5, 2]).calibrated_interval(0.8), ends[:, [5, 2]])
+    backwards = posterior.select(slice(None, None, -1))
+    np.testing.assert_allclose(backwards.calibrated_interval(0.8), ends[:, ::-1], atol=1e-4)
     halves = [posterior.select(range(20, 60)), posterior.select([]), posterior.select(range(20))]
     np.testing.assert_array_equal(
         DispatchPosterior.concatenate(halves).calibrated_interval(0.8), np.roll(ends, -20, axis=1)
