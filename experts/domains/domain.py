@@ -1,13 +1,13 @@
 """What a domain is: a seeded source of documents, with a part held out from training."""
 
 import hashlib
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from bayes_dispatch.experts.documents import Document
 
-__all__ = ["Checked", "Domain", "Split", "agreement", "exact", "held_out"]
+__all__ = ["Checked", "Domain", "Finite", "Split", "agreement", "exact", "held_out"]
 
 Split = Literal["train", "held_out"]
 
@@ -21,6 +21,16 @@ class Domain(Protocol):
 
     def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
         """A document of at least ``total_bytes`` (where the domain has as many), prompt included, of a given split."""
+        ...
+
+
+@runtime_checkable
+class Finite(Domain, Protocol):
+    """A domain whose documents are all of the same texts."""
+
+    @property
+    def content(self) -> Any:
+        """All of these, by split where they are parted, as JSON takes it: two domains of one content give the same."""
         ...
 
 

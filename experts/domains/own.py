@@ -58,6 +58,11 @@ class OwnText:
         if (size := len(self.text.encode())) < FEWEST_BYTES:
             raise ConfigError(f"expected a text of at least {FEWEST_BYTES} bytes for {self.name}, got {size}")
 
+    @property
+    def content(self) -> str:
+        """All of the text."""
+        return self.text
+
     def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
         """A passage, from the start of a line where one is near; all after the prompt is scored."""
         rest, end = _tenth(self.text)
@@ -91,6 +96,11 @@ class OwnPairs:
     def __post_init__(self) -> None:
         _check_count(self.name, "pairs", len(self.pairs))
 
+    @property
+    def content(self) -> tuple[tuple[str, str], ...]:
+        """All pairs."""
+        return self.pairs
+
     def items(self, rng: np.random.Generator, split: Split) -> Iterator[tuple[str, str]]:
         """Random pairs of the split."""
         rest, end = _tenth(self.pairs)
@@ -123,6 +133,11 @@ class OwnPrompts:
 
     def __post_init__(self) -> None:
         _check_count(self.name, "prompts", len(self.prompts))
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """All prompts."""
+        return self.prompts
 
     def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
         """A prompt and a newline; the scored range, before that newline, is empty."""
@@ -196,6 +211,11 @@ class OwnExamples:
         if len(texts) < 2 or not all(texts):
             raise ConfigError(f"expected at least two different examples of {self.name}, none empty, got {len(texts)}")
         object.__setattr__(self, "texts", tuple(texts))
+
+    @property
+    def content(self) -> tuple[str, ...]:
+        """All texts."""
+        return self.texts
 
     def of(self, split: Split) -> tuple[str, ...]:
         """The texts of one split."""

@@ -47,6 +47,11 @@ class TextDomain:
     name: str
     texts: Callable[[Split], Sequence[str]]
 
+    @property
+    def content(self) -> dict[str, list[str]]:
+        """The texts of each split."""
+        return {split: list(self.texts(split)) for split in ("train", "held_out")}
+
     def document(self, rng: np.random.Generator, prompt_bytes: int, total_bytes: int, split: Split) -> Document:
         """A passage of ``total_bytes``; all after the prompt is scored."""
         texts = self.texts(split)

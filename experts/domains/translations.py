@@ -86,6 +86,11 @@ class Translations:
             raise ConfigError(f"expected translations into {self.language} in the packages' catalogues, got none")
         return found
 
+    @property
+    def content(self) -> dict[str, tuple[tuple[str, str], ...]]:
+        """The entries of each split."""
+        return {split: self.entries(split) for split in ("train", "held_out")}
+
     def items(self, rng: np.random.Generator, split: Split) -> Iterator[tuple[str, str]]:
         """Entries in random order; none comes twice before each came once. An answer begins with its space."""
         entries = self.entries(split)

@@ -23,7 +23,7 @@ from bayes_dispatch.dispatcher.gate import FEWEST_PROMPTS
 from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
-from bayes_dispatch.experts.domains.domain import Domain, Split
+from bayes_dispatch.experts.domains.domain import Domain, Finite, Split
 from bayes_dispatch.experts.domains.own import OwnExamples
 from bayes_dispatch.inference.scoring.evidence_sets import (
     KnownEvidence,
@@ -35,12 +35,12 @@ from bayes_dispatch.inference.two_pass.likelihood import ExpertLogLikelihoods
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.storage import digest, read_json, write_json
 
-__all__ = ["PROGRAM", "BuildSettings", "beginning", "build_bundle", "kept_at", "training_evidence"]
+__all__ = ["PROGRAM", "BuildSettings", "build_bundle", "kept_at", "known_by", "training_evidence"]
 
 # The view "surprise" was tried on our own model: squared error on held-out mixtures .078 with it and .067 without.
 PROGRAM = Admixture(views={"hidden": "vectors", "counts": "counts"})
 HELD_OUT = 32  # documents of each expert that are scored, as long as the longest prompts
-TOLD = 20_000  # bytes by which a domain is known again
+TOLD = 20_000  # bytes by which a domain without end is known again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +235,7 @@ def _inputs(
         "model": experts.base,
         "experts": list(experts.names),
         "digest": experts.digest,
-        "texts": {name: beginning(domain) for name, domain in domains.items()},
+        "texts": {name: known_by(domain) for name, domain in domains.items()},
         "unlabelled": list(unlabelled),
         "settings": asdict(settings),
     }
@@ -246,10 +246,10 @@ def kept_at(out: Path, inputs: Mapping[str, Any], *folders: str) -> Path:
     return out.resolve().with_name(out.name + ".work").joinpath(*folders, digest(inputs)[:16])
 
 
-def beginning(domain: Domain) -> Sequence[str]:
-    """What tells a domain from others: all texts, or what a seed gives of each split where there is no end of them."""
-    if isinstance(domain, OwnExamples):
-        return domain.texts
+def known_by(domain: Domain) -> Any:
+    """What tells a domain from others: all of it, or what a seed gives of each split where it has no end."""
+    if isinstance(domain, Finite):
+        return domain.content
     splits: tuple[Split, ...] = ("train", "held_out")
     return [domain.document(np.random.default_rng(0), 0, TOLD, split).text for split in splits]
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bayes_dispatch.app.bundle import Bundle
-from bayes_dispatch.app.training.build import BuildSettings, beginning, build_bundle, kept_at
+from bayes_dispatch.app.training.build import BuildSettings, build_bundle, kept_at, known_by
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import BASE_TEXTS, Domain
@@ -56,7 +56,7 @@ def train_documents(
     """Train an expert of each domain, fit a dispatcher and a gate for them, and save the bundle.
 
     Each expert, and each stage after them, is kept in ``OUT.work``: a run that was stopped goes on where it was, and
-    another one, of more domains, trains these alone.
+    another one to the same ``out``, of more domains, trains these alone.
 
     Args:
         model: the base model. domains: of different names. plan: the recipes. out: directory of the bundle.
@@ -70,7 +70,7 @@ def train_documents(
     if len(set(names)) < max(2, len(names)):
         raise ConfigError(f"expected at least two domains, none of them twice, got {', '.join(names)}")
     recipe = {"model": model.fingerprint(), "experts": asdict(plan.experts)}
-    places = [kept_at(out, {**recipe, "texts": beginning(each)}, "experts", each.name) for each in domains]
+    places = [kept_at(out, {**recipe, "texts": known_by(each)}, "experts", each.name) for each in domains]
     experts = []
     for domain, directory in zip(domains, places, strict=True):
         if not directory.exists():

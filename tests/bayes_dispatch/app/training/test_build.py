@@ -15,10 +15,11 @@ import torch
 import bayes_dispatch as bd
 from bayes_dispatch.app.bundle import load_bundle
 from bayes_dispatch.app.commands.main import main
-from bayes_dispatch.app.training.build import BuildSettings, build_bundle
+from bayes_dispatch.app.training.build import BuildSettings, build_bundle, kept_at, known_by
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.errors import BayesDispatchError, ConfigError, ForeignExpertError
-from bayes_dispatch.experts.domains.own import read_examples
+from bayes_dispatch.experts.domains import Domain, TextDomain
+from bayes_dispatch.experts.domains.own import OwnPairs, OwnPrompts, OwnText, read_examples
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 from tests.tiny import tiny_adapter, tiny_model, tiny_tokenizer
 
@@ -211,3 +212,29 @@ def test_bad_words(model: Path, adapters: dict[str, Path], tmp_path: Path, run: 
             continue
         assert message in run("build", *words, "--out", out)
         assert not Path(out).exists()
+
+
+def pairs(changed: int) -> tuple[tuple[str, str], ...]:
+    return tuple((f"question {n + 10_000 * (n == changed)}", f"answer {n}") for n in range(3_000))
+
+
+def one_text(changed: int) -> str:
+    return "".join(f"{question} {answer}\n" for question, answer in pairs(changed))
+
+
+@pytest.mark.parametrize(
+    "domain",
+    [
+        lambda changed: OwnText("mine", one_text(changed)),
+        lambda changed: OwnPairs("mine", pairs(changed)),
+        lambda changed: OwnPrompts("mine", tuple(question for question, _ in pairs(changed))),
+        lambda changed: TextDomain("mine", lambda split: [one_text(changed if split == "held_out" else -1)]),
+    ],
+)
+def test_a_domain_with_an_end_is_known_by_all_of_it(domain: Callable[[int], Domain]) -> None:
+    """One item of three thousand is enough for stages of their own."""
+    first, again, *others = (
+        kept_at(Path("out"), {"texts": known_by(domain(changed))}) for changed in (0, 0, 7, 1_500, 2_700, 2_999)
+    )
+    assert first == again
+    assert len({first, *others}) == 5
