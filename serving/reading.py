@@ -222,7 +222,8 @@ class Reading:
         seeds = row_seeds(work.seed, [self._heard.transcript.data])
         posterior = dispatcher.posterior(evidence, draws=POSTERIOR_DRAWS, seed=seeds)
         events = dispatcher.prior.events
-        self._tell(Begun(posterior, len(self._heard), p_value, bool(foreign[0]), evidence, events))
+        told = replace(posterior, calibrated=None)  # which nobody asks for, and has all of the dispatcher
+        self._tell(Begun(told, len(self._heard), p_value, bool(foreign[0]), evidence, events))
         if self._heard.writing is None or (work.abstain and foreign[0]):
             return None
         return on_base(particles_of(work.blend, posterior), foreign)

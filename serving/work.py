@@ -86,8 +86,8 @@ class Begun:
     """The prompt has been dispatched.
 
     Attributes:
-        posterior: of the one prompt. prompt_tokens: what was read. p_value: of the gate, ``None`` where it was not
-            asked. fallback: whether the gate sent it to base.
+        posterior: of the one prompt, without calibrated intervals. prompt_tokens: what was read.
+        p_value: of the gate, ``None`` where it was not asked. fallback: whether the gate sent it to base.
         evidence: what the posterior is of. prior_events: labels and rewards that the prior had taken in.
     """
 

@@ -1,6 +1,8 @@
 """Answers are those of ``generate`` and of a chat, whatever runs beside them; rows are freed, owners take turns,
 caches are bounded, and what fails fails alone."""
 
+import copy
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +20,7 @@ from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.chat.state import Transcript
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.blends import Blend, Particles, PosteriorMean, as_blend
+from bayes_dispatch.inference.two_pass.first_pass import first_pass
 from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.model.generation.sampling import Sampling
@@ -165,6 +168,16 @@ def test_a_prompt_can_be_dispatched_alone(cut64: Any, start: Callable[..., Batch
     assert own.begun is not None
     alone = TwoPassGenerator(cut64).generate(["ab>ba\n"], blend="base", max_new_tokens=1, seed=5)
     np.testing.assert_allclose(own.begun.posterior.weights, alone.posterior.weights)
+
+
+def test_what_is_told_of_a_prompt_is_small_to_send(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
+    """Though a calibrated posterior has the whole dispatcher."""
+    known = first_pass(cut64.model, cut64.tokenizer, ["ab>ba\n"] * 4, cut=cut64.cut).evidence
+    calibrated = copy.copy(cut64.dispatcher).calibrate(known, [0] * 4)
+    system = replace(cut64, dispatcher=calibrated)
+    asked = replace(work(cut64, "ab>ba\n", seed=5), writing=None)
+    (own,), (plain,) = run(start(system), [asked]), run(start(cut64), [asked])
+    assert len(pickle.dumps(own.begun)) == len(pickle.dumps(plain.begun))
 
 
 def test_reading_alone_holds_up_no_cancelling(cut64: Any, start: Callable[..., BatchedEngine]) -> None:
