@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bayes_dispatch as bd
-from bayes_dispatch.app.training.build import BuildSettings, beginning, training_evidence
+from bayes_dispatch.app.training.build import BuildSettings, known_by, training_evidence
 from bayes_dispatch.app.training.documents import DocumentsPlan, examples_of
 from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_evidence
 from bayes_dispatch.errors import ConfigError
@@ -202,7 +202,7 @@ def evidence_of_build(
         return KnownEvidence(*read_evidence(left[0]))
     model, build = bundle.model, settings or DocumentsPlan.of("svf", bundle.model).build
     examples = examples_of(domains, build)
-    texts = {name: each if isinstance(each, list) else beginning(each) for name, each in examples.items()}
+    texts = {name: each if isinstance(each, list) else known_by(each) for name, each in examples.items()}
     decides = {"model": model.fingerprint(), "dtype": str(model.dtype), "cut": cut_of(bundle)}
     decides |= {"build": asdict(build), "texts": list(texts.items())}
     path = work / f"training-{digest(decides)[:32]}.npz"
