@@ -9,7 +9,6 @@ The same command goes on after a crash. Where ``torchrun --max-restarts`` is to 
 ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1``: else it hands its processes the addresses of those before (pytorch #135712).
 """
 
-import pickle
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 from tqdm import tqdm
 
+from bayes_dispatch import errors
 from bayes_dispatch.errors import BayesDispatchError, ConfigError, TensorError
 from bayes_dispatch.model.backbone import Tokenizer, padded, token_weights
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
@@ -142,7 +142,8 @@ def _train_in(processes: int, run: Run) -> None:
         except ProcessRaisedException:
             if not (raised := sorted(Path(meeting).glob("*.error"))):
                 raise
-            raise pickle.loads(raised[0].read_bytes()) from None
+            kind, _, message = raised[0].read_text(encoding="utf-8").partition("\n")
+            raise getattr(errors, kind)(message) from None
 
 
 def _work(rank: int, world: int, meeting: Path, run: Run) -> None:
@@ -151,7 +152,7 @@ def _work(rank: int, world: int, meeting: Path, run: Run) -> None:
         with join(run.compute.device, rank, rank, world, f"file://{meeting}/store") as worker:
             _train(run, worker)
     except BayesDispatchError as error:  # of which torch would hand on the traceback alone
-        (meeting / f"{rank}.error").write_bytes(pickle.dumps(error))
+        (meeting / f"{rank}.error").write_text(f"{type(error).__name__}\n{error}", encoding="utf-8")
         raise
 
 
