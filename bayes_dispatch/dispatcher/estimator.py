@@ -216,8 +216,10 @@ class Dispatcher:
         """A new dispatcher for evidence that has drifted: globals fitted to it, the temper if thirty weights are known.
 
         What is known of the globals is their prior, so experts and views that these prompts do not show stay what they
-        were. The projections stay, so a few hundred prompts will do, labelled or not; the serving prior stays too. What
-        :meth:`calibrate` has found does not. This dispatcher does not change.
+        were. It is wide for the experts that some prompts are known to be of: these are followed however far they have
+        moved, and a hundred labels will do. The others are followed by a little, as prompts without labels do not tell
+        an expert that has moved from another one. The projections and the serving prior stay. What :meth:`calibrate`
+        has found does not. This dispatcher does not change.
 
         Args:
             X, y, mixtures, progress: as in :meth:`fit`.

@@ -59,7 +59,7 @@ class FittedDispatcher:
 
     @cached_property
     def fingerprint(self) -> str:
-        """A digest of everything that answers are computed from: a serving prior belongs to one fit."""
+        """A digest of everything that answers are computed from."""
         document, arrays = self.pack()
         document |= {"sizes": self.model.sizes, "families": self.model.families, "prior": self.model.prior}
         digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode())

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from bayes_dispatch.arguments import real, set_whole
 from bayes_dispatch.arguments import seed as checked_seed
 from bayes_dispatch.dispatcher.fitting.local_guides import AmortisedDirichlet, LocalDirichlet
-from bayes_dispatch.dispatcher.program.generative import DispatchModel, label_informed_start
+from bayes_dispatch.dispatcher.program.generative import MOSTLY, DispatchModel, label_informed_start
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.errors import ConfigError
 
@@ -37,6 +37,7 @@ __all__ = ["ALONE", "FitReport", "GlobalsPosterior", "SVISettings", "finite", "f
 WINDOW = 0.1  # of the steps; the last two windows tell whether the loss still falls
 TOLERANCE = 0.02  # nats a prompt between them
 DRIFT = 0.1  # sd of what a global may have moved by since an earlier fit, on the line
+DRIFT_KNOWN = 0.5  # the same of an expert's own, where prompts are known to be of it
 ALONE = threading.RLock()
 UNCHECKED = dict.fromkeys(
     ("validate_distributions_pyro", "validate_distributions_torch", "validate_infer", "validate_poutine"), False
@@ -52,7 +53,7 @@ class SVISettings:
         learning_rate: at the start; a tenth of it at the end.
         batch_size: prompts in each step; all prompts when there are no more.
         rounds: at most so many rounds, each at half the learning rate of the one before, until the loss has converged.
-        restarts: seeds to fit from; the fit of the lowest final loss is kept.
+        restarts: starts to fit from; the fit of the lowest final loss is kept. A fit that goes on from another has one.
         precision: of the whole fit, ``"float32"`` or ``"float64"``.
     """
 
@@ -179,9 +180,10 @@ def fit_globals(
     progress: bool = False,
     before: GlobalsPosterior | None = None,
 ) -> tuple[GlobalsPosterior, FitReport]:
-    """Fit the program's globals to prompts by SVI, from a label-informed start.
+    """Fit the program's globals to prompts by SVI, from a label-informed start or from an earlier fit.
 
-    What an earlier fit knows of them takes the place of the program's prior, a little wider, since they may have moved
+    What an earlier fit knows of them takes the place of the program's prior, wider, since they may have moved: an
+    expert's own by any distance where some prompts are known to be of it (:data:`DRIFT_KNOWN`), all others by little
     (:data:`DRIFT`). So globals of which these prompts say nothing stay what they were.
 
     Args:
@@ -190,20 +192,20 @@ def fit_globals(
         settings: optimiser settings.
         seed: of the start and of every draw.
         progress: show a bar.
-        before: of an earlier fit, which this one starts at.
+        before: of an earlier fit, which this one starts at, once.
 
     Returns:
         The globals' posterior, and how the fit went.
     """
     if before is not None:
-        model = _Drifting(**vars(model), before=before)
+        model = _Drifting(**vars(model), before=_widened(before, model, prompts))
     if len(prompts) > settings.batch_size:
         model = replace(model, batch_size=settings.batch_size)
     fits = []
-    for restart in range(settings.restarts):
+    for restart in range(settings.restarts if before is None else 1):
         with isolated(seed + 7919 * restart, settings.dtype):
             values = label_informed_start(model, prompts) if before is None else before.locations
-            if restart and before is None:
+            if restart:
                 values = {name: _jitter(name, value) for name, value in values.items()}
             fits.append(_fit(model, prompts, values, settings, progress))
     final = tuple(report.final[0] for _, report in fits)
@@ -263,9 +265,28 @@ class _Drifting(DispatchModel):
     def sample_globals(self) -> dict[str, Tensor]:
         found = {}
         for name, loc in sorted(self.before.locations.items()):
-            spread = (self.before.scales[name].square() + DRIFT**2).sqrt()
-            found[name] = _constrained(name)(pyro.sample(name, dist.Normal(loc, spread).to_event(loc.dim())))
+            normal = dist.Normal(loc, self.before.scales[name]).to_event(loc.dim())
+            found[name] = _constrained(name)(pyro.sample(name, normal))
         return found
+
+
+def _widened(before: GlobalsPosterior, model: DispatchModel, prompts: Prompts) -> GlobalsPosterior:
+    """What is known of the globals, since they may have moved: far, those of experts that some prompts are known of.
+
+    Prompts of unknown weights do not tell an expert that has moved from another one: where those of an expert are gone,
+    a wide prior would let it, or its neighbours, take what is left.
+    """
+    known = torch.zeros(model.n_experts, dtype=torch.bool, device="cpu")
+    if prompts.labels is not None:
+        known[prompts.labels[prompts.labels >= 0]] = True
+    if prompts.known is not None:
+        known |= (prompts.known[:, :-1] > MOSTLY).any(0)
+    drift = torch.where(known, DRIFT_KNOWN, DRIFT).unsqueeze(-1)  # (K, 1)
+    own = {view.site(name) for view in model.views for name in view.experts()}
+    moved = {name: drift.to(scale) if name in own else DRIFT for name, scale in before.scales.items()}
+    return replace(
+        before, scales={name: (scale.square() + moved[name] ** 2).sqrt() for name, scale in before.scales.items()}
+    )
 
 
 class _Guide(PyroModule):

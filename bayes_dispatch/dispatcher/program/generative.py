@@ -32,10 +32,11 @@ from bayes_dispatch.dispatcher.program.dirichlet_tree import DirichletTree, fami
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.views import View
 
-__all__ = ["SIZES", "DispatchModel", "floored", "label_informed_start"]
+__all__ = ["MOSTLY", "SIZES", "DispatchModel", "floored", "label_informed_start"]
 
 FLOOR = 1e-6  # of w inside the likelihoods: keeps scales and concentrations off zero
 PRIOR = (3.0, 1.5)  # concentration of pi for an expert, and for base
+MOSTLY = 0.6  # of a prompt's weight on an expert: above it, the prompt is taken for one of the expert's
 SIZES = (0.5, 0.35, 0.15)  # that one, two or three components share a prompt
 
 
@@ -176,7 +177,7 @@ def label_informed_start(model: DispatchModel, prompts: Prompts) -> dict[str, Te
         rows = torch.isfinite(prompts.known[:, 0])
         shares[rows] = prompts.known[rows]
     unknown = shares.sum(-1) == 0
-    shares = torch.where(shares > 0.6, shares, torch.zeros(()))[:, :count]  # prompts that are mostly one expert's
+    shares = torch.where(shares > MOSTLY, shares, torch.zeros(()))[:, :count]
     if (shares.sum(0) == 0).any():
         shares = shares + _clusters(model, prompts, shares, unknown if unknown.any() else ~unknown)
     start = {"pi": torch.full((count + 1,), 1.0 / (count + 1)), "kappa": torch.tensor(0.5)}

@@ -420,6 +420,7 @@ def test_precision_and_restarts(few: "Sample", settings: "Settings") -> None:
     assert {value.dtype for value in dispatcher.state.globals.locations.values()} == {torch.float64}
     report = dispatcher.report
     assert len(report.final) == 2
+    assert len(dispatcher.recalibrate(few.evidence, few.labels).report.final) == 1  # which has one start
     assert report.losses[-8:].mean() == pytest.approx(min(report.final), rel=0.2)
     assert len(report.losses) in (20, 40)
     assert np.isfinite(report.change)

@@ -1,5 +1,5 @@
 """The dispatcher online: labels and rewards change what it serves at once, none is lost between threads, its prior
-outlives it and belongs to one fit, and drift shows."""
+outlives it and belongs to its experts, and drift shows."""
 
 import copy
 import os
@@ -280,6 +280,28 @@ def test_drift_shows_and_is_mended(own: Dispatcher, make_sample: "Callable[..., 
     assert new.prior is own.prior
     pure = later.labels >= 0
     assert (new.predict_proba(shifted).argmax(1) == later.labels)[pure].mean() > 0.8
+
+
+def test_labels_mend_a_drift_of_any_size(
+    own: Dispatcher, make_sample: "Callable[..., Sample]", settings: "Settings"
+) -> None:
+    """Of an expert that no label is of as much is known as before."""
+
+    def moved(count: int, seed: int) -> tuple[Evidence, np.ndarray]:
+        made = make_sample(count, seed)
+        rows = np.flatnonzero((made.labels >= 0) & ~made.evidence.is_missing("hidden"))
+        hidden = Evidence({"hidden": made.evidence.views["hidden"] + 4.0})
+        return hidden.select(rows), made.labels[rows]
+
+    own.svi = settings(svi=100)["svi"]
+    (later, labels), (fresh, judged) = moved(150, 24), moved(60, 25)
+    assert len(labels) < 105
+    assert (own.predict_proba(fresh).argmax(1) == judged).mean() < 0.4
+    new = own.recalibrate(later, labels)
+    assert (new.predict_proba(fresh).argmax(1) == judged).mean() > 0.9
+    rows = np.flatnonzero(labels > 0)
+    scales = own.recalibrate(later.select(rows), labels[rows]).state.globals.scales["M"]
+    assert (scales[0] < own.state.globals.scales["M"][0] + 0.15).all()
 
 
 def test_blends_are_lists_as_well_as_arrays(own: Dispatcher) -> None:
