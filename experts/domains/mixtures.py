@@ -8,7 +8,7 @@ from jaxtyping import Int
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Domain, Split
 
-__all__ = ["mixed_parts", "mixed_text", "owners_of"]
+__all__ = ["beginning_of", "joined_text", "mixed_parts", "mixed_text", "owners_of"]
 
 
 def mixed_text(
@@ -26,6 +26,28 @@ def mixed_text(
     parts = mixed_parts(domains, weights, rng, total_bytes, split)
     text = b"".join(part for _, part in parts).decode(errors="ignore")  # the end may cut a character
     return text, owners_of(parts)[: len(text.encode())]
+
+
+def joined_text(
+    texts: Sequence[str], weights: Sequence[float], total_bytes: int
+) -> tuple[str, Int[np.ndarray, " byte"]]:
+    """Beginnings of texts, each on a line of its own, as long together as the longest of the texts at most.
+
+    Args:
+        texts: none empty. weights: wanted share of the bytes of each. total_bytes: of all, but for what parts them.
+
+    Returns:
+        As :func:`mixed_text`.
+    """
+    size = min(total_bytes, max(len(text.encode()) for text in texts))
+    pieces = [beginning_of(text, round(weight * size)) for text, weight in zip(texts, weights, strict=True)]
+    pieces[:-1] = [piece.removesuffix("\n") + "\n" for piece in pieces[:-1]]
+    return "".join(pieces), owners_of([(which, piece.encode()) for which, piece in enumerate(pieces)])
+
+
+def beginning_of(text: str, size: int) -> str:
+    """The whole characters of a text's first ``size`` bytes, one at least."""
+    return text.encode()[:size].decode(errors="ignore") or text[:1]
 
 
 def owners_of(parts: Sequence[tuple[int, bytes]]) -> Int[np.ndarray, " byte"]:

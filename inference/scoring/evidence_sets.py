@@ -9,16 +9,20 @@ from jaxtyping import Float, Int
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.errors import UnknownNameError
 from bayes_dispatch.experts.domains import Domain, Split, mixed_text
+from bayes_dispatch.experts.domains.mixtures import beginning_of, joined_text
 from bayes_dispatch.inference.two_pass.first_pass import first_pass
+from bayes_dispatch.inference.two_pass.prompts import clipped
 from bayes_dispatch.model.backbone import Backbone, Tokens
 
 __all__ = [
     "KnownEvidence",
     "base_evidence",
     "calibration_evidence",
+    "evidence_of_texts",
     "foreign_evidence",
     "known_weights",
     "mixed_evidence",
+    "prompts_of_several",
     "pure_evidence",
     "token_shares",
 ]
@@ -81,14 +85,15 @@ def pure_evidence(
 ) -> KnownEvidence:
     """Prompts of one domain each; their lengths in bytes are log-uniform in ``lengths``, both included.
 
-    ``cut``, here and below, is that of ``first_pass``.
+    ``cut``, here and below, is that of ``first_pass``. No prompt here and below is longer than the model can read.
     """
     rng = np.random.default_rng([seed, 1])
     prompts, labels = [], []
     for label, domain in enumerate(domains):
         for _ in range(per_domain):
             length = _length(rng, lengths)
-            prompts.append(domain.document(rng, 0, length, split).data[:length].decode(errors="ignore"))
+            text = domain.document(rng, 0, length, split).data[:length].decode(errors="ignore")
+            prompts.append(clipped(model.tokenizer, text, model.longest))
             labels.append(label)
     evidence = first_pass(model, model.tokenizer, prompts, progress=progress, cut=cut).evidence
     return KnownEvidence(evidence, np.array(labels), np.full((len(labels), len(domains) + 1), np.nan))
@@ -114,12 +119,82 @@ def mixed_evidence(
         chosen = rng.choice(len(domains), size=min(3 if rng.random() < 1 / 3 else 2, len(domains)), replace=False)
         weights = rng.dirichlet(np.ones(len(chosen))).tolist()
         text, owners = mixed_text([domains[i] for i in chosen], weights, rng, _length(rng, lengths), split)
-        prompts.append(text)
+        prompts.append(clipped(model.tokenizer, text, model.longest))
         owned.append(chosen[owners])
     evidence = first_pass(model, model.tokenizer, prompts, progress=progress, cut=cut).evidence
+    return KnownEvidence(evidence, np.full(count, -1), _shares(model, prompts, owned, len(domains) + 1))
+
+
+def evidence_of_texts(
+    model: Backbone,
+    texts: Sequence[Sequence[str]],
+    pure: int,
+    mixed: int,
+    lengths: tuple[int, int],
+    seed: int,
+    progress: bool = False,
+    cut: int = 0,
+) -> KnownEvidence:
+    """Prompts that begin one text each, and then those of :func:`prompts_of_several`: of no text two of one kind.
+
+    So prompts of one kind are exchangeable with those of further such texts, as the guarantees of ``Gate.calibrate``
+    and ``Dispatcher.calibrate`` need it; several prompts of one text are not.
+
+    Args:
+        texts: of each expert. pure: most prompts of each. mixed: most prompts of several.
+        model, lengths, seed, progress, cut: as in :func:`pure_evidence`.
+    """
+    rng = np.random.default_rng([seed, 1])
+    labelled = [(text, label) for label, own in enumerate(texts) for text in own[:pure]]
+    prompts = [
+        clipped(model.tokenizer, beginning_of(text, _length(rng, lengths)), model.longest) for text, _ in labelled
+    ]
+    several, shares = prompts_of_several(model, texts, mixed, seed, lengths)
+    evidence = first_pass(model, model.tokenizer, prompts + several, progress=progress, cut=cut).evidence
+    labels = np.array([label for _, label in labelled] + [-1] * len(several))
+    return KnownEvidence(evidence, labels, np.concatenate([np.full((len(prompts), len(texts) + 1), np.nan), shares]))
+
+
+def prompts_of_several(
+    model: Backbone,
+    texts: Sequence[Sequence[str]],
+    most: int,
+    seed: int,
+    lengths: tuple[int, int] | None = None,
+) -> tuple[list[str], Float[np.ndarray, "prompt component"]]:
+    """Prompts that join the beginnings of two experts' texts, in a third of them of three; no text is in two of them.
+
+    Wanted shares of their bytes are uniform on the simplex.
+
+    Args:
+        model: to read them. texts: of each expert. most: prompts; fewer where the texts do not suffice.
+        seed: of the choice. lengths: shortest and longest, in bytes; by default as long as the longest text of each.
+
+    Returns:
+        The prompts, and the shares of their tokens, base last.
+    """
+    rng = np.random.default_rng([seed, 2])
+    left = [[own[place] for place in rng.permutation(len(own))] for own in texts]
+    prompts, owned = list[str](), list[np.ndarray]()
+    while len(prompts) < most and sum(map(bool, left)) > 1:
+        counts = np.array(list(map(len, left)))  # so chosen, all texts run out at about the same time
+        size = min(3 if rng.random() < 1 / 3 else 2, np.count_nonzero(counts))
+        chosen = rng.choice(len(left), size=size, replace=False, p=counts / counts.sum())
+        own = [left[which].pop() for which in chosen]
+        longest = max(len(text.encode()) for text in own) if lengths is None else _length(rng, lengths)
+        text, owners = joined_text(own, rng.dirichlet(np.ones(size)).tolist(), longest)
+        prompts.append(clipped(model.tokenizer, text, model.longest))
+        owned.append(chosen[owners])
+    return prompts, _shares(model, prompts, owned, len(texts) + 1)
+
+
+def _shares(
+    model: Backbone, prompts: Sequence[str], owned: Sequence[Int[np.ndarray, " byte"]], components: int
+) -> Float[np.ndarray, "prompt component"]:
+    """The shares of the tokens of prompts, or of longer texts that they begin, whose bytes' owners are these."""
     texts = (model.tokenizer.tokenize(prompt.encode()) for prompt in prompts)
-    shares = [token_shares(*each, len(domains) + 1) for each in zip(texts, owned, strict=True)]
-    return KnownEvidence(evidence, np.full(count, -1), np.array(shares).reshape(count, len(domains) + 1))
+    shares = [token_shares(text, owners, components) for text, owners in zip(texts, owned, strict=True)]
+    return np.array(shares).reshape(len(prompts), components)
 
 
 def token_shares(text: Tokens, owners: Int[np.ndarray, " byte"], components: int) -> Float[np.ndarray, " component"]:

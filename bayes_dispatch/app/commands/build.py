@@ -148,10 +148,13 @@ def _tell(bundle: "Bundle", out: Path, model: str, as_json: bool) -> None:
     print(f"wrote {out}: {', '.join(names)} over {model}, whose first {bundle.cut} blocks all blends share")
     if "calibration" in bundle.report:
         found = bundle.report["calibration"]
+        once = ", each of another example," if set(names) <= bundle.report["examples"].keys() else ""
         print(
-            f"of {found['prompts']} held-out prompts {found['accuracy']:.1%} go to their expert; "
+            f"of {found['prompts']} held-out prompts{once} {found['accuracy']:.1%} go to their expert; "
             f"calibration error {found['expected_calibration_error']:.3f}"
         )
+        if (base := bundle.report.get("base")) is not None:
+            print(f"of {base['prompts']} held-out prompts of base {base['accuracy']:.1%} go to base")
         for name, gain in bundle.report["gains"].items():
             print(f"  {name}: {gain['gain']:+.3f} nats a byte over base on its held-out examples")
 

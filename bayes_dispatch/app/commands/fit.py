@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bayes_dispatch.app.commands.terminal import (
+    UNCALIBRATED,
     BundleOption,
     DeviceOption,
     DtypeOption,
@@ -31,15 +32,15 @@ def fit(
     examples: Annotated[
         Path | None,
         typer.Option(
-            help='Lines of {"expert": NAME, "text": …}, each text a prompt; NAME may be "base", or left out where '
-            "nobody knows."
+            help='Lines of {"expert": NAME, "text": …}, each text a prompt, some of every expert; NAME may be "base", '
+            "or left out where nobody knows. Mixed prompts are made of these."
         ),
     ] = None,
     evidence: Annotated[
         Path | None,
         typer.Option(
             help="In place of prompts, what a first pass found of them: an .npz file of hidden, counts, lengths, "
-            "labels and mixtures."
+            "labels and mixtures. It should have mixed prompts, too: none are made."
         ),
     ] = None,
     ray: RayOption = False,
@@ -50,29 +51,35 @@ def fit(
 ) -> None:
     """Fit a bundle's dispatcher again, to prompts of your own, and write the bundle with it.
 
-    Labels of evidence are the numbers of the bundle's experts from 0, and -1 where unknown. The bundle's gate was
-    calibrated for the old dispatcher and is left out: calibrate-gate makes another.
+    It knows no others afterwards, so every expert needs some. Labels of evidence are the numbers of the bundle's
+    experts from 0, and -1 where unknown. The bundle's gate was calibrated for the old dispatcher and is left out, as
+    are calibrated intervals: calibrate-gate makes others.
     """
     if (examples is None) == (evidence is None):
         raise ConfigError(f"expected either --examples or --evidence, got {'none' if examples is None else 'both'}")
     refuse_unused("--ray", ray, examples is not None, "with --examples")
     check_new_output(out, "bundle.json", bundle)
     cluster = mapped_on_ray(device) if ray else None
-    from bayes_dispatch.app.training.own_expert import with_dispatcher
+    import numpy as np
+
+    from bayes_dispatch.app.training.own_expert import check_every_expert, with_dispatcher
     from bayes_dispatch.dispatcher.evidence.files import EvidenceFile, read_evidence
     from bayes_dispatch.experts.domains.own import read_examples
-    from bayes_dispatch.inference.scoring.evidence_sets import known_weights
+    from bayes_dispatch.inference.scoring.evidence_sets import known_weights, prompts_of_several
     from bayes_dispatch.inference.two_pass.first_pass import first_pass
 
-    system = open_bundle(bundle, device, dtype)
+    system, made = open_bundle(bundle, device, dtype), 0
     if evidence is not None:
         known = read_evidence(evidence)
     elif examples is not None:
         given = read_examples(examples)
         for each in given:
             _check(each, examples, system)
-        weights = known_weights([each.expert for each in given], system.experts.components)
-        prompts, progress = [each.text for each in given], sys.stderr.isatty()
+        labels, known_mixtures = known_weights([each.expert for each in given], system.experts.components)
+        texts = {name: [each.text for each in given if each.expert == name] for name in system.experts.names}
+        check_every_expert({name: len(own) for name, own in texts.items()})  # before they are read
+        mixed, shares = prompts_of_several(system.model, list(texts.values()), len(given), seed)
+        prompts, made, progress = [each.text for each in given] + mixed, len(mixed), sys.stderr.isatty()
         if cluster is None:
             seen = first_pass(system.model, system.tokenizer, prompts, progress=progress, cut=system.cut).evidence
         else:
@@ -82,10 +89,13 @@ def fit(
             with cluster as mapped:
                 place = BundleAt.here(bundle, device, dtype)
                 seen = evidence_in_blocks(mapped, place, system.tokenizer, prompts, progress)
-        known = EvidenceFile(seen, *weights)
+        mixtures = np.concatenate([known_mixtures, shares])
+        known = EvidenceFile(seen, np.append(labels, np.full(made, -1)), mixtures)
     new = with_dispatcher(system, known.evidence, known.labels, known.mixtures, seed, progress=True)
     new.save(out)
-    print(f"{out}: a dispatcher over {', '.join(new.experts.names)}, fitted on {len(known.evidence)} prompts")
+    given_prompts = f"{len(known.evidence) - made} prompts" + (f", and {made} that mix them" if made else "")
+    print(f"{out}: a dispatcher over {', '.join(new.experts.names)}, fitted on {given_prompts}")
+    print(UNCALIBRATED)
 
 
 def _check(example: "Example", path: Path, system: "System") -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BLENDS_HELP",
     "SEED_HELP",
+    "UNCALIBRATED",
     "BlendOption",
     "BundleOption",
     "DeviceOption",
@@ -57,6 +58,7 @@ BLENDS_HELP = (
     "How the experts are blended: posterior_predictive, refined_mean, posterior_mean, best_expert, top_k or "
     "thompson_sample; settings may follow, as in top_k(3). Or base, or the name of an expert."
 )
+UNCALIBRATED = "without a gate and calibrated intervals: calibrate-gate makes them"
 WIDTH = 130  # of output that goes to no terminal
 LARGE = 20_000_000  # weights, from which on matrix products gain by more threads
 

@@ -11,6 +11,7 @@ import typer
 
 from bayes_dispatch.app.commands.experts import is_of_a_bundle
 from bayes_dispatch.app.commands.terminal import (
+    UNCALIBRATED,
     BundleOption,
     JsonOption,
     SeedOption,
@@ -276,3 +277,5 @@ def _tell(out: Path, experts: list[str], told: dict[str, dict[str, str]], one: b
     for name, found in told.items():
         step = f"at step {found['best_step']}"
         print(f"{name} by {found['objective']}: score {found['validation']} {step}, of base {found['base_validation']}")
+    if (out / "bundle.json").exists():
+        print(UNCALIBRATED)

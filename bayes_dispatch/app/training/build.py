@@ -24,14 +24,17 @@ from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains.domain import Domain, Finite, Split
+from bayes_dispatch.experts.domains.mixtures import beginning_of
 from bayes_dispatch.experts.domains.own import OwnExamples
 from bayes_dispatch.inference.scoring.evidence_sets import (
     KnownEvidence,
+    evidence_of_texts,
     mixed_evidence,
     pure_evidence,
 )
 from bayes_dispatch.inference.two_pass.first_pass import first_pass
 from bayes_dispatch.inference.two_pass.likelihood import ExpertLogLikelihoods
+from bayes_dispatch.inference.two_pass.prompts import clipped
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.storage import digest, read_json, write_json
 
@@ -39,7 +42,8 @@ __all__ = ["PROGRAM", "BuildSettings", "build_bundle", "kept_at", "known_by", "t
 
 # The view "surprise" was tried on our own model: squared error on held-out mixtures .078 with it and .067 without.
 PROGRAM = Admixture(views={"hidden": "vectors", "counts": "counts"})
-HELD_OUT = 32  # documents of each expert that are scored, as long as the longest prompts
+HELD_OUT = 32  # documents of a domain that are scored, as long as the longest prompts
+FEWEST_SEVERAL = 25  # held-out prompts of several experts: the gate ranks three in four, and a rate of .05 takes 19
 TOLD = 20_000  # bytes by which a domain without end is known again
 
 
@@ -52,7 +56,8 @@ class BuildSettings:
         prompt_lengths: shortest and longest of the prompts that are cut from the examples, in bytes.
         pure_prompts: of each expert, for the dispatcher. mixed_prompts: of several experts.
         gate_prompts: held-out ones of each expert, and as many of several, which calibrate the gate and, by
-            ``Dispatcher.calibrate``, the dispatcher; 0 for neither.
+            ``Dispatcher.calibrate``, the dispatcher; 0 for neither. Of examples each that is held out gives one of
+            either at most, so there may be fewer: some 300 examples, of all experts together, suffice for a gate.
         svi: settings of the dispatcher's fit.
     """
 
@@ -112,16 +117,21 @@ def build_bundle(
     dispatcher = stages.dispatcher(lambda: _fitted(experts, known, settings, progress))
     own = [domains[name] for name in experts.names]
     announce("held-out examples")
-    held = stages.evidence("held_out", lambda: _held_out(model, experts, own, settings, progress))
-    gate = None
-    if settings.gate_prompts and len(held.labels) < FEWEST_PROMPTS:
-        announce(
-            f"no gate and no calibration: they take {FEWEST_PROMPTS} held-out prompts, and there are {len(held.labels)}"
-        )
+    mixed = settings.gate_prompts * len(own)
+    held = stages.evidence("held_out", lambda: _held_out(model, experts, own, mixed, settings, progress))
+    gate, (pure, several) = None, np.bincount(held.groups, minlength=2)
+    if settings.gate_prompts and (pure + several < FEWEST_PROMPTS or several < FEWEST_SEVERAL):
+        wanted = f"they take {FEWEST_PROMPTS} held-out prompts, {FEWEST_SEVERAL} of them of several experts"
+        announce(f"no gate and no calibration: {wanted}, and the examples give {pure + several}, {several} of them")
     elif settings.gate_prompts:
         dispatcher, gate = settled(dispatcher, held, settings.seed)
     gains = stages.numbers("gains", lambda: _gains(model, experts, own, settings))
     report = {"examples": _counts(examples), "calibration": _calibration(dispatcher, held), "gains": gains}
+    if "base" in domains:
+        base = [domains["base"]]
+        known = stages.evidence("held_out_base", lambda: _held_out(model, experts, base, 0, settings, progress))
+        chosen = dispatcher.predict(known.evidence)
+        report["base"] = {"prompts": len(chosen), "accuracy": float((chosen == "base").mean())}
     return _saved(Bundle(model, experts, dispatcher, report, gate=gate), out)
 
 
@@ -165,7 +175,7 @@ def training_evidence(
         base = pure_evidence(model, texts, settings.pure_prompts, lengths, "train", seed, progress, cut)
         parts.append(_with_weights(base.evidence, np.eye(count + 1)[-1]))
     if unlabelled:
-        beginnings = [text.encode()[: lengths[1]].decode(errors="ignore") for text in unlabelled]
+        beginnings = [clipped(model.tokenizer, beginning_of(text, lengths[1]), model.longest) for text in unlabelled]
         found = first_pass(model, model.tokenizer, beginnings, progress=progress, cut=cut).evidence
         parts.append(_with_weights(found, np.full(count + 1, np.nan)))
     return KnownEvidence.concatenate(parts)
@@ -176,16 +186,31 @@ def _with_weights(evidence: Evidence, weights: np.ndarray) -> KnownEvidence:
 
 
 def _held_out(
-    model: Backbone, experts: ExpertBank, own: Sequence[Domain], settings: BuildSettings, progress: bool
+    model: Backbone,
+    experts: ExpertBank,
+    domains: Sequence[Domain],
+    mixed: int,
+    settings: BuildSettings,
+    progress: bool,
 ) -> KnownEvidence:
-    """Prompts of held-out texts, of one expert and of several."""
+    """Held-out prompts of one domain, and ``mixed`` of several; of examples, no two that are of one of them."""
     pure = max(settings.gate_prompts, 8)
     lengths, seed, cut = settings.prompt_lengths, settings.seed + 1, model.cut(experts.adapts)
-    parts = [pure_evidence(model, own, pure, lengths, "held_out", seed, progress, cut)]
-    if settings.gate_prompts:
-        count = settings.gate_prompts * len(own)
-        parts.append(mixed_evidence(model, own, count, lengths, "held_out", seed, progress, cut))
+    if any(isinstance(domain, OwnExamples) for domain in domains):
+        rng = np.random.default_rng(seed)
+        texts = [_texts(domain, rng, lengths[1], pure) for domain in domains]
+        return evidence_of_texts(model, texts, pure, mixed, lengths, seed, progress, cut)
+    parts = [pure_evidence(model, domains, pure, lengths, "held_out", seed, progress, cut)]
+    if mixed:
+        parts.append(mixed_evidence(model, domains, mixed, lengths, "held_out", seed, progress, cut))
     return KnownEvidence.concatenate(parts)
+
+
+def _texts(domain: Domain, rng: np.random.Generator, length: int, count: int) -> Sequence[str]:
+    """Held-out texts: all examples, each once, or ``count`` documents of a domain that has no end of them."""
+    if isinstance(domain, OwnExamples):
+        return domain.of("held_out")
+    return [domain.document(rng, 0, length, "held_out").text for _ in range(count)]
 
 
 def _fitted(experts: ExpertBank, known: KnownEvidence, settings: BuildSettings, progress: bool) -> Dispatcher:
@@ -194,11 +219,12 @@ def _fitted(experts: ExpertBank, known: KnownEvidence, settings: BuildSettings, 
 
 
 def _gains(model: Backbone, experts: ExpertBank, own: Sequence[Domain], settings: BuildSettings) -> dict[str, Any]:
-    """What each expert, and base, says of held-out documents of the expert's own, in nats per byte."""
+    """What each expert, and base, says of held-out texts of the expert's own, each alone, in nats per byte."""
     found: dict[str, Any] = {}
     for place, domain in enumerate(own):
         rng, length = np.random.default_rng([settings.seed, 3, place]), settings.prompt_lengths[1]
-        texts = [domain.document(rng, 0, length, "held_out").cut(length).text for _ in range(HELD_OUT)]
+        held = [beginning_of(text, length) for text in _texts(domain, rng, length, HELD_OUT)]
+        texts = [clipped(model.tokenizer, text, model.longest) for text in held]
         alone = ExpertBank([experts[domain.name]])
         expert, base = -ExpertLogLikelihoods(model, alone, model.tokenizer)(texts).mean(0)
         nats = {"nats_per_byte": float(expert), "base": float(base), "gain": float(base - expert)}

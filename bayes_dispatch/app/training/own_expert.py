@@ -17,6 +17,7 @@ from bayes_dispatch.app.training.build import kept_at
 from bayes_dispatch.arguments import set_whole
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.fitting.pipeline import TrainingSet
 from bayes_dispatch.errors import ConfigError, RewardError, TensorError, UnknownNameError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, Checked, Domain
@@ -31,6 +32,7 @@ from bayes_dispatch.inference.two_pass.first_pass import first_pass
 __all__ = [
     "RefitSettings",
     "add_experts",
+    "check_every_expert",
     "check_texts",
     "check_trainable",
     "import_reward",
@@ -231,7 +233,7 @@ def with_dispatcher(
     """The bundle with a dispatcher that is fitted to other evidence; without its gate, which knew the old one.
 
     Raises:
-        TensorError: evidence that the bundle's first pass does not give.
+        TensorError: evidence that the bundle's first pass does not give. ConfigError: none of one of the experts.
     """
     seen = first_pass(bundle.model, bundle.tokenizer, ["a"], cut=bundle.cut).evidence
     for name, view in evidence.views.items():
@@ -240,8 +242,25 @@ def with_dispatcher(
             raise TensorError(
                 f"expected evidence as this bundle's first pass gives it, {widths}; got {name} {view.shape}"
             )
-    dispatcher = _fitted(bundle.dispatcher, bundle.experts.names, evidence, labels, mixtures, seed, progress)
+    names = bundle.experts.names
+    weights = TrainingSet.of(evidence, labels, mixtures, len(names)).targets[:, :-1]
+    check_every_expert(dict(zip(names, (weights > 0).sum(0).tolist(), strict=True)))
+    dispatcher = _fitted(bundle.dispatcher, names, evidence, labels, mixtures, seed, progress)
     return replace(bundle, dispatcher=dispatcher, gate=None, report={})
+
+
+def check_every_expert(prompts: Mapping[str, int]) -> None:
+    """Refuse to fit on prompts of some experts alone: those of the others would go to these, without a doubt.
+
+    Args:
+        prompts: how many are known to be of each expert.
+
+    Raises:
+        ConfigError: none of one of them.
+    """
+    if not all(prompts.values()):
+        counts = ", ".join(f"{count} of {name}" for name, count in prompts.items())
+        raise ConfigError(f"expected prompts of every expert, got {counts}")
 
 
 def check_texts(bundle: Bundle, kept: Collection[str]) -> None:

@@ -180,8 +180,9 @@ def test_fit_gives_a_bundle_that_generates(saved: Path, bundle: Bundle, capfd: p
     texts, labels = [["ab>ba\n", "1+2=3\n", "x y z\n"][n % 3] * (1 + n % 4) for n in range(30)], np.arange(30) % 3
     evidence = first_pass(bundle.model, bundle.tokenizer, texts).evidence
     np.savez("evidence.npz", labels=labels, lengths=evidence.lengths, **evidence.views)
-    code, _, err = run(capfd, "fit", "--evidence", "evidence.npz", "--bundle", saved, "--out", "new", "--seed", "5")
+    code, out, err = run(capfd, "fit", "--evidence", "evidence.npz", "--bundle", saved, "--out", "new", "--seed", "5")
     assert (code, err) == (0, "")
+    assert out.endswith("fitted on 30 prompts\nwithout a gate and calibrated intervals: calibrate-gate makes them\n")
     old = bundle.dispatcher
     expected = Dispatcher(old.experts, 5, old.svi, old.features, old.program).fit(evidence, labels)
     np.testing.assert_allclose(load_bundle("new").dispatcher.predict_proba(evidence), expected.predict_proba(evidence))
@@ -189,7 +190,8 @@ def test_fit_gives_a_bundle_that_generates(saved: Path, bundle: Bundle, capfd: p
 
 
 def test_fit_reads_prompts(saved: Path, bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
-    """Of experts, of base, and of nobody knows whom: as with a file of their evidence, labels and mixtures."""
+    """Of experts, of base, of nobody knows whom, and mixed ones: as with a file of evidence, labels and mixtures."""
+    from bayes_dispatch.inference.scoring.evidence_sets import prompts_of_several
     from bayes_dispatch.inference.two_pass.first_pass import first_pass
 
     names = [*bundle.experts.names, "base", None]
@@ -198,15 +200,19 @@ def test_fit_reads_prompts(saved: Path, bundle: Bundle, capfd: pytest.CaptureFix
         for n in range(40)
     ]
     Path("prompts.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    evidence = first_pass(bundle.model, bundle.tokenizer, [str(line["text"]) for line in lines]).evidence
-    labels = np.tile([0, 1, 2, -1, -1], 8)
+    texts = [str(line["text"]) for line in lines]
+    mixed, shares = prompts_of_several(bundle.model, [texts[expert::5] for expert in range(3)], 40, 5)
+    evidence = first_pass(bundle.model, bundle.tokenizer, texts + mixed).evidence
+    labels = np.append(np.tile([0, 1, 2, -1, -1], 8), np.full(len(mixed), -1))
     mixtures = np.full((40, 4), np.nan)
     mixtures[3::5] = [0, 0, 0, 1]
+    mixtures = np.concatenate([mixtures, shares])
     np.savez("evidence.npz", labels=labels, mixtures=mixtures, lengths=evidence.lengths, **evidence.views)
     for given, out in (("--examples", "one"), ("--evidence", "other")):
         file = "prompts.jsonl" if given == "--examples" else "evidence.npz"
-        code, _, err = run(capfd, "fit", given, file, "--bundle", saved, "--out", out, "--seed", "5")
+        code, told, err = run(capfd, "fit", given, file, "--bundle", saved, "--out", out, "--seed", "5")
         assert (code, err) == (0, "")
+        assert (f"fitted on 40 prompts, and {len(mixed)} that mix them\n" in told) == (out == "one")
     one, other = (load_bundle(out).dispatcher.predict_proba(evidence) for out in ("one", "other"))
     np.testing.assert_array_equal(one, other)
     good = json.dumps(lines[0]) + "\n\n"
@@ -215,6 +221,27 @@ def test_fit_reads_prompts(saved: Path, bundle: Bundle, capfd: pytest.CaptureFix
         told = run(capfd, "fit", "--examples", "prompts.jsonl", "--bundle", saved, "--out", "third")
         assert_one_line(*told)
         assert "in line 3 of prompts.jsonl" in told[2]
+
+
+def test_fit_refuses_prompts_of_some_experts(saved: Path, bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
+    """Those of the others would go to these. A mixed prompt is of those that have a share in it."""
+    from bayes_dispatch.inference.two_pass.first_pass import first_pass
+
+    lines = [{"expert": name, "text": "ab>ba\n"} for name in ("reverse", "reverse", "sort", "base", None)]
+    Path("prompts.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    evidence = first_pass(bundle.model, bundle.tokenizer, ["ab>ba\n"] * 3).evidence
+    mixtures = np.array([[0.5, 0.5, 0, 0], [np.nan] * 4, [np.nan] * 4])
+    np.savez("evidence.npz", labels=[-1, 0, -1], mixtures=mixtures, lengths=evidence.lengths, **evidence.views)
+    np.savez("unlabelled.npz", lengths=evidence.lengths, **evidence.views)
+    for given, file, counts in (
+        ("--examples", "prompts.jsonl", "2 of reverse, 1 of sort, 0 of add"),
+        ("--evidence", "evidence.npz", "2 of reverse, 1 of sort, 0 of add"),
+        ("--evidence", "unlabelled.npz", "0 of reverse, 0 of sort, 0 of add"),
+    ):
+        told = run(capfd, "fit", given, file, "--bundle", saved, "--out", "new")
+        assert_one_line(*told)
+        assert f"expected prompts of every expert, got {counts}" in told[2]
+        assert not Path("new").exists()
 
 
 @pytest.mark.parametrize(

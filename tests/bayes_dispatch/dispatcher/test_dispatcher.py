@@ -217,7 +217,7 @@ CALLS: list[Callable[[Dispatcher], object]] = [
     *(lambda d, reward=reward: d.feedback("sort", reward) for reward in ("x", RAGGED, 10**400, None)),
     lambda d: d.feedback("sort", 1, reliability="a"),
     lambda d: d.prior.interval("a"),
-    *(lambda d, y=y: Dispatcher(["a", "b"]).fit(np.eye(2), y) for y in ("a", RAGGED, ["a", "b"], [10**400, 0], 1)),
+    *(lambda d, y=y: Dispatcher(["a", "b"]).fit(np.eye(2), y) for y in ("a", RAGGED, ["a", "c"], [10**400, 0], 1)),
     *(lambda d, w=w: Dispatcher(["a", "b"]).fit(np.eye(2), None, w) for w in ("abc", RAGGED, [[10**400, 0, 0]] * 2)),
     *(lambda d, count=count: d.simulate(count) for count in (0, -1, 1.5, "a")),
     *(lambda d, w=w: d.simulate(2, weights=w) for w in ("a", RAGGED, np.eye(4)[:1], 2 * np.eye(4)[:2], np.eye(3)[:2])),

@@ -5,6 +5,7 @@ Bad input is one line, and nothing is left half-written.
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ import torch
 
 import bayes_dispatch as bd
 from bayes_dispatch.app.bundle import load_bundle
+from bayes_dispatch.app.commands.build import _tell
 from bayes_dispatch.app.commands.main import main
 from bayes_dispatch.app.training.build import BuildSettings, build_bundle, kept_at, known_by
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.errors import BayesDispatchError, ConfigError, ForeignExpertError
 from bayes_dispatch.experts.domains import Domain, TextDomain
-from bayes_dispatch.experts.domains.own import OwnPairs, OwnPrompts, OwnText, read_examples
+from bayes_dispatch.experts.domains.own import OwnExamples, OwnPairs, OwnPrompts, OwnText, read_examples
+from bayes_dispatch.inference.two_pass.likelihood import ExpertLogLikelihoods
+from bayes_dispatch.inference.two_pass.prompts import clipped
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 from tests.tiny import tiny_adapter, tiny_model, tiny_tokenizer
 
@@ -27,7 +31,7 @@ SMALL = BuildSettings(
     prompt_lengths=(12, 60),
     pure_prompts=16,
     mixed_prompts=12,
-    gate_prompts=24,
+    gate_prompts=40,
     svi=SVISettings(steps=60, rounds=1),
 )
 
@@ -39,6 +43,7 @@ def texts_of(letters: str, seed: int, count: int = 12) -> list[str]:
 
 
 EXAMPLES = {"low": texts_of("abcdefg", 0), "high": texts_of("QRSTUVW", 1)}
+MANY = {"low": texts_of("abcdefg", 0, 140), "high": texts_of("QRSTUVW", 1, 140)}  # 28 of each are held out
 
 
 @pytest.fixture(scope="module")
@@ -110,11 +115,13 @@ def test_a_dispatcher_of_examples(
     bank = bd.ExpertBank.from_peft(backbone, adapters)
     told: list[str] = []
     given: dict[str, Any] = {"settings": SMALL, "unlabelled": ["nobody knows"], "out": tmp_path / "b"}
-    bundle = build_bundle(backbone, bank, EXAMPLES, **given, announce=told.append)
+    bundle = build_bundle(backbone, bank, MANY, **given, announce=told.append)
     assert told == ["evidence", "dispatcher", "held-out examples"]
     assert bundle.report["calibration"]["accuracy"] > 0.9
-    assert set(bundle.report["gains"]) == set(EXAMPLES)
+    assert bundle.report["calibration"]["prompts"] == 56
     assert bundle.gate is not None
+    assert (len(bundle.gate.scores), bundle.gate.least_rate) == (42 + 21, 1 / 22)  # a text is in one of a kind
+    assert set(bundle.report["gains"]) == set(EXAMPLES)
     assert load_bundle(tmp_path / "b").dispatcher.predict_set(
         bd.first_pass(backbone, backbone.tokenizer, [EXAMPLES["high"][3]]).evidence, 0.95
     )[0, 1]
@@ -124,7 +131,7 @@ def test_a_dispatcher_of_examples(
     assert [found.posterior.experts[k] for k in found.posterior.mean.argmax(1)] == ["high", "low"]
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")  # another day than it was begun
     bank = bd.ExpertBank.from_peft(backbone, adapters)
-    again = build_bundle(backbone, bank, EXAMPLES, **given)  # from the stages that are kept
+    again = build_bundle(backbone, bank, MANY, **given)  # from the stages that are kept
     assert len(list((tmp_path / "b.work").iterdir())) == 1
     np.testing.assert_array_equal(
         again.dispatcher.predict_proba(bd.first_pass(backbone, backbone.tokenizer, ["abc"]).evidence),
@@ -138,6 +145,35 @@ def test_a_dispatcher_of_examples(
             tmp_path / "nameless"
         )
     assert not (tmp_path / "nameless").exists()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_few_examples_longer_than_the_model_reads(
+    model: Path, adapters: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each that is held out is one prompt, and is scored once: too few for a gate. Those of base are judged, too."""
+    backbone = TransformersBackbone.load(model)
+    bank = bd.ExpertBank.from_peft(backbone, adapters)
+    letters = {"low": "abcdefg", "high": "QRSTUVW", "base": "0123456789"}
+    examples = {name: ["".join(texts_of(own, n, 20)) for n in range(10)] for name, own in letters.items()}
+    short = replace(SMALL, prompt_lengths=(600, 900), pure_prompts=8, mixed_prompts=8, gate_prompts=24)
+    told: list[str] = []
+    bundle = build_bundle(backbone, bank, examples, unlabelled=["hij " * 200], settings=short, announce=told.append)
+    assert told[-1] == (
+        "no gate and no calibration: they take 80 held-out prompts, 25 of them of several experts, "
+        "and the examples give 6, 2 of them"
+    )
+    assert bundle.gate is None
+    assert bundle.report["calibration"]["prompts"] == 4
+    assert bundle.report["base"]["prompts"] == 2
+    held = OwnExamples("low", tuple(examples["low"])).of("held_out")
+    read = [clipped(backbone.tokenizer, text[:900], backbone.longest) for text in held]
+    low, base = -ExpertLogLikelihoods(backbone, bank.without("high"), backbone.tokenizer)(read).mean(0)
+    assert bundle.report["gains"]["low"]["gain"] == pytest.approx(base - low, abs=1e-5)
+    _tell(bundle, Path("out"), "model", as_json=False)
+    out = capsys.readouterr().out
+    assert "of 4 held-out prompts, each of another example, " in out
+    assert "of 2 held-out prompts of base " in out
 
 
 @pytest.mark.usefixtures("unchecked")

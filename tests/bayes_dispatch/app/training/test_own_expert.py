@@ -169,6 +169,7 @@ class TestCommand:
         code, out, err = run(capfd, "--name", "things", "--text", "text.txt", "--bundle", saved, "--out", saved)
         assert (code, err) == (0, "")
         assert out.startswith(f"{saved}: experts reverse, sort, add, things\nthings by likelihood: score ")
+        assert out.endswith("\nwithout a gate and calibrated intervals: calibrate-gate makes them\n")
         assert set(load_bundle(saved).evidence) == {"things"}
 
     def test_several_at_once(self, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
