@@ -403,7 +403,8 @@ def _read(
             nn.Module.to(model, device)
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # a config can make that library fail in any way
-        raise ConfigError(f"expected a causal language model in {path}, got {_line(error)}") from None
+        reason = _line(error) if local else f"no such directory, and from the hub: {_line(error)}"
+        raise ConfigError(f"expected a causal language model in {path}, got {reason}") from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ConfigError(f"expected a causal language model, got {type(config).__name__} in {path}")
     if missing := sorted(found["missing_keys"]):  # that library would draw them at random

@@ -190,6 +190,14 @@ def test_what_is_neither_a_directory_nor_a_name_is_not_looked_for(path: str | Pa
         load(path)
 
 
+def test_a_name_that_is_neither_here_nor_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most are paths that were mistyped."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    told = r"^expected a causal language model in models/nope, got no such directory, and from the hub: ."
+    with pytest.raises(ConfigError, match=told):
+        load("models/nope")
+
+
 @pytest.mark.parametrize("device", ["nowhere", "cuda:99", *([] if torch.cuda.is_available() else ["cuda"])])
 def test_a_device_that_is_not_there_is_refused(saved: Path, device: str) -> None:
     with pytest.raises(ConfigError, match=f"^expected a device of this machine, got {device}"):
