@@ -84,8 +84,8 @@ def read_chat(path: Path, system: "System") -> tuple[ChatSettings, ChatState]:
         raise BundleError(f"expected a file of format {FORMAT!r} in {path}, got {header.get('format')!r}")
     try:
         for name, value in _owner(system).items():
-            if (saved := json.loads(header["system"])[name]) != value:
-                raise BundleError(f"expected a chat with {name} {value!r} in {path}, got one with {saved!r}")
+            if json.loads(header["system"])[name] != value:
+                raise BundleError(f"expected a chat with this bundle's {name} in {path}, got one with another bundle's")
         settings = _settings(json.loads(header["settings"]))
         transcript = _transcript(tensors, system.tokenizer.vocab_size, header["format"] == BYTES)
         return settings, _state(transcript, tensors, int(json.loads(header["turns"])), len(system.experts.components))

@@ -168,7 +168,7 @@ def test_other_adapters_are_refused(llama64: Any, tmp_path: Path) -> None:
         for e in llama64.experts.values()
     ]
     other = SimpleNamespace(**{**vars(llama64), "experts": ExpertBank(moved)})
-    with pytest.raises(BundleError, match="expected a chat with scales "):
+    with pytest.raises(BundleError, match="expected a chat with this bundle's scales "):
         TwoPassGenerator(other).resume_chat(tmp_path / "chat")
 
 
@@ -187,7 +187,9 @@ def test_foreign_files_are_refused(cut64: "Bundle", bundle: "Bundle", saved: Pat
         (other(ExpertBank(scaled)), "scales"),
         (other(cut64.experts, dispatcher=bundle.dispatcher), "dispatcher"),
     ):
-        with pytest.raises(BundleError, match=f"expected a chat with {what} "):
+        with pytest.raises(
+            BundleError, match=rf"expected a chat with this bundle's {what} in [^ ]+, got one with another bundle's$"
+        ):
             generator.resume_chat(saved)
 
 
@@ -201,7 +203,7 @@ def test_a_dispatcher_that_was_fitted_again_owns_what_is_said_then(cut64: "Bundl
     assert system.dispatcher.fingerprint != cut64.dispatcher.fingerprint
     chat.say(SAID[1], 1)
     assert generator.resume_chat(tmp_path / "chat").turns == 2
-    with pytest.raises(BundleError, match="expected a chat with dispatcher "):
+    with pytest.raises(BundleError, match="expected a chat with this bundle's dispatcher "):
         TwoPassGenerator(cut64).resume_chat(tmp_path / "chat")
 
 
