@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bayes_dispatch.arguments import simplex
+from bayes_dispatch.dispatcher.arrays import as_numbers
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError, ForeignExpertError, TensorError
@@ -152,7 +153,7 @@ class Given:
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
         shape = (len(check_prompts(prompts)), len(system.experts.components))
-        weights = np.asarray(self.weights, dtype=np.float64)
+        weights = as_numbers(self.weights, f"weights of {', '.join(system.experts.components)}")
         if weights.shape not in (shape, shape[1:]):
             raise TensorError(f"expected weights of shape {shape[1:]} or {shape}, got {weights.shape}")
         return DispatchPosterior(np.broadcast_to(weights, shape)[None], system.experts.components)

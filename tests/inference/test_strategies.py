@@ -169,6 +169,10 @@ def test_refuses(bundle: Any) -> None:
         AskedModel({"sort": "add"}).posterior(bundle, PROMPTS, 0)
     with pytest.raises(TensorError, match="expected weights of shape"):
         Given(np.ones(3) / 3).posterior(bundle, PROMPTS, 0)
+    with pytest.raises(
+        TensorError, match=r"^expected numbers as weights of reverse, sort, add, base, got dict that holds"
+    ):
+        Given({"sort": 1.0}).posterior(bundle, PROMPTS, 0)  # type: ignore[arg-type]
     foreign = ExpertVector("asked", {"a": torch.ones(2)}, "another")
     with pytest.raises(ForeignExpertError, match="made for base model"):
         AskedExpert(foreign).posterior(bundle, PROMPTS, 0)
