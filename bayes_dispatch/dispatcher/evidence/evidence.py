@@ -160,8 +160,10 @@ def _check(name: str, values: np.ndarray, missing: np.ndarray | None, *, non_neg
     sound = np.abs(values) <= LARGEST  # NaN is not
     if not sound.all():
         where = tuple(int(i) for i in np.argwhere(~sound)[0])
-        wanted = f"numbers within ±{LARGEST:g}" if np.isfinite(values[where]) else "finite numbers"
-        raise EvidenceError(f"expected {wanted} in {name!r}, got {values[where]} at {where}")
+        wanted = f"numbers within ±{LARGEST:g} in {name!r}"
+        if not np.isfinite(values[where]):
+            wanted = f"finite numbers in {name!r}, or missing={{{name!r}: mask}} of the prompts that lack it"
+        raise EvidenceError(f"expected {wanted}, got {values[where]} at {where}")
     if non_negative and (values < 0).any():
         where = tuple(int(i) for i in np.argwhere(values < 0)[0])
         raise EvidenceError(f"expected non-negative numbers in {name!r}, got {values[where]} at {where}")

@@ -146,6 +146,14 @@ def test_bad_evidence(views: dict[str, np.ndarray], lengths: np.ndarray | None, 
         Evidence(views, lengths, missing)
 
 
+def test_a_view_that_is_nan_is_told_how_to_be_missing() -> None:
+    """And so it is, as it is told."""
+    views = {"hidden": np.array([[1.0], [np.nan]])}
+    with pytest.raises(EvidenceError, match=r"numbers in 'hidden', or missing=\{'hidden': mask\} of .*, got nan at"):
+        Evidence(views)
+    assert Evidence(views, missing={"hidden": np.array([False, True])}).is_missing("hidden").tolist() == [False, True]
+
+
 @pytest.mark.parametrize("indices", [[3], np.array([-4]), np.array([0.5]), [True, False], "a"])
 def test_bad_indices(indices: object) -> None:
     with pytest.raises(EvidenceError, match=r"^expected indices of 3 prompts, got [^\n]+$"):
