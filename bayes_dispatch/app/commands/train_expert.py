@@ -20,6 +20,7 @@ from bayes_dispatch.app.commands.terminal import (
     open_bundle,
     print_json,
     refuse_unused,
+    say_aside,
 )
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 
@@ -218,6 +219,8 @@ def _train(
     from bayes_dispatch.experts.vectors import check_expert_name
 
     names = [domain.name for domain in domains]
+    for name in sorted({*keep} & {*names}):
+        say_aside("warning", f"the expert {name} of the bundle is replaced by the one of your text")
     keep = [name for name in keep if name not in names]
     for name in names:  # all that would be refused later is refused before training, which takes minutes
         check_expert_name(name)
@@ -275,7 +278,8 @@ def _tell(out: Path, experts: list[str], told: dict[str, dict[str, str]], one: b
         return print_json({"out": str(out), "experts": experts, **trained})
     print(f"{out}: experts {', '.join(experts)}")
     for name, found in told.items():
-        step = f"at step {found['best_step']}"
-        print(f"{name} by {found['objective']}: score {found['validation']} {step}, of base {found['base_validation']}")
+        unit = "mean reward" if found["objective"] == "reinforce" else "log-likelihood of a token, in nats"
+        score = f"score {found['validation']} at step {found['best_step']}, of base {found['base_validation']}"
+        print(f"{name} by {found['objective']}: {score} (held out; {unit})")
     if (out / "bundle.json").exists():
         print(UNCALIBRATED)

@@ -247,6 +247,14 @@ class TestCommand:
         code, _, err = run(capfd, "--name", "b", "--text", "text.txt", "--no-refit", "--bundle", saved, "--out", "bank")
         assert (code, "expected a new or empty directory, got bank, which holds add." in err) == (2, True)
 
+    def test_an_expert_that_is_replaced_is_told_of(self, saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+        given = ["--text", "text.txt", "--no-refit", "--bundle", saved]
+        code, out, err = run(capfd, "--name", "sort", *given, "--out", "one")
+        told = "the expert sort of the bundle is replaced by the one of your text"
+        assert (code, err) == (0, f"bayes-dispatch: warning: {told}\n")
+        assert out.endswith("(held out; log-likelihood of a token, in nats)\n")
+        assert run(capfd, "--name", "other", *given, "--out", "two")[2] == ""
+
     @pytest.mark.parametrize(
         "words",
         [
@@ -292,6 +300,7 @@ class TestCommand:
         code, out, err = run(capfd, "--name", "short", *file, *options)
         assert (code, err) == (0, "")
         assert "short by reinforce: score 0." in out
+        assert out.endswith("(held out; mean reward)\n")
         metadata = ExpertBank.load("bank")["short"].metadata
         assert (metadata["objective"], metadata["kl"], metadata["answer_bytes"]) == ("reinforce", "0.2", "3")
 
