@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import CONVENTIONS, Convention, Interleaved
 
 __all__ = ["CONVENTION_PROMPTS", "LANGUAGE_PROMPTS", "REAL_PROMPTS", "DemoPrompt", "prompts_for"]
@@ -155,8 +156,19 @@ REAL_PROMPTS: tuple[DemoPrompt, ...] = (
 
 
 def prompts_for(experts: Sequence[str]) -> tuple[DemoPrompt, ...]:
-    """The prompts that these experts are asked."""
+    """The prompts that these experts are asked.
+
+    Raises:
+        ConfigError: there are none for them.
+    """
     names = set(experts)
     if {"spell_backward", "word_sequence_reversal", "headers", "de", "fr", "nb"} <= names:
         return REAL_PROMPTS
-    return LANGUAGE_PROMPTS if {"de", "fr", "nb"} <= names else CONVENTION_PROMPTS
+    if {"de", "fr", "nb"} <= names:
+        return LANGUAGE_PROMPTS
+    if names.isdisjoint(known := [convention.name for convention in CONVENTIONS]):
+        asked = f"{', '.join(known)}, or of languages"
+        raise ConfigError(
+            f"expected experts of {asked}, which the demonstration has prompts for, got {', '.join(experts)}"
+        )
+    return CONVENTION_PROMPTS

@@ -16,7 +16,7 @@ from bayes_dispatch.app.commands.main import main
 from bayes_dispatch.app.demo import FILES, TITLE, run_demo
 from bayes_dispatch.app.demo_prompts import CONVENTION_PROMPTS as PROMPTS
 from bayes_dispatch.app.demo_prompts import LANGUAGE_PROMPTS, REAL_PROMPTS, DemoPrompt, prompts_for
-from bayes_dispatch.errors import BundleError
+from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.experts.domains import held_out, real_domains
 
 RULES = {
@@ -55,6 +55,8 @@ def test_experts_of_languages_are_asked_in_languages() -> None:
     assert prompts_for(("reverse", "de", "base")) is PROMPTS
     assert prompts_for((*real_domains(), "base")) is REAL_PROMPTS
     assert len({prompt.name for prompt in REAL_PROMPTS}) == len(REAL_PROMPTS)
+    with pytest.raises(ConfigError, match=r"^expected experts of reverse, .*, got notes, mails$"):
+        prompts_for(("notes", "mails"))  # of which none would answer rightly
 
 
 def test_prompts_are_of_all_kinds() -> None:
