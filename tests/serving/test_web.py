@@ -575,7 +575,8 @@ def test_a_connection_waits_for_its_next_request_longer_than_a_proxy(system: Any
             client.sendall(GET.replace(b"/ ", b"/health "))
             answer = b""
             while not answer.endswith(b"}"):  # head and body may come one after the other
-                answer += client.recv(65_536)
+                answer += (part := client.recv(65_536))
+                assert part
             assert answer.startswith(b"HTTP/1.1 200")
             time.sleep(0.3)
     served.close()
