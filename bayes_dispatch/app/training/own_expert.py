@@ -243,7 +243,7 @@ def with_dispatcher(
                 f"expected evidence as this bundle's first pass gives it, {widths}; got {name} {view.shape}"
             )
     names = bundle.experts.names
-    weights = TrainingSet.of(evidence, labels, mixtures, len(names)).targets[:, :-1]
+    weights = TrainingSet.of(evidence, labels, mixtures, names).targets[:, :-1]
     check_every_expert(dict(zip(names, (weights > 0).sum(0).tolist(), strict=True)))
     dispatcher = _fitted(bundle.dispatcher, names, evidence, labels, mixtures, seed, progress)
     return replace(bundle, dispatcher=dispatcher, gate=None, report={})
