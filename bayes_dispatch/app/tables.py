@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from bayes_dispatch.errors import BundleError
 
 if TYPE_CHECKING:
-    import rich.table
+    import rich.console
 
     from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 
@@ -47,26 +47,20 @@ class Table:
     rows: Sequence[Sequence[Cell | str]]
     note: str = ""
 
-    def to_rich(self) -> "rich.table.Table":
-        """For ``rich.console.Console.print``."""
+    def to_rich(self) -> "rich.console.Group":
+        """For ``rich.console.Console.print``; the note may be wider than the table."""
         from rich import box
+        from rich.console import Group
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        caption = Text(self.note, justify="left") if self.note else None
-        table = RichTable(
-            title=Text(self.title, style="bold"),
-            title_justify="left",
-            caption=caption,
-            caption_justify="left",
-            box=box.SIMPLE_HEAD,
-        )
+        table = RichTable(title=Text(self.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
         for number, column in enumerate(self.columns):
             table.add_column(Text(column), overflow="fold", no_wrap=number == 0)
         for row in self.rows:
             cells = [_cell(cell) for cell in row]
             table.add_row(*(Text(SIGNS[cell.mark] + cell.text, style=STYLES[cell.mark]) for cell in cells))
-        return table
+        return Group(table, Text(f"{self.note}\n")) if self.note else Group(table)
 
     def to_markdown(self) -> str:
         """A Markdown table between its title and its note."""
@@ -124,7 +118,7 @@ def report_markdown(report: Mapping[str, Any]) -> str:
 
 
 def weights_table(posterior: "DispatchPosterior", blend_weights: Sequence[float], note: str) -> Table:
-    """What is known of the weights of a single prompt, and what its blend makes of it: a row for each component."""
+    """What is known of the weights of a single prompt, and its next token's: a row for each component."""
     mean, best, (low, high) = posterior.mean[0], posterior.probability_best[0], posterior.interval(0.9)[:, 0]
     rows: Rows = []
     for k, name in enumerate(posterior.experts):

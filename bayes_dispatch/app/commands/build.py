@@ -145,7 +145,8 @@ def _tell(bundle: "Bundle", out: Path, model: str, as_json: bool) -> None:
     names = list(bundle.experts.names)
     if as_json:
         return print_json({"out": str(out), "experts": names, "cut": bundle.cut, "report": dict(bundle.report)})
-    print(f"wrote {out}: {', '.join(names)} over {model}, whose first {bundle.cut} blocks all blends share")
+    shared = f"; its first {bundle.cut} blocks run once for all of them" if bundle.cut else ""
+    print(f"wrote {out}: experts {', '.join(names)} of {model}{shared}")
     if "calibration" in bundle.report:
         found = bundle.report["calibration"]
         once = ", each of another example," if set(names) <= bundle.report["examples"].keys() else ""

@@ -29,6 +29,7 @@ from bayes_dispatch.app.commands.terminal import (
 from bayes_dispatch.errors import PromptError
 
 if TYPE_CHECKING:
+    from bayes_dispatch.inference.two_pass.blends import Blend
     from bayes_dispatch.inference.two_pass.generation import Generation
 
 __all__ = ["generate"]
@@ -114,7 +115,7 @@ def generate(
             "abstain": abstain,
         }
         return print_json(_as_json(generation) | asked)
-    _print_generation(generation, show_experts)
+    _print_generation(generation, chosen if show_experts else None, fitted=bool(opened.dispatcher.views))
 
 
 def _read(path: Path) -> bytes:
@@ -155,31 +156,41 @@ def _as_json(generation: "Generation") -> dict[str, Any]:
     }
 
 
-def _print_generation(generation: "Generation", show_experts: bool) -> None:
-    import numpy as np
+def _print_generation(generation: "Generation", blend: "Blend | None", fitted: bool) -> None:
+    """Prompts with their texts, and the weights of the experts for a ``blend`` that is given."""
     from rich.text import Text
 
     from bayes_dispatch.app.tables import visible, weights_table
 
     console = open_console()
     for n, (prompt, text) in enumerate(zip(generation.prompts, generation.texts, strict=True)):
+        if len(generation.prompts) > 1:
+            console.print(f"── {n + 1} of {len(generation.prompts)} ──", highlight=False)
         lines = [(prompt.decode(), "dim"), (text, "bold")]
         shown = [("\n".join(visible(line.expandtabs(4)) for line in part.split("\n")), style) for part, style in lines]
         console.print(Text.assemble(*shown), soft_wrap=True)
         if generation.fallback[n]:
             done = "base alone" if generation.lengths[n] else "nothing was generated"
             print(f"prompt {n} is foreign to all experts (p = {generation.p_values[n]:.2g}): {done}", file=sys.stderr)
-        if show_experts and generation.lengths[n]:
-            values = (
-                -generation.log_probabilities[n],
-                generation.predictive_entropy[n],
-                generation.mutual_information[n],
-            )
-            nll, entropy, information = (np.nanmean(value) for value in values)
-            note = (
-                f"Blend weight: under {generation.blend}, once the prompt was read. New tokens, in nats: NLL "
-                f"{nll:.3f}, entropy {entropy:.3f}, mutual information {information:.4f}."
-            )
-            console.print(
-                weights_table(generation.posterior.select([n]), generation.weights[n].tolist(), note).to_rich()
-            )
+        if blend is not None and generation.lengths[n]:
+            posterior = generation.posterior.select([n])
+            note = _note(generation, n, blend, fitted)
+            console.print(weights_table(posterior, generation.weights[n].tolist(), note).to_rich())
+
+
+def _note(generation: "Generation", n: int, blend: "Blend", fitted: bool) -> str:
+    """What the columns of the weights of prompt ``n`` are, and how sure its new tokens are."""
+    import numpy as np
+
+    told = "Mean, interval and P(best) say which experts the prompt needs. The"
+    if not fitted:
+        told = "This bundle's dispatcher was not fitted: mean, interval and P(best) are the same for every prompt. The"
+    values = -generation.log_probabilities[n], generation.predictive_entropy[n], generation.mutual_information[n]
+    nll, entropy, information = (np.nanmean(value) for value in values)
+    particles = blend.particles(generation.posterior.select([n]))
+    several = particles.weights.shape[1] > 1 and not particles.refined and not generation.fallback[n]
+    shared = f"{information:.4f}" if several else "– (one row ran)"
+    return (
+        f"{told} blend weight is what its next token is predicted by, under {generation.blend}. New tokens, in nats: "
+        f"NLL {nll:.3f}, entropy {entropy:.3f}, mutual information {shared}."
+    )

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bayes_dispatch.app.bundle import SHIPPED, Bundle, load_bundle
 from bayes_dispatch.app.commands import main as cli
 from bayes_dispatch.app.commands import terminal
 from bayes_dispatch.app.tables import report_markdown, report_tables
+from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.errors import BundleError
 
 DRAWS = "--draws with the blend posterior_predictive or refined_mean"
@@ -156,6 +158,46 @@ def test_show_experts(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert all(word in out for word in ("kfpa>", "reverse", "sort", "add", "base", "90% interval", "P(best)"))
 
 
+def test_several_prompts_are_told_apart(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--bundle", saved, "--max-new-tokens", "1", "--prompt", "kfpa>"]
+    assert "of" not in run(capfd, *arguments)[1]
+    lines = run(capfd, *arguments, "--prompt", "ab>")[1].splitlines()
+    assert [line for line in lines if " of " in line] == ["── 1 of 2 ──", "── 2 of 2 ──"]
+
+
+def test_doubt_is_not_told_of_one_row(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """There it is 0 whatever is known of the weights."""
+    arguments = ["generate", "--bundle", saved, "--max-new-tokens", "2", "--prompt", "kfpa>", "--show-experts"]
+    for blend, one in (
+        ("posterior_predictive", False),
+        ("posterior_mean", True),
+        ("refined_mean", True),
+        ("sort", True),
+    ):
+        said = " ".join(run(capfd, *arguments, "--blend", blend)[1].split())
+        assert ("mutual information – (one row ran)" in said) == one
+
+
+def test_a_flat_dispatcher_is_told_of(bundle: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its posterior is the prior, which looks like one that found nothing."""
+    replace(bundle, dispatcher=Dispatcher.flat(bundle.experts.names)).save(tmp_path / "flat")
+    arguments = ["--prompt", "kfpa>", "--max-new-tokens", "1", "--show-experts"]
+    said = " ".join(run(capfd, "generate", "--bundle", tmp_path / "flat", *arguments)[1].split())
+    assert "This bundle's dispatcher was not fitted" in said
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_blocks_that_are_shared_are_told_where_there_are_any(
+    bundle64: Bundle, cut64: Bundle, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from bayes_dispatch.app.commands.build import _tell
+
+    _tell(bundle64, Path("new"), "mine", False)
+    _tell(cut64, Path("new"), "mine", False)
+    wrote = "wrote new: experts reverse, sort, add of mine"
+    assert capfd.readouterr().out == f"{wrote}\n{wrote}; its first 1 blocks run once for all of them\n"
+
+
 def test_control_characters_are_shown_not_sent(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Path("prompt").write_bytes(b"a\x1b[2Jb\r")
     _, out, _ = run(capfd, "generate", "--bundle", saved, "--prompt-file", "prompt")
@@ -174,7 +216,6 @@ def test_prompt_from_file_and_stdin(
 
 def test_fit_gives_a_bundle_that_generates(saved: Path, bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
     """Its dispatcher is that of the file's evidence and labels; and no progress bar goes to what is no terminal."""
-    from bayes_dispatch.dispatcher.estimator import Dispatcher
     from bayes_dispatch.inference.two_pass.first_pass import first_pass
 
     texts, labels = [["ab>ba\n", "1+2=3\n", "x y z\n"][n % 3] * (1 + n % 4) for n in range(30)], np.arange(30) % 3
