@@ -205,7 +205,10 @@ def calibrate_gate(
     if as_json:
         told = {"out": str(out), "ranks": len(gate.scores), "bins": len(gate.edges) + 1, "least_rate": gate.least_rate}
         return print_json(told)
-    print(f"{out}: a gate of {len(gate.scores)} ranks, for false-alarm rates of {gate.least_rate:.2g} and above")
+    print(
+        f"{out}: intervals, sets and gate are calibrated on held-out prompts of the experts, the gate on "
+        f"{len(gate.scores)} of them, for false-alarm rates of {gate.least_rate:.2g} and above"
+    )
 
 
 @app.command()
@@ -252,7 +255,7 @@ def diagnose(
     check_output(out)
     from bayes_dispatch.app.diagnosis import DiagnosisSettings
     from bayes_dispatch.app.diagnosis import diagnose as run
-    from bayes_dispatch.app.diagnosis_report import FILES, TITLE, diagnosis_tables, write_diagnosis
+    from bayes_dispatch.app.diagnosis_report import FILES, TITLE, diagnosis_tables, in_words, write_diagnosis
     from bayes_dispatch.app.held_out import read_own
     from bayes_dispatch.app.reports import check_report
 
@@ -266,6 +269,7 @@ def diagnose(
     files, console = write_diagnosis(found, out), open_console()
     if as_json:
         return print_json(found.to_dict())
+    console.print(in_words(found), highlight=False)
     for table in diagnosis_tables(found):
         console.print(table.to_rich())
     console.print(*files, highlight=False, soft_wrap=True)

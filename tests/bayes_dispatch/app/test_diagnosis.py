@@ -11,8 +11,9 @@ import pytest
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.commands import main as cli
 from bayes_dispatch.app.diagnosis import Diagnosis, DiagnosisSettings, diagnose
-from bayes_dispatch.app.diagnosis_report import FILES, diagnosis_tables, write_diagnosis
+from bayes_dispatch.app.diagnosis_report import FILES, diagnosis_tables, in_words, write_diagnosis
 from bayes_dispatch.app.held_out import calibrated
+from bayes_dispatch.checks.coverage import Coverage
 from bayes_dispatch.checks.reliability import expected_calibration_error
 from bayes_dispatch.checks.selective import Abstention, risk_coverage
 from bayes_dispatch.dispatcher.conformal import counted
@@ -88,6 +89,28 @@ def test_share_served_by_a_threshold(found: Diagnosis) -> None:
     none = replace(found.held_out, risk_coverage=curve, abstention=None)
     assert none.served is None
     assert "none certified" in diagnosis_tables(replace(found, held_out=none))[-1].to_markdown()
+
+
+def test_the_first_line_says_what_was_found(found: Diagnosis) -> None:
+    held_out, row = found.held_out, found.held_out.by_length["all"]
+
+    def said(value: float, error: float = 0.01, **more: Coverage) -> str:
+        judged = Coverage(value, error, 100, 0.2)
+        by_length = {"all": row | {"posterior 90%": judged} | {name.replace("_", " "): c for name, c in more.items()}}
+        return in_words(replace(found, held_out=replace(held_out, by_length=by_length)))
+
+    assert "90% intervals hold 88% of the true weights: about as they say." in said(0.88)
+    assert "hold 55% of the true weights: too few. Calibrated ones, which hold what they say, come from" in said(0.55)
+    assert "hold 80% of the true weights: about as they say" in said(0.8, error=0.06)
+    assert "hold 99% of the true weights: more than they say." in said(0.99)
+    assert "Calibrated ones (`calibrated_interval`) hold 91%." in said(
+        0.5, **{"calibrated_90%": Coverage(0.91, 0, 9, 0)}
+    )
+    component = found.ranks.components[0]
+    odd = replace(found.ranks, components=(replace(component, upper=component.ecdf - 0.1), *found.ranks.components[1:]))
+    assert in_words(replace(found, ranks=odd)).startswith(
+        "On simulated prompts, true weights of reverse do not rank evenly"
+    )
 
 
 def test_what_is_no_number_is_null(found: Diagnosis) -> None:

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from bayes_dispatch.checks.calibration_plots import plot_reliability, plot_risk_coverage
 from bayes_dispatch.checks.plots import BASE_COLOUR, expert_colours, largest, plot_blend_bars, plot_forest
+from bayes_dispatch.checks.reliability import ReliabilityCurve
+from bayes_dispatch.checks.selective import risk_coverage
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import TensorError
 
@@ -89,3 +92,22 @@ def test_of_many_experts_the_largest_are_shown() -> None:
     assert weights[:, kept].max(0).min() >= np.delete(weights[:, :-1], kept, 1).max()
     assert len(set(expert_colours(chosen).values())) == 6
     assert largest(weights[:, :6], [*names[:5], "base"], 5)[1] == [*names[:5], "base"]
+
+
+def test_reliability_of_what_is_nearly_certain_is_one_dot() -> None:
+    """Where most prompts are: their mean, and all of them counted."""
+    counts, accuracy = np.array([10, 20, 30, 10]), np.array([0.6, 0.9, 1.0, 0.9])
+    curve = ReliabilityCurve(counts, np.array([0.6, 0.9, 0.99, 1.0]), accuracy, np.full(4, 0.01))
+    (axis,) = plot_reliability(curve).axes
+    (line,) = [line for line in axis.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(line.get_xydata(), [[0.6, 0.6], [0.9, 0.9], [0.9925, 0.975]])
+    assert [text.get_text() for text in axis.texts] == ["10", "20", "40"]
+    assert axis.get_xlim()[0] == axis.get_ylim()[0] == 0.5
+
+
+def test_risk_is_drawn_from_the_first_error_on() -> None:
+    confidence, wrong = np.arange(100)[::-1] / 100, np.arange(100) >= 85
+    (axis,) = plot_risk_coverage(risk_coverage(confidence, wrong), None).axes
+    assert axis.get_xlim()[0] == 0.8
+    (axis,) = plot_risk_coverage(risk_coverage(confidence, np.zeros(100)), None).axes
+    assert axis.get_xlim()[0] == 0
