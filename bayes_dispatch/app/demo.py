@@ -33,6 +33,7 @@ __all__ = ["SHOWN_BLENDS", "run_demo"]
 SHOWN_BLENDS: Sequence[Blend] = (BestExpert(), TopK(2), PosteriorMean(), ThompsonSample(), DEFAULT_BLEND)
 NEW_TOKENS = 24
 SHOWN = 10  # characters of a continuation in a table
+OPEN = 6  # prompts in the forest, those of the widest intervals: the others' are points at 0 and 1
 FILES = ("posterior.nc", "forest.png", "blends.png", "path.png", "report.md")
 TITLE = "# bayes-dispatch: demonstration"
 
@@ -51,6 +52,7 @@ def run_demo(bundle: System, out: Path, seed: int, console: Console, progress: b
 
     Raises:
         BundleError: ``out`` is a file, or has files of these names that are of no earlier run.
+        ConfigError: the bundle's experts are none that there are prompts for.
     """
     check_report(out, FILES, TITLE)
     generator = TwoPassGenerator(bundle)
@@ -67,9 +69,11 @@ def run_demo(bundle: System, out: Path, seed: int, console: Console, progress: b
     settings = f"Seed {seed}, {posterior.weights.shape[0]} posterior draws, {NEW_TOKENS} new tokens, greedy decoding."
     report = _report([_full_posterior_table(prompts, posterior), answers, _prompt_table(prompts)], settings)
     names = [prompt.name for prompt in prompts]
+    low, high = posterior.interval(0.9)
+    open_ = np.sort(np.argsort(-(high - low).max(1), kind="stable")[:OPEN])
     with write_report(out, FILES, TITLE) as new:
         posterior.to_netcdf(new / "posterior.nc", names)
-        plot_forest(posterior, names).savefig(new / "forest.png")
+        plot_forest(posterior.select(open_), [names[n] for n in open_], columns=3).savefig(new / "forest.png")
         plot_blend_bars(posterior, names).savefig(new / "blends.png")
         _plot_changing(bundle, prompts, generations[-1]).savefig(new / "path.png")
         (new / "report.md").write_text(report, encoding="utf-8")
@@ -85,7 +89,10 @@ def _posterior_table(prompts: Sequence[DemoPrompt], posterior: DispatchPosterior
         largest = [f"{posterior.experts[k]} {_weight(mean[n, k], low[n, k], high[n, k])}" for k in order]
         rows.append([prompt.name, prompt.kind, *largest, _short(best[n, order[0]])])
     heads = ["largest weight", *("next" for _ in range(components - 1))]
-    note = "Mean of the weight and its 90% interval; P(best): that the first has the largest weight."
+    note = (
+        "Mean of the weight and its 90% interval; P(best): that the first has the largest weight. Foreign prompts "
+        "belong to base. One that goes elsewhere is what the gate is for (generate --false-alarm-rate)."
+    )
     return Table("Dispatch: posterior weights of the experts", ["prompt", "kind", *heads, "P(best)"], rows, note)
 
 
@@ -118,8 +125,9 @@ def _answer_table(prompts: Sequence[DemoPrompt], generations: Sequence[Generatio
     rows.append(["right", f"of {len(judged)}", *(str(count) for count in right), ""])
     columns = ["prompt", "right answer", *(generation.blend for generation in generations), "MI"]
     note = (
-        "First line of each continuation; none is marked where a prompt has no single right one. MI: mutual "
-        f"information between expert weights and the first new token under {generations[-1].blend}, in nats."
+        "First line of each continuation; none is marked where a prompt has no single right one. ✗: not the right one. "
+        "Of texts, a small model seldom finds it under any expert; and a short prompt may not tell which is meant. MI: "
+        f"mutual information between expert weights and the first new token under {generations[-1].blend}, in nats."
     )
     return Table("Generation under each blend", columns, rows, note)
 
@@ -137,7 +145,8 @@ def _plot_changing(system: System, prompts: Sequence[DemoPrompt], generation: Ge
     data = prompts[which].text.encode()
     spans = system.tokenizer.tokenize(data).spans[1:]
     texts = [visible(data[start:stop].decode(errors="replace")) for start, stop in spans]
-    return plot_weight_path(generation.paths[which][: len(texts)], generation.posterior.experts, texts=texts)
+    path, title = generation.paths[which][: len(texts)], f"Blend weights along the prompt “{prompts[which].name}”"
+    return plot_weight_path(path, generation.posterior.experts, texts=texts, title=title)
 
 
 def _weight(mean: float, low: float, high: float) -> str:
@@ -155,7 +164,7 @@ def _report(tables: Sequence[Table], settings: str) -> str:
         settings,
         "The first pass reads each prompt without any expert; the dispatcher answers with a posterior over weights.",
         "![Posterior mean of the weights, a bar for each prompt](blends.png)",
-        "![Posterior mean and intervals of each weight](forest.png)",
+        "![Posterior mean and intervals of each weight, for the prompts whose intervals are widest](forest.png)",
         "![Weights along a prompt of several experts, filtered by each of its tokens](path.png)",
         posterior,
         "The second pass continues each prompt under blends of that posterior.",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["plot_uncertain_bytes", "plot_weight_path"]
 
 WIDTH = 0.11  # inches of a character
+ROW = 64  # tokens of a path whose texts can be read side by side
 LINE = 0.26
 LEGEND = 9  # experts whose names fit beside a path
 VISIBLE = {"\n": "⏎", "\t": "→", " ": "·"}
@@ -77,15 +78,16 @@ def plot_weight_path(
     experts: Sequence[str],
     marks: Sequence[tuple[int, str]] = (),
     texts: Sequence[str] = (),
+    title: str = "",
 ) -> Figure:
     """The blend weights before each token of a text, stacked: experts in colour, base grey.
 
-    Of more than nine experts the smallest are drawn as one.
+    Of more than nine experts the smallest are drawn as one. With ``texts``, there are 64 tokens in a row.
 
     Args:
         path: (T, K + 1), as in ``Generation.paths``. experts: K + 1 names, base last.
         marks: places and what begins there, such as the end of the prompt.
-        texts: T, of the tokens, written below them; none by default.
+        texts: T, of the tokens, written below them; none by default. title: above the picture.
 
     Raises:
         TensorError: another number of names than weights, or of texts than tokens.
@@ -97,17 +99,26 @@ def plot_weight_path(
         raise TensorError(f"expected {len(path)} texts, one for each token, got {len(texts)}")
     path, names = largest(path, experts, LEGEND)
     colours = expert_colours(names)
-    figure = plain_figure(max(7.0, len(texts) * WIDTH + 1.5), 2.8 if texts else 2.2)
-    axis = figure.subplots()
-    axis.stackplot(np.arange(len(path)), path.T, colors=[colours[name] for name in names], labels=names, lw=0)
-    for place, text in marks:
-        axis.axvline(place, color="0.2", lw=1)
-        axis.text(place, 1.02, f" {text}", fontsize=8, color="0.2")
-    axis.set(xlim=(0, max(1, len(path) - 1)), ylim=(0, 1), ylabel="weight")
-    plain_axis(axis)
-    if texts:
-        axis.set_xticks(range(len(texts)), texts, rotation=90, fontsize=6, family="monospace")
-    else:
-        axis.set_xlabel("tokens read")
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8, frameon=False)
+    rows = max(1, -(-len(texts) // ROW))
+    width = -(-max(2, len(path)) // rows)
+    figure = plain_figure(max(7.0, min(width, len(texts)) * WIDTH + 1.5), (2.6 if texts else 2.2) * rows)
+    axes = figure.subplots(rows, squeeze=False)[:, 0]
+    for row, axis in enumerate(axes):
+        axis.stackplot(np.arange(len(path)), path.T, colors=[colours[name] for name in names], labels=names, lw=0)
+        first, last = row * width, min((row + 1) * width, len(path)) - 1
+        for place, text in marks:
+            if first <= place <= last:
+                axis.axvline(place, color="0.2", lw=1)
+                axis.text(place, 1.02, f" {text}", fontsize=8, color="0.2")
+        axis.set(xlim=(first, first + width - 1), ylim=(0, 1), ylabel="weight")
+        plain_axis(axis)
+        if texts:
+            upright = 90 if max(map(len, texts)) > 1 else 0
+            shown = range(first, last + 1)
+            axis.set_xticks(shown, texts[first : last + 1], rotation=upright, fontsize=8, family="monospace")
+    axes[-1].set_xlabel("tokens, and above each the weights before it was read" if texts else "tokens read", fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8, frameon=False)
+    if title:
+        figure.suptitle(title, fontsize=9, parse_math=False)
     return figure

@@ -92,7 +92,12 @@ def plot_forest(
         axis.hlines(heights, 0, 1, color=FAINT, lw=0.6, zorder=0)
         plain_axis(axis)
         axis.tick_params(labelbottom=index + columns >= count)
-    figure.suptitle(f"Weight of each expert: mean, 50% and {probability:.0%} intervals", fontsize=10, color=INK)
+    figure.suptitle(
+        f"Weight of each expert in the prompt: mean (dot), 50% (thick) and {probability:.0%} (thin) intervals",
+        fontsize=10,
+        color=INK,
+    )
+    figure.supxlabel("weight", fontsize=8, color=INK)
     return figure
 
 

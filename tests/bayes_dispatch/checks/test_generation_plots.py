@@ -24,9 +24,19 @@ def test_weights_are_stacked() -> None:
     lower, upper = (area.get_paths()[0].get_extents() for area in axis.collections)
     assert (lower.y1, upper.y1) == (1.0, 1.0)
     assert [text.get_text() for text in axis.texts] == [" here"]
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["sort", "base"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["sort", "base"]
     (axis,) = plot_weight_path(path, ("sort", "base"), texts=["a", " b", "⏎"]).axes
     assert [label.get_text() for label in axis.get_xticklabels()] == ["a", " b", "⏎"]
+
+
+def test_a_long_path_is_in_rows() -> None:
+    """Each token is under one of them, and their texts can be read: single characters stand upright."""
+    path, texts = np.full((100, 2), 0.5), [chr(97 + n % 26) for n in range(100)]
+    figure = plot_weight_path(path, ("sort", "base"), [(70, "here")], texts, "mine $x_")
+    assert "".join(label.get_text() for axis in figure.axes for label in axis.get_xticklabels()) == "".join(texts)
+    assert [[text.get_text() for text in axis.texts] for axis in figure.axes] == [[], [" here"]]
+    assert {label.get_rotation() for axis in figure.axes for label in axis.get_xticklabels()} == {0}
+    figure.canvas.draw()
 
 
 def test_wrong_shapes_are_refused() -> None:
