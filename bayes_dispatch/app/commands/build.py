@@ -37,8 +37,9 @@ def build(
     examples: Annotated[
         Path | None,
         typer.Option(
-            help='Lines of {"expert": NAME, "text": …}; NAME may be "base", or left out where nobody knows. Without '
-            "examples the dispatcher is flat: each prompt's own tokens tell what it needs."
+            help='Lines of {"expert": NAME, "text": …}; NAME may be "base", or left out where nobody knows. A few '
+            "dozen of each expert make a dispatcher, some 300 in all a gate, too. Without examples the dispatcher is "
+            "flat: each prompt's own tokens tell what it needs."
         ),
     ] = None,
     text: Annotated[

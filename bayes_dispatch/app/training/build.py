@@ -56,8 +56,8 @@ class BuildSettings:
         prompt_lengths: shortest and longest of the prompts that are cut from the examples, in bytes.
         pure_prompts: of each expert, for the dispatcher. mixed_prompts: of several experts.
         gate_prompts: held-out ones of each expert, and as many of several, which calibrate the gate and, by
-            ``Dispatcher.calibrate``, the dispatcher; 0 for neither. Of examples each that is held out gives one of
-            either at most, so there may be fewer: some 300 examples, of all experts together, suffice for a gate.
+            ``Dispatcher.calibrate``, the dispatcher; 0 for neither. A held-out example is in one prompt of its expert,
+            and in one of several, at most, so there may be fewer: a gate takes some 300 examples of all experts.
         svi: settings of the dispatcher's fit.
     """
 

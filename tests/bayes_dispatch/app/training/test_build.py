@@ -43,7 +43,11 @@ def texts_of(letters: str, seed: int, count: int = 12) -> list[str]:
 
 
 EXAMPLES = {"low": texts_of("abcdefg", 0), "high": texts_of("QRSTUVW", 1)}
-MANY = {"low": texts_of("abcdefg", 0, 140), "high": texts_of("QRSTUVW", 1, 140)}  # 28 of each are held out
+MANY = {  # 28 of each expert are held out, and 2 of base
+    "low": texts_of("abcdefg", 0, 140),
+    "high": texts_of("QRSTUVW", 1, 140),
+    "base": texts_of("0123456789", 2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +133,12 @@ def test_a_dispatcher_of_examples(
         [EXAMPLES["high"][3], EXAMPLES["low"][2]], blend="posterior_mean", max_new_tokens=2, seed=0
     )
     assert [found.posterior.experts[k] for k in found.posterior.mean.argmax(1)] == ["high", "low"]
+    assert bundle.report["base"] == {"prompts": 2, "accuracy": 1.0}
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")  # another day than it was begun
     bank = bd.ExpertBank.from_peft(backbone, adapters)
     again = build_bundle(backbone, bank, MANY, **given)  # from the stages that are kept
     assert len(list((tmp_path / "b.work").iterdir())) == 1
+    assert again.report == bundle.report
     np.testing.assert_array_equal(
         again.dispatcher.predict_proba(bd.first_pass(backbone, backbone.tokenizer, ["abc"]).evidence),
         bundle.dispatcher.predict_proba(bd.first_pass(backbone, backbone.tokenizer, ["abc"]).evidence),
