@@ -414,7 +414,7 @@ def test_bad_turns_change_nothing(cut64: "Bundle", monkeypatch: pytest.MonkeyPat
     with pytest.raises(ConfigError, match="expected max_new_tokens to be a whole number from 1"):
         chat.say("a", 0)
     nans: list[tuple[str, type[BayesDispatchError], str]] = [
-        ("below", EvidenceError, "expected finite numbers in 'hidden', .*got nan"),
+        ("below", EvidenceError, r"expected finite numbers in 'hidden', .*got nan"),
         ("upper", TensorError, "expected finite log-probabilities from the model, got NaN"),
     ]
     for part, error, message in nans:

@@ -194,7 +194,7 @@ def test_bad_questions(fitted: Dispatcher, fresh: "Sample") -> None:
         fitted.predict_proba(Evidence({"counts": np.ones((2, 4))}))
     with pytest.raises(EvidenceError, match=r"expected at least one of the views .* got \['smell'\]"):
         fitted.predict_proba(Evidence({"smell": np.ones((2, 4))}))
-    with pytest.raises(EvidenceError, match="expected finite numbers in 'hidden', .*got nan"):
+    with pytest.raises(EvidenceError, match=r"expected finite numbers in 'hidden', .*got nan"):
         fitted.predict_proba(np.full((2, 6), np.nan))
 
 
