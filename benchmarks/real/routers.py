@@ -42,7 +42,7 @@ def arrow_shares(backbone: TransformersBackbone, experts: bd.ExpertBank) -> Call
     found: list[Tensor] = []
 
     def add(router: Any, inputs: tuple[Any, ...]) -> None:
-        like = (inputs[0].to(router.prototypes) @ router.prototypes.T).abs()  # (B, T, K)
+        like = (inputs[0].to(router.prototypes) @ router.prototypes.T).abs().double()  # (B, T, K); shares sum to 1
         top = like.topk(router.top_k, dim=-1)
         shares = torch.zeros_like(like).scatter(-1, top.indices, (top.values / router.temperature).softmax(-1))
         found.append(shares.mean(1))
@@ -53,7 +53,7 @@ def arrow_shares(backbone: TransformersBackbone, experts: bd.ExpertBank) -> Call
     def read(ids: Tensor) -> Tensor:
         found.clear()
         model.get_base_model().base_model(input_ids=ids, use_cache=False)
-        return torch.stack(found).double().mean(0)
+        return torch.stack(found).mean(0)
 
     return read
 
