@@ -36,8 +36,9 @@ __all__ = ["ALONE", "FitReport", "GlobalsPosterior", "SVISettings", "finite", "f
 
 WINDOW = 0.1  # of the steps; the last two windows tell whether the loss still falls
 TOLERANCE = 0.02  # nats a prompt between them
-DRIFT = 0.1  # sd of what a global may have moved by since an earlier fit, on the line
-DRIFT_KNOWN = 0.5  # the same of an expert's own, where prompts are known to be of it
+DRIFT = 0.05  # sd of what a global may have moved by since an earlier fit, on the line
+DRIFT_KNOWN = 0.5  # the same of an expert's own, where SOME prompts are known to be of it
+SOME = 5  # fewer prompts may be odd ones
 ALONE = threading.RLock()
 UNCHECKED = dict.fromkeys(
     ("validate_distributions_pyro", "validate_distributions_torch", "validate_infer", "validate_poutine"), False
@@ -276,11 +277,12 @@ def _widened(before: GlobalsPosterior, model: DispatchModel, prompts: Prompts) -
     Prompts of unknown weights do not tell an expert that has moved from another one: where those of an expert are gone,
     a wide prior would let it, or its neighbours, take what is left.
     """
-    known = torch.zeros(model.n_experts, dtype=torch.bool, device="cpu")
+    count = torch.zeros(model.n_experts, device="cpu")
     if prompts.labels is not None:
-        known[prompts.labels[prompts.labels >= 0]] = True
+        count += torch.bincount(prompts.labels[prompts.labels >= 0].cpu(), minlength=model.n_experts)
     if prompts.known is not None:
-        known |= (prompts.known[:, :-1] > MOSTLY).any(0)
+        count += (prompts.known[:, :-1] > MOSTLY).sum(0).cpu()
+    known = count >= SOME
     drift = torch.where(known, DRIFT_KNOWN, DRIFT).unsqueeze(-1)  # (K, 1)
     own = {view.site(name) for view in model.views for name in view.experts()}
     moved = {name: drift.to(scale) if name in own else DRIFT for name, scale in before.scales.items()}
