@@ -190,7 +190,7 @@ def test_bad_input(unchecked: None, monitor: DriftMonitor) -> None:
 
 @pytest.mark.slow
 def test_traffic_of_the_shipped_bundle_takes_nothing_from_its_dispatcher() -> None:
-    """Unlabelled and without one expert; or of ten labels. Before, .99 of 480 prompts of 64 bytes go to their expert."""
+    """Without labels and one expert; or of ten labels. Before, .99 of 480 prompts of 64 bytes go to their expert."""
     bundle = load_bundle()
     seen = pure_evidence(bundle.model, EXPERT_DOMAINS, 40, (64, 64), "train", 9)
     asked = pure_evidence(bundle.model, EXPERT_DOMAINS, 60, (64, 64), "held_out", 10)
