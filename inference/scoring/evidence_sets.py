@@ -116,7 +116,7 @@ def mixed_evidence(
     rng = np.random.default_rng([seed, 2])
     prompts, owned = list[str](), list[np.ndarray]()
     for _ in range(count):
-        chosen = rng.choice(len(domains), size=min(3 if rng.random() < 1 / 3 else 2, len(domains)), replace=False)
+        chosen = rng.choice(len(domains), size=_how_many(rng, len(domains)), replace=False)
         weights = rng.dirichlet(np.ones(len(chosen))).tolist()
         text, owners = mixed_text([domains[i] for i in chosen], weights, rng, _length(rng, lengths), split)
         prompts.append(clipped(model.tokenizer, text, model.longest))
@@ -178,7 +178,7 @@ def prompts_of_several(
     prompts, owned = list[str](), list[np.ndarray]()
     while len(prompts) < most and sum(map(bool, left)) > 1:
         counts = np.array(list(map(len, left)))  # so chosen, all texts run out at about the same time
-        size = min(3 if rng.random() < 1 / 3 else 2, np.count_nonzero(counts))
+        size = _how_many(rng, int(np.count_nonzero(counts)))
         chosen = rng.choice(len(left), size=size, replace=False, p=counts / counts.sum())
         own = [left[which].pop() for which in chosen]
         longest = max(len(text.encode()) for text in own) if lengths is None else _length(rng, lengths)
@@ -280,6 +280,11 @@ def calibration_evidence(
     known = pure_evidence(model, domains, pure, lengths, "held_out", seed, progress, cut)
     several = mixed_evidence(model, domains, mixed, lengths, "held_out", seed, progress, cut)
     return KnownEvidence.concatenate([known, several])
+
+
+def _how_many(rng: np.random.Generator, most: int) -> int:
+    """Domains that share a prompt: two, in a third of the prompts three."""
+    return min(3 if rng.random() < 1 / 3 else 2, most)
 
 
 def _length(rng: np.random.Generator, lengths: tuple[int, int]) -> int:
