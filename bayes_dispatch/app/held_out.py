@@ -3,19 +3,29 @@
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
+
+import numpy as np
 
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.dispatcher.estimator import Dispatcher
-from bayes_dispatch.dispatcher.gate import Gate
+from bayes_dispatch.dispatcher.gate import FEWEST_PROMPTS, Gate
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS, Domain, real_domains
-from bayes_dispatch.experts.domains.own import read_jsonl, read_text
-from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence, calibration_evidence
+from bayes_dispatch.experts.domains.mixtures import beginning_of
+from bayes_dispatch.experts.domains.own import Own, read_jsonl, read_text
+from bayes_dispatch.inference.scoring.evidence_sets import (
+    KnownEvidence,
+    calibration_evidence,
+    evidence_of_texts,
+    log_uniform,
+)
 
-__all__ = ["calibrated", "held_out_domains", "read_own", "settled"]
+__all__ = ["FEWEST_SEVERAL", "calibrated", "held_out_domains", "read_own", "settled"]
 
 LONGEST = 4096  # bytes of a prompt with its answer, unless told otherwise
+FEWEST_SEVERAL = 25  # held-out prompts of several experts: the gate ranks three in four, and a rate of .05 takes 19
 
 
 def held_out_domains(bundle: Bundle, own: Mapping[str, Domain], packages: Path | None = None) -> dict[str, Domain]:
@@ -74,23 +84,61 @@ def calibrated(
 
     Args:
         bundle: what there is. own: text of experts from a user's files, by their names.
-        pure: prompts of each expert's domain. mixed: prompts of several. lengths: shortest and longest, in bytes.
+        pure: prompts of each expert's domain. mixed: prompts of several. Of both there are fewer where a user's file
+            is short: no part of it is in two of one kind, and no expert has more prompts than another.
+        lengths: shortest and longest, in bytes.
         seed: of the prompts and of their split. progress: show progress bars.
         packages: as in :func:`held_out_domains`.
 
     Raises:
         UnknownNameError: text of an expert that the bundle does not have.
-        ConfigError: no text of one that it has: its prompts would be foreign to the gate. Or a flat dispatcher.
+        ConfigError: no text of one that it has: its prompts would be foreign to the gate. Or too little. Or a flat
+            dispatcher.
     """
     if not bundle.dispatcher.views:
         raise ConfigError("expected a dispatcher that was fitted on examples, got a flat one: see fit --examples")
     domains = held_out_domains(bundle, own, packages)
     if missing := [name for name in bundle.experts.names if name not in domains]:
         raise ConfigError(f"expected held-out text of every expert, got none of {', '.join(missing)}")
-    cut, texts = bundle.cut, list(domains.values())
-    known = calibration_evidence(bundle.model, texts, pure, mixed, lengths, seed, progress, cut)
+    if any(isinstance(domain, Own) for domain in domains.values()):
+        known = _each_once(bundle, domains, pure, mixed, lengths, seed, progress)
+    else:
+        texts = list(domains.values())
+        known = calibration_evidence(bundle.model, texts, pure, mixed, lengths, seed, progress, bundle.cut)
     dispatcher, gate = settled(bundle.dispatcher, known, seed)
     return replace(bundle, dispatcher=dispatcher, gate=gate)
+
+
+def _each_once(
+    bundle: Bundle,
+    domains: Mapping[str, Domain],
+    pure: int,
+    mixed: int,
+    lengths: tuple[int, int],
+    seed: int,
+    progress: bool,
+) -> KnownEvidence:
+    """Prompts of which no two of one kind share a part of a user's file, as many of one expert as of another."""
+    rng, texts = np.random.default_rng([seed, 1]), dict[str, list[str]]()
+    sizes = iter(lambda: log_uniform(rng, lengths), None)
+    for name, domain in domains.items():
+        if isinstance(domain, Own):
+            once = domain.once(sizes, "held_out")
+        else:
+            once = (beginning_of(domain.document(rng, 0, size, "held_out").text, size) for size in sizes)
+        texts[name] = list(islice(once, max(pure, 3 * mixed // len(domains))))
+    shortest = min(texts, key=lambda name: len(texts[name]))
+    count = len(texts[shortest])
+    own = [of_one[:count] for of_one in texts.values()]
+    known = evidence_of_texts(bundle.model, own, pure, mixed, None, seed, progress, bundle.cut)
+    found, several = len(known.labels), len(known.several.labels)
+    if found < FEWEST_PROMPTS or several < FEWEST_SEVERAL:
+        raise ConfigError(
+            f"expected held-out text for {FEWEST_PROMPTS} prompts, {FEWEST_SEVERAL} of them of several experts, got "
+            f"enough for {found} and {several}: the last tenth of {shortest}'s file is {count} prompts, and no expert "
+            "has more; give a longer file, or a smaller --longest"
+        )
+    return known
 
 
 def settled(dispatcher: Dispatcher, known: KnownEvidence, seed: int) -> tuple[Dispatcher, Gate]:

@@ -6,7 +6,8 @@ The last tenth of each file is the split ``"held_out"``. Nothing of a file is ex
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -18,10 +19,12 @@ from bayes_dispatch.experts.document_files import check_keys
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Checked, Split, agreement, exact
 from bayes_dispatch.experts.domains.interleaved import Interleaved
+from bayes_dispatch.experts.domains.mixtures import beginning_of
 from bayes_dispatch.model.tokenizer import utf8
 
 __all__ = [
     "Example",
+    "Own",
     "OwnExamples",
     "OwnPairs",
     "OwnPrompts",
@@ -74,6 +77,15 @@ class OwnText:
         passage = text[start:][:total_bytes]
         return Document(passage, min(prompt_bytes, len(passage)))
 
+    def once(self, lengths: Iterable[int], split: Split) -> Iterator[str]:
+        """Passages of these lengths in bytes, each from the start of a line, or of 1,000 characters of a longer one.
+
+        No line is in two; the last passage may be shorter.
+        """
+        rest, end = _tenth(self.text)
+        lines = re.findall(rf"[^\n]{{1,{FEWEST_BYTES}}}\n?|\n", end if split == "held_out" else rest)
+        return _joined(lines, lengths)
+
     def reward(self, question: str, expected: str, answer: str) -> float:
         """Share of the bytes that agree with the true continuation."""
         return agreement(expected, answer)
@@ -112,6 +124,11 @@ class OwnPairs:
         """Pairs until ``total_bytes`` are reached; the prompt ends with a pair, and later answers are scored."""
         return Interleaved(self.name, (self,)).document(rng, prompt_bytes, total_bytes, split)
 
+    def once(self, lengths: Iterable[int], split: Split) -> Iterator[str]:
+        """Texts of these lengths in bytes, of a pair on each line; no pair is in two. The last may be shorter."""
+        rest, end = _tenth(self.pairs)
+        return _joined([f"{prompt}{answer}\n" for prompt, answer in (end if split == "held_out" else rest)], lengths)
+
     def reward(self, question: str, expected: str, answer: str) -> float:
         """1 for the right answer, 0 for any other."""
         return exact(expected, answer)
@@ -146,6 +163,11 @@ class OwnPrompts:
         text = prompts[int(rng.integers(len(prompts)))]
         size = len(text.encode())
         return Document(text + "\n", min(prompt_bytes, size), ((size, size),))
+
+    def once(self, lengths: Iterable[int], split: Split) -> Iterator[str]:
+        """The prompts of the split, none longer than its length in bytes."""
+        rest, end = _tenth(self.prompts)
+        return map(beginning_of, end if split == "held_out" else rest, lengths)
 
     def reward(self, question: str, expected: str, answer: str) -> float:
         """Refused: only a function of the user's knows.
@@ -230,6 +252,13 @@ class OwnExamples:
             starts = [0, *(place + 1 for place, character in enumerate(chosen[:-1]) if character == "\n")]
             text += chosen[starts[int(rng.integers(len(starts)))] :].removesuffix("\n") + "\n"
         return Document(text, min(prompt_bytes, len(text.encode())))
+
+    def once(self, lengths: Iterable[int], split: Split) -> Iterator[str]:
+        """The texts of the split, none longer than its length in bytes."""
+        return map(beginning_of, self.of(split), lengths)
+
+
+Own = OwnText | OwnPairs | OwnPrompts | OwnExamples
 
 
 class Example(NamedTuple):
@@ -360,6 +389,18 @@ def _tenth(items: T) -> tuple[T, T]:
     """Without the last tenth, and this."""
     cut = len(items) - max(1, len(items) // 10)
     return items[:cut], items[cut:]
+
+
+def _joined(lines: Iterable[str], lengths: Iterable[int]) -> Iterator[str]:
+    """Lines, one after another, as texts of these lengths, the last of what is left."""
+    left = iter(lines)
+    for length in lengths:
+        text = ""
+        while len(text.encode()) < length and (line := next(left, "")):
+            text += line
+        if not text:
+            return
+        yield beginning_of(text, length)
 
 
 def _check_count(name: str, what: str, count: int) -> None:

@@ -21,6 +21,7 @@ __all__ = [
     "evidence_of_texts",
     "foreign_evidence",
     "known_weights",
+    "log_uniform",
     "mixed_evidence",
     "prompts_of_several",
     "pure_evidence",
@@ -91,7 +92,7 @@ def pure_evidence(
     prompts, labels = [], []
     for label, domain in enumerate(domains):
         for _ in range(per_domain):
-            length = _length(rng, lengths)
+            length = log_uniform(rng, lengths)
             text = domain.document(rng, 0, length, split).data[:length].decode(errors="ignore")
             prompts.append(clipped(model.tokenizer, text, model.longest))
             labels.append(label)
@@ -118,7 +119,7 @@ def mixed_evidence(
     for _ in range(count):
         chosen = rng.choice(len(domains), size=_how_many(rng, len(domains)), replace=False)
         weights = rng.dirichlet(np.ones(len(chosen))).tolist()
-        text, owners = mixed_text([domains[i] for i in chosen], weights, rng, _length(rng, lengths), split)
+        text, owners = mixed_text([domains[i] for i in chosen], weights, rng, log_uniform(rng, lengths), split)
         prompts.append(clipped(model.tokenizer, text, model.longest))
         owned.append(chosen[owners])
     evidence = first_pass(model, model.tokenizer, prompts, progress=progress, cut=cut).evidence
@@ -130,7 +131,7 @@ def evidence_of_texts(
     texts: Sequence[Sequence[str]],
     pure: int,
     mixed: int,
-    lengths: tuple[int, int],
+    lengths: tuple[int, int] | None,
     seed: int,
     progress: bool = False,
     cut: int = 0,
@@ -142,13 +143,13 @@ def evidence_of_texts(
 
     Args:
         texts: of each expert. pure: most prompts of each. mixed: most prompts of several.
-        model, lengths, seed, progress, cut: as in :func:`pure_evidence`.
+        lengths: shortest and longest, in bytes; ``None`` for whole texts, and as long as the longest of several.
+        model, seed, progress, cut: as in :func:`pure_evidence`.
     """
     rng = np.random.default_rng([seed, 1])
     labelled = [(text, label) for label, own in enumerate(texts) for text in own[:pure]]
-    prompts = [
-        clipped(model.tokenizer, beginning_of(text, _length(rng, lengths)), model.longest) for text, _ in labelled
-    ]
+    begun = [text if lengths is None else beginning_of(text, log_uniform(rng, lengths)) for text, _ in labelled]
+    prompts = [clipped(model.tokenizer, text, model.longest) for text in begun]
     several, shares = prompts_of_several(model, texts, mixed, seed, lengths)
     evidence = first_pass(model, model.tokenizer, prompts + several, progress=progress, cut=cut).evidence
     labels = np.array([label for _, label in labelled] + [-1] * len(several))
@@ -181,7 +182,7 @@ def prompts_of_several(
         size = _how_many(rng, int(np.count_nonzero(counts)))
         chosen = rng.choice(len(left), size=size, replace=False, p=counts / counts.sum())
         own = [left[which].pop() for which in chosen]
-        longest = max(len(text.encode()) for text in own) if lengths is None else _length(rng, lengths)
+        longest = max(len(text.encode()) for text in own) if lengths is None else log_uniform(rng, lengths)
         text, owners = joined_text(own, rng.dirichlet(np.ones(size)).tolist(), longest)
         prompts.append(clipped(model.tokenizer, text, model.longest))
         owned.append(chosen[owners])
@@ -287,6 +288,7 @@ def _how_many(rng: np.random.Generator, most: int) -> int:
     return min(3 if rng.random() < 1 / 3 else 2, most)
 
 
-def _length(rng: np.random.Generator, lengths: tuple[int, int]) -> int:
+def log_uniform(rng: np.random.Generator, lengths: tuple[int, int]) -> int:
+    """A length, the shortest and the longest included."""
     low, high = lengths
     return min(int(np.exp(rng.uniform(np.log(low), np.log(high + 1)))), high)

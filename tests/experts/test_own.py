@@ -2,6 +2,8 @@
 Whatever is wrong with a file is said in a line."""
 
 import json
+import re
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 from bayes_dispatch.errors import ConfigError, RewardError
 from bayes_dispatch.experts.domains import Checked
 from bayes_dispatch.experts.domains.own import (
+    Own,
+    OwnExamples,
     OwnPairs,
     OwnPrompts,
     OwnText,
@@ -110,6 +114,33 @@ class TestPrompts:
         with pytest.raises(RewardError, match=r"expected a reward function for mine, .* got none"):
             domain.reward("1?", "", "a")
         assert Rewarded(domain, lambda prompt, answer: len(prompt) + len(answer)).reward("1?", "", "abc") == 5
+
+
+@pytest.mark.parametrize(
+    "domain",
+    [
+        OwnText("mine", "".join(f"<{n}> {'ü' * (n % 40)}\n" for n in range(400))),
+        OwnText("mine", "".join(f"<{n}>" for n in range(20_000))),
+        OwnPairs("mine", tuple((f"<{n}>", "ü" * (1 + n % 9)) for n in range(400))),
+        OwnPrompts("mine", tuple(f"<{n}>{'ü' * n}" for n in range(300))),
+        OwnExamples("mine", tuple(f"<{n}>{'ü' * n}" for n in range(300))),
+    ],
+    ids=["text", "one line", "pairs", "prompts", "examples"],
+)
+def test_no_part_of_a_file_is_in_two_texts(domain: Own) -> None:
+    """All texts but the last are as long as asked, or a whole prompt or example."""
+    texts = list(domain.once(repeat(61), "held_out"))
+    assert len(texts) > 5
+    assert max(len(text.encode()) for text in texts) in (60, 61)
+    told = [name for text in texts for name in re.findall(r"<\d+>", text)]
+    assert len(told) == len(set(told)) >= len(texts)
+    assert not {*told} & {*re.findall(r"<\d+>", "".join(domain.once(repeat(61), "train")))}
+    if isinstance(domain, OwnText | OwnPairs):
+        assert {len(text.encode()) for text in texts[:-1]} <= {60, 61}
+
+
+def test_a_short_file_is_one_text() -> None:
+    assert list(OwnText("mine", LINES).once(repeat(10_000), "held_out")) == [LINES[-len(LINES) // 10 :]]
 
 
 class TestRewarded:

@@ -191,7 +191,11 @@ def calibrate_gate(
     packages: PackagesOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Calibrate a bundle on held-out prompts: its gate, which tells foreign ones, its intervals, and its sets."""
+    """Calibrate a bundle on held-out prompts: its gate, which tells foreign ones, its intervals, and its sets.
+
+    No line of a file is in two prompts of its expert, or in two of several experts: only so the guarantees hold. A
+    short file gives fewer prompts than asked for, of the other experts, too.
+    """
     check_new_output(out, "bundle.json", bundle)
     from bayes_dispatch.app.held_out import read_own
 

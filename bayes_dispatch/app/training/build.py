@@ -6,13 +6,14 @@ stopped goes on where it was. Everything follows from the inputs, the settings a
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bayes_dispatch.app.bundle import Bundle
-from bayes_dispatch.app.held_out import settled
+from bayes_dispatch.app.held_out import FEWEST_SEVERAL, settled
 from bayes_dispatch.arguments import seed, set_whole
 from bayes_dispatch.checks.reliability import expected_calibration_error
 from bayes_dispatch.dispatcher.estimator import Dispatcher
@@ -25,7 +26,7 @@ from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains.domain import Domain, Finite, Split
 from bayes_dispatch.experts.domains.mixtures import beginning_of
-from bayes_dispatch.experts.domains.own import OwnExamples
+from bayes_dispatch.experts.domains.own import Own, OwnExamples
 from bayes_dispatch.inference.scoring.evidence_sets import (
     KnownEvidence,
     evidence_of_texts,
@@ -43,7 +44,6 @@ __all__ = ["PROGRAM", "BuildSettings", "build_bundle", "kept_at", "known_by", "t
 # The view "surprise" was tried on our own model: squared error on held-out mixtures .078 with it and .067 without.
 PROGRAM = Admixture(views={"hidden": "vectors", "counts": "counts"})
 HELD_OUT = 32  # documents of a domain that are scored, as long as the longest prompts
-FEWEST_SEVERAL = 25  # held-out prompts of several experts: the gate ranks three in four, and a rate of .05 takes 19
 TOLD = 20_000  # bytes by which a domain without end is known again
 
 
@@ -193,10 +193,10 @@ def _held_out(
     settings: BuildSettings,
     progress: bool,
 ) -> KnownEvidence:
-    """Held-out prompts of one domain, and ``mixed`` of several; of examples, no two that are of one of them."""
+    """Held-out prompts of one domain, and ``mixed`` of several; of a user's texts, no two that are of one of them."""
     pure = max(settings.gate_prompts, 8)
     lengths, seed, cut = settings.prompt_lengths, settings.seed + 1, model.cut(experts.adapts)
-    if any(isinstance(domain, OwnExamples) for domain in domains):
+    if any(isinstance(domain, Own) for domain in domains):
         rng = np.random.default_rng(seed)
         texts = [_texts(domain, rng, lengths[1], pure) for domain in domains]
         return evidence_of_texts(model, texts, pure, mixed, lengths, seed, progress, cut)
@@ -207,9 +207,9 @@ def _held_out(
 
 
 def _texts(domain: Domain, rng: np.random.Generator, length: int, count: int) -> Sequence[str]:
-    """Held-out texts: all examples, each once, or ``count`` documents of a domain that has no end of them."""
-    if isinstance(domain, OwnExamples):
-        return domain.of("held_out")
+    """Held-out texts: all of a user's, each once, or ``count`` documents of a domain that has no end of them."""
+    if isinstance(domain, Own):
+        return list(domain.once(repeat(length), "held_out"))
     return [domain.document(rng, 0, length, "held_out").text for _ in range(count)]
 
 

@@ -2,6 +2,7 @@
 on it in two groups, and a bundle keeps its gate; another dispatcher's is refused."""
 
 import json
+import re
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from bayes_dispatch.experts.domains.own import OwnPairs, OwnPrompts, OwnText
 from bayes_dispatch.experts.domains.translations import Translations
 from bayes_dispatch.inference.scoring.evidence_sets import calibration_evidence, pure_evidence
 
-TEXT = "".join(f"Of {number} things, none is like another.\n" for number in range(60))
+TEXT = "".join(f"Of {number} things, none is like another.\n" for number in range(300))
 PAIRS = tuple((f"{a}*{b}=", str(a * b)) for a in range(8) for b in range(8))
 
 
@@ -120,7 +121,26 @@ class TestGate:
     def test_text_of_every_expert_is_needed(self, own: Bundle) -> None:
         with pytest.raises(ConfigError, match="expected held-out text of every expert, got none of sort"):
             calibrated(own, {}, 20, 60, (16, 24), seed=1)
-        assert calibrated(own, {"sort": OwnText("sort", TEXT)}, 20, 60, (16, 24), seed=1).gate is not None
+
+    def test_a_line_of_a_users_file_is_in_one_prompt_of_a_kind(self, own: Bundle) -> None:
+        """Thirty held-out lines are thirty prompts, of the other experts as well; all of a kind differ."""
+        gate = calibrated(own, {"sort": OwnText("sort", TEXT)}, 40, 99, (16, 24), seed=1).gate
+        assert gate is not None
+        pure, several = np.bincount(gate.groups)
+        assert pure == 90 - 90 // 4
+        assert 30 - 30 // 4 <= several <= 45 - 45 // 4
+
+    def test_too_short_a_file_is_refused(self, own: Bundle) -> None:
+        """However many prompts could be cut out of its end: they would tell of each other, not of prompts to come."""
+        short = OwnText("sort", "".join(TEXT.splitlines(keepends=True)[:100]))
+        with pytest.raises(ConfigError) as refused:
+            calibrated(own, {"sort": short}, 40, 99, (16, 24), seed=1)
+        assert re.fullmatch(
+            "expected held-out text for 80 prompts, 25 of them of several experts, got enough for 4\\d and 1\\d: the "
+            "last tenth of sort's file is 10 prompts, and no expert has more; give a longer file, or a smaller "
+            "--longest",
+            str(refused.value),
+        )
 
     def test_a_flat_dispatcher_is_refused_before_a_prompt_is_read(
         self, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
