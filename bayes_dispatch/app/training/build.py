@@ -4,6 +4,7 @@ Each stage leaves its result in a work directory and is skipped where that is th
 stopped goes on where it was. Everything follows from the inputs, the settings and their seed.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
@@ -39,7 +40,7 @@ from bayes_dispatch.inference.two_pass.prompts import clipped
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.storage import digest, read_json, write_json
 
-__all__ = ["PROGRAM", "BuildSettings", "build_bundle", "kept_at", "known_by", "training_evidence"]
+__all__ = ["PROGRAM", "BuildSettings", "build_bundle", "kept_at", "known_by", "our_version", "training_evidence"]
 
 # The view "surprise" was tried on our own model: squared error on held-out mixtures .078 with it and .067 without.
 PROGRAM = Admixture(views={"hidden": "vectors", "counts": "counts"})
@@ -96,7 +97,7 @@ def build_bundle(
             dispatcher, which needs none.
         unlabelled: texts of whatever experts.
         settings: the recipe. out: where to save the bundle; the stages' results lie beside it, in ``OUT.work``, which
-            may be deleted when all is done: those of other inputs are left alone.
+            may be deleted when all is done: those of other inputs, or of another version, are left alone.
         progress: show progress bars. announce: called with a line of text as each stage begins.
 
     Raises:
@@ -268,8 +269,14 @@ def _inputs(
 
 
 def kept_at(out: Path, inputs: Mapping[str, Any], *folders: str) -> Path:
-    """Where in ``OUT.work`` lies what was made of these inputs, and of no others."""
-    return out.resolve().with_name(out.name + ".work").joinpath(*folders, digest(inputs)[:16])
+    """Where in ``OUT.work`` lies what this version made of these inputs, and of no others."""
+    made = digest({**inputs, "version": our_version()})
+    return out.resolve().with_name(out.name + ".work").joinpath(*folders, made[:16])
+
+
+def our_version() -> str:
+    """Of the code that runs: another one may make something else of the same inputs."""
+    return str(sys.modules["bayes_dispatch"].__version__)
 
 
 def known_by(domain: Domain) -> Any:

@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.app.held_out import settled
-from bayes_dispatch.app.training.build import PROGRAM
+from bayes_dispatch.app.training.build import PROGRAM, known_by, our_version
 from bayes_dispatch.app.training.curriculum import CURRICULA, Curriculum
 from bayes_dispatch.app.training.plans import TrainingPlan
+from bayes_dispatch.arguments import shown
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.errors import ConfigError
@@ -47,7 +48,7 @@ from bayes_dispatch.model.pretraining.recipe import ComputeSettings
 from bayes_dispatch.model.pretraining.run import pretrain
 from bayes_dispatch.model.subwords import SubwordTokenizer
 from bayes_dispatch.model.tokenizer import ByteTokenizer
-from bayes_dispatch.storage import read_bytes, read_json, write_json, write_output
+from bayes_dispatch.storage import check_unused, digest, read_bytes, read_json, write_json, write_output
 
 __all__ = ["train_bundle"]
 
@@ -72,12 +73,14 @@ def train_bundle(
         announce: called with a line of text as each stage begins.
 
     Raises:
-        ConfigError: the work directory holds stages of another plan, or a package is missing.
-        BundleError: a stage's result is damaged.
+        ConfigError: the work directory holds stages of another plan, of other texts or of another version, or a package
+            is missing.
+        BundleError: a stage's result is damaged, or the work directory holds something else.
     """
     work = out.with_name(out.name + ".work") if work is None else work
-    _claim(work / "plan.json", asdict(plan))
     curriculum = CURRICULA[plan.curriculum](packages)
+    texts = {domain.name: known_by(domain) for domain in (*curriculum.experts, *curriculum.base)}
+    _claim(work / "plan.json", {"version": our_version(), **asdict(plan), "texts": digest(texts)})
     announce("base model")
     model = _base_model(plan, curriculum, work, processes, progress)
     announce("experts")
@@ -97,18 +100,22 @@ def train_bundle(
     return bundle
 
 
-def _claim(file: Path, plan: dict[str, Any]) -> None:
+def _claim(file: Path, made_of: dict[str, Any]) -> None:
     """Write down what a directory's stages are made of, or find there that it is the same.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not. BundleError: the directory holds something else.
     """
-    plan = json.loads(json.dumps(plan))
+    made_of = json.loads(json.dumps(made_of))
     if not file.exists():
-        write_json(file, plan)
-    elif read_json(file) != plan:
-        where = file.parent
-        raise ConfigError(f"expected stages of this plan in {where}, got those of another: delete it, or use a new one")
+        check_unused(file.parent)
+        write_json(file, made_of)
+    elif (found := read_json(file)) != made_of:
+        other = next((name for name, value in made_of.items() if found.get(name) != value), "plan")
+        expected, got = (shown(each.get(other)) for each in (made_of, found))
+        raise ConfigError(
+            f"expected stages of {other} {expected} in {file.parent}, got those of {got}: delete it, or use a new one"
+        )
 
 
 def _base_model(
