@@ -1,10 +1,10 @@
 """All that is kept on disk: files and directories that are written whole or not at all, and checked when they are read.
 
 One file (``files``): ``write_output`` replaces it at once, where that keeps what it is, and else overwrites it;
-``replace_file`` replaces it or refuses. A directory (``directories``): ``save_directory`` takes the place of an earlier
-save and of nothing else, and ``read_saved`` reads one save, whole. What is in them: ``documents``, ``tensors``, whose
-digests tell what was truncated or edited. JSON, safetensors and plain arrays alone are read; nothing is unpickled or
-executed.
+``replace_file`` replaces it or refuses, which ``check_replaceable`` tells beforehand. A directory (``directories``):
+``save_directory`` takes the place of an earlier save and of nothing else, and ``read_saved`` reads one save, whole.
+What is in them: ``documents``, ``tensors``, whose digests tell what was truncated or edited. JSON, safetensors and
+plain arrays alone are read; nothing is unpickled or executed.
 """
 
 from bayes_dispatch.storage.directories import (
@@ -20,7 +20,7 @@ from bayes_dispatch.storage.directories import (
     write_directory,
 )
 from bayes_dispatch.storage.documents import digest, expect_digest, expecting, parse_json, read_json, write_json
-from bayes_dispatch.storage.files import TEMPORARY, keep_file, read_bytes, replace_file, write_output
+from bayes_dispatch.storage.files import TEMPORARY, check_replaceable, keep_file, read_bytes, replace_file, write_output
 from bayes_dispatch.storage.tensors import check_tensors, parse_tensors, read_tensors, tensors_as_bytes, write_tensors
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "FINISHED",
     "TEMPORARY",
     "check_directory",
+    "check_replaceable",
     "check_tensors",
     "check_unused",
     "digest",

@@ -13,7 +13,16 @@ from filelock import lock_descriptor
 
 from bayes_dispatch.errors import BundleError
 
-__all__ = ["TEMPORARY", "alone_in", "keep_file", "read_bytes", "replace_file", "sync", "write_output"]
+__all__ = [
+    "TEMPORARY",
+    "alone_in",
+    "check_replaceable",
+    "keep_file",
+    "read_bytes",
+    "replace_file",
+    "sync",
+    "write_output",
+]
 
 TEMPORARY = ".bayes-dispatch-temporary"
 WITHOUT_LOCKS = {errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}  # some network file systems
@@ -59,9 +68,7 @@ def replace_file(path: Path, data: bytes | Callable[[], bytes], check: Callable[
         BundleError: ``path`` is no file, or one that may only be overwritten where it is.
         OSError: the disk is full, refuses, or has no locks that a function takes.
     """
-    path = _target(path)
-    if path.exists() and not path.is_file():
-        raise BundleError(f"expected a file at {path}, got a pipe or a device")
+    path = _own_target(path)
     with alone_in(path.parent) as alone:
         if check is not None:
             check()
@@ -70,10 +77,28 @@ def replace_file(path: Path, data: bytes | Callable[[], bytes], check: Callable[
                 raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK), str(path))
             data = data()
         if not _replace(path, data, alone):
-            raise BundleError(
-                f"expected a file that another can take the place of, got {path}: its directory takes no new files, or "
-                "none of its owner and mode"
-            )
+            raise _irreplaceable(path)
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse, before any work, a file that :func:`replace_file` could not replace later, be it there yet or not.
+
+    Raises:
+        BundleError, OSError: as there, but for a full disk.
+    """
+    path = _own_target(path)
+    mark = f"{TEMPORARY}-{os.getpid()}-{os.urandom(4).hex()}"
+    first, second = (path.with_name(f".{path.name}{mark}-{number}") for number in (1, 2))
+    try:
+        if not path.exists():
+            os.close(os.open(first, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+        if not _replaceable(second, (path if path.exists() else first).stat()):
+            raise _irreplaceable(path)
+    except PermissionError:
+        raise _irreplaceable(path) from None
+    finally:
+        for made in (first, second):
+            made.unlink(missing_ok=True)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -126,6 +151,21 @@ def alone_in(directory: Path) -> Iterator[bool]:
                 return
         finally:
             os.close(handle)
+
+
+def _own_target(path: Path) -> Path:
+    """As :func:`_target`, of what is a file if it is there."""
+    path = _target(path)
+    if path.exists() and not path.is_file():
+        raise BundleError(f"expected a file at {path}, got a pipe or a device")
+    return path
+
+
+def _irreplaceable(path: Path) -> BundleError:
+    return BundleError(
+        f"expected a file that another can take the place of, got {path}: its directory takes no new files, or none of "
+        "its owner and mode"
+    )
 
 
 def _target(path: Path) -> Path:

@@ -13,8 +13,9 @@ from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
 from bayes_dispatch.model.pretraining.recipe import Precision, PretrainingSettings
 from bayes_dispatch.storage import check_tensors, parse_json, read_json, read_tensors, write_tensors
 
-__all__ = ["Identity", "load_checkpoint", "save_checkpoint"]
+__all__ = ["FILE", "Identity", "load_checkpoint", "save_checkpoint"]
 
+FILE = "pretraining.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -49,7 +50,7 @@ def save_checkpoint(
 ) -> None:
     """Tensors, their step and what run they are of in one file, so that no crash can part them."""
     tensors = _named_state(model, optimizer) | {"step": torch.tensor(float(step))}
-    write_tensors(directory / "pretraining.safetensors", tensors, {"run": json.dumps(identity.to_json())})
+    write_tensors(directory / FILE, tensors, {"run": json.dumps(identity.to_json())})
 
 
 def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Optimizer, identity: Identity) -> int:
@@ -62,7 +63,7 @@ def load_checkpoint(directory: Path, model: nn.Module, optimizer: torch.optim.Op
         ConfigError: the checkpoint is of another run.
         BundleError: it is damaged.
     """
-    file = directory / "pretraining.safetensors"
+    file = directory / FILE
     if not file.exists():
         return 0
     tensors, header = read_tensors(file)

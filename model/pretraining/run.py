@@ -26,10 +26,11 @@ from bayes_dispatch.errors import BayesDispatchError, ConfigError, TensorError
 from bayes_dispatch.model.backbone import Tokenizer, padded, token_weights
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
-from bayes_dispatch.model.pretraining.checkpoints import Identity, load_checkpoint, save_checkpoint
+from bayes_dispatch.model.pretraining.checkpoints import FILE, Identity, load_checkpoint, save_checkpoint
 from bayes_dispatch.model.pretraining.processes import Worker, alone, join, join_launched, launched
 from bayes_dispatch.model.pretraining.recipe import ComputeSettings, PretrainingSettings, schedule
 from bayes_dispatch.model.subwords import SubwordTokenizer
+from bayes_dispatch.storage import check_replaceable
 
 __all__ = [
     "ComputeSettings",
@@ -115,7 +116,7 @@ def pretrain(
             ``compute`` asks for.
         TensorError: a loss or a gradient is not finite, or the bytes of a batch weigh nothing; the last checkpoint
             stays.
-        BundleError: the checkpoint is damaged.
+        BundleError: the checkpoint is damaged, or could not be replaced by the next.
     """
     compute = compute or ComputeSettings()
     compute.check()
@@ -185,6 +186,8 @@ def _train(run: Run, worker: Worker) -> None:
     model, optimizer, identity, start = _begin(run, worker)
     if not worker.agree(start):
         raise ConfigError(f"expected {run.directory} to be the same for all processes, got different checkpoints there")
+    if worker.rank == 0 and start < settings.steps:
+        check_replaceable(run.directory / FILE)
     model.gradient_checkpointing = compute.gradient_checkpointing
     if compute.compile:
         for block in model.blocks:  # one by one: all blocks of a kind share a graph, however many there are

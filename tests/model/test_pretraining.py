@@ -1,7 +1,9 @@
 """Training goes on after an interruption as if there had been none, is plain AdamW, lowers the loss, and is decided
 by its seed. Other settings need another directory; a checkpoint that fails leaves the former."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.errors import BundleError, ConfigError, TensorError
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
 from bayes_dispatch.model.pretraining.run import PretrainingSettings, next_token_loss, pack_rows, pretrain, schedule
 from bayes_dispatch.model.subwords import train_subwords
@@ -201,6 +203,28 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_former_one(
     rest = Source()
     assert same(pretrain(CONFIG, rest, SETTINGS, tmp_path, progress=False), uninterrupted)
     assert 10**9 - rest.left == 4 * 5
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_checkpoint_that_cannot_be_replaced_is_refused_before_the_first_step(
+    begun: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk takes files of its own mode, and gives none the mode of another. What is finished is only read."""
+    finished = tmp_path / "finished"
+    pretrain(CONFIG, Source(), SETTINGS, finished, progress=False)
+    directory = tmp_path / "new"
+    if begun:
+        with pytest.raises(ConnectionError):
+            pretrain(CONFIG, Source(fail_after=4 * 5), SETTINGS, directory, progress=False)
+
+    def forbidden(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "fchmod", forbidden)
+    with pytest.raises(BundleError, match=r"expected a file that another can take the place of, got .*new/pretraining"):
+        pretrain(CONFIG, Source(fail_after=0), SETTINGS, directory, progress=False)
+    assert [file.name for file in directory.iterdir()] == ["pretraining.safetensors"] * begun
+    pretrain(CONFIG, Source(fail_after=0), SETTINGS, finished, progress=False)
 
 
 def test_a_step_that_is_no_number_ends_it_and_leaves_the_checkpoint_before(
