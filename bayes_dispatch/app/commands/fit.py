@@ -32,8 +32,8 @@ def fit(
     examples: Annotated[
         Path | None,
         typer.Option(
-            help='Lines of {"expert": NAME, "text": …}, each text a prompt, some of every expert; NAME may be "base", '
-            "or left out where nobody knows. Mixed prompts are made of these."
+            help='Lines of {"expert": NAME, "text": …}, each text a prompt, cut to what the model reads, some of '
+            'every expert; NAME may be "base", or left out where nobody knows. Mixed prompts are made of these.'
         ),
     ] = None,
     evidence: Annotated[
@@ -67,6 +67,7 @@ def fit(
     from bayes_dispatch.experts.domains.own import read_examples
     from bayes_dispatch.inference.scoring.evidence_sets import known_weights, prompts_of_several
     from bayes_dispatch.inference.two_pass.first_pass import first_pass
+    from bayes_dispatch.inference.two_pass.prompts import clipped
 
     system, made = open_bundle(bundle, device, dtype), 0
     if evidence is not None:
@@ -79,7 +80,8 @@ def fit(
         texts = {name: [each.text for each in given if each.expert == name] for name in system.experts.names}
         check_every_expert({name: len(own) for name, own in texts.items()})  # before they are read
         mixed, shares = prompts_of_several(system.model, list(texts.values()), len(given), seed)
-        prompts, made, progress = [each.text for each in given] + mixed, len(mixed), sys.stderr.isatty()
+        begun = [clipped(system.tokenizer, each.text, system.model.longest) for each in given]
+        prompts, made, progress = begun + mixed, len(mixed), sys.stderr.isatty()
         if cluster is None:
             seen = first_pass(system.model, system.tokenizer, prompts, progress=progress, cut=system.cut).evidence
         else:
@@ -102,12 +104,10 @@ def _check(example: "Example", path: Path, system: "System") -> None:
     """Whether it can be read, before any is: what reads many prompts does not know their lines.
 
     Raises:
-        UnknownNameError: it names no component. PromptError: it is too long for the model.
+        UnknownNameError: it names no component. PromptError: it has no token.
     """
     where, components = f"in line {example.line} of {path}", system.experts.components
     if example.expert not in (None, *components):
         raise UnknownNameError(f"expected a prompt of {', '.join(components)} {where}, got one of {example.expert}")
-    count, longest = len(system.tokenizer.tokenize(example.text).ids), system.model.longest
-    if count == 0 or (longest is not None and count > longest):
-        room = "at least 1 token" if longest is None else f"1 to {longest} tokens"
-        raise PromptError(f"expected a prompt of {room} {where}, got {count}")
+    if not system.tokenizer.tokenize(example.text).ids:
+        raise PromptError(f"expected a prompt of at least 1 token {where}, got none")
