@@ -127,6 +127,10 @@ class Dispatcher:
         now = self._now
         return vars(self) | {"_now": now and replace(now, prior=copy(now.prior))}
 
+    def __sklearn_clone__(self) -> Dispatcher:
+        """For ``sklearn.base.clone``: one of the same settings that is not fitted."""
+        return replace(self)
+
     @property
     def fitted(self) -> bool:
         """Whether ``fit`` or ``load`` has run."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+from sklearn.base import clone
 
 from bayes_dispatch.checks.coverage import simulated_coverage
 from bayes_dispatch.dispatcher.estimator import Dispatcher
@@ -166,6 +167,16 @@ def test_unfitted(call: str, tmp_path: "Path") -> None:
     with pytest.raises(NotFittedError, match=ONE_LINE):
         getattr(dispatcher, call)(argument)
     assert not (tmp_path / "new").exists()
+
+
+def test_scikit_learns_clone_has_the_settings_alone(fitted: Dispatcher) -> None:
+    """It shares nothing that a fit would change."""
+    cloned = clone(fitted)
+    assert type(cloned) is Dispatcher
+    settings = ("experts", "random_state", "svi", "features", "program")
+    assert [getattr(cloned, name) for name in settings] == [getattr(fitted, name) for name in settings]
+    assert fitted.fitted
+    assert not cloned.fitted
 
 
 @pytest.mark.parametrize(
