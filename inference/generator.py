@@ -104,6 +104,7 @@ class TwoPassGenerator:
             predictive_entropy=numbers[1],
             mutual_information=numbers[2],
             lengths=lengths,
+            rows=np.array([run.rows.get(n, 0) for n in range(count)]),
             paths=tuple(np.concatenate([run.paths[n], *(each[None] for each in paths[n])]) for n in range(count)),
             cost=run.cost,
             fallback=np.array([n in run.foreign for n in range(count)]),

@@ -75,7 +75,8 @@ class Generation:
             from. The features only chose where half of the particles are. Of another blend: those that it runs.
         predictive_entropy, mutual_information: (N, max_new_tokens) in nats, of the next token, and between it and the
             particle: the epistemic part, under the same posterior, given the tokens generated so far as well.
-        lengths: (N,), tokens that were generated.
+        lengths: (N,), tokens that were generated. rows: (N,), of the model, that ran for them: particles, those that
+            were merged counted once.
         paths: for each prompt (tokens − 1 + lengths, K + 1), the mean blend weights before each token of the prompt
             but the first, of which nothing is said, and each generated one.
         cost: in evaluations of blocks on tokens.
@@ -94,6 +95,7 @@ class Generation:
     predictive_entropy: np.ndarray
     mutual_information: np.ndarray
     lengths: np.ndarray
+    rows: np.ndarray
     paths: tuple[np.ndarray, ...]
     cost: Cost
     fallback: np.ndarray

@@ -52,7 +52,7 @@ class Decoding:
 
     Attributes:
         path: (T, N, K + 1), the filtered mean of the blend weights after each token of the prompts.
-        reader: as given.
+        reader: as given. counts: of each prompt's particles.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Decoding:
         self._filter, self._target = ParticleFilter(particles), particles.target
         self._ids, self._lengths, self._evidence = ids, lengths, evidence
         self._stops = ~continues[None]  # (1 or N, V)
-        self._counts = [particles.mass.shape[1]] * len(ids)  # of particles; after these there are only copies
+        self.counts = [particles.mass.shape[1]] * len(ids)  # of particles; after these there are only copies
         self._following: Float[Tensor, "N S V"]
         self._mean: np.ndarray | None = None  # of the present weights, where it has been asked for
         self.path = np.empty((ids.shape[1], len(ids), particles.weights.shape[2]))
@@ -83,7 +83,7 @@ class Decoding:
     @property
     def width(self) -> int:
         """Particles of the prompt that has most."""
-        return max(self._counts)
+        return max(self.counts)
 
     @property
     def nbytes(self) -> int:
@@ -178,9 +178,9 @@ class Decoding:
         v = self._filter.log_weights.exp().numpy()
         chosen = [representatives(own, each, tolerance) for own, each in zip(v, kl, strict=True)]
         left = self._filter.merge(np.stack(chosen))
-        self._mean, self._counts = None, list(map(len, left))
+        self._mean, self.counts = None, list(map(len, left))
         self.reader.keep(range(len(left)), left)
-        width = max(self._counts)
+        width = max(self.counts)
         index = torch.tensor([[*kept, *[kept[0]] * (width - len(kept))] for kept in left])
         self._following = self._following[torch.arange(len(left))[:, None], index]
         return left
@@ -227,9 +227,9 @@ class Decoding:
 
     def keep(self, prompts: Sequence[int]) -> None:
         """Drop all other prompts; nothing is merged after that."""
-        self._counts = [self._counts[n] for n in prompts]
-        width = max(self._counts)
-        self.reader.keep(prompts, [range(count) for count in self._counts])
+        self.counts = [self.counts[n] for n in prompts]
+        width = max(self.counts)
+        self.reader.keep(prompts, [range(count) for count in self.counts])
         self._filter.select(prompts, width)
         self._mean = None
         self._following = self._following[torch.tensor(prompts), :width]
@@ -247,8 +247,8 @@ class Decoding:
         width = max(own.shape[1], more.shape[1])
         copies = [each[:, :1].expand(-1, width - each.shape[1], -1) for each in (own, more)]
         self._following = torch.cat([torch.cat([own, copies[0]], 1), torch.cat([more, copies[1]], 1)])
-        self._stops = torch.cat([each._stops.expand(len(each._counts), -1) for each in (self, other)])
-        self._counts, self._mean = self._counts + other._counts, None
+        self._stops = torch.cat([each._stops.expand(len(each.counts), -1) for each in (self, other)])
+        self.counts, self._mean = self.counts + other.counts, None
 
 
 class Settled(NamedTuple):

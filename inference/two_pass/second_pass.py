@@ -78,7 +78,8 @@ class SecondPass:
 
     Attributes:
         weights: by prompt (K + 1,), filtered means when it had been read. paths: by prompt (tokens − 1, K + 1), before
-            each of its tokens but the first. texts: by prompt, what has been written. cost: so far.
+            each of its tokens but the first. rows: by prompt, of the model, for what follows it. texts: by prompt, what
+            has been written. cost: so far.
         foreign: the prompts that the gate sent to base. p_values: by prompt, of the gate, where it was asked.
 
     Raises:
@@ -95,6 +96,7 @@ class SecondPass:
         self.prompts = tuple(check_prompts(prompts))
         self.weights: dict[int, np.ndarray] = {}
         self.paths: dict[int, np.ndarray] = {}
+        self.rows: dict[int, int] = {}
         self.texts: dict[int, str] = {}
         self.foreign: set[int] = set()
         self.p_values: dict[int, float] = {}
@@ -192,7 +194,7 @@ class SecondPass:
         decoding, reader = settled.decoding, settled.decoding.reader
         self._count(prefill=settled.evaluated)
         for place, n in enumerate(group):
-            self.weights[n] = settled.weights[place]
+            self.weights[n], self.rows[n] = settled.weights[place], decoding.counts[place]
             self.paths[n] = settled.path[: len(self._texts[n].ids) - 1, place]
         tell(
             logger,

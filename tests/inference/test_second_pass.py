@@ -107,12 +107,15 @@ def test_merged_particles_cost_fewer_rows_and_little_likelihood(bundle64: "Bundl
     generator = TwoPassGenerator(bundle64)
     given: dict[str, Any] = {"max_new_tokens": 6, "seed": 3}
     whole = generator.generate(PROMPTS, blend=UNMERGED, **given)
+    assert whole.rows.tolist() == [6] * len(PROMPTS)
     for tolerance in (1e-9, 0.01, 10.0):
         merged = generator.generate(PROMPTS, blend=PosteriorPredictive(6, merge=tolerance), **given)
         np.testing.assert_allclose(merged.weights, whole.weights, atol=1e-9)  # before anything is merged
         if tolerance < 1e-6:
             assert_same(merged, whole, atol=1e-4)
+        assert merged.cost.decode == merged.cost.depth * merged.rows @ (merged.lengths - 1)
         if tolerance == 10.0:
+            assert merged.rows.tolist() == [1] * len(PROMPTS)
             assert merged.cost.rows == 1.0
             np.testing.assert_allclose(merged.mutual_information, 0, atol=1e-12)
         assert merged.cost.decode <= whole.cost.decode
@@ -224,6 +227,8 @@ def test_foreign_prompts_are_left_to_base(gated64: "Bundle", blend: Blend) -> No
     silent = generator.generate(prompts, **given, false_alarm_rate=0.05, abstain=True)
     assert silent.texts[1] == ""
     assert silent.lengths.tolist() == [4, 0, 4]
+    assert silent.rows.tolist() == [found.rows[0], 0, found.rows[2]]
+    assert found.rows[1] == 1
     assert silent.texts[::2] == found.texts[::2]
     assert silent.paths[1].shape == (len(prompts[1]), 4)
     alone = generator.generate(prompts[1:2], **given, false_alarm_rate=0.05, abstain=True)

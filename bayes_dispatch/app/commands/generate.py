@@ -29,7 +29,6 @@ from bayes_dispatch.app.commands.terminal import (
 from bayes_dispatch.errors import PromptError
 
 if TYPE_CHECKING:
-    from bayes_dispatch.inference.two_pass.blends import Blend
     from bayes_dispatch.inference.two_pass.generation import Generation
 
 __all__ = ["generate"]
@@ -115,7 +114,7 @@ def generate(
             "abstain": abstain,
         }
         return print_json(_as_json(generation) | asked)
-    _print_generation(generation, chosen if show_experts else None, fitted=bool(opened.dispatcher.views))
+    _print_generation(generation, show_experts, fitted=bool(opened.dispatcher.views))
 
 
 def _read(path: Path) -> bytes:
@@ -150,14 +149,15 @@ def _as_json(generation: "Generation") -> dict[str, Any]:
         "log_probabilities": trimmed(generation.log_probabilities),
         "predictive_entropy": trimmed(generation.predictive_entropy),
         "mutual_information": trimmed(generation.mutual_information),
+        "rows": generation.rows.tolist(),
         "fallback": generation.fallback.tolist(),
         "p_values": [None if np.isnan(p) else p for p in generation.p_values.tolist()],
         "cost": {**asdict(cost), "total": cost.total, "prompt_passes": cost.prompt_passes},
     }
 
 
-def _print_generation(generation: "Generation", blend: "Blend | None", fitted: bool) -> None:
-    """Prompts with their texts, and the weights of the experts for a ``blend`` that is given."""
+def _print_generation(generation: "Generation", experts: bool, fitted: bool) -> None:
+    """Prompts with their texts, and the weights of the ``experts``."""
     from rich.text import Text
 
     from bayes_dispatch.app.tables import visible, weights_table
@@ -172,13 +172,12 @@ def _print_generation(generation: "Generation", blend: "Blend | None", fitted: b
         if generation.fallback[n]:
             done = "base alone" if generation.lengths[n] else "nothing was generated"
             print(f"prompt {n} is foreign to all experts (p = {generation.p_values[n]:.2g}): {done}", file=sys.stderr)
-        if blend is not None and generation.lengths[n]:
-            posterior = generation.posterior.select([n])
-            note = _note(generation, n, blend, fitted)
+        if experts and generation.lengths[n]:
+            posterior, note = generation.posterior.select([n]), _note(generation, n, fitted)
             console.print(weights_table(posterior, generation.weights[n].tolist(), note).to_rich())
 
 
-def _note(generation: "Generation", n: int, blend: "Blend", fitted: bool) -> str:
+def _note(generation: "Generation", n: int, fitted: bool) -> str:
     """What the columns of the weights of prompt ``n`` are, and how sure its new tokens are."""
     import numpy as np
 
@@ -187,9 +186,7 @@ def _note(generation: "Generation", n: int, blend: "Blend", fitted: bool) -> str
         told = "This bundle's dispatcher was not fitted: mean, interval and P(best) are the same for every prompt. The"
     values = -generation.log_probabilities[n], generation.predictive_entropy[n], generation.mutual_information[n]
     nll, entropy, information = (np.nanmean(value) for value in values)
-    particles = blend.particles(generation.posterior.select([n]))
-    several = particles.weights.shape[1] > 1 and not particles.refined and not generation.fallback[n]
-    shared = f"{information:.4f}" if several else "– (one row ran)"
+    shared = f"{information:.4f}" if generation.rows[n] > 1 else "– (one row ran)"
     return (
         f"{told} blend weight is what its next token is predicted by, under {generation.blend}. New tokens, in nats: "
         f"NLL {nll:.3f}, entropy {entropy:.3f}, mutual information {shared}."

@@ -103,7 +103,7 @@ def test_generate_as_json(saved: Path, bundle: Bundle, capfd: pytest.CaptureFixt
     )
     assert document["texts"] == list(expected.texts)
     assert document["experts"] == ["reverse", "sort", "add", "base"]
-    for name in ("weights", "log_probabilities", "predictive_entropy", "mutual_information"):
+    for name in ("weights", "log_probabilities", "predictive_entropy", "mutual_information", "rows"):
         np.testing.assert_allclose(document[name], getattr(expected, name), atol=1e-6)
     np.testing.assert_allclose(document["posterior"]["mean"], expected.posterior.mean)
     lower, upper = np.moveaxis(np.array(document["posterior"]["interval_90"]), -1, 0)
