@@ -126,7 +126,8 @@ def _answer_table(prompts: Sequence[DemoPrompt], generations: Sequence[Generatio
     columns = ["prompt", "right answer", *(generation.blend for generation in generations), "MI"]
     note = (
         "First line of each continuation; none is marked where a prompt has no single right one. ✗: not the right one. "
-        "Of texts, a small model seldom finds it under any expert; and a short prompt may not tell which is meant. MI: "
+        "Of texts, a small model seldom finds it under any expert; and a short prompt may not tell which is meant. One "
+        "prompt says little of a blend: bayes-dispatch compare takes many. MI: "
         f"mutual information between expert weights and the first new token under {generations[-1].blend}, in nats."
     )
     return Table("Generation under each blend", columns, rows, note)
