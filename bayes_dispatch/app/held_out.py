@@ -14,7 +14,8 @@ from bayes_dispatch.dispatcher.gate import FEWEST_PROMPTS, Gate
 from bayes_dispatch.errors import ConfigError, UnknownNameError
 from bayes_dispatch.experts.domains import EXPERT_DOMAINS, Domain, real_domains
 from bayes_dispatch.experts.domains.mixtures import beginning_of
-from bayes_dispatch.experts.domains.own import Own, read_jsonl, read_text
+from bayes_dispatch.experts.domains.own import Own
+from bayes_dispatch.experts.domains.own_files import read_jsonl, read_text
 from bayes_dispatch.inference.scoring.evidence_sets import (
     KnownEvidence,
     calibration_evidence,

@@ -11,17 +11,8 @@ import pytest
 
 from bayes_dispatch.errors import ConfigError, RewardError
 from bayes_dispatch.experts.domains import Checked
-from bayes_dispatch.experts.domains.own import (
-    Own,
-    OwnExamples,
-    OwnPairs,
-    OwnPrompts,
-    OwnText,
-    Rewarded,
-    read_jsonl,
-    read_prompts,
-    read_text,
-)
+from bayes_dispatch.experts.domains.own import Own, OwnExamples, OwnPairs, OwnPrompts, OwnText, Rewarded
+from bayes_dispatch.experts.domains.own_files import read_jsonl, read_prompts, read_text
 from bayes_dispatch.experts.questions import ask
 
 LINES = "".join(f"line {number} of the text, grün\n" for number in range(100))

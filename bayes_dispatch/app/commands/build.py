@@ -66,7 +66,7 @@ def build(
     from bayes_dispatch.app.bundle import transformers_backbone
     from bayes_dispatch.app.training.build import BuildSettings, build_bundle
     from bayes_dispatch.experts.bank import ExpertBank
-    from bayes_dispatch.experts.domains.own import read_examples
+    from bayes_dispatch.experts.domains.own_files import read_examples
     from bayes_dispatch.storage import read_saved
 
     texts: dict[str | None, list[str]] = {}
@@ -163,7 +163,7 @@ def _tell(bundle: "Bundle", out: Path, model: str, as_json: bool) -> None:
 
 def _passages(path: Path) -> list[str]:
     """A text in passages of whole lines."""
-    from bayes_dispatch.experts.domains.own import read_utf8
+    from bayes_dispatch.experts.domains.own_files import read_utf8
 
     passages, passage = [], ""
     for line in read_utf8(path).splitlines(keepends=True):

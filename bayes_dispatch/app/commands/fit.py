@@ -21,7 +21,7 @@ from bayes_dispatch.app.commands.terminal import (
 from bayes_dispatch.errors import ConfigError, PromptError, UnknownNameError
 
 if TYPE_CHECKING:
-    from bayes_dispatch.experts.domains.own import Example
+    from bayes_dispatch.experts.domains.own_files import Example
     from bayes_dispatch.inference.two_pass.system import System
 
 __all__ = ["fit"]
@@ -64,7 +64,7 @@ def fit(
 
     from bayes_dispatch.app.training.own_expert import check_every_expert, with_dispatcher
     from bayes_dispatch.dispatcher.evidence.files import EvidenceFile, read_evidence
-    from bayes_dispatch.experts.domains.own import read_examples
+    from bayes_dispatch.experts.domains.own_files import read_examples
     from bayes_dispatch.inference.scoring.evidence_sets import known_weights, prompts_of_several
     from bayes_dispatch.inference.two_pass.first_pass import first_pass
     from bayes_dispatch.inference.two_pass.prompts import clipped

@@ -21,7 +21,8 @@ from bayes_dispatch.dispatcher.fitting.pipeline import TrainingSet
 from bayes_dispatch.errors import ConfigError, RewardError, TensorError, UnknownNameError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, Checked, Domain
-from bayes_dispatch.experts.domains.own import OwnPrompts, Reward, Rewarded, read_jsonl, read_prompts, read_text
+from bayes_dispatch.experts.domains.own import OwnPrompts, Reward, Rewarded
+from bayes_dispatch.experts.domains.own_files import read_jsonl, read_prompts, read_text
 from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.experts.objectives import Likelihood, Objective, Reinforce
 from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, train_expert

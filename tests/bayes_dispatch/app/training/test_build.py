@@ -21,7 +21,8 @@ from bayes_dispatch.app.training.build import BuildSettings, build_bundle, kept_
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.errors import BayesDispatchError, ConfigError, ForeignExpertError
 from bayes_dispatch.experts.domains import Domain, TextDomain
-from bayes_dispatch.experts.domains.own import OwnExamples, OwnPairs, OwnPrompts, OwnText, read_examples
+from bayes_dispatch.experts.domains.own import OwnExamples, OwnPairs, OwnPrompts, OwnText
+from bayes_dispatch.experts.domains.own_files import read_examples
 from bayes_dispatch.inference.two_pass.likelihood import ExpertLogLikelihoods
 from bayes_dispatch.inference.two_pass.prompts import clipped
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
