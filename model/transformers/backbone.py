@@ -21,13 +21,13 @@ from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of, rows_of
 from bayes_dispatch.model.mambaformer.fingerprint import Fingerprint
 from bayes_dispatch.model.mambaformer.token_model import check_ids
 from bayes_dispatch.model.transformers.parts import ModelParts
+from bayes_dispatch.model.transformers.probes import called_matrices, ways_of_reading
 from bayes_dispatch.model.transformers.session import LOGITS_AT_ONCE, TransformersSession
 from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
 from bayes_dispatch.storage import read_saved
 
 __all__ = ["TransformersBackbone"]
 
-PROBE = 12  # tokens of the check of what a model can do
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -67,8 +67,8 @@ class TransformersBackbone:
         self._factors: dict[str, tuple[tuple[int, int], tuple[Tensor, Tensor, Tensor]]] = {}
         self._fingerprint = Fingerprint()
         self._cast: _Cast | None = None
-        self._called = self._probe_calls()
-        self.parts.continues, self.cuts = self._probe_reading()
+        self._called = called_matrices(model, self.parts)
+        self.parts.continues, self.cuts = ways_of_reading(model, self.parts)
 
     @classmethod
     def load(
@@ -280,94 +280,6 @@ class TransformersBackbone:
             left, values, right = (each.to(self.dtype).contiguous() for each in factors)
             self._factors[name] = key, (left, values, right)
         return self._factors[name][1]
-
-    def _probe_calls(self) -> list[str]:
-        """Matrices that the model multiplies by calling their module once a token: those that a delta reaches."""
-        calls: dict[str, int] = {}
-        handles = [
-            module.register_forward_hook(lambda m, inputs, output, name=name: _count(calls, name, inputs))
-            for name, module in self.parts.matrices.items()
-        ]
-        try:
-            with torch.inference_mode():
-                self.model(input_ids=torch.zeros(3, 2, dtype=torch.long, device=self.device), use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return [name for name in self.parts.matrices if calls.get(name) == 1]
-
-    def _probe_reading(self) -> tuple[bool, bool]:
-        """Whether chunks, and parts, give what the whole model gives: for a row, and for a shorter one beside it."""
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(self.vocab_size, (1, PROBE), generator=generator).to(self.device)
-        half, less = PROBE // 2, 3
-        kind = type(self.model).__name__
-
-        def logits(row: Tensor) -> Tensor:
-            return (
-                self.model(input_ids=row, use_cache=False).logits[0].to(torch.promote_types(self.dtype, torch.float32))
-            )
-
-        # what rounding may do: recurrent blocks of that library compute in float32 whatever the model's dtype
-        slack = max(300 * torch.finfo(torch.float32).eps, 4 * torch.finfo(self.dtype).eps)
-
-        def apart(one: Tensor, other: Tensor) -> float:
-            difference = one.log_softmax(-1) - other.log_softmax(-1)
-            return float(difference.abs().max() / (1 + other.abs().max()))
-
-        def near(one: Tensor, other: Tensor) -> bool:
-            return apart(one, other) <= slack
-
-        def keeps() -> bool:
-            """Whether states are those of a text read at once: in half precision a lost one hides in the logits."""
-            whole, parts = self.open(1, PROBE), self.open(1, PROBE)
-            whole.read(ids)
-            for piece in ids.split([PROBE - 2, 2], 1):
-                parts.read(piece)
-            pairs = zip(whole.kept(), parts.kept(), strict=True)
-            return all(bool((one - other).norm() <= slack / 4 * one.norm()) for one, other in pairs)
-
-        def reads(*parts: range) -> bool:
-            sessions = [self.open(2, PROBE, blocks=part) for part in parts]
-            short = torch.cat([ids[:, less:half], ids.new_zeros(1, less)], 1)
-            for piece, counts in [
-                (torch.cat([ids[:, :half], short]), torch.tensor([half, half - less], device=self.device)),
-                (ids[:, half:].expand(2, -1), None),
-            ]:
-                x = None
-                for session in sessions:
-                    found = session.read(piece, counts, x)
-                    x = found.hidden
-            assert found.after is not None
-            return near(found.after[:, -1], expected)
-
-        with torch.inference_mode():
-            whole = logits(ids)
-            later = torch.cat([ids[:, :half], ids[:, half:].flip(1)], 1)
-            if not near(logits(later)[:half], whole[:half]):
-                raise ConfigError(f"expected a causal language model, got {kind}, which looks at later tokens")
-            rounding = apart(logits(ids[:, :half]), whole[:half])
-            if getattr(self.model, "is_quantized", False):  # kernels of some of these round by the number of tokens
-                slack = max(slack, 4 * rounding)
-            if rounding > slack:
-                raise ConfigError(
-                    f"expected a model that says the same of a token whatever follows it, got {kind}, which does not"
-                )
-            expected = torch.stack([whole[-1], logits(ids[:, less:])[-1]])
-            self.cuts = True
-            self.parts.continues = keeps() and reads(range(self.depth))
-            if not self.parts.continues and not reads(range(self.depth)):
-                raise ConfigError(
-                    f"expected a model that reads on from what it kept, got {kind}, which gives other values"
-                )
-            places = {1, self.depth // 2, self.depth - 1} - {0, self.depth}
-            cuts = all(reads(range(cut), range(cut, self.depth)) for cut in places)
-        return self.parts.continues, cuts and self.depth > 1
-
-
-def _count(calls: dict[str, int], name: str, inputs: tuple[Any, ...]) -> None:
-    rowwise = bool(inputs) and inputs[0].shape[:2] == (3, 2)  # rows are still there
-    calls[name] = calls.get(name, 0) + (1 if rowwise else 2)
 
 
 def _matrix(module: nn.Module) -> Tensor:
