@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bayes_dispatch.arguments import simplex, whole
 from bayes_dispatch.errors import ConfigError, ForeignExpertError, TensorError, UnknownNameError
-from bayes_dispatch.experts.bank_files import LORA, StoredExpert, read_bank, write_bank
+from bayes_dispatch.experts.bank_files import StoredExpert, read_bank, write_bank
+from bayes_dispatch.experts.blending import Blending, Expert, in_memory, is_lora
 from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.experts.peft import read_peft, write_peft
 from bayes_dispatch.experts.vectors import BASE, ExpertVector, check_expert_name
@@ -26,8 +27,6 @@ from bayes_dispatch.model.backbone import Backbone
 __all__ = ["ExpertBank"]
 
 SHOWN = 20  # names in an error
-STACKS = 16  # sets of LoRA experts whose stacked factors are kept
-Expert = ExpertVector | LoraExpert
 Weights = Tensor | np.ndarray | Sequence[Any]  # of components, along the last axis
 
 
@@ -79,22 +78,19 @@ class ExpertBank(Mapping[str, Expert]):
     def _fill(self, base: str, matrices: Mapping[str, int], experts: Sequence[Expert | StoredExpert]) -> None:
         self._experts = {expert.name: expert for expert in experts}
         self.base = base
-        self._scaled = [k for k, expert in enumerate(experts) if not _is_lora(expert)]
-        self.matrices: Mapping[str, int] = MappingProxyType(dict(matrices) if self._scaled else {})
+        has_scales = not all(map(is_lora, experts))
+        self.matrices: Mapping[str, int] = MappingProxyType(dict(matrices) if has_scales else {})
         self.metadata: Mapping[str, Mapping[str, str]] = MappingProxyType(
             {expert.name: MappingProxyType(dict(expert.metadata)) for expert in experts}
         )
         self.names = tuple(self._experts)
         self.components = (*self.names, BASE)
-        ranks = [dict(expert.matrices) if _is_lora(expert) else {} for expert in experts]
-        self._low = {name: [k for k, own in enumerate(ranks) if name in own] for each in ranks for name in each}
-        self.adapts = tuple(dict.fromkeys([*self.matrices, *self._low]))
+        self._blending = Blending(self.matrices, experts)
+        self.adapts = (*self.matrices, *(name for name in self._blending.low if name not in self.matrices))
         layers = [_layer(matrix) for matrix in self.adapts]
         self.layers = tuple(dict.fromkeys(layers))
         self._layer_of = [self.layers.index(layer) for layer in layers]
         self.adapt_from = min(map(block_of, self.adapts))
-        self._deviations: dict[int, Tensor] = {}  # of experts that a blend needed so far
-        self._stacks: dict[tuple[str, tuple[int, ...]], tuple[Tensor, Tensor, list[int]]] = {}
 
     @classmethod
     def _of(cls, base: str, matrices: Mapping[str, int], experts: Sequence[Expert | StoredExpert]) -> "ExpertBank":
@@ -113,8 +109,7 @@ class ExpertBank(Mapping[str, Expert]):
             UnknownNameError: there is none. BundleError, ForeignExpertError: it is on disk, and its file is damaged,
                 another expert's or of another base model.
         """
-        expert = self._experts[self._known(name)]
-        return expert.vector if isinstance(expert, StoredExpert) else expert
+        return in_memory(self._experts[self._known(name)])
 
     def __contains__(self, name: object) -> bool:
         return name in self._experts
@@ -143,9 +138,9 @@ class ExpertBank(Mapping[str, Expert]):
         given = self._check(weights, (len(self.components),))
         scales: dict[str, Tensor] = {}
         if self.matrices:
-            whole = self._blend(given, range(sum(self.matrices.values())))
+            whole = self._blending.scales(given, range(sum(self.matrices.values())))
             scales = dict(zip(self.matrices, whole.split(list(self.matrices.values()), dim=-1), strict=True))
-        return Adaptation(scales, self._deltas(dict.fromkeys(self._low, given), alike))
+        return Adaptation(scales, self._blending.deltas(dict.fromkeys(self._blending.low, given), alike))
 
     def blend_by_matrix(self, weights: Weights) -> Adaptation:
         """``blend`` with weights of its own for each adapted matrix.
@@ -160,11 +155,13 @@ class ExpertBank(Mapping[str, Expert]):
         return self._by_matrix(self._check(weights, (len(self.adapts), len(self.components))))
 
     def _by_matrix(self, given: Tensor) -> Adaptation:
-        weights = dict(zip(self.adapts, given.unbind(dim=-2), strict=True))
+        weights, blending = dict(zip(self.adapts, given.unbind(dim=-2), strict=True)), self._blending
         stops = list(accumulate(self.matrices.values()))
         places = [range(stop - rank, stop) for rank, stop in zip(self.matrices.values(), stops, strict=True)]
-        scales = {name: self._blend(weights[name], place) for name, place in zip(self.matrices, places, strict=True)}
-        return Adaptation(scales, self._deltas({name: weights[name] for name in self._low}))
+        scales = {
+            name: blending.scales(weights[name], place) for name, place in zip(self.matrices, places, strict=True)
+        }
+        return Adaptation(scales, blending.deltas({name: weights[name] for name in blending.low}))
 
     def blend_by_layer(self, weights: Weights) -> Adaptation:
         """``blend`` with weights of its own for each layer.
@@ -267,7 +264,7 @@ class ExpertBank(Mapping[str, Expert]):
         matrices = self.matrices or (expert.matrices if isinstance(expert, ExpertVector) else {})
         _check_fit(expert, self.base, matrices, "the bank")
         if isinstance(expert, LoraExpert):
-            others = [name for name, each in self._experts.items() if _is_lora(each) and name != expert.name]
+            others = [name for name, each in self._experts.items() if is_lora(each) and name != expert.name]
             _check_factors([*(each for each in map(self.__getitem__, others) if isinstance(each, LoraExpert)), expert])
         return self._of(self.base, matrices, list({**self._experts, expert.name: expert}.values()))
 
@@ -336,66 +333,6 @@ class ExpertBank(Mapping[str, Expert]):
         if isinstance(weights, Tensor) and weights.is_floating_point():
             return weights
         return torch.tensor(found, dtype=torch.get_default_dtype())
-
-    def _blend(self, weights: Tensor, place: range) -> Tensor:
-        """``z(w)`` (*B, place), for weights (*B, K + 1); those scales of all matrices, in order, that ``place`` tells.
-
-        Where gradients are wanted all experts are read: those of no weight have a gradient, too.
-        """
-        weighty = weights.detach().reshape(-1, len(self.components)).ne(0).any(dim=0).tolist()
-        used = [k for k in self._scaled if weights.requires_grad or weighty[k]]  # others deviate nowhere
-        if not used:
-            return weights.new_ones((*weights.shape[:-1], len(place)))
-        deviations = torch.stack([self._deviation(k)[place.start : place.stop] for k in used]).to(weights)
-        return 1 + weights[..., used] @ deviations
-
-    def _deltas(self, weights: Mapping[str, Tensor], alike: bool = False) -> dict[str, Delta]:
-        """What LoRA experts add to each matrix, for its weights (*B, K + 1)."""
-        found: dict[str, Delta] = {}
-        for matrix, given in weights.items():
-            flat = given.detach().reshape(-1, len(self.components))
-            weighty = flat.ne(0).any(dim=0).tolist()
-            used = tuple(k for k in self._low[matrix] if alike or given.requires_grad or weighty[k])
-            if used:
-                up, down, ranks = self._stacked(matrix, used)
-                repeats = torch.tensor(ranks, device=given.device)
-                found[matrix] = Delta(up, down, given[..., list(used)].repeat_interleave(repeats, -1))
-        return found
-
-    def _stacked(self, matrix: str, used: tuple[int, ...]) -> tuple[Tensor, Tensor, list[int]]:
-        """``up`` (out, Σ r) and ``down`` (Σ r, in) of some experts, and their ranks; threads may make them twice."""
-        found = self._stacks.get((matrix, used))
-        if found is None:
-            own = []
-            for k in used:
-                expert = self[self.names[k]]
-                assert isinstance(expert, LoraExpert)
-                own.append(expert.factors[matrix])
-            with torch.inference_mode(False):
-                down, up = torch.cat([down for down, _ in own]), torch.cat([up for _, up in own], 1)
-            found = up, down, [len(down) for down, _ in own]
-            stacks = self._stacks
-            if len(stacks) >= STACKS * len(self._low):
-                stacks = {}
-            stacks[matrix, used] = found
-            self._stacks = stacks
-        return found
-
-    def _deviation(self, k: int) -> Tensor:
-        """z − 1 of one expert, (scales,), in doubles; threads may compute it twice, and see it whole."""
-        found = self._deviations.get(k)
-        if found is None:
-            expert = self[self.names[k]]
-            assert isinstance(expert, ExpertVector)
-            scales = expert.scales
-            with torch.inference_mode(False):  # it stays, and blends may be differentiated later
-                found = torch.cat([scales[name] for name in self.matrices]).double() - 1
-            self._deviations[k] = found
-        return found
-
-
-def _is_lora(expert: Expert | StoredExpert) -> bool:
-    return isinstance(expert, LoraExpert) or (isinstance(expert, StoredExpert) and expert.kind == LORA)
 
 
 def _layer(matrix: str) -> str:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError, TensorError
-from bayes_dispatch.experts.bank import STACKS, Expert, ExpertBank
+from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.bank_files import verify_bank
+from bayes_dispatch.experts.blending import STACKS, Expert
 from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.adaptation import Adaptation
@@ -161,7 +162,7 @@ def test_few_stacks_are_kept_and_threads_share_them(in_threads: Callable[..., An
     for found in in_threads(3, blends):
         for got, one in zip(found, want, strict=True):
             assert_same(got, one)
-    assert 0 < len(bank._stacks) <= STACKS + 3  # each thread may add one to what another has just begun
+    assert 0 < len(bank._blending._stacks) <= STACKS + 3  # each thread may add one to what another has just begun
 
 
 def test_blends_made_in_inference_mode_leave_no_trace(tmp_path: Path) -> None:
