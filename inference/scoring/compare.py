@@ -17,7 +17,7 @@ from bayes_dispatch.arguments import seed as checked_seed
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
-from bayes_dispatch.inference.scoring.document_reader import Reading, TokenDocument, following, read_documents
+from bayes_dispatch.inference.scoring.document_reader import DocumentReading, TokenDocument, following, read_documents
 from bayes_dispatch.inference.scoring.scores import Comparison, Score, ScoredTokens, SystemComparison
 from bayes_dispatch.inference.two_pass.blends import Blend, Particles, as_blend
 from bayes_dispatch.inference.two_pass.filtering import ParticleFilter, entropy_of, predictive
@@ -159,7 +159,7 @@ def score_together(
 
 
 def _log_masses(
-    readings: Sequence[Reading],
+    readings: Sequence[DocumentReading],
     place: np.ndarray,
     particles: Particles,
     last: Sequence[int],

@@ -17,7 +17,7 @@ from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.two_pass.first_pass import Prefix, read_prefix
 from bayes_dispatch.model.backbone import Backbone, Tokenizer, padded
 
-__all__ = ["Reading", "TokenDocument", "following", "read_documents"]
+__all__ = ["DocumentReading", "TokenDocument", "following", "read_documents"]
 
 TOKENS_AT_ONCE = 8192  # of the rows that run together: of more, activations only leave the processor's caches
 BELOW_AT_ONCE = 32768  # of the documents that are read below the cut together, which is kept
@@ -56,7 +56,7 @@ class TokenDocument(NamedTuple):
         return int((self.stops <= byte).sum())
 
 
-class Reading(NamedTuple):
+class DocumentReading(NamedTuple):
     """What W blend weights make of a document of T tokens, P of them scored.
 
     Attributes:
@@ -73,7 +73,7 @@ def read_documents(
     experts: ExpertBank,
     documents: Sequence[TokenDocument],
     weights: Sequence[Float[np.ndarray, "_ *layers components"]],
-) -> list[Reading]:
+) -> list[DocumentReading]:
     """Read each document under weights of its own.
 
     Args:
@@ -82,7 +82,7 @@ def read_documents(
             document.
     """
     lengths, cut = torch.tensor([len(document.ids) for document in documents]), model.cut(experts.adapts)
-    found: dict[int, Reading] = {}
+    found: dict[int, DocumentReading] = {}
     for alike in _batches(lengths, [1] * len(documents), BELOW_AT_ONCE):
         group = [n for n, _ in alike]
         texts = [documents[n] for n in group]
@@ -98,8 +98,8 @@ def following(
     weights: Float[np.ndarray, "W *layers components"],
     hidden: Float[Tensor, "W P D"],
 ) -> Iterator[Float[Tensor, "W p V"]]:
-    """All log-probabilities at the scored tokens of a ``Reading``, a few tokens after the other: of a real vocabulary
-    there is no room for those of a whole document.
+    """All log-probabilities at the scored tokens of a ``DocumentReading``, a few tokens after the other: of a real
+    vocabulary there is no room for those of a whole document.
     """
     adaptation = experts.blend_rows(torch.tensor(weights).to(model.weights_dtype))
     session = model.open(len(weights), 1, adaptation)
@@ -113,8 +113,8 @@ def _above(
     prefix: Prefix,
     documents: Sequence[TokenDocument],
     weights: Sequence[Float[np.ndarray, "_ *layers components"]],
-) -> list[Reading]:
-    parts: list[list[Reading]] = [[] for _ in documents]
+) -> list[DocumentReading]:
+    parts: list[list[DocumentReading]] = [[] for _ in documents]
     for rows in _batches(prefix.tokens, [len(own) for own in weights], TOKENS_AT_ONCE):
         owner = torch.tensor([n for n, _ in rows])
         tokens = prefix.tokens[owner]
@@ -131,8 +131,8 @@ def _above(
         own, hidden = read.own.cpu(), read.hidden.gather(1, index)
         for n in owner.unique().tolist():
             mine, document = owner == n, documents[n]
-            parts[n].append(Reading(own[mine, 1 : len(document.ids)], hidden[mine, : len(document.places)]))
-    return [Reading(*map(torch.cat, zip(*each, strict=True))) for each in parts]
+            parts[n].append(DocumentReading(own[mine, 1 : len(document.ids)], hidden[mine, : len(document.places)]))
+    return [DocumentReading(*map(torch.cat, zip(*each, strict=True))) for each in parts]
 
 
 def _batches(lengths: Int[Tensor, " N"], counts: Sequence[int], most: int) -> Iterator[list[tuple[int, int]]]:

@@ -15,7 +15,7 @@ from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.serving.vllm.format import BANK, FIELD, Probe, gap
 from bayes_dispatch.serving.work import BusyError, UpstreamError
 
-__all__ = ["Said", "Upstream"]
+__all__ = ["Upstream", "UpstreamToken"]
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ LONGEST_WAIT = 60  # seconds that a client is told to wait, at most
 UNMASKED = -100.0  # what is added to the logits of tokens that may not be chosen, the least that vLLM takes
 
 
-class Said(NamedTuple):
+class UpstreamToken(NamedTuple):
     """One token that a server wrote. log_probability: under the blend, at temperature 1."""
 
     token_id: int
@@ -118,7 +118,7 @@ class Upstream:
 
     async def write(
         self, ids: Sequence[int], weights: str, writing: Writing, seed: int, ends: Sequence[int], never: Sequence[int]
-    ) -> AsyncGenerator[Said]:
+    ) -> AsyncGenerator[UpstreamToken]:
         """The tokens that follow, as they come. Who hears no more closes this, and the server stops.
 
         Args:
@@ -231,7 +231,7 @@ async def _events(answer: httpx2.Response) -> AsyncGenerator[dict[str, Any]]:
     raise UpstreamError("expected a stream that ends with stop or length, got one that broke off")
 
 
-def _said(event: dict[str, Any]) -> list[Said]:
+def _said(event: dict[str, Any]) -> list[UpstreamToken]:
     """The tokens of an event.
 
     Raises:
@@ -242,7 +242,7 @@ def _said(event: dict[str, Any]) -> list[Said]:
         for choice in event["choices"]:
             ids = choice["token_ids"] or []
             told = choice["logprobs"]["token_logprobs"] if ids else []
-            found += [Said(int(id_), float(log_p)) for id_, log_p in zip(ids, told, strict=True)]
+            found += [UpstreamToken(int(id_), float(log_p)) for id_, log_p in zip(ids, told, strict=True)]
     except (KeyError, TypeError, ValueError) as error:
         raise UpstreamError(f"expected token ids and log-probabilities of vLLM, got {error!r:.100}") from None
     return found

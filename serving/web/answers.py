@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from bayes_dispatch.serving.web.choices import Choice, Piece, Token
+from bayes_dispatch.serving.web.choices import Choice, ChoiceToken, Piece
 from bayes_dispatch.serving.web.jobs import Job
 from bayes_dispatch.serving.work import Begun, Work
 
@@ -28,7 +28,7 @@ class Shape(Protocol):
     whole: str
     chunk: str
 
-    def choice(self, choice: Choice, text: str, tokens: Sequence[Token] | None) -> dict[str, Any]:
+    def choice(self, choice: Choice, text: str, tokens: Sequence[ChoiceToken] | None) -> dict[str, Any]:
         """All of a choice; ``tokens`` is ``None`` where logprobs were not asked for."""
         ...
 
@@ -36,7 +36,7 @@ class Shape(Protocol):
         """What a choice's stream begins with."""
         ...
 
-    def part(self, choice: Choice, piece: Piece, tokens: Sequence[Token] | None) -> dict[str, Any]:
+    def part(self, choice: Choice, piece: Piece, tokens: Sequence[ChoiceToken] | None) -> dict[str, Any]:
         """More of it; ``choice.reason`` is set in the last part."""
         ...
 
@@ -46,18 +46,18 @@ class CompletionShape:
 
     prefix, whole, chunk = "cmpl", "text_completion", "text_completion"
 
-    def choice(self, choice: Choice, text: str, tokens: Sequence[Token] | None) -> dict[str, Any]:
+    def choice(self, choice: Choice, text: str, tokens: Sequence[ChoiceToken] | None) -> dict[str, Any]:
         told = None if tokens is None else self._logprobs(tokens)
         return {"index": choice.index, "text": text, "logprobs": told, "finish_reason": choice.reason}
 
     def first(self, choice: Choice) -> dict[str, Any]:
         return self.choice(choice, "", None)
 
-    def part(self, choice: Choice, piece: Piece, tokens: Sequence[Token] | None) -> dict[str, Any]:
+    def part(self, choice: Choice, piece: Piece, tokens: Sequence[ChoiceToken] | None) -> dict[str, Any]:
         return self.choice(choice, piece.text, tokens)
 
     @staticmethod
-    def _logprobs(tokens: Sequence[Token]) -> dict[str, Any]:
+    def _logprobs(tokens: Sequence[ChoiceToken]) -> dict[str, Any]:
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [token.log_probability for token in tokens],
@@ -73,24 +73,26 @@ class ChatShape:
 
     prefix, whole, chunk = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def choice(self, choice: Choice, text: str, tokens: Sequence[Token] | None) -> dict[str, Any]:
+    def choice(self, choice: Choice, text: str, tokens: Sequence[ChoiceToken] | None) -> dict[str, Any]:
         message = {"role": "assistant", "content": text, "refusal": None}
         return self._with_reason(choice, "message", message, tokens)
 
     def first(self, choice: Choice) -> dict[str, Any]:
         return self._with_reason(choice, "delta", {"role": "assistant", "content": ""}, None)
 
-    def part(self, choice: Choice, piece: Piece, tokens: Sequence[Token] | None) -> dict[str, Any]:
+    def part(self, choice: Choice, piece: Piece, tokens: Sequence[ChoiceToken] | None) -> dict[str, Any]:
         delta = {"content": piece.text} if piece.text or choice.reason is None else {}
         return self._with_reason(choice, "delta", delta, tokens)
 
     @staticmethod
-    def _with_reason(choice: Choice, name: str, said: dict[str, Any], tokens: Sequence[Token] | None) -> dict[str, Any]:
+    def _with_reason(
+        choice: Choice, name: str, said: dict[str, Any], tokens: Sequence[ChoiceToken] | None
+    ) -> dict[str, Any]:
         told = None if tokens is None else {"content": [_entry(token) for token in tokens], "refusal": None}
         return {"index": choice.index, name: said, "logprobs": told, "finish_reason": choice.reason}
 
 
-def _entry(token: Token) -> dict[str, Any]:
+def _entry(token: ChoiceToken) -> dict[str, Any]:
     return {
         "token": token.text,
         "logprob": token.log_probability,

@@ -8,13 +8,13 @@ import numpy as np
 
 from bayes_dispatch.serving.work import Begun, Ended, Wrote
 
-__all__ = ["Choice", "Piece", "Stops", "Token"]
+__all__ = ["Choice", "ChoiceToken", "Piece", "Stops"]
 
 REASONS = {"abstained": "content_filter", "dispatched": "stop", "length": "length", "stop": "stop"}  # as OpenAI's
 WEIGHT_DIGITS = 6  # decimals of a token's weights: a chunk has K + 1 of them
 
 
-class Token(NamedTuple):
+class ChoiceToken(NamedTuple):
     """What logprobs have of a token.
 
     Attributes:
@@ -34,7 +34,7 @@ class Piece(NamedTuple):
     """More of a choice: text that is decided, and the tokens whose text has begun with it."""
 
     text: str
-    tokens: tuple[Token, ...]
+    tokens: tuple[ChoiceToken, ...]
 
 
 class Stops:
@@ -83,7 +83,7 @@ class Choice:
 
     def __post_init__(self) -> None:
         self._stops = Stops(self.stops)
-        self._waiting: list[Token] = []
+        self._waiting: list[ChoiceToken] = []
         self._written = self._decided = 0
 
     def write(self, token: Wrote) -> Piece:
@@ -92,7 +92,7 @@ class Choice:
         self.shares = token.weights if self.shares is None else self.shares + token.weights
         weights = tuple(round(float(weight), WEIGHT_DIGITS) for weight in token.weights)
         told = token.log_probability, token.mutual_information, weights
-        self._waiting.append(Token(token.text, self._written, *told))
+        self._waiting.append(ChoiceToken(token.text, self._written, *told))
         self._written += len(token.text)
         return self._piece(self._stops.add(token.text))
 

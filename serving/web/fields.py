@@ -18,8 +18,8 @@ __all__ = [
     "CompletionAsked",
     "DispatchAsked",
     "FeedbackAsked",
+    "MessageAsked",
     "StreamOptions",
-    "Turn",
     "read_fields",
 ]
 
@@ -94,7 +94,7 @@ class StreamOptions(_Fields):
     include_obfuscation: Annotated[Any, AfterValidator(_Off(False))] = None
 
 
-class Turn(_Fields):
+class MessageAsked(_Fields):
     """A message. What OpenAI's answers have and ours lack may come back at the value that they have in ours."""
 
     role: Literal["system", "developer", "user", "assistant"]
@@ -109,7 +109,7 @@ class Turn(_Fields):
 
 
 # The first wrong one is enough: of a body of many, all errors would hold up everybody for seconds.
-Turns = Annotated[list[Turn], Field(min_length=1, max_length=4096, fail_fast=True)]
+MessagesAsked = Annotated[list[MessageAsked], Field(min_length=1, max_length=4096, fail_fast=True)]
 
 
 def _input_kind(value: Any) -> str:
@@ -120,7 +120,7 @@ class DispatchAsked(_Fields):
     """Of ``/v1/dispatch``: a text or messages to dispatch, with nothing written."""
 
     input: Annotated[
-        Annotated[str, Tag("(text)")] | Annotated[Turns, Tag("(messages)")],
+        Annotated[str, Tag("(text)")] | Annotated[MessagesAsked, Tag("(messages)")],
         Discriminator(_input_kind),
     ]
     model: str = "bundle"
@@ -176,7 +176,7 @@ class CompletionAsked(Asked):
 class ChatAsked(Asked):
     """Of ``/v1/chat/completions``. ``safety_identifier`` is what ``user`` is called now."""
 
-    messages: Turns
+    messages: MessagesAsked
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Any, AfterValidator(_Off(0))] = None

@@ -12,7 +12,7 @@ from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.two_pass.blends import Blend, FixedWeights, as_blend
 from bayes_dispatch.inference.two_pass.prompts import Writing
 from bayes_dispatch.inference.two_pass.system import System, check_gate
-from bayes_dispatch.serving.web.fields import Asked, ChatAsked, CompletionAsked, DispatchAsked, Turn
+from bayes_dispatch.serving.web.fields import Asked, ChatAsked, CompletionAsked, DispatchAsked, MessageAsked
 from bayes_dispatch.serving.web.refusals import RefusedError, naming
 from bayes_dispatch.serving.web.settings import WebSettings
 from bayes_dispatch.serving.work import Message, Work
@@ -233,7 +233,7 @@ def _with_draws(blend: Blend, draws: int) -> Blend:
     return replace(settings, draws=draws)
 
 
-def _messages(turns: Sequence[Turn], param: str) -> tuple[Message, ...]:
+def _messages(turns: Sequence[MessageAsked], param: str) -> tuple[Message, ...]:
     roles = [ROLES.get(turn.role, turn.role) for turn in turns]
     said = roles[1:] if roles[0] == "system" else roles
     if len(said) % 2 == 0 or said != (["user", "assistant"] * len(said))[: len(said)]:

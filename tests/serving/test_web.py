@@ -36,7 +36,7 @@ from bayes_dispatch.inference.two_pass.readers import CachedReader
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
 from bayes_dispatch.serving.web.answers import ChatShape, CompletionShape
 from bayes_dispatch.serving.web.app import make_app
-from bayes_dispatch.serving.web.choices import Choice, Piece, Stops, Token
+from bayes_dispatch.serving.web.choices import Choice, ChoiceToken, Piece, Stops
 from bayes_dispatch.serving.web.feedback import Learner
 from bayes_dispatch.serving.web.fields import ChatAsked, CompletionAsked, DispatchAsked
 from bayes_dispatch.serving.web.jobs import Jobs
@@ -367,7 +367,7 @@ def test_metrics_are_those_of_the_guide(served: Served) -> None:
 
 def test_what_an_engine_does_not_know_is_null() -> None:
     """Engines whose model sees one set of weights at a time know no mutual information."""
-    token = Token("a", 0, -1.0, None, (0.25, 0.75))
+    token = ChoiceToken("a", 0, -1.0, None, (0.25, 0.75))
     piece, choice = Piece("a", (token,)), Choice(0, 0)
     told = [shape.part(choice, piece, piece.tokens)["logprobs"] for shape in (CompletionShape(), ChatShape())]
     assert (told[0]["mutual_information"], told[0]["weights"]) == ([None], [(0.25, 0.75)])

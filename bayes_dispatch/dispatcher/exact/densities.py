@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 from torch import Tensor
 
-from bayes_dispatch.dispatcher.program.generative import FLOOR
+from bayes_dispatch.dispatcher.program.generative import WEIGHT_FLOOR
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.views import View
 
@@ -62,7 +62,8 @@ class ViewDensity:
             else:
                 columns = [columns[0].mean(0)]
             table = np.concatenate(columns, -1)
-            floored = (table + FLOOR * table.sum(0)) / (1 + FLOOR * len(table))  # as the program floors the weights
+            # as the program floors the weights
+            floored = (table + WEIGHT_FLOOR * table.sum(0)) / (1 + WEIGHT_FLOOR * len(table))
             made.append(cls(view, floored, strength, mixing, temper))
         return tuple(made)
 

@@ -25,7 +25,7 @@ from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior, isolated
 from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.settings import Admixture
-from bayes_dispatch.dispatcher.program.views import KINDS, View, floored
+from bayes_dispatch.dispatcher.program.views import KINDS, View, off_zero
 from bayes_dispatch.errors import EvidenceError, TensorError
 
 __all__ = ["FittedDispatcher", "as_prompts"]
@@ -201,7 +201,7 @@ def as_prompts(
         elif view.kind == "probabilities":
             near = np.abs(values.sum(1, keepdims=True) - 1) < 1e-4
             _check_kind(view, values, ~absent, "probabilities that sum to 1", (values >= 0) & near)
-            observed[view.name] = floored(observed[view.name])
+            observed[view.name] = off_zero(observed[view.name])
     return Prompts(_tensor(evidence.known_lengths(), dtype), totals, missing, observed)
 
 

@@ -27,7 +27,7 @@ from scipy.special import betaincinv
 from bayes_dispatch.errors import ConfigError
 
 __all__ = [
-    "FLOOR",
+    "LABEL_FLOOR",
     "label_probability",
     "dirichlet_moments",
     "total_precision",
@@ -37,12 +37,12 @@ __all__ = [
     "are_moments",
 ]
 
-FLOOR = 0.05  # of the labels falls on all components alike, as in the generative model's prior of the weights
+LABEL_FLOOR = 0.05  # of the labels falls on all components alike, as in the generative model's prior of the weights
 TOLERANCE = 1e-9
 
 
 def label_probability(
-    pi: Float[np.ndarray, "*batch component"], floor: float = FLOOR
+    pi: Float[np.ndarray, "*batch component"], floor: float = LABEL_FLOOR
 ) -> Float[np.ndarray, "*batch component"]:
     """``(…, K+1)`` P(label = k | pi) of shares ``(…, K+1)``: the floored shares.
 
@@ -74,7 +74,7 @@ def update_moments(
     mean: Float[np.ndarray, "*batch component"],
     covariance: Float[np.ndarray, "*batch component component"],
     likelihood: Float[np.ndarray, "*batch component"],
-    floor: float = FLOOR,
+    floor: float = LABEL_FLOOR,
 ) -> tuple[Float[np.ndarray, "*batch component"], Float[np.ndarray, "*batch component component"]]:
     """One event of each of several independent streams.
 

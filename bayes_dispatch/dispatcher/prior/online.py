@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from bayes_dispatch.arguments import fraction, number, real, shown, whole
 from bayes_dispatch.dispatcher.arrays import Frozen, as_labels, as_points, as_values, short_repr
 from bayes_dispatch.dispatcher.prior.moment_filter import (
-    FLOOR,
+    LABEL_FLOOR,
     are_moments,
     decay_moments,
     dirichlet_moments,
@@ -129,7 +129,7 @@ def observe(
     state: PriorState,
     likelihoods: Float[np.ndarray, "event component"],
     forgetting: float = 1.0,
-    floor: float = FLOOR,
+    floor: float = LABEL_FLOOR,
 ) -> PriorState:
     """Update the prior by events, in their order.
 
@@ -229,7 +229,7 @@ def feedback_likelihood(
 
 
 def evidence_likelihood(
-    mean: Float[np.ndarray, "event component"], pi: Float[np.ndarray, "*event component"], floor: float = FLOOR
+    mean: Float[np.ndarray, "event component"], pi: Float[np.ndarray, "*event component"], floor: float = LABEL_FLOOR
 ) -> Float[np.ndarray, "event component"]:
     """What the prompts themselves say about their labels.
 

@@ -34,7 +34,7 @@ from bayes_dispatch.dispatcher.program.views import View
 
 __all__ = ["MOSTLY", "SIZES", "DispatchModel", "floored", "label_informed_start"]
 
-FLOOR = 1e-6  # of w inside the likelihoods: keeps scales and concentrations off zero
+WEIGHT_FLOOR = 1e-6  # of w inside the likelihoods: keeps scales and concentrations off zero
 PRIOR = (3.0, 1.5)  # concentration of pi for an expert, and for base
 MOSTLY = 0.6  # of a prompt's weight on an expert: above it, the prompt is taken for one of the expert's
 SIZES = (0.5, 0.35, 0.15)  # that one, two or three components share a prompt
@@ -222,6 +222,6 @@ def _clusters(model: DispatchModel, prompts: Prompts, shares: Tensor, rows: Tens
 
 
 def floored(weights: Float[Tensor, "... weight"]) -> Float[Tensor, "... weight"]:
-    """The weights that the likelihoods are of: none below about ``FLOOR``."""
-    raised = weights + FLOOR
+    """The weights that the likelihoods are of: none below about ``WEIGHT_FLOOR``."""
+    raised = weights + WEIGHT_FLOOR
     return raised / raised.sum(-1, keepdim=True)

@@ -29,8 +29,8 @@ __all__ = [
     "SurpriseView",
     "VectorsView",
     "View",
-    "floored",
     "length_factor",
+    "off_zero",
 ]
 
 PROBABILITY_FLOOR = 1e-3  # of a classifier's probabilities, which may be exactly 0
@@ -221,7 +221,7 @@ class ProbabilitiesView(_ClassesView):
     """``Dirichlet(conc/τ · (w @ Phi) + 1e-3)`` for probabilities ``(N, C)`` that a classifier gives: its confusions.
 
     ``Phi`` is the classifier's mean answer to an expert's prompts; ``conc`` tells how far it can be trusted. Evidence
-    enters :func:`floored`, for classifiers say 0; what the program draws is positive as it is.
+    enters :func:`off_zero`, for classifiers say 0; what the program draws is positive as it is.
     """
 
     name: str = "classifier"
@@ -256,7 +256,7 @@ def length_factor(lengths: Float[Tensor, " prompt"], lt: Tensor) -> Float[Tensor
     return torch.where(lengths > 0, known, torch.ones_like(known))
 
 
-def floored(probabilities: Tensor) -> Tensor:
+def off_zero(probabilities: Tensor) -> Tensor:
     """Probabilities ``(·, C)`` moved a little to the uniform ones, so that all are positive."""
     width = probabilities.shape[-1]
     return (probabilities + PROBABILITY_FLOOR) / (1 + width * PROBABILITY_FLOOR)

@@ -30,7 +30,7 @@ from bayes_dispatch.dispatcher.exact.supports import SupportPrior
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
-from bayes_dispatch.dispatcher.program.views import KINDS, floored
+from bayes_dispatch.dispatcher.program.views import KINDS, off_zero
 from bayes_dispatch.errors import ConfigError, MissingDependencyError, TensorError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def draw_prompts(model: DispatchModel, count: int, seed: int) -> Prompts:
         v.name: torch.as_tensor(
             rng.integers(0, 30, (count, v.width)) * 1.0
             if v.kind == "counts"
-            else floored(torch.tensor(rng.dirichlet(np.full(v.width, 0.1), count)))
+            else off_zero(torch.tensor(rng.dirichlet(np.full(v.width, 0.1), count)))
             if v.kind == "probabilities"
             else 3 * rng.standard_t(2, (count, v.width))
         )

@@ -22,7 +22,7 @@ from bayes_dispatch.dispatcher.exact.supports import SupportPrior
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
-from bayes_dispatch.dispatcher.program.views import CountsView, ProbabilitiesView, SurpriseView, VectorsView, floored
+from bayes_dispatch.dispatcher.program.views import CountsView, ProbabilitiesView, SurpriseView, VectorsView, off_zero
 
 K = 3
 SHARES = np.array([0.4, 0.3, 0.2, 0.1])
@@ -51,7 +51,7 @@ def draw_prompts(model: DispatchModel, count: int, seed: int, largest: int = 9) 
         if view.kind == "counts":
             observed[view.name] = torch.tensor(rng.integers(0, largest, (count, view.width)) * 1.0)
         elif view.kind == "probabilities":
-            observed[view.name] = floored(torch.tensor(rng.dirichlet(np.full(view.width, 0.2), count)))
+            observed[view.name] = off_zero(torch.tensor(rng.dirichlet(np.full(view.width, 0.2), count)))
         else:
             observed[view.name] = torch.tensor(rng.normal(0, 0.5, (count, view.width)))
     missing = {view.name: torch.tensor(rng.random(count) < 0.2) for view in model.views}

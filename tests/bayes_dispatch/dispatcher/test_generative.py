@@ -12,7 +12,7 @@ from pyro import poutine
 from scipy import stats
 from torch import Tensor
 
-from bayes_dispatch.dispatcher.program.generative import FLOOR, DispatchModel, label_informed_start
+from bayes_dispatch.dispatcher.program.generative import WEIGHT_FLOOR, DispatchModel, label_informed_start
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.views import CountsView, VectorsView, length_factor
 
@@ -67,7 +67,7 @@ def test_density_by_hand() -> None:
     total = 0.0
     for n in range(N):
         total += stats.dirichlet(concentration.numpy()).logpdf(w[n].numpy())
-        share = ((w[n] + FLOOR) / (w[n] + FLOOR).sum()).numpy()
+        share = ((w[n] + WEIGHT_FLOOR) / (w[n] + WEIGHT_FLOOR).sum()).numpy()
         length = float(data.lengths[n])
         factor = (1 + 20 * lt / length) / (1 + 0.4 * lt) if length else 1.0
         between = share @ means**2 - (share @ means) ** 2

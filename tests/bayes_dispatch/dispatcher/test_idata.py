@@ -18,7 +18,7 @@ from bayes_dispatch.dispatcher.arviz_data import write_netcdf
 from bayes_dispatch.dispatcher.arviz_groups import fitted_groups
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
-from bayes_dispatch.dispatcher.program.generative import FLOOR
+from bayes_dispatch.dispatcher.program.generative import WEIGHT_FLOOR
 from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.errors import ConfigError, TensorError
 
@@ -94,7 +94,7 @@ def test_globals_and_observations_are_the_programs(data: Any, fitted: Dispatcher
     weights = torch.tensor(draw["weights"].values[rows])
     likely = fitted.state.model.log_likelihood(sites, weights, fitted.state.prompts(fresh.evidence.select(rows)), tau)
     for row, prompt in enumerate(rows):
-        w = draw["weights"].values[prompt] + FLOOR
+        w = draw["weights"].values[prompt] + WEIGHT_FLOOR
         w /= w.sum()
         length = float(data["constant_data"]["lengths"][prompt])
         factor = 1.0 if np.isnan(length) else (1 + 20 * lt / length) / (1 + 0.4 * lt)
