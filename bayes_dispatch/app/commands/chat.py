@@ -40,7 +40,9 @@ __all__ = ["chat"]
 def chat(
     state: Annotated[
         Path | None,
-        typer.Option(help="Written after every turn; a chat that is in it goes on, with the settings it began with."),
+        typer.Option(
+            help="The chat's file, written after every turn; if it is there, its chat goes on, with its settings."
+        ),
     ] = None,
     blend: Annotated[str | None, typer.Option(help=BLENDS_HELP)] = None,
     top_k: TopKOption = None,
@@ -75,7 +77,7 @@ def chat(
     device: DeviceOption = "cpu",
     dtype: DtypeOption = None,
 ) -> None:
-    """Reply to each line of stdin, right after it or as the model's chat template says. Empty lines are skipped.
+    """Reply to each line of stdin, by the model's chat template if it has one. Empty lines are skipped.
 
     At a terminal, a line that cannot be read is refused, and the chat goes on.
     """

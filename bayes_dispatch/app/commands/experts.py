@@ -11,7 +11,7 @@ from bayes_dispatch.errors import ConfigError
 
 __all__ = ["experts", "is_of_a_bundle"]
 
-experts = typer.Typer(help="The experts of a bundle, or of a bank on its own: list, show, check and edit them.")
+experts = typer.Typer(help="List, show, check and edit the experts of a bundle, or of a bank on its own.")
 
 BankOption = Annotated[Path | None, typer.Option("--bank", help="A bank's directory, in the place of a bundle.")]
 T = TypeVar("T")

@@ -51,9 +51,9 @@ def fit(
 ) -> None:
     """Fit a bundle's dispatcher again, to prompts of your own, and write the bundle with it.
 
-    It knows no others afterwards, so every expert needs some. Labels of evidence are the numbers of the bundle's
-    experts from 0, and -1 where unknown. The bundle's gate was calibrated for the old dispatcher and is left out, as
-    are calibrated intervals: calibrate-gate makes others.
+    Afterwards it knows these prompts alone, so give some of every expert. Labels of evidence are the numbers of the
+    bundle's experts from 0, and -1 where unknown. The bundle's gate was calibrated for the old dispatcher and is left
+    out, as are calibrated intervals: calibrate-gate makes others.
     """
     if (examples is None) == (evidence is None):
         raise ConfigError(f"expected either --examples or --evidence, got {'none' if examples is None else 'both'}")

@@ -47,15 +47,15 @@ def generate(
         int, typer.Option(min=1, help="Most tokens to write after each prompt; of our own model they are bytes.")
     ] = 32,
     stop: Annotated[
-        str | None, typer.Option(help="End a text once it has written this; --escapes holds for it, too.")
+        str | None, typer.Option(help="End a text once it has this in it; --escapes holds for it, too.")
     ] = None,
     sample: SampleOption = False,
     temperature: TemperatureOption = None,
     false_alarm_rate: Annotated[
         float | None,
         typer.Option(
-            help="Ask the gate, and use no expert for prompts unlike all they know. At most this share of prompts "
-            "that an expert does know is taken for such."
+            help="Ask the gate, and use no expert for foreign prompts, which are unlike all that the experts know. "
+            "At most this share of ordinary prompts is taken for foreign."
         ),
     ] = None,
     abstain: Annotated[

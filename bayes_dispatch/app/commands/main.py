@@ -124,7 +124,7 @@ def demo(
     ),
     seed: SeedOption = 0,
 ) -> None:
-    """First pass, dispatch and generation under every blend, for a few fixed prompts: tables, texts and pictures."""
+    """Continue a few fixed prompts under every blend, and write tables, texts and pictures."""
     check_output(out)
     from bayes_dispatch.app.demo import run_demo
 
@@ -191,10 +191,10 @@ def calibrate_gate(
     packages: PackagesOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Calibrate a bundle on held-out prompts: its gate, which tells foreign ones, its intervals, and its sets.
+    """Calibrate a bundle on held-out prompts: the gate for foreign ones, and guaranteed intervals and sets.
 
-    No line of a file is in two prompts of its expert, or in two of several experts: only so the guarantees hold. A
-    short file gives fewer prompts than asked for, of the other experts, too.
+    No line of a file is in two prompts of its expert, or in two prompts of several experts: only so the guarantees
+    hold. A short file therefore gives fewer prompts than asked for.
     """
     check_new_output(out, "bundle.json", bundle)
     from bayes_dispatch.app.held_out import read_own
@@ -221,7 +221,7 @@ def report(
     as_json: JsonOption = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
 ) -> None:
-    """What was measured when a bundle was trained: experts, dispatch, calibration and blends."""
+    """Show what was measured when a bundle was trained: experts, dispatch, calibration and blends."""
     from bayes_dispatch.app.bundle import read_index
     from bayes_dispatch.app.shipped import bundle_directory
     from bayes_dispatch.app.tables import report_markdown

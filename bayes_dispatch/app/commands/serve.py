@@ -86,7 +86,7 @@ def serve(
         bool, typer.Option("--ray", help="Run the engines in a Ray cluster: RAY_ADDRESS, or one on this machine alone.")
     ] = False,
     replicas: Annotated[
-        str | None, typer.Option(help="With --ray: how many engines, as 2; or 1-4, as busy as they are. Default: 1.")
+        str | None, typer.Option(help="With --ray: how many engines, such as 2; or 1-4, as the work needs. Default: 1.")
     ] = None,
     replica_busy: Annotated[
         int | None,

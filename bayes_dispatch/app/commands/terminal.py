@@ -82,7 +82,7 @@ TemperatureOption = Annotated[
 ]
 BundleOption = Annotated[
     Path | None,
-    typer.Option("--bundle", help="Directory of the bundle to use; smollm2, or without it our own: those that ship."),
+    typer.Option("--bundle", help="Directory of the bundle to use, or smollm2; default: our own, which ships."),
 ]
 SEED_HELP = "Makes random choices repeatable: the same number gives the same result."
 SeedOption = Annotated[int, typer.Option(min=0, help=SEED_HELP)]
