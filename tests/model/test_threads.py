@@ -1,19 +1,29 @@
-"""Threads that share a product give what one gives, and are seen by nobody else."""
+"""Threads that share a product or attention give what one gives, and are seen by nobody else."""
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numba
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from bayes_dispatch.model.mambaformer.compiled import threads
-from bayes_dispatch.model.mambaformer.compiled.switch import array, kernels
+from bayes_dispatch.model.mambaformer.compiled.switch import array, kernels, tensors_only
 from bayes_dispatch.model.mambaformer.compiled.threads import prepare_threads, sharing
+from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 
+if TYPE_CHECKING:
+    from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+
+MakeModel = Callable[..., "MambaFormerForCausalLM"]
 TASKS = Path("/proc/self/task")
 
 
@@ -26,6 +36,63 @@ def test_parts_are_the_product(columns: int) -> None:
         out = torch.full((5, columns), torch.nan)
         kernels()._multiply_in_parts(array(x), array(weight), out.numpy(), parts)
         torch.testing.assert_close(out, x @ weight.T, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_parts_are_attention(hidden: bool) -> None:
+    """To rows of any number of keys, in one piece or many, some wholly hidden; the same bits at each call."""
+    draw = torch.Generator().manual_seed(7)
+    ends = [3000, 0, 1, 511, 512, 513, 4100]
+    most, nothing = max(ends), torch.empty(len(ends), 2, 0, 1)
+    queries = torch.randn(len(ends), 6, 1, 8, generator=draw)  # three to a head of keys
+    keys, values = (torch.randn(len(ends), 2, most, 8, generator=draw) for _ in range(2))
+    seen = torch.arange(most) < torch.tensor(ends)[:, None]
+    visible = torch.empty(len(ends), 0, dtype=torch.bool)
+    if hidden:
+        visible = torch.rand(len(ends), most, generator=draw) < 0.9
+        visible[0, :1024] = False
+        visible[2:, 0] = True
+        seen &= visible
+    expected = F.scaled_dot_product_attention(
+        queries, keys, values, seen[:, None, None], scale=0.7, enable_gqa=True
+    ).nan_to_num()  # a row of no keys
+    kept = tuple(array(tensor) for tensor in (keys, values, nothing, nothing))
+    for parts in (1, 2, 3, 8):
+        found = [np.full((len(ends), 48), np.nan, np.float32) for _ in range(3)]
+        for out in found:
+            arguments = kept, array(visible), np.array(ends), 0.7, out
+            kernels()._attend(array(queries.reshape(len(ends), 48)), parts, *arguments)
+        torch.testing.assert_close(torch.from_numpy(found[0]).reshape(expected.shape), expected, rtol=1e-5, atol=1e-6)
+        assert (found[0] == found[1]).all()
+        assert (found[0] == found[2]).all()
+
+
+def test_decoding_at_once(make_model: MakeModel) -> None:
+    """After a context whose attention two threads share: what tensors give, and the same bits from each of a crowd."""
+    config = MambaFormerConfig(blocks=("attention", "mamba2"), d_model=64, n_heads=4, n_kv_heads=2)
+    model, ids = make_model(config), torch.randint(0, 258, (2, 1200), generator=torch.Generator().manual_seed(1))
+    assert 2 * config.d_model * ids.numel() >= 2 * kernels().SHARED
+
+    def decode(cache: Any) -> Tensor:
+        torch.set_num_threads(2)
+        with torch.no_grad():
+            return torch.cat([model(token, cache=cache).logits for token in ids[:, :8].split(1, dim=1)])
+
+    try:
+        with torch.no_grad():
+            model(ids, cache=(cache := model.init_cache(2, 1210)))
+        with tensors_only():
+            expected = decode(cache.clone())
+        alone = decode(cache.clone())
+        torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-4)
+        caches = [cache.clone() for _ in range(12)]
+        with ThreadPoolExecutor(4) as crowd:
+            assert all(torch.equal(one, alone) for one in crowd.map(decode, caches))
+        for state in caches[1:]:
+            for mine, first in zip(state.states, caches[0].states, strict=True):
+                assert all(torch.equal(tensor, first.tensors()[name]) for name, tensor in mine.tensors().items())
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_only_as_many_as_torch_may_use() -> None:

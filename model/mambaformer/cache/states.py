@@ -13,6 +13,8 @@ from bayes_dispatch.model.mambaformer.compiled.switch import Array, Views
 
 __all__ = ["AttentionState", "CrossAttentionState", "MambaState", "State"]
 
+LESS = {torch.bfloat16, torch.int8}  # than float32: what loops in float32 read and write, too
+
 
 @dataclass(eq=False)
 class State:
@@ -55,7 +57,7 @@ class MambaState(State):
     conv: Tensor
     ssm: Tensor
 
-    def arrays(self) -> tuple[Array, Array]:
+    def arrays(self) -> tuple[Array, ...]:
         """``conv`` and ``ssm`` for a compiled loop that changes them in place."""
         return self.views.of(self.conv, self.ssm)
 
@@ -94,9 +96,11 @@ class AttentionState(State):
         bounds = [bound for bound in (self.window, capacity) if bound is not None]
         return bool(bounds) and self.slots == min(bounds)
 
-    def arrays(self) -> tuple[Array, Array]:
-        """Keys and values for a compiled loop that changes them in place."""
-        return self.views.of(self.keys, self.values)
+    def arrays(self, dtype: torch.dtype) -> tuple[Array, ...] | None:
+        """Keys, values and their scales for a compiled loop in this dtype that changes them in place, if it can."""
+        if self.keys.dtype != dtype and (dtype != torch.float32 or self.keys.dtype not in LESS):
+            return None
+        return self.views.of(self.keys, self.values, self.key_scales, self.value_scales)
 
     def write(self, keys: Float[Tensor, "B H T W"], values: Float[Tensor, "B H T W"], start: int) -> None:
         """Store T tokens of every row in the slots from ``start`` on."""
@@ -210,6 +214,15 @@ class CrossAttentionState(State):
         """The keys and values (B, kv_heads, S, W) of a filled state."""
         keys, values = cast(Tensor, self.keys), cast(Tensor, self.values)
         return AttentionState(keys, values, self.key_scales, self.value_scales).read(keys.shape[2], dtype)
+
+    def arrays(self, dtype: torch.dtype) -> tuple[Array, ...] | None:
+        """As those of ``AttentionState``, once it is filled."""
+        if self.keys is None:
+            return None
+        kept = self.keys, self.values, self.key_scales, self.value_scales
+        # nothing is written, so autograd is not told
+        keys, values, *scales = (None if tensor is None else tensor.data.contiguous() for tensor in kept)
+        return AttentionState(cast(Tensor, keys), cast(Tensor, values), scales[0], scales[1]).arrays(dtype)
 
     def clear(self) -> None:
         self.keys = self.values = self.key_scales = self.value_scales = self.visible = self.source = None

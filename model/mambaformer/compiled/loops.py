@@ -3,9 +3,9 @@
 On a CPU a library call costs as much as the arithmetic of a decoded token, and between the matrix products of a prompt
 most time goes into memory. Here a mixer is one pass over its inputs between two products, for one token as for many.
 
-All arrays are C-contiguous and of one dtype, float32 or float64. ``threads`` may share a large product. All loops that
-call each other are in this one file: numba keeps their programs on disk, and makes one anew only when the file of its
-own function changes.
+All arrays are C-contiguous and of one dtype, float32 or float64. ``threads`` may share a large product, or attention to
+many tokens. All loops that call each other are in this one file: numba keeps their programs on disk, and makes one anew
+only when the file of its own function changes.
 """
 
 from typing import Any, NamedTuple
@@ -35,9 +35,13 @@ __all__ = [
 ]
 
 Array = Any  # numba infers what its functions take
+# Keys and values (B, kv_heads, slots, W), numbers, bits of bfloat16, or int8; then the scales of both, (B, kv_heads,
+# slots, 1) for int8 and else with slots 0.
+Kept = tuple[Array, Array, Array, Array]
 
 TILE = 64  # tokens whose activations stay in a processor's cache
 CHANNELS = 128  # of a selective scan, likewise
+PIECE = 512  # keys that a thread attends to at a time; with their values, they stay in its cache for more queries
 SHARED = 2**17  # multiplications of each thread from which on another one saves more than asking it costs
 OTHER_SHAPE = "expected cached states of this model's sizes, got others"  # indices are not checked one by one
 
@@ -92,12 +96,24 @@ def _wide(typing_context: Any, bits: Any) -> Any:
 
 _widened: Any = intrinsic(_wide)
 
+
+def _narrow(typing_context: Any, x: Any) -> Any:
+    """The bits of a float32, as uint32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
+
+    return types.uint32(x), generate
+
+
+_bits_of: Any = intrinsic(_narrow)
+
 # exp(x) = 2^n exp(r) with |r| <= ln(2) / 2, where ln(2) is given in two parts, the first with few digits (Cody and
 # Waite). In loops it becomes vector instructions, which the mathematics library's does not.
 _LOG2E, _LN2_HIGH, _LN2_LOW = 1.4426950408889634, 0.693145751953125, 1.42860682030941723212e-6
 _LOG2E_32, _LN2_HIGH_32, _LN2_LOW_32 = np.float32(_LOG2E), np.float32(0.693359375), np.float32(-2.12194440e-4)
 _BIAS_32, _ROUNDED_BIAS_32 = np.float32(127), np.float32(127.5)
-_LEAST_32, _MOST_32, _ZERO_32, _ONE_32, _TWO_32 = (np.float32(v) for v in (-87, 88, 0, 1, 2))
+_LEAST_32, _MOST_32, _ZERO_32, _ONE_32, _TWO_32, _127_32 = (np.float32(v) for v in (-87, 88, 0, 1, 2, 127))
 _1_2, _1_6, _1_24, _1_120, _1_720, _1_5040 = (np.float32(1 / v) for v in (2, 6, 24, 120, 720, 5040))
 _1_3, _1_5, _1_7, _1_9, _1_11, _1_13, _1_15 = (np.float32(1 / v) for v in (3, 5, 7, 9, 11, 13, 15))
 
@@ -152,7 +168,12 @@ def _softplus64(x: Any) -> Any:
 
 
 def number(x: Any) -> Any:
-    """What is given, or, for the bits of a bfloat16, that as float32."""
+    """What is given, or, for the bits of a bfloat16 and an int8, that as float32."""
+    raise NotImplementedError("for compiled functions only")
+
+
+def keep(vector: Any, kept: Any, scale: Any) -> None:
+    """Store numbers as what ``kept`` is of: numbers, bits of bfloat16, or int8, which ``scale`` (1, 1) goes with."""
     raise NotImplementedError("for compiled functions only")
 
 
@@ -173,7 +194,42 @@ def sigmoid(x: Any) -> Any:
 
 @overload(number, strict=False)
 def _number(x: Any) -> Any:
+    if x == types.int8:
+        return lambda x: np.float32(x)
     return (lambda x: _widened(x)) if x == types.uint16 else (lambda x: x)
+
+
+@overload(keep, strict=False)
+def _keep(vector: Any, kept: Any, scale: Any) -> Any:
+    if kept.dtype == types.uint16:
+        return lambda vector, kept, scale: _keep_bits(vector, kept)
+    if kept.dtype == types.int8:
+        return lambda vector, kept, scale: _keep_int8(vector, kept, scale)
+    return lambda vector, kept, scale: _keep_numbers(vector, kept)
+
+
+@loop
+def _keep_numbers(vector: Any, kept: Any) -> None:
+    kept[:] = vector
+
+
+@precise
+def _keep_bits(vector: Any, kept: Any) -> None:
+    """To the nearest, half to even, NaN as NaN."""
+    for w in range(len(vector)):
+        bits = _bits_of(vector[w])
+        kept[w] = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16 if vector[w] == vector[w] else 0x7FC0
+
+
+@precise
+def _keep_int8(vector: Any, kept: Any, scale: Any) -> None:
+    """As ``AttentionState`` does: in units of a 127th of the largest, half to even; the unit of a NaN is NaN."""
+    most, known = vector.dtype.type(1e-12), True
+    for w in range(len(vector)):
+        most, known = max(most, abs(vector[w])), known and vector[w] == vector[w]
+    scale[0, 0] = most / _127_32 if known else np.nan
+    for w in range(len(vector)):
+        kept[w] = np.int8(np.rint(vector[w] / scale[0, 0])) if known else 0
 
 
 @overload(exp, strict=False)
@@ -458,40 +514,150 @@ def _rotate(x: Array, position: int, base: float, turned: int) -> None:
 
 
 @loop
-def _attend_head(
-    query: Array, keys: Array, values: Array, visible: Array, factor: float, scores: Array, out: Array
-) -> None:
-    """A query (W,) attends to the first keys (T, W), as many as ``scores`` has room for; ``visible`` (T,) or empty."""
-    width = len(query)
-    scale = query.dtype.type(factor)
-    most = query.dtype.type(-np.inf)
-    for t in range(len(scores)):
+def _compare(query: Array, keys: Array, scores: Array) -> None:
+    """Products of a query (W,) with keys (T, W)."""
+    for t in range(len(keys)):
         key, score = keys[t], query.dtype.type(0)
-        for w in range(width):
-            score += query[w] * key[w]
-        scores[t] = score * scale
-        if len(visible) > 0 and not visible[t]:
-            scores[t] = -np.inf
-        most = max(most, scores[t])
-    total = query.dtype.type(0)
-    for t in range(len(scores)):
-        scores[t] = exp(scores[t] - most)
-        total += scores[t]
+        for w in range(len(query)):
+            score += query[w] * number(key[w])
+        scores[t] = score
+
+
+@loop
+def _scale(scores: Array, scales: Array) -> None:
+    """Times scales (T, 1)."""
+    for t in range(len(scales)):
+        scores[t] *= scales[t, 0]
+
+
+@loop
+def _mix(shares: Array, values: Array, out: Array) -> None:
+    """The sum of values (T, W), each times its share.
+
+    Four are added at a time, since a sum in memory waits for the one before it; ``_multiply`` tells why from afar.
+    """
+    apart, width = len(values) // 4, len(out)
     out[:] = 0
-    for t in range(len(scores)):
-        value, share = values[t], scores[t] / total
+    for t in range(apart):
+        v0, v1, v2, v3 = values[t], values[t + apart], values[t + 2 * apart], values[t + 3 * apart]
+        s0, s1, s2, s3 = shares[t], shares[t + apart], shares[t + 2 * apart], shares[t + 3 * apart]
         for w in range(width):
-            out[w] += share * value[w]
+            out[w] += (s0 * number(v0[w]) + s1 * number(v1[w])) + (s2 * number(v2[w]) + s3 * number(v3[w]))
+    for t in range(4 * apart, len(values)):
+        value, share = values[t], shares[t]
+        for w in range(width):
+            out[w] += share * number(value[w])
+
+
+@loop
+def _attend_pieces(
+    queries: Array,
+    kept: Kept,
+    visible: Array,
+    ends: Array,
+    scale: float,
+    parts: Array,
+    most: Array,
+    total: Array,
+    first: int,
+    step: int,
+) -> None:
+    """Queries attend to the pieces ``first``, ``first + step``, … of all rows and heads.
+
+    For each, ``parts`` becomes the sum of values times exp(score − ``most``), ``total`` that of these exponentials.
+    """
+    keys, values, key_scales, value_scales = kept
+    kv_heads, pieces, width = keys.shape[1], parts.shape[2], keys.shape[3]
+    per_head = parts.shape[1] // kv_heads
+    factor, scaled, hidden = queries.dtype.type(scale), key_scales.shape[2] > 0, visible.shape[1] > 0
+    scores = np.empty(PIECE, queries.dtype)
+    summed = np.empty(width, queries.dtype)  # numba's arrays are aligned; a sum in others takes twice as long
+    for i in range(first, len(ends) * kv_heads * pieces, step):
+        b, k, p = i // (kv_heads * pieces), i // pieces % kv_heads, i % pieces
+        start, stop = p * PIECE, min((p + 1) * PIECE, ends[b])
+        if start >= stop:
+            continue
+        for h in range(k * per_head, (k + 1) * per_head):
+            _compare(queries[b, h * width : (h + 1) * width], keys[b, k, start:stop], scores)
+            if scaled:
+                _scale(scores, key_scales[b, k, start:stop])
+            if hidden:
+                for t in range(stop - start):
+                    scores[t] = scores[t] if visible[b, start + t] else -np.inf
+            top, whole = queries.dtype.type(-np.inf), queries.dtype.type(0)
+            for t in range(stop - start):
+                scores[t] *= factor
+                top = max(top, scores[t])
+            origin = top if top > -np.inf else queries.dtype.type(0)  # where none is visible, all become 0
+            for t in range(stop - start):
+                scores[t] = exp(scores[t] - origin)
+                whole += scores[t]
+            if scaled:
+                _scale(scores, value_scales[b, k, start:stop])
+            _mix(scores, values[b, k, start:stop], summed)
+            most[b, h, p], total[b, h, p] = top, whole
+            for w in range(width):
+                parts[b, h, p, w] = summed[w]
+
+
+@compile_with(*LIBERTIES, parallel=True)
+def _attend_in_parts(
+    queries: Array,
+    kept: Kept,
+    visible: Array,
+    ends: Array,
+    scale: float,
+    parts: Array,
+    most: Array,
+    total: Array,
+    threads: int,
+) -> None:
+    for thread in prange(threads):
+        _attend_pieces(queries, kept, visible, ends, scale, parts, most, total, thread, threads)
+
+
+@loop
+def _attend(queries: Array, threads: int, kept: Kept, visible: Array, ends: Array, scale: float, out: Array) -> None:
+    """Queries (B, · W) attend to the first ``ends`` (B,) keys of their rows; where that is 0, out is.
+
+    Pieces of the keys, the same for any number of threads, are joined by their normalisers, as in FlashAttention
+    (arXiv 2205.14135). ``visible`` is (B, S), or (B, 0): all are.
+    """
+    rows, width, pieces = len(queries), kept[0].shape[3], 0
+    for end in ends:
+        pieces = max(pieces, (end + PIECE - 1) // PIECE)
+    n_heads = out.shape[1] // width
+    parts = np.empty((rows, n_heads, pieces, width), queries.dtype)
+    most, total = np.empty((rows, n_heads, pieces), queries.dtype), np.empty((rows, n_heads, pieces), queries.dtype)
+    if threads > 1 and 2 * n_heads * width * ends.sum() >= SHARED * threads:
+        _attend_in_parts(queries, kept, visible, ends, scale, parts, most, total, threads)
+    else:
+        _attend_pieces(queries, kept, visible, ends, scale, parts, most, total, 0, 1)
+    joined = np.empty(width, queries.dtype)
+    for b in range(rows):
+        filled = (ends[b] + PIECE - 1) // PIECE
+        for h in range(n_heads):
+            whole, top = queries.dtype.type(0), queries.dtype.type(-np.inf)
+            joined[:] = 0
+            for p in range(filled):
+                top = max(top, most[b, h, p])
+            for p in range(filled):
+                share = exp(most[b, h, p] - top)
+                whole += share * total[b, h, p]
+                for w in range(width):
+                    joined[w] += share * parts[b, h, p, w]
+            for w in range(width):
+                out[b, h * width + w] = joined[w] / whole if filled > 0 else 0
 
 
 @loop
 def attend(
     projected: Array,
+    threads: int,
     tokens: Array,
     held: Array,
     positions: Array,
-    keys: Array,
-    values: Array,
+    kept: Kept,
     ring: bool,
     base: float,
     turned: int,
@@ -501,48 +667,50 @@ def attend(
     """One token of each row attends to what its row has kept, itself included.
 
     projected (B, (n_heads + 2 kv_heads) W): queries, keys, values; tokens (B,): 0 where a row has no new one; held
-    (B,): tokens kept so far; positions (B,), by which rotary angles of this ``base`` turn the first numbers of a head;
-    keys, values (B, kv_heads, slots, W), a ring or in order; ``scale`` of products; out (B, n_heads W).
+    (B,): tokens kept so far, in a ring or in order; positions (B,), by which rotary angles of this ``base`` turn the
+    first numbers of a head; ``scale`` of products; out (B, n_heads W).
     """
+    keys, values, key_scales, value_scales = kept
     kv_heads, slots, width = keys.shape[1:]
     n_heads = projected.shape[1] // width - 2 * kv_heads
-    if len(keys) != len(tokens) or values.shape != keys.shape or out.shape[1] != n_heads * width or turned > width:
+    if len(keys) != len(tokens) or not _fits(kept) or out.shape[1] != n_heads * width or turned > width:
         raise TensorError(OTHER_SHAPE)
-    everything = np.empty(0, np.bool_)
+    ends = np.zeros(len(tokens), np.int64)
     for b in range(len(tokens)):
         if tokens[b] == 0:
-            out[b] = 0
             continue
         if held[b] < 0 or (held[b] >= slots and not ring):
             raise TensorError(OTHER_SHAPE)
-        heads, outputs = projected[b].reshape(-1, width), out[b].reshape(-1, width)
+        heads = projected[b].reshape(-1, width)
         if turned > 0:
             _rotate(heads[: n_heads + kv_heads], positions[b], base, turned)
         slot = held[b] % slots if ring else held[b]
-        scores = np.empty(min(held[b] + 1, slots), projected.dtype)
         for k in range(kv_heads):
-            keys[b, k, slot] = heads[n_heads + k]
-            values[b, k, slot] = heads[n_heads + kv_heads + k]
-            for h in range(k * (n_heads // kv_heads), (k + 1) * (n_heads // kv_heads)):
-                _attend_head(heads[h], keys[b, k], values[b, k], everything, scale, scores, outputs[h])
+            keep(heads[n_heads + k], keys[b, k, slot], key_scales[b, k, slot : slot + 1])
+            keep(heads[n_heads + kv_heads + k], values[b, k, slot], value_scales[b, k, slot : slot + 1])
+        ends[b] = min(held[b] + 1, slots)
+    _attend(projected, threads, kept, np.empty((len(tokens), 0), np.bool_), ends, scale, out)
 
 
 @loop
-def attend_across(queries: Array, keys: Array, values: Array, visible: Array, scale: float, out: Array) -> None:
-    """Queries (B, n_heads W) attend to keys and values (B, kv_heads, S, W), where ``visible`` (B, S) if it has rows."""
-    kv_heads, length, width = keys.shape[1:]
+def attend_across(queries: Array, threads: int, kept: Kept, visible: Array, scale: float, out: Array) -> None:
+    """Queries (B, n_heads W) attend to what is ``visible`` (B, S) of what is kept, or to all of it: (B, 0)."""
+    rows, (kv_heads, length, width) = len(queries), kept[0].shape[1:]
     per_head = queries.shape[1] // (kv_heads * width)
-    if len(keys) != len(queries) or values.shape != keys.shape or per_head * kv_heads * width != queries.shape[1]:
+    if len(kept[0]) != rows or not _fits(kept) or per_head * kv_heads * width != queries.shape[1]:
         raise TensorError(OTHER_SHAPE)
-    if len(visible) > 0 and visible.shape != (len(queries), length):
+    if len(visible) != rows or visible.shape[1] not in (0, length):
         raise TensorError(OTHER_SHAPE)
-    scores = np.empty(length, queries.dtype)
-    everything = np.empty(0, np.bool_)
-    for b in range(len(queries)):
-        heads, outputs = queries[b].reshape(-1, width), out[b].reshape(-1, width)
-        seen = visible[b] if len(visible) > 0 else everything
-        for h in range(len(heads)):
-            _attend_head(heads[h], keys[b, h // per_head], values[b, h // per_head], seen, scale, scores, outputs[h])
+    _attend(queries, threads, kept, visible, np.full(rows, length), scale, out)
+
+
+@loop
+def _fits(kept: Kept) -> bool:
+    """Whether keys, values and scales are of one shape."""
+    keys, values, key_scales, value_scales = kept
+    rows, kv_heads, slots, _ = keys.shape
+    scales = (rows, kv_heads, slots if keys.itemsize == 1 else 0, 1)
+    return values.shape == keys.shape and key_scales.shape == scales and value_scales.shape == scales
 
 
 @loop
@@ -712,8 +880,7 @@ def step_attention(
     tokens: Array,
     held: Array,
     positions: Array,
-    keys: Array,
-    values: Array,
+    kept: Kept,
     weight: Array,
     eps: float,
     residual: float,
@@ -726,8 +893,8 @@ def step_attention(
 ) -> None:
     """A block of attention."""
     projected = product(_normalised(x, weight, eps), qkv, threads)
-    out = np.empty((len(x), projected.shape[1] - 2 * keys.shape[1] * keys.shape[3]), x.dtype)
-    attend(projected, tokens, held, positions, keys, values, ring, base, turned, scale, out)
+    out = np.empty((len(x), projected.shape[1] - 2 * kept[0].shape[1] * kept[0].shape[3]), x.dtype)
+    attend(projected, threads, tokens, held, positions, kept, ring, base, turned, scale, out)
     _add(x, product(out, out_proj, threads), residual)
 
 
@@ -735,8 +902,7 @@ def step_attention(
 def step_cross_attention(
     x: Array,
     threads: int,
-    keys: Array,
-    values: Array,
+    kept: Kept,
     visible: Array,
     weight: Array,
     eps: float,
@@ -748,7 +914,7 @@ def step_cross_attention(
     """A block of attention to an encoder."""
     queries = product(_normalised(x, weight, eps), q_proj, threads)
     out = np.empty_like(queries)
-    attend_across(queries, keys, values, visible, scale, out)
+    attend_across(queries, threads, kept, visible, scale, out)
     _add(x, product(out, out_proj, threads), residual)
 
 

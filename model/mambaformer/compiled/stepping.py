@@ -154,24 +154,23 @@ def _attention(dtype: torch.dtype, *arguments: object) -> Step:
     step = kernels().step_attention
 
     def run(x: Array, threads: int, places: Places, state: State) -> bool:
-        state = cast(AttentionState, state)
-        if known := state.keys.dtype == dtype:
-            step(x, threads, *places, *state.arrays(), *arguments)
-        return known
+        kept = cast(AttentionState, state).arrays(dtype)
+        if kept is not None:
+            step(x, threads, *places, kept, *arguments)
+        return kept is not None
 
     return run
 
 
 def _cross_attention(dtype: torch.dtype, *arguments: object) -> Step:
-    step, everything = kernels().step_cross_attention, np.empty((0, 0), np.bool_)
+    step = kernels().step_cross_attention
 
     def run(x: Array, threads: int, places: Places, state: State) -> bool:
         state = cast(CrossAttentionState, state)
-        keys, values, visible = state.keys, state.values, state.visible
-        if keys is None or values is None or keys.dtype != dtype:
-            return False
-        step(x, threads, array(keys), array(values), everything if visible is None else array(visible), *arguments)
-        return True
+        if (kept := state.arrays(dtype)) is not None:
+            seen = np.empty((len(x), 0), np.bool_) if state.visible is None else array(state.visible)
+            step(x, threads, kept, seen, *arguments)
+        return kept is not None
 
     return run
 

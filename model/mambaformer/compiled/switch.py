@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
+from operator import is_not
 from types import ModuleType
 from typing import Any
 
@@ -68,23 +69,33 @@ def token_counts(tokens: Tensor | None, batch: int, length: int) -> Array:
 
 
 class Views:
-    """Arrays of the same memory as two contiguous tensors, for as long as these are the same objects."""
+    """Arrays of the same memory as some contiguous tensors, for as long as these are the same objects."""
 
     def __init__(self) -> None:
-        self._first: Tensor | None = None
-        self._second: Tensor | None = None
-        self._arrays: tuple[Array, Array]
+        self._tensors: tuple[Tensor | None, ...] = ()
+        self._arrays: tuple[Array, ...] = ()
         self._counted: list[Tensor] = []
 
     def __reduce__(self) -> tuple[type["Views"], tuple[()]]:
         return Views, ()  # of other tensors
 
-    def of(self, first: Tensor, second: Tensor) -> tuple[Array, Array]:
-        """Arrays to write to; autograd is told, as by an operation in place."""
-        if first is not self._first or second is not self._second:
-            self._first, self._second = first, second
-            self._arrays = first.detach().numpy(), second.detach().numpy()
-            self._counted = [tensor for tensor in (first, second) if not tensor.is_inference()]
+    def of(self, first: Tensor, *others: Tensor | None) -> tuple[Array, ...]:
+        """Arrays to write to; autograd is told, as by an operation in place. Of bfloat16 they are the bits.
+
+        ``None`` is an array with as many rows and heads as the first, but no slots.
+        """
+        tensors = first, *others
+        if len(tensors) != len(self._tensors) or any(map(is_not, tensors, self._tensors)):
+            self._tensors = tensors
+            nothing = torch.empty(*first.shape[:2], 0, 1)
+            self._arrays = tuple(_raw(nothing if tensor is None else tensor) for tensor in tensors)
+            self._counted = [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
         if self._counted:
             torch.autograd.graph.increment_version(self._counted)
         return self._arrays
+
+
+def _raw(tensor: Tensor) -> Array:
+    values = tensor.detach()
+    numbers: Array = (values.view(torch.uint16) if values.dtype == torch.bfloat16 else values).numpy()
+    return numbers

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from bayes_dispatch.model.adaptation import Scales
 from bayes_dispatch.model.mambaformer.cache import AttentionState
-from bayes_dispatch.model.mambaformer.compiled.switch import array, can_compile, kernels
+from bayes_dispatch.model.mambaformer.compiled.switch import Array, array, can_compile, kernels
+from bayes_dispatch.model.mambaformer.compiled.threads import sharing
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 from bayes_dispatch.model.mambaformer.mixers.rotary import rotate
 from bayes_dispatch.model.mambaformer.mixers.span import Span
@@ -54,8 +55,8 @@ class SelfAttention(nn.Module):
         state: AttentionState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Let each token attend to itself and those before it; keys and values are appended to ``state`` in place."""
-        if state is not None and x.shape[1] == 1 and can_compile(x, state.keys):
-            return self._step_compiled(x, span, scales, state)
+        if state is not None and x.shape[1] == 1 and can_compile(x) and (kept := state.arrays(x.dtype)) is not None:
+            return self._step_compiled(x, span, scales, kept)
         q, k, v = self._project(x, span, scales)
         if state is None:
             if self.window is None or self.window >= x.shape[1]:
@@ -69,13 +70,15 @@ class SelfAttention(nn.Module):
         return self._merge(y, x, scales)
 
     def _step_compiled(
-        self, x: Float[Tensor, "B 1 D"], span: Span, scales: Mapping[str, Scales], state: AttentionState
+        self, x: Float[Tensor, "B 1 D"], span: Span, scales: Mapping[str, Scales], kept: tuple[Array, ...]
     ) -> Float[Tensor, "B 1 D"]:
-        """One token of each row, where ``can_compile``."""
+        """One token of each row, by the arrays of its state."""
         batch = x.shape[0]
         projected = array(self.qkv(x, scales.get("qkv"))).reshape(batch, -1)
         y = np.empty((batch, 1, self.n_heads * self.head_width), projected.dtype)
-        kernels().attend(projected, *span.places(batch), *state.arrays(), *self.arguments(), y.reshape(batch, -1))
+        with sharing() as threads:
+            arguments = *span.places(batch), kept, *self.arguments()
+            kernels().attend(projected, threads, *arguments, y.reshape(batch, -1))
         return self.out_proj(torch.from_numpy(y), scales.get("out_proj"))
 
     def arguments(self) -> tuple[bool, float, int, float]:
