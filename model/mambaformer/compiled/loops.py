@@ -532,20 +532,11 @@ def _scale(scores: Array, scales: Array) -> None:
 
 @loop
 def _mix(shares: Array, values: Array, out: Array) -> None:
-    """The sum of values (T, W), each times its share.
-
-    Four are added at a time, since a sum in memory waits for the one before it; ``_multiply`` tells why from afar.
-    """
-    apart, width = len(values) // 4, len(out)
+    """The sum of values (T, W), each times its share."""
     out[:] = 0
-    for t in range(apart):
-        v0, v1, v2, v3 = values[t], values[t + apart], values[t + 2 * apart], values[t + 3 * apart]
-        s0, s1, s2, s3 = shares[t], shares[t + apart], shares[t + 2 * apart], shares[t + 3 * apart]
-        for w in range(width):
-            out[w] += (s0 * number(v0[w]) + s1 * number(v1[w])) + (s2 * number(v2[w]) + s3 * number(v3[w]))
-    for t in range(4 * apart, len(values)):
+    for t in range(len(values)):
         value, share = values[t], shares[t]
-        for w in range(width):
+        for w in range(len(out)):
             out[w] += share * number(value[w])
 
 
