@@ -20,7 +20,12 @@ from dispatching.data import World
 
 __all__ = ["STAGES", "FitCost", "Stage", "fit_cost"]
 
-STAGES = {"fit_feature_map": "projections", "fit_globals": "globals", "choose_temper": "temper"}
+STAGES = {
+    "fit_feature_map": "projections",
+    "fit_globals": "globals",
+    "choose_temper": "temper",
+    "fit_conditionally": "known weights",
+}
 REST = "rest"
 STATUS = Path("/proc/self/status")
 

@@ -84,7 +84,8 @@ def settings() -> Callable[..., dict[str, Any]]:
     from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 
     def make(svi: int = 4) -> dict[str, Any]:
-        return {"svi": SVISettings(steps=svi, rounds=1), "features": FeatureSettings(dimensions=3, folds=2)}
+        few = SVISettings(steps=svi, rounds=1, conditional_steps=0)
+        return {"svi": few, "features": FeatureSettings(dimensions=3, folds=2)}
 
     return make
 

@@ -320,7 +320,10 @@ def made() -> tuple[Callable[..., Evidence], Dispatcher, Gate]:
     random = np.random.default_rng(0)
     labels = np.arange(80) % 2
     hidden = means[labels] + random.normal(size=(80, 4))
-    few: dict[str, Any] = {"svi": SVISettings(steps=40), "features": FeatureSettings(dimensions=4, folds=2)}
+    few: dict[str, Any] = {
+        "svi": SVISettings(steps=40, conditional_steps=10),
+        "features": FeatureSettings(dimensions=4, folds=2),
+    }
     dispatcher = Dispatcher(["red", "blue"], **few).fit(Evidence({"hidden": hidden}, np.full(80, 40)), labels)
     return items, dispatcher, Gate.calibrate(dispatcher, items(400, 1), bins=1)
 

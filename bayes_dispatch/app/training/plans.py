@@ -71,7 +71,7 @@ PLANS = {
         backbone=MambaFormerConfig.tiny(),
         pretraining=PretrainingSettings(steps=20, batch_size=4, length=64, checkpoint_every=10),
         experts=ExpertSettings(steps=5, batch_size=2, length=64),
-        svi=SVISettings(steps=30),
+        svi=SVISettings(steps=30, conditional_steps=10),
         pure_prompts=12,
         mixed_prompts=40,
         gate_pure_prompts=20,

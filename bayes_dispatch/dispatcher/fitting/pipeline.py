@@ -1,4 +1,4 @@
-"""The fit of a dispatcher, stage by stage: projections, globals by SVI, noise temper."""
+"""The fit of a dispatcher, stage by stage: projections, globals by SVI, noise temper, globals by known weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from bayes_dispatch.dispatcher.arrays import as_codes, as_numbers
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence, as_evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureMap, FeatureSettings, fit_feature_map, spread_of
+from bayes_dispatch.dispatcher.fitting.conditional import fit_conditionally
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher, as_prompts
 from bayes_dispatch.dispatcher.fitting.svi import FitReport, SVISettings, fit_globals
 from bayes_dispatch.dispatcher.fitting.temper import FEWEST, KnownPrompts, choose_temper
@@ -62,7 +63,7 @@ def fit_parts(
     rows = torch.linspace(0, len(every) - 1, min(len(every), LIKE), device=every.lengths.device).long()
     like = every.select(rows).to(torch.float32).blank()
     fitted = FittedDispatcher(model, posterior, maps, 1.0, like)
-    return _tempered(fitted, data, every, program.temper, seed), report
+    return _told(fitted, data, every, program.temper, svi, seed, progress), report
 
 
 @torch.inference_mode(False)
@@ -83,17 +84,26 @@ def refit_parts(
     refitted = replace(parts, globals=posterior)
     if np.isfinite(data.targets).all(1).sum() < FEWEST:
         return refitted, report
-    return _tempered(refitted, data, every, program.temper, seed), report
+    return _told(refitted, data, every, program.temper, svi, seed, progress), report
 
 
-def _tempered(
-    fitted: FittedDispatcher, data: TrainingSet, every: Prompts, temper: float | None, seed: int
+def _told(
+    fitted: FittedDispatcher,
+    data: TrainingSet,
+    every: Prompts,
+    temper: float | None,
+    svi: SVISettings,
+    seed: int,
+    progress: bool,
 ) -> FittedDispatcher:
-    """With the noise temper that is given, or else the one that training prompts choose."""
+    """With what prompts of known weights tell: the noise temper, unless it is given, and then the globals."""
+    known = KnownPrompts(every.to(torch.float64), data.targets)
     if temper is None:
-        known = KnownPrompts(every.to(torch.float64), data.targets)
         temper = choose_temper(fitted.quadrature, known, np.random.default_rng(seed))
-    return replace(fitted, temper=temper)
+    fitted = replace(fitted, temper=temper)
+    if not svi.conditional_steps or np.isfinite(data.targets).all(1).sum() < FEWEST:
+        return fitted
+    return replace(fitted, globals=fit_conditionally(fitted, known, svi, seed, progress))
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,17 @@ from bayes_dispatch.dispatcher.program.generative import MOSTLY, DispatchModel, 
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.errors import ConfigError
 
-__all__ = ["ALONE", "FitReport", "GlobalsPosterior", "SVISettings", "finite", "fit_globals", "isolated"]
+__all__ = [
+    "ALONE",
+    "SOME",
+    "FitReport",
+    "GlobalsPosterior",
+    "SVISettings",
+    "constrained",
+    "finite",
+    "fit_globals",
+    "isolated",
+]
 
 WINDOW = 0.1  # of the steps; the last two windows tell whether the loss still falls
 TOLERANCE = 0.02  # nats a prompt between them
@@ -56,6 +66,7 @@ class SVISettings:
         rounds: at most so many rounds, each at half the learning rate of the one before, until the loss has converged.
         restarts: starts to fit from; the fit of the lowest final loss is kept. A fit that goes on from another has one.
         precision: of the whole fit, ``"float32"`` or ``"float64"``.
+        conditional_steps: further steps at most, which make known weights likelier given the evidence; 0 for none.
     """
 
     steps: int = 200
@@ -64,9 +75,10 @@ class SVISettings:
     rounds: int = 2
     restarts: int = 1
     precision: Literal["float32", "float64"] = "float32"
+    conditional_steps: int = 600
 
     def __post_init__(self) -> None:
-        set_whole(self, steps=1, batch_size=1, rounds=1, restarts=1)
+        set_whole(self, steps=1, batch_size=1, rounds=1, restarts=1, conditional_steps=0)
         object.__setattr__(self, "learning_rate", real("learning_rate", self.learning_rate, 0, above=True))
         if self.precision not in ("float32", "float64"):
             raise ConfigError(f'expected precision "float32" or "float64", got {self.precision!r}')
@@ -99,12 +111,12 @@ class GlobalsPosterior:
         drawn = {}
         for name, loc in sorted(self.locations.items()):
             noise = torch.randn((*shape, *loc.shape), dtype=loc.dtype, device=loc.device, generator=generator)
-            drawn[name] = _constrained(name)(loc + self.scales[name] * noise)
+            drawn[name] = constrained(name)(loc + self.scales[name] * noise)
         return drawn
 
     def center(self) -> dict[str, Tensor]:
         """Every site at its variational median."""
-        return {name: _constrained(name)(loc) for name, loc in self.locations.items()}
+        return {name: constrained(name)(loc) for name, loc in self.locations.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +140,7 @@ class FitReport:
 SUPPORTS = {"pi": constraints.simplex, "Phi": constraints.simplex, "M": constraints.real, "a": constraints.real}
 
 
-def _constrained(name: str) -> Transform:
+def constrained(name: str) -> Transform:
     """From the line to where a site's values lie."""
     return biject_to(SUPPORTS.get(name.rpartition("_")[2], constraints.positive))
 
@@ -252,8 +264,8 @@ def _converged(losses: np.ndarray) -> tuple[float, bool]:
 
 def _jitter(name: str, value: Tensor) -> Tensor:
     """Another start near one: noise in unconstrained coordinates."""
-    free = _constrained(name).inv(value)
-    return _constrained(name)(free + 0.2 * torch.randn_like(free))
+    free = constrained(name).inv(value)
+    return constrained(name)(free + 0.2 * torch.randn_like(free))
 
 
 @dataclass(frozen=True)
@@ -267,7 +279,7 @@ class _Drifting(DispatchModel):
         found = {}
         for name, loc in sorted(self.before.locations.items()):
             normal = dist.Normal(loc, self.before.scales[name]).to_event(loc.dim())
-            found[name] = _constrained(name)(pyro.sample(name, normal))
+            found[name] = constrained(name)(pyro.sample(name, normal))
         return found
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["Prompts"]
+__all__ = ["AT_ONCE", "Prompts"]
 
 AT_ONCE = 32  # prompts whose posteriors are in memory together
 

@@ -415,7 +415,7 @@ def test_known_prompts_are_pure_or_mixed() -> None:
 
 def test_precision_and_restarts(few: "Sample", settings: "Settings") -> None:
     """Double precision all through the globals, the best of several restarts, and a report of how it went."""
-    given = settings() | {"svi": SVISettings(steps=20, rounds=2, restarts=2, precision="float64")}
+    given = settings() | {"svi": SVISettings(steps=20, rounds=2, restarts=2, precision="float64", conditional_steps=10)}
     dispatcher = Dispatcher(NAMES, **given).fit(few.evidence, few.labels)
     assert {value.dtype for value in dispatcher.state.globals.locations.values()} == {torch.float64}
     report = dispatcher.report
@@ -434,9 +434,9 @@ def test_precision_and_restarts(few: "Sample", settings: "Settings") -> None:
 def test_many_prompts_come_in_mini_batches(make_sample: "Callable[..., Sample]", settings: "Settings") -> None:
     """Far more prompts than a step takes: the network in place of local parameters finds the same experts."""
     sample = make_sample(1_500, 9)
-    given = settings() | {"svi": SVISettings(steps=150, batch_size=100, rounds=1)}
+    given = settings() | {"svi": SVISettings(steps=150, batch_size=100, rounds=1, conditional_steps=0)}
     dispatcher = Dispatcher(NAMES, **given).fit(sample.evidence, sample.labels, sample.mixtures)
-    start = Dispatcher(NAMES, **given | {"svi": SVISettings(steps=150, rounds=1)})
+    start = Dispatcher(NAMES, **given | {"svi": SVISettings(steps=150, rounds=1, conditional_steps=0)})
     start.fit(sample.evidence, sample.labels, sample.mixtures)
     for name in ("M", "Phi"):
         a, b = (each.state.globals.center()[name] for each in (dispatcher, start))

@@ -33,7 +33,7 @@ SMALL = BuildSettings(
     pure_prompts=16,
     mixed_prompts=12,
     gate_prompts=40,
-    svi=SVISettings(steps=60, rounds=1),
+    svi=SVISettings(steps=60, rounds=1, conditional_steps=20),
 )
 
 

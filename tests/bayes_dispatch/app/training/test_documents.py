@@ -28,7 +28,7 @@ BUILD = BuildSettings(
     pure_prompts=12,
     mixed_prompts=8,
     gate_prompts=0,
-    svi=SVISettings(steps=30, rounds=1),
+    svi=SVISettings(steps=30, rounds=1, conditional_steps=10),
 )
 
 
