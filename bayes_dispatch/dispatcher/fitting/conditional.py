@@ -8,7 +8,7 @@ little of the log likelihood: without any, the globals would no longer describe 
 A posterior density divides by that of the evidence, here a mean over draws, half of a wider posterior and half of the
 prior, each weighed by its density under the prior over that under what it was drawn from (importance sampling). The
 known weights are one of them, and those of the prior are anywhere, so that little is won where there are no draws. What
-is won on prompts that were held out decides.
+is won on prompts that were held out of these steps decides.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from bayes_dispatch.dispatcher.arrays import on_simplex
 from bayes_dispatch.dispatcher.exact.quadrature import Quadrature
 from bayes_dispatch.dispatcher.exact.supports import LARGEST_SET
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher
-from bayes_dispatch.dispatcher.fitting.svi import SOME, GlobalsPosterior, SVISettings, constrained, finite, isolated
+from bayes_dispatch.dispatcher.fitting.svi import SOME, GlobalsPosterior, SVISettings, constrained, isolated
 from bayes_dispatch.dispatcher.fitting.temper import KnownPrompts
 from bayes_dispatch.dispatcher.program.observed import AT_ONCE, Prompts
 
 __all__ = ["fit_conditionally"]
 
 NUMBERS = 200_000  # prompts that are learnt from, times components, at most
+MOST = 20_000  # prompts that are learnt from
 WIDER = 4.0  # noise temper of what is drawn from, over the posterior's
 POOL = 64  # draws of either kind for each prompt, of which every step takes some
 DRAWS = 31  # that a step takes, beside the known weights
 BATCH = 128  # prompts of a step
 PASSES = 50  # over all prompts, at most
-HELD_OUT = 5  # one of so many prompts is held out, and 200 at most
+HELD_OUT = 5  # one of so many prompts is held out of the steps, and 200 at most
 RATE = 0.03  # of learning, at the start
 JOINT = 0.003  # of the log likelihood, to one of the log posterior density
 STRAY = 0.3  # prior sd of what a global moves by, on the line
@@ -59,23 +60,25 @@ def fit_conditionally(
         seed: of everything random.
         progress: show a bar.
     """
-    random, dtype = np.random.default_rng(seed), settings.dtype
+    # other prompts than chose the temper, which starts from the seed alone
+    random, dtype = np.random.default_rng([seed, 1]), settings.dtype
     rows = random.permutation(np.flatnonzero(np.isfinite(known.weights).all(1)))
-    rows = rows[: NUMBERS // known.weights.shape[1]]
-    prompts, weights = known.prompts.select(torch.from_numpy(rows)), known.weights[rows]
+    rows = rows[: min(NUMBERS // known.weights.shape[1], MOST)]
+    prompts, weights = known.prompts.select(torch.from_numpy(rows)), _of_three(known.weights[rows])
     held = min(len(rows) // HELD_OUT, 200)
-    judged = prompts.select(torch.arange(held)), weights[:held]
-    prompts, weights = prompts.select(torch.arange(held, len(rows))), weights[held:]
+    places = torch.arange(len(rows), device=prompts.lengths.device)
+    judged = prompts.select(places[:held]), weights[:held]
+    prompts, weights = prompts.select(places[held:]), weights[held:]
     draws, count = _Draws.of(fitted, prompts, weights, random), len(weights)
     prompts, own = prompts.to(dtype), torch.from_numpy(weights).to(dtype)
     steps = min(settings.conditional_steps, -(-PASSES * count // BATCH))
     fixed = {name: value.to(dtype) for name, value in fitted.globals.locations.items()}
-    free = _told(fitted, own.sum(0) >= SOME)
     with isolated(seed, dtype):
+        free = _told(fitted, own.sum(0) >= SOME)
         moves = {name: torch.zeros_like(fixed[name], requires_grad=True) for name in free}
         optimiser = torch.optim.Adam(moves.values(), RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-        for step in tqdm(range(steps), "globals (known weights)", disable=None if progress else True):
+        for _ in tqdm(range(steps), "globals (known weights)", disable=None if progress else True):
             some = random.choice(count, min(BATCH, count), replace=False)
             tried, log_ratios = draws.some(some, own[some], random)
             line = fixed | {name: fixed[name] + move * free[name] for name, move in moves.items()}
@@ -85,7 +88,8 @@ def fit_conditionally(
             posterior = density[0] - torch.logsumexp(density + log_ratios, 0)
             strayed = torch.cat([move.flatten() for move in moves.values()]).square().sum() / (2 * STRAY**2 * count)
             loss = strayed - (posterior + JOINT * density[0]).mean()
-            finite(loss.item(), step, RATE)
+            if not loss.isfinite():
+                return fitted.globals
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -93,6 +97,14 @@ def fit_conditionally(
     found = {name: value.detach().to(fitted.globals.locations[name].dtype) for name, value in line.items()}
     moved = replace(fitted.globals, locations=found)
     return moved if _score(replace(fitted, globals=moved), *judged) > _score(fitted, *judged) else fitted.globals
+
+
+def _of_three(weights: Float[np.ndarray, "prompt weight"]) -> Float[np.ndarray, "prompt weight"]:
+    """The three largest weights of each prompt, the others 0: no more share one."""
+    kept = np.zeros_like(weights)
+    places = np.argsort(-weights, axis=1, kind="stable")[:, :LARGEST_SET]
+    np.put_along_axis(kept, places, np.take_along_axis(weights, places, 1), 1)
+    return on_simplex(kept)
 
 
 def _score(fitted: FittedDispatcher, prompts: Prompts, weights: np.ndarray) -> float:
@@ -104,7 +116,7 @@ def _score(fitted: FittedDispatcher, prompts: Prompts, weights: np.ndarray) -> f
 def _densities(
     quadrature: Quadrature, prompts: Prompts, weights: Float[np.ndarray, "prompt draw weight"]
 ) -> np.ndarray:
-    """``(N, S)`` log densities of prompts' evidence under some weights of each, of which the three largest count."""
+    """``(N, S)`` log densities of prompts' evidence under some weights of each."""
     supports = np.argsort(-weights, axis=2, kind="stable")[..., :LARGEST_SET]
     return quadrature.log_density(prompts, supports, on_simplex(np.take_along_axis(weights, supports, 2)))
 
@@ -120,9 +132,9 @@ class _Draws(NamedTuple):
 
     @classmethod
     def of(cls, fitted: FittedDispatcher, prompts: Prompts, weights: np.ndarray, random: np.random.Generator) -> _Draws:
-        """From the posteriors under wider noise, of which coarse ones will do, and from the prior."""
+        """From the posteriors under wider noise, and from the prior."""
         wide, prior = fitted.quadrature.at(WIDER * fitted.temper), fitted.quadrature.prior(fitted.shares)
-        wide, parts = replace(wide, rounds=0), []
+        parts = []
         for some, own in zip(prompts.pieces(), np.split(weights, range(AT_ONCE, len(weights), AT_ONCE)), strict=True):
             cells = wide(some, fitted.shares)
             drawn, _ = cells.draw(POOL, [random] * len(some))
@@ -133,7 +145,7 @@ class _Draws(NamedTuple):
             log_ratios = np.log(2) - np.logaddexp(log_ratios, 0)
             supports = np.argsort(-tried[:, 1:], axis=2, kind="stable")[..., :LARGEST_SET]
             shares = np.take_along_axis(tried[:, 1:], supports, 2).astype(np.float32)
-            parts.append((supports, shares, log_ratios[:, 1:], log_ratios[:, 0]))
+            parts.append((supports.astype(np.int16), shares, log_ratios[:, 1:], log_ratios[:, 0]))
         return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
     def some(
@@ -141,7 +153,7 @@ class _Draws(NamedTuple):
     ) -> tuple[Float[Tensor, "draw prompt weight"], Float[Tensor, "draw prompt"]]:
         """``(1 + DRAWS, n, K+1)`` weights of some prompts, the known ones first, and their log ratios."""
         chosen = rows[:, None], random.integers(2 * POOL, size=(len(rows), DRAWS))
-        supports, shares = torch.from_numpy(self.supports[chosen]), torch.from_numpy(self.shares[chosen]).to(own)
+        supports, shares = torch.from_numpy(self.supports[chosen]).long(), torch.from_numpy(self.shares[chosen]).to(own)
         weights = torch.zeros(*supports.shape[:2], own.shape[1]).scatter_add_(2, supports, shares)
         log_ratios = np.concatenate([self.of_known[rows, None], self.log_ratios[chosen]], 1)
         return torch.cat([own[:, None], weights], 1).swapaxes(0, 1), torch.from_numpy(log_ratios.T).to(own)

@@ -25,29 +25,32 @@ if TYPE_CHECKING:
 STEPS = SVISettings(conditional_steps=60)
 
 
-def simulated(fitted: Dispatcher, count: int, seed: int) -> KnownPrompts:
-    """Prompts of known weights, drawn from the program under its prior."""
+def simulated(fitted: Dispatcher, count: int, seed: int, moved: float = 0.0) -> KnownPrompts:
+    """Prompts of known weights, drawn from the program under its prior, its means ``moved``."""
     state = fitted.state
+    means = state.globals.locations["M"]
+    noise = torch.randn(means.shape, generator=torch.Generator().manual_seed(seed))
+    other = replace(state.globals, locations={**state.globals.locations, "M": means + moved * noise})
     weights = state.quadrature.prior(state.shares).draw(count, np.random.default_rng(seed))
     with isolated(seed):
         prompts = simulate(
-            state.model, state.globals.to(torch.float32), state.like, torch.tensor(weights).float(), state.temper
+            state.model, other.to(torch.float32), state.like, torch.tensor(weights).float(), state.temper
         )
     return KnownPrompts(prompts.to(torch.float64), weights)
 
 
-def test_draws_give_the_density_of_the_evidence(fitted: Dispatcher) -> None:
-    """Means of importance ratios beside quadrature: within four standard errors, and what cells are off by, for at
-    least 95 of 100 prompts; one in ten thousand is expected outside."""
-    state, known = fitted.state, simulated(fitted, 100, 5)
+def test_draws_give_the_density_of_the_evidence(fitted: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means of importance ratios beside quadrature: within four standard errors and what cells are off by (.05), for
+    each of 60 prompts but one; one in three hundred such tests would fail."""
+    monkeypatch.setattr(conditional, "POOL", 2000)
+    state, known = fitted.state, simulated(fitted, 60, 5)
     draws = conditional._Draws.of(state, known.prompts, known.weights, np.random.default_rng(0))
-    density = state.quadrature.log_density(known.prompts, draws.supports, draws.shares.astype(np.float64))
-    terms = density + draws.log_ratios
-    exact = state.answer(known.prompts, state.shares).log_evidence
-    ratios = np.exp(terms - exact[:, None])
+    supports, shares = draws.supports.astype(np.int64), draws.shares.astype(np.float64)
+    terms = state.quadrature.log_density(known.prompts, supports, shares) + draws.log_ratios
+    ratios = np.exp(terms - state.answer(known.prompts, state.shares).log_evidence[:, None])
     errors = ratios.std(1) / np.sqrt(ratios.shape[1])
-    assert np.mean(abs(ratios.mean(1) - 1) < 4 * errors + 0.03) >= 0.95
-    assert np.median(errors) < 0.2
+    assert (abs(ratios.mean(1) - 1) > 4 * errors + 0.05).sum() <= 1
+    assert abs(np.median(ratios.mean(1)) - 1) < 0.02
 
 
 def test_known_weights_are_weighed_as_draws_are(fitted: Dispatcher) -> None:
@@ -55,7 +58,7 @@ def test_known_weights_are_weighed_as_draws_are(fitted: Dispatcher) -> None:
     state, known = fitted.state, simulated(fitted, 20, 6)
     draws = conditional._Draws.of(state, known.prompts, known.weights, np.random.default_rng(0))
     one = np.zeros((20, 4))
-    np.put_along_axis(one, draws.supports[:, 100], draws.shares[:, 100].astype(np.float64), 1)
+    np.put_along_axis(one, draws.supports[:, 100].astype(np.int64), draws.shares[:, 100].astype(np.float64), 1)
     again = conditional._Draws.of(state, known.prompts, one / one.sum(1, keepdims=True), np.random.default_rng(0))
     np.testing.assert_allclose(again.of_known, draws.log_ratios[:, 100], rtol=1e-4, atol=1e-4)
 
@@ -95,7 +98,7 @@ def same(first: GlobalsPosterior, second: GlobalsPosterior, name: str) -> np.nda
 
 
 def test_components_that_no_prompt_is_known_of_stay(fitted: Dispatcher) -> None:
-    state, known = fitted.state, simulated(fitted, 200, 3)
+    state, known = fitted.state, simulated(fitted, 400, 3, moved=0.5)
     rows = np.flatnonzero(known.weights[:, [1, 3]].sum(1) == 0)
     some = KnownPrompts(known.prompts.select(torch.from_numpy(rows)), known.weights[rows])
     found = fit_conditionally(state, some, STEPS, 0)
@@ -107,8 +110,8 @@ def test_components_that_no_prompt_is_known_of_stay(fitted: Dispatcher) -> None:
     assert all(torch.equal(found.scales[name], scale) for name, scale in state.globals.scales.items())
 
 
-def test_a_seed_gives_the_same_globals_and_none_without_steps(fitted: Dispatcher, sample: Sample) -> None:
-    known = simulated(fitted, 100, 4)
+def test_a_seed_gives_the_same_globals(fitted: Dispatcher) -> None:
+    known = simulated(fitted, 200, 4, moved=0.5)
     first, again, other = (fit_conditionally(fitted.state, known, STEPS, seed) for seed in (0, 0, 1))
     assert all(torch.equal(value, again.locations[name]) for name, value in first.locations.items())
     assert not torch.equal(first.locations["M"], other.locations["M"])

@@ -1,6 +1,7 @@
 """A dispatcher comes back from its files as it was, bit for bit; files that hold none are refused in one line."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +41,12 @@ def test_the_default_device_changes_nothing(
 ) -> None:
     """All is computed on the CPU where tensors are made elsewhere by default; here, where they hold nothing."""
 
-    few, labels = fresh.evidence.select(slice(12)), fresh.labels[:12]
+    few, many = fresh.evidence.select(slice(12)), fresh.evidence.select(slice(48))
 
     def numbers(path: Path) -> list[np.ndarray]:
-        dispatcher = Dispatcher(("a", "b", "c"), **settings()).fit(few, labels)
+        given = settings()
+        given["svi"] = replace(given["svi"], conditional_steps=5)
+        dispatcher = Dispatcher(("a", "b", "c"), **given).fit(many, fresh.labels[:48])
         dispatcher.save(path)
         loaded, flat = Dispatcher.load(path), Dispatcher.flat(("a", "b", "c"))
         calibrated, of_flat = (
