@@ -33,12 +33,13 @@ from bayes_dispatch.dispatcher.program.observed import AT_ONCE, Prompts
 __all__ = ["fit_conditionally"]
 
 NUMBERS = 200_000  # prompts that are learnt from, times components, at most
-MOST = 20_000  # prompts that are learnt from
+MOST = 8_000  # prompts that are learnt from
 WIDER = 4.0  # noise temper of what is drawn from, over the posterior's
 POOL = 64  # draws of either kind for each prompt, of which every step takes some
 DRAWS = 31  # that a step takes, beside the known weights
 BATCH = 128  # prompts of a step
 PASSES = 50  # over all prompts, at most
+STEPS = 12_000  # times components, at most
 HELD_OUT = 5  # one of so many prompts is held out of the steps, and 200 at most
 RATE = 0.03  # of learning, at the start
 JOINT = 0.003  # of the log likelihood, to one of the log posterior density
@@ -71,7 +72,7 @@ def fit_conditionally(
     prompts, weights = prompts.select(places[held:]), weights[held:]
     draws, count = _Draws.of(fitted, prompts, weights, random), len(weights)
     prompts, own = prompts.to(dtype), torch.from_numpy(weights).to(dtype)
-    steps = min(settings.conditional_steps, -(-PASSES * count // BATCH))
+    steps = min(settings.conditional_steps, -(-PASSES * count // BATCH), -(-STEPS // own.shape[1]))
     fixed = {name: value.to(dtype) for name, value in fitted.globals.locations.items()}
     with isolated(seed, dtype):
         free = _told(fitted, own.sum(0) >= SOME)
