@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from bayes_dispatch.dispatcher.arrays import on_simplex
 
-__all__ = ["LARGEST_SET", "SupportPrior"]
+__all__ = ["LARGEST_SET", "SupportPrior", "largest_weights"]
 
 LARGEST_SET = 3  # components that share a prompt, at most
 POSSIBLE = 1e-100  # sum over sets of the products of their shares, below which there are none of a kind
@@ -142,6 +142,14 @@ class SupportPrior:
             return np.zeros(supports.shape[:-1], dtype=np.int64)
         ordered = np.sort(np.array(self.tree)[supports], axis=-1)
         return (np.diff(ordered, axis=-1) > 0).sum(-1)
+
+
+def largest_weights(
+    weights: Float[np.ndarray, "prompt point weight"],
+) -> tuple[Int[np.ndarray, "prompt point slot"], Float[np.ndarray, "prompt point slot"]]:
+    """Which components have the three largest weights, and these, summing to 1: no more share a prompt."""
+    supports = np.argsort(-weights, axis=2, kind="stable")[..., :LARGEST_SET]
+    return supports, on_simplex(np.take_along_axis(weights, supports, 2))
 
 
 def _symmetric(x: np.ndarray) -> tuple[float, float, float]:

@@ -22,9 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from bayes_dispatch.dispatcher.arrays import on_simplex
-from bayes_dispatch.dispatcher.exact.quadrature import Quadrature
-from bayes_dispatch.dispatcher.exact.supports import LARGEST_SET
+from bayes_dispatch.dispatcher.exact.supports import largest_weights
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher
 from bayes_dispatch.dispatcher.fitting.svi import SOME, GlobalsPosterior, SVISettings, constrained, isolated
 from bayes_dispatch.dispatcher.fitting.temper import KnownPrompts
@@ -49,7 +47,8 @@ STRAY = 0.3  # prior sd of what a global moves by, on the line
 def fit_conditionally(
     fitted: FittedDispatcher, known: KnownPrompts, settings: SVISettings, seed: int, progress: bool = False
 ) -> GlobalsPosterior:
-    """The globals of a fit, moved to where known weights are likelier, if those of held-out prompts are, too.
+    """The globals of a fit, moved to where known weights are likelier; or themselves, where a step gives no number or
+    held-out prompts do not agree.
 
     Their scales stay, and so do globals of a component that next to no prompt is known of: other prompts tell of it
     only that they are none of its own.
@@ -65,7 +64,9 @@ def fit_conditionally(
     random, dtype = np.random.default_rng([seed, 1]), settings.dtype
     rows = random.permutation(np.flatnonzero(np.isfinite(known.weights).all(1)))
     rows = rows[: min(NUMBERS // known.weights.shape[1], MOST)]
-    prompts, weights = known.prompts.select(torch.from_numpy(rows)), _of_three(known.weights[rows])
+    prompts, weights = known.prompts.select(torch.from_numpy(rows)), np.zeros((len(rows), known.weights.shape[1]))
+    supports, shares = largest_weights(known.weights[rows, None])
+    np.put_along_axis(weights, supports[:, 0], shares[:, 0], 1)
     held = min(len(rows) // HELD_OUT, 200)
     places = torch.arange(len(rows), device=prompts.lengths.device)
     judged = prompts.select(places[:held]), weights[:held]
@@ -75,7 +76,7 @@ def fit_conditionally(
     steps = min(settings.conditional_steps, -(-PASSES * count // BATCH), -(-STEPS // own.shape[1]))
     fixed = {name: value.to(dtype) for name, value in fitted.globals.locations.items()}
     with isolated(seed, dtype):
-        free = _told(fitted, own.sum(0) >= SOME)
+        free = _movable(fitted, own.sum(0) >= SOME)
         moves = {name: torch.zeros_like(fixed[name], requires_grad=True) for name in free}
         optimiser = torch.optim.Adam(moves.values(), RATE)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
@@ -100,26 +101,10 @@ def fit_conditionally(
     return moved if _score(replace(fitted, globals=moved), *judged) > _score(fitted, *judged) else fitted.globals
 
 
-def _of_three(weights: Float[np.ndarray, "prompt weight"]) -> Float[np.ndarray, "prompt weight"]:
-    """The three largest weights of each prompt, the others 0: no more share one."""
-    kept = np.zeros_like(weights)
-    places = np.argsort(-weights, axis=1, kind="stable")[:, :LARGEST_SET]
-    np.put_along_axis(kept, places, np.take_along_axis(weights, places, 1), 1)
-    return on_simplex(kept)
-
-
 def _score(fitted: FittedDispatcher, prompts: Prompts, weights: np.ndarray) -> float:
     """Mean log posterior density of known weights, but for what their prior says."""
-    own = _densities(fitted.quadrature, prompts, weights[:, None])[:, 0]
+    own = fitted.quadrature.log_density(prompts, *largest_weights(weights[:, None]))[:, 0]
     return float(np.mean(own - fitted.answer(prompts, fitted.shares).log_evidence))
-
-
-def _densities(
-    quadrature: Quadrature, prompts: Prompts, weights: Float[np.ndarray, "prompt draw weight"]
-) -> np.ndarray:
-    """``(N, S)`` log densities of prompts' evidence under some weights of each."""
-    supports = np.argsort(-weights, axis=2, kind="stable")[..., :LARGEST_SET]
-    return quadrature.log_density(prompts, supports, on_simplex(np.take_along_axis(weights, supports, 2)))
 
 
 class _Draws(NamedTuple):
@@ -141,12 +126,12 @@ class _Draws(NamedTuple):
             drawn, _ = cells.draw(POOL, [random] * len(some))
             anywhere = prior.draw(POOL * len(some), random).reshape(len(some), POOL, -1)
             tried = np.concatenate([own[:, None], drawn.swapaxes(0, 1), anywhere], 1)  # (n, 1 + 2 P, K+1)
+            supports, shares = largest_weights(tried)
             # of the wider posterior's density to the prior's, and so of the mean of both to the prior's
-            log_ratios = _densities(wide, some, tried) - cells.log_evidence[:, None]
+            log_ratios = wide.log_density(some, supports, shares) - cells.log_evidence[:, None]
             log_ratios = np.log(2) - np.logaddexp(log_ratios, 0)
-            supports = np.argsort(-tried[:, 1:], axis=2, kind="stable")[..., :LARGEST_SET]
-            shares = np.take_along_axis(tried[:, 1:], supports, 2).astype(np.float32)
-            parts.append((supports.astype(np.int16), shares, log_ratios[:, 1:], log_ratios[:, 0]))
+            kept = supports[:, 1:].astype(np.int16), shares[:, 1:].astype(np.float32)
+            parts.append((*kept, log_ratios[:, 1:], log_ratios[:, 0]))
         return cls(*map(np.concatenate, zip(*parts, strict=True)))
 
     def some(
@@ -160,10 +145,10 @@ class _Draws(NamedTuple):
         return torch.cat([own[:, None], weights], 1).swapaxes(0, 1), torch.from_numpy(log_ratios.T).to(own)
 
 
-def _told(fitted: FittedDispatcher, seen: Tensor) -> dict[str, Tensor]:
+def _movable(fitted: FittedDispatcher, seen: Tensor) -> dict[str, Tensor]:
     """Site → 1 where its values may move, else 0: those of components that are ``seen (K+1,)``, and shared ones."""
-    told: dict[str, Tensor] = {}
+    free: dict[str, Tensor] = {}
     for view in fitted.model.views:
-        told |= {view.site(name): seen[:-1, None] for name in view.experts()}
-        told |= {view.site(name): seen[-1] | (not name.startswith("base_")) for name in view.shared()}
-    return told
+        free |= {view.site(name): seen[:-1, None] for name in view.experts()}
+        free |= {view.site(name): seen[-1] | (not name.startswith("base_")) for name in view.shared()}
+    return free

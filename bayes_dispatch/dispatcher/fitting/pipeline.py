@@ -63,7 +63,7 @@ def fit_parts(
     rows = torch.linspace(0, len(every) - 1, min(len(every), LIKE), device=every.lengths.device).long()
     like = every.select(rows).to(torch.float32).blank()
     fitted = FittedDispatcher(model, posterior, maps, 1.0, like)
-    return _told(fitted, data, every, program.temper, svi, seed, progress), report
+    return _told(fitted, report, data, every, program.temper, svi, seed, progress)
 
 
 @torch.inference_mode(False)
@@ -84,26 +84,28 @@ def refit_parts(
     refitted = replace(parts, globals=posterior)
     if np.isfinite(data.targets).all(1).sum() < FEWEST:
         return refitted, report
-    return _told(refitted, data, every, program.temper, svi, seed, progress), report
+    return _told(refitted, report, data, every, program.temper, svi, seed, progress)
 
 
 def _told(
     fitted: FittedDispatcher,
+    report: FitReport,
     data: TrainingSet,
     every: Prompts,
     temper: float | None,
     svi: SVISettings,
     seed: int,
     progress: bool,
-) -> FittedDispatcher:
+) -> tuple[FittedDispatcher, FitReport]:
     """With what prompts of known weights tell: the noise temper, unless it is given, and then the globals."""
     known = KnownPrompts(every.to(torch.float64), data.targets)
     if temper is None:
         temper = choose_temper(fitted.quadrature, known, np.random.default_rng(seed))
     fitted = replace(fitted, temper=temper)
     if not svi.conditional_steps or np.isfinite(data.targets).all(1).sum() < FEWEST:
-        return fitted
-    return replace(fitted, globals=fit_conditionally(fitted, known, svi, seed, progress))
+        return fitted, report
+    found = fit_conditionally(fitted, known, svi, seed, progress)
+    return replace(fitted, globals=found), replace(report, conditional=found is not fitted.globals)
 
 
 @dataclass(frozen=True, eq=False)

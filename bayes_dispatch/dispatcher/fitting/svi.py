@@ -129,12 +129,14 @@ class FitReport:
             between the last two tenths of the last round.
         change: nats a prompt that it fell between them.
         final: final loss of every restart, nats a prompt.
+        conditional: whether known weights moved the globals afterwards, as held-out prompts confirmed.
     """
 
     losses: np.ndarray
     converged: bool
     change: float
     final: tuple[float, ...]
+    conditional: bool = False
 
 
 SUPPORTS = {"pi": constraints.simplex, "Phi": constraints.simplex, "M": constraints.real, "a": constraints.real}

@@ -19,7 +19,7 @@ from scipy.special import logsumexp
 
 from bayes_dispatch.dispatcher.arrays import on_simplex
 from bayes_dispatch.dispatcher.exact.quadrature import Quadrature
-from bayes_dispatch.dispatcher.exact.supports import LARGEST_SET
+from bayes_dispatch.dispatcher.exact.supports import largest_weights
 from bayes_dispatch.dispatcher.program.observed import Prompts
 
 __all__ = ["FEWEST", "KnownPrompts", "choose_temper"]
@@ -46,8 +46,7 @@ def choose_temper(
     prompts, weights = known.judged(random, judged)
     if not len(weights):
         return 1.0
-    supports = np.argsort(-weights, axis=1, kind="stable")[:, None, :LARGEST_SET]
-    own = np.take_along_axis(weights[:, None], supports, axis=2)
+    supports, own = largest_weights(weights[:, None])
     others = np.where(own > 0, random.standard_exponential((POINTS, supports.shape[2])), 0.0)
     points = on_simplex(np.concatenate([own, others], axis=1))
     supports = supports.repeat(1 + POINTS, axis=1)

@@ -130,3 +130,4 @@ def test_few_known_prompts_move_nothing(
     left = Dispatcher(("sort", "reverse", "add"), **given).fit(sample.evidence, labels)
     pairs = [(moved.state.globals.locations[name], left.state.globals.locations[name]) for name in ("M", "Phi")]
     assert all(torch.equal(*pair) for pair in pairs) == (known < 30)
+    assert moved.report.conditional == (known == 30)
