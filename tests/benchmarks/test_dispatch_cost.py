@@ -31,7 +31,7 @@ def test_exponents_are_log_log_slopes() -> None:
 
     sizes, costs = (10, 100, 1000), [cost(10, 5.0), cost(100, 2.0), cost(1000, 200.0)]
     table = dispatch_cost._growth("fits", "N", sizes, costs, TINY)
-    assert list(table.rows[-1]) == ["time ~ N^", *["2.00"] * 5]
+    assert list(table.rows[-1]) == ["time ~ N^", *["2.00"] * len(table.columns[1:])]
 
 
 @pytest.mark.slow
