@@ -175,7 +175,7 @@ def main(
     report: dict[str, Any] = {"preset": preset, "mixer": mixer, "seeds": seeds, "device": device, "threads": threads}
     report |= {"torch": torch.__version__, "sizes": asdict(chosen.sizes), "recipe": asdict(recipe), "tasks": {}}
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
-    with tqdm(total=runs * recipe.steps, unit="step") as bar:
+    with tqdm(total=runs * recipe.steps, unit="step", disable=None) as bar:
         bench = Bench(replace(chosen, recipe=recipe), device, bar)
         for name, each in tasks.items():
             report["tasks"][name] = measure(bench, each, configs, seeds, tune)

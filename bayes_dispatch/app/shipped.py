@@ -5,7 +5,10 @@ found, not imported; what it says is written once as a directory in the format o
 which holds all of it.
 """
 
+import io
 import os
+import sys
+from contextlib import redirect_stderr
 from importlib.metadata import PackageNotFoundError, files
 from importlib.util import find_spec
 from pathlib import Path
@@ -74,6 +77,8 @@ def gguf_file() -> Path:
 def smollm2(directory: Path | None = None) -> Path:
     """The directory of the model and its tokenizer, by default that of ``kept``, made where it is not there yet.
 
+    A line on stderr says so when it is made, which takes seconds.
+
     Raises:
         ConfigError: see ``gguf_file``. BundleError: the directory holds anything else.
     """
@@ -83,6 +88,17 @@ def smollm2(directory: Path | None = None) -> Path:
     file = gguf_file()
     if find_spec("gguf") is None:
         raise ConfigError("expected the package gguf, which reads the weights, got none: pip install --no-deps gguf")
+    print(f"bayes-dispatch: {file.name} is unpacked once into {directory}: half a gigabyte", file=sys.stderr)
+    try:
+        with redirect_stderr(io.StringIO()), save_directory(directory, "config.json") as target:  # three progress bars
+            _unpack(file, target)
+    except BundleError:
+        if not (directory / "config.json").is_file():  # else another process has made it meanwhile
+            raise
+    return directory
+
+
+def _unpack(file: Path, target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
@@ -91,11 +107,5 @@ def smollm2(directory: Path | None = None) -> Path:
     model = LlamaForCausalLM(config)
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
-    try:
-        with save_directory(directory, "config.json") as target:
-            model.save_pretrained(target)
-            AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
-    except BundleError:
-        if not (directory / "config.json").is_file():  # else another process has made it meanwhile
-            raise
-    return directory
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)

@@ -1,6 +1,7 @@
 """Any causal language model of the transformers library as a ``Backbone``."""
 
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as reports
 
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of, rows_of_ones
@@ -308,9 +310,10 @@ def _read(
     try:
         config = AutoConfig.from_pretrained(path, **options)
         if type(config) in AutoModelForCausalLM._model_mapping:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-            )
+            with _bars_at_a_terminal():
+                loaded: Any = AutoModelForCausalLM.from_pretrained(
+                    path, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+                )
             model, found = loaded
             nn.Module.to(model, device)
             tokenizer = AutoTokenizer.from_pretrained(path, **options)
@@ -322,6 +325,19 @@ def _read(
     if missing := sorted(found["missing_keys"]):  # that library would draw them at random
         raise ConfigError(f"expected all weights of the model in {path}, got none of {missing[0]}")
     return model, tokenizer
+
+
+@contextmanager
+def _bars_at_a_terminal() -> Iterator[None]:
+    """That library shows its progress bars everywhere: in logs they would be noise."""
+    hidden = reports.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hidden:
+        reports.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            reports.enable_progress_bar()
 
 
 def _line(error: Exception) -> str:

@@ -61,13 +61,14 @@ def test_the_bundle_translates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not INSTALLED, reason="needs the extra smollm2")
-def test_the_model_of_the_package_is_read_kept_and_adapted(tmp_path: Path) -> None:
+def test_the_model_of_the_package_is_read_kept_and_adapted(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoModelForCausalLM
 
     from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 
     kept = smollm2(tmp_path / "model")
     file = gguf_file()
+    assert capfd.readouterr().err == f"bayes-dispatch: {file.name} is unpacked once into {kept}: half a gigabyte\n"
     whole = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     backbone = TransformersBackbone.load(kept, dtype=torch.float32)
     ids = torch.tensor([backbone.tokenizer.tokenize("The capital of France is").ids])
