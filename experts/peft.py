@@ -186,9 +186,9 @@ def _factors(
             raise ConfigError(f"expected factors of LoRA alone in {directory / WEIGHTS}, got {key}")
     if not parts:
         raise BundleError(f"expected factors in {directory / WEIGHTS}, got none")
-    if foreign := sorted(parts.keys() - shapes.keys()):
-        why = "the model does not have" if weight(foreign[0]) is None else "a row's delta cannot reach"
-        raise ConfigError(f"expected matrices that can be adapted in {directory}, got {foreign[0]}, which {why}")
+    if unknown := sorted(parts.keys() - shapes.keys()):
+        why = "the model does not have" if weight(unknown[0]) is None else "a row's delta cannot reach"
+        raise ConfigError(f"expected matrices that can be adapted in {directory}, got {unknown[0]}, which {why}")
     factors: dict[str, Factors] = {}
     for matrix, (out, width) in shapes.items():
         if (own := parts.get(matrix)) is None:

@@ -107,7 +107,7 @@ class TwoPassGenerator:
             rows=np.array([run.rows.get(n, 0) for n in range(count)]),
             paths=tuple(np.concatenate([run.paths[n], *(each[None] for each in paths[n])]) for n in range(count)),
             cost=run.cost,
-            fallback=np.array([n in run.foreign for n in range(count)]),
+            foreign=np.array([n in run.foreign for n in range(count)]),
             p_values=np.array([run.p_values.get(n, np.nan) for n in range(count)]),
         )
 
@@ -208,7 +208,7 @@ class TwoPassGenerator:
                     weights=token.weights[i],
                     posterior=posteriors[n],
                     last=last,
-                    fallback=int(n) in run.foreign,
+                    foreign=int(n) in run.foreign,
                     p_value=run.p_values.get(int(n), float("nan")),
                 )
 

@@ -87,14 +87,14 @@ class Begun:
 
     Attributes:
         posterior: of the one prompt, without calibrated intervals. prompt_tokens: what was read.
-        p_value: of the gate, ``None`` where it was not asked. fallback: whether the gate sent it to base.
+        p_value: of the gate, ``None`` where it was not asked. foreign: whether the gate found it foreign.
         evidence: what the posterior is of. prior_events: labels and rewards that the prior had taken in.
     """
 
     posterior: DispatchPosterior
     prompt_tokens: int
     p_value: float | None
-    fallback: bool
+    foreign: bool
     evidence: Evidence
     prior_events: int
 

@@ -80,7 +80,8 @@ class Generation:
         paths: for each prompt (tokens − 1 + lengths, K + 1), the mean blend weights before each token of the prompt
             but the first, of which nothing is said, and each generated one.
         cost: in evaluations of blocks on tokens.
-        fallback: (N,), whether the gate sent the prompt to base, for a false-alarm rate that was asked for.
+        foreign: (N,), whether the gate found the prompt foreign, at a false-alarm rate that was asked for: base alone
+            continued it, or nothing was written.
         p_values: (N,) of the gate: how foreign the prompt is among held-out ones of the experts' domains; NaN where it
             was not asked.
     """
@@ -98,7 +99,7 @@ class Generation:
     rows: np.ndarray
     paths: tuple[np.ndarray, ...]
     cost: Cost
-    fallback: np.ndarray
+    foreign: np.ndarray
     p_values: np.ndarray
 
     __repr__ = short_repr
@@ -117,7 +118,7 @@ class Streamed:
         prompt: its index. text: characters that the token completes; empty within one of several bytes.
         token_id, log_probability, predictive_entropy, mutual_information, weights: as in ``Generation``, of this token.
         posterior: the dispatcher's, of this prompt. last: nothing comes after it.
-        fallback, p_value: as in ``Generation``, of this prompt.
+        foreign, p_value: as in ``Generation``, of this prompt.
     """
 
     prompt: int
@@ -129,5 +130,5 @@ class Streamed:
     weights: np.ndarray
     posterior: DispatchPosterior
     last: bool
-    fallback: bool = False
+    foreign: bool = False
     p_value: float = float("nan")

@@ -274,13 +274,13 @@ class VllmEngine:
             request.hear(begun)
             if request.work.writing is None:
                 return Ended("dispatched")
-            if request.work.abstain and begun.fallback:
+            if request.work.abstain and begun.foreign:
                 return Ended("abstained")
             blend = request.work.blend
             particles = particles_of(blend, begun.posterior)
             await self._sure()
             try:
-                return await self._write(request, _weights(blend, particles, begun.fallback))
+                return await self._write(request, _weights(blend, particles, begun.foreign))
             except UpstreamError:
                 self._doubt()
                 raise
@@ -328,7 +328,7 @@ class VllmEngine:
             self._state = self._state.counted(**more)
 
 
-def _weights(blend: Blend, particles: Particles, fallback: bool = False) -> np.ndarray:
+def _weights(blend: Blend, particles: Particles, foreign: bool = False) -> np.ndarray:
     """The one set of weights (K + 1,) that a blend is.
 
     Raises:
@@ -336,5 +336,5 @@ def _weights(blend: Blend, particles: Particles, fallback: bool = False) -> np.n
     """
     if particles.mass.shape[1] != 1 or particles.refined:
         raise ConfigError(f"expected a blend that vLLM can run: {SERVED}; got {blend.name}, which needs this process")
-    found: np.ndarray = on_base(particles, np.array([fallback])).weights[0, 0]
+    found: np.ndarray = on_base(particles, np.array([foreign])).weights[0, 0]
     return found

@@ -160,16 +160,16 @@ class Answer:
 
 
 def dispatch_of(begun: Begun, work: Work) -> dict[str, Any]:
-    """What is known of a prompt: the posterior of its weights, and how it is continued."""
+    """What is known of a prompt: the posterior of its weights, and how it is continued, if it is."""
     posterior, p_value = begun.posterior, begun.p_value
     return {
         "experts": list(posterior.experts),
         "mean": posterior.mean[0].tolist(),
         "interval_90": posterior.interval(0.9)[:, 0].T.tolist(),
         "p_value": None if p_value is None or np.isnan(p_value) else float(p_value),
-        "fallback": bool(begun.fallback),
-        "blend": None if work.writing is None else work.blend.name,
-        "seed": work.seed,
+        "foreign": bool(begun.foreign),
+        **({} if work.writing is None else {"blend": work.blend.name}),
+        "seed": work.seed,  # of the posterior's draws, too
         "prior_events": begun.prior_events,
     }
 

@@ -164,7 +164,7 @@ class _Desk:
             RefusedError: 400 for fields that are wrong, 408 for a body that is late, 415 for one that is no JSON.
         """
         kind_given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind_given != "application/json":  # what a form of a foreign web page cannot send
+        if kind_given != "application/json":  # what a form of another site's page cannot send
             raise RefusedError(415, "expected a body of content-type application/json, got another")
         try:
             async with asyncio.timeout(self._settings.body_seconds):

@@ -214,10 +214,10 @@ def test_foreign_prompts_are_left_to_base(gated64: "Bundle", blend: Blend) -> No
     generator = TwoPassGenerator(gated64)
     given: dict[str, Any] = {"blend": blend, "max_new_tokens": 4, "seed": 1}
     found = generator.generate(prompts, **given, false_alarm_rate=0.05)
-    assert found.fallback.tolist() == [False, True, False]
+    assert found.foreign.tolist() == [False, True, False]
     assert (found.p_values > 0.05).tolist() == [True, False, True]
     free = generator.generate(prompts, **given)
-    assert not free.fallback.any()
+    assert not free.foreign.any()
     assert np.isnan(free.p_values).all()
     base = generator.generate(prompts, **given | {"blend": FixedWeights((0.0, 0.0, 0.0, 1.0))})
     np.testing.assert_allclose(found.log_probabilities[1], base.log_probabilities[1], atol=1e-8)

@@ -149,7 +149,7 @@ def test_what_an_engine_does_not_know_is_said_so(browser: Browser) -> None:
     logprobs = {"tokens": ["a"], "token_logprobs": [-1.0], "mutual_information": [None], "weights": [[0.25, 0.75]]}
     dispatch = {"experts": ["b", "base"], "mean": [0.5, 0.5], "interval_90": [[0, 1], [0, 1]], "p_value": None}
     chunks = [
-        {"choices": [], "dispatch": dispatch | {"fallback": False, "blend": "b", "seed": 1}},
+        {"choices": [], "dispatch": dispatch | {"foreign": False, "blend": "b", "seed": 1}},
         {"choices": [{"text": "a", "logprobs": logprobs, "finish_reason": "length"}]},
     ]
     stream = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"

@@ -110,7 +110,7 @@ def test_a_completion_is_what_generate_gives(served: Served, expected: Any) -> N
     found = dispatch_of(answer)
     assert found["mean"] == pytest.approx(expected.posterior.mean[0])
     assert np.array(found["interval_90"]) == pytest.approx(expected.posterior.interval(0.9)[:, 0].T)
-    assert (found["blend"], found["seed"], found["p_value"], found["fallback"]) == (expected.blend, 1, None, False)
+    assert (found["blend"], found["seed"], found["p_value"], found["foreign"]) == (expected.blend, 1, None, False)
     assert answer.usage.completion_tokens == len(text)
 
 
@@ -170,13 +170,14 @@ def test_dispatch_alone(served: Served, expected: Any) -> None:
     answer = served.http.post("/v1/dispatch", json={"input": PROMPT, "seed": 1, "false_alarm_rate": 0.05}).json()
     assert answer["dispatch"]["mean"] == pytest.approx(expected.posterior.mean[0])
     assert 0 <= answer["dispatch"]["p_value"] <= 1
+    assert (answer["dispatch"]["seed"], "blend" in answer["dispatch"]) == (1, False)
     assert answer["usage"]["completion_tokens"] == 0
 
 
 def test_who_abstains_writes_nothing(served: Served) -> None:
     asked = GREEDY | {"prompt": "Ω≈ç√ ∫˜µ " * 20, "false_alarm_rate": 0.5, "abstain": True}
     answer = served.http.post("/v1/completions", json=asked).json()
-    assert answer["dispatch"]["fallback"] is True
+    assert answer["dispatch"]["foreign"] is True
     assert (answer["choices"][0]["text"], answer["choices"][0]["finish_reason"]) == ("", "content_filter")
 
 

@@ -150,7 +150,7 @@ def _as_json(generation: "Generation") -> dict[str, Any]:
         "predictive_entropy": trimmed(generation.predictive_entropy),
         "mutual_information": trimmed(generation.mutual_information),
         "rows": generation.rows.tolist(),
-        "fallback": generation.fallback.tolist(),
+        "foreign": generation.foreign.tolist(),
         "p_values": [None if np.isnan(p) else p for p in generation.p_values.tolist()],
         "cost": {**asdict(cost), "total": cost.total, "prompt_passes": cost.prompt_passes},
     }
@@ -169,10 +169,12 @@ def _print_generation(generation: "Generation", experts: bool, fitted: bool) -> 
         lines = [(prompt.decode(), "dim"), (text, "bold")]
         shown = [("\n".join(visible(line.expandtabs(4)) for line in part.split("\n")), style) for part, style in lines]
         console.print(Text.assemble(*shown), soft_wrap=True)
-        if generation.fallback[n]:
+        if generation.foreign[n]:
             done = "base alone" if generation.lengths[n] else "nothing was generated"
             print(f"prompt {n} is foreign to all experts (p = {generation.p_values[n]:.2g}): {done}", file=sys.stderr)
         if experts and generation.lengths[n]:
+            if not text.endswith("\n"):
+                console.print()
             posterior, note = generation.posterior.select([n]), _note(generation, n, fitted)
             console.print(weights_table(posterior, generation.weights[n].tolist(), note).to_rich())
 
@@ -184,10 +186,10 @@ def _note(generation: "Generation", n: int, fitted: bool) -> str:
     told = "Mean, interval and P(best) say which experts the prompt needs. The"
     if not fitted:
         told = "This bundle's dispatcher was not fitted: mean, interval and P(best) are the same for every prompt. The"
-    values = -generation.log_probabilities[n], generation.predictive_entropy[n], generation.mutual_information[n]
-    nll, entropy, information = (np.nanmean(value) for value in values)
+    values = generation.log_probabilities[n], generation.predictive_entropy[n], generation.mutual_information[n]
+    log_probability, entropy, information = (np.nanmean(value) for value in values)
     shared = f"{information:.4f}" if generation.rows[n] > 1 else "– (one row ran)"
     return (
-        f"{told} blend weight is what its next token is predicted by, under {generation.blend}. New tokens, in nats: "
-        f"NLL {nll:.3f}, entropy {entropy:.3f}, mutual information {shared}."
+        f"{told} blend weight is what its next token is predicted by, under {generation.blend}. Means over the new "
+        f"tokens, in nats: log-probability {log_probability:.3f}, entropy {entropy:.3f}, mutual information {shared}."
     )

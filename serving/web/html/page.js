@@ -102,11 +102,11 @@ class Answer {
     this.dispatch = dispatch;
     this.experts = new Experts(dispatch);
     at("experts").hidden = false;
-    const { p_value: p, fallback } = dispatch, asked = p !== null;
-    const foreign = `this prompt is unlike all experts’ texts: ${at("abstain").checked ? "nothing is written." : "base alone answers it."}`;
+    const { p_value: p, foreign } = dispatch, asked = p !== null;
+    const told = `this prompt is foreign to all experts: ${at("abstain").checked ? "nothing is written." : "base alone goes on with it."}`;
     at("gate").hidden = !asked;
-    at("gate").className = fallback ? "foreign" : "";
-    at("gate").textContent = asked ? `p-value ${p.toFixed(4)}: ${fallback ? foreign : "the gate lets this prompt pass."}` : "";
+    at("gate").className = foreign ? "foreign" : "";
+    at("gate").textContent = asked ? `p-value ${p.toFixed(4)}: ${foreign ? told : "the gate lets this prompt pass."}` : "";
   }
 
   add(text, tokens) {
