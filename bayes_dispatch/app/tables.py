@@ -48,19 +48,20 @@ class Table:
     note: str = ""
 
     def to_rich(self) -> "rich.console.Group":
-        """For ``rich.console.Console.print``; the note may be wider than the table."""
+        """For ``rich.console.Console.print``; title and note may be wider than the table."""
         from rich import box
         from rich.console import Group
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        table = RichTable(title=Text(self.title, style="bold"), title_justify="left", box=box.SIMPLE_HEAD)
+        tight = {"show_edge": False, "pad_edge": False, "collapse_padding": True}
+        table = RichTable(box=box.SIMPLE_HEAD, show_header=any(self.columns), **tight)
         for number, column in enumerate(self.columns):
             table.add_column(Text(column), overflow="fold", no_wrap=number == 0)
         for row in self.rows:
             cells = [_cell(cell) for cell in row]
             table.add_row(*(Text(SIGNS[cell.mark] + cell.text, style=STYLES[cell.mark]) for cell in cells))
-        return Group(table, Text(f"{self.note}\n")) if self.note else Group(table)
+        return Group(Text(self.title, style="bold"), table, Text(f"\n{self.note}\n" if self.note else ""))
 
     def to_markdown(self) -> str:
         """A Markdown table between its title and its note."""

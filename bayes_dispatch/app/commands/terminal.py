@@ -59,7 +59,7 @@ BLENDS_HELP = (
     "thompson_sample; settings may follow, as in top_k(3). Or base, or the name of an expert."
 )
 UNCALIBRATED = "without a gate and calibrated intervals: calibrate-gate makes them"
-WIDTH = 130  # of output that goes to no terminal
+WIDTH = 140  # of output that goes to no terminal: the widest table of a report
 LARGE = 20_000_000  # weights, from which on matrix products gain by more threads
 
 BlendOption = Annotated[str, typer.Option("--blend", help=BLENDS_HELP)]

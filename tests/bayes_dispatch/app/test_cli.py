@@ -154,9 +154,12 @@ def test_backslashes_stay_without_escapes(saved: Path, capfd: pytest.CaptureFixt
 
 
 def test_show_experts(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capfd, "generate", "--bundle", saved, "--prompt", "kfpa>", "--show-experts")
+    arguments = ["generate", "--bundle", saved, "--prompt", "kfpa>"]
+    code, out, _ = run(capfd, *arguments, "--show-experts")
     assert code == 0
     assert all(word in out for word in ("kfpa>", "reverse", "sort", "add", "base", "90% interval", "P(best)"))
+    mean = np.mean(json.loads(run(capfd, *arguments, "--json")[1])["log_probabilities"][0])
+    assert f"Means over the new tokens, in nats: log-probability {mean:.3f}," in " ".join(out.split())
 
 
 def test_several_prompts_are_told_apart(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,16 @@ def test_weights_table() -> None:
     ]
 
 
+def test_a_table_has_no_margins_and_its_title_a_line() -> None:
+    console = Console(file=io.StringIO(), width=30, no_color=True)
+    console.print(Table("What is wider than the table", ["one", "two"], [["a", "b"]], "note").to_rich())
+    console.print(Table("No heads", ["", ""], [["a", "b"]]).to_rich())
+    assert isinstance(console.file, io.StringIO)
+    lines = [line.rstrip() for line in console.file.getvalue().splitlines()]
+    whole = ["What is wider than the table", "one  two", "─" * 8, "a    b", "", "note", ""]
+    assert lines == [*whole, "No heads", "a  b", ""]
+
+
 @pytest.mark.parametrize("content", ["[red]x[/red]", "a|b", "`x`", "*x*", "\\", "", "x" * 50, "½ ⏎"])
 def test_cells_hold_any_text(content: str) -> None:
     table = Table("title", ["one", "two"], [[Cell(content, "wrong", code=True), "plain"]])
