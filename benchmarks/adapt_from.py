@@ -8,6 +8,7 @@ For each first block: an expert for each domain of the shipped bundle by the bun
 pooled below the block (with 0: after the last), and both together on held-out documents. Dispatchers are fitted as the
 bundle's is, which stands beside them. What is made is kept under ``--work``, seed by seed and block by block, and is
 not made again; the tables are of all that was asked for.
+
 Times are of CPU time of one thread, all systems in turn, in a last round of their own.
 """
 

@@ -7,11 +7,13 @@
 ``fixed``: the shipped dispatcher on documents, or one fitted to prompts of a known program. NUTS draws from the program
 as it is served, with the globals at their medians. The quadrature under the same globals differs by its cells alone;
 what is served sums the globals up over their posterior as well.
+
 ``joint``: globals that are fitted to tens of prompts of three experts, those of a single expert labelled, beside NUTS
 for the globals and the weights of all of them, under the prior that is fitted. All rows are of the served prior: the
 reference is the mean of the quadrature's posteriors under some draws of NUTS's globals. That under draws of SVI's
 globals shows what SVI gets wrong of them; what is served, how much it matters besides that their means and variances
 stand for them.
+
 Kolmogorov–Smirnov distances are means over prompts and components. The floor is that of two runs of NUTS of the same
 length; prompts on which either has not converged (r-hat ≤ 1.01, bulk ESS ≥ 400) do not count.
 """

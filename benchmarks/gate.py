@@ -6,6 +6,7 @@
 A gate is calibrated *anew* for each seed on held-out prompts, and judged on others of 32, 64 and 128 bytes: of one
 domain, of several, of base's own text (which may go to base), and foreign ones, of which *products* look like sums
 (``37+58=2146``) and are not in the mean.
+
 *Shipped* is the gate that comes with the package, which was calibrated on longer prompts too.
 """
 

@@ -1,5 +1,5 @@
-"""Imports flow one way: model → experts → inference → serving → app; dispatcher and checks stand
-apart from model and experts. There is no circle, every room is planned, and the rules catch what they should."""
+"""Imports flow one way: model → experts → inference → serving → app; dispatcher and checks stand apart from model and
+experts. There is no circle, every room is planned, and the rules catch what they should."""
 
 import ast
 from pathlib import Path

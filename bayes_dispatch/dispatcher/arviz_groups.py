@@ -1,8 +1,8 @@
 """All that a fitted program says about some prompts, as named groups of arrays with named dimensions.
 
 The groups are those of arviz: what the program expects before and after it was fitted (globals, weights, replicated
-evidence) and what was observed. Dimensions are chain, draw, prompt, expert and, for a view
-``v``, ``v_feature``. Draws are independent: one chain.
+evidence) and what was observed. Dimensions are chain, draw, prompt, expert and, for a view ``v``, ``v_feature``. Draws
+are independent: one chain.
 """
 
 from __future__ import annotations

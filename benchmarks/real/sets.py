@@ -35,8 +35,8 @@ class DocumentSet:
     """Documents of one kind; each follows from seed and number alone, however many are asked for.
 
     Attributes:
-        name: of the set. kind: of the table that it is in. domains: of the entries; those of
-            several have ``items``.
+        name: of the set. kind: of the table that it is in. domains: of the entries; those of several have
+            ``items``.
         order: ``"turn"`` takes them in turn, ``"switch"`` goes from one to the other where the prompt ends, ``"late"``
             in the middle of what follows; ``"each"`` makes every document of one of them.
         prompt_bytes: at least, up to the end of an entry. scored_bytes: what follows, about as many.

@@ -79,8 +79,8 @@ class Asked:
     """A question, and its answers.
 
     Attributes:
-        bank: see ``real.records.bank_of``, and bytes. family, kind, seed, number: of the
-            document. domain, expected: of the answer. p_value: of the gate, NaN where there is none.
+        bank: see ``real.records.bank_of``, and bytes. family, kind, seed, number: of the document. domain,
+            expected: of the answer. p_value: of the gate, NaN where there is none.
         answers: by blend.
     """
 

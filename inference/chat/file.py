@@ -1,7 +1,7 @@
 """A conversation in one safetensors file: arrays, and settings as JSON in its header, bound by a digest.
 
-It names the weights of the model, the experts and the
-dispatcher that it belongs to. Caches are not in it: they are made again from the transcript.
+It names the weights of the model, the experts and the dispatcher that it belongs to. Caches are not in it: they are
+made again from the transcript.
 """
 
 import json

@@ -34,9 +34,9 @@ _array_of: Any = numba.carray  # type: ignore[attr-defined]
 def checksum(memory: Array, first: int, parts: int, sums: Array) -> None:
     """``sums[p, k]`` of part ``first + p`` of the memory at address ``memory[0, k]``, of ``memory[1, k]`` bytes.
 
-    The memory at each address is divided into ``parts``, as equal as can be.
-    Words are mixed with their place and summed, modulo 2⁶⁴. Mixing is one to one: another value of any one word is
-    another sum. It keeps no pattern: doubled numbers or other signs, which change all words alike, do not cancel.
+    The memory at each address is divided into ``parts``, as equal as can be. Words are mixed with their place and
+    summed, modulo 2⁶⁴. Mixing is one to one: another value of any one word is another sum. It keeps no pattern: doubled
+    numbers or other signs, which change all words alike, do not cancel.
     """
     for k in range(memory.shape[1]):
         size = memory[1, k]
