@@ -6,6 +6,7 @@ Each function takes anything array-like and its name, and returns an array of kn
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     "as_points",
     "as_rows",
     "as_values",
+    "distinct_rows",
     "on_simplex",
     "short_repr",
 ]
@@ -107,6 +109,17 @@ def as_flags(values: Any, name: str, count: int) -> Bool[np.ndarray, " row"]:
     if array.shape != (count,) or not (array.dtype == bool or np.isin(array, (0, 1)).all()):
         raise TensorError(f"expected {count} booleans as {name}, got {array.dtype} of shape {array.shape}")
     return array.astype(bool)
+
+
+def distinct_rows(*arrays: np.ndarray) -> Int[np.ndarray, " row"]:
+    """``(N,)`` which of the distinct rows each row of all arrays is, numbered as they first appear.
+
+    Held-out splits are of these: a copy of a row that was learnt from would judge too well.
+    """
+    place: dict[bytes, int] = {}
+    whole = (b"".join(part.tobytes() for part in row) for row in zip(*arrays, strict=True))
+    hashes = (hashlib.blake2b(row, digest_size=16).digest() for row in whole)
+    return np.array([place.setdefault(each, len(place)) for each in hashes], dtype=int)
 
 
 def on_simplex(values: Float[np.ndarray, "*some weight"]) -> Float[np.ndarray, "*some weight"]:

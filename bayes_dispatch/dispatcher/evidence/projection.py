@@ -20,6 +20,7 @@ from jaxtyping import Float
 from scipy.linalg import eigh
 
 from bayes_dispatch.arguments import real, set_whole, several
+from bayes_dispatch.dispatcher.arrays import distinct_rows
 from bayes_dispatch.errors import ConfigError, TensorError
 
 if TYPE_CHECKING:
@@ -98,7 +99,8 @@ def fit_feature_map(
         random_state: seed of the folds.
 
     Returns:
-        The map, and ``(N, D)`` features: out-of-fold for prompts with targets, the map's own for the others.
+        The map, and ``(N, D)`` features: out-of-fold for prompts with targets, the map's own for the others. Copies of
+        a prompt are in one fold.
     """
     from sklearn.linear_model import Ridge, RidgeCV  # slow to import, and for fits alone
     from sklearn.model_selection import KFold
@@ -109,18 +111,21 @@ def fit_feature_map(
         return FeatureMap(hidden[0], np.zeros((hidden.shape[1], count))), np.zeros((len(hidden), count))
     known = np.isfinite(targets).all(axis=1)
     seen = targets[:, np.nansum(targets, axis=0) > 0] if known.any() else targets[:, :0]
-    spare = (
-        int(known.sum()) - seen.shape[1]
-    )  # prompts beyond one for each class: without any, nothing is within a class
-    if seen.shape[1] < 2 or known.sum() < 4 * settings.folds or spare < 1:
+    rows = np.flatnonzero(known)
+    of = distinct_rows(hidden[rows])
+    count = int(of.max(initial=-1)) + 1
+    spare = count - seen.shape[1]  # prompts beyond one for each class: without any, nothing is within a class
+    if seen.shape[1] < 2 or count < 4 * settings.folds or spare < 1:
         return _principal(hidden, dimensions)
     center, spread = hidden[known].mean(axis=0), spread_of(hidden[known])
     x, y = (hidden - center) / spread, seen[known]
-    penalty = RidgeCV(list(settings.penalties)).fit(x[known], y).alpha_
+    split = KFold(settings.folds, shuffle=True, random_state=random_state % 2**32).split(range(count))
+    folds = [(np.flatnonzero(~held), np.flatnonzero(held)) for held in (np.isin(of, some) for _, some in split)]
+    alone = count == len(rows)  # each is no copy: it may be left out by itself
+    penalty = RidgeCV(list(settings.penalties), cv=None if alone else folds).fit(x[known], y).alpha_
     coefficients = Ridge(penalty).fit(x[known], y).coef_.T  # (F, K')
     scores = x @ coefficients  # (N, K')
-    rows = np.flatnonzero(known)
-    for train, test in KFold(settings.folds, shuffle=True, random_state=random_state % 2**32).split(rows):
+    for train, test in folds:
         fold = Ridge(penalty).fit(x[rows[train]], y[train])
         scores[rows[test]] = fold.predict(x[rows[test]]) - y.mean(axis=0)
 

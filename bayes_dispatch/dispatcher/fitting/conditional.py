@@ -62,12 +62,10 @@ def fit_conditionally(
     """
     # other prompts than chose the temper, which starts from the seed alone
     random, dtype = np.random.default_rng([seed, 1]), settings.dtype
-    rows = random.permutation(np.flatnonzero(np.isfinite(known.weights).all(1)))
-    rows = rows[: min(NUMBERS // known.weights.shape[1], MOST)]
+    rows, held = _parted(known, random)
     prompts, weights = known.prompts.select(torch.from_numpy(rows)), np.zeros((len(rows), known.weights.shape[1]))
     supports, shares = largest_weights(known.weights[rows, None])
     np.put_along_axis(weights, supports[:, 0], shares[:, 0], 1)
-    held = min(len(rows) // HELD_OUT, 200)
     places = torch.arange(len(rows), device=prompts.lengths.device)
     judged = prompts.select(places[:held]), weights[:held]
     prompts, weights = prompts.select(places[held:]), weights[held:]
@@ -99,6 +97,16 @@ def fit_conditionally(
     found = {name: value.detach().to(fitted.globals.locations[name].dtype) for name, value in line.items()}
     moved = replace(fitted.globals, locations=found)
     return moved if _score(replace(fitted, globals=moved), *judged) > _score(fitted, *judged) else fitted.globals
+
+
+def _parted(known: KnownPrompts, random: np.random.Generator) -> tuple[np.ndarray, int]:
+    """Rows of known weights, and how many of the first are held out: copies of a prompt are, or are not."""
+    parts = [known.parts[n] for n in random.permutation(len(known.parts))]
+    ends = np.cumsum([len(part) for part in parts])
+    most = min(NUMBERS // known.weights.shape[1], MOST, int(ends[-1]))
+    held = max(1, int(np.searchsorted(ends, min(most // HELD_OUT, 200), "right")))
+    learnt = max(held + 1, int(np.searchsorted(ends, most, "right")))
+    return np.concatenate(parts[:learnt]), int(ends[held - 1])
 
 
 def _score(fitted: FittedDispatcher, prompts: Prompts, weights: np.ndarray) -> float:

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from bayes_dispatch.dispatcher.arrays import as_codes, as_numbers
+from bayes_dispatch.dispatcher.arrays import as_codes, as_numbers, distinct_rows
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence, as_evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureMap, FeatureSettings, fit_feature_map, spread_of
 from bayes_dispatch.dispatcher.fitting.conditional import fit_conditionally
 from bayes_dispatch.dispatcher.fitting.fitted import FittedDispatcher, as_prompts
 from bayes_dispatch.dispatcher.fitting.svi import FitReport, SVISettings, fit_globals
-from bayes_dispatch.dispatcher.fitting.temper import FEWEST, KnownPrompts, choose_temper
+from bayes_dispatch.dispatcher.fitting.temper import KnownPrompts, choose_temper
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.dispatcher.program.views import KINDS
@@ -63,7 +63,7 @@ def fit_parts(
     rows = torch.linspace(0, len(every) - 1, min(len(every), LIKE), device=every.lengths.device).long()
     like = every.select(rows).to(torch.float32).blank()
     fitted = FittedDispatcher(model, posterior, maps, 1.0, like)
-    return _told(fitted, report, data, every, program.temper, svi, seed, progress)
+    return _told(fitted, report, data.known_prompts(every), program.temper, svi, seed, progress)
 
 
 @torch.inference_mode(False)
@@ -82,27 +82,24 @@ def refit_parts(
     before = parts.globals.to(svi.dtype)
     posterior, report = fit_globals(parts.model, data.observed(every), svi, seed, progress, before)
     refitted = replace(parts, globals=posterior)
-    if np.isfinite(data.targets).all(1).sum() < FEWEST:
-        return refitted, report
-    return _told(refitted, report, data, every, program.temper, svi, seed, progress)
+    known = data.known_prompts(every)
+    return _told(refitted, report, known, program.temper if known.tell else parts.temper, svi, seed, progress)
 
 
 def _told(
     fitted: FittedDispatcher,
     report: FitReport,
-    data: TrainingSet,
-    every: Prompts,
+    known: KnownPrompts,
     temper: float | None,
     svi: SVISettings,
     seed: int,
     progress: bool,
 ) -> tuple[FittedDispatcher, FitReport]:
     """With what prompts of known weights tell: the noise temper, unless it is given, and then the globals."""
-    known = KnownPrompts(every.to(torch.float64), data.targets)
     if temper is None:
         temper = choose_temper(fitted.quadrature, known, np.random.default_rng(seed))
     fitted = replace(fitted, temper=temper)
-    if not svi.conditional_steps or np.isfinite(data.targets).all(1).sum() < FEWEST:
+    if not svi.conditional_steps or not known.tell:
         return fitted, report
     found = fit_conditionally(fitted, known, svi, seed, progress)
     return replace(fitted, globals=found), replace(report, conditional=found is not fitted.globals)
@@ -146,6 +143,11 @@ class TrainingSet:
         out, labelled = self.known.copy(), self.labels >= 0
         out[labelled] = np.eye(self.known.shape[1])[self.labels[labelled]]
         return out
+
+    def known_prompts(self, prompts: Prompts) -> KnownPrompts:
+        """The N prompts with what is known of their weights, in doubles."""
+        seen = [*self.evidence.views.values(), self.evidence.known_lengths()]
+        return KnownPrompts(prompts.to(torch.float64), self.targets, distinct_rows(*seen))
 
     def observed(self, prompts: Prompts) -> Prompts:
         """The N prompts with their labels and known weights."""

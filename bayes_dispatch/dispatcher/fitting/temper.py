@@ -70,10 +70,26 @@ class KnownPrompts:
     Args:
         prompts: every view observed (missing rows masked).
         weights: ``(N, K+1)``, one-hot for pure prompts, NaN rows where unknown.
+        of: ``(N,)``, see ``distinct_rows``; no two are the same by default.
     """
 
     prompts: Prompts
     weights: np.ndarray
+    of: np.ndarray | None = None
+
+    @cached_property
+    def parts(self) -> list[Int[np.ndarray, " copy"]]:
+        """Rows of known weights; copies of a prompt are together."""
+        rows = np.flatnonzero(np.isfinite(self.weights).all(1))
+        if self.of is None:
+            return list(rows[:, None])
+        order = rows[np.argsort(self.of[rows], kind="stable")]
+        return np.split(order, np.flatnonzero(np.diff(self.of[order])) + 1) if len(rows) else []
+
+    @property
+    def tell(self) -> bool:
+        """Whether they are enough to tell what globals should be."""
+        return len(self.parts) >= FEWEST
 
     @cached_property
     def groups(self) -> tuple[Int[np.ndarray, " pure"], Int[np.ndarray, " mixed"]]:

@@ -117,17 +117,31 @@ def test_a_seed_gives_the_same_globals(fitted: Dispatcher) -> None:
     assert not torch.equal(first.locations["M"], other.locations["M"])
 
 
-@pytest.mark.parametrize("known", [29, 30])
+@pytest.mark.parametrize(("known", "copies"), [(29, 1), (29, 2), (30, 1)])
 def test_few_known_prompts_move_nothing(
-    sample: Sample, settings: Any, known: int, monkeypatch: pytest.MonkeyPatch
+    sample: Sample, settings: Any, known: int, copies: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fewer than thirty of them."""
+    """Fewer than thirty of them, however often they are there."""
     labels = np.where(np.cumsum(sample.labels >= 0) <= known, sample.labels, -1)
+    rows = np.repeat(np.arange(len(labels)), copies)
+    evidence, labels = sample.evidence.select(rows), labels[rows]
     given = settings(svi=10)
     given["svi"] = replace(given["svi"], conditional_steps=20)
-    moved = Dispatcher(("sort", "reverse", "add"), **given).fit(sample.evidence, labels)
+    moved = Dispatcher(("sort", "reverse", "add"), **given).fit(evidence, labels)
     given["svi"] = replace(given["svi"], conditional_steps=0)
-    left = Dispatcher(("sort", "reverse", "add"), **given).fit(sample.evidence, labels)
+    left = Dispatcher(("sort", "reverse", "add"), **given).fit(evidence, labels)
     pairs = [(moved.state.globals.locations[name], left.state.globals.locations[name]) for name in ("M", "Phi")]
     assert all(torch.equal(*pair) for pair in pairs) == (known < 30)
     assert moved.report.conditional == (known == 30)
+
+
+@pytest.mark.parametrize("copies", [[1] * 40, [3] * 40, [1] * 39 + [900], [900] + [1] * 39, [9000] * 30])
+def test_copies_of_a_prompt_are_held_out_together(fitted: Dispatcher, copies: list[int]) -> None:
+    which = np.random.default_rng(0).permutation(np.repeat(np.arange(len(copies)), copies))
+    one = simulated(fitted, 1, 0)
+    known = KnownPrompts(one.prompts, np.repeat(one.weights, len(which), 0), which)
+    rows, held = conditional._parted(known, np.random.default_rng(0))
+    judged, learnt = set(which[rows[:held]].tolist()), set(which[rows[held:]].tolist())
+    assert judged
+    assert learnt
+    assert not judged & learnt

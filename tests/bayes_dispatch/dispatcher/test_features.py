@@ -134,3 +134,32 @@ def test_rounding_is_no_direction() -> None:
     assert (features[:, :2].std(axis=0) > 0.1).all()
     np.testing.assert_allclose(features[:, 2:], 0, atol=1e-6)
     assert np.abs(feature_map(np.tile(world(raw=2, seed=1)[0], 4))).max() < 100
+
+
+def test_copies_of_a_prompt_are_in_one_fold() -> None:
+    """Features of labels drawn by chance tell next to nothing of them, however often a prompt is there."""
+    random = np.random.default_rng(0)
+    hidden, classes = random.normal(size=(60, 40)), random.integers(2, size=60)
+    told = []
+    for copies in (1, 4):
+        rows = random.permutation(np.repeat(np.arange(60), copies))
+        settings = FeatureSettings(dimensions=1, penalties=(1.0,))
+        _, features = fit_feature_map(hidden[rows], np.eye(3)[classes[rows]], settings, 0)
+        told.append(abs(np.corrcoef(features[:, 0], classes[rows])[0, 1]))
+    assert max(told) < 0.5
+
+
+def test_copies_do_not_choose_the_penalty() -> None:
+    """Of labels drawn by chance the largest one is best, under which all features count alike."""
+    random = np.random.default_rng(1)
+    hidden, classes = random.normal(size=(60, 40)), random.integers(2, size=60)
+    rows, settings = np.repeat(np.arange(60), 4), FeatureSettings(dimensions=1, penalties=(1e-3, 1e6))
+    alone, copied = (fit_feature_map(hidden[n], np.eye(3)[classes[n]], settings, 0)[0] for n in (rows[::4], rows))
+    assert abs(np.corrcoef(alone.projection[:, 0], copied.projection[:, 0])[0, 1]) > 0.99
+
+
+def test_copies_are_no_more_prompts() -> None:
+    """As few as have no supervised projection have none when they are copied."""
+    hidden, targets = world(15)
+    few, copied = (fit_feature_map(np.repeat(hidden, n, 0), np.repeat(targets, n, 0), SETTINGS, 0)[0] for n in (1, 9))
+    np.testing.assert_allclose(few.projection, copied.projection)
