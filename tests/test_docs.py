@@ -112,6 +112,12 @@ def test_links_and_named_files_exist(page: str) -> None:
     assert [path for path in [*links, *files] if not path.exists()] == []
 
 
+def test_benchmarks_are_named() -> None:
+    """In a guide, or in the Makefile, which runs them."""
+    told = "".join(map(text_of, PAGES)) + (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert [path.name for path in (ROOT / "benchmarks").glob("*.py") if path.name not in told] == []
+
+
 def test_readme_is_short() -> None:
     assert len(text_of("README").split()) <= 1000
 
