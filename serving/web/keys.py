@@ -47,15 +47,17 @@ class Keys:
         """From lines of a name and a key; empty ones and those that begin with # are skipped.
 
         Raises:
-            ConfigError: others than its owner may read the file or write to it, or see the class. OSError.
+            ConfigError: it cannot be read, others than its owner may read the file or write to it, or see the class.
         """
-        with path.open(encoding="utf-8") as file:
-            if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
-                raise ConfigError(f"expected a file of keys that its owner alone may read, got {path}: chmod 600")
-            try:
+        try:
+            with path.open(encoding="utf-8") as file:
+                if stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077:
+                    raise ConfigError(f"expected a file of keys that its owner alone may read, got {path}: chmod 600")
                 lines = [line.split() for line in file if line.strip() and not line.startswith("#")]
-            except UnicodeDecodeError:
-                raise ConfigError(f"expected a file of keys in UTF-8, got {path}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"expected a file of keys in UTF-8, got {path}") from None
+        except OSError as error:
+            raise ConfigError(f"expected a readable file of keys {path}, got: {error.strerror or error}") from None
         if any(len(line) != 2 for line in lines):
             raise ConfigError(f"expected lines of a name and a key in {path}, got others")
         return cls((name, key) for name, key in lines)
@@ -65,7 +67,7 @@ class Keys:
         """From a file, or else from ``BAYES_DISPATCH_KEYS``, which is ``name:key,name:key``; ``None`` for neither.
 
         Raises:
-            ConfigError: as :meth:`read`, or a variable that is written otherwise. OSError: the file cannot be read.
+            ConfigError: as :meth:`read`, or a variable that is written otherwise.
         """
         if path is not None:
             return cls.read(path)

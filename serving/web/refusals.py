@@ -112,7 +112,7 @@ def of_fields(error: ValidationError) -> RefusedError:
         return RefusedError(400, f"expected a body of JSON, got something else: {told}")
     if kind == "extra_forbidden":
         return RefusedError(
-            400, f"expected no field {place!r:.80}: this server has none", param=place, code="unknown_field"
+            400, f"expected no field {place!r:.80}: this endpoint has none", param=place, code="unknown_field"
         )
     if kind == "missing":
         return RefusedError(400, f"expected the field {place}, got none", param=place, code="missing_field")

@@ -396,6 +396,8 @@ def test_a_stop_is_cut_however_the_text_is_split(text: str, stops: list[str], cu
 
 def test_keys_are_kept_from_others(tmp_path: Path) -> None:
     file = tmp_path / "keys"
+    with pytest.raises(ConfigError, match=r"expected a readable file of keys .*keys, got: No such file"):
+        Keys.read(file)
     file.write_text(f"# who asks\nann {KEY}\n")
     file.chmod(0o644)
     with pytest.raises(ConfigError, match="its owner alone"):

@@ -171,7 +171,8 @@ def _print_generation(generation: "Generation", experts: bool, fitted: bool) -> 
         console.print(Text.assemble(*shown), soft_wrap=True)
         if generation.foreign[n]:
             done = "base alone" if generation.lengths[n] else "nothing was generated"
-            print(f"prompt {n} is foreign to all experts (p = {generation.p_values[n]:.2g}): {done}", file=sys.stderr)
+            which = "the prompt" if len(generation.prompts) == 1 else f"prompt {n + 1} of {len(generation.prompts)}"
+            print(f"{which} is foreign to all experts (p = {generation.p_values[n]:.2g}): {done}", file=sys.stderr)
         if experts and generation.lengths[n]:
             if not text.endswith("\n"):
                 console.print()

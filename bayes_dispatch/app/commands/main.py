@@ -80,7 +80,9 @@ def _guarded(arguments: list[str]) -> int:
     except BayesDispatchError as error:
         return _fail(str(error))
     except typer.TyperException as error:
-        return _fail(f"expected arguments as `bayes-dispatch --help` tells, got: {error.format_message()}")
+        context = getattr(error, "ctx", None)  # of the command whose arguments they are
+        command = "bayes-dispatch" if context is None else context.command_path
+        return _fail(f"expected arguments as `{command} --help` tells, got: {error.format_message()}")
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `head` does

@@ -332,6 +332,25 @@ def test_options_that_would_do_nothing(arguments: list[str], told: str, capfd: p
     assert err == f"bayes-dispatch: error: expected {told}\n"
 
 
+@pytest.mark.parametrize("words", ["nosuch", "generate --draws 0", "experts show --nosuch add"])
+def test_wrong_arguments_are_answered_by_the_help_of_their_command(
+    words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capfd, *words.split())
+    assert_one_line(code, out, err)
+    command = " ".join(["bayes-dispatch", *words.partition("-")[0].replace("nosuch", "").split()])
+    assert f"expected arguments as `{command} --help` tells, got: " in err
+
+
+def test_foreign_prompts_are_told_by_the_numbers_of_their_headings(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--false-alarm-rate", "0.05", "--max-new-tokens", "1", "--abstain"]
+    ours, foreign = ["--prompt", "37+58=95\n46+27=73\n64+85="], ["--prompt", "Dear all, 00 7f 45 4c 46"]
+    assert run(capfd, *arguments, *foreign)[2].startswith("the prompt is foreign to all experts (p = ")
+    code, out, err = run(capfd, *arguments, *ours, *foreign)
+    assert (code, err.startswith("prompt 2 of 2 is foreign to all experts (p = ")) == (0, True)
+    assert "── 2 of 2 ──\nDear all," in out
+
+
 def test_version(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """That of the code that runs, whatever is installed."""
     monkeypatch.setattr(bayes_dispatch, "__version__", "1.2.3")
