@@ -136,8 +136,8 @@ def _each_once(
     if found < FEWEST_PROMPTS or several < FEWEST_SEVERAL:
         raise ConfigError(
             f"expected held-out text for {FEWEST_PROMPTS} prompts, {FEWEST_SEVERAL} of them of several experts, got "
-            f"enough for {found} and {several}: the last tenth of {shortest}'s file is {count} prompts, and no expert "
-            "has more; give a longer file, or a smaller --longest"
+            f"enough for {found} and {several}: the last tenth of {shortest}'s file gives {count}, and no expert has "
+            "more; give a longer file, or a smaller --longest"
         )
     return known
 

@@ -3,6 +3,7 @@
 Whatever a user does wrong ends in one line on stderr, ``bayes-dispatch: error: expected …, got …``, and exit code 2.
 """
 
+import inspect
 import os
 import sys
 import time
@@ -279,6 +280,11 @@ def diagnose(
     for table in diagnosis_tables(found):
         console.print(table.to_rich())
     console.print(*files, highlight=False, soft_wrap=True)
+
+
+for _command in app.registered_commands:  # typer would keep the ends of the lines that a docstring has here
+    _paragraphs = (inspect.getdoc(_command.callback) or "").split("\n\n")
+    _command.help = "\n\n".join(" ".join(each.split()) for each in _paragraphs)
 
 
 def _print_report(report: Any, as_json: bool) -> None:

@@ -4,6 +4,7 @@ would do nothing, and warnings are one line; bad input ends with code 2."""
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -85,6 +86,12 @@ def test_no_arguments_show_help(capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capfd)
     assert (code, err) == (0, "")
     assert all(command in out for command in ("demo", "train", "report", "generate", "experts", "fit"))
+
+
+def test_help_ends_lines_where_a_terminal_does(capfd: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    told = run(capfd, "calibrate-gate", "--help")[1]
+    assert re.search(r"No line of a file .* so the guarantees hold\. A short file", told)
 
 
 def test_generate_as_json(saved: Path, bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:

@@ -137,7 +137,7 @@ class TestGate:
             calibrated(own, {"sort": short}, 40, 99, (16, 24), seed=1)
         assert re.fullmatch(
             "expected held-out text for 80 prompts, 25 of them of several experts, got enough for 4\\d and 1\\d: the "
-            "last tenth of sort's file is 10 prompts, and no expert has more; give a longer file, or a smaller "
+            "last tenth of sort's file gives 10, and no expert has more; give a longer file, or a smaller "
             "--longest",
             str(refused.value),
         )
