@@ -158,7 +158,7 @@ def _tell(bundle: "Bundle", out: Path, model: str, as_json: bool) -> None:
         if (base := bundle.report.get("base")) is not None:
             print(f"of {base['prompts']} held-out prompts of base {base['accuracy']:.1%} go to base")
         for name, gain in bundle.report["gains"].items():
-            print(f"  {name}: {gain['gain']:+.3f} nats a byte over base on its held-out examples")
+            print(f"  {name} gains {gain['gain']:+.3f} nats a byte over base on its held-out examples")
 
 
 def _passages(path: Path) -> list[str]:
