@@ -54,8 +54,10 @@ class Table:
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        tight = {"show_edge": False, "pad_edge": False, "collapse_padding": True}
-        table = RichTable(box=box.SIMPLE_HEAD, show_header=any(self.columns), **tight)
+        heads = any(self.columns)
+        table = RichTable(
+            box=box.SIMPLE_HEAD, show_header=heads, show_edge=False, pad_edge=False, collapse_padding=True
+        )
         for number, column in enumerate(self.columns):
             table.add_column(Text(column), overflow="fold", no_wrap=number == 0)
         for row in self.rows:
