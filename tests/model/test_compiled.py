@@ -383,6 +383,22 @@ def test_keys_and_values_are_kept_as_tensors_keep_them(dtype: torch.dtype, ring:
         torch.testing.assert_close(torch.from_numpy(out), wanted.reshape(2, 32), rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loops_are_of_one_kind_whatever_the_defaults_are(dtype: torch.dtype) -> None:
+    """Else there would be a program for each default dtype, and on another default device or in half precision none."""
+    kept = [torch.zeros(2, 2, 5, 8, dtype=dtype) for _ in range(2)]
+    before = torch.get_default_dtype()
+    for default in (torch.float16, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            with torch.device("meta"):
+                arrays = AttentionState(*kept).arrays(dtype)
+        finally:
+            torch.set_default_dtype(before)
+        assert arrays is not None
+        assert [array.dtype for array in arrays] == [kept[0].numpy().dtype] * 2 + [np.float32] * 2
+
+
 @pytest.mark.parametrize("rows", [1, MOST_ROWS + 1])
 @pytest.mark.parametrize("kv_dtype", [torch.bfloat16, torch.int8])
 def test_loops_read_caches_of_less_precision(

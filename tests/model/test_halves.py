@@ -2,7 +2,9 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +48,35 @@ def halved(
 
 @pytest.fixture(scope="module")
 def pairs(make_model: Any) -> Callable[[str], tuple[MambaFormerForCausalLM, MambaFormerForCausalLM]]:
-    made: dict[str, Any] = {}
-
+    @cache
     def pair(kind: str) -> Any:
-        return made.setdefault(kind, halved(make_model(BACKBONES[kind], tie_embeddings=kind != "mamba1")))
+        return halved(make_model(BACKBONES[kind], tie_embeddings=kind != "mamba1"))
 
     return pair
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
+def wide_pairs(make_model: Any) -> Callable[[str], tuple[MambaFormerForCausalLM, MambaFormerForCausalLM]]:
+    """Large enough for threads to share products; decomposed by one, as two take seconds where cores are few."""
+
+    @cache
+    def pair(kind: str) -> Any:
+        pair = halved(make_model(replace(BACKBONES[kind], d_model=256)))
+        with torch.no_grad():
+            for model in pair:
+                model(tokens(1, 1), adaptation=adapted(model, "one for all", 1))
+        return pair
+
+    return pair
+
+
+@contextmanager
 def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
 
 
 def tokens(*shape: int) -> Tensor:
@@ -107,11 +125,11 @@ def test_so_they_are_of_any_number_of_rows(pairs: Any, kind: str, rows: int) -> 
 
 @every_backbone
 @pytest.mark.parametrize("adaptation", ["nothing", "one for all", "delta by row"])
-@pytest.mark.usefixtures("two_threads")
-def test_so_they_are_of_threads(make_model: Any, kind: str, adaptation: str) -> None:
-    wide = replace(BACKBONES[kind], d_model=256)
+def test_so_they_are_of_threads(wide_pairs: Any, kind: str, adaptation: str) -> None:
     assert 2 * kernels().SHARED <= 4 * 256**2  # of all products but Mamba-1's selection
-    equal(*halved(make_model(wide)), adaptation, rows=4, slack=4)
+    pair = wide_pairs(kind)
+    with two_threads():
+        equal(*pair, adaptation, rows=4, slack=4)
 
 
 def equal(
@@ -244,7 +262,6 @@ def test_a_matrix_of_another_kind_multiplies_in_its_own_way() -> None:
         torch.testing.assert_close(times(x, weight.as_subclass(Doubled)), 2 * x @ weight.T)
 
 
-@pytest.mark.usefixtures("two_threads")
 def test_threads_may_share_loops_at_once(in_threads: Any) -> None:
     draw = torch.Generator().manual_seed(3)
     x, weight = torch.randn(4, 300, generator=draw), torch.randn(500, 300, generator=draw).bfloat16()
@@ -254,7 +271,9 @@ def test_threads_may_share_loops_at_once(in_threads: Any) -> None:
         with torch.no_grad():
             return torch.stack([times(x, weight) for _ in range(30)])
 
-    for found in in_threads(6, product):
+    with two_threads():
+        each = in_threads(6, product)
+    for found in each:
         torch.testing.assert_close(found, (x @ weight.float().T).expand(30, -1, -1), rtol=1e-4, atol=1e-4)
 
 

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
-TASKS = Path("/proc/self/task")
 
 
 @pytest.mark.parametrize("columns", [1, 7, 1101])
@@ -142,75 +140,64 @@ def test_a_decoded_token_is_of_as_many(make_model: Any, monkeypatch: pytest.Monk
             assert set(asked) == {min(count, prepare_threads())}
 
 
-BEGIN = """
+PROGRAM = """
 import multiprocessing, os, time
 import torch
 import bayes_dispatch as bd
 import bayes_dispatch.model.mambaformer.network  # without it numba and torch may have an OpenMP each
 from bayes_dispatch.model.mambaformer.compiled.switch import kernels
-from bayes_dispatch.model.mambaformer.compiled.threads import passing
+from bayes_dispatch.model.mambaformer.compiled.threads import passing, prepare_threads
 from bayes_dispatch.model.mambaformer.products import times
 
-torch.set_num_threads(1)
 x, weight = torch.ones(8, 512), torch.ones(512, 512)
 
 def product():
     with torch.no_grad():
         return bool((times(x, weight) == 512).all())
 
-def tasks():  # threads, once those that are ending have ended
-    found = None
-    while (now := len(os.listdir("/proc/self/task"))) != found:
-        found = now
-        time.sleep(1)
-    return found
-
 def in_a_child(work):
     child = os.fork()
     if child == 0:
         os._exit(0 if work() else 3)
     assert os.waitpid(child, 0)[1] == 0
-"""
-PROGRAMS = {
-    "torch's number and the way to start processes stay": """
+
+def tasks():
+    return len(os.listdir("/proc/self/task")) if counted else None
+
+def settled():  # once those that are ending have ended
+    found = None
+    while (now := tasks()) != found:
+        found = now
+        time.sleep(1)
+    return found
+
+def are(count):  # soon
+    until = time.monotonic() + 60
+    while counted and tasks() != count:
+        assert time.monotonic() < until, (tasks(), count)
+        time.sleep(0.02)
+
 torch.set_num_threads(1)
+in_a_child(lambda: product() and torch.get_num_threads() == 1)  # a fork that comes first
+
+kernels()
+counted = os.path.isdir("/proc/self/task") and prepare_threads() > 1
+before = settled()
 assert product() and torch.get_num_threads() == 1
-multiprocessing.set_start_method("spawn")
-""",
-    "after a fork one thread does all": """
+are(before)  # one thread does all
+multiprocessing.set_start_method("spawn")  # which nobody has set
+
 torch.set_num_threads(2)
+assert passing(product)
+are(before)  # two share it, and end with the one that asked
 assert product()
-in_a_child(product)
-""",
-    "so it does where the fork came first, and torch's number stays": """
-torch.set_num_threads(1)
-in_a_child(lambda: product() and torch.get_num_threads() == 1)
-""",
-}
-COUNTED = {
-    "one thread does all of a product": """
-torch.set_num_threads(1)
-kernels()
-before = tasks()
-assert product() and tasks() == before
-""",
-    "two share it, and end with the one that asked": """
-torch.set_num_threads(2)
-kernels()
-before = tasks()
-assert passing(product) and tasks() == before
-assert product() and tasks() == before + 1
-""",
-}
+are(before and before + 1)
+in_a_child(product)  # where one thread does all
+"""
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_nobody_else_sees_them(name: str) -> None:
-    subprocess.run([sys.executable, "-c", BEGIN + PROGRAMS[name]], check=True, timeout=120)
-
-
-@pytest.mark.skipif(not TASKS.is_dir() or prepare_threads() < 2, reason="needs two cores, OpenMP, and Linux to count")
-@pytest.mark.parametrize("name", COUNTED)
-def test_how_many_there_are(name: str) -> None:
-    subprocess.run([sys.executable, "-c", BEGIN + COUNTED[name]], check=True, timeout=120)
+def test_nobody_else_sees_them() -> None:
+    """After a fork, first or last, one thread does all; torch's number and the way to start processes stay; there are
+    no more threads than share a product, where numba has OpenMP, and Linux counts them."""
+    subprocess.run([sys.executable, "-c", PROGRAM], check=True, timeout=120)

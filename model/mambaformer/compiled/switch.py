@@ -87,7 +87,7 @@ class Views:
         tensors = first, *others
         if len(tensors) != len(self._tensors) or any(map(is_not, tensors, self._tensors)):
             self._tensors = tensors
-            nothing = torch.empty(*first.shape[:2], 0, 1)
+            nothing = first.new_empty(*first.shape[:2], 0, 1, dtype=torch.float32)  # whatever the default dtype is
             self._arrays = tuple(_raw(nothing if tensor is None else tensor) for tensor in tensors)
             self._counted = [tensor for tensor in tensors if tensor is not None and not tensor.is_inference()]
         if self._counted:
