@@ -27,7 +27,7 @@ Scope = Callable[[], AbstractContextManager[None]]
 
 CHECKER = beartype(conf=BeartypeConf(violation_type=TypeError))  # as jaxtyping raises: what reads files expects it
 CALLED = "__beartype_func"  # of the function that beartype makes: the keyword whose default is the one that it checks
-_CHECKS: dict[CodeType, Callable[[], tuple[Any, Scope]]] = {}  # a closure is defined often
+_CHECKS: dict[CodeType, Callable[[], tuple[Any, Scope]] | None] = {}  # a closure is defined often
 
 
 def install(package: str) -> None:
@@ -48,8 +48,11 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
         return jaxtyping.jaxtyped(function, typechecker=CHECKER)
     if function.__code__ not in _CHECKS:
         hints = {name: _resolved(hint, function.__globals__) for name, hint in function.__annotations__.items()}
-        _CHECKS[function.__code__] = functools.cache(partial(_check, function, hints))
+        anything = all(hint is Any or hint is object for hint in hints.values())
+        _CHECKS[function.__code__] = None if anything else functools.cache(partial(_check, function, hints))
     make, check, scope = _CHECKS[function.__code__], None, nullcontext
+    if make is None:
+        return function
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -61,6 +64,8 @@ def checked(function: Callable[..., Any]) -> Callable[..., Any]:
             own = FunctionType(made.__code__, made.__globals__, made.__name__)
             own.__kwdefaults__ = made.__kwdefaults__ | {CALLED: function}
             check = own
+        if scope is nullcontext:  # to enter it takes longer than many a check
+            return check(*args, **kwargs)
         with scope():
             return check(*args, **kwargs)
 
