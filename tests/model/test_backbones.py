@@ -252,7 +252,7 @@ def test_rows_are_permuted_repeated_and_dropped(backbone: Any, bound: float, row
 def test_sessions_that_join_go_on_as_they_would_have_alone(backbone: Any, bound: float, cut: bool) -> None:
     """Of different lengths, adapted, joined one after the other, with rows that leave in between; no slot is wasted."""
     lengths, adaptation = [3, 17, 9, 12], adaptations(backbone, 4)[-1]
-    ids, later = tokens(backbone, 4, WIDTH), tokens(backbone, 4, 12, seed=1)
+    ids, later = tokens(backbone, 4, WIDTH), tokens(backbone, 4, 7, seed=1)
     blocks = range(int(cut), backbone.depth)
     below = backbone.open(4, 32, blocks=range(1)) if cut else None
 
@@ -281,7 +281,7 @@ def test_sessions_that_join_go_on_as_they_would_have_alone(backbone: Any, bound:
         return session
 
     alone = [begun(row, 0) for row in range(4)]
-    steps = [[read(session, [row], at, at + 1) for at in range(12)] for row, session in enumerate(alone)]
+    steps = [[read(session, [row], at, at + 1) for at in range(7)] for row, session in enumerate(alone)]
 
     def goes_on(session: Session, rows: list[int], start: int, stop: int) -> None:
         said = read(session, rows, start, stop)
@@ -290,18 +290,18 @@ def test_sessions_that_join_go_on_as_they_would_have_alone(backbone: Any, bound:
             expected = steps[row][stop - 1]._replace(own=own)
             same(Read(*(each[place : place + 1] for each in said)), expected, bound * 10)  # type: ignore[index]
 
-    batch, late = begun(0, 0), begun(2, 4)
+    batch, late = begun(0, 0), begun(2, 2)
     batch.join(begun(1, 0))
-    goes_on(batch, [0, 1], 0, 4)
+    goes_on(batch, [0, 1], 0, 2)
     batch.join(late)
-    assert late.lengths.tolist() == [lengths[2] + 4]
-    goes_on(late, [2], 4, 7)
-    goes_on(batch, [0, 1, 2], 4, 7)
+    assert late.lengths.tolist() == [lengths[2] + 2]
+    goes_on(late, [2], 2, 4)
+    goes_on(batch, [0, 1, 2], 2, 4)
     batch.keep([0, 2])
-    goes_on(batch, [0, 2], 7, 9)
-    batch.join(begun(3, 9))
-    goes_on(batch, [0, 2, 3], 9, 12)
-    assert batch.lengths.tolist() == [lengths[row] + 12 for row in (0, 2, 3)]
+    goes_on(batch, [0, 2], 4, 5)
+    batch.join(begun(3, 5))
+    goes_on(batch, [0, 2, 3], 5, 7)
+    assert batch.lengths.tolist() == [lengths[row] + 7 for row in (0, 2, 3)]
     batch.keep([0])
     if isinstance(backbone, TransformersBackbone):
         assert batch.nbytes == alone[0].nbytes

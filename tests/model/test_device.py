@@ -95,9 +95,9 @@ def writing(model: Model) -> list[Tensor | None]:
     """Greedy, drawn and by beams."""
     prompt = ids(2, 5).to(model.device)
     return [
-        model.generate(prompt, max_new_tokens=6),
-        model.generate(prompt, max_new_tokens=6, adaptation=adapted(model, 2)),
-        model.generate(prompt, max_new_tokens=4, num_beams=3),
+        model.generate(prompt, max_new_tokens=4),
+        model.generate(prompt, max_new_tokens=3, adaptation=adapted(model, 2)),
+        model.generate(prompt, max_new_tokens=3, num_beams=2),
     ]
 
 

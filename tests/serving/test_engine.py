@@ -87,7 +87,7 @@ def test_answers_are_those_of_generate_whatever_runs_beside(system: Any, start: 
             system,
             PROMPTS[(n + n // 6) % 5],
             BLENDS[n % 6],
-            tokens=3 + 5 * (n % 3),
+            tokens=3 + 3 * (n % 3),
             seed=n,
             stop="a" if n % 4 == 3 else None,
         )

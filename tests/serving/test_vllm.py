@@ -31,6 +31,7 @@ from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.inference.two_pass.blends import as_blend
 from bayes_dispatch.inference.two_pass.prompts import Writing
+from bayes_dispatch.serving import replicas
 from bayes_dispatch.serving.engine import BatchedEngine, Limits
 from bayes_dispatch.serving.replicas import ReplicatedEngine
 from bayes_dispatch.serving.vllm import engine as vllm_engine
@@ -326,7 +327,7 @@ class Stand:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True).start()  # a close waits for it
 
     def after(self, ids: list[int], body: dict[str, Any]) -> torch.Tensor:
         weights = torch.tensor(weights_of(body["vllm_xargs"][FIELD], self.bank.components), dtype=torch.double)
@@ -541,8 +542,11 @@ def test_a_servers_failure_is_told(
 
 
 @pytest.mark.parametrize("fault", ["500", "error", "breaks", "429"])
-def test_another_replica_goes_on_where_a_server_fails(llama64: SimpleNamespace, fault: str) -> None:
+def test_another_replica_goes_on_where_a_server_fails(
+    llama64: SimpleNamespace, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each replica has a server of its own. What was begun goes on at the other; where both fail, the client hears."""
+    monkeypatch.setattr(replicas, "PAUSE", 0.01)
     stands = [Stand(llama64), Stand(llama64)]
     engines = [VllmEngine(llama64, each.url, Limits(), KEY) for each in stands]
     whole, gone_on, given_up = Told(), Told(), Told()

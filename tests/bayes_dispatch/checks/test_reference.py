@@ -98,7 +98,7 @@ PROGRAMS = [
 
 
 @pytest.mark.parametrize(("model", "count"), PROGRAMS)
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
     labelled=st.booleans(),

@@ -218,7 +218,7 @@ def test_thousands_of_classes(kind: str, settings: "Settings") -> None:
     values = chances if kind == "probabilities" else rng.multinomial(50, chances[0], 30)
     evidence = Evidence({"many": values})
     given = settings() | {"program": Admixture(views={"many": kind}, temper=1.0)}
-    answers(Dispatcher(NAMES, **given).fit(evidence, np.arange(30) % 3), evidence)
+    answers(Dispatcher(NAMES, **given).fit(evidence, np.arange(30) % 3), evidence.select(slice(0, 4)))
 
 
 def test_every_prompt_a_class_of_its_own(settings: "Settings") -> None:

@@ -77,7 +77,7 @@ def test_each_view_speaks(kind: str, many_views: "tuple[Sample, Evidence]", sett
     """Alone, each of the further views tells its experts apart better than chance (surprise knows base only)."""
     sample, evidence = many_views
     program = Admixture(views={kind: ALL[kind]})
-    dispatcher = Dispatcher(NAMES, **settings(svi=80), program=program)
+    dispatcher = Dispatcher(NAMES, **settings(svi=40), program=program)
     dispatcher.fit(evidence, sample.labels, sample.mixtures)
     present = ~evidence.is_missing(kind)
     if kind == "surprise":
