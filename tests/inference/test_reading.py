@@ -54,7 +54,7 @@ def one_by_one(
     return own, torch.stack([after[:, i] for start, stop in document.ranges for i in range(start, stop)], 1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     block=st.integers(0, 2),
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),

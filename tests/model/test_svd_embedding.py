@@ -127,7 +127,7 @@ def test_scales_of_another_shape(shape: tuple[int, ...]) -> None:
         embedding_of(9, 7)(torch.tensor([[1], [2]]), torch.ones(shape, dtype=torch.float64))
 
 
-@settings(max_examples=16, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     tied=st.booleans(),
     mixer=st.sampled_from(list(MIXERS)),

@@ -168,7 +168,7 @@ def only(evidence: Evidence, view: str) -> Evidence:
 @pytest.fixture(scope="module")
 def fitted_well(make_sample: "Callable[..., Sample]", settings: "Settings") -> Dispatcher:
     sample = make_sample(240, 3)
-    return Dispatcher(NAMES, program=Admixture(temper=1.5), **settings(svi=100)).fit(sample.evidence, sample.labels)
+    return Dispatcher(NAMES, program=Admixture(temper=1.5), **settings(svi=50)).fit(sample.evidence, sample.labels)
 
 
 @pytest.mark.parametrize("lacking", ["an expert", "a view", "nearly all"])

@@ -232,9 +232,12 @@ def test_the_file_is_of_one_dispatcher_wherever_the_process_is(
     assert not (tmp_path / "own" / "prior.json").exists()
 
 
-def test_what_comes_after_a_drift_goes_on_with_the_file(own: Dispatcher, sample: "Sample", tmp_path: "Path") -> None:
+def test_what_comes_after_a_drift_goes_on_with_the_file(
+    own: Dispatcher, sample: "Sample", settings: "Settings", tmp_path: "Path"
+) -> None:
     """Shares are of the experts, whatever fit serves them; a new fit begins anew, and a file of others is refused."""
     own = coarsely(own)
+    own.svi = settings()["svi"]
     own.keep_prior(tmp_path / "prior.json")
     own.update([0])
     known = sample.evidence.select(range(40))
@@ -272,7 +275,7 @@ def test_drift_shows_and_is_mended(own: Dispatcher, make_sample: "Callable[..., 
     shifted = Evidence({**views, "hidden": views["hidden"] + 2.0}, later.evidence.lengths, later.evidence.missing)
     _, report = watch(monitor, own.log_evidence(shifted))
     assert report.first_alarm is not None
-    own.svi = settings(svi=80)["svi"]
+    own.svi = settings(svi=40)["svi"]
     before = own.state.pack()[1]["globals.loc.M"].copy()
     new = own.recalibrate(shifted, later.labels, later.mixtures)
     np.testing.assert_array_equal(own.state.pack()[1]["globals.loc.M"], before)
@@ -293,7 +296,7 @@ def test_labels_mend_a_drift_of_any_size(
         hidden = Evidence({"hidden": made.evidence.views["hidden"] + 4.0})
         return hidden.select(rows), made.labels[rows]
 
-    own.svi = settings(svi=100)["svi"]
+    own.svi = settings(svi=50)["svi"]
     (later, labels), (fresh, judged) = moved(150, 24), moved(60, 25)
     assert len(labels) < 105
     assert (own.predict_proba(fresh).argmax(1) == judged).mean() < 0.4

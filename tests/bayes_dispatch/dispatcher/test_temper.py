@@ -42,6 +42,7 @@ def test_the_temper_of_simulated_prompts_is_found(fitted: "Dispatcher", temper: 
 def test_few_known_prompts_leave_the_temper_as_it_is(fitted: "Dispatcher", sample: "Sample") -> None:
     """Of evidence that has drifted, one label among hundreds would choose it by one prompt."""
     other = fitted._of(fitted._served, replace(fitted.state, temper=3.5), None)
+    other.svi = replace(other.svi, steps=4)
     labels = np.where(np.arange(len(sample.labels)) < 29, sample.labels.clip(min=0), -1)
     assert other.recalibrate(sample.evidence, labels).state.temper == 3.5
     assert other.recalibrate(sample.evidence, sample.labels, sample.mixtures).state.temper < 3.5
