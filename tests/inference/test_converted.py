@@ -20,9 +20,9 @@ TEXTS = ["ab>ba\ncd>", "1+2=3\n4+", "a"]
 def test_blends_of_both_kinds_of_experts(hybrid64: SimpleNamespace, blend: Blend) -> None:
     """Cached is uncached, and a batch is one prompt after the other."""
     generator = TwoPassGenerator(hybrid64)
-    cached = generator.generate(TEXTS, blend=blend, max_new_tokens=8, seed=0)
-    uncached = generator.generate(TEXTS, blend=blend, max_new_tokens=8, seed=0, use_cache=False)
-    alone = [generator.generate([text], blend=blend, max_new_tokens=8, seed=0) for text in TEXTS]
+    cached = generator.generate(TEXTS, blend=blend, max_new_tokens=5, seed=0)
+    uncached = generator.generate(TEXTS, blend=blend, max_new_tokens=5, seed=0, use_cache=False)
+    alone = [generator.generate([text], blend=blend, max_new_tokens=5, seed=0) for text in TEXTS]
     np.testing.assert_array_equal(cached.token_ids, uncached.token_ids)
     np.testing.assert_allclose(cached.log_probabilities, uncached.log_probabilities, atol=1e-9)
     for n, one in enumerate(alone):
