@@ -89,7 +89,7 @@ def test_intervals_hold_as_often_as_stated(
     name: str, known: Callable[..., Known], request: pytest.FixtureRequest
 ) -> None:
     """The short ones, and the long ones."""
-    dispatcher, fresh, calibration = request.getfixturevalue(name), known(1000, 12), known(500, 11)
+    dispatcher, fresh, calibration = request.getfixturevalue(name), known(600, 12), known(500, 11)
     posterior = dispatcher.calibrate(calibration[0], mixtures=calibration[1]).posterior(fresh[0])
     longer, others = bins(calibration, fresh)
     for probability in (0.5, 0.9, 0.99):
