@@ -71,8 +71,8 @@ def wide_pairs(make_model: Any) -> Callable[[str], tuple[MambaFormerForCausalLM,
 
 
 @contextmanager
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
+def sharing(threads: int) -> Iterator[None]:
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
@@ -127,24 +127,28 @@ def test_so_they_are_of_any_number_of_rows(pairs: Any, kind: str, rows: int) -> 
 @pytest.mark.parametrize("adaptation", ["nothing", "one for all", "delta by row"])
 def test_so_they_are_of_threads(wide_pairs: Any, kind: str, adaptation: str) -> None:
     assert 2 * kernels().SHARED <= 4 * 256**2  # of all products but Mamba-1's selection
-    pair = wide_pairs(kind)
-    with two_threads():
-        equal(*pair, adaptation, rows=4, slack=4)
+    equal(*wide_pairs(kind), adaptation, rows=4, slack=4, threads=2)
 
 
 def equal(
-    half: MambaFormerForCausalLM, full: MambaFormerForCausalLM, adaptation: str, rows: int, slack: float = 1
+    half: MambaFormerForCausalLM,
+    full: MambaFormerForCausalLM,
+    adaptation: str,
+    rows: int,
+    slack: float = 1,
+    threads: int = 1,
 ) -> None:
     """Read at once and token by token, by loops and by tensor operations."""
-    ids, given = tokens(rows, 9), None if adaptation == "nothing" else adapted(half, adaptation, rows)
+    ids, given = tokens(rows, 7), None if adaptation == "nothing" else adapted(half, adaptation, rows)
     with torch.no_grad():
         expected = full(ids, adaptation=given).logits
-        torch.testing.assert_close(half(ids, adaptation=given).logits, expected, rtol=2e-5, atol=slack * 2e-5)
         with tensors_only():
             torch.testing.assert_close(half(ids, adaptation=given).logits, expected, rtol=2e-5, atol=slack * 2e-5)
-        cache = half.init_cache(rows, 9)
+        cache = half.init_cache(rows, 7)
+    with torch.no_grad(), sharing(threads):
+        torch.testing.assert_close(half(ids, adaptation=given).logits, expected, rtol=2e-5, atol=slack * 2e-5)
         half(ids[:, :5], cache=cache, adaptation=given)
-        for t in range(5, 9):
+        for t in range(5, 7):
             step = half(ids[:, t : t + 1], cache=cache, adaptation=given).logits[:, 0]
             torch.testing.assert_close(step, expected[:, t], rtol=5e-5, atol=slack * 5e-5)
     assert {state.dtype for each in cache.states for state in vars(each).values() if isinstance(state, Tensor)} <= {
@@ -271,7 +275,7 @@ def test_threads_may_share_loops_at_once(in_threads: Any) -> None:
         with torch.no_grad():
             return torch.stack([times(x, weight) for _ in range(30)])
 
-    with two_threads():
+    with sharing(2):
         each = in_threads(6, product)
     for found in each:
         torch.testing.assert_close(found, (x @ weight.float().T).expand(30, -1, -1), rtol=1e-4, atol=1e-4)

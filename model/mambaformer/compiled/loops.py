@@ -41,7 +41,7 @@ Kept = tuple[Array, Array, Array, Array]
 
 TILE = 64  # tokens whose activations stay in a processor's cache
 CHANNELS = 128  # of a selective scan, likewise
-FIRST = np.int64(0)  # part or column, of the type that others have: numba makes another program for a literal 0
+int64: Any = np.int64  # of a part or column: for a literal 0, or an unsigned number, numba makes another program
 PIECE = 1024  # keys that a thread attends to at a time; with their values, they stay in its cache for more queries
 SHARED = 2**17  # multiplications of each thread from which on another one saves more than asking it costs
 OTHER_SHAPE = "expected cached states of this model's sizes, got others"  # indices are not checked one by one
@@ -614,7 +614,7 @@ def _attend_in_parts(
     threads: int,
 ) -> None:
     for thread in prange(threads):
-        _attend_pieces(queries, kept, visible, ends, scale, parts, most, total, np.int64(thread), threads)
+        _attend_pieces(queries, kept, visible, ends, scale, parts, most, total, int64(thread), threads)
 
 
 @loop
@@ -633,7 +633,7 @@ def _attend(queries: Array, threads: int, kept: Kept, visible: Array, ends: Arra
     if threads > 1 and 2 * n_heads * width * ends.sum() >= SHARED * threads:
         _attend_in_parts(queries, kept, visible, ends, scale, parts, most, total, threads)
     else:
-        _attend_pieces(queries, kept, visible, ends, scale, parts, most, total, FIRST, np.int64(1))
+        _attend_pieces(queries, kept, visible, ends, scale, parts, most, total, int64(0), int64(1))
     joined = np.empty(width, queries.dtype)
     for b in range(rows):
         filled = (ends[b] + PIECE - 1) // PIECE
@@ -747,7 +747,7 @@ def multiply(x: Array, weight: Array, out: Array, threads: int) -> None:
     if threads > 1 and len(x) * weight.size >= SHARED * threads:
         _multiply_in_parts(x, weight, out, threads)
     else:
-        _multiply(x, weight, out, FIRST, len(weight))
+        _multiply(x, weight, out, int64(0), len(weight))
 
 
 @compile_with(*LIBERTIES, parallel=True)
