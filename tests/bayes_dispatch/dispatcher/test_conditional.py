@@ -74,10 +74,10 @@ def repeated(count: int, seed: int) -> tuple[Evidence, np.ndarray]:
 def test_labels_are_likelier_where_the_program_is_not_true() -> None:
     """On prompts that no fit has seen, by .05 nats of each label at least, where views are no two measurements."""
     program = Admixture(views={"once": "vectors", "twice": "vectors"}, temper=1.0)
-    (train, labels), (fresh, wanted) = repeated(600, 0), repeated(1000, 1)
+    (train, labels), (fresh, wanted) = repeated(600, 0), repeated(2000, 1)
     scores = []
-    for steps in (0, 100):
-        svi = SVISettings(30, rounds=1, conditional_steps=steps)
+    for steps in (0, 200):
+        svi = SVISettings(60, rounds=1, conditional_steps=steps)
         dispatcher = Dispatcher(("low", "high"), program=program, svi=svi, features=FeatureSettings(folds=2))
         chances = dispatcher.fit(train, labels).predict_proba(fresh)
         scores.append(np.log(chances[np.arange(len(wanted)), wanted]).mean())
