@@ -25,7 +25,7 @@ from bayes_dispatch.dispatcher.program.observed import Prompts
 __all__ = ["FEWEST", "KnownPrompts", "choose_temper"]
 
 TEMPERS = np.geomspace(1.0, 4.0, 5)
-JUDGED = 150  # mixed prompts of a fit that choose τ, at most
+JUDGED = 1000  # mixed prompts of a fit that choose τ, at most: it varies by a third between samples of 150
 FEWEST = 30  # of them, below which pure ones are joined; and known prompts, below which a temper stays as it is
 POINTS = 256  # other weights of the same components, that the own are compared with
 
@@ -98,13 +98,14 @@ class KnownPrompts:
         return np.flatnonzero(top == 1), np.flatnonzero((top > 0) & (top < 1))
 
     def judged(self, random: np.random.Generator, most: int) -> tuple[Prompts, Float[np.ndarray, "prompt weight"]]:
-        """Some mixed prompts, or concatenations of pure ones, with their weights."""
+        """Some mixed prompts, or concatenations of pure ones, no more than these where those suffice, with weights."""
         pure, mixed = self.groups
         rows = random.permutation(mixed)[:most]
         prompts, weights = self.prompts.select(torch.from_numpy(rows)), self.weights[rows]
         if len(rows) >= FEWEST or len(pure) < 2:
             return prompts, weights
-        joined, of_joined = self.concatenate(most - len(rows), random)
+        wanted = max(FEWEST, min(most, len(pure)))
+        joined, of_joined = self.concatenate(wanted - len(rows), random)
         return Prompts.concatenate([prompts, joined]), np.concatenate([weights, of_joined])
 
     def concatenate(
