@@ -47,11 +47,13 @@ class Read(NamedTuple):
         own: log-probability of each token given all before it; NaN for the first one that the session reads; ``None``
             where it was not asked for, or no head runs. after: log-probabilities after the last tokens of each row.
         hidden: what comes out of the blocks; of the last block after the normalisation that precedes the head.
+        states: what came out after each of the ``depths`` that were asked for, as it is.
     """
 
     own: Float[Tensor, "R T"] | None
     after: Float[Tensor, "R t V"] | None
     hidden: Float[Tensor, "R T D"]
+    states: tuple[Float[Tensor, "R T D"], ...] = ()
 
 
 @runtime_checkable
@@ -87,6 +89,7 @@ class Session(Protocol):
         *,
         own: bool = False,
         tail: int = 1,
+        depths: Sequence[int] = (),
     ) -> Read:
         """Read further tokens of each row.
 
@@ -94,10 +97,11 @@ class Session(Protocol):
             ids: right-padded. tokens: how many are real; ``None`` where all T are.
             x: what comes into the first of these blocks, where that is not the model's first.
             own: give the log-probability of each token. tail: after how many of the last tokens to give all.
+            depths: give the hidden states after so many of the model's blocks, too.
 
         Raises:
-            TensorError: shapes that do not fit. CacheFullError: more tokens than there is room for.
-            StaleCacheError: an earlier change was interrupted.
+            TensorError: shapes that do not fit. ConfigError: a depth that these blocks do not reach.
+            CacheFullError: more tokens than there is room for. StaleCacheError: an earlier change was interrupted.
         """
         ...
 

@@ -25,6 +25,7 @@ from bayes_dispatch.inference.scoring.evidence_sets import (
     mixed_evidence,
     pure_evidence,
 )
+from bayes_dispatch.inference.two_pass.first_pass import depths_of
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 __all__ = ["LENGTHS_JUDGED", "Problem", "Sizes", "World", "shipped", "simulated"]
@@ -144,7 +145,7 @@ def simulated(seed: int, sizes: Sizes, experts: int = 8) -> Problem:
 
 def shipped(seed: int, sizes: Sizes, work: Path, block: int = 0) -> Problem:
     """Documents of the shipped experts' domains, read by the shipped model; evidence is kept under ``work``, where
-    names of files tell of which model it is.
+    names of files tell of which model it is, and of which of its blocks.
 
     The dispatcher is fitted as the bundle's is. ``block`` is the first adapted one."""
     work.mkdir(parents=True, exist_ok=True)
@@ -171,7 +172,8 @@ def shipped(seed: int, sizes: Sizes, work: Path, block: int = 0) -> Problem:
     def get(name: str) -> KnownEvidence:
         parts = (sizes.pure, sizes.mixed, sizes.judged, sizes.mixtures, seed)
         below = f"-below-{block}" if block else ""
-        file = work / f"{name}-{'-'.join(map(str, parts))}{below}-{fingerprint}.npz"
+        seen = "".join(f"-after-{depth}" for depth in depths_of(block or model.depth))
+        file = work / f"{name}-{'-'.join(map(str, parts))}{below}{seen}-{fingerprint}.npz"
         if not file.exists():
             _write(file, make(name))
         return _read(file)

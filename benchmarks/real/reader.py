@@ -12,7 +12,7 @@ from torch import Tensor
 
 import bayes_dispatch as bd
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
-from bayes_dispatch.inference.two_pass.first_pass import first_pass
+from bayes_dispatch.inference.two_pass.first_pass import depths_of, first_pass
 from bayes_dispatch.inference.two_pass.system import cut_of
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 from real.routers import TOP, arrow_shares
@@ -44,7 +44,7 @@ class Reader:
             found = first_pass(model, self.bundle.tokenizer, own, cut=cut).evidence
             return {"lengths": found.known_lengths(), **found.views}
 
-        views = self._kept("evidence", [str(cut)], texts, read)
+        views = self._kept("evidence", [str(cut), *map(str, depths_of(cut or model.depth))], texts, read)
         lengths = views.pop("lengths")
         return Evidence(views, lengths)
 

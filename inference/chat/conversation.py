@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.inference.chat.state import Transcript
-from bayes_dispatch.inference.two_pass.first_pass import RESIDUAL_FLOOR, Prefix, evidence_of
+from bayes_dispatch.inference.two_pass.first_pass import RESIDUAL_FLOOR, Prefix, depths_of, evidence_of, looked_at
 from bayes_dispatch.inference.two_pass.second_pass import READ_OFF_THE_MODEL
-from bayes_dispatch.model.backbone import Session
+from bayes_dispatch.model.backbone import Read
 
 if TYPE_CHECKING:
     from bayes_dispatch.inference.two_pass.system import System
@@ -41,11 +41,12 @@ class Conversation:
         read = bool(cut) or not READ_OFF_THE_MODEL.isdisjoint(system.dispatcher.views)
         blocks = range(cut) if cut else None  # of the whole model it is for evidence alone
         self._session = system.model.open(1, capacity, blocks=blocks) if read else None
+        self._depths = depths_of(cut or system.model.depth)
         self._x: Float[Tensor, "1 capacity D"] | None = None  # what the blocks above read
         self._pooled = self._count = 0  # tokens that were looked at for evidence, and those that are evidence
-        self._first: Float[Tensor, " D"]  # of which nothing is said
-        self._sum: Float[Tensor, " D"]
-        self._square = self._nll = 0.0
+        self._first: Float[Tensor, " F"]  # of which nothing is said
+        self._sum: Float[Tensor, " F"]
+        self._square = self._nll = 0.0  # of the last hidden states, and of tokens
 
     @property
     def below(self) -> int:
@@ -82,10 +83,14 @@ class Conversation:
         read = len(self.ids)
         new = [*self._begin, *transcript.ids.tolist()][read : None if most is None else read + most]
         if self._session is not None and self._cut:
-            x = self._session.read(torch.tensor([new])).hidden
+            users = self.user(transcript)[read : read + len(new)]
+            looked = not read or bool(users.any())  # one token of the model's own is a step, which tells no depths
+            found = self._session.read(torch.tensor([new]), depths=self._depths if looked else ())
             if self._x is None:
-                self._x = x.new_zeros(1, self._capacity, x.shape[2])
-            self._x[:, read : read + len(new)] = x
+                self._x = found.hidden.new_zeros(1, self._capacity, found.hidden.shape[2])
+            self._x[:, read : read + len(new)] = found.hidden
+            if looked:
+                self._pool(found, users)
         self.ids.extend(new)
 
     def evidence(self, transcript: Transcript) -> Evidence:
@@ -100,34 +105,34 @@ class Conversation:
         self.pool(transcript)
         count, total, square = self._count, self._sum, self._square
         if not count:
-            count, total, square = 1, self._first, float(self._first.square().sum())
-        mean = (total / count).cpu().numpy()
-        views = {"hidden": mean[None]}
+            last = self._first[-self._width :]
+            count, total, square = 1, self._first, float(last.square().sum())
+        means = (total / count).cpu().numpy()
+        views = {"hidden": means[None]}
         if not self._cut:
+            mean = means[-self._width :]
             residual = max(square / count - float(mean @ mean), RESIDUAL_FLOOR * square / count)
             views["surprise"] = np.array([[self._nll / count, np.log(residual)]])
         return evidence_of([data], [words], views)
 
     def pool(self, transcript: Transcript) -> None:
-        """Look for evidence in what has been read since: ``evidence`` does, unless it was done bit by bit."""
+        """Where no block is below the cut, read for evidence what is new: ``evidence`` does, unless that was done."""
         new = slice(self._pooled, len(self.ids))
-        if self._session is not None and new.start < new.stop:
-            self._pool(self._session, new, torch.from_numpy(self.user(transcript)[new]))
+        if self._session is not None and not self._cut and new.start < new.stop:
+            found = self._session.read(torch.tensor([self.ids[new]]), own=True, depths=self._depths)
+            self._pool(found, self.user(transcript)[new])
 
-    def _pool(self, session: Session, new: slice, user: Bool[Tensor, " t"]) -> None:
+    def _pool(self, read: Read, users: Bool[np.ndarray, " t"]) -> None:
         """Add what is the user's of some tokens."""
-        if self._x is not None:
-            hidden, own = self._x[0, new].double(), None
-        else:
-            read = session.read(torch.tensor([self.ids[new]]), own=True)
-            assert read.own is not None
-            hidden, own = read.hidden[0].double(), read.own[0].double()
+        states, self._width = looked_at(read), read.hidden.shape[2]
+        user = torch.from_numpy(users).to(read.hidden.device)
         if not self._pooled:
-            self._first, self._sum = hidden[0].clone(), torch.zeros_like(hidden[0])
+            self._first = torch.cat([each[0, 0] for each in states]).double()
+            self._sum = torch.zeros_like(self._first)
             user[0] = False
-        self._pooled = new.stop
-        user = user.to(hidden.device)
+        self._pooled += len(users)
         self._count += int(user.sum())
-        self._sum = self._sum + hidden[user].sum(0)
-        self._square += float(hidden[user].square().sum())
-        self._nll -= 0.0 if own is None else float(own[user].sum())
+        self._sum = self._sum + torch.cat([each[0, user].sum(0, dtype=torch.double) for each in states])
+        self._square += float(read.hidden[0, user].double().square().sum())
+        if read.own is not None:
+            self._nll -= float(read.own[0].double()[user].sum())

@@ -23,6 +23,9 @@ __all__ = [
     "Prefix",
     "batches",
     "class_counts",
+    "depths_of",
+    "looked_at",
+    "pooled",
     "evidence_of",
     "first_pass",
     "read_prefix",
@@ -60,12 +63,12 @@ class FirstPass:
     """What the first pass found.
 
     Attributes:
-        evidence: the views ``hidden`` (prompt, D), the mean of the last hidden states over the prompt's tokens but the
-            first; ``counts`` (prompt, C), how many of its tokens fall into each class; and ``surprise`` (prompt, 2),
-            the mean negative log-likelihood of these tokens in nats, and the log of the mean squared distance between
-            their hidden states and the mean. Tokens of our own model are bytes, after one that begins the text. Where
-            only some blocks ran, ``hidden`` is of what comes out of them, and there is no ``surprise``, which needs
-            them all.
+        evidence: the views ``hidden`` (prompt, 3 D), the mean hidden states over the prompt's tokens but the first,
+            after a third, two thirds and all of the blocks that ran, side by side; ``counts`` (prompt, C), how many of
+            its tokens fall into each class; and ``surprise`` (prompt, 2), the mean negative log-likelihood of these
+            tokens in nats, and the log of the mean squared distance between their last hidden states and the mean.
+            Tokens of our own model are bytes, after one that begins the text. Where only some blocks ran there is no
+            ``surprise``, which needs them all. One or two blocks have fewer depths.
     """
 
     evidence: Evidence
@@ -122,13 +125,32 @@ def _pooled(
     model: Backbone, ids: Int[Tensor, "B T"], tokens: Int[Tensor, " B"], cut: int
 ) -> list[dict[str, np.ndarray]]:
     """The views of each row that are read off the model."""
-    blocks = range(cut) if cut else range(model.depth)
-    read = model.open(len(ids), ids.shape[1], blocks=blocks).read(ids, tokens, own=not cut)
-    means = token_means(read.hidden, tokens)
+    blocks = range(cut or model.depth)
+    session = model.open(len(ids), ids.shape[1], blocks=blocks)
+    read = session.read(ids, tokens, own=not cut, depths=depths_of(blocks.stop))
+    means = pooled(read, tokens)
     if read.own is None:
         return [{"hidden": mean} for mean in means]
     surprise = surprise_of(read, tokens)
     return [{"hidden": mean, "surprise": pair} for mean, pair in zip(means, surprise, strict=True)]
+
+
+def depths_of(blocks: int) -> tuple[int, ...]:
+    """After how many of the blocks that run evidence looks at hidden states, beside the last: a third, and two thirds.
+
+    Earlier blocks tell the kind of a text, later ones what comes next: together more than the last alone.
+    """
+    return tuple(sorted({-(-blocks // 3), -(-2 * blocks // 3)} - {blocks}))
+
+
+def looked_at(read: Read) -> tuple[Float[Tensor, "R T D"], ...]:
+    """The hidden states that evidence looks at, by depth, the last ones last."""
+    return *read.states, read.hidden
+
+
+def pooled(read: Read, tokens: Int[Tensor, " R"]) -> Float[np.ndarray, "R F"]:
+    """The view ``hidden`` of right-padded rows of a read from their beginning."""
+    return np.concatenate([token_means(states, tokens) for states in looked_at(read)], 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +161,7 @@ class Prefix:
         ids: (U, T) tokens, right-padded. tokens: (U,), real ones.
         x: (U, T, D), what the blocks above the cut read. below: the session of those under it, which has read the
             prompts. Both are ``None`` where nothing is below. cut: how many blocks are.
+        means: (U, F), the view ``hidden`` of the prompts, where it was asked for.
     """
 
     ids: Int[Tensor, "U T"]
@@ -146,9 +169,10 @@ class Prefix:
     x: Float[Tensor, "U T D"] | None
     below: Session | None
     cut: int = 0
+    means: Float[np.ndarray, "U F"] | None = None
 
     def select(self, rows: Sequence[int]) -> "Prefix":
-        """Some rows, in that order."""
+        """Some rows, in that order, without ``means``."""
         if list(rows) == list(range(len(self.tokens))):
             return self
         index = torch.tensor(rows)
@@ -159,18 +183,22 @@ class Prefix:
         return Prefix(self.ids[index, :width], tokens, x, below, self.cut)
 
 
-def read_prefix(model: Backbone, cut: int, texts: Sequence[Sequence[int]], pad: int, capacity: int) -> Prefix:
+def read_prefix(
+    model: Backbone, cut: int, texts: Sequence[Sequence[int]], pad: int, capacity: int, means: bool = False
+) -> Prefix:
     """Read prompts below the cut.
 
     Args:
         cut: blocks that are below it. texts: ids of each prompt. pad: fills rows.
         capacity: tokens that the states have room for, those of the prompts included.
+        means: pool hidden states, for evidence.
     """
     ids, tokens = padded(texts, pad)
     if not cut:
         return Prefix(ids, tokens, None, None)
     below = model.open(len(ids), capacity, blocks=range(cut))
-    return Prefix(ids, tokens, below.read(ids, tokens).hidden, below, cut)
+    read = below.read(ids, tokens, depths=depths_of(cut) if means else ())
+    return Prefix(ids, tokens, read.hidden, below, cut, pooled(read, tokens) if means else None)
 
 
 def evidence_of(prompts: Sequence[bytes], texts: Sequence[Tokens], views: Mapping[str, np.ndarray]) -> Evidence:

@@ -21,7 +21,6 @@ from bayes_dispatch.inference.two_pass.first_pass import (
     first_pass,
     read_prefix,
     together,
-    token_means,
 )
 from bayes_dispatch.inference.two_pass.generation import Cost
 from bayes_dispatch.inference.two_pass.particles import Decoding, Token, settle
@@ -143,7 +142,8 @@ class SecondPass:
         texts = [self._texts[n].ids for n in distinct]
         capacity = max(map(len, texts)) + self._request.writing.max_new_tokens
         with torch.no_grad():
-            prefix = read_prefix(self._system.model, self._cut, texts, self._system.tokenizer.pad_token_id, capacity)
+            pad = self._system.tokenizer.pad_token_id
+            prefix = read_prefix(self._system.model, self._cut, texts, pad, capacity, means=True)
             own = sum(len(self._texts[n].ids) for n in group)
             self._count(prompt_tokens=own, prefill=int(prefix.tokens.sum()) * self._cut)
             posterior = self._dispatch(group, distinct, rows, prefix)
@@ -173,7 +173,7 @@ class SecondPass:
             found = first_pass(self._system.model, self._system.tokenizer, prompts).evidence
             self._count(first_pass=int(prefix.tokens.sum()) * self._system.model.depth)
         else:
-            views = {} if prefix.x is None else {"hidden": token_means(prefix.x, prefix.tokens)}
+            views = {} if prefix.means is None else {"hidden": prefix.means}
             found = evidence_of(prompts, [self._texts[n] for n in distinct], views)
         evidence = found.select(np.array(rows))
         if rate is not None:

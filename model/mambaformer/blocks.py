@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Scales
+from bayes_dispatch.model.between import asked, tell
 from bayes_dispatch.model.mambaformer.block import Block, build_mixer
 from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.compiled.stepping import Stepper, Steppers, can_step
@@ -132,7 +133,7 @@ class BlockStack(nn.Module):
         weights: object,
     ) -> Tensor:
         """``advance`` of one piece; the cache's states change, and nothing else in it."""
-        if cache is not None and can_step(x):
+        if cache is not None and can_step(x) and not asked(self):  # which steps of several blocks could not tell
             build = partial(self._stepper, stretch, adaptation, weights)
             return stretch.steppers.of(weights, adaptation, build)(x, span, cache, memory)
         scales = self._scales(adaptation, None if cache is None else weights)
@@ -143,6 +144,7 @@ class BlockStack(nn.Module):
                 x = cast(Tensor, checkpoint(block, x, span, scales[index], None, memory, use_reentrant=False))
             else:
                 x = block(x, span, scales[index], state, memory)
+            tell(self, index + 1, x)
         return cast(Tensor, self.norm(x)) if stretch.normalised else x
 
     def _stretch(self, blocks: range) -> Stretch:

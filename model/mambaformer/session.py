@@ -11,6 +11,7 @@ from torch import Tensor
 from bayes_dispatch.errors import StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.backbone import Read, Session, check_rows, check_tokens, last_of
+from bayes_dispatch.model.between import asking
 from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.token_model import check_ids
 
@@ -83,23 +84,26 @@ class MambaFormerSession:
         *,
         own: bool = False,
         tail: int = 1,
+        depths: Sequence[int] = (),
     ) -> Read:
         self._check(ids, tokens, x)
         width, device = ids.shape[1], self._model.device
         self._cache.check_room(len(ids), width if tokens is None else tokens)
         counts = None if tokens is None or bool((tokens == width).all()) else tokens.to(device)
         ids, x = ids.to(device, torch.long), None if x is None else x.to(device)
-        self._changing = True
-        hidden = self._run(ids, x, counts)
+        with asking(self._model, self._blocks, depths) as between:
+            self._changing = True
+            hidden = self._run(ids, x, counts)
+        states = between.joined()
         self.evaluated += (ids.numel() if counts is None else int(counts.sum())) * len(self._blocks)
         if not self._whole:
             self._changing = False
-            return Read(None, None, hidden)
+            return Read(None, None, hidden, states)
         said = self._own(ids, hidden) if own else None
         after = self.after(last_of(hidden, counts, min(tail, width)))
         self._before = after[:, -1]
         self._changing = False
-        return Read(said, after, hidden)
+        return Read(said, after, hidden, states)
 
     def after(self, hidden: Float[Tensor, "R t D"]) -> Float[Tensor, "R t V"]:
         return self._model.logits(hidden, self._adaptation).log_softmax(-1)

@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,6 +94,15 @@ class TransformersBackbone:
         read = partial(_read, dtype=dtype, device=device, local=local)
         model, tokenizer = read_saved(Path(path), "config.json", read) if local else read(path)
         return cls(model, tokenizer, str(path))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TransformersBackbone":
+        """A backbone of a copy of the model, in parts of its own: those of this one would not hear its layers."""
+        twin = copy(self)
+        twin.model = deepcopy(self.model, memo)
+        twin.parts = ModelParts(twin.model)
+        twin.parts.continues = self.parts.continues
+        twin._factors, twin._fingerprint = {}, Fingerprint()
+        return twin
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from copy import copy
 from inspect import signature
 from typing import Any
-from weakref import finalize
+from weakref import finalize, ref
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bayes_dispatch.errors import CacheFullError, ConfigError
 from bayes_dispatch.model.adaptation import Delta
+from bayes_dispatch.model.between import tell
 from bayes_dispatch.model.mambaformer.products import times
 
 __all__ = ["ModelParts"]
@@ -63,6 +64,8 @@ class ModelParts:
         self._layers = list(self._inner.get_submodule(self.blocks).children())
         self._returned = self._returned_by_blocks()
         self._parts: dict[tuple[int, int], nn.Module] = {}
+        for place, layer in enumerate(self._layers):
+            finalize(self, layer.register_forward_hook(_telling(ref(self), place + 1)).remove)
         embedding = model.get_input_embeddings()
         if not isinstance(embedding, nn.Embedding):
             raise ConfigError(f"expected a model with an embedding, got {type(model).__name__}, which has none")
@@ -74,7 +77,7 @@ class ModelParts:
         self.matrices = {name: module for name, (module, shape) in found.items() if shape}
         self.shapes = {name: shape for name, (_, shape) in found.items() if shape}
         for name, module in self.matrices.items():
-            finalize(self, module.register_forward_hook(_added_by(id(self), name)).remove)
+            finalize(self, module.register_forward_hook(_added_by(ref(self), name)).remove)
         self._head = _with_child(model, _name_of(model, self._inner), _Given(self._inner, None))
 
     def run(self, blocks: range, ids: Tensor, x: Tensor | None, **arguments: Any) -> Tensor:
@@ -123,7 +126,7 @@ class ModelParts:
     @contextmanager
     def adding(self, deltas: Mapping[str, Delta]) -> Iterator[None]:
         """Add deltas to the matrices of whatever this thread runs of the model; multiply few rows by ``times``."""
-        token = _adding.set((id(self), deltas))
+        token = _adding.set((self, deltas))
         try:
             with _Times() if self.device.type == "cpu" and not torch.is_grad_enabled() else nullcontext():
                 yield
@@ -224,10 +227,17 @@ class _Given(_Elsewhere):
         return _Output(last_hidden_state=_entering.get())
 
 
-def _added_by(owner: int, name: str) -> Any:
+def _telling(parts: "ref[ModelParts]", depth: int) -> Any:
+    def told(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        tell(parts(), depth, output[0] if isinstance(output, tuple) else output)
+
+    return told
+
+
+def _added_by(owner: "ref[ModelParts]", name: str) -> Any:
     def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         by, deltas = _adding.get((None, {}))
-        delta = deltas.get(name) if by == owner else None
+        delta = deltas.get(name) if by is owner() else None
         if delta is None:
             return None
         return output + (delta(inputs[0]) * getattr(module, "embed_scale", 1)).to(output.dtype)  # Gemma's embedding

@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 from bayes_dispatch.errors import CacheFullError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Delta, rows_of_deltas
 from bayes_dispatch.model.backbone import Read, Session, check_rows, check_tokens
+from bayes_dispatch.model.between import asking
 from bayes_dispatch.model.mambaformer.token_model import check_ids
 from bayes_dispatch.model.transformers.parts import ModelParts
 
@@ -76,6 +77,7 @@ class TransformersSession:
         *,
         own: bool = False,
         tail: int = 1,
+        depths: Sequence[int] = (),
     ) -> Read:
         self._check(ids, tokens, x)
         width = ids.shape[1]
@@ -85,21 +87,24 @@ class TransformersSession:
             shift = (width - tokens).to(ids.device)
             ids = _rolled(ids, shift)
             x = None if x is None else _rolled(x, shift)
-            self._pads = shift
-        self._changing = True
-        hidden = self._run(ids, x)
+        with asking(self._parts, self._blocks, depths) as between:
+            self._changing = True
+            self._pads = self._pads if shift is None else shift
+            hidden = self._run(ids, x)
         self._read += width
         self.evaluated += int(width * self._rows - (0 if shift is None else int(shift.sum()))) * len(self._blocks)
         found = Read(None, None, hidden)
         if self._blocks.stop == self._parts.depth:
             found = self._head(ids, hidden, own, min(tail, width))
+        found = found._replace(states=between.joined())
         self._changing = False
         if shift is None:
             return found
         own_back = None if found.own is None else _rolled(found.own, -shift)
         if own_back is not None:
             own_back[:, 0] = torch.nan  # it was read after padding
-        return Read(own_back, found.after, _rolled(found.hidden, -shift))
+        states = tuple(_rolled(each, -shift) for each in found.states)
+        return Read(own_back, found.after, _rolled(found.hidden, -shift), states)
 
     def keep(self, rows: Sequence[int]) -> None:
         self._whole()

@@ -34,11 +34,12 @@ from bayes_dispatch.inference.two_pass.blends import (
     PosteriorPredictive,
     RefinedMean,
 )
-from bayes_dispatch.inference.two_pass.first_pass import class_counts, first_pass
+from bayes_dispatch.inference.two_pass.first_pass import class_counts, depths_of, first_pass
 from bayes_dispatch.inference.two_pass.system import cut_of
 from bayes_dispatch.model.backbone import Tokens
 from bayes_dispatch.model.generation.sampling import row_generators, row_seeds
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from bayes_dispatch.model.mambaformer.session import MambaFormerSession
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 
 if TYPE_CHECKING:
@@ -146,14 +147,16 @@ class SlowChat:
         lengths = counts.sum(1)
         with torch.no_grad():
             session = model.open(1, len(begin) + len(self.ids), blocks=range(block or model.depth))
-            read = session.read(torch.tensor([[*begin, *self.ids]]), own=not block)
+            depths = depths_of(block or model.depth)
+            read = session.read(torch.tensor([[*begin, *self.ids]]), own=not block, depths=depths)
         hidden = read.hidden[0, pooled].numpy()
+        means = np.concatenate([each[0, pooled].numpy().mean(0) for each in (*read.states, read.hidden)])[None]
         if block:
-            return Evidence({"hidden": hidden.mean(0)[None], "counts": counts}, lengths)
+            return Evidence({"hidden": means, "counts": counts}, lengths)
         nll = -float(read.own[0, pooled].mean())
         spread = np.square(hidden - hidden.mean(0)).sum(1).mean()
         residual = np.log(max(spread, 0.01 * np.square(hidden).sum(1).mean()))
-        views = {"hidden": hidden.mean(0)[None], "counts": counts, "surprise": np.array([[nll, residual]])}
+        views = {"hidden": means, "counts": counts, "surprise": np.array([[nll, residual]])}
         return Evidence(views, lengths)
 
     def after(self, weights: np.ndarray, ids: list[int]) -> np.ndarray:
@@ -551,6 +554,28 @@ def test_evidence_of_one_turn_is_the_first_pass(request: pytest.FixtureRequest, 
         np.testing.assert_array_equal(found.lengths, expected.lengths)
         for view, values in expected.views.items():
             np.testing.assert_allclose(found.views[view], values, rtol=0, atol=1e-10)
+
+
+def test_tokens_of_the_model_are_read_by_steps(bundle64: "Bundle", monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the blocks below a cut nothing is asked for where no evidence is: compiled steps could not tell."""
+    asked, read = list[tuple[int, Any]](), MambaFormerSession.read
+
+    def watched(self: MambaFormerSession, ids: Any, *given: Any, **named: Any) -> Any:
+        asked.append((ids.shape[1], named["depths"]))
+        return read(self, ids, *given, **named)
+
+    words = bundle64.tokenizer.tokenize(SAID[0], begin=False)
+    text = Transcript.empty().followed_by(words.ids, words.spans, SAID[0].encode(), user=True)
+    conversation = Conversation(bundle64, 2, (256,), 400)
+    monkeypatch.setattr(MambaFormerSession, "read", watched)
+    with torch.no_grad():
+        for n in range(3):
+            conversation.read(text)
+            text = text.followed_by([97 + n], own=True)
+        found = conversation.evidence(text)
+    assert asked == [(1 + len(words.ids), (1,)), (1, ()), (1, ())]
+    expected = first_pass(bundle64.model, bundle64.tokenizer, [SAID[0]], cut=2).evidence
+    np.testing.assert_allclose(found.views["hidden"], expected.views["hidden"], rtol=0, atol=1e-10)
 
 
 def test_a_dispatcher_that_reads_nothing_costs_no_first_pass(bundle64: "Bundle") -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from bayes_dispatch.errors import PromptError
 from bayes_dispatch.inference.two_pass import first_pass as first_pass_module
-from bayes_dispatch.inference.two_pass.first_pass import TOKEN_CLASSES, class_counts, first_pass, surprise_of
+from bayes_dispatch.inference.two_pass.first_pass import TOKEN_CLASSES, class_counts, depths_of, first_pass, surprise_of
 from bayes_dispatch.inference.two_pass.prompts import check_prompts
 from bayes_dispatch.model.backbone import Read
 from bayes_dispatch.model.tokenizer import ByteTokenizer
@@ -43,10 +43,18 @@ def test_hidden_is_the_mean_over_the_bytes(model64: "MambaFormerForCausalLM") ->
     evidence = first_pass(model64, TOKENIZER, PROMPTS).evidence
     for prompt, got in zip(PROMPTS, evidence.views["hidden"], strict=True):
         with torch.no_grad():
-            states = model64(torch.tensor([[256, *prompt.encode()]])).hidden[0]
+            ids = torch.tensor([[256, *prompt.encode()]])
+            states = torch.cat([*(model64.below(d, ids) for d in depths_of(model64.depth)), model64(ids).hidden], -1)[0]
         np.testing.assert_allclose(got, np.mean([state.numpy() for state in states[1:]], axis=0), rtol=0, atol=1e-10)
     assert evidence.lengths is not None
     assert evidence.lengths.tolist() == [len(prompt.encode()) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "depths"), [(1, ()), (2, (1,)), (3, (1, 2)), (4, (2, 3)), (5, (2, 4)), (15, (5, 10)), (30, (10, 20))]
+)
+def test_thirds_of_the_blocks_are_looked_at(blocks: int, depths: tuple[int, ...]) -> None:
+    assert depths_of(blocks) == depths
 
 
 def test_surprise_is_the_mean_nll_and_the_spread_of_the_hidden_states(model64: "MambaFormerForCausalLM") -> None:
