@@ -58,7 +58,8 @@ def test_evidence_is_that_of_the_first_pass_below_the_block(tmp_path: Path, monk
     sizes = Sizes(pure=1, mixed=2, judged=1, mixtures=2)
     last, below = (shipped(0, sizes, tmp_path, block).train.evidence for block in (0, 2))
     np.testing.assert_array_equal(last.views["counts"], below.views["counts"])
-    assert not np.allclose(last.views["hidden"], below.views["hidden"], atol=1e-2)
+    blocks = [evidence.views["hidden"][:, -128:] for evidence in (last, below)]  # of the last that ran
+    assert not np.allclose(*blocks, atol=1e-2)
     assert "surprise" not in below.views
     np.testing.assert_array_equal(shipped(0, sizes, tmp_path).train.evidence.views["hidden"], last.views["hidden"])
     kept = len(list(tmp_path.iterdir()))
