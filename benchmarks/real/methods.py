@@ -22,7 +22,7 @@ from bayes_dispatch.inference.scoring.document_reader import TokenDocument
 from bayes_dispatch.inference.scoring.evidence_sets import KnownEvidence
 from bayes_dispatch.inference.scoring.scores import ScoredTokens
 from bayes_dispatch.inference.two_pass.blends import Particles, as_blend
-from bayes_dispatch.inference.two_pass.first_pass import read_prefix
+from bayes_dispatch.inference.two_pass.first_pass import depths_of, read_prefix
 from bayes_dispatch.inference.two_pass.system import POSTERIOR_DRAWS, cut_of, dispatch
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.generation.sampling import row_seeds
@@ -203,7 +203,9 @@ def evidence_of_build(
     model, build = bundle.model, settings or DocumentsPlan.of("svf", bundle.model).build
     examples = examples_of(domains, build)
     texts = {name: each if isinstance(each, list) else known_by(each) for name, each in examples.items()}
-    decides = {"model": model.fingerprint(), "dtype": str(model.dtype), "cut": cut_of(bundle)}
+    cut = cut_of(bundle)
+    decides = {"model": model.fingerprint(), "dtype": str(model.dtype), "cut": cut}
+    decides |= {"depths": depths_of(cut or model.depth)}
     decides |= {"build": asdict(build), "texts": list(texts.items())}
     path = work / f"training-{digest(decides)[:32]}.npz"
     if not path.exists():

@@ -46,7 +46,7 @@ __all__ = [
 
 WINDOW = 0.1  # of the steps; the last two windows tell whether the loss still falls
 TOLERANCE = 0.02  # nats a prompt between them
-DRIFT = 0.05  # sd of what a global may have moved by since an earlier fit, on the line
+DRIFT = 0.02  # sd of what a global may have moved by since an earlier fit, on the line
 DRIFT_KNOWN = 0.5  # the same of an expert's own, where SOME prompts are known to be of it
 SOME = 5  # fewer prompts may be odd ones
 ALONE = threading.RLock()
