@@ -64,7 +64,7 @@ def asking(model: object, blocks: range, depths: Sequence[int]) -> Iterator[Stat
 
 
 def asked(model: object) -> bool:
-    """Whether anything between the blocks of a model is asked for now."""
+    """Whether anything between the blocks of a model is asked for in this thread."""
     by, states = _asked.get()
     return by is model and bool(states.depths)
 
