@@ -26,7 +26,7 @@ import bayes_dispatch as bd
 from bayes_dispatch.app.tables import Table
 from bayes_dispatch.checks.coverage import interval_coverage
 from bayes_dispatch.checks.detection import ood_auroc
-from bayes_dispatch.checks.reliability import expected_calibration_error
+from bayes_dispatch.checks.reliability import expected_calibration_error, reliability_curve
 from bayes_dispatch.experts.domains import BASE_TEXTS, FOREIGN_TEXTS, Domain
 from dispatching.classifiers import FITS, Classifier, fit_classifier
 from dispatching.methods import Answer, Ours
@@ -134,8 +134,9 @@ def tables(
         kind: ", ".join(str(len(own[kind].texts)) for own in known.values()) for kind in (PURE, BASE, MIXED, FOREIGN)
     }
     pure = (
-        f"Distinct prompts, by length: {sizes[PURE]}; ± standard errors (of ECE by bootstrap). To base: share of"
-        f" {sizes[BASE]} prompts of base's texts, where a method may choose base. Arrow: the top {TOP} of each token."
+        f"Distinct prompts, by length: {sizes[PURE]}; ± standard errors (of ECE by bootstrap; in brackets what it is by"
+        f" chance if the method is calibrated). To base: share of {sizes[BASE]} prompts of base's texts, where a method"
+        f" may choose base. Arrow: the top {TOP} of each token."
     )
     several = (
         f"Distinct prompts, by length: {sizes[MIXED]} mixtures; {sizes[FOREIGN]} foreign ones against those of one"
@@ -173,10 +174,10 @@ def _pure(known: Mapping[str, Prompts], answers: Answers) -> list[str]:
     rng = np.random.default_rng(0)
     drawn = rng.integers(len(labels), size=(RESAMPLES, len(labels)))
     spread = np.std([expected_calibration_error(best[rows], labels[rows]) for rows in drawn])
-    surprise = -np.log(np.maximum(best[truth > 0], 1e-12))
+    curve, surprise = reliability_curve(best, labels), -np.log(np.maximum(best[truth > 0], 1e-12))
     return [
         _mean(right),
-        _number(expected_calibration_error(best, labels), spread),
+        f"{_number(curve.expected_calibration_error, spread)} ({curve.error_by_chance:.3f})",
         _mean(surprise),
         _mean(((best - truth) ** 2).sum(1)),
         _mean(base.argmax(1) == base.shape[1] - 1) if base[:, -1].any() else "",

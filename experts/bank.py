@@ -181,7 +181,7 @@ class ExpertBank(Mapping[str, Expert]):
 
         One row is as good as scales that all rows share, which may be folded into a matrix: it gives these.
         """
-        given = weights if len(weights) > 1 else weights[0]
+        given = weights[0] if len(weights) == 1 else weights
         return self.blend(given, alike) if weights.ndim == 2 else self.blend_by_layer(given)
 
     @classmethod

@@ -34,6 +34,7 @@ from bayes_dispatch.dispatcher.conformal import COUNTED
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import FOREIGN_TEXTS, Domain
+from bayes_dispatch.experts.domains.mixtures import LONGEST_CHARACTER
 from bayes_dispatch.inference.scoring.evidence_sets import foreign_evidence, mixed_evidence, pure_evidence
 
 __all__ = ["Diagnosis", "DiagnosisSettings", "HeldOutDiagnosis", "diagnose"]
@@ -52,7 +53,7 @@ class DiagnosisSettings:
         draws: posterior draws of each prompt. risk, delta: of the certified threshold. seed: of everything random.
 
     Raises:
-        ConfigError: fewer than 20 prompts of a kind or 19 draws, no length, a length that is no whole number ≥ 1, or
+        ConfigError: fewer than 20 prompts of a kind or 19 draws, no length, a length that is no whole number ≥ 4, or
             a risk or delta outside 0 to 1.
     """
 
@@ -74,7 +75,7 @@ class DiagnosisSettings:
             )
         for name, count in (("lengths", None), ("mixture_lengths", 2)):
             given = several(name, getattr(self, name), count)
-            object.__setattr__(self, name, tuple(whole(f"each of {name}", each, 1) for each in given))
+            object.__setattr__(self, name, tuple(whole(f"each of {name}", each, LONGEST_CHARACTER) for each in given))
         if not self.lengths:
             raise ConfigError("expected at least one length of prompts, got none")
         if self.mixture_lengths[0] > self.mixture_lengths[1]:

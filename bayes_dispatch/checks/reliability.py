@@ -46,6 +46,15 @@ class ReliabilityCurve:
         """Mean |accuracy − confidence| over prompts."""
         return float((np.abs(self.accuracy - self.confidence) * self.counts).sum() / self.counts.sum())
 
+    @property
+    def error_by_chance(self) -> float:
+        """What the expected calibration error is on average if the system is calibrated: with few prompts, far from 0.
+
+        The mean of |Normal(0, standard error)|, ``sqrt(2 / π)`` of it, over prompts: a little too small where a bin
+        has few.
+        """
+        return float(np.sqrt(2 / np.pi) * (self.standard_errors * self.counts).sum() / self.counts.sum())
+
 
 def brier_score(probabilities: Float[np.ndarray, "prompt class"], truth: Float[np.ndarray, "prompt class"]) -> float:
     """Mean squared distance between two points of the simplex, summed over classes (Brier 1950); less is better.

@@ -8,7 +8,9 @@ from jaxtyping import Int
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Domain, Split
 
-__all__ = ["beginning_of", "joined_text", "mixed_parts", "mixed_text", "owners_of"]
+__all__ = ["LONGEST_CHARACTER", "beginning_of", "joined_text", "mixed_parts", "mixed_text", "owners_of"]
+
+LONGEST_CHARACTER = 4  # bytes of UTF-8: a text that is cut to fewer may be left without any
 
 
 def mixed_text(

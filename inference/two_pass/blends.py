@@ -185,8 +185,9 @@ class FixedWeights:
     name: str = ""
 
     def __post_init__(self) -> None:
-        simplex("weights", self.weights)
-        weights = tuple(map(float, self.weights))
+        if (found := simplex("weights", self.weights)).ndim != 1:
+            raise ConfigError(f"expected weights (K + 1,), got shape {found.shape}")
+        weights = tuple(found.tolist())
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "name", self.name or f"fixed_weights{weights}")
 

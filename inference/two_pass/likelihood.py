@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from bayes_dispatch.dispatcher.evidence.reading import checked_prompts
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.two_pass.prompts import check_prompts, tokenized
@@ -51,11 +52,11 @@ class ExpertLogLikelihoods:
             PromptError: no prompts, or one that is too long or no UTF-8.
             TensorError: an expert, or base, under which the model says NaN, or that a token cannot be.
         """
-        filled = [index for index, prompt in enumerate(prompts) if prompt != ""]
+        prompts = checked_prompts(prompts)
+        filled = [index for index, prompt in enumerate(prompts) if prompt]
         scores = np.full((len(prompts), len(self.experts.components)), np.nan)
-        if filled or not prompts:
-            checked = check_prompts([prompts[index] for index in filled])
-            scores[filled] = self._score(checked)
+        if filled:
+            scores[filled] = self._score(check_prompts([prompts[index] for index in filled]))
         return scores
 
     def _score(self, prompts: list[bytes]) -> np.ndarray:

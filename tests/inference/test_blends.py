@@ -245,6 +245,11 @@ class TestFixedWeights:
         with pytest.raises(ConfigError, match=r"expected .*weights.* got"):
             FixedWeights(weights)
 
+    @pytest.mark.parametrize("weights", [1.0, [[0.5, 0.5]]])
+    def test_of_another_shape(self, weights: Any, unchecked: None) -> None:
+        with pytest.raises(ConfigError, match=r"expected weights \(K \+ 1,\), got shape \("):
+            FixedWeights(weights)
+
     def test_another_number_of_components(self) -> None:
         with pytest.raises(ConfigError, match="expected 4 weights, got 2"):
             FixedWeights((0.5, 0.5)).particles(posterior(0))

@@ -74,6 +74,8 @@ def test_an_empty_prompt_has_no_likelihood(score: ExpertLogLikelihoods) -> None:
 def test_bad_prompts(score: ExpertLogLikelihoods) -> None:
     with pytest.raises(PromptError, match="expected at least one prompt, got none"):
         score([])
+    with pytest.raises(PromptError, match="expected a list of prompts, got a single str"):
+        score("ab")
     with pytest.raises(PromptError, match="to have at most 32768 tokens, got 40001"):
         score(["a" * 40_000])
 

@@ -5,6 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import EllipsisType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -114,7 +115,9 @@ def chat(
     else:
         given = {"seed": seed, "threshold": threshold, "max_context": max_context}
         settings = {name: value for name, value in given.items() if value is not None}
-        conversation = generator.chat(blend=chosen, file=state, **settings)  # type: ignore[arg-type]
+        begin = partial(generator.chat, blend=chosen, **settings)  # type: ignore[arg-type]
+        begin().settings.check_reply(max_new_tokens)  # before a file keeps the settings
+        conversation = begin(file=state)
     conversation.settings.check_reply(max_new_tokens)
     interactive = sys.stdin.isatty()
     for told in _lines(interactive):

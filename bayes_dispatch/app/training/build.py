@@ -26,7 +26,7 @@ from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains.domain import Domain, Finite, Split
-from bayes_dispatch.experts.domains.mixtures import beginning_of
+from bayes_dispatch.experts.domains.mixtures import LONGEST_CHARACTER, beginning_of
 from bayes_dispatch.experts.domains.own import Own, OwnExamples
 from bayes_dispatch.inference.scoring.evidence_sets import (
     KnownEvidence,
@@ -73,8 +73,9 @@ class BuildSettings:
         object.__setattr__(self, "seed", seed(self.seed))
         set_whole(self, pure_prompts=1, mixed_prompts=0, gate_prompts=0)
         low, high = self.prompt_lengths
-        if not 1 <= low <= high:
-            raise ConfigError(f"expected prompt lengths of at least 1 byte, the shorter first, got {low} and {high}")
+        if not LONGEST_CHARACTER <= low <= high:
+            least = f"expected prompt lengths of at least {LONGEST_CHARACTER} bytes, the shorter first"
+            raise ConfigError(f"{least}, got {low} and {high}")
 
 
 def build_bundle(

@@ -98,6 +98,13 @@ def test_a_state_goes_on(talk: Talk) -> None:
     assert "expected no --draws, with which the chat in state/default began, got 9" in err
 
 
+def test_settings_that_are_refused_begin_no_state(talk: Talk, tmp_path: Path) -> None:
+    code, _, err = talk(b"ab>\n", "--state", "talk", "--max-context", "5")
+    assert (code, "expected max_new_tokens of less than max_context" in err) == (2, True)
+    assert not (tmp_path / "talk").exists()
+    assert talk(b"ab>\n", "--state", "talk")[0] == 0
+
+
 def test_a_reply_that_nobody_hears_is_not_said(talk: Talk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Whoever reads what is printed goes away amid it."""
     given = ("--blend", "posterior_mean", "--stop", "zzz", "--state", "talk")

@@ -153,6 +153,7 @@ def test_files(found: Diagnosis, tmp_path: Path) -> None:
         {"lengths": 3},
         {"mixture_lengths": (16,)},
         {"mixture_lengths": (32, 16)},
+        {"mixture_lengths": (3, 16)},
     ],
 )
 @pytest.mark.usefixtures("unchecked")

@@ -163,6 +163,17 @@ def test_reliability_by_hand() -> None:
     assert curve.expected_calibration_error == pytest.approx((0.05 + 0.25 + 0.05) / 3)
 
 
+def test_error_by_chance_is_that_of_a_calibrated_system() -> None:
+    """400 times 300 answers that are right as often as their confidence says; the mean is within four of its errors."""
+    rng = np.random.default_rng(0)
+    confidence = rng.uniform(0.3, 1.0, (400, 300))
+    curves = [confidence_curve(each, rng.random(300) < each, bins=10) for each in confidence]
+    found = np.array([[curve.expected_calibration_error, curve.error_by_chance] for curve in curves])
+    error = found[:, 0].std() / 400**0.5
+    assert abs(found[:, 0].mean() - found[:, 1].mean()) < 4 * error
+    assert found[:, 1].mean() > 0.04  # what an ECE of .04 may be worth
+
+
 def test_reliability_of_choices_is_that_of_the_top_class() -> None:
     rng = np.random.default_rng(0)
     probabilities, labels = rng.dirichlet(np.ones(4), 50), rng.integers(0, 4, 50)
