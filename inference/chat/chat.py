@@ -180,12 +180,12 @@ class Chat:
             raise ConfigError("expected one reply at a time, got a turn before the stream of the last one has ended")
         last = False
         try:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # caches of that mode would refuse a turn outside it
                 reply, caches = self._hear(data, words, writing)
             seed = self.settings.seed + 2 * self.turns + 1
             generators = row_generators(seed, [reply.transcript.data])
             while not last:
-                with torch.no_grad():
+                with torch.inference_mode(False), torch.no_grad():
                     token = caches.decoding.choose([writing.sampling], generators)
                     last = self._write(reply, caches, token)
                 yield reply.streamed(last)

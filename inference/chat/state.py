@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bayes_dispatch.arguments import real, seed, whole
+from bayes_dispatch.arguments import real, seed, truth, whole
 from bayes_dispatch.dispatcher.arrays import short_repr
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
@@ -47,6 +47,7 @@ class ChatSettings:
         object.__setattr__(self, "seed", seed(self.seed))
         if self.threshold != math.inf:
             object.__setattr__(self, "threshold", real("threshold", self.threshold, 0))
+        truth("own_evidence", self.own_evidence)
         object.__setattr__(self, "max_context", whole("max_context", self.max_context, 2, MAX_CONTEXT))
 
     def check_reply(self, max_new_tokens: int) -> None:

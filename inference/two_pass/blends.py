@@ -383,7 +383,10 @@ def as_blend(blend: Blend | str, components: Sequence[str] = ()) -> Blend:
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
             raise SyntaxError
         given = [ast.literal_eval(value) for value in call.args]
-        found: Blend = kind(*given, **{str(each.arg): ast.literal_eval(each.value) for each in call.keywords})
+        named = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+        if len(named) < len(call.keywords):  # one of them twice
+            raise SyntaxError
+        found: Blend = kind(*given, **named)
     except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):  # the last two: what is nested too deep
         raise ConfigError(f"expected a blend written as {kind().name}, got {blend!r:.80}") from None
     return found

@@ -1,9 +1,9 @@
 """What is asked for: prompts, and how their continuations are written; checked where they enter."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 
-from bayes_dispatch.arguments import whole
+from bayes_dispatch.arguments import shown, whole
 from bayes_dispatch.errors import ConfigError, PromptError, PromptTooLongError
 from bayes_dispatch.model.backbone import Tokenizer, Tokens
 from bayes_dispatch.model.generation.sampling import Sampling
@@ -24,6 +24,8 @@ def check_prompts(prompts: Sequence[str | bytes]) -> list[bytes]:
     """
     if isinstance(prompts, str | bytes):
         raise PromptError(f"expected a list of prompts, got a single {type(prompts).__name__}")
+    if not isinstance(prompts, Sized):
+        raise PromptError(f"expected a list of prompts, got {shown(prompts)}")
     if not len(prompts):
         raise PromptError("expected at least one prompt, got none")
     checked = []

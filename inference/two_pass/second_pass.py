@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 
-from bayes_dispatch.arguments import seed
+from bayes_dispatch.arguments import seed, truth
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.two_pass.blends import Blend, Particles
@@ -64,6 +64,8 @@ class GenerationRequest:
         given = int(np.random.SeedSequence().generate_state(1)[0]) if self.seed is None else seed(self.seed)
         object.__setattr__(self, "seed", given)
         as_strategy(self.strategy)
+        for name in ("own_evidence", "abstain", "use_cache"):
+            truth(name, getattr(self, name))
         if self.abstain and self.false_alarm_rate is None:
             raise ConfigError("expected a false_alarm_rate to abstain at, got None")
 

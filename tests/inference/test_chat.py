@@ -327,6 +327,14 @@ def test_a_stream_is_what_say_gives(cut64: "Bundle") -> None:
         np.testing.assert_array_equal(streamed.turn.log_probabilities, turn.log_probabilities)
 
 
+def test_a_turn_in_inference_mode_is_as_any(cut64: "Bundle") -> None:
+    chats = [TwoPassGenerator(cut64).chat(blend=PosteriorMean(), seed=2) for _ in range(2)]
+    with torch.inference_mode():
+        chats[0].say(SAID[0], 3, stop=None)
+    chats[1].say(SAID[0], 3, stop=None)
+    assert chats[0].say(SAID[1], 3, stop=None).text == chats[1].say(SAID[1], 3, stop=None).text
+
+
 def test_a_closed_stream_ends_the_reply(cut64: "Bundle") -> None:
     """What follows is what a reply of that length would have been followed by."""
     generator = TwoPassGenerator(cut64)
@@ -533,7 +541,7 @@ def test_settings_are_checked(bundle: "Bundle", llama64: Any, unchecked: None) -
     assert generator.chat(blend="max").settings.blend == BestExpert()
     assert generator.chat().settings.blend == PosteriorPredictive()
     wrong = [("threshold", value) for value in (-1.0, float("nan"), "a")]
-    for name, value in [*wrong, ("max_context", 1), ("seed", -1)]:
+    for name, value in [*wrong, ("max_context", 1), ("seed", -1), ("own_evidence", "no")]:
         with pytest.raises(ConfigError, match=f"expected {name} to be"):
             generator.chat(**{"blend": PosteriorMean(), name: value})
 

@@ -247,8 +247,8 @@ def test_particles_that_differ_have_something_to_tell(bundle64: "Bundle") -> Non
 
 
 class TestErrors:
-    @pytest.mark.parametrize("prompts", [[], [""], ["a" * 40_000], [b"\xff"]])
-    def test_prompts(self, bundle: "Bundle", prompts: list[Any]) -> None:
+    @pytest.mark.parametrize("prompts", [[], [""], ["a" * 40_000], [b"\xff"], "a", None, iter("a")])
+    def test_prompts(self, bundle: "Bundle", prompts: Any, unchecked: None) -> None:
         with pytest.raises(PromptError, match="expected"):
             TwoPassGenerator(bundle).generate(prompts, blend=PosteriorMean(), max_new_tokens=1)
 
@@ -261,10 +261,12 @@ class TestErrors:
             ({"blend": TopK(9)}, "k of at most 4"),
             ({"seed": -1}, "seed to be a whole number from 0"),
             ({"stop": ["a", ""]}, "stop to be a text of at least one byte, or a list of such, got"),
+            ({"use_cache": "no"}, "use_cache to be true or false, got 'no'"),
+            ({"own_evidence": 1}, "own_evidence to be true or false, got 1"),
             ({"abstain": True}, "expected a false_alarm_rate to abstain at"),
         ],
     )
-    def test_settings(self, bundle: "Bundle", bad: dict[str, Any], message: str) -> None:
+    def test_settings(self, bundle: "Bundle", bad: dict[str, Any], message: str, unchecked: None) -> None:
         given = {"blend": PosteriorMean(), "max_new_tokens": 1} | bad
         with pytest.raises(ConfigError, match=message):
             TwoPassGenerator(bundle).generate(["a"], **given)
