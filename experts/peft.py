@@ -132,7 +132,9 @@ def check_export(directory: Path) -> None:
 
 def _read(backbone: Backbone, directory: Path) -> dict[str, Factors]:
     if not (directory / CONFIG).is_file():
-        raise BundleError(f"expected a LoRA adapter with an {CONFIG} in {directory}, got none")
+        named = sorted(directory.glob(f"*/{CONFIG}"))  # PEFT keeps one that has a name in a directory of that name
+        got = f"none; there is one in {named[0].parent}" if named else "none"
+        raise BundleError(f"expected a LoRA adapter with an {CONFIG} in {directory}, got {got}")
     config = read_json(directory / CONFIG)
     if not isinstance(config, dict):
         raise BundleError(f"expected the settings of an adapter in {directory / CONFIG}, got {config!r:.60}")

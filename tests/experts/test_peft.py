@@ -286,7 +286,11 @@ def test_damaged_adapters_are_refused(adapter: Path, llama: TransformersBackbone
     with pytest.raises(BundleError, match="a pickle, which is never read"):
         ExpertBank.from_peft(backbone, {"a": directory})
     (directory / "adapter_config.json").unlink()
-    with pytest.raises(BundleError, match="expected a LoRA adapter with an adapter_config"):
+    with pytest.raises(BundleError, match=r"expected a LoRA adapter with an adapter_config.* got none$"):
+        ExpertBank.from_peft(backbone, {"a": directory})
+    (directory / "named").mkdir()
+    (directory / "named" / "adapter_config.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"got none; there is one in .*named$"):
         ExpertBank.from_peft(backbone, {"a": directory})
     with pytest.raises(ConfigError, match="expected at least one expert, got none"):
         ExpertBank.from_peft(backbone, {})
