@@ -20,6 +20,7 @@ from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_eviden
 from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError
 from bayes_dispatch.experts.bank import ExpertBank
+from bayes_dispatch.inference.two_pass.first_pass import VIEWS
 from bayes_dispatch.inference.two_pass.system import check_system, cut_of
 from bayes_dispatch.model.backbone import Backbone, Tokenizer
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -48,8 +49,8 @@ class Bundle:
 
     Raises:
         ForeignExpertError: the experts were made for another model.
-        ConfigError: the dispatcher was made for other experts, the gate for another dispatcher, or there is evidence of
-            none of the experts.
+        ConfigError: the dispatcher was made for other experts or reads other views than a first pass gives, the gate
+            was made for another dispatcher, or there is evidence of none of the experts.
     """
 
     model: Backbone
@@ -62,6 +63,10 @@ class Bundle:
 
     def __post_init__(self) -> None:
         check_system(self)
+        views = self.dispatcher.views if self.dispatcher.fitted else ()
+        if views and not set(views) & set(VIEWS):
+            read = f"expected a dispatcher of the views {', '.join(VIEWS)}, which a first pass gives"
+            raise ConfigError(f"{read}, got one of {', '.join(views)}")
         if unknown := self.evidence.keys() - set(self.experts.names):
             raise ConfigError(f"expected evidence of {self.experts.names}, got some of {', '.join(sorted(unknown))}")
         if self.gate is not None:

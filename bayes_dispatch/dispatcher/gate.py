@@ -11,8 +11,9 @@ calibration prompts of any one group in its bin, P(p ≤ α) ≤ α, whatever th
 conformal prediction by category (Vovk, Gammerman & Shafer 2005, *Algorithmic Learning in a Random World*, §4.5; as a
 test for outliers: Bates et al. 2023, arXiv 2104.08279), and the largest of p-values is valid wherever one of them is.
 That is an average over calibration sets: given one of n prompts, the rate of exchangeable prompts is distributed as
-Beta(k, n + 1 − k) with k = ⌊α(n + 1)⌋, or below (Vovk 2012, arXiv 1209.2673). Prompts longer or shorter than all of
-calibration count to the nearest bin, without a guarantee.
+Beta(k, n + 1 − k) with k = ⌊α(n + 1)⌋, or below (Vovk 2012, arXiv 1209.2673). A prompt shorter than those
+of calibration has nothing to be compared with: its p-value is 1. A longer one counts to the last bin, without a
+guarantee.
 
 >>> gate = Gate.calibrate(dispatcher, held_out)                                     # doctest: +SKIP
 >>> decision = gate.decide(dispatcher, evidence, false_alarm_rate=0.05)             # doctest: +SKIP
@@ -41,9 +42,10 @@ from bayes_dispatch.storage import read_directory, write_directory
 __all__ = ["Gate", "GateDecision"]
 
 KIND = "gate"
-VERSION = 2
+VERSION = 3
 FITTED = 4  # every fourth prompt is for the regressions
 FEWEST_PROMPTS = 80  # that a gate is calibrated on
+SHORTEST = 0.02  # quantile of calibrated lengths; fewer are odd ones, such as the rest of a line
 PER_BIN = 60  # calibration prompts of each group, at least, where there are several bins
 LENGTH = 64.0  # tokens, where the regressions have their intercepts
 ARRAYS = ("shares", "location", "spread", "edges", "scores", "bins", "groups")
@@ -89,7 +91,7 @@ class Gate:
             calibration, so that later feedback moves no score.
         location, spread: ``(3,)`` intercept, at 64 tokens, slope and curvature in the log length: of minus the log
             density, and of its absolute residual.
-        edges: ``(B−1,)`` lengths that part the B bins, in tokens, increasing.
+        edges: ``(B,)`` length where each of the B bins begins, in tokens, increasing; none where all are unknown.
         scores, bins, groups: ``(M,)`` of the calibration prompts; bin 0 is of unknown lengths, then 1 … B.
     """
 
@@ -150,14 +152,12 @@ class Gate:
             own = order[kinds[order] == kind]
             fitted[own[: len(own) // FITTED]] = True
         location, spread = _regressions(unlikely[fitted], lengths[fitted])
-        known = lengths[fitted & (lengths > 0)]
-        none = np.zeros(0)
+        known, none = lengths[fitted & (lengths > 0)], np.zeros(0)
         empty = cls(dispatcher.fingerprint, shares, location, spread, none, none, kinds[:0], kinds[:0])
         gate = replace(empty, scores=empty._score(unlikely[~fitted], lengths[~fitted]), groups=kinds[~fitted])
         for most in range(min(bins, count // PER_BIN), 0, -1):
-            edges = np.unique(np.quantile(known, np.arange(1, most) / most)) if len(known) else np.zeros(0)
-            edges = edges[edges > known.min(initial=np.inf)]  # where many prompts are as short as the shortest
-            gate = replace(gate, edges=edges)
+            starts = np.append(SHORTEST, np.arange(1, most) / most)
+            gate = replace(gate, edges=np.unique(np.quantile(known, starts)) if len(known) else none)
             gate = replace(gate, bins=gate._bins(lengths[~fitted]))
             if gate.least_rate <= 1 / (1 + PER_BIN) or (most == 1 and gate.least_rate < 1):
                 return gate
@@ -169,7 +169,7 @@ class Gate:
         """The smallest false-alarm rate at which prompts of every known length (or, where none is, of unknown length)
         can still be sent to base.
         """
-        counts = np.zeros((len(self.edges) + 2, self.groups.max() + 1), np.int64)
+        counts = np.zeros((len(self.edges) + 1, self.groups.max() + 1), np.int64)
         np.add.at(counts, (self.bins, self.groups), 1)
         rows = counts[1:] if (self.bins > 0).any() else counts[:1]
         return float(1 / (1 + rows.min()))
@@ -215,7 +215,7 @@ class Gate:
                 ranked = np.sort(self.scores[(self.bins == place) & (self.groups == group)])
                 above = len(ranked) - np.searchsorted(ranked, scores[here], side="left")
                 found[here] = np.maximum(found[here], (1 + above) / (1 + len(ranked)))
-        return found
+        return np.where((lengths > 0) & (lengths < self.edges.min(initial=np.inf)), 1.0, found)
 
     def decide(
         self,
@@ -231,8 +231,8 @@ class Gate:
             false_alarm_rate: share of prompts of the experts' domains that may be sent to base.
 
         Returns:
-            The decision. No prompt of unknown length is foreign if those of calibration were all of known length: there
-            is nothing to compare it with, and its p-value is 1.
+            The decision. No prompt is foreign that there is nothing to compare with, and its p-value is 1: one shorter
+            than those of calibration, or of unknown length where these were all of known length.
 
         Raises:
             ConfigError: another dispatcher, or a rate outside ``least_rate`` to 1.
@@ -295,7 +295,7 @@ class Gate:
 
     def _bins(self, lengths: Float[np.ndarray, " prompt"]) -> Int[np.ndarray, " prompt"]:
         """0 where the length is unknown, then 1 … B."""
-        return np.where(lengths > 0, 1 + np.searchsorted(self.edges, lengths, side="right"), 0)
+        return np.where(lengths > 0, np.searchsorted(self.edges, lengths, side="right").clip(1), 0)
 
     def _fault(self) -> str | None:
         """What no calibration could have made."""
@@ -306,7 +306,7 @@ class Gate:
             return f"regressions of shapes {self.location.shape} and {self.spread.shape}, or shares or edges in rows"
         if not all(np.isfinite(getattr(self, name)).all() for name in ARRAYS) or not (np.diff(self.edges) > 0).all():
             return "numbers that are not finite, or edges that do not increase"
-        if self.bins.min() < 0 or self.bins.max() > len(self.edges) + 1 or self.groups.min() < 0:
+        if self.bins.min() < 0 or self.bins.max() > len(self.edges) or self.groups.min() < 0:
             return "bins or groups outside their ranges"
         return None
 

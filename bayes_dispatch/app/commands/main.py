@@ -210,7 +210,7 @@ def calibrate_gate(
     gate = new.gate
     assert gate is not None
     if as_json:
-        told = {"out": str(out), "ranks": len(gate.scores), "bins": len(gate.edges) + 1, "least_rate": gate.least_rate}
+        told = {"out": str(out), "ranks": len(gate.scores), "bins": len(gate.edges), "least_rate": gate.least_rate}
         return print_json(told)
     print(
         f"{out}: intervals, sets and gate are calibrated on held-out prompts of the experts, the gate on "

@@ -17,6 +17,9 @@ import torch
 from bayes_dispatch.app import shipped
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.fitting.svi import SVISettings
+from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError, NotFittedError
 from bayes_dispatch.inference.generator import TwoPassGenerator
 from bayes_dispatch.inference.two_pass.blends import PosteriorPredictive
@@ -222,6 +225,14 @@ class TestForeign:
                 ConfigError, match=r"expected a dispatcher over .'reverse', 'sort', 'add'.* got one over"
             ):
                 Bundle(bundle.model, bundle.experts, Dispatcher(names))
+
+    def test_a_dispatcher_of_other_views(self, bundle: Bundle) -> None:
+        embedded = Evidence({"embedding": np.eye(4).repeat(3, 0)})
+        program = Admixture(views={"embedding": "vectors"})
+        dispatcher = Dispatcher(bundle.experts.names, svi=SVISettings(steps=2, rounds=1), program=program)
+        dispatcher.fit(embedded, mixtures=np.eye(4).repeat(3, 0))
+        with pytest.raises(ConfigError, match=r"^expected a dispatcher of the views hidden, .*, got one of embedding$"):
+            Bundle(bundle.model, bundle.experts, dispatcher)
 
     def test_engines_refuse_the_same(self, bundle: Bundle) -> None:
         parts = {"model": bundle.model, "tokenizer": bundle.tokenizer, "experts": bundle.experts}
