@@ -18,7 +18,7 @@ from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Checked, Domain
 from bayes_dispatch.experts.questions import Question, ask
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import Backbone, Read, Session, padded, token_weights
+from bayes_dispatch.model.backbone import Backbone, Read, Session, clipped, padded, token_weights
 from bayes_dispatch.model.generation.decoding import divergence
 
 __all__ = ["Judgement", "Likelihood", "Objective", "Reinforce", "reinforce_loss", "sequence_kl"]
@@ -72,6 +72,7 @@ class Likelihood:
         self, model: Backbone, adaptation: Adaptation, domain: Domain, documents: Sequence[Document], seed: int
     ) -> Judgement:
         """See ``Objective``; nothing is random."""
+        documents = [_readable(model, document) for document in documents]
         texts = [model.tokenizer.tokenize(document.data) for document in documents]
         ids, tokens = padded([text.ids for text in texts], model.tokenizer.pad_token_id)
         weights = torch.zeros(ids.shape, dtype=torch.float32)
@@ -116,11 +117,12 @@ class Reinforce:
         """See ``Objective``.
 
         Raises:
-            ConfigError: the domain has no checker.
+            ConfigError: the domain has no checker, or the model reads no more than an answer.
         """
         if not isinstance(domain, Checked):
             raise ConfigError(f"expected a domain that rewards answers, got {domain.name}, which has no checker")
         rng = np.random.default_rng(seed)
+        documents = [_readable(model, document, self.answer_bytes + 1) for document in documents]
         questions = [ask(document, rng, self.answer_bytes) for document in documents]
         reading = _Reading.of(model, questions, self.samples)
         fixed = adaptation.detached()
@@ -187,6 +189,8 @@ class _Reading(NamedTuple):
         limits = torch.tensor([question.limit for question in questions]).repeat_interleave(samples)
         ends = torch.tensor([question.is_line for question in questions]).repeat_interleave(samples)
         ids, tokens = padded(texts, model.tokenizer.pad_token_id)
+        if model.longest is not None:
+            limits = limits.clamp(max=model.longest - ids.shape[1])
         return cls(model, ids, tokens, samples, limits, ends)
 
     @torch.no_grad()
@@ -226,6 +230,22 @@ class _Reading(NamedTuple):
         first = _after(session.read(self.ids, self.tokens))[rows.to(self.ids.device), 0]
         session.keep(rows.tolist())
         return first, session
+
+
+def _readable(model: Backbone, document: Document, room: int = 0) -> Document:
+    """As much of a document's beginning as the model reads with so many tokens after it.
+
+    Raises:
+        ConfigError: it reads no more than these.
+    """
+    if model.longest is None:
+        return document
+    if room >= model.longest:
+        raise ConfigError(
+            f"expected answers of fewer tokens than the {model.longest} that the model can read, got {room}"
+        )
+    text = clipped(model.tokenizer, document.text, model.longest - room)
+    return document if text == document.text else document.cut(len(text.encode()))
 
 
 def _after(read: Read) -> Float[Tensor, "R t V"]:

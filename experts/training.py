@@ -62,7 +62,8 @@ class ExpertSettings:
     """The recipe. Longer or faster training sharpens an expert, but then its blends with others hedge worse.
 
     Attributes:
-        steps: optimiser steps, at most. batch_size: documents in a step. length: bytes of a document.
+        steps: optimiser steps, at most. batch_size: documents in a step.
+        length: bytes of a document, of which no more are read than the model can.
         learning_rate: of Adam, with a short warm-up and a cosine to 0; ``None`` for 2e-2 of scales, 1e-3 of factors.
         decay: L2 penalty on z − 1, or on a low-rank update. seed: of the documents, of the answers that are sampled,
             and of the factors at first.

@@ -22,6 +22,7 @@ __all__ = [
     "Tokens",
     "check_rows",
     "check_tokens",
+    "clipped",
     "last_of",
     "padded",
     "token_weights",
@@ -264,6 +265,15 @@ class Backbone(Protocol):
     def fingerprint(self) -> str:
         """A hash of the weights, and of no settings: equal for equal weights only."""
         ...
+
+
+def clipped(tokenizer: Tokenizer, text: str, longest: int | None) -> str:
+    """As much of a text's beginning as a model reads of at most ``longest`` tokens."""
+    tokens = tokenizer.tokenize(text)
+    while longest is not None and len(tokens.ids) > longest:  # the tokens of a part may be more than they were of it
+        text = text.encode()[: tokens.spans[longest][0]].decode(errors="ignore")
+        tokens = tokenizer.tokenize(text)
+    return text
 
 
 def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "B T"], Int[Tensor, " B"]]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from bayes_dispatch.errors import TensorError
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains import Domain, Split
 from bayes_dispatch.inference.two_pass.prompts import check_prompts, tokenized
@@ -64,7 +65,7 @@ def name_probabilities(
         adaptation: one set of scales for the model, or ``None``.
 
     Raises:
-        PromptError: see ``check_prompts``.
+        PromptError: see ``check_prompts``. TensorError: the model says NaN of a name, or that none can be.
     """
     checked = check_prompts(prompts)
     answers = [tokenizer.tokenize(name, begin=False).ids for name in names]
@@ -83,5 +84,8 @@ def name_probabilities(
         said = model.score(ids, tokens, adaptation).double().cpu()
         counted = (places >= begins[:, None]) & (places < tokens[:, None])
         scores[batch] = said.masked_fill(~counted, 0.0).sum(1).reshape(len(batch), -1).numpy()
+    if not (finite := np.isfinite(scores.max(1))).all():
+        asked_of = f"of the names after prompt {int(finite.argmin())}"
+        raise TensorError(f"expected finite log-probabilities {asked_of}, got NaN or infinity")
     weights = np.exp(scores - scores.max(1, keepdims=True))
     return weights / weights.sum(1, keepdims=True)

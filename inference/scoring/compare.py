@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bayes_dispatch.arguments import seed as checked_seed
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.inference.scoring.document_reader import DocumentReading, TokenDocument, following, read_documents
@@ -50,8 +50,9 @@ def compare_blends(
         strategy: gives the posterior; the bundle's dispatcher by default.
 
     Raises:
-        ConfigError: no blend, two equal blends, no document, or one without scored bytes.
-        UnknownNameError: an unknown name. PromptError: a document without prompt.
+        ConfigError: no blend, two equal blends, no document, or one without scored bytes, or longer than the model can
+            read.
+        UnknownNameError: an unknown name. PromptError: a document without prompt. TensorError: the model says NaN.
     """
     if isinstance(blends, str):
         raise ConfigError(f"expected a list of blends, got the name {blends!r} alone")
@@ -118,11 +119,12 @@ def score_together(
         Name → a score for each document.
 
     Raises:
-        ConfigError: no document, or one without scored bytes.
+        ConfigError: no document, or one without scored bytes, or longer than the model can read.
+        TensorError: the model says NaN.
     """
     _check(documents)
     texts = [TokenDocument.of(document, model.tokenizer) for document in documents]
-    _check_tokens(texts)
+    _check_tokens(texts, model.longest)
     weights, places = _distinct(_alike([each.run for each in particles.values()]))
     scores: dict[str, list[Score]] = {name: [] for name in particles}
     rows = {name: each.mass.shape[1] + each.refined for name, each in particles.items()}
@@ -153,6 +155,9 @@ def score_together(
                     after = following(model, experts, run[n], found[n].hidden)
                     one = {name: (which[n], masses[n]) for name, (which, masses) in mixtures.items()}
                     for name, scored in _scored(after, text, one).items():
+                        if np.isnan(scored.log_probability).any():
+                            of = f"of document {part.start + n} under {name}"
+                            raise TensorError(f"expected finite log-probabilities {of}, got NaN")
                         scores[name].append(Score.of(part.start + n, name, scored, text.sizes, rows[name]))
             bar.update(len(group))
     return scores
@@ -262,7 +267,9 @@ def _check(documents: Sequence[object]) -> None:
             raise ConfigError(f"expected document {index} to have scored bytes, got none")
 
 
-def _check_tokens(texts: Sequence[TokenDocument]) -> None:
+def _check_tokens(texts: Sequence[TokenDocument], longest: int | None) -> None:
     for index, text in enumerate(texts):
+        if longest is not None and len(text.ids) > longest:
+            raise ConfigError(f"expected document {index} to have at most {longest} tokens, got {len(text.ids)}")
         if not len(text.places):
             raise ConfigError(f"expected document {index} to have a token that begins in a scored range, got none")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bayes_dispatch.arguments import shown, whole
 from bayes_dispatch.errors import ConfigError, PromptError, PromptTooLongError
-from bayes_dispatch.model.backbone import Tokenizer, Tokens
+from bayes_dispatch.model.backbone import Tokenizer, Tokens, clipped
 from bayes_dispatch.model.generation.sampling import Sampling
 from bayes_dispatch.model.tokenizer import utf8
 
@@ -59,15 +59,6 @@ def tokenized(tokenizer: Tokenizer, prompts: Sequence[bytes], longest: int | Non
             most = f"at most {longest} tokens" + (f" with the {room} that follow" if room else "")
             raise PromptTooLongError(f"expected prompt {index} to have {most}, got {len(text.ids)}")
     return found
-
-
-def clipped(tokenizer: Tokenizer, text: str, longest: int | None) -> str:
-    """As much of a text's beginning as a model reads of at most ``longest`` tokens."""
-    tokens = tokenizer.tokenize(text)
-    while longest is not None and len(tokens.ids) > longest:  # the tokens of a part may be more than they were of it
-        text = text.encode()[: tokens.spans[longest][0]].decode(errors="ignore")
-        tokens = tokenizer.tokenize(text)
-    return text
 
 
 def check_turn(tokenizer: Tokenizer, text: str | bytes, most: int) -> tuple[bytes, Tokens]:

@@ -16,7 +16,7 @@ from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains import CONVENTIONS
 from bayes_dispatch.experts.domains.own import OwnText
 from bayes_dispatch.experts.lora import LoraExpert
-from bayes_dispatch.experts.objectives import Judgement, Reinforce
+from bayes_dispatch.experts.objectives import Judgement, Likelihood, Objective, Reinforce
 from bayes_dispatch.experts.provenance import provenance
 from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, train_expert
 from bayes_dispatch.experts.vectors import ExpertVector
@@ -79,6 +79,22 @@ def test_a_failure_leaves_the_model_trainable(make_model: MakeModel) -> None:
     with pytest.raises(ConnectionError):
         train_expert(model, Failing(), SETTINGS, progress=False)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("objective", [Likelihood(), Reinforce(samples=2, answer_bytes=4)])
+def test_documents_are_cut_to_what_the_model_can_read(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, objective: Objective
+) -> None:
+    model, read, longest = make_model(seed=2), list[int](), 24
+    settings = ExpertSettings(steps=1, batch_size=2, length=96, objective=objective)
+    opened, scored = type(model).open, type(model).score
+    monkeypatch.setattr(type(model), "longest", longest)
+    monkeypatch.setattr(type(model), "open", lambda own, *a, **b: (read.append(a[1]), opened(own, *a, **b))[1])
+    monkeypatch.setattr(type(model), "score", lambda own, ids, *a: (read.append(ids.shape[1]), scored(own, ids, *a))[1])
+    train_expert(model, SORT, settings, progress=False)
+    assert longest // 2 < max(read) <= longest
+    with pytest.raises(ConfigError, match="answers of fewer tokens than the 24 that the model can read, got 31"):
+        train_expert(model, SORT, replace(settings, objective=Reinforce(samples=2, answer_bytes=30)), progress=False)
 
 
 def test_it_is_an_expert_of_its_model(base: "MambaFormerForCausalLM", expert: ExpertVector) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from bayes_dispatch.errors import ConfigError, PromptError, UnknownNameError
+from bayes_dispatch.errors import ConfigError, PromptError, TensorError, UnknownNameError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
+from bayes_dispatch.inference.few_shot.categories import name_probabilities
 from bayes_dispatch.inference.few_shot.strategies import ByPrompt, Classified
 from bayes_dispatch.inference.scoring import compare as compare_module
 from bayes_dispatch.inference.scoring import document_reader as reading_module
@@ -208,6 +209,28 @@ def test_what_cannot_be_compared(bundle64: "Bundle", unchecked: None) -> None:
             compare_blends(bundle64, [DOCUMENTS[0], document], BLENDS[:1])
     with pytest.raises(PromptError, match="expected prompt 1 to have at least 1 byte, got none"):
         compare_blends(bundle64, [DOCUMENTS[0], Document("abc", 0)], BLENDS[:1])
+
+
+def test_a_document_that_the_model_cannot_read_is_named(llama64: SimpleNamespace) -> None:
+    longest = llama64.model.longest
+    long, whole = (Document("#" * (longest - 1 + more), 4) for more in (1, 0))  # one token more begins a text
+    with pytest.raises(ConfigError, match=f"^expected document 1 to have at most {longest} tokens, got {longest + 1}$"):
+        compare_blends(llama64, [whole, long], ["base"])
+    assert len(compare_blends(llama64, [whole], ["base"]).scores) == 1
+
+
+def test_an_expert_under_which_the_model_overflows_is_named(bundle: "Bundle") -> None:
+    scales = {name: torch.full((rank,), 1e30) for name, rank in bundle.model.adaptable().items()}
+    add = replace(bundle.experts["add"], scales=scales)  # type: ignore[type-var]
+    broken = replace(bundle, experts=ExpertBank([*list(bundle.experts.values())[:2], add]))
+    assert len(compare_blends(broken, DOCUMENTS, ["base", "sort"]).scores) == 2 * len(DOCUMENTS)
+    for blend in ("add", "posterior_predictive"):
+        with pytest.raises(
+            TensorError, match=rf"^expected finite log-probabilities of document 0 under {blend}\S*, got"
+        ):
+            compare_blends(broken, DOCUMENTS, ["base", blend])
+    with pytest.raises(TensorError, match=r"^expected finite log-probabilities of the names after prompt 0, got NaN"):
+        name_probabilities(bundle.model, bundle.tokenizer, ["a"], ["b", "c"], add.adaptation())
 
 
 def test_blends_do_not_change_each_other(bundle64: "Bundle") -> None:
