@@ -1,6 +1,6 @@
 """Held-out text of a bundle's experts: the project's own, and what a user gives of the experts from files of theirs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from itertools import islice
@@ -23,7 +23,7 @@ from bayes_dispatch.inference.scoring.evidence_sets import (
     log_uniform,
 )
 
-__all__ = ["FEWEST_SEVERAL", "calibrated", "held_out_domains", "read_own", "settled"]
+__all__ = ["FEWEST_SEVERAL", "calibrated", "check_owners", "held_out_domains", "read_own", "settled"]
 
 LONGEST = 4096  # bytes of a prompt with its answer, unless told otherwise
 FEWEST_SEVERAL = 25  # held-out prompts of several experts: the gate ranks three in four, and a rate of .05 takes 19
@@ -41,8 +41,7 @@ def held_out_domains(bundle: Bundle, own: Mapping[str, Domain], packages: Path |
         UnknownNameError: text of an expert that the bundle does not have.
     """
     names = bundle.experts.names
-    if unknown := sorted(own.keys() - set(names)):
-        raise UnknownNameError(f"expected text of the experts {', '.join(names)}, got some of {', '.join(unknown)}")
+    check_owners(own, names)
     builtin = {domain.name: domain for domain in EXPERT_DOMAINS}
     builtin |= {} if packages is None else real_domains(packages)
     found: dict[str, Domain] = {}
@@ -53,6 +52,12 @@ def held_out_domains(bundle: Bundle, own: Mapping[str, Domain], packages: Path |
         elif name not in bundle.evidence and trained_on in builtin:
             found[name] = builtin[trained_on]
     return found
+
+
+def check_owners(own: Iterable[str], names: Sequence[str]) -> None:
+    """Raise ``UnknownNameError`` for text of an expert that is none of these."""
+    if unknown := sorted(set(own) - set(names)):
+        raise UnknownNameError(f"expected text of the experts {', '.join(names)}, got some of {', '.join(unknown)}")
 
 
 def read_own(texts: Mapping[str, Path], jsonl: Mapping[str, Path], longest: int = LONGEST) -> dict[str, Domain]:

@@ -1,15 +1,16 @@
 """A user's files as domains: texts, pairs, prompts and examples. Nothing of a file is executed."""
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from bayes_dispatch.errors import ConfigError, PromptError
+from bayes_dispatch.errors import ConfigError, PromptError, UnknownNameError
 from bayes_dispatch.experts.document_files import check_keys
 from bayes_dispatch.experts.domains.own import OwnPairs, OwnPrompts, OwnText
 from bayes_dispatch.model.tokenizer import utf8
 
-__all__ = ["Example", "read_examples", "read_jsonl", "read_prompts", "read_text", "read_utf8"]
+__all__ = ["Example", "check_examples", "read_examples", "read_jsonl", "read_prompts", "read_text", "read_utf8"]
 
 
 class Example(NamedTuple):
@@ -46,6 +47,14 @@ def read_examples(path: Path) -> list[Example]:
     if not found:
         raise ConfigError(f"expected at least one example in {path}, got none")
     return found
+
+
+def check_examples(examples: Iterable[Example], names: Sequence[str], path: Path) -> None:
+    """Raise ``UnknownNameError`` for a line of the file that is of none of these."""
+    for each in examples:
+        if each.expert not in (None, *names):
+            expected = f"expected a prompt of {', '.join(names)} in line {each.line} of {path}"
+            raise UnknownNameError(f"{expected}, got one of {each.expert}")
 
 
 def read_text(name: str, path: Path) -> OwnText:

@@ -64,20 +64,27 @@ def build(
     if not adapters and not experts:
         raise ConfigError("expected at least one --adapter NAME=DIRECTORY or --experts DIRECTORY, got none")
     from bayes_dispatch.app.bundle import transformers_backbone
+    from bayes_dispatch.app.held_out import check_owners
     from bayes_dispatch.app.training.build import BuildSettings, build_bundle
     from bayes_dispatch.experts.bank import ExpertBank
-    from bayes_dispatch.experts.domains.own_files import read_examples
+    from bayes_dispatch.experts.domains.own_files import check_examples, read_examples
+    from bayes_dispatch.experts.vectors import BASE
     from bayes_dispatch.storage import read_saved
 
     texts: dict[str | None, list[str]] = {}
-    for each in () if examples is None else read_examples(examples):
-        texts.setdefault(each.expert, []).append(each.text)
-    for name, file in named_paths(text, "--text").items():
-        texts.setdefault(name, []).extend(_passages(file))
-    backbone = transformers_backbone(model, device=device, dtype=dtype)
     given_experts = []
     for directory in experts or ():
         given_experts += read_saved(directory, "bank.json", lambda place: list(ExpertBank.load(place).values()))
+    components, files = [*(expert.name for expert in given_experts), *adapters, BASE], named_paths(text, "--text")
+    check_owners(files, components)
+    if examples is not None:
+        lines = read_examples(examples)
+        check_examples(lines, components, examples)
+        for each in lines:
+            texts.setdefault(each.expert, []).append(each.text)
+    for name, file in files.items():
+        texts.setdefault(name, []).extend(_passages(file))
+    backbone = transformers_backbone(model, device=device, dtype=dtype)
     if adapters:
         given_experts += ExpertBank.from_peft(backbone, adapters).values()
     bank = ExpertBank(given_experts)

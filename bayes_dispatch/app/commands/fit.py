@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -14,15 +14,12 @@ from bayes_dispatch.app.commands.terminal import (
     RayOption,
     SeedOption,
     check_new_output,
+    components_of,
     mapped_on_ray,
     open_bundle,
     refuse_unused,
 )
-from bayes_dispatch.errors import ConfigError, PromptError, UnknownNameError
-
-if TYPE_CHECKING:
-    from bayes_dispatch.experts.domains.own_files import Example
-    from bayes_dispatch.inference.two_pass.system import System
+from bayes_dispatch.errors import ConfigError, PromptError
 
 __all__ = ["fit"]
 
@@ -64,18 +61,21 @@ def fit(
 
     from bayes_dispatch.app.training.own_expert import check_every_expert, with_dispatcher
     from bayes_dispatch.dispatcher.evidence.files import EvidenceFile, read_evidence
-    from bayes_dispatch.experts.domains.own_files import read_examples
+    from bayes_dispatch.experts.domains.own_files import check_examples, read_examples
     from bayes_dispatch.inference.scoring.evidence_sets import known_weights, prompts_of_several
     from bayes_dispatch.inference.two_pass.first_pass import first_pass
     from bayes_dispatch.inference.two_pass.prompts import clipped
 
+    given = [] if examples is None else read_examples(examples)
+    if examples is not None:
+        check_examples(given, components_of(bundle), examples)
     system, made = open_bundle(bundle, device, dtype), 0
     if evidence is not None:
         known = read_evidence(evidence)
     elif examples is not None:
-        given = read_examples(examples)
         for each in given:
-            _check(each, examples, system)
+            if not system.tokenizer.tokenize(each.text).ids:
+                raise PromptError(f"expected a prompt of at least 1 token in line {each.line} of {examples}, got none")
         labels, known_mixtures = known_weights([each.expert for each in given], system.experts.components)
         texts = {name: [each.text for each in given if each.expert == name] for name in system.experts.names}
         check_every_expert({name: len(own) for name, own in texts.items()})  # before they are read
@@ -98,16 +98,3 @@ def fit(
     given_prompts = f"{len(known.evidence) - made} prompts" + (f", and {made} that mix them" if made else "")
     print(f"{out}: a dispatcher over {', '.join(new.experts.names)}, fitted on {given_prompts}")
     print(UNCALIBRATED)
-
-
-def _check(example: "Example", path: Path, system: "System") -> None:
-    """Whether it can be read, before any is: what reads many prompts does not know their lines.
-
-    Raises:
-        UnknownNameError: it names no component. PromptError: it has no token.
-    """
-    where, components = f"in line {example.line} of {path}", system.experts.components
-    if example.expert not in (None, *components):
-        raise UnknownNameError(f"expected a prompt of {', '.join(components)} {where}, got one of {example.expert}")
-    if not system.tokenizer.tokenize(example.text).ids:
-        raise PromptError(f"expected a prompt of at least 1 token {where}, got none")

@@ -30,9 +30,9 @@ from bayes_dispatch.app.commands.terminal import (
     SeedOption,
     check_new_output,
     check_output,
-    named_paths,
     open_bundle,
     open_console,
+    own_domains,
     print_json,
     refuse_unused,
     say_aside,
@@ -200,9 +200,7 @@ def calibrate_gate(
     hold. A short file therefore gives fewer prompts than asked for.
     """
     check_new_output(out, "bundle.json", bundle)
-    from bayes_dispatch.app.held_out import read_own
-
-    own = read_own(named_paths(text, "--text"), named_paths(jsonl, "--jsonl"))
+    own = own_domains(bundle, text, jsonl)
     from bayes_dispatch.app.held_out import calibrated
 
     new = calibrated(open_bundle(bundle), own, prompts, mixed, (16, longest), seed, sys.stderr.isatty(), packages)
@@ -263,11 +261,10 @@ def diagnose(
     from bayes_dispatch.app.diagnosis import DiagnosisSettings
     from bayes_dispatch.app.diagnosis import diagnose as run
     from bayes_dispatch.app.diagnosis_report import FILES, TITLE, diagnosis_tables, in_words, write_diagnosis
-    from bayes_dispatch.app.held_out import read_own
     from bayes_dispatch.app.reports import check_report
 
     check_report(out, FILES, TITLE)
-    own = read_own(named_paths(text, "--text"), named_paths(jsonl, "--jsonl"))
+    own = own_domains(bundle, text, jsonl)
     span = (shortest, longest)
     settings = DiagnosisSettings(
         simulations=simulations, mixtures=mixtures, mixture_lengths=span, prompts=prompts, risk=risk, seed=seed

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from bayes_dispatch.app.bulk import MapBlocks
     from bayes_dispatch.app.bundle import Bundle
+    from bayes_dispatch.experts.domains import Domain
 
 __all__ = [
     "BLENDS_HELP",
@@ -46,6 +47,7 @@ __all__ = [
     "open_bundle",
     "open_bundles",
     "open_console",
+    "own_domains",
     "print_json",
     "refuse_unused",
     "say_aside",
@@ -157,6 +159,20 @@ def named_paths(given: Sequence[str] | None, option: str, kind: str = "FILE") ->
             raise ConfigError(f"expected one {option} of each name, got two of {name}")
         found[name] = Path(path)
     return found
+
+
+def own_domains(bundle: Path | None, text: Sequence[str] | None, jsonl: Sequence[str] | None) -> "dict[str, Domain]":
+    """Domains of the files that ``--text`` and ``--jsonl`` gave, each of an expert of the bundle, which is not loaded.
+
+    Raises:
+        ConfigError: files that cannot be used. UnknownNameError: one of no expert. BundleError: as ``components_of``.
+    """
+    from bayes_dispatch.app.held_out import check_owners, read_own
+
+    own = read_own(named_paths(text, "--text"), named_paths(jsonl, "--jsonl"))
+    if own:
+        check_owners(own, components_of(bundle)[:-1])
+    return own
 
 
 def with_options(blends: Sequence[str], top_k: int | None, draws: int | None) -> list[str]:

@@ -582,6 +582,31 @@ def test_a_blend_that_is_none_is_told_before_the_bundle_is_loaded(
     assert loaded == []
 
 
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["fit", "--out", "new", "--examples", "typo.jsonl"], "reverse, sort, add, base in line 2 of typo.jsonl"),
+        (["calibrate-gate", "--out", "new", "--text", "Sort=sort.txt"], "text of the experts reverse, sort, add"),
+        (["diagnose", "--out", "new", "--text", "Sort=sort.txt"], "text of the experts reverse, sort, add"),
+    ],
+    ids=lambda words: words[0] if isinstance(words, list) else "",
+)
+def test_an_expert_that_is_none_is_told_before_the_bundle_is_loaded(
+    saved: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: list[str], told: str
+) -> None:
+    loaded: list[Path] = []
+    monkeypatch.setattr("bayes_dispatch.app.bundle.load_bundle", lambda path, **_: loaded.append(path))
+    Path("typo.jsonl").write_text(
+        '{"expert": "sort", "text": "ba"}\n{"expert": "Sort", "text": "ba"}', encoding="utf-8"
+    )
+    Path("sort.txt").write_text("ba>ab\n" * 900, encoding="utf-8")
+    code, out, err = run(capfd, *command, "--bundle", saved)
+    assert_one_line(code, out, err)
+    assert told in err
+    assert err.endswith(" of Sort\n")
+    assert loaded == []
+
+
 def test_threads_are_those_that_a_model_gains_by(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for a small model, and torch's own number for a large one, or where the environment tells."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

@@ -241,6 +241,8 @@ def test_lines_of_examples(tmp_path: Path) -> None:
 def test_bad_words(model: Path, adapters: dict[str, Path], tmp_path: Path, run: Callable[..., str]) -> None:
     out, low = str(tmp_path / "out"), f"low={adapters['low']}"
     (tmp_path / "empty").mkdir()
+    lines, none = tmp_path / "lines.jsonl", str(tmp_path / "nowhere")  # wrong names are told before a model is sought
+    lines.write_text('{"expert": "low", "text": "a"}\n{"expert": "Low", "text": "a"}\n')
     for words, message in (
         (["--model", str(tmp_path / "empty"), "--adapter", low], "expected a model's directory with a config.json"),
         (["--model", str(model), "--adapter", low, "--adapter", low], "expected one --adapter of each name, got two"),
@@ -249,6 +251,11 @@ def test_bad_words(model: Path, adapters: dict[str, Path], tmp_path: Path, run: 
         (["--model", str(model), "--adapter", low, "--dtype", "int8"], "expected a dtype of auto, float32"),
         (["--model", str(model), "--adapter", low, "--device", "cuda"], "expected a device of this machine, got cuda"),
         (["--model", str(model), "--adapter", f"low={tmp_path / 'empty'}"], "expected a LoRA adapter"),
+        (
+            ["--model", none, "--adapter", low, "--examples", str(lines)],
+            f"of low, base in line 2 of {lines}, got one of",
+        ),
+        (["--model", none, "--adapter", low, "--text", f"Low={lines}"], "experts low, base, got some of Low"),
         (["--model", str(model), "--adapter", low], "at least two distinct expert names"),
     ):
         if "cuda" in words and torch.cuda.is_available():
