@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_dispatch.arguments import simplex, whole
+from bayes_dispatch.arguments import shown, simplex, whole
 from bayes_dispatch.errors import ConfigError, ForeignExpertError, TensorError, UnknownNameError
 from bayes_dispatch.experts.bank_files import StoredExpert, read_bank, write_bank
 from bayes_dispatch.experts.blending import Blending, Expert, in_memory, is_lora
@@ -22,7 +22,7 @@ from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.experts.peft import read_peft, write_peft
 from bayes_dispatch.experts.vectors import BASE, ExpertVector, check_expert_name
 from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of
-from bayes_dispatch.model.backbone import Backbone
+from bayes_dispatch.model.backbone import Backbone, check_backbone
 
 __all__ = ["ExpertBank"]
 
@@ -192,9 +192,13 @@ class ExpertBank(Mapping[str, Expert]):
             backbone: their base model. adapters: name of the expert → directory.
 
         Raises:
-            ConfigError: no adapter, or one that is not low-rank updates alone. BundleError: a file is missing, damaged
-                or a pickle. ForeignExpertError: one of another base model. TensorError: values that are not finite.
+            ConfigError: no adapter, or one that is not low-rank updates alone, or the name of a model in its place.
+            BundleError: a file is missing, damaged or a pickle. ForeignExpertError: one of another base model.
+            TensorError: values that are not finite.
         """
+        check_backbone(backbone)
+        if not isinstance(adapters, Mapping):
+            raise ConfigError(f"expected adapters as {{name: directory}}, got {shown(adapters)}")
         base = backbone.fingerprint()
         return cls([read_peft(backbone, base, name, directory) for name, directory in adapters.items()])
 
@@ -236,7 +240,8 @@ class ExpertBank(Mapping[str, Expert]):
         return error
 
     def check_base(self, model: Backbone) -> None:
-        """Raise ``ForeignExpertError`` unless the experts were made for ``model``."""
+        """Raise ``ForeignExpertError`` unless the experts were made for ``model``, ``ConfigError`` if it is none."""
+        check_backbone(model)
         if model.fingerprint() != self.base:
             raise ForeignExpertError(
                 f"expected experts made for base model {model.fingerprint()}, got ones for {self.base}"

@@ -168,7 +168,8 @@ def train_expert(
 
     Raises:
         ConfigError: the objective rewards answers, and the domain has no checker; or no matrix is to be adapted, the
-            domain's name can be no expert's, or the model takes no checkpointing.
+            domain's name can be no expert's, or the model takes no checkpointing. Or the loss is no finite number any
+            more, and no check before it has found better numbers than the first.
     """
     check_expert_name(domain.name)
     saving = getattr(model, "checkpointing", None) if settings.checkpointing else nullcontext
@@ -195,6 +196,11 @@ def train_expert(
             loss = settings.objective.judge(model, _adaptation(model, settings, trained), domain, documents, seed).loss
             if settings.decay:
                 loss = loss + settings.decay * _penalty(settings, trained)
+            if not math.isfinite(value := float(loss.detach())):
+                if kept.has_learnt:
+                    break
+                got = f"got {rate}: {value} at step {step}"
+                raise ConfigError(f"expected a learning rate at which the loss is finite, {got}")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -283,6 +289,11 @@ class _Best:
         best = self._best
         scores = {"validation": self._scores[best], "base_validation": self._scores[0]}
         return {"best_step": str(best), **{name: f"{score:.6g}" for name, score in scores.items()}}
+
+    @property
+    def has_learnt(self) -> bool:
+        """Whether the best numbers so far are of a step after the first."""
+        return bool(self._scores) and self._best > 0
 
     @property
     def _best(self) -> int:

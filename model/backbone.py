@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bayes_dispatch.errors import TensorError
+from bayes_dispatch.arguments import shown
+from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.cache import Cache
 
@@ -20,6 +21,7 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "Tokens",
+    "check_backbone",
     "check_rows",
     "check_tokens",
     "clipped",
@@ -298,6 +300,12 @@ def token_weights(text: Tokens, weights: Sequence[float]) -> Float[Tensor, " T"]
     sums = np.concatenate([[0.0], np.cumsum(weights)])
     starts, stops = np.array(text.spans, dtype=int).reshape(-1, 2).T
     return torch.from_numpy((sums[stops] - sums[starts]) / np.maximum(stops - starts, 1)).float()
+
+
+def check_backbone(model: object) -> None:
+    """Raise ``ConfigError`` for anything else than a language model, such as the path of one."""
+    if not isinstance(model, Backbone):
+        raise ConfigError(f"expected a model, as TransformersBackbone.load gives one, got {shown(model)}")
 
 
 def check_tokens(ids: Tensor, tokens: Tensor | None, rows: int) -> None:

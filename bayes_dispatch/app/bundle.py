@@ -30,7 +30,6 @@ __all__ = ["SHIPPED", "Bundle", "load_bundle", "read_index", "transformers_backb
 
 PARTS = ("model/", "experts/", "dispatcher/", "gate/")
 BASE_FILE = "base.json"  # refers to a model of the transformers library
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 FORMAT = 1
 
 
@@ -170,6 +169,8 @@ def read_index(directory: Path) -> dict[str, Any]:
         BundleError: there is none, it is damaged, or its format is another.
     """
     file = directory / "bundle.json"
+    if not file.exists():
+        raise BundleError(f"expected a bundle, with a bundle.json, in {directory}, got none")
     index = read_json(file)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise BundleError(f"expected a bundle of format {FORMAT} in {file}, got {index!r:.80}")
@@ -231,7 +232,7 @@ def transformers_backbone(path: str, *, device: str, dtype: str, cast: str | Non
         ConfigError: the library is not installed, a dtype that is none, or what cannot be loaded.
     """
     try:
-        from bayes_dispatch.model.transformers.backbone import TransformersBackbone
+        from bayes_dispatch.model.transformers.backbone import DTYPES, TransformersBackbone
     except ImportError:
         raise ConfigError(f"expected transformers for {path}: the extra hf of this package, got none") from None
     for asked in {dtype, cast or dtype}:

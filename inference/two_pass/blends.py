@@ -377,7 +377,7 @@ def as_blend(blend: Blend | str, components: Sequence[str] = ()) -> Blend:
     kind = BLENDS.get(ALIASES.get(called, called))
     if kind is None:
         names = ", ".join([*BLENDS, *components])
-        raise UnknownNameError(f"expected a blend of {names}, or an object such as TopK(2), got {blend!r:.80}")
+        raise UnknownNameError(f"expected a blend of {names}, got {blend!r:.80}")
     try:
         call = ast.parse(blend if bracket else f"{blend}()", mode="eval").body
         if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):

@@ -6,6 +6,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from bayes_dispatch.arguments import shown
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.gate import Gate
@@ -52,8 +53,10 @@ def check_system(system: System) -> None:
 
     Raises:
         ForeignExpertError: the experts were made for another model.
-        ConfigError: the dispatcher was made for other experts.
+        ConfigError: it is no system, or the dispatcher was made for other experts.
     """
+    if not isinstance(system, System):
+        raise ConfigError(f"expected a bundle, as load_bundle gives one, got {shown(system)}")
     system.experts.check_base(system.model)
     if tuple(system.dispatcher.experts) != system.experts.names:
         raise ConfigError(

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -29,8 +30,9 @@ from bayes_dispatch.model.transformers.session import LOGITS_AT_ONCE, Transforme
 from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
 from bayes_dispatch.storage import read_saved
 
-__all__ = ["TransformersBackbone"]
+__all__ = ["DTYPES", "TransformersBackbone"]
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
@@ -82,8 +84,11 @@ class TransformersBackbone:
         Nothing of the directory is executed, and no pickle is read.
 
         Raises:
-            ConfigError: there is no causal language model with all its weights, or the device is not there.
+            ConfigError: there is no causal language model with all its weights, or no tokenizer, the device is not
+                there, or a dtype that is none.
         """
+        if isinstance(dtype, str) and dtype not in DTYPES:
+            raise ConfigError(f"expected a dtype of {', '.join(DTYPES)}, got {dtype!r}")
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
@@ -326,7 +331,6 @@ def _read(
                 )
             model, found = loaded
             nn.Module.to(model, device)
-            tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except Exception as error:  # a config can make that library fail in any way
         reason = _line(error) if local else f"no such directory, and from the hub: {_line(error)}"
         raise ConfigError(f"expected a causal language model in {path}, got {reason}") from None
@@ -334,7 +338,13 @@ def _read(
         raise ConfigError(f"expected a causal language model, got {type(config).__name__} in {path}")
     if missing := sorted(found["missing_keys"]):  # that library would draw them at random
         raise ConfigError(f"expected all weights of the model in {path}, got none of {missing[0]}")
-    return model, tokenizer
+    try:
+        return model, AutoTokenizer.from_pretrained(path, **options)
+    except Exception as error:
+        none = local and not any(Path(path).glob("tokenizer*"))
+        raise ConfigError(
+            f"expected a tokenizer in {path}, got {'none: no tokenizer.json' if none else _line(error)}"
+        ) from None
 
 
 @contextmanager
@@ -351,4 +361,4 @@ def _bars_at_a_terminal() -> Iterator[None]:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return shorten(str(error), 200, placeholder=" …")

@@ -208,6 +208,17 @@ def test_what_cannot_be_exported(tmp_path: Path, llama: TransformersBackbone, mo
         bank.export(half, out, backbone)
 
 
+def test_what_is_no_model_or_no_names(llama: TransformersBackbone, tmp_path: Path, unchecked: None) -> None:
+    wrong: Any = "models/tiny"
+    with pytest.raises(
+        ConfigError, match=r"^expected a model, as TransformersBackbone.load gives .*, got 'models/tiny'$"
+    ):
+        ExpertBank.from_peft(wrong, {"a": tmp_path})
+    wrong = ["adapters/a"]
+    with pytest.raises(ConfigError, match=r"^expected adapters as {name: directory}, got \['adapters/a'\]$"):
+        ExpertBank.from_peft(llama, wrong)
+
+
 def test_weights_of_the_base_in_an_adapter(tmp_path: Path, llama: TransformersBackbone) -> None:
     """PEFT adds those of adapted embeddings: they are passed over where they are the base's, else refused."""
     tiny_adapter(tmp_path / "a", targets=("embed_tokens",))

@@ -4,7 +4,7 @@ and the seed decides. Which matrices are adapted is a choice, and those that are
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -95,6 +95,30 @@ def test_documents_are_cut_to_what_the_model_can_read(
     assert longest // 2 < max(read) <= longest
     with pytest.raises(ConfigError, match="answers of fewer tokens than the 24 that the model can read, got 31"):
         train_expert(model, SORT, replace(settings, objective=Reinforce(samples=2, answer_bytes=30)), progress=False)
+
+
+def test_a_loss_that_is_no_number_ends_it_with_the_best_so_far(
+    base: "MambaFormerForCausalLM", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any it is an error, which names step and rate."""
+    settings = ExpertSettings(steps=4, batch_size=4, length=16, learning_rate=0.01)
+    judge, losses, lost = Likelihood.judge, [0], 3
+
+    def failing(*given: Any) -> Judgement:
+        judged = judge(*given)
+        losses[0] += judged.loss.requires_grad
+        return judged._replace(loss=judged.loss * torch.nan) if losses[0] >= lost else judged
+
+    monkeypatch.setattr(Likelihood, "judge", failing)
+    with pytest.raises(ConfigError, match=r"^expected a learning rate at .* finite, got 0\.01: nan at step 2$"):
+        train_expert(base, SORT, settings, progress=False)
+    losses[0] = 0
+    stopping = EarlyStopping(every=1, documents=2)
+    found = train_expert(base, SORT, replace(settings, stopping=stopping), progress=False)
+    assert (found.metadata["steps"], found.metadata["best_step"]) == ("2", "2")
+    losses[0], lost = 0, 1
+    with pytest.raises(ConfigError, match="at step 0"):
+        train_expert(base, SORT, replace(settings, stopping=stopping), progress=False)
 
 
 def test_it_is_an_expert_of_its_model(base: "MambaFormerForCausalLM", expert: ExpertVector) -> None:

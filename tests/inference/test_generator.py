@@ -271,6 +271,13 @@ class TestErrors:
         with pytest.raises(ConfigError, match=message):
             TwoPassGenerator(bundle).generate(["a"], **given)
 
+    def test_paths(self, bundle: "Bundle", unchecked: None) -> None:
+        path: Any = "runs/mine"
+        with pytest.raises(ConfigError, match=r"^expected a bundle, as load_bundle gives one, got 'runs/mine'$"):
+            TwoPassGenerator(path)
+        with pytest.raises(ConfigError, match=r"^expected a model, as .*, got 'runs/mine'$"):
+            bundle.experts.check_base(path)
+
     def test_foreign_experts(self, bundle: "Bundle", make_model: Any, make_bank: Any) -> None:
         system = stub(bundle, np.eye(4))
         system.experts = make_bank(make_model(seed=7))

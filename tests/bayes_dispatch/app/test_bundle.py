@@ -157,7 +157,7 @@ class TestDamage:
         refused(saved, "expected a bundle directory, got .*saved")
 
     def test_an_empty_directory(self, tmp_path: Path) -> None:
-        refused(tmp_path, "expected a readable file .*bundle.json, got: No such file")
+        refused(tmp_path, "expected a bundle, with a bundle.json, in .*, got none")
 
     @pytest.mark.parametrize(
         "change",

@@ -578,7 +578,7 @@ def test_a_blend_that_is_none_is_told_before_the_bundle_is_loaded(
     monkeypatch.setattr("bayes_dispatch.app.bundle.load_bundle", lambda path, **_: loaded.append(path))
     code, out, err = run(capfd, *command, "--blend", "soort", "--bundle", saved)
     assert_one_line(code, out, err)
-    assert "reverse, sort, add, base, or an object such as TopK(2), got 'soort'" in err
+    assert "refined_mean, reverse, sort, add, base, got 'soort'" in err
     assert loaded == []
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -156,7 +157,7 @@ def without_json(path: Path) -> None:
         (without_config, "with a config.json"),
         (without_json, "causal language model"),
         (without_weights, "causal language model"),
-        (without_a_tokenizer, "causal language model"),
+        (without_a_tokenizer, "a tokenizer in .*, got none: no tokenizer.json"),
         (of_t5, "got T5Config"),
         (of_bert, "got BertLMHeadModel, which looks at later tokens"),
         (torn, "causal language model"),
@@ -194,8 +195,14 @@ def test_a_name_that_is_neither_here_nor_on_the_hub(monkeypatch: pytest.MonkeyPa
     """Most are paths that were mistyped."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     told = r"^expected a causal language model in models/nope, got no such directory, and from the hub: ."
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=told) as raised:
         load("models/nope")
+    assert not re.search(r"'https?:[^']*$", str(raised.value))  # long as it is, it ends with a word
+
+
+def test_a_dtype_that_is_none_is_refused(saved: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^expected a dtype of auto, float32, bfloat16, .*, got 'bf16'$"):
+        load(saved, dtype="bf16")
 
 
 @pytest.mark.parametrize("device", ["nowhere", "cuda:99", *([] if torch.cuda.is_available() else ["cuda"])])
