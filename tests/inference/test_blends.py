@@ -304,7 +304,7 @@ def test_a_name_gives_the_blend_that_has_it() -> None:
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
-        ("average", UnknownNameError, r"expected a blend of best_expert, .*, a, b, c, base, or an object .*'average'"),
+        ("average", UnknownNameError, r"expected a blend of best_expert, .*, a, b, c, base, got 'average'"),
         ("top_k(1.5)", ConfigError, "k to be a whole number ≥ 1, got 1.5"),
         ("top_k(2, 3)", ConfigError, r"expected a blend written as top_k\(2\), got 'top_k\(2, 3\)'"),
         ("top_k(k=2, k=3)", ConfigError, r"expected a blend written as top_k\(2\), got 'top_k\(k=2, k=3\)'"),

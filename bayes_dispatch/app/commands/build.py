@@ -84,6 +84,8 @@ def build(
             texts.setdefault(each.expert, []).append(each.text)
     for name, file in files.items():
         texts.setdefault(name, []).extend(_passages(file))
+    if len(components) < 3:
+        raise ConfigError(f"expected two experts or more, got {', '.join(components[:-1])} alone")
     backbone = transformers_backbone(model, device=device, dtype=dtype)
     if adapters:
         given_experts += ExpertBank.from_peft(backbone, adapters).values()
@@ -164,6 +166,11 @@ def _tell(bundle: "Bundle", out: Path, model: str, as_json: bool) -> None:
         )
         if (base := bundle.report.get("base")) is not None:
             print(f"of {base['prompts']} held-out prompts of base {base['accuracy']:.1%} go to base")
+        if (gate := bundle.gate) is not None:
+            print(
+                f"intervals, sets and gate are calibrated on held-out prompts, the gate on {len(gate.scores)} of them, "
+                f"for false-alarm rates of {gate.least_rate:.2g} and above"
+            )
         for name, gain in bundle.report["gains"].items():
             print(f"  {name} gains {gain['gain']:+.3f} nats a byte over base on its held-out examples")
 

@@ -86,10 +86,14 @@ def compare(
     """Compare blends on documents: NLL, exact match, calibration, entropy and cost, with paired differences."""
     if jsonl is not None and (sets or documents is not None):
         raise ConfigError(f"expected --jsonl, or --set and --documents, got both: {jsonl} beside held-out documents")
+    from bayes_dispatch.experts.domains import EXPERT_DOMAINS
     from bayes_dispatch.inference.two_pass.blends import ALIASES, as_blend, full_name
 
     compared = with_options(blends or DEFAULT_BLENDS, top_k, draws)
     components = components_of(bundle)
+    if jsonl is None and not sets and not {domain.name for domain in EXPERT_DOMAINS} & set(components):
+        own = f"expected --jsonl FILE, documents for {', '.join(components[:-1])}, got none"
+        raise ConfigError(f"{own}: held-out ones are of the experts that ship")
     names = [as_blend(name, components).name for name in compared]
     # an expert of an old bank may be called as a blend is
     typed = [name if name in components else ALIASES.get(name, name) for name in blends or DEFAULT_BLENDS]

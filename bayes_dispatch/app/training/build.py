@@ -124,7 +124,9 @@ def build_bundle(
     gate, (pure, several) = None, np.bincount(held.groups, minlength=2)
     if settings.gate_prompts and (pure + several < FEWEST_PROMPTS or several < FEWEST_SEVERAL):
         wanted = f"they take {FEWEST_PROMPTS} held-out prompts, {FEWEST_SEVERAL} of them of several experts"
-        announce(f"no gate and no calibration: {wanted}, and the examples give {pure + several}, {several} of them")
+        times = max(FEWEST_PROMPTS / (pure + several), FEWEST_SEVERAL / max(several, 1))
+        given = f"and the examples give {pure + several}, {several} of them"
+        announce(f"no gate and no calibration: {wanted}, {given}; some {times:.1f} times as much text may do")
     elif settings.gate_prompts:
         dispatcher, gate = settled(dispatcher, held, settings.seed)
     gains = stages.numbers("gains", lambda: _gains(model, experts, own, settings))

@@ -114,7 +114,11 @@ def test_from_the_command_line_to_text(
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_dispatcher_of_examples(
-    model: Path, adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    adapters: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     backbone = TransformersBackbone.load(model)
     bank = bd.ExpertBank.from_peft(backbone, adapters)
@@ -126,6 +130,8 @@ def test_a_dispatcher_of_examples(
     assert bundle.report["calibration"]["prompts"] == 56
     assert bundle.gate is not None
     assert (len(bundle.gate.scores), bundle.gate.least_rate) == (42 + 21, 1 / 22)  # a text is in one of a kind
+    _tell(bundle, tmp_path / "b", "a model", as_json=False)
+    assert "the gate on 63 of them, for false-alarm rates of 0.045 and above\n" in capsys.readouterr().out
     assert set(bundle.report["gains"]) == set(EXAMPLES)
     assert load_bundle(tmp_path / "b").dispatcher.predict_set(
         bd.first_pass(backbone, backbone.tokenizer, [EXAMPLES["high"][3]]).evidence, 0.95
@@ -168,7 +174,7 @@ def test_a_few_examples_longer_than_the_model_reads(
     bundle = build_bundle(backbone, bank, examples, unlabelled=["hij " * 200], settings=short, announce=told.append)
     assert told[-1] == (
         "no gate and no calibration: they take 80 held-out prompts, 25 of them of several experts, "
-        "and the examples give 6, 2 of them"
+        "and the examples give 6, 2 of them; some 13.3 times as much text may do"
     )
     assert bundle.gate is None
     assert bundle.report["calibration"]["prompts"] == 4
@@ -240,23 +246,24 @@ def test_lines_of_examples(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("unchecked")
 def test_bad_words(model: Path, adapters: dict[str, Path], tmp_path: Path, run: Callable[..., str]) -> None:
     out, low = str(tmp_path / "out"), f"low={adapters['low']}"
+    two = ["--adapter", low, "--adapter", f"high={adapters['high']}"]
     (tmp_path / "empty").mkdir()
     lines, none = tmp_path / "lines.jsonl", str(tmp_path / "nowhere")  # wrong names are told before a model is sought
     lines.write_text('{"expert": "low", "text": "a"}\n{"expert": "Low", "text": "a"}\n')
     for words, message in (
-        (["--model", str(tmp_path / "empty"), "--adapter", low], "expected a model's directory with a config.json"),
+        (["--model", str(tmp_path / "empty"), *two], "expected a model's directory with a config.json"),
         (["--model", str(model), "--adapter", low, "--adapter", low], "expected one --adapter of each name, got two"),
         (["--model", str(model), "--adapter", "low"], "expected --adapter NAME=DIRECTORY, got 'low'"),
         (["--model", str(model), "--adapter", low, "--prompts", "9"], "expected --prompts with --examples or --text"),
-        (["--model", str(model), "--adapter", low, "--dtype", "int8"], "expected a dtype of auto, float32"),
-        (["--model", str(model), "--adapter", low, "--device", "cuda"], "expected a device of this machine, got cuda"),
-        (["--model", str(model), "--adapter", f"low={tmp_path / 'empty'}"], "expected a LoRA adapter"),
+        (["--model", str(model), *two, "--dtype", "int8"], "expected a dtype of auto, float32"),
+        (["--model", str(model), *two, "--device", "cuda"], "expected a device of this machine, got cuda"),
+        (["--model", str(model), *two[2:], "--adapter", f"low={tmp_path / 'empty'}"], "expected a LoRA adapter"),
         (
             ["--model", none, "--adapter", low, "--examples", str(lines)],
             f"of low, base in line 2 of {lines}, got one of",
         ),
         (["--model", none, "--adapter", low, "--text", f"Low={lines}"], "experts low, base, got some of Low"),
-        (["--model", str(model), "--adapter", low], "at least two distinct expert names"),
+        (["--model", none, "--adapter", low], "expected two experts or more, got low alone"),
     ):
         if "cuda" in words and torch.cuda.is_available():
             continue
