@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Shaped
 
+from bayes_dispatch.arguments import shown
 from bayes_dispatch.dispatcher.arrays import as_numbers
 from bayes_dispatch.dispatcher.evidence.evidence import LENGTHS, Evidence
 from bayes_dispatch.errors import ConfigError, EvidenceError, PromptError
@@ -78,8 +79,11 @@ def kinds(functions: Sequence[EvidenceFunction]) -> dict[str, str]:
     """The kind of each view by its name, in order.
 
     Raises:
-        ConfigError: no functions, one name twice, a name that is taken, or an unknown kind.
+        ConfigError: no functions, one without name or kind, one name twice, a name that is taken, or an unknown kind.
     """
+    for each in functions:
+        if not isinstance(each, EvidenceFunction):
+            raise ConfigError(f"expected evidence functions that have a name and a kind, got {shown(each)}")
     names = [function.name for function in functions]
     if not names:
         raise ConfigError("expected at least one evidence function, got none")

@@ -108,7 +108,9 @@ class Admixture:
             found = {name: kind for name, kind in NAMED_KINDS.items() if name in available}
             if not found:
                 names = ", ".join(f'"{name}"' for name in NAMED_KINDS)
-                raise EvidenceError(f"expected one of the views {names}, got {sorted(available)}")
+                named = f"Admixture(views={{{sorted(available)[0]!r}: 'vectors'}})"
+                wanted = f"one of the views {names}, or a program that names the kinds of others, such as {named}"
+                raise EvidenceError(f"expected {wanted}, got {sorted(available)}")
             return found
         if absent := set(self.views) - set(available):
             raise EvidenceError(f"expected the views {sorted(self.views)}, got none of the name {sorted(absent)[0]!r}")

@@ -222,6 +222,7 @@ def test_nothing_counted_or_a_row_of_nan_is_missing() -> None:
         (lambda: Embedding(letters)([3]), PromptError, "expected prompt 0 to be text, got int"),
         (lambda: LogLikelihoods(of([[np.nan, 1.0]]))(["a"]), EvidenceError, "in 'log_likelihoods', got nan"),
         (lambda: LogLikelihoods(of([[-np.inf, 1.0]]))(["a"]), EvidenceError, "in 'log_likelihoods', got -inf"),
+        (lambda: read([letters], ["a"]), ConfigError, "that have a name and a kind, got <function letters"),
         (lambda: read([], ["a"]), ConfigError, "at least one evidence function, got none"),
         (lambda: read([Embedding(letters)] * 2, ["a"]), ConfigError, "different names, got \\['embedding', 'emb"),
         (lambda: read([Embedding(letters, "lengths")], ["a"]), ConfigError, "other than 'lengths', got 'lengths'"),

@@ -319,7 +319,9 @@ def test_bad_evidence(settings: "Settings") -> None:
     dispatcher = Dispatcher(NAMES, **settings())
     with pytest.raises(EvidenceError, match=r"expected finite numbers in 'hidden', .*got nan"):
         dispatcher.fit(np.full((9, 3), np.nan))
-    with pytest.raises(EvidenceError, match=r"expected one of the views .* got \['smell'\]"):
+    with pytest.raises(
+        EvidenceError, match=r"expected one of the views .*views=\{'smell': 'vectors'\}\), got \['smell'\]"
+    ):
         dispatcher.fit(Evidence({"smell": np.ones((9, 3))}))
     with pytest.raises(EvidenceError, match="expected at least 2 prompts"):
         dispatcher.fit(np.ones((1, 3)))
