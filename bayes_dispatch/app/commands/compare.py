@@ -92,8 +92,8 @@ def compare(
     compared = with_options(blends or DEFAULT_BLENDS, top_k, draws)
     components = components_of(bundle)
     if jsonl is None and not sets and not {domain.name for domain in EXPERT_DOMAINS} & set(components):
-        own = f"expected --jsonl FILE, documents for {', '.join(components[:-1])}, got none"
-        raise ConfigError(f"{own}: held-out ones are of the experts that ship")
+        wanted = f"expected --jsonl FILE, documents for {', '.join(components[:-1])}, got none"
+        raise ConfigError(f"{wanted}: held-out ones are of the experts that ship")
     names = [as_blend(name, components).name for name in compared]
     # an expert of an old bank may be called as a blend is
     typed = [name if name in components else ALIASES.get(name, name) for name in blends or DEFAULT_BLENDS]

@@ -93,7 +93,7 @@ RayOption = Annotated[
     bool,
     typer.Option(
         "--ray",
-        help="Score the documents, or read the prompts, in a Ray cluster: RAY_ADDRESS, or one on this machine alone.",
+        help="Do what takes long in a Ray cluster: RAY_ADDRESS, or one on this machine alone.",
     ),
 ]
 DeviceOption = Annotated[
