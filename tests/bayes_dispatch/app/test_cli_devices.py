@@ -58,7 +58,9 @@ def test_a_device_that_is_not_there_is_one_line(
 ) -> None:
     if command == "serve":
         pytest.importorskip("starlette", reason="needs the extra serve")
-    given = [] if ours else ["--bundle", saved]
+    given, files = [] if ours else ["--bundle", saved], [Path("examples.jsonl")] if command == "fit" else []
+    for file in files:
+        file.write_text('{"text": "ab"}\n')
     code, out, err = run(capfd, command, *COMMANDS[command], *given, "--device", ABSENT)
     told = (
         f"bundle of a transformers model for {ABSENT}, got {SHIPPED}, one of our own, on the CPU"
@@ -67,7 +69,7 @@ def test_a_device_that_is_not_there_is_one_line(
     )
     assert (code, out) == (2, "")
     assert err.startswith(f"bayes-dispatch: error: expected a {told}")
-    assert (err.count("\n"), ABSENT in err, list(Path().iterdir())) == (1, True, [])
+    assert (err.count("\n"), ABSENT in err, list(Path().iterdir())) == (1, True, files)
 
 
 def test_a_dtype_reaches_the_model_that_writes(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
