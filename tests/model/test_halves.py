@@ -226,7 +226,10 @@ def test_half_precision_throughout_rounds_the_result_alone(
 
 @pytest.mark.parametrize("hardware", [False, True])
 def test_many_rows_are_rounded_where_that_is_allowed(hardware: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By torch's setting, where the processor multiplies so: few rows, and other processors, round nothing."""
+    """By torch's setting, where the processor multiplies so: few rows, and other processors, round nothing.
+
+    On some processors torch itself rounds what it multiplies in float32 under this setting.
+    """
     monkeypatch.setattr(products, "_in_hardware", lambda _: hardware)
     draw = torch.Generator().manual_seed(5)
     weight, bias = torch.randn(70, 300, generator=draw).bfloat16(), torch.randn(70, generator=draw)
@@ -238,7 +241,8 @@ def test_many_rows_are_rounded_where_that_is_allowed(hardware: bool, monkeypatch
             expected = x.double() @ weight.double().T + bias.double()
             with torch.no_grad():
                 off = (times(x, weight, bias) - expected).abs().max()
-            rounded = hardware and rows > products.MOST_ROWS
+            by_torch = (x @ weight.float().T + bias - expected).abs().max() > 1e-3
+            rounded = rows > products.MOST_ROWS and (hardware or by_torch)
             assert (1e-2 < off < 1) if rounded else off < 1e-3  # of sums of 300 products, some 17
     finally:
         torch.set_float32_matmul_precision(before)  # type: ignore[no-untyped-call]
