@@ -4,6 +4,7 @@ PEFT itself is not needed. Nothing is unpickled, and nothing of a directory is e
 """
 
 import math
+import os
 import re
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -71,11 +72,16 @@ def read_peft(backbone: Backbone, base: str, name: str, directory: str | Path) -
 
     Raises:
         BundleError: a file is missing, damaged, or a pickle.
-        ConfigError: an adapter of another kind, or of layers that the model does not have or cannot adapt.
+        ConfigError: an adapter of another kind, of layers that the model does not have or cannot adapt, or one that
+            changes nothing.
         ForeignExpertError: it was made for another base model. TensorError: values that are not finite.
     """
     factors = read_saved(Path(directory), CONFIG, partial(_read, backbone))
-    return LoraExpert(name, factors, base, {"adapter": Path(directory).resolve().name, **provenance()})
+    if not any(bool(down.any() and up.any()) for down, up in factors.values()):
+        got = "one that adds zeros alone, as before training"
+        raise ConfigError(f"expected an adapter that changes the model in {directory}, got {got}")
+    adapter = os.fsencode(Path(directory).resolve().name).decode(errors="replace")
+    return LoraExpert(name, factors, base, {"adapter": adapter, **provenance()})
 
 
 def write_peft(directory: Path, deltas: Mapping[str, Delta], base: str, embeddings: Collection[str]) -> None:
@@ -169,7 +175,7 @@ def _check_base(backbone: Backbone, directory: Path, config: Mapping[str, Any]) 
     theirs, ours = config.get("base_model_name_or_path"), getattr(backbone, "name", "")
     hub = re.compile(r"[\w.-]+/[\w.-]+")
     names = [
-        name for name in (theirs, ours) if isinstance(name, str) and hub.fullmatch(name) and not Path(name).exists()
+        name for name in (theirs, ours) if isinstance(name, str) and hub.fullmatch(name) and not os.path.exists(name)
     ]
     if len(names) == 2 and theirs != ours:
         raise ForeignExpertError(f"expected an adapter of {ours} in {directory}, got one of {theirs}")
@@ -178,18 +184,18 @@ def _check_base(backbone: Backbone, directory: Path, config: Mapping[str, Any]) 
 def _factors(
     backbone: Backbone, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, Factors]:
-    shapes, weight = backbone.linears(), getattr(backbone, "weight", lambda module: None)
+    shapes, parameter = backbone.linears(), getattr(backbone, "parameter", lambda name: None)
     parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_(?:embedding_)?(A|B)(?:\.weight)?", key)
         if found is not None:
             parts.setdefault(found[1], {})[found[2]] = tensor
-        elif not _is_the_base(key, tensor, weight):
+        elif not _is_the_base(key, tensor, parameter):
             raise ConfigError(f"expected factors of LoRA alone in {directory / WEIGHTS}, got {key}")
     if not parts:
         raise BundleError(f"expected factors in {directory / WEIGHTS}, got none")
     if unknown := sorted(parts.keys() - shapes.keys()):
-        why = "the model does not have" if weight(unknown[0]) is None else "a row's delta cannot reach"
+        why = "the model does not have" if parameter(f"{unknown[0]}.weight") is None else "a row's delta cannot reach"
         raise ConfigError(f"expected matrices that can be adapted in {directory}, got {unknown[0]}, which {why}")
     factors: dict[str, Factors] = {}
     for matrix, (out, width) in shapes.items():
@@ -199,28 +205,29 @@ def _factors(
             raise BundleError(f"expected both factors of {matrix} in {directory / WEIGHTS}, got {''.join(own)} alone")
         down, up = own["A"], own["B"]
         if down.dtype not in DTYPES or up.dtype not in DTYPES:
-            raise ConfigError(
-                f"expected factors of {matrix} in numbers of 16 to 64 bits, got {down.dtype}: {directory}"
-            )
+            got = f"{down.dtype} and {up.dtype}"
+            raise ConfigError(f"expected factors of {matrix} in numbers of 16 to 64 bits, got {got}: {directory}")
         rank = down.shape[0] if down.ndim == 2 else 0
         if down.shape != (rank, width) or up.shape != (out, rank):
             expected = f"expected factors (r, {width}) and ({out}, r) of {matrix} in {directory}"
             got = f"{tuple(down.shape)} and {tuple(up.shape)}"
             raise ForeignExpertError(f"{expected}, got {got}: it is of another base model")
+        if not rank:
+            raise BundleError(f"expected factors of rank 1 or more of {matrix} in {directory / WEIGHTS}, got rank 0")
         if (stated := _setting(directory, config, "r", "rank_pattern", matrix)) != rank:
             raise BundleError(
                 f"expected factors of rank {stated:g} of {matrix}, as {CONFIG} in {directory} says, got {rank}"
             )
         alpha = _setting(directory, config, "lora_alpha", "alpha_pattern", matrix)
-        wide = torch.promote_types(up.dtype, torch.float32)
-        factors[matrix] = down.to(wide), up.to(wide) * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
+        down, up = (each.to(torch.promote_types(each.dtype, torch.float32)) for each in (down, up))
+        factors[matrix] = down, up * (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank))
     return factors
 
 
-def _is_the_base(key: str, tensor: Tensor, weight: Callable[[str], Tensor | None]) -> bool:
-    """Whether a tensor is a weight of the base model: PEFT adds those of embeddings to an adapter of them."""
-    found = re.fullmatch(rf"{re.escape(PREFIX)}(.+?)(?:\.base_layer)?\.weight", key)
-    own = weight(found[1]) if found else None
+def _is_the_base(key: str, tensor: Tensor, parameter: Callable[[str], Tensor | None]) -> bool:
+    """Whether a tensor is the base model's: PEFT adds those of embeddings and of a head to an adapter of them."""
+    found = re.fullmatch(rf"{re.escape(PREFIX)}(.+?)(?:\.base_layer)?\.(weight|bias)", key)
+    own = parameter(f"{found[1]}.{found[2]}") if found else None
     if own is None or own.shape != tensor.shape:
         return False
     coarse = min(own.dtype, tensor.dtype, key=lambda dtype: dtype.itemsize)
@@ -229,11 +236,12 @@ def _is_the_base(key: str, tensor: Tensor, weight: Callable[[str], Tensor | None
 
 def _setting(directory: Path, config: Mapping[str, Any], name: str, pattern: str, matrix: str) -> float:
     """A number of PEFT's, or that of the first pattern that fits the matrix; 8 is PEFT's own default."""
-    own, patterns = config.get(name, 8), config.get(pattern) or {}
+    patterns = config.get(pattern) or {}
     try:
-        own = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", matrix)), own)
+        fitting = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", matrix))
+        where, own = next(((pattern, value) for value in fitting), (name, config.get(name, 8)))
     except (AttributeError, re.error):
         raise ConfigError(
             f"expected {pattern} in {directory / CONFIG} to map names to numbers, got {patterns!r:.60}"
         ) from None
-    return real(f"{name} in {directory / CONFIG}", own)
+    return real(f"{where} in {directory / CONFIG}", own)

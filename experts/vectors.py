@@ -1,5 +1,6 @@
 """SVF experts: a named set of singular-value scales for the matrices of one base model (arXiv 2501.06252)."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -81,11 +82,16 @@ def check_metadata(name: str, metadata: Mapping[str, str]) -> None:
     """Raise ``ConfigError`` unless an expert can have this name and these metadata."""
     check_file_name(name)
     for key, value in metadata.items():
-        if not isinstance(key, str) or not isinstance(value, str) or key in RESERVED:
+        if not _is_text(key) or not _is_text(value) or key in RESERVED:
             raise ConfigError(
                 f"expected metadata of expert {name} in text, under names other than {', '.join(RESERVED)}, "
                 f"got {key!r}: {value!r:.80}"
             )
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is text that a file holds: half of a surrogate pair is none."""
+    return isinstance(value, str) and re.search("[\ud800-\udfff]", value) is None
 
 
 def check_expert_name(name: str) -> None:
@@ -100,5 +106,6 @@ def check_expert_name(name: str) -> None:
 
 def check_file_name(name: str) -> None:
     """Raise ``ConfigError`` unless ``name`` can be that of an expert's file."""
-    if name == BASE or not name.replace("_", "").replace("-", "").isalnum() or not name.isascii():
+    letters = name.replace("_", "").replace("-", "") if isinstance(name, str) else ""
+    if name == BASE or not letters.isalnum() or not letters.isascii():
         raise ConfigError(f"expected an expert name of letters, digits, '_' and '-' other than 'base', got {name!r}")

@@ -167,9 +167,10 @@ class TransformersBackbone:
         """Those matrices whose columns are looked up by token."""
         return frozenset(name for name in self._called if isinstance(self.parts.matrices[name], nn.Embedding))
 
-    def weight(self, module: str) -> Tensor | None:
-        """A module's own weight, as it is kept; ``None`` where there is none."""
-        found = getattr(dict(self.model.named_modules()).get(module), "weight", None)
+    def parameter(self, name: str) -> Tensor | None:
+        """A weight or a bias of the model, as it is kept; ``None`` where there is none."""
+        module, _, own = name.rpartition(".")
+        found = getattr(dict(self.model.named_modules()).get(module), own, None)
         return found if isinstance(found, Tensor) else None
 
     def adaptable(self) -> dict[str, int]:

@@ -1,6 +1,8 @@
 """LoRA banks: a vertex is PEFT's model with that adapter, a blend its `cat` merge, also row by row and from files."""
 
+import copy
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -15,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError, TensorError
 from bayes_dispatch.experts.bank import ExpertBank
-from bayes_dispatch.experts.peft import OTHER_KINDS, READ, WITHOUT_EFFECT
+from bayes_dispatch.experts.peft import OTHER_KINDS, READ, WEIGHTS, WITHOUT_EFFECT
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
-from tests.tiny import tiny_adapter, tiny_backbone, tiny_model
+from tests.tiny import SIZES, tiny_adapter, tiny_backbone, tiny_model, tiny_tokenizer
 
 LLAMA = {
     "plain": {},
@@ -245,10 +247,17 @@ def test_weights_of_the_base_in_an_adapter(tmp_path: Path, llama: TransformersBa
         ({"lora_alpha": "much"}, ConfigError, "expected lora_alpha in .* to be a finite number, got 'much'"),
         ({"lora_alpha": float("nan")}, ConfigError, "expected lora_alpha in .* to be a finite number, got nan"),
         ({"alpha_pattern": {"(": 3}}, ConfigError, "expected alpha_pattern in .* to map names to numbers"),
+        (
+            {"alpha_pattern": {"q_proj": "much"}},
+            ConfigError,
+            "expected alpha_pattern in .* a finite number, got 'much'",
+        ),
         ({"alpha_pattern": [3]}, ConfigError, "expected alpha_pattern in .* to map names to numbers"),
         ({"rank_pattern": {"q_proj": 3}}, BundleError, "expected factors of rank 3 of .*q_proj, .* got 4"),
         ({"r": 2}, BundleError, "expected factors of rank 2 of .*q_proj, as adapter_config.json in .* says, got 4"),
         ({"base_model_name_or_path": "other/model"}, ForeignExpertError, "got one of other/model"),
+        ({"base_model_name_or_path": f"other/{'m' * 300}"}, ForeignExpertError, "got one of other/mmm"),
+        ({"lora_alpha": 0}, ConfigError, "an adapter that changes the model in .*, got one that adds zeros alone"),
     ],
 )
 def test_other_adapters_are_refused(
@@ -279,7 +288,13 @@ def test_damaged_adapters_are_refused(adapter: Path, llama: TransformersBackbone
         ({**whole, first: whole[first][:, :-1].contiguous()}, ForeignExpertError, "another base model"),
         ({name: t for name, t in whole.items() if name != first}, BundleError, "expected both factors"),
         ({**whole, "base_model.model.lm_head.weight": whole[first].clone()}, ConfigError, "factors of LoRA alone"),
-        ({**whole, first: whole[first].to(torch.float8_e4m3fn)}, ConfigError, "got torch.float8_e4m3fn"),
+        ({**whole, first: whole[first].to(torch.float8_e4m3fn)}, ConfigError, "torch.float8_e4m3fn"),
+        (
+            {name: t * ("lora_A" in name) for name, t in whole.items()},
+            ConfigError,
+            "adds zeros alone, as before training",
+        ),
+        ({name: t[:0] if "lora_A" in name else t[:, :0] for name, t in whole.items()}, BundleError, "got rank 0"),
         ({}, BundleError, "expected factors in .*, got none"),
         (
             {name.replace("q_proj", "x_proj"): t for name, t in whole.items()},
@@ -305,6 +320,57 @@ def test_damaged_adapters_are_refused(adapter: Path, llama: TransformersBackbone
         ExpertBank.from_peft(backbone, {"a": directory})
     with pytest.raises(ConfigError, match="expected at least one expert, got none"):
         ExpertBank.from_peft(backbone, {})
+
+
+def test_an_adapter_that_changes_one_matrix_alone_is_read(adapter: Path, llama: TransformersBackbone) -> None:
+    weights, zeros = adapter / "adapter_model.safetensors", load_file(adapter / "adapter_model.safetensors")
+    first = next(name for name in zeros if "lora_B" in name)
+    save_file({name: t * ("lora_A" in name or name == first) for name, t in zeros.items()}, weights)
+    bank = ExpertBank.from_peft(llama, {"a": adapter})
+    assert sum(bool(up.any()) for _, up in bank["a"].factors.values()) == 1  # type: ignore[union-attr]
+
+
+def test_factors_of_two_precisions_are_rounded_no_further(adapter: Path, llama: TransformersBackbone) -> None:
+    weights, whole = adapter / "adapter_model.safetensors", load_file(adapter / "adapter_model.safetensors")
+    save_file({name: t.half() if "lora_B" in name else t for name, t in whole.items()}, weights)
+    down, _ = ExpertBank.from_peft(llama, {"a": adapter})["a"].factors["model.layers.0.self_attn.q_proj"]  # type: ignore[union-attr]
+    assert torch.equal(down, whole["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"])
+
+
+def test_a_directory_whose_name_is_no_utf8(adapter: Path, llama: TransformersBackbone, tmp_path: Path) -> None:
+    """A bank of it is saved and loaded."""
+    named = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    try:
+        adapter.rename(named)
+    except OSError:
+        pytest.skip("a disk of names in UTF-8 alone")
+    ExpertBank.from_peft(llama, {"a": named}).save(tmp_path / "bank")
+    assert ExpertBank.load(tmp_path / "bank")["a"].metadata["adapter"] == "\ufffd"
+
+
+def test_a_head_with_a_bias(tmp_path: Path) -> None:
+    """PEFT writes the base's head and its bias beside an update of it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import PhiConfig, PhiForCausalLM
+
+    sizes = {name: size for name, size in SIZES.items() if name != "num_key_value_heads"}
+    torch.manual_seed(0)
+    base = PhiForCausalLM(PhiConfig(**sizes)).double().eval()
+    torch.nn.init.normal_(base.lm_head.bias)
+    backbone = TransformersBackbone(base, tiny_tokenizer())
+    settings = LoraConfig(target_modules=["lm_head"], r=2, init_lora_weights=False)
+    adapted = get_peft_model(copy.deepcopy(base), settings, autocast_adapter_dtype=False)
+    adapted.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    assert any(name.endswith("lm_head.base_layer.bias") for name in load_file(tmp_path / "a" / WEIGHTS))
+    bank = ExpertBank.from_peft(backbone, {"a": tmp_path / "a"})
+    with torch.no_grad():
+        found = backbone.open(1, 7, bank.blend(torch.tensor([1.0, 0.0]))).read(IDS[:1], tail=7).after
+        expected = adapted(input_ids=IDS[:1]).logits.log_softmax(-1)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    with torch.no_grad():
+        base.lm_head.bias += 1
+    with pytest.raises(ConfigError, match=r"factors of LoRA alone in .*, got .*lm_head\.base_layer\.bias"):
+        ExpertBank.from_peft(backbone, {"a": tmp_path / "a"})
 
 
 def test_a_matrix_that_deltas_do_not_reach(tmp_path: Path) -> None:
