@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bayes_dispatch.arguments import shown, simplex, whole
+from bayes_dispatch.arguments import several, shown, simplex, whole
 from bayes_dispatch.errors import ConfigError, ForeignExpertError, TensorError, UnknownNameError
 from bayes_dispatch.experts.bank_files import StoredExpert, read_bank, write_bank
 from bayes_dispatch.experts.blending import Blending, Expert, in_memory, is_lora
@@ -55,12 +55,15 @@ class ExpertBank(Mapping[str, Expert]):
         metadata: of each expert, by name; no expert is read for it.
 
     Raises:
-        ConfigError: no experts, two of one name, or one that is called as a blend is.
+        ConfigError: no experts, or something else among them, two of one name, or one that is called as a blend is.
         ForeignExpertError: experts of different base models.
         TensorError: experts that scale different matrices.
     """
 
     def __init__(self, experts: Sequence[Expert]) -> None:
+        experts = several("experts", experts)
+        if wrong := [each for each in experts if not isinstance(each, ExpertVector | LoraExpert)]:
+            raise ConfigError(f"expected experts that are trained or read from adapters, got {shown(wrong[0])}")
         if not experts:
             raise ConfigError("expected at least one expert, got none")
         if len({expert.name for expert in experts}) < len(experts):

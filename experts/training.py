@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bayes_dispatch.arguments import real, set_whole
+from bayes_dispatch.arguments import real, set_whole, shown
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Domain, Split
@@ -45,7 +45,7 @@ class EarlyStopping:
             own, and keep the other for judging; texts of a user hold out their end for this.
 
     Raises:
-        ConfigError: a number below 1.
+        ConfigError: a number below 1, or no such split.
     """
 
     every: int = 10
@@ -55,6 +55,8 @@ class EarlyStopping:
 
     def __post_init__(self) -> None:
         set_whole(self, every=1, patience=1, documents=1)
+        if self.split not in get_args(Split):
+            raise ConfigError(f"expected a split of {' or '.join(get_args(Split))}, got {shown(self.split)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,7 @@ class ExpertSettings:
         checkpointing: compute blocks of a transformers model again in the backward pass, which takes less memory.
 
     Raises:
-        ConfigError: a number that is not whole, or outside its bounds; an alpha of scales, or
+        ConfigError: a number that is not whole, or outside its bounds; no objective or stopping; an alpha of scales, or
             checkpointing of an objective that reads answers from a state that is kept.
     """
 
@@ -105,6 +107,10 @@ class ExpertSettings:
             set_whole(self, rank=1)
         if self.kind not in ("svf", "lora"):
             raise ConfigError(f"expected a kind of svf or lora, got {self.kind!r}")
+        if isinstance(self.objective, type) or not isinstance(self.objective, Objective):
+            raise ConfigError(f"expected an objective, such as Likelihood(), got {shown(self.objective)}")
+        if not isinstance(self.stopping, EarlyStopping | None):
+            raise ConfigError(f"expected stopping as EarlyStopping(), or None, got {shown(self.stopping)}")
         if self.alpha is not None and self.kind == "svf":
             raise ConfigError(f"expected alpha with the kind lora alone, got {self.alpha}")
         if self.checkpointing and isinstance(self.objective, Reinforce):
@@ -167,18 +173,22 @@ def train_expert(
             shall join; by default as the settings say.
 
     Raises:
-        ConfigError: the objective rewards answers, and the domain has no checker; or no matrix is to be adapted, the
-            domain's name can be no expert's, or the model takes no checkpointing. Or the loss is no finite number any
-            more, and no check before it has found better numbers than the first.
+        ConfigError: the objective rewards answers, and the domain has no checker; or no matrix is to be adapted, or one
+            that the model has not; or the domain's name can be no expert's, or the model takes no checkpointing. Or the
+            loss is no finite number any more, and no check before it has found better numbers than the first.
     """
     check_expert_name(domain.name)
     saving = getattr(model, "checkpointing", None) if settings.checkpointing else nullcontext
     if saving is None:
         raise ConfigError(f"expected a transformers model to checkpoint, got a {type(model).__name__}")
+    every = model.linears()
     if matrices is None:
-        own, every = model.adaptable(), model.linears()
+        own = model.adaptable()
         on_request = {name: min(shape) for name, shape in every.items() if name not in own}
         matrices = settings.adapted(own, on_request)
+    elif not matrices or (unknown := sorted(matrices.keys() - every.keys())):
+        got = f"{unknown[0]}, which it has not" if matrices else "none"
+        raise ConfigError(f"expected matrices of the model to adapt, got {got}")
     trained = _start(model, settings, matrices)
     numbers = [each for own in trained.values() for each in own]
     rate = settings.learning_rate or (2e-2 if settings.kind == "svf" else 1e-3)

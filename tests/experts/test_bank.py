@@ -392,8 +392,9 @@ class TestEdits:
 
 
 class TestVector:
-    @pytest.mark.parametrize("name", ["base", "", "a b", "../up", "é", "a.b", "_", "a\n"])
-    def test_a_name_that_is_no_file(self, name: str) -> None:
+    @pytest.mark.usefixtures("unchecked")
+    @pytest.mark.parametrize("name", ["base", "", "a b", "../up", "é", "a.b", "_", "a\n", 3])
+    def test_a_name_that_is_no_file(self, name: Any) -> None:
         with pytest.raises(ConfigError, match="expected an expert name of letters") as error:
             ExpertVector(name, {"m": torch.ones(2)}, "0")
         assert "\n" not in str(error.value)
@@ -423,7 +424,9 @@ class TestVector:
             ExpertVector("x", scales, "0")
 
     @pytest.mark.usefixtures("unchecked")
-    @pytest.mark.parametrize("metadata", [{"name": "x"}, {"base": "0"}, {"digest": ""}, {"steps": 3}, {3: "steps"}])
+    @pytest.mark.parametrize(
+        "metadata", [{"name": "x"}, {"base": "0"}, {"digest": ""}, {"steps": 3}, {3: "steps"}, {"\ud800": ""}]
+    )
     def test_bad_metadata(self, metadata: Any) -> None:
         with pytest.raises(ConfigError, match="expected metadata of expert x in text, under names other than"):
             ExpertVector("x", {"m": torch.ones(2)}, "0", metadata)
@@ -437,6 +440,15 @@ class TestVector:
         for mapping in (vector.scales, vector.metadata):
             with pytest.raises(TypeError):
                 mapping["new"] = 1  # type: ignore[index]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_list_of_experts(bank: ExpertBank) -> None:
+    expert: Any = bank["add"]
+    assert ExpertBank(iter([expert])).names == ("add",)  # type: ignore[arg-type]
+    for wrong, got in ((expert, "ExpertVector"), ({"add": expert}, "'add'"), (["add"], "'add'")):
+        with pytest.raises(ConfigError, match=rf"^expected experts .*, got {got}"):
+            ExpertBank(wrong)
 
 
 def test_whole_numbers_and_truth_values_are_weights(bank: ExpertBank) -> None:

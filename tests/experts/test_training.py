@@ -18,7 +18,7 @@ from bayes_dispatch.experts.domains.own import OwnText
 from bayes_dispatch.experts.lora import LoraExpert
 from bayes_dispatch.experts.objectives import Judgement, Likelihood, Objective, Reinforce
 from bayes_dispatch.experts.provenance import provenance
-from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, train_expert
+from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, Kind, train_expert
 from bayes_dispatch.experts.vectors import ExpertVector
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
@@ -482,6 +482,18 @@ def test_what_a_model_or_an_objective_cannot(base: "MambaFormerForCausalLM") -> 
         ({"alpha": 4}, "alpha with the kind lora alone, got 4"),
         ({"kind": "lora", "alpha": 0}, "alpha to be a finite number > 0, got 0"),
         ({"kind": "dora"}, "a kind of svf or lora, got 'dora'"),
+        ({"objective": "likelihood"}, r"an objective, such as Likelihood\(\), got 'likelihood'"),
+        ({"objective": Reinforce}, r"an objective, such as Likelihood\(\), got <class"),
+        ({"stopping": True}, r"stopping as EarlyStopping\(\), or None, got True"),
     ):
         with pytest.raises(ConfigError, match=f"^expected {told}"):
             ExpertSettings(**wrong)
+    with pytest.raises(ConfigError, match=r"^expected a split of train or held_out, got 'test'"):
+        EarlyStopping(split="test")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["svf", "lora"])
+def test_matrices_that_the_model_has_not(base: "MambaFormerForCausalLM", kind: Kind) -> None:
+    for matrices, got in (({}, "none"), ({"blocks.0.mixer.in_proj": 2, "blocks.9.mixer.in_proj": 2}, "blocks.9.mixer")):
+        with pytest.raises(ConfigError, match=f"^expected matrices of the model to adapt, got {got}"):
+            train_expert(base, SORT, ExpertSettings(kind=kind), progress=False, matrices=matrices)
