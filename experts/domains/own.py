@@ -12,11 +12,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from bayes_dispatch.errors import ConfigError, RewardError
+from bayes_dispatch.arguments import shown
+from bayes_dispatch.errors import ConfigError, PromptError, RewardError
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Checked, Split, agreement, exact
 from bayes_dispatch.experts.domains.interleaved import Interleaved
 from bayes_dispatch.experts.domains.mixtures import beginning_of
+from bayes_dispatch.model.tokenizer import utf8
 
 __all__ = [
     "Own",
@@ -41,13 +43,14 @@ class OwnText:
         name: the domain's name. text: at least 1,000 bytes.
 
     Raises:
-        ConfigError: the text is shorter.
+        ConfigError: the text is shorter, or no UTF-8.
     """
 
     name: str
     text: str
 
     def __post_init__(self) -> None:
+        _check_texts(self.name, [self.text])
         if (size := len(self.text.encode())) < FEWEST_BYTES:
             raise ConfigError(f"expected a text of at least {FEWEST_BYTES} bytes for {self.name}, got {size}")
 
@@ -86,10 +89,10 @@ class OwnPairs:
     """Documents of several pairs, a prompt and its answer on each line; answers are scored.
 
     Attributes:
-        name: the domain's name. pairs: of prompt and answer, at least 10.
+        name: the domain's name. pairs: of prompt and answer, at least 10; an answer is one line.
 
     Raises:
-        ConfigError: there are fewer.
+        ConfigError: there are fewer, or a text is empty or no UTF-8, or an answer has more lines.
     """
 
     name: str
@@ -97,6 +100,9 @@ class OwnPairs:
 
     def __post_init__(self) -> None:
         _check_count(self.name, "pairs", len(self.pairs))
+        _check_texts(self.name, [text for pair in self.pairs for text in pair])
+        if longer := [answer for _, answer in self.pairs if "\n" in answer]:
+            raise ConfigError(f"expected answers of {self.name} of one line each, got {shown(longer[0])}")
 
     @property
     def content(self) -> tuple[tuple[str, str], ...]:
@@ -132,7 +138,7 @@ class OwnPrompts:
         name: the domain's name. prompts: at least 10.
 
     Raises:
-        ConfigError: there are fewer.
+        ConfigError: there are fewer, or one is empty or no UTF-8.
     """
 
     name: str
@@ -140,6 +146,7 @@ class OwnPrompts:
 
     def __post_init__(self) -> None:
         _check_count(self.name, "prompts", len(self.prompts))
+        _check_texts(self.name, self.prompts)
 
     @property
     def content(self) -> tuple[str, ...]:
@@ -212,16 +219,17 @@ class OwnExamples:
         name: the domain's name. texts: at least two, none empty; a text that occurs twice counts once.
 
     Raises:
-        ConfigError: there are fewer.
+        ConfigError: there are fewer, or one is empty or no UTF-8.
     """
 
     name: str
     texts: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        _check_texts(self.name, self.texts)
         texts = sorted(dict.fromkeys(self.texts), key=lambda text: hashlib.blake2b(text.encode()).digest())
-        if len(texts) < 2 or not all(texts):
-            raise ConfigError(f"expected at least two different examples of {self.name}, none empty, got {len(texts)}")
+        if len(texts) < 2:
+            raise ConfigError(f"expected at least two different examples of {self.name}, got {len(texts)}")
         object.__setattr__(self, "texts", tuple(texts))
 
     @property
@@ -267,6 +275,16 @@ def _joined(lines: Iterable[str], lengths: Iterable[int]) -> Iterator[str]:
         if not text:
             return
         yield beginning_of(text, length)
+
+
+def _check_texts(name: str, texts: Iterable[str]) -> None:
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise ConfigError(f"expected texts of {name} that are not empty, got {shown(text)}")
+        try:
+            utf8(text)
+        except PromptError as error:
+            raise ConfigError(f"{name}: {error}") from None
 
 
 def _check_count(name: str, what: str, count: int) -> None:

@@ -3,6 +3,7 @@ Whatever is wrong with a file is said in a line."""
 
 import json
 import re
+from collections.abc import Callable
 from itertools import repeat
 from pathlib import Path
 
@@ -186,6 +187,28 @@ def test_bad_pairs(content: str | bytes, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message) as raised:
         read_jsonl("mine", written(tmp_path, content), 100)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_texts_that_no_file_holds() -> None:
+    half, empty = (
+        r"^mine: expected UTF-8 text, got the lone surrogate",
+        "^expected texts of mine that are not empty, got ",
+    )
+    wrong: list[tuple[Callable[[], object], str]] = [
+        (lambda: OwnText("mine", LINES + "\ud800"), half),
+        (lambda: OwnPairs("mine", (*PAIRS, ("a", "\ud800"))), half),
+        (lambda: OwnPairs("mine", (*PAIRS, ("", "a"))), empty + "''"),
+        (lambda: OwnPairs("mine", (*PAIRS, ("a", "b\nc"))), "^expected answers of mine of one line each, got "),
+        (lambda: OwnPrompts("mine", ("a",) * 9 + ("\ud800",)), half),
+        (lambda: OwnPrompts("mine", ("a",) * 9 + ("",)), empty + "''"),
+        (lambda: OwnExamples("mine", ("a", "b", "\ud800")), half),
+        (lambda: OwnExamples("mine", ("a", "b", "")), empty + "''"),
+        (lambda: OwnExamples("mine", ("a", 3)), empty + "3"),  # type: ignore[arg-type]
+    ]
+    for make, message in wrong:
+        with pytest.raises(ConfigError, match=message):
+            make()
 
 
 def test_bad_texts(tmp_path: Path) -> None:

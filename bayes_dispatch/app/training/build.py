@@ -15,7 +15,7 @@ import numpy as np
 
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.held_out import FEWEST_SEVERAL, settled
-from bayes_dispatch.arguments import seed, set_whole
+from bayes_dispatch.arguments import seed, set_whole, several
 from bayes_dispatch.checks.reliability import expected_calibration_error
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
@@ -153,7 +153,7 @@ def _domains(experts: ExpertBank, examples: Mapping[str, Sequence[str] | Domain]
     if missing := [name for name in experts.names if not examples.get(name)]:
         raise ConfigError(f"expected examples of every expert, got none of {missing[0]}")
     return {
-        name: given if isinstance(given, Domain) else OwnExamples(name, tuple(given))
+        name: given if isinstance(given, Domain) else OwnExamples(name, tuple(several(f"examples of {name}", given)))
         for name, given in examples.items()
     }
 

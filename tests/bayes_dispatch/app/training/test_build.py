@@ -213,6 +213,7 @@ def test_scales_and_adapters_are_one_bank(
     [
         ({"low": ["a", "b"]}, "expected examples of every expert, got none of high"),
         ({**EXAMPLES, "odd": ["a", "b"]}, "expected examples of low, high, base, got some of odd"),
+        ({**EXAMPLES, "low": "one text"}, "expected examples of low to be a list, got 'one text'"),
         ({**EXAMPLES, "low": ["same", "same"]}, "expected at least two different examples of low"),
     ],
 )
