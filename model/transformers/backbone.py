@@ -20,8 +20,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as reports
 
+from bayes_dispatch.arguments import shown, whole
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of, rows_of_ones
+from bayes_dispatch.model.backbone import check_tokens
 from bayes_dispatch.model.mambaformer.fingerprint import Fingerprint
 from bayes_dispatch.model.mambaformer.token_model import check_ids
 from bayes_dispatch.model.transformers.parts import ModelParts
@@ -55,11 +57,16 @@ class TransformersBackbone:
         tokenizer: see ``TransformersTokenizer``. depth: blocks. cuts: whether its blocks can run in two parts.
 
     Raises:
-        ConfigError: blocks that cannot be found, predictions that look ahead or change when the model reads on, a
-            tokenizer that does not fit.
+        ConfigError: something else than such a model, which PEFT's is; one that does not run, or gives NaN; blocks that
+            cannot be found, predictions that look ahead or change when the model reads on, a tokenizer that does not
+            fit.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, name: str = "") -> None:
+        given: Any = model
+        if not isinstance(given, PreTrainedModel):
+            got = f"a {type(given).__name__}: its unload() gives one" if hasattr(given, "unload") else shown(given)
+            raise ConfigError(f"expected a model of the transformers library, got {got}")
         self.model = model.eval()
         self.name = name
         self.parts = ModelParts(model)
@@ -193,9 +200,10 @@ class TransformersBackbone:
     ) -> TransformersSession:
         """See ``Backbone``."""
         chosen = range(self.depth) if blocks is None else blocks
+        rows, capacity = whole("rows", rows, 1), whole("capacity", capacity, 1)
         self.parts.check_length(capacity)
-        if rows < 1 or not chosen or chosen.step != 1 or chosen.start < 0 or chosen.stop > self.depth:
-            raise ConfigError(f"expected some rows and some of {self.depth} blocks, got {rows} rows and {chosen}")
+        if not chosen or chosen.step != 1 or chosen.start < 0 or chosen.stop > self.depth:
+            raise ConfigError(f"expected some of {self.depth} blocks, got {chosen}")
         if chosen != range(self.depth) and not self.cuts:
             raise ConfigError(f"expected all {self.depth} blocks of a model that cannot be cut, got {chosen}")
         return TransformersSession(self.parts, rows, capacity, self.deltas(adaptation, rows), chosen)
@@ -204,6 +212,7 @@ class TransformersBackbone:
         self, ids: Tensor, tokens: Tensor | None = None, adaptation: Adaptation | None = None
     ) -> Float[Tensor, "R T"]:
         """See ``Backbone``."""
+        check_tokens(ids, tokens, len(ids))
         check_ids(ids, self.vocab_size)
         self.parts.check_length(ids.shape[1])
         ids = ids.to(self.device, torch.long)
@@ -313,7 +322,8 @@ def _path_of(model: PreTrainedModel, parts: ModelParts) -> str:
 
 
 def _ends(tokenizer: Any) -> list[int]:
-    return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    end = getattr(tokenizer, "eos_token_id", None)
+    return [] if end is None else [end]
 
 
 def _read(

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import copy
 from inspect import signature
+from textwrap import shorten
 from typing import Any
 from weakref import finalize, ref
 
@@ -44,7 +45,7 @@ class ModelParts:
         matrices, shapes: modules that multiply by a matrix, by name, and (out, in) of each.
 
     Raises:
-        ConfigError: there is no such list.
+        ConfigError: there is no such list, or the model does not run.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -56,7 +57,7 @@ class ModelParts:
             for name, module in self._inner.named_modules()
             if isinstance(module, nn.ModuleList) and len(module) == self.depth
         ]
-        if self._inner is model or not lists:
+        if self._inner is model or not lists or not self.depth:
             raise ConfigError(
                 f"expected a model with a list of its {self.depth} blocks, got {type(model).__name__}, which has none"
             )
@@ -145,6 +146,10 @@ class ModelParts:
             with torch.inference_mode():
                 ids = torch.zeros(1, 1, dtype=torch.long, device=self._model.device)
                 self._inner(input_ids=ids, use_cache=False)
+        except Exception as error:  # such as kernels that there are not of this dtype
+            where = f"{self._model.dtype} on {self._model.device}"
+            got = f"{type(self._model).__name__}: {shorten(str(error), 200, placeholder=' …')}"
+            raise ConfigError(f"expected a model that runs in {where}, got {got}") from error
         finally:
             hook.remove()
         return len(found[0]) if isinstance(found[0], tuple) else None
@@ -235,7 +240,7 @@ def _telling(parts: "ref[ModelParts]", depth: int) -> Any:
 
 
 def _added_by(owner: "ref[ModelParts]", name: str) -> Any:
-    def add(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def add(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
         by, deltas = _adding.get((None, {}))
         delta = deltas.get(name) if by is owner() else None
         if delta is None:

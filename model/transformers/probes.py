@@ -36,7 +36,7 @@ def ways_of_reading(model: PreTrainedModel, parts: ModelParts) -> tuple[bool, bo
     and for a shorter one beside it.
 
     Raises:
-        ConfigError: it looks ahead, or does not read on from what it kept.
+        ConfigError: it gives NaN, looks ahead, or does not read on from what it kept.
     """
     parts.check_length(PROBE)
     generator = torch.Generator().manual_seed(0)
@@ -85,6 +85,8 @@ def ways_of_reading(model: PreTrainedModel, parts: ModelParts) -> tuple[bool, bo
 
     with torch.inference_mode():
         whole = logits(ids)
+        if bool(whole.isnan().any()):
+            raise ConfigError(f"expected a model whose logits are numbers, got {kind}, whose are NaN")
         later = torch.cat([ids[:, :half], ids[:, half:].flip(1)], 1)
         if not near(logits(later)[:half], whole[:half]):
             raise ConfigError(f"expected a causal language model, got {kind}, which looks at later tokens")
@@ -98,6 +100,9 @@ def ways_of_reading(model: PreTrainedModel, parts: ModelParts) -> tuple[bool, bo
         expected = torch.stack([whole[-1], logits(ids[:, less:])[-1]])
         parts.continues = keeps() and reads(range(parts.depth))
         if not parts.continues and not reads(range(parts.depth)):
+            hidden = parts.run(range(parts.depth), ids, None, use_cache=False)
+            if not near(parts.logits(hidden)[0].to(whole), whole):
+                raise ConfigError(f"expected a model whose head reads its blocks alone, got {kind}, whose does not")
             raise ConfigError(f"expected a model that reads on from what it kept, got {kind}, which gives other values")
         places = {1, parts.depth // 2, parts.depth - 1} - {0, parts.depth}
         cuts = all(reads(range(cut), range(cut, parts.depth)) for cut in places)

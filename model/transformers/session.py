@@ -16,6 +16,7 @@ from transformers.cache_utils import (
     LinearAttentionAndSlidingWindowAttentionLayer,
 )
 
+from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import CacheFullError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Delta, rows_of_deltas
 from bayes_dispatch.model.backbone import Read, Session, check_rows, check_tokens
@@ -80,6 +81,7 @@ class TransformersSession:
         depths: Sequence[int] = (),
     ) -> Read:
         self._check(ids, tokens, x)
+        tail = whole("tail", tail, 1)
         width = ids.shape[1]
         ids = ids.to(self._parts.device, torch.long)
         shift = None  # (R,), to the right

@@ -21,7 +21,7 @@ class TransformersTokenizer(SubwordTokenizer):
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, ends: Sequence[int] = ()) -> None:
-        if not tokenizer.is_fast:
+        if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
             raise ConfigError(f"expected a fast tokenizer, got {type(tokenizer).__name__}")
         self.inner = tokenizer
         added = [id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special]

@@ -11,11 +11,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertLMHeadModel, ByT5Tokenizer, PreTrainedModel, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    ByT5Tokenizer,
+    OPTConfig,
+    PreTrainedModel,
+    T5Config,
+)
 
 from bayes_dispatch.errors import CacheFullError, ConfigError
 from bayes_dispatch.model.adaptation import Adaptation, Delta
 from bayes_dispatch.model.mambaformer import products
+from bayes_dispatch.model.tokenizer import ByteTokenizer
 from bayes_dispatch.model.transformers.backbone import TransformersBackbone
 from tests.tiny import KINDS, VOCABULARY, tiny_backbone, tiny_model, tiny_tokenizer
 
@@ -234,11 +243,57 @@ def test_texts_end_with_all_ids_that_the_model_says(saved: Path) -> None:
             TransformersBackbone(model, tiny_tokenizer())
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_model_of_the_library_is_refused() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    wrapped: Any = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+    told = r"^expected a model of the transformers library, got a PeftModel: its unload\(\) gives one$"
+    with pytest.raises(ConfigError, match=told):
+        TransformersBackbone(wrapped, tiny_tokenizer())
+    assert TransformersBackbone(wrapped.unload(), tiny_tokenizer()).fingerprint() == tiny_backbone().fingerprint()
+    path: Any = "models/tiny"
+    with pytest.raises(ConfigError, match=r"^expected a model of the transformers library, got 'models/tiny'$"):
+        TransformersBackbone(path, tiny_tokenizer())
+    for tokenizer, kind in ((None, "NoneType"), (ByteTokenizer(), "ByteTokenizer")):
+        with pytest.raises(ConfigError, match=f"^expected a fast tokenizer, got {kind}$"):
+            TransformersBackbone(tiny_model(), tokenizer)
+
+
+def test_a_model_of_nan_is_said() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_parameter("model.layers.2.mlp.up_proj.weight")[3, 4] = torch.nan
+    with pytest.raises(ConfigError, match=r"^expected a model whose logits are numbers, got LlamaForCausalLM, .* NaN$"):
+        TransformersBackbone(model, tiny_tokenizer())
+
+
+def test_a_model_that_does_not_run_is_said() -> None:
+    model = tiny_model()
+    model.get_submodule("model.layers.2.mlp.up_proj").float()  # a matrix that the inputs do not fit
+    told = r"^expected a model that runs in torch.float64 on cpu, got LlamaForCausalLM: .*"
+    with pytest.raises(ConfigError, match=told) as raised:
+        TransformersBackbone(model, tiny_tokenizer())
+    assert "\n" not in str(raised.value)
+
+
+def test_a_head_that_reads_more_than_the_blocks_give_is_said() -> None:
+    sizes = {"ffn_dim": 64, "num_attention_heads": 4, "word_embed_proj_dim": 32, "max_position_embeddings": 64}
+    model = AutoModelForCausalLM.from_config(
+        OPTConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, **sizes)
+    ).eval()
+    with pytest.raises(ConfigError, match=r"^expected a model whose head reads its blocks alone, got OPTForCausalLM"):
+        TransformersBackbone(model, tiny_tokenizer())
+
+
 def test_blocks_that_cannot_be_found_are_said() -> None:
     model = tiny_model()
     inner: Any = model.base_model
     inner.layers = nn.ModuleList([nn.Sequential(*inner.layers)])
     with pytest.raises(ConfigError, match=r"^expected a model with a list of its 4 blocks, got LlamaForCausalLM"):
+        TransformersBackbone(model, tiny_tokenizer())
+    model.config.num_hidden_layers, inner.layers = 0, nn.ModuleList()
+    with pytest.raises(ConfigError, match=r"^expected a model with a list of its 0 blocks, got LlamaForCausalLM"):
         TransformersBackbone(model, tiny_tokenizer())
 
 
