@@ -103,7 +103,7 @@ class Session(Protocol):
             depths: give the hidden states after so many of the model's blocks, too.
 
         Raises:
-            TensorError: shapes that do not fit. ConfigError: a depth that these blocks do not reach.
+            TensorError: shapes that do not fit. ConfigError: a depth that these blocks do not reach, or a tail below 1.
             CacheFullError: more tokens than there is room for. StaleCacheError: an earlier change was interrupted.
         """
         ...

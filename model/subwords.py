@@ -12,8 +12,8 @@ from jaxtyping import Bool
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from bayes_dispatch.arguments import whole
-from bayes_dispatch.errors import ConfigError
+from bayes_dispatch.arguments import shown, whole
+from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.backbone import Tokens
 from bayes_dispatch.model.tokenizer import utf8
 
@@ -171,8 +171,14 @@ class SubwordTokenizer:
         return whole[: len(ids)] == ids and self.said([*before, *rest]) == self.said(before) + self.said(rest).strip()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids without special tokens and numbers below 0; bytes that are no UTF-8 become U+FFFD."""
+        """The text of ids without special tokens and numbers below 0; bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+            TensorError: an id above vocab_size − 1.
+        """
         ids = [id_ for id_ in ids if id_ >= 0]  # a row that has ended may be filled with what is no token
+        if ids and max(ids) >= self.vocab_size:
+            raise TensorError(f"expected ids in 0 … {self.vocab_size - 1}, got {min(ids)} … {max(ids)}")
         text = self.said(ids)
         if UNFINISHED in text:  # some decoders give up whole runs of bytes for one that is none
             stream = self.stream(())
@@ -203,9 +209,11 @@ def train_subwords(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
         texts: what to learn from. vocab_size: tokens, at most: a beginning one, padding, 256 bytes, and merges.
 
     Raises:
-        ConfigError: a vocabulary below 258.
+        ConfigError: a vocabulary below 258, or one text in the place of several. PromptError: one that is no UTF-8.
     """
     whole("vocab_size", vocab_size, 258)
+    if isinstance(texts, str | bytes):  # whose letters would be texts
+        raise ConfigError(f"expected several texts, got one: {shown(texts)}")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -213,7 +221,7 @@ def train_subwords(texts: Iterable[str], vocab_size: int) -> SubwordTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[BEGIN, PAD], initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((utf8(text).decode() for text in texts), trainer)
     return SubwordTokenizer.from_json(backend.to_str().encode(), backend.get_vocab_size())
 
 

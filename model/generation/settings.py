@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Required, TypedDict
 
-from bayes_dispatch.arguments import real, whole
+from bayes_dispatch.arguments import real, several, whole
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.model.generation.sampling import Sampling
 
@@ -37,8 +37,8 @@ class GenerationSettings(Sampling):
     Attributes:
         max_new_tokens: tokens to add at most.
         min_new_tokens: no end token is chosen before a row has so many others, and no stop sequence ends it before.
-        repetition_penalty: applied before all filters, to logits; by beam search, to log-probabilities, as transformers
-            does; see ``penalise_repetition``.
+        repetition_penalty: from 0.01 to 100; applied before all filters, to logits; by beam search, to
+            log-probabilities, as transformers does; see ``penalise_repetition``.
         num_beams: hypotheses that are kept at each step; above 1, beam search, which is deterministic.
         length_penalty: hypotheses are ranked by their total log-probability / length ** length_penalty: 0 for totals,
             1 for means; more prefers longer ones, less than 0 shorter ones. Used by beam search.
@@ -69,14 +69,16 @@ class GenerationSettings(Sampling):
         whole("num_beams", self.num_beams, 1)
         real("length_penalty", self.length_penalty, -10, 10)  # powers of any length stay finite
         if self.repetition_penalty is not None:
-            real("repetition_penalty", self.repetition_penalty, 0, above=True)
+            real("repetition_penalty", self.repetition_penalty, 0.01, 100)  # logits stay finite
         if self.num_beams > 1 and self.do_sample:
             raise ConfigError(f"expected do_sample=False with beams, got do_sample=True and {self.num_beams} beams")
         eos = self.eos_token_id
-        ends = () if eos is None else _tokens("eos_token_id", eos if hasattr(eos, "__len__") else [eos])
+        listed = hasattr(eos, "__len__") and getattr(eos, "ndim", True)  # a tensor may be of one number
+        ends = () if eos is None else _tokens("eos_token_id", eos if listed else [eos])
         if isinstance(self.stop_sequences, str | bytes):
             raise ConfigError(f"expected stop_sequences to be sequences of tokens, got {self.stop_sequences!r}")
-        stops = tuple(_tokens("stop_sequences", stop) for stop in self.stop_sequences or ())
+        given = () if self.stop_sequences is None else several("stop_sequences", self.stop_sequences)
+        stops = tuple(_tokens("stop_sequences", stop) for stop in given)
         if () in stops:
             raise ConfigError("expected at least one token in each stop sequence, got an empty one")
         object.__setattr__(self, "ends", ends)

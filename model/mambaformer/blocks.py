@@ -207,7 +207,8 @@ class BlockStack(nn.Module):
             raise ConfigError("expected max_length for attention without a window, got None")
         dtype = dtype or self.dtype
         kv_dtype = kv_dtype or dtype
-        if not dtype.is_floating_point or not (kv_dtype.is_floating_point or kv_dtype == torch.int8):
+        known = isinstance(dtype, torch.dtype) and isinstance(kv_dtype, torch.dtype)
+        if not known or not dtype.is_floating_point or not (kv_dtype.is_floating_point or kv_dtype == torch.int8):
             raise ConfigError(
                 f"expected a float dtype, and a float one or int8 for kv_dtype, got {dtype} and {kv_dtype}"
             )

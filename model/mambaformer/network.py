@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, block_of
-from bayes_dispatch.model.backbone import CausalLMOutput
+from bayes_dispatch.model.backbone import CausalLMOutput, check_tokens
 from bayes_dispatch.model.generation import Beginning, CachedContinuation, GenerationMixin, UncachedContinuation
 from bayes_dispatch.model.mambaformer.block import Block
 from bayes_dispatch.model.mambaformer.blocks import MambaFormer
@@ -188,6 +188,7 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         self, ids: Int[Tensor, "R T"], tokens: Int[Tensor, " R"] | None = None, adaptation: Adaptation | None = None
     ) -> Float[Tensor, "R T"]:
         """See ``model.backbone.Backbone``."""
+        check_tokens(ids, tokens, len(ids))
         ids = ids.to(self.device, torch.long)
         places = torch.arange(ids.shape[1], device=ids.device)
         mask = None if tokens is None else (places < tokens.to(ids.device)[:, None]).long()

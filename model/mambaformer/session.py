@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.backbone import Read, Session, check_rows, check_tokens, last_of
@@ -87,6 +88,7 @@ class MambaFormerSession:
         depths: Sequence[int] = (),
     ) -> Read:
         self._check(ids, tokens, x)
+        tail = whole("tail", tail, 1)
         width, device = ids.shape[1], self._model.device
         self._cache.check_room(len(ids), width if tokens is None else tokens)
         counts = None if tokens is None or bool((tokens == width).all()) else tokens.to(device)

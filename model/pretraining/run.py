@@ -22,6 +22,7 @@ from torch.multiprocessing.spawn import ProcessRaisedException, start_processes
 from tqdm import tqdm
 
 from bayes_dispatch import errors
+from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import BayesDispatchError, ConfigError, TensorError
 from bayes_dispatch.model.backbone import Tokenizer, padded, token_weights
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig
@@ -58,7 +59,13 @@ def pack_rows(rows: Sequence[Row], tokenizer: Tokenizer) -> tuple[Tensor, Tensor
     """Right-padded ids (B, 1 + T) of rows, and the loss weight (B, T) of each token after the first.
 
     A token weighs what its bytes do on average, one without any, as at padding, nothing.
+
+    Raises:
+        TensorError: another number of weights than of bytes. PromptError: bytes that are no UTF-8.
     """
+    for data, given in rows:
+        if len(data) != len(given):
+            raise TensorError(f"expected a weight for each of {len(data)} bytes of a row, got {len(given)}")
     texts = [tokenizer.tokenize(data) for data, _ in rows]
     ids, _ = padded([text.ids for text in texts], tokenizer.pad_token_id)
     weights = torch.zeros(ids.shape)
@@ -112,12 +119,13 @@ def pretrain(
         The trained model, on the CPU, in every process.
 
     Raises:
-        ConfigError: the batch cannot be shared evenly, the checkpoint is of other settings, or the machine lacks what
-            ``compute`` asks for.
-        TensorError: a loss or a gradient is not finite, or the bytes of a batch weigh nothing; the last checkpoint
-            stays.
+        ConfigError: no process, a batch that cannot be shared evenly, the checkpoint is of other settings, or the
+            machine lacks what ``compute`` asks for.
+        TensorError: a loss or a gradient is not finite, the bytes of a batch weigh nothing, or not each of them has a
+            weight; the last checkpoint stays.
         BundleError: the checkpoint is damaged, or could not be replaced by the next.
     """
+    processes = whole("processes", processes, 1)
     compute = compute or ComputeSettings()
     compute.check()
     run = Run(config, source, settings, compute, directory, progress, tokenizer)

@@ -615,6 +615,13 @@ def test_shapes_that_do_not_fit_are_refused_and_change_nothing(backbone: Any, un
         lambda: backbone.open(2, 6, blocks=range(backbone.depth + 1)),
         lambda: backbone.open(2, 6, blocks=range(2, 2)),
         lambda: backbone.open(0, 6),
+        lambda: backbone.open(1.5, 6),
+        lambda: backbone.open(2, 0),
+        lambda: backbone.open(2, "6"),
+        lambda: session.read(ids, tail=0),
+        lambda: session.read(ids, tail=-1),
+        lambda: backbone.score(ids, torch.tensor([6, 7])),
+        lambda: backbone.score(ids, torch.tensor([6])),
         lambda: backbone.open(2, 6, blocks=range(1, backbone.depth)).read(ids),
     ]
     for call in wrong:

@@ -284,6 +284,12 @@ class TestErrors:
         with pytest.raises(ConfigError, match=r"expected (batch_size|max_length) to be a whole number ≥ 1, got"):
             model64.init_cache(*size)
 
+    @pytest.mark.usefixtures("unchecked")
+    @pytest.mark.parametrize("dtypes", [{"dtype": "float16"}, {"kv_dtype": "int8"}, {"dtype": torch.int8}])
+    def test_dtypes(self, model64: "MambaFormerForCausalLM", dtypes: dict[str, Any]) -> None:
+        with pytest.raises(ConfigError, match=r"^expected a float dtype, and a float one or int8 for kv_dtype, got "):
+            model64.init_cache(1, 4, **dtypes)
+
 
 class TestInterruptions:
     """A change takes effect whole, or the cache says that it is spoilt."""

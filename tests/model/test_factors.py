@@ -123,6 +123,15 @@ def test_half_precision_and_zeros(make_model: Any, tmp_path: Path, monkeypatch: 
     assert load_factors(model, tmp_path)
 
 
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_rank_below_1_replaces_no_factors(make_model: Any, tmp_path: Path, rank: int) -> None:
+    model = make_model()
+    save_factors(model, tmp_path)
+    with pytest.raises(ConfigError, match=f"^expected rank to be a whole number ≥ 1, got {rank}"):
+        save_factors(model, tmp_path, rank)
+    assert load_factors(model, tmp_path)
+
+
 @pytest.mark.parametrize("rank", [None, 3])
 def test_kept_beside_the_model(
     make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int | None

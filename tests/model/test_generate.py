@@ -185,6 +185,18 @@ def test_what_fills_a_row_that_has_ended(generator: "MambaFormerForCausalLM") ->
         assert fill != -1 or generator.tokenizer.decode(result[0]) == generator.tokenizer.decode(stop)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_tokens_may_come_in_tensors(model: "MambaFormerForCausalLM") -> None:
+    ids = torch.tensor([[1, 2, 3]])
+    free = model.generate(ids, max_new_tokens=4)[0].tolist()
+    for one, listed in ((torch.tensor(free[1]), free[1]), (torch.tensor(free[1:3]), free[1:3])):
+        expected = model.generate(ids, max_new_tokens=4, eos_token_id=listed)
+        assert torch.equal(model.generate(ids, max_new_tokens=4, eos_token_id=one), expected)  # type: ignore[arg-type]
+    stops: Any = torch.tensor([free[:2], free[1:3]])
+    expected = model.generate(ids, max_new_tokens=4, stop_sequences=stops.tolist())
+    assert torch.equal(model.generate(ids, max_new_tokens=4, stop_sequences=stops), expected)
+
+
 # Errors
 
 
@@ -200,8 +212,12 @@ def test_what_fills_a_row_that_has_ended(generator: "MambaFormerForCausalLM") ->
         ({"top_p": 0.0}, ConfigError, "top_p to be a finite number > 0 and ≤ 1, got 0.0"),
         ({"top_p": 1.5}, ConfigError, "top_p to be a finite number > 0 and ≤ 1, got 1.5"),
         ({"min_p": 1.5}, ConfigError, "min_p to be a finite number ≥ 0 and ≤ 1, got 1.5"),
-        ({"repetition_penalty": 0.0}, ConfigError, "repetition_penalty to be a finite number > 0, got 0.0"),
-        ({"repetition_penalty": float("inf")}, ConfigError, "repetition_penalty to be a finite number > 0, got inf"),
+        ({"repetition_penalty": 1e-40}, ConfigError, "repetition_penalty to be a finite number ≥ 0.01 and ≤ 100, got"),
+        (
+            {"repetition_penalty": float("inf")},
+            ConfigError,
+            "repetition_penalty to be a finite number ≥ 0.01 and ≤ 100",
+        ),
         ({"eos_token_id": 258}, ConfigError, "tokens in 0 … 257, got 258"),
         ({"eos_token_id": [3, -1]}, ConfigError, "each token of eos_token_id to be a whole number ≥ 0, got -1"),
         ({"eos_token_id": 1.5}, ConfigError, "each token of eos_token_id to be a whole number ≥ 0, got 1.5"),
@@ -212,6 +228,7 @@ def test_what_fills_a_row_that_has_ended(generator: "MambaFormerForCausalLM") ->
         ({"stop_sequences": [[1], []]}, ConfigError, "at least one token in each stop sequence"),
         ({"stop_sequences": [1, 2]}, ConfigError, r"stop_sequences to be token ids, got 1"),
         ({"stop_sequences": ["ab"]}, ConfigError, "stop_sequences to be token ids, got 'ab'"),
+        ({"stop_sequences": 3}, ConfigError, "stop_sequences to be a list, got 3"),
         ({"input_ids": torch.tensor([[1, 258]])}, TensorError, "input_ids in 0 … 257, got 1 … 258"),
         ({"input_ids": torch.zeros(0, 3, dtype=torch.long)}, TensorError, r"got \(0, 3\)"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, TensorError, r"got \(1, 0\)"),

@@ -248,6 +248,8 @@ def test_a_step_that_is_no_number_ends_it_and_leaves_the_checkpoint_before(
 def test_a_batch_is_shared_evenly(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a batch_size that 3 processes can share, got 4"):
         pretrain(CONFIG, Source(), SETTINGS, tmp_path, processes=3)
+    with pytest.raises(ConfigError, match="expected processes to be a whole number ≥ 1, got 0"):
+        pretrain(CONFIG, Source(), SETTINGS, tmp_path, processes=0)
 
 
 def test_the_schedule_rises_stays_and_falls() -> None:
@@ -267,6 +269,12 @@ def test_a_token_weighs_what_its_bytes_do_on_average() -> None:
     ids, weights = pack_rows([("the é".encode(), [0.25, 0.75, 0.5, 0.5, 1.0, 0.0]), (b"t", [0.75])], tokenizer)
     assert weights.tolist() == [[0.5, 0.5, 0.5, 0.5], [0.75, 0.0, 0.0, 0.0]]
     assert ids[1, 2:].tolist() == [tokenizer.pad_token_id] * 3
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_each_byte_has_a_weight(count: int) -> None:
+    with pytest.raises(TensorError, match=f"^expected a weight for each of 2 bytes of a row, got {count}"):
+        pack_rows([("é".encode(), [1.0] * count)], ByteTokenizer())
 
 
 def test_packing_keeps_bytes_and_weights_together() -> None:

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from bayes_dispatch.errors import ConfigError, PromptError
+from bayes_dispatch.errors import ConfigError, PromptError, TensorError
 from bayes_dispatch.model.subwords import SubwordTokenizer, train_subwords
 from bayes_dispatch.model.transformers.tokenizer import TransformersTokenizer
 from tests.tiny import tiny_tokenizer
@@ -295,6 +295,23 @@ def test_ids_of_settings_are_those_of_the_embedding(name: str, id_: object) -> N
     value = id_ if name in ("pad", "unknown") else [0, id_]
     with pytest.raises(ConfigError, match=f"^expected {name} of a text among 300 ids, got {id_}$"):
         with_settings(**{name: value})
+
+
+def test_texts_to_learn_from_are_several_and_utf8() -> None:
+    expected = train_subwords(LEARNT, 300).digest()
+    assert train_subwords((text.encode() for text in LEARNT), 300).digest() == expected  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^expected several texts, got one: 'the the'"):
+        train_subwords("the the", 300)
+    with pytest.raises(PromptError, match=r"^expected UTF-8 text, got the lone surrogate"):
+        train_subwords(["the", "\ud800"], 300)
+
+
+@pytest.mark.parametrize("id_", [300, 2**40])
+def test_ids_beyond_the_embedding_are_no_text(id_: int) -> None:
+    tokenizer = with_settings()
+    assert tokenizer.decode([299, *tokenizer.tokenize("the").ids, -1]) == "the"
+    with pytest.raises(TensorError, match=rf"^expected ids in 0 … 299, got 5 … {id_}$"):
+        tokenizer.decode([5, id_, -1])
 
 
 def test_a_vocabulary_has_all_bytes() -> None:

@@ -8,6 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import BundleError, ConfigError
 from bayes_dispatch.model.mambaformer.svd.embedding import SVDEmbedding
 from bayes_dispatch.model.mambaformer.svd.factors import Factors
@@ -42,8 +43,9 @@ def save_factors(
         The error of each matrix' triples, as in :class:`bayes_dispatch.model.mambaformer.svd.factors.Factors`.
 
     Raises:
-        ConfigError: a further matrix that the model does not have.
+        ConfigError: a further matrix that the model does not have, or a rank below 1.
     """
+    rank = None if rank is None else whole("rank", rank, 1)
     tensors, errors, more = {}, {}, _embeddings(model)
     if unknown := [name for name in also if name not in more]:
         raise ConfigError(f"expected further matrices among {sorted(more)}, got {unknown[0]!r}")
