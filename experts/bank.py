@@ -62,10 +62,10 @@ class ExpertBank(Mapping[str, Expert]):
 
     def __init__(self, experts: Sequence[Expert]) -> None:
         experts = several("experts", experts)
-        if wrong := [each for each in experts if not isinstance(each, ExpertVector | LoraExpert)]:
-            raise ConfigError(f"expected experts that are trained or read from adapters, got {shown(wrong[0])}")
         if not experts:
             raise ConfigError("expected at least one expert, got none")
+        for expert in experts:
+            _check_kind(expert)
         if len({expert.name for expert in experts}) < len(experts):
             raise ConfigError(f"expected experts of different names, got {[expert.name for expert in experts]}")
         for expert in experts:
@@ -265,9 +265,10 @@ class ExpertBank(Mapping[str, Expert]):
         """This bank with one more expert at its end, or with that expert in the place of the one of the same name.
 
         Raises:
-            ConfigError: it is called as a blend is. ForeignExpertError: it was made for another base model.
+            ConfigError: it is none, or called as a blend is. ForeignExpertError: it was made for another base model.
             TensorError: it scales other matrices.
         """
+        _check_kind(expert)
         check_expert_name(expert.name)
         matrices = self.matrices or (expert.matrices if isinstance(expert, ExpertVector) else {})
         _check_fit(expert, self.base, matrices, "the bank")
@@ -346,6 +347,11 @@ class ExpertBank(Mapping[str, Expert]):
 def _layer(matrix: str) -> str:
     found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)", matrix)
     return found.group() if found else matrix
+
+
+def _check_kind(expert: object) -> None:
+    if not isinstance(expert, ExpertVector | LoraExpert):
+        raise ConfigError(f"expected an ExpertVector or a LoraExpert, got {shown(expert)}")
 
 
 def _check_fit(expert: Expert, base: str, matrices: Mapping[str, int], like: str) -> None:

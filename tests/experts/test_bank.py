@@ -446,9 +446,15 @@ class TestVector:
 def test_what_is_no_list_of_experts(bank: ExpertBank) -> None:
     expert: Any = bank["add"]
     assert ExpertBank(iter([expert])).names == ("add",)  # type: ignore[arg-type]
-    for wrong, got in ((expert, "ExpertVector"), ({"add": expert}, "'add'"), (["add"], "'add'")):
-        with pytest.raises(ConfigError, match=rf"^expected experts .*, got {got}"):
+    for wrong, message in (
+        (expert, "expected experts to be a list, got ExpertVector"),
+        ({"add": expert}, "expected an ExpertVector or a LoraExpert, got 'add'"),
+        ([expert, None], "expected an ExpertVector or a LoraExpert, got None"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{message}"):
             ExpertBank(wrong)
+    with pytest.raises(ConfigError, match=r"^expected an ExpertVector or a LoraExpert, got 'add'"):
+        bank.with_expert("add")  # type: ignore[arg-type]
 
 
 def test_whole_numbers_and_truth_values_are_weights(bank: ExpertBank) -> None:
