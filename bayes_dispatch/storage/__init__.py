@@ -17,6 +17,7 @@ from bayes_dispatch.storage.directories import (
     read_saved,
     save_directory,
     saved_at,
+    work_beside,
     write_directory,
 )
 from bayes_dispatch.storage.documents import digest, expect_digest, expecting, parse_json, read_json, write_json
@@ -47,6 +48,7 @@ __all__ = [
     "save_directory",
     "saved_at",
     "tensors_as_bytes",
+    "work_beside",
     "write_directory",
     "write_json",
     "write_output",

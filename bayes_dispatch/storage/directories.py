@@ -28,6 +28,7 @@ __all__ = [
     "read_saved",
     "save_directory",
     "saved_at",
+    "work_beside",
     "write_directory",
 ]
 
@@ -135,6 +136,12 @@ def check_unused(path: Path) -> None:
 def saved_at(path: Path) -> Path:
     """Where a saved directory is read: ``path``, but for the time between the two steps of a save."""
     return path / FINISHED if (path / FINISHED).is_dir() else path
+
+
+def work_beside(out: Path) -> Path:
+    """``OUT.work``, where what a long run has made so far is kept; ``out`` may be ``.``."""
+    whole = out.resolve()
+    return whole.parent / f"{whole.name}.work"
 
 
 def write_directory(path: Path, kind: str, document: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:

@@ -17,7 +17,7 @@ from bayes_dispatch.model.pretraining.processes import is_first
 from bayes_dispatch.model.pretraining.recipe import ComputeSettings, Device, Precision, PretrainingSettings
 from bayes_dispatch.model.pretraining.run import next_token_loss, pack_rows, pretrain
 from bayes_dispatch.model.tokenizer import ByteTokenizer
-from bayes_dispatch.storage import check_directory, read_json, write_json
+from bayes_dispatch.storage import check_directory, read_json, work_beside, write_json
 
 __all__ = ["loss_per_byte", "main"]
 
@@ -56,7 +56,7 @@ def train(
     work: Annotated[Path | None, typer.Option(help="Directory of the checkpoint; default: OUT.work.")] = None,
 ) -> None:
     """Pre-train a byte-level model on text. The same command goes on where a stopped run's last checkpoint was."""
-    work = out.with_name(out.name + ".work") if work is None else work
+    work = work_beside(out) if work is None else work
     try:
         settings = PretrainingSettings(
             steps=steps,

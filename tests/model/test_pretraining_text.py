@@ -146,6 +146,18 @@ def test_bad_input_ends_in_one_line(command: list[str], tmp_path: Path) -> None:
     assert "expected a vocab_size of at least 258, for bytes" in error(run(*command))
 
 
+def test_a_run_into_the_directory_where_it_is(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its work is beside that directory, and has its name."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    done = run(*command, "--out", ".")
+    assert done.exit_code == 0, done.output
+    assert MambaFormerForCausalLM.from_pretrained(".").config == CONFIG
+    assert (tmp_path / "here.work").is_dir()
+
+
 def test_a_run_keeps_to_its_text(command: list[str], tmp_path: Path) -> None:
     assert run(*command).exit_code == 0
     (tmp_path / "text").write_text("something else altogether, and as long as need be for a share to be held out")

@@ -38,7 +38,7 @@ from bayes_dispatch.inference.two_pass.first_pass import first_pass
 from bayes_dispatch.inference.two_pass.likelihood import ExpertLogLikelihoods
 from bayes_dispatch.inference.two_pass.prompts import clipped
 from bayes_dispatch.model.backbone import Backbone
-from bayes_dispatch.storage import digest, read_json, write_json
+from bayes_dispatch.storage import digest, read_json, work_beside, write_json
 
 __all__ = ["PROGRAM", "BuildSettings", "build_bundle", "kept_at", "known_by", "our_version", "training_evidence"]
 
@@ -274,7 +274,7 @@ def _inputs(
 def kept_at(out: Path, inputs: Mapping[str, Any], *folders: str) -> Path:
     """Where in ``OUT.work`` lies what this version made of these inputs, and of no others."""
     made = digest({**inputs, "version": our_version()})
-    return out.resolve().with_name(out.name + ".work").joinpath(*folders, made[:16])
+    return work_beside(out).joinpath(*folders, made[:16])
 
 
 def our_version() -> str:

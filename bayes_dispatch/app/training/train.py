@@ -48,7 +48,7 @@ from bayes_dispatch.model.pretraining.recipe import ComputeSettings
 from bayes_dispatch.model.pretraining.run import pretrain
 from bayes_dispatch.model.subwords import SubwordTokenizer
 from bayes_dispatch.model.tokenizer import ByteTokenizer
-from bayes_dispatch.storage import check_unused, digest, read_bytes, read_json, write_json, write_output
+from bayes_dispatch.storage import check_unused, digest, read_bytes, read_json, work_beside, write_json, write_output
 
 __all__ = ["train_bundle"]
 
@@ -77,7 +77,7 @@ def train_bundle(
             is missing.
         BundleError: a stage's result is damaged, or the work directory holds something else.
     """
-    work = out.with_name(out.name + ".work") if work is None else work
+    work = work_beside(out) if work is None else work
     curriculum = CURRICULA[plan.curriculum](packages)
     texts = {domain.name: known_by(domain) for domain in (*curriculum.experts, *curriculum.base)}
     _claim(work / "plan.json", {"version": our_version(), **asdict(plan), "texts": digest(texts)})

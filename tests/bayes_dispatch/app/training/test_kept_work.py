@@ -14,6 +14,7 @@ from bayes_dispatch.app.training.train import train_bundle
 from bayes_dispatch.errors import BayesDispatchError
 from bayes_dispatch.experts.domains.base import DomainCorpus
 from bayes_dispatch.experts.domains.own import OwnText
+from bayes_dispatch.storage import work_beside
 
 PLAN = PLANS["smoke"]
 
@@ -68,3 +69,11 @@ def test_what_another_version_kept_is_left(monkeypatch: pytest.MonkeyPatch) -> N
     assert kept_at(Path("out"), {"seed": 0}) == before
     monkeypatch.setattr(bayes_dispatch, "__version__", "9.9.9")
     assert kept_at(Path("out"), {"seed": 0}) != before
+
+
+def test_it_is_beside_the_directory_where_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    same = kept_at(tmp_path / "here", {"seed": 0})
+    assert kept_at(Path("."), {"seed": 0}) == kept_at(Path("../here"), {"seed": 0}) == same
+    assert same.parent == work_beside(Path(".")) == tmp_path.resolve() / "here.work"
