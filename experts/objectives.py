@@ -71,9 +71,15 @@ class Likelihood:
     def judge(
         self, model: Backbone, adaptation: Adaptation, domain: Domain, documents: Sequence[Document], seed: int
     ) -> Judgement:
-        """See ``Objective``; nothing is random."""
+        """See ``Objective``; nothing is random.
+
+        Raises:
+            ConfigError: no document has a token to predict, as where each is cut within its first character.
+        """
         documents = [_readable(model, document) for document in documents]
         texts = [model.tokenizer.tokenize(document.data) for document in documents]
+        if max(len(text.ids) for text in texts) < 2:
+            raise ConfigError(f"expected documents of more than a token each, got {documents[0].text!r:.60}")
         ids, tokens = padded([text.ids for text in texts], model.tokenizer.pad_token_id)
         weights = torch.zeros(ids.shape, dtype=torch.float32)
         for row, text, document in zip(weights, texts, documents, strict=True):

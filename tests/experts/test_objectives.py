@@ -11,12 +11,14 @@ import torch
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains import CONVENTIONS, Convention, Split, TextDomain
+from bayes_dispatch.experts.domains.own import OwnText
 from bayes_dispatch.experts.objectives import Likelihood, Objective, Reinforce, reinforce_loss, sequence_kl
 from bayes_dispatch.experts.questions import ask
 from bayes_dispatch.experts.training import EarlyStopping, ExpertSettings, train_expert
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.pretraining.run import next_token_loss
 from bayes_dispatch.model.tokenizer import ByteTokenizer
+from tests.tiny import tiny_backbone
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -173,6 +175,14 @@ def test_likelihood_weights(base: "MambaFormerForCausalLM") -> None:
         judged = Likelihood(question_weight=weight).judge(base, Adaptation(scales), SORT, [document], 0)
         assert float(judged.loss) == pytest.approx(float((nll * weights).sum() / weights.sum()), rel=1e-5)
         assert judged.score == -float(judged.loss)
+
+
+@pytest.mark.parametrize("of_bytes", [True, False])
+def test_documents_without_anything_to_predict_are_refused(base: "MambaFormerForCausalLM", of_bytes: bool) -> None:
+    """Nothing would be learnt of them."""
+    model, settings = base if of_bytes else tiny_backbone(), ExpertSettings(steps=1, batch_size=2, length=1)
+    with pytest.raises(ConfigError, match=r"^expected documents of more than a token each, got ''$"):
+        train_expert(model, OwnText("mine", "é" * 1000), settings, progress=False)
 
 
 def test_what_overflows_is_not_likely(base: "MambaFormerForCausalLM") -> None:
