@@ -6,6 +6,7 @@ PEFT itself is not needed. Nothing is unpickled, and nothing of a directory is e
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
@@ -64,7 +65,7 @@ CHANGED_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def read_peft(backbone: Backbone, base: str, name: str, directory: str | Path) -> LoraExpert:
-    """The adapter in a directory, as an expert.
+    """The adapter in a directory, as an expert; one that changes nothing is read with a warning.
 
     Args:
         backbone: its base model. base: that one's fingerprint. name: of the expert.
@@ -72,14 +73,12 @@ def read_peft(backbone: Backbone, base: str, name: str, directory: str | Path) -
 
     Raises:
         BundleError: a file is missing, damaged, or a pickle.
-        ConfigError: an adapter of another kind, of layers that the model does not have or cannot adapt, or one that
-            changes nothing.
+        ConfigError: an adapter of another kind, or of layers that the model does not have or cannot adapt.
         ForeignExpertError: it was made for another base model. TensorError: values that are not finite.
     """
     factors = read_saved(Path(directory), CONFIG, partial(_read, backbone))
     if not any(bool(down.any() and up.any()) for down, up in factors.values()):
-        got = "one that adds zeros alone, as before training"
-        raise ConfigError(f"expected an adapter that changes the model in {directory}, got {got}")
+        warnings.warn(f"{directory} adds zeros alone, as before training: expert {name} is base", stacklevel=2)
     adapter = os.fsencode(Path(directory).resolve().name).decode(errors="replace")
     return LoraExpert(name, factors, base, {"adapter": adapter, **provenance()})
 

@@ -381,6 +381,7 @@ def tiny(tmp_path: Path) -> Path:
 class TestOfATransformersModel:
     """``--model``: without a bundle, to an adapter of PEFT or a bank of scales."""
 
+    @pytest.mark.filterwarnings("ignore:mine adds zeros alone")  # nothing is gained by the few steps
     def test_an_adapter(self, tiny: Path, capfd: pytest.CaptureFixture[str]) -> None:
         from peft import PeftModel
 
