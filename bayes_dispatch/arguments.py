@@ -74,6 +74,16 @@ def number(value: object) -> float:
         return math.nan
 
 
+def off_torch(value: Any) -> Any:
+    """A tensor as an array, whatever its device, gradients and precision; those of a list, too; all else as it came."""
+    if isinstance(value, list | tuple):
+        return [off_torch(each) for each in value] if any(hasattr(each, "detach") for each in value) else value
+    if not hasattr(value, "detach"):
+        return value
+    tensor = value.detach().cpu()
+    return (tensor.double() if tensor.is_floating_point() else tensor).numpy()  # NumPy has no bfloat16
+
+
 def truth(name: str, value: object) -> bool:
     """True or false, as a ``bool``: no number, and no text.
 
@@ -138,11 +148,9 @@ def simplex(name: str, value: object) -> np.ndarray:
     Raises:
         ConfigError: likewise.
     """
-    tensor, slack = getattr(value, "detach", None), SLACK * (100 if getattr(value, "itemsize", 4) < 4 else 1)
+    slack = SLACK * (100 if getattr(value, "itemsize", 4) < 4 else 1)
     try:
-        if tensor is not None:
-            value = tensor().cpu().double().numpy()
-        found = np.asarray(value, dtype=np.float64)
+        found = np.asarray(off_torch(value), dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"expected {name} to be numbers, got {shown(value)}") from None
     if not np.isfinite(found).all():

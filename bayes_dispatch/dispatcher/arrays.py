@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from bayes_dispatch.arguments import shown
+from bayes_dispatch.arguments import off_torch, shown
 from bayes_dispatch.errors import BayesDispatchError, TensorError
 
 __all__ = [
@@ -39,6 +39,9 @@ def as_numbers(
 ) -> np.ndarray:
     """A copy of any shape, in float64; in a type of its own where ``dtype`` is ``None``."""
     try:
+        values = off_torch(values)
+        if getattr(getattr(values, "dtype", None), "kind", "") == "c":
+            raise TypeError  # NumPy would drop a part of them
         return np.array(values, dtype=dtype)
     except (TypeError, ValueError, OverflowError):
         raise error(f"expected numbers as {name}, got {type(values).__name__} that holds others") from None
@@ -81,15 +84,16 @@ def as_labels(labels: Any, count: int | None, classes: int, least: int = 0) -> I
 def as_codes(
     labels: Any, count: int | None, names: Sequence[str], classes: int | None = None, least: int = 0
 ) -> Int[np.ndarray, " row"]:
-    """Labels as numbers, of which there are ``classes``, or as ``names``, and ``None`` where −1 may be."""
+    """Labels as numbers, of which there are ``classes``, or as ``names``, and ``None`` or NaN where −1 may be."""
     array = as_numbers(labels, "labels", None)
     if any(isinstance(label, str) for label in array.flat):
         known: dict[str | None, int] = {name: code for code, name in enumerate(names)}
         if least < 0:
             known[None] = -1
-        if odd := [label for label in array.flat if not isinstance(label, str | None) or label not in known]:
+        given = [None if isinstance(label, float) and np.isnan(label) else label for label in array.flat]
+        if odd := [label for label in given if not isinstance(label, str | None) or label not in known]:
             raise TensorError(f"expected labels among {', '.join(names)}, got {shown(odd[0])}")
-        array, classes = np.array([known[label] for label in array.flat]).reshape(array.shape), len(names)
+        array, classes = np.array([known[label] for label in given]).reshape(array.shape), len(names)
     return as_labels(array, count, len(names) if classes is None else classes, least)
 
 

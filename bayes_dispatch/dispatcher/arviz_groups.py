@@ -26,6 +26,7 @@ from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.dispatcher.program.generative import DispatchModel
 from bayes_dispatch.dispatcher.program.observed import Prompts
 from bayes_dispatch.dispatcher.program.views import View
+from bayes_dispatch.errors import EvidenceError
 
 __all__ = ["fitted_groups"]
 
@@ -69,10 +70,12 @@ def fitted_groups(
         - ``sample_stats``: ``log_evidence`` (prompt), ``elbo`` (step), nats a prompt.
 
     Raises:
-        EvidenceError: none of the program's views.
+        EvidenceError: no prompts, or none of the program's views.
         TensorError: a view of another width, another number of names than prompts, or one of them twice.
     """
     observed, model = state.prompts(evidence), state.model
+    if not len(observed):
+        raise EvidenceError("expected at least 1 prompt, got none")
     coords: dict[str, Any] = {
         "chain": [0],
         "draw": np.arange(len(posterior.weights)),

@@ -27,7 +27,7 @@ from jaxtyping import Float
 
 from bayes_dispatch.arguments import fraction, whole
 from bayes_dispatch.arguments import seed as a_seed
-from bayes_dispatch.dispatcher.arrays import as_values, short_repr
+from bayes_dispatch.dispatcher.arrays import Frozen, as_values, short_repr
 from bayes_dispatch.errors import ConfigError
 
 __all__ = ["DriftMonitor", "DriftReport", "drift_monitor", "watch"]
@@ -39,7 +39,7 @@ FEWEST = 20  # held-out scores
 
 
 @dataclass(frozen=True, eq=False)
-class DriftMonitor:
+class DriftMonitor(Frozen):
     """What is kept between arrivals. It never changes: threads that share one take turns to replace it by the next.
 
     Attributes:
@@ -62,6 +62,9 @@ class DriftMonitor:
     false_alarm_rate: float
     seed: int
     __repr__ = short_repr
+
+    def __post_init__(self) -> None:
+        self.__setstate__(vars(self))
 
     @property
     def alarmed(self) -> bool:

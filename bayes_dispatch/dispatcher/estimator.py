@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
@@ -147,7 +147,7 @@ class Dispatcher:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of what is known of the experts: gates, chats and priors on disk belong to it.
+        """A digest of what is known of the experts: gates and chats belong to it.
 
         Raises:
             NotFittedError: before ``fit``.
@@ -192,8 +192,8 @@ class Dispatcher:
 
         Args:
             X: evidence of N prompts, or an array ``(N, F)`` taken as their hidden view.
-            y: ``(N,)`` the expert of each prompt: its name, as :meth:`predict` has it (``"base"`` too), and ``None``
-                where unknown; or its index, and −1 where unknown. ``None`` for no labels at all.
+            y: ``(N,)`` the expert of each prompt: its name, as :meth:`predict` has it (``"base"`` too), and ``None`` or
+                NaN where unknown; or its index, and −1 where unknown. ``None`` for no labels at all.
             mixtures: ``(N, K+1)`` known weights, base last, NaN rows where unknown; they win over labels.
             progress: show progress bars.
 
@@ -388,6 +388,8 @@ class Dispatcher:
             BundleError, OSError: as :meth:`update`.
         """
         names = self._components
+        if isinstance(served, Mapping):  # its names would count as events
+            raise ConfigError(f"expected names of experts, or rows of {len(names)} weights, got {shown(served)}")
         experts = [served] if isinstance(served, str) else several("served", served)
         if experts and not isinstance(experts[0], str):
             rows = as_points(served, "served")

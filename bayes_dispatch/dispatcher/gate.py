@@ -32,7 +32,7 @@ from jaxtyping import Float, Int, Shaped
 
 from bayes_dispatch.arguments import number, shown, whole
 from bayes_dispatch.arguments import seed as a_seed
-from bayes_dispatch.dispatcher.arrays import as_numbers, on_simplex, short_repr
+from bayes_dispatch.dispatcher.arrays import Frozen, as_numbers, on_simplex, short_repr
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence, as_evidence
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
@@ -82,7 +82,7 @@ class GateDecision:
 
 
 @dataclass(frozen=True, eq=False)
-class Gate:
+class Gate(Frozen):
     """A calibrated gate; it belongs to one fitted dispatcher.
 
     Attributes:
@@ -104,6 +104,9 @@ class Gate:
     bins: np.ndarray
     groups: np.ndarray
     __repr__ = short_repr
+
+    def __post_init__(self) -> None:
+        self.__setstate__(vars(self))
 
     @classmethod
     def calibrate(
@@ -232,7 +235,7 @@ class Gate:
 
         Returns:
             The decision. No prompt is foreign that there is nothing to compare with, and its p-value is 1: one shorter
-            than those of calibration, or of unknown length where these were all of known length.
+            than those of calibration, of unknown length where these were all of known length, or the other way round.
 
         Raises:
             ConfigError: another dispatcher, or a rate outside ``least_rate`` to 1.

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FeatureMap", "FeatureSettings", "fit_feature_map", "spread_of"]
 
+ROUNDING = 1e-6  # of weights
+
 
 @dataclass(frozen=True)
 class FeatureSettings:
@@ -116,6 +118,8 @@ def fit_feature_map(
     count = int(of.max(initial=-1)) + 1
     spare = count - seen.shape[1]  # prompts beyond one for each class: without any, nothing is within a class
     if seen.shape[1] < 2 or count < 4 * settings.folds or spare < 1:
+        return _principal(hidden, dimensions)
+    if np.ptp(seen[known], axis=0).max() < ROUNDING:  # all of one mixture: no direction tells them apart
         return _principal(hidden, dimensions)
     center, spread = hidden[known].mean(axis=0), spread_of(hidden[known])
     x, y = (hidden - center) / spread, seen[known]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from bayes_dispatch.arguments import shown
 from bayes_dispatch.dispatcher.prior.file import update_prior, write_prior
 from bayes_dispatch.dispatcher.prior.online import PriorState, observe
 from bayes_dispatch.errors import ConfigError
@@ -44,6 +45,8 @@ class ServingPrior:
 
     @state.setter
     def state(self, state: PriorState) -> None:
+        if not isinstance(state, PriorState):
+            raise ConfigError(f"expected a PriorState, got {shown(state)}")
         if state.names != self._state.names:
             raise ConfigError(f"expected a prior over {list(self._state.names)}, got one over {list(state.names)}")
         with self._lock:

@@ -111,6 +111,11 @@ def test_strange_prompts_are_found_at_once_and_the_alarm_stays(monitor: DriftMon
     assert poor.alarmed
 
 
+def test_it_never_changes(monitor: DriftMonitor) -> None:
+    with pytest.raises(ValueError, match="read-only"):
+        monitor.counts[0] = 9
+
+
 def test_capital_is_never_lost_nor_overflows(monitor: DriftMonitor) -> None:
     """A fifth is not bet; after thousands of strange prompts the martingale is infinite and its log is not."""
     _, report = watch(monitor, np.random.default_rng(1).normal(size=1_000))

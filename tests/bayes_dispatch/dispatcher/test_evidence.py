@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,6 +83,20 @@ def test_arrays_are_the_hidden_view() -> None:
     assert not evidence.is_missing("hidden").any()
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_tensors_are_arrays() -> None:
+    """As a model gives them: of half precision, or with gradients; alone, or in a list."""
+    numbers = torch.tensor([[0.5, -2.0], [3.0, 4.0]])
+    for tensors in (numbers.bfloat16(), numbers.clone().requires_grad_(), [*numbers.bfloat16().requires_grad_()]):
+        evidence = Evidence({"hidden": tensors}, torch.tensor([3, 4]))  # type: ignore[arg-type]
+        assert evidence.views["hidden"].tolist() == numbers.tolist()
+        assert evidence.known_lengths().tolist() == [3, 4]
+    shared = numbers.double()
+    own = Evidence({"hidden": shared})  # type: ignore[dict-item]
+    shared += 1
+    assert own.views["hidden"].tolist() == numbers.tolist()
+
+
 def test_what_a_missing_row_holds_is_ignored() -> None:
     hidden, counts = np.array([[1.0, 2.0], [np.nan, np.inf]]), np.array([[-3.0], [4.0]])
     evidence = Evidence(
@@ -126,6 +141,7 @@ ones = np.ones((3, 2))
         ({"hidden": ones[:, :0]}, None, {}),
         ({"hidden": np.array([["a", "b"]])}, None, {}),
         ({"hidden": np.array([[10**400]])}, None, {}),
+        ({"hidden": ones + 1j}, None, {}),
         ({"hidden": ones}, np.ones(2), {}),
         ({"hidden": ones}, np.ones((3, 1)), {}),
         ({"hidden": ones}, np.array([1, 0, 2]), {}),

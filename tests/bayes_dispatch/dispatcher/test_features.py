@@ -126,6 +126,15 @@ def test_a_constant_view_tells_nothing() -> None:
     np.testing.assert_allclose(own, 0, atol=1e-6)
 
 
+def test_one_mixture_of_all_prompts_tells_nothing_apart() -> None:
+    """It is as if no weights were known."""
+    hidden, _ = world()
+    found, features = fit_feature_map(hidden, np.tile([0.5, 0.5, 0.0, 0.0], (120, 1)), SETTINGS, 0)
+    expected, without = fit_feature_map(hidden, np.full((120, 4), np.nan), SETTINGS, 0)
+    np.testing.assert_array_equal(found.projection, expected.projection)
+    np.testing.assert_array_equal(features, without)
+
+
 @pytest.mark.filterwarnings("error")
 def test_rounding_is_no_direction() -> None:
     """Where columns repeat each other, features beyond what they tell vary by nothing."""

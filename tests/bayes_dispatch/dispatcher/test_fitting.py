@@ -137,6 +137,10 @@ def test_names_are_labels(plain: Dispatcher, few: "Sample") -> None:
     found = TrainingSet.of(few.evidence, names, None, NAMES)
     np.testing.assert_array_equal(found.labels, expected.labels)
     np.testing.assert_array_equal(found.known, expected.known)
+    gaps = np.array(
+        [np.nan if name is None else name for name in names], dtype=object
+    )  # as a column of pandas has them
+    np.testing.assert_array_equal(TrainingSet.of(few.evidence, gaps, None, NAMES).labels, found.labels)
     predicted = plain.predict(few.evidence)
     assert "base" in predicted
     again = copy.copy(plain).fit(few.evidence, predicted)

@@ -3,6 +3,7 @@ base. It is read as saved, one by one is all at once, and feedback moves nothing
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,8 @@ class TestPrompts:
         assert gate.p_values(dispatcher, without).min() == 1 / (1 + (gate.bins == 0).sum())
         never = Gate.calibrate(dispatcher, known).p_values(dispatcher, without)
         np.testing.assert_array_equal(never, 1)  # nothing to compare them with
+        of_unknown = Gate.calibrate(dispatcher, Evidence(known.views))
+        np.testing.assert_array_equal(of_unknown.p_values(dispatcher, foreign(20, 17, 64)), 1)  # likewise
 
     def test_the_same_seed_is_the_same_gate(self, dispatcher: Dispatcher) -> None:
         held_out = prompts(100, 18)
@@ -285,6 +288,12 @@ class TestFiles:
         write_directory(tmp_path, "gate", document, arrays)
         with pytest.raises(BundleError, match=r"^expected [^\n]*got [^\n]+$"):
             Gate.load(tmp_path)
+
+
+def test_it_cannot_be_changed(gate: Gate) -> None:
+    for own in (gate, pickle.loads(pickle.dumps(gate))):
+        with pytest.raises(ValueError, match="read-only"):
+            own.scores[0] = 9
 
 
 def test_arrays_are_evidence_as_for_the_dispatcher(dispatcher: Dispatcher) -> None:

@@ -20,7 +20,7 @@ from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.dispatcher.program.generative import WEIGHT_FLOOR
 from bayes_dispatch.dispatcher.program.settings import Admixture
-from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.errors import ConfigError, EvidenceError, TensorError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -186,6 +186,11 @@ def test_a_loaded_dispatcher_knows_no_trace(fitted: Dispatcher, fresh: "Sample",
     fitted.save(tmp_path)
     found = Dispatcher.load(tmp_path).to_arviz(fresh.evidence, draws=40, seed=3)
     assert set(found["sample_stats"].data_vars) == {"log_evidence"}
+
+
+def test_of_no_prompts_there_is_nothing_to_tell(fitted: Dispatcher, fresh: "Sample") -> None:
+    with pytest.raises(EvidenceError, match=r"^expected at least 1 prompt, got none$"):
+        fitted.to_arviz(fresh.evidence.select([]))
 
 
 def test_posterior_has_its_own_statistics() -> None:

@@ -313,6 +313,16 @@ def test_blends_are_lists_as_well_as_arrays(own: Dispatcher) -> None:
     np.testing.assert_array_equal(again.feedback(blends, [1.0, 0.0]).mean, expected.mean)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_of_another_kind(own: Dispatcher) -> None:
+    """The names of weights by name are no two events."""
+    with pytest.raises(ConfigError, match=r"^expected names of experts, or rows of 4 weights, got \{'add': 0.7"):
+        own.feedback({"add": 0.7, "sort": 0.3}, [1.0, 1.0])  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^expected a PriorState, got None$"):
+        own.prior = None  # type: ignore[assignment]
+    assert own.prior.events == 0
+
+
 def test_bad_events(own: Dispatcher, fresh: "Sample") -> None:
     before = own.prior
     with pytest.raises((ConfigError, TensorError), match=ONE_LINE):
