@@ -1,6 +1,6 @@
 """Tables for the terminal and for Markdown; above all, what was measured when a bundle was trained.
 
-``report_tables`` is a function of ``bundle.report`` alone; every mean stands with its standard error over documents.
+``report_tables`` is a function of a bundle's report and gate; every mean stands with its standard error over documents.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +12,7 @@ from bayes_dispatch.errors import BundleError
 if TYPE_CHECKING:
     import rich.console
 
+    from bayes_dispatch.dispatcher.gate import Gate
     from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 
 __all__ = ["Cell", "Table", "report_markdown", "report_tables", "visible", "weights_table"]
@@ -79,8 +80,8 @@ class Table:
 Rows = list[list[Cell | str]]
 
 
-def report_tables(report: Mapping[str, Any]) -> list[Table]:
-    """The tables of a bundle's report; a part that was not measured has none.
+def report_tables(report: Mapping[str, Any], gate: "Gate | None" = None) -> list[Table]:
+    """The tables of a bundle's report, and of its gate; a part that was not measured has none.
 
     Raises:
         BundleError: a part of the report is none that ``bayes-dispatch train`` or ``build`` made.
@@ -95,9 +96,10 @@ def report_tables(report: Mapping[str, Any]) -> list[Table]:
         "gains": _gains,
     }
     try:
-        return [table for name, make in parts.items() if name in report for table in make(report[name])]
+        tables = [table for name, make in parts.items() if name in report for table in make(report[name])]
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise BundleError(f"expected the report of a training run in the bundle, got another: {error!r:.80}") from None
+    return tables if gate is None else [*tables, _gate(gate)]
 
 
 def _calibration(part: Mapping[str, Any]) -> list[Table]:
@@ -115,9 +117,18 @@ def _gains(part: Mapping[str, Any]) -> list[Table]:
     return [Table("What each expert gains on held-out documents of its own", columns, rows, "Nats per byte.")]
 
 
-def report_markdown(report: Mapping[str, Any]) -> str:
+def _gate(gate: "Gate") -> Table:
+    rows: Rows = [
+        ["held-out prompts that others are ranked among", str(len(gate.scores))],
+        ["bins of length", str(len(gate.edges))],
+        ["least false-alarm rate", gate.least_rate_shown],
+    ]
+    return Table("Gate for foreign prompts", ["", ""], rows)
+
+
+def report_markdown(report: Mapping[str, Any], gate: "Gate | None" = None) -> str:
     """All tables of ``report_tables`` in Markdown."""
-    return "\n\n".join(table.to_markdown() for table in report_tables(report))
+    return "\n\n".join(table.to_markdown() for table in report_tables(report, gate))
 
 
 def weights_table(posterior: "DispatchPosterior", blend_weights: Sequence[float], note: str) -> Table:

@@ -22,6 +22,7 @@ guarantee.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -177,6 +178,12 @@ class Gate(Frozen):
         rows = counts[1:] if (self.bins > 0).any() else counts[:1]
         return float(1 / (1 + rows.min()))
 
+    @property
+    def least_rate_shown(self) -> str:
+        """:attr:`least_rate` in three digits, rounded up: a rate that can be asked for as it is read."""
+        digits = 2 - math.floor(math.log10(self.least_rate))
+        return f"{math.ceil(round(self.least_rate * 10**digits, 6)) / 10**digits:.3g}"
+
     def foreignness(
         self, dispatcher: Dispatcher, evidence: Evidence | Shaped[np.ndarray, "prompt feature"]
     ) -> Float[np.ndarray, " prompt"]:
@@ -248,7 +255,7 @@ class Gate(Frozen):
     def check_rate(self, false_alarm_rate: float) -> None:
         """Raise ``ConfigError`` unless the rate is one that so many prompts can guarantee."""
         if not self.least_rate <= number(false_alarm_rate) < 1:
-            wanted = f"expected a false-alarm rate of at least {self.least_rate:.3g} (for less, calibrate with more"
+            wanted = f"expected a false-alarm rate of at least {self.least_rate_shown} (for less, calibrate with more"
             raise ConfigError(f"{wanted} prompts) and below 1, got {shown(false_alarm_rate)}")
 
     def check_dispatcher(self, dispatcher: Dispatcher) -> None:

@@ -169,7 +169,7 @@ def _tell(bundle: "Bundle", out: Path, model: str, as_json: bool) -> None:
         if (gate := bundle.gate) is not None:
             print(
                 f"intervals, sets and gate are calibrated on held-out prompts, the gate on {len(gate.scores)} of them, "
-                f"for false-alarm rates of {gate.least_rate:.2g} and above"
+                f"for false-alarm rates of {gate.least_rate_shown} and above"
             )
         for name, gain in bundle.report["gains"].items():
             print(f"  {name} gains {gain['gain']:+.3f} nats a byte over base on its held-out examples")

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -40,6 +40,9 @@ from bayes_dispatch.app.commands.terminal import (
 )
 from bayes_dispatch.app.commands.train_expert import train_expert, train_experts
 from bayes_dispatch.errors import BayesDispatchError, UnknownNameError
+
+if TYPE_CHECKING:
+    from bayes_dispatch.dispatcher.gate import Gate
 
 __all__ = ["app", "main"]
 
@@ -170,8 +173,8 @@ def train(
     use_one_thread()
     begun = time.perf_counter()
     chosen = PLANS[plan].with_seed(seed)
-    report = train_bundle(chosen, out, work, processes, packages=packages, announce=announce).report
-    _print_report(report, as_json)
+    new = train_bundle(chosen, out, work, processes, packages=packages, announce=announce)
+    _print_report(new.report, new.gate, as_json)
     print(f"{out}: trained in {(time.perf_counter() - begun) / 60:.1f} minutes", file=sys.stderr)
 
 
@@ -208,11 +211,10 @@ def calibrate_gate(
     gate = new.gate
     assert gate is not None
     if as_json:
-        told = {"out": str(out), "ranks": len(gate.scores), "bins": len(gate.edges), "least_rate": gate.least_rate}
-        return print_json(told)
+        return print_json({"out": str(out), **_of_gate(gate)})
     print(
         f"{out}: intervals, sets and gate are calibrated on held-out prompts of the experts, the gate on "
-        f"{len(gate.scores)} of them, for false-alarm rates of {gate.least_rate:.2g} and above"
+        f"{len(gate.scores)} of them, for false-alarm rates of {gate.least_rate_shown} and above"
     )
 
 
@@ -222,17 +224,20 @@ def report(
     as_json: JsonOption = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print the tables in Markdown.")] = False,
 ) -> None:
-    """Show what was measured when a bundle was trained: experts, dispatch, calibration and blends."""
+    """Show what was measured when a bundle was trained, experts, dispatch, calibration and blends, and its gate."""
     from bayes_dispatch.app.bundle import read_index
     from bayes_dispatch.app.shipped import bundle_directory
-    from bayes_dispatch.app.tables import report_markdown
+    from bayes_dispatch.dispatcher.gate import Gate
     from bayes_dispatch.storage import read_saved
 
     refuse_unused("--markdown", markdown, not as_json, "without --json", "both")
-    measured = read_saved(bundle_directory(bundle), "bundle.json", read_index)["report"]
-    if markdown and (tables := report_markdown(measured)):
-        return print(tables)
-    _print_report(measured, as_json)
+
+    def read(place: Path) -> tuple[Any, Gate | None]:
+        index = read_index(place)
+        gated = any(name.startswith("gate/") for name in index["files"])
+        return index["report"], Gate.load(place / "gate") if gated else None
+
+    _print_report(*read_saved(bundle_directory(bundle), "bundle.json", read), as_json, markdown)
 
 
 @app.command()
@@ -284,13 +289,21 @@ for _command in app.registered_commands:  # typer would keep the ends of the lin
     _command.help = "\n\n".join(" ".join(each.split()) for each in _paragraphs)
 
 
-def _print_report(report: Any, as_json: bool) -> None:
-    from bayes_dispatch.app.tables import report_tables
+def _print_report(measured: Any, gate: "Gate | None", as_json: bool, markdown: bool = False) -> None:
+    from bayes_dispatch.app.tables import report_markdown, report_tables
 
     if as_json:
-        return print_json(dict(report))
-    tables, console = report_tables(report), open_console()
-    if not tables:
+        return print_json({**measured, "gate": None if gate is None else _of_gate(gate)})
+    tables, console = report_tables(measured, gate), open_console()
+    if len(tables) == (gate is not None):
         print("Nothing was measured when this bundle was made. `bayes-dispatch diagnose` judges its dispatcher.")
-    for table in tables:
+    if markdown and tables:
+        print(report_markdown(measured, gate))
+    for table in () if markdown else tables:
         console.print(table.to_rich())
+    if gate is None:
+        print("It has no gate for foreign prompts. `bayes-dispatch calibrate-gate` makes one.")
+
+
+def _of_gate(gate: "Gate") -> dict[str, Any]:
+    return {"ranks": len(gate.scores), "bins": len(gate.edges), "least_rate": gate.least_rate}

@@ -25,6 +25,7 @@ from bayes_dispatch.app.commands import main as cli
 from bayes_dispatch.app.commands import terminal
 from bayes_dispatch.app.tables import report_markdown, report_tables
 from bayes_dispatch.dispatcher.estimator import Dispatcher
+from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.errors import BundleError
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
@@ -367,13 +368,18 @@ def test_version(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 def test_report_of_the_shipped_bundle(capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capfd, "report", "--json")
     assert (code, err) == (0, "")
-    report = json.loads(out)
+    report, gate = json.loads(out), Gate.load(SHIPPED / "gate")
+    told = report.pop("gate")
+    assert told == {"ranks": len(gate.scores), "bins": len(gate.edges), "least_rate": gate.least_rate}
     assert report == json.loads((SHIPPED / "bundle.json").read_text())["report"]
     _, out, _ = run(capfd, "report")
-    for table in report_tables(report):
+    for table in report_tables(report, gate):
         assert table.title.split(":")[0] in out
         assert all(str(row[0]) in out for row in table.rows)
-    assert run(capfd, "report", "--markdown") == (0, report_markdown(report) + "\n", "")
+    assert re.search(
+        rf"\nGate for foreign prompts\n.* {len(gate.scores)} .*{gate.least_rate_shown} *\n", out, re.DOTALL
+    )
+    assert run(capfd, "report", "--markdown") == (0, report_markdown(report, gate) + "\n", "")
 
 
 @pytest.mark.parametrize("report", [{"experts": 3}, {"experts": {"add": {}}}, {"dispatch": {}}])
@@ -495,6 +501,7 @@ def test_report_that_was_not_measured(saved: Path, capfd: pytest.CaptureFixture[
     code, out, err = run(capfd, "report", "--bundle", saved)
     assert (code, err) == (0, "")
     assert out.startswith("Nothing was measured")
+    assert "\nIt has no gate for foreign prompts." in out
     assert run(capfd, "report", "--bundle", saved, "--markdown") == (0, out, "")
 
 
@@ -504,7 +511,7 @@ def test_report_reads_the_index_alone(saved: Path, capfd: pytest.CaptureFixture[
     Path("moved").mkdir()
     Path("moved/bundle.json").write_text(json.dumps(index | {"report": {"note": "kept"}}))
     code, out, err = run(capfd, "report", "--bundle", "moved", "--json")
-    assert (code, json.loads(out), err) == (0, {"note": "kept"}, "")
+    assert (code, json.loads(out), err) == (0, {"note": "kept", "gate": None}, "")
     Path("moved/bundle.json").write_text(json.dumps(index | {"format": 99}))
     assert_one_line(*run(capfd, "report", "--bundle", "moved"))
 

@@ -290,6 +290,15 @@ class TestFiles:
             Gate.load(tmp_path)
 
 
+@pytest.mark.parametrize("count", [19, 21, 61, 299, 999, 12_345])
+def test_the_least_rate_can_be_asked_for_as_it_is_shown(count: int) -> None:
+    """1/62 is .0161 in three digits, and more than that."""
+    one, places = np.ones(3), np.ones(count, dtype=int)
+    gate = Gate("", one / 3, one, one, np.ones(1), np.zeros(count), places, places - 1)
+    gate.check_rate(float(gate.least_rate_shown))
+    assert gate.least_rate <= float(gate.least_rate_shown) < 1.01 * gate.least_rate
+
+
 def test_it_cannot_be_changed(gate: Gate) -> None:
     for own in (gate, pickle.loads(pickle.dumps(gate))):
         with pytest.raises(ValueError, match="read-only"):

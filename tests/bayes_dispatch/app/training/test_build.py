@@ -131,7 +131,7 @@ def test_a_dispatcher_of_examples(
     assert bundle.gate is not None
     assert (len(bundle.gate.scores), bundle.gate.least_rate) == (42 + 21, 1 / 22)  # a text is in one of a kind
     _tell(bundle, tmp_path / "b", "a model", as_json=False)
-    assert "the gate on 63 of them, for false-alarm rates of 0.045 and above\n" in capsys.readouterr().out
+    assert "the gate on 63 of them, for false-alarm rates of 0.0455 and above\n" in capsys.readouterr().out
     assert set(bundle.report["gains"]) == set(EXAMPLES)
     assert load_bundle(tmp_path / "b").dispatcher.predict_set(
         bd.first_pass(backbone, backbone.tokenizer, [EXAMPLES["high"][3]]).evidence, 0.95
