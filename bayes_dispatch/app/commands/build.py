@@ -1,6 +1,5 @@
 """``bayes-dispatch build`` and ``train-documents``: a bundle of a transformers model, from its experts or to train."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +8,7 @@ import typer
 from bayes_dispatch.app.commands.terminal import (
     JsonOption,
     SeedOption,
+    announce,
     check_new_output,
     named_paths,
     print_json,
@@ -99,7 +99,7 @@ def build(
         settings=settings,
         out=out,
         progress=True,
-        announce=_announce,
+        announce=announce,
     )
     _tell(bundle, out, model, as_json)
 
@@ -143,12 +143,8 @@ def train_documents(
     backbone = transformers_backbone(model, device="cpu", dtype="float32", cast="bfloat16")
     plan = DocumentsPlan.of(kind, backbone, seed)
     domains = [found[name] for name in chosen]
-    bundle = train(backbone, domains, plan, out, announce=_announce)
+    bundle = train(backbone, domains, plan, out, announce=announce)
     _tell(bundle, out, model, as_json)
-
-
-def _announce(line: str) -> None:
-    print(f"bayes-dispatch: {line}", file=sys.stderr)
 
 
 def _tell(bundle: "Bundle", out: Path, model: str, as_json: bool) -> None:

@@ -28,6 +28,7 @@ from bayes_dispatch.app.commands.terminal import (
     OwnTextOption,
     PackagesOption,
     SeedOption,
+    announce,
     check_new_output,
     check_output,
     open_bundle,
@@ -166,9 +167,6 @@ def train(
 
     if plan not in PLANS:
         raise UnknownNameError(f"expected a plan of {', '.join(PLANS)}, got {plan!r}")
-
-    def announce(stage: str) -> None:
-        print(f"{stage} …", file=sys.stderr)
 
     use_one_thread()
     begun = time.perf_counter()

@@ -39,6 +39,7 @@ __all__ = [
     "SeedOption",
     "TemperatureOption",
     "TopKOption",
+    "announce",
     "check_new_output",
     "components_of",
     "check_output",
@@ -125,6 +126,11 @@ def say_aside(kind: str, message: str) -> None:
     """One line on stderr."""
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
     print(f"bayes-dispatch: {kind}: {line}", file=sys.stderr)
+
+
+def announce(stage: str) -> None:
+    """A line on stderr as a stage begins that may take minutes; progress bars are for terminals alone."""
+    print(f"bayes-dispatch: {stage}", file=sys.stderr, flush=True)
 
 
 def refuse_unused(option: str, value: object, used: bool, needs: str, got: str = "it without") -> None:

@@ -1,6 +1,5 @@
 """``bayes-dispatch train-expert`` and ``train-experts``: experts on a user's own files, and a bundle that has them."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ from bayes_dispatch.app.commands.terminal import (
     BundleOption,
     JsonOption,
     SeedOption,
+    announce,
     check_new_output,
     named_paths,
     open_bundle,
@@ -228,10 +228,13 @@ def _train(
         check_texts(old, keep)
         if len({*keep, *names}) < 2:
             raise ConfigError(f"expected at least two experts, another file or --keep-experts, got {names[0]} alone")
-    trained = {domain.name: (train(old, domain, settings), domain) for domain in domains}
+    trained = {}
+    for place, domain in enumerate(domains, 1):
+        announce(f"expert {domain.name}" + (f", {place} of {len(domains)}" if len(domains) > 1 else ""))
+        trained[domain.name] = train(old, domain, settings), domain
     if refit:
-        refitting = RefitSettings(seed=settings.seed)
-        new = add_experts(old, trained, keep, refitting, True, lambda line: print(line, file=sys.stderr))
+        announce("dispatcher")
+        new = add_experts(old, trained, keep, RefitSettings(seed=settings.seed), True, announce)
         new.save(out)
         experts = new.experts
     else:
@@ -261,6 +264,7 @@ def _train_alone(
     if settings.kind == "lora":
         check_export(out)  # before training, not after it
     backbone = transformers_backbone(model, **{"device": "cpu", "dtype": "auto", **loading})
+    announce(f"expert {domain.name}")
     expert = train(backbone, domain, settings, progress=True)
     bank = ExpertBank([expert])
     if settings.kind == "lora":
