@@ -5,6 +5,7 @@ NumPy's numbers count as Python's. A truth value is no number, and ``3.0`` is no
 
 import math
 import operator
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -137,6 +138,17 @@ def set_whole(settings: object, **at_least: int) -> None:
         object.__setattr__(settings, name, whole(name, getattr(settings, name), least, MOST))
     if hasattr(settings, "seed"):
         object.__setattr__(settings, "seed", seed(settings.seed))
+
+
+def in_order(name: str, given: Mapping[str, Any], components: Sequence[str]) -> list[Any]:
+    """What was given by the name of a component, in the order of the components; who is not named has 0.
+
+    Raises:
+        ConfigError: a name of none of them.
+    """
+    if unknown := [each for each in given if each not in components]:
+        raise ConfigError(f"expected {name} of {', '.join(components)}, got one of {shown(unknown[0])}")
+    return [given.get(each, 0) for each in components]
 
 
 def simplex(name: str, value: object) -> np.ndarray:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from jaxtyping import Float
 
-from bayes_dispatch.arguments import simplex
+from bayes_dispatch.arguments import in_order, simplex
 from bayes_dispatch.dispatcher.arrays import as_numbers
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
@@ -145,18 +145,21 @@ class Given:
     """Weights that are known: an oracle's, uniform ones, or base alone.
 
     Attributes:
-        weights: (K + 1,) for all prompts, or (N, K + 1).
+        weights: (K + 1,) for all prompts, or (N, K + 1); or by name, such as ``{"de": 0.7, "fr": 0.3}``, for all
+            prompts: who is not named has none.
     """
 
-    weights: np.ndarray
+    weights: np.ndarray | Mapping[str, float]
     name: str = "given"
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
-        shape = (len(check_prompts(prompts)), len(system.experts.components))
-        weights = as_numbers(self.weights, f"weights of {', '.join(system.experts.components)}")
+        components = system.experts.components
+        shape, given = (len(check_prompts(prompts)), len(components)), self.weights
+        given = in_order("weights", given, components) if isinstance(given, Mapping) else given
+        weights = as_numbers(given, f"weights of {', '.join(components)}")
         if weights.shape not in (shape, shape[1:]):
             raise TensorError(f"expected weights of shape {shape[1:]} or {shape}, got {weights.shape}")
-        return DispatchPosterior(np.broadcast_to(weights, shape)[None], system.experts.components)
+        return DispatchPosterior(np.broadcast_to(weights, shape)[None], components)
 
 
 def one_hot_draws(

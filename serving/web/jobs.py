@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from bayes_dispatch.arguments import seed as checked_seed
-from bayes_dispatch.arguments import shown, whole
+from bayes_dispatch.arguments import MOST, in_order, shown, whole
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.chat.form import Form
 from bayes_dispatch.inference.two_pass.blends import Blend, FixedWeights, as_blend
@@ -217,13 +216,10 @@ class Jobs:
 
     def _weights(self, given: Any) -> tuple[float, ...]:
         """In the order of the components; who is not named has none."""
-        if isinstance(given, list):
-            if len(given) != len(self._components):
-                raise ConfigError(f"expected {len(self._components)} weights, got {len(given)}")
-            return tuple(map(float, given))
-        if unknown := given.keys() - set(self._components):
-            raise ConfigError(f"expected weights of {', '.join(self._components)}, got one of {min(unknown)!r:.80}")
-        return tuple(float(given.get(name, 0)) for name in self._components)
+        found = given if isinstance(given, list) else in_order("weights", given, self._components)
+        if len(found) != len(self._components):
+            raise ConfigError(f"expected {len(self._components)} weights, got {len(found)}")
+        return tuple(map(float, found))
 
 
 def _with_draws(blend: Blend, draws: int) -> Blend:
@@ -247,5 +243,4 @@ def _seed(given: int | None, choices: int) -> int:
     if given is None:
         return secrets.randbelow(SEEDS)
     with naming("seed"):
-        checked_seed(checked_seed(given) + choices)  # generators of sampling go one further
-    return given
+        return whole("seed", given, 0, MOST - choices)  # generators of sampling go one further

@@ -1,5 +1,6 @@
 """How anything is refused: OpenAI's shape, ``{"error": {"message", "type", "param", "code"}}``, and its status."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ KINDS = {
     409: "conflict_error",
     429: "requests",
 }  # of type; below 500, others are the request's
+SHOULD = re.compile(r"^\w+ should ")  # as what pydantic says begins, of an input, a list, a text
 
 
 class RefusedError(Exception):
@@ -118,6 +120,5 @@ def of_fields(error: ValidationError) -> RefusedError:
         return RefusedError(400, f"expected the field {place}, got none", param=place, code="missing_field")
     if kind == "value_error":
         return RefusedError(400, told.removeprefix("Value error, "), param=place)
-    if told.startswith("Input should be "):
-        told = "to be " + told.removeprefix("Input should be ")
+    told = SHOULD.sub("to ", told).partition(" after validation")[0]
     return RefusedError(400, f"expected {place or 'the body'} {told}, got {shown(first['input'])}", param=place or None)

@@ -153,6 +153,14 @@ def test_category_documents_score_the_category_alone() -> None:
     assert seen == {"reverse\n", "sorted\n"}
 
 
+def test_weights_by_name_are_those_in_order(bundle: Any) -> None:
+    found, expected = (
+        Given(weights).posterior(bundle, PROMPTS, 0).weights
+        for weights in ({"base": 0.25, "sort": 0.75}, np.array([0, 0.75, 0, 0.25]))
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_refuses(bundle: Any) -> None:
     for wrong in ("x", AskedModel, 1):
@@ -169,10 +177,12 @@ def test_refuses(bundle: Any) -> None:
         AskedModel({"sort": "add"}).posterior(bundle, PROMPTS, 0)
     with pytest.raises(TensorError, match="expected weights of shape"):
         Given(np.ones(3) / 3).posterior(bundle, PROMPTS, 0)
-    with pytest.raises(
-        TensorError, match=r"^expected numbers as weights of reverse, sort, add, base, got dict that holds"
-    ):
-        Given({"sort": 1.0}).posterior(bundle, PROMPTS, 0)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^expected weights of reverse, sort, add, base, got one of 'shift'$"):
+        Given({"sort": 0.5, "shift": 0.5}).posterior(bundle, PROMPTS, 0)
+    with pytest.raises(TensorError, match=r"^expected numbers as weights of reverse, sort, add, base, got list that"):
+        Given({"sort": "x"}).posterior(bundle, PROMPTS, 0)  # type: ignore[dict-item]
+    with pytest.raises(TensorError, match=r"^expected weights on the simplex"):
+        Given({"sort": 0.5}).posterior(bundle, PROMPTS, 0)
     foreign = ExpertVector("asked", {"a": torch.ones(2)}, "another")
     with pytest.raises(ForeignExpertError, match="made for base model"):
         AskedExpert(foreign).posterior(bundle, PROMPTS, 0)

@@ -249,6 +249,26 @@ def test_refused_by_name(served: Served, endpoint: str, given: dict[str, Any], p
 
 
 @pytest.mark.parametrize(
+    ("endpoint", "given", "message"),
+    [
+        (
+            "completions",
+            {"seed": 2**63 - 1},
+            f"expected seed to be a whole number from 0 to {2**63 - 2}, got {2**63 - 1}",
+        ),
+        ("completions", {"n": 9}, "expected n to be less than or equal to 8, got 9"),
+        ("chat/completions", {"messages": []}, "expected messages to have at least 1 item, got []"),
+        ("feedback", {"id": "a" * 81}, f"expected id to have at most 80 characters, got '{'a' * 79}"),
+    ],
+)
+def test_what_was_expected_is_told_as_it_was_sent(
+    served: Served, endpoint: str, given: dict[str, Any], message: str
+) -> None:
+    answer = served.http.post(f"/v1/{endpoint}", json=ASKED.get(endpoint, {}) | given)
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, message)
+
+
+@pytest.mark.parametrize(
     ("endpoint", "kind"),
     [("completions", CompletionAsked), ("chat/completions", ChatAsked), ("dispatch", DispatchAsked)],
 )
