@@ -87,7 +87,7 @@ class Classified:
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
         evidence = first_pass(system.model, system.tokenizer, prompts, cut=cut_of(system)).evidence
-        shares = np.asarray(self.classify(evidence))
+        shares = as_numbers(self.classify(evidence), "probabilities")
         return one_hot_draws(shares, system.experts.components, prompt_seeds(seed, check_prompts(prompts)))
 
 
@@ -154,8 +154,8 @@ class Given:
 
     def posterior(self, system: System, prompts: Sequence[str | bytes], seed: int | None) -> DispatchPosterior:
         components = system.experts.components
-        shape, given = (len(check_prompts(prompts)), len(components)), self.weights
-        given = in_order("weights", given, components) if isinstance(given, Mapping) else given
+        shape = len(check_prompts(prompts)), len(components)
+        given = in_order("weights", self.weights, components) if isinstance(self.weights, Mapping) else self.weights
         weights = as_numbers(given, f"weights of {', '.join(components)}")
         if weights.shape not in (shape, shape[1:]):
             raise TensorError(f"expected weights of shape {shape[1:]} or {shape}, got {weights.shape}")

@@ -153,6 +153,13 @@ def test_category_documents_score_the_category_alone() -> None:
     assert seen == {"reverse\n", "sorted\n"}
 
 
+def test_a_classifier_may_give_tensors(bundle: Any) -> None:
+    """With gradients, as a layer gives them."""
+    shares = torch.tensor([0.5, 0.25, 0.25, 0.0], requires_grad=True)
+    found = Classified(lambda evidence: shares.tile(len(evidence), 1))  # type: ignore[arg-type, return-value]
+    np.testing.assert_array_equal(found.posterior(bundle, PROMPTS, 0).mean, np.tile(shares.tolist(), (len(PROMPTS), 1)))
+
+
 def test_weights_by_name_are_those_in_order(bundle: Any) -> None:
     found, expected = (
         Given(weights).posterior(bundle, PROMPTS, 0).weights

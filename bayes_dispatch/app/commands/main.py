@@ -31,6 +31,7 @@ from bayes_dispatch.app.commands.terminal import (
     announce,
     check_new_output,
     check_output,
+    components_of,
     open_bundle,
     open_console,
     own_domains,
@@ -133,8 +134,12 @@ def demo(
 ) -> None:
     """Continue a few fixed prompts under every blend, and write tables, texts and pictures."""
     check_output(out)
-    from bayes_dispatch.app.demo import run_demo
+    from bayes_dispatch.app.demo import FILES, TITLE, run_demo
+    from bayes_dispatch.app.demo_prompts import prompts_for
+    from bayes_dispatch.app.reports import check_report
 
+    check_report(out, FILES, TITLE)
+    prompts_for(components_of(bundle)[:-1])  # experts of which it asks nothing are told before the model is loaded
     begun, console = time.perf_counter(), open_console()
     files = run_demo(open_bundle(bundle), out, seed, console)
     console.print(f"Done in {time.perf_counter() - begun:.0f} s:", *files, highlight=False, soft_wrap=True)

@@ -2,6 +2,7 @@
 shipped model dispatches its prompts rightly."""
 
 import io
+import json
 import os
 from pathlib import Path
 
@@ -57,6 +58,24 @@ def test_experts_of_languages_are_asked_in_languages() -> None:
     assert len({prompt.name for prompt in REAL_PROMPTS}) == len(REAL_PROMPTS)
     with pytest.raises(ConfigError, match=r"^expected experts of reverse, .*, got notes, mails$"):
         prompts_for(("notes", "mails"))  # of which none would answer rightly
+
+
+def test_what_cannot_be_shown_is_told_before_the_model_is_read(
+    bundle: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """There is no model here."""
+    bundle.experts.renamed("reverse", "a").renamed("sort", "b").renamed("add", "c").save(tmp_path / "experts")
+    (tmp_path / "bundle.json").write_text(json.dumps({"format": 1, "files": {}, "report": {}}))
+    (tmp_path / "out").mkdir()
+    for told in (
+        "expected experts of reverse, ",
+        f"expected no path.png in {tmp_path / 'out'}, or that of an earlier run",
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(["demo", "--bundle", str(tmp_path), "--out", str(tmp_path / "out")])
+        assert stopped.value.code == 2
+        assert capfd.readouterr().err.startswith(f"bayes-dispatch: error: {told}")
+        (tmp_path / "out" / "path.png").write_bytes(b"mine")
 
 
 def test_prompts_are_of_all_kinds() -> None:
