@@ -69,10 +69,10 @@ def fit(
     given = [] if examples is None else read_examples(examples)
     if examples is not None:
         check_examples(given, components_of(bundle), examples)
-    system, made = open_bundle(bundle, device, dtype), 0
     if evidence is not None:
         known = read_evidence(evidence)
-    elif examples is not None:
+    system, made = open_bundle(bundle, device, dtype), 0
+    if examples is not None:
         for each in given:
             if not system.tokenizer.tokenize(each.text).ids:
                 raise PromptError(f"expected a prompt of at least 1 token in line {each.line} of {examples}, got none")

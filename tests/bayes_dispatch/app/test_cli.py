@@ -614,6 +614,18 @@ def test_an_expert_that_is_none_is_told_before_the_bundle_is_loaded(
     assert loaded == []
 
 
+@pytest.mark.parametrize("option", ["--examples", "--evidence"])
+def test_a_file_that_is_none_is_told_before_the_bundle_is_loaded(
+    saved: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    loaded: list[Path] = []
+    monkeypatch.setattr("bayes_dispatch.app.bundle.load_bundle", lambda path, **_: loaded.append(path))
+    code, out, err = run(capfd, "fit", option, "nowhere", "--out", "new", "--bundle", saved)
+    assert_one_line(code, out, err)
+    assert "nowhere, got: No such file or directory" in err
+    assert loaded == []
+
+
 def test_threads_are_those_that_a_model_gains_by(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One for a small model, and torch's own number for a large one, or where the environment tells."""
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
