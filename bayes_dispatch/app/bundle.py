@@ -5,6 +5,7 @@ that a truncated or edited file is refused before anything is read from it.
 """
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -93,8 +94,12 @@ class Bundle:
 
         Raises:
             BundleError: the directory is a link, or holds anything else.
-            ConfigError: a model of that library that has neither directory nor name.
+            ConfigError: a model of that library that has neither directory nor name, or a report that JSON cannot hold.
         """
+        try:
+            json.dumps(dict(self.report))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"expected a report of JSON values, got another: {error}") from None
         reference = None if isinstance(self.model, MambaFormerForCausalLM) else _reference(self)
         with save_directory(Path(directory), "bundle.json") as target:
             if isinstance(self.model, MambaFormerForCausalLM):

@@ -36,6 +36,7 @@ from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import FOREIGN_TEXTS, Domain
 from bayes_dispatch.experts.domains.mixtures import LONGEST_CHARACTER
 from bayes_dispatch.inference.scoring.evidence_sets import foreign_evidence, mixed_evidence, pure_evidence
+from bayes_dispatch.storage import finite
 
 __all__ = ["Diagnosis", "DiagnosisSettings", "HeldOutDiagnosis", "diagnose"]
 
@@ -154,7 +155,7 @@ class Diagnosis:
             "unjudged": list(self.unjudged),
             "ranks": _verdicts(self.ranks),
         } | ({} if self.held_out is None else self.held_out.to_dict())
-        return {name: _finite(value) for name, value in found.items()}
+        return {name: finite(value) for name, value in found.items()}
 
 
 def diagnose(
@@ -249,14 +250,6 @@ def _by_length(
             if some.calibrated is not None:
                 found[name] |= {f"calibrated {p:.0%}": calibrated_coverage(some, known, p) for p in JUDGED}
     return found
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(each) for name, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _verdicts(ranks: SimulationBasedCalibration) -> dict[str, Any]:

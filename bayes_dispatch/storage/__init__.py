@@ -20,7 +20,7 @@ from bayes_dispatch.storage.directories import (
     work_beside,
     write_directory,
 )
-from bayes_dispatch.storage.documents import digest, expect_digest, expecting, parse_json, read_json, write_json
+from bayes_dispatch.storage.documents import digest, expect_digest, expecting, finite, parse_json, read_json, write_json
 from bayes_dispatch.storage.files import TEMPORARY, check_replaceable, keep_file, read_bytes, replace_file, write_output
 from bayes_dispatch.storage.tensors import check_tensors, parse_tensors, read_tensors, tensors_as_bytes, write_tensors
 
@@ -36,6 +36,7 @@ __all__ = [
     "digest",
     "expect_digest",
     "expecting",
+    "finite",
     "keep_file",
     "parse_json",
     "parse_tensors",

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from bayes_dispatch.errors import BayesDispatchError, BundleError
 from bayes_dispatch.storage.files import read_bytes, write_output
 
-__all__ = ["digest", "expect_digest", "expecting", "parse_json", "read_json", "write_json"]
+__all__ = ["digest", "expect_digest", "expecting", "finite", "parse_json", "read_json", "write_json"]
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -33,6 +34,15 @@ def parse_json(data: bytes, path: Path) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"expected JSON in {path}, got: {error}") from None
+
+
+def finite(value: Any) -> Any:
+    """What JSON holds with ``None`` in the place of numbers that are NaN or infinite, of which it has none."""
+    if isinstance(value, Mapping):
+        return {name: finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def digest(document: Mapping[str, Any], parts: Iterable[bytes] = ()) -> str:

@@ -209,8 +209,10 @@ def open_console() -> "Console":
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(document, indent=2, allow_nan=False))
+    """One JSON document on stdout, with ``null`` for numbers that are NaN or infinite."""
+    from bayes_dispatch.storage import finite
+
+    print(json.dumps(finite(document), indent=2, allow_nan=False))
 
 
 def check_output(path: Path) -> None:

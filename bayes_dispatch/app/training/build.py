@@ -15,7 +15,7 @@ import numpy as np
 
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.held_out import FEWEST_SEVERAL, settled
-from bayes_dispatch.arguments import seed, set_whole, several
+from bayes_dispatch.arguments import seed, set_whole, several, whole
 from bayes_dispatch.checks.reliability import expected_calibration_error
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
@@ -40,7 +40,16 @@ from bayes_dispatch.inference.two_pass.prompts import clipped
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.storage import digest, read_json, work_beside, write_json
 
-__all__ = ["PROGRAM", "BuildSettings", "build_bundle", "kept_at", "known_by", "our_version", "training_evidence"]
+__all__ = [
+    "PROGRAM",
+    "BuildSettings",
+    "build_bundle",
+    "kept_at",
+    "known_by",
+    "our_version",
+    "shortest_and_longest",
+    "training_evidence",
+]
 
 # The view "surprise" was tried on our own model: squared error on held-out mixtures .078 with it and .067 without.
 PROGRAM = Admixture(views={"hidden": "vectors", "counts": "counts"})
@@ -72,10 +81,20 @@ class BuildSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", seed(self.seed))
         set_whole(self, pure_prompts=1, mixed_prompts=0, gate_prompts=0)
-        low, high = self.prompt_lengths
-        if not LONGEST_CHARACTER <= low <= high:
-            least = f"expected prompt lengths of at least {LONGEST_CHARACTER} bytes, the shorter first"
-            raise ConfigError(f"{least}, got {low} and {high}")
+        object.__setattr__(self, "prompt_lengths", shortest_and_longest(self.prompt_lengths))
+
+
+def shortest_and_longest(lengths: object) -> tuple[int, int]:
+    """Lengths of prompts, in bytes.
+
+    Raises:
+        ConfigError: not two whole numbers that ascend, or one of less than the longest character.
+    """
+    given = several("prompt_lengths", lengths, 2)
+    low, high = (whole("each of prompt_lengths", each, LONGEST_CHARACTER) for each in given)
+    if low > high:
+        raise ConfigError(f"expected prompt_lengths that ascend, got {low} and {high}")
+    return low, high
 
 
 def build_bundle(

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from bayes_dispatch.arguments import shown
 from bayes_dispatch.dispatcher.evidence.reading import (
     COUNTS,
     PROBABILITIES,
@@ -73,7 +74,7 @@ class KeywordCounts:
         _check_sets("keywords", self.keywords)
         for column, (owner, keywords) in enumerate(self.keywords.items()):
             for keyword in keywords:
-                if not (words := _words(keyword)):
+                if not isinstance(keyword, str) or not (words := _words(keyword)):
                     raise ConfigError(f"expected keywords of at least one word in {owner!r}, got {keyword!r}")
                 self._column_of.setdefault(words, column)
 
@@ -230,6 +231,8 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _check_sets(what: str, sets: Mapping[str, Sequence[str]]) -> None:
+    if not isinstance(sets, Mapping):
+        raise ConfigError(f"expected {what} by name, got {shown(sets)}")
     if not sets:
         raise ConfigError(f"expected {what} of at least one name, got none")
     for owner, members in sets.items():

@@ -243,6 +243,12 @@ class TestForeign:
             pytest.importorskip("bayes_dispatch.serving.vllm.engine").VllmEngine(system, "http://127.0.0.1:9")
 
 
+def test_a_report_that_json_cannot_hold_is_not_saved(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^expected a report of JSON values, got another: .*int64"):
+        replace(bundle, report={"prompts": np.int64(3)}).save(tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_dispatcher_that_is_not_fitted_is_not_saved(bundle: Bundle, saved: Path) -> None:
     before = checksums(saved)
     with pytest.raises(NotFittedError):

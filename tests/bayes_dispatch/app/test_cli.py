@@ -505,6 +505,16 @@ def test_report_that_was_not_measured(saved: Path, capfd: pytest.CaptureFixture[
     assert run(capfd, "report", "--bundle", saved, "--markdown") == (0, out, "")
 
 
+def test_a_report_may_have_numbers_that_are_none(
+    bundle: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """JSON has none of these: ``null`` stands for them."""
+    replace(bundle, report={"gains": {"sort": {"gain": float("nan")}, "of": [np.inf, 1]}}).save(tmp_path / "odd")
+    code, out, err = run(capfd, "report", "--bundle", tmp_path / "odd", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["gains"] == {"sort": {"gain": None}, "of": [None, 1]}
+
+
 def test_report_reads_the_index_alone(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """It is told without the model, which may be elsewhere; an index of another format is not."""
     index = json.loads((saved / "bundle.json").read_text())

@@ -206,6 +206,8 @@ def test_nothing_counted_or_a_row_of_nan_is_missing() -> None:
         (lambda: KeywordCounts({"a": []}), ConfigError, "a list of keywords for 'a', got none"),
         (lambda: KeywordCounts({"a": "def"}), ConfigError, "a list of keywords for 'a', got a single text"),
         (lambda: KeywordCounts({"a": ["x", "+"]}), ConfigError, "keywords of at least one word in 'a', got '\\+'"),
+        (lambda: KeywordCounts({"a": [5]}), ConfigError, "keywords of at least one word in 'a', got 5"),
+        (lambda: KeywordCounts(["a"]), ConfigError, r"keywords by name, got \['a'\]"),  # type: ignore[arg-type]
         (lambda: EmbeddingSimilarity(letters, {"a": []}), ConfigError, "a list of examples for 'a', got none"),
         (
             lambda: EmbeddingSimilarity(letters, {"a": ["!"]}),

@@ -18,6 +18,7 @@ from bayes_dispatch.app.bundle import load_bundle
 from bayes_dispatch.app.commands.build import _tell
 from bayes_dispatch.app.commands.main import main
 from bayes_dispatch.app.training.build import BuildSettings, build_bundle, kept_at, known_by
+from bayes_dispatch.app.training.own_expert import RefitSettings
 from bayes_dispatch.dispatcher.fitting.svi import SVISettings
 from bayes_dispatch.errors import BayesDispatchError, ConfigError, ForeignExpertError
 from bayes_dispatch.experts.domains import Domain, TextDomain
@@ -242,6 +243,14 @@ def test_lines_of_examples(tmp_path: Path) -> None:
     path.write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="expected UTF-8 text"):
         read_examples(path)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("lengths", [5, (5,), ("a", "b"), (4.5, 9), (3, 9), (9, 8), "ab"])
+def test_bad_lengths(lengths: Any) -> None:
+    for settings in (BuildSettings, RefitSettings):
+        with pytest.raises(ConfigError, match=r"^expected (each of )?prompt_lengths [^\n]*, got [^\n]+$"):
+            settings(prompt_lengths=lengths)
 
 
 @pytest.mark.usefixtures("unchecked")
