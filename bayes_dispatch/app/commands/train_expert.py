@@ -228,12 +228,14 @@ def _train(
         check_texts(old, keep)
         if len({*keep, *names}) < 2:
             raise ConfigError(f"expected at least two experts, another file or --keep-experts, got {names[0]} alone")
-    trained = {}
+    trained, several = {}, len(domains) > 1
     for place, domain in enumerate(domains, 1):
-        announce(f"expert {domain.name}" + (f", {place} of {len(domains)}" if len(domains) > 1 else ""))
+        if several:
+            announce(f"expert {domain.name}, {place} of {len(domains)}")
         trained[domain.name] = train(old, domain, settings), domain
     if refit:
-        announce("dispatcher")
+        if several:
+            announce("dispatcher")
         new = add_experts(old, trained, keep, RefitSettings(seed=settings.seed), True, announce)
         new.save(out)
         experts = new.experts
@@ -264,7 +266,6 @@ def _train_alone(
     if settings.kind == "lora":
         check_export(out)  # before training, not after it
     backbone = transformers_backbone(model, **{"device": "cpu", "dtype": "auto", **loading})
-    announce(f"expert {domain.name}")
     expert = train(backbone, domain, settings, progress=True)
     bank = ExpertBank([expert])
     if settings.kind == "lora":
