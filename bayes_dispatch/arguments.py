@@ -113,7 +113,8 @@ def several(name: str, value: object, count: int | None = None) -> list[Any]:
 
 def shown(value: object) -> str:
     """What came, in a line."""
-    return f"{' '.join(repr(value).split()):.80}"
+    plain = value.item() if isinstance(value, np.generic) else value
+    return f"{' '.join(repr(plain).split()):.80}"
 
 
 def seed(value: object, name: str = "seed") -> int:

@@ -81,3 +81,9 @@ class CacheFullError(BayesDispatchError):
 
 class MissingDependencyError(BayesDispatchError, ImportError):
     """An optional library that the called part needs is not installed; the message names the extra that has it."""
+
+    @classmethod
+    def of(cls, extra: str, error: ImportError) -> "MissingDependencyError":
+        """What to say where ``error`` came since the extra is not installed."""
+        told = f"expected the extra {extra} (pip install '.[{extra}]' in a copy of the repository)"
+        return cls(f"{told}, got no {error.name}")

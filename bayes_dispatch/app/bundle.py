@@ -19,7 +19,7 @@ from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_evidence
 from bayes_dispatch.dispatcher.gate import Gate
-from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError
+from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError, MissingDependencyError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.inference.two_pass.first_pass import VIEWS
 from bayes_dispatch.inference.two_pass.system import check_system, cut_of
@@ -210,12 +210,14 @@ def _base_model(directory: Path, reference: dict[str, Any] | None, device: str, 
     if reference is None:
         refuse_elsewhere(directory, device, dtype)
         return MambaFormerForCausalLM.from_pretrained(directory / "model")
-    found = transformers_backbone(
-        reference["path"], device=device, dtype=reference["dtype"], cast=dtype or reference.get("cast")
-    )
+    path = reference["path"]
+    if Path(path).is_absolute() and not Path(path).is_dir():
+        told = f"expected the base model of {directory} where it was, in {path}"
+        raise ConfigError(f"{told}, got no such directory: put a link there, or give load_bundle the model")
+    found = transformers_backbone(path, device=device, dtype=reference["dtype"], cast=dtype or reference.get("cast"))
     if found.fingerprint() != reference.get("fingerprint"):
         raise ForeignExpertError(
-            f"expected the base model {reference.get('fingerprint')} in {reference['path']}, got {found.fingerprint()}"
+            f"expected the base model {reference.get('fingerprint')} in {path}, got {found.fingerprint()}"
         )
     return found
 
@@ -234,12 +236,13 @@ def transformers_backbone(path: str, *, device: str, dtype: str, cast: str | Non
     package (``app.shipped``).
 
     Raises:
-        ConfigError: the library is not installed, a dtype that is none, or what cannot be loaded.
+        MissingDependencyError: the library is not installed.
+        ConfigError: a dtype that is none, or what cannot be loaded.
     """
     try:
         from bayes_dispatch.model.transformers.backbone import DTYPES, TransformersBackbone
-    except ImportError:
-        raise ConfigError(f"expected transformers for {path}: the extra hf of this package, got none") from None
+    except ImportError as error:
+        raise MissingDependencyError.of("hf", error) from None
     for asked in {dtype, cast or dtype}:
         if asked not in DTYPES:
             raise ConfigError(f"expected a dtype of {', '.join(DTYPES)}, got {asked!r}")

@@ -48,8 +48,7 @@ class EngineOf:
         try:
             from bayes_dispatch.serving.vllm.engine import VllmEngine
         except ImportError as error:
-            message = f"expected the extra vllm (pip install 'bayes-dispatch[vllm]'), got no {error.name}"
-            raise MissingDependencyError(message) from None
+            raise MissingDependencyError.of("vllm", error) from None
         return VllmEngine(system, self.vllm, self.limits, self.key)
 
     def _batched(self, system: System) -> Engine:

@@ -81,10 +81,8 @@ def as_labels(labels: Any, count: int | None, classes: int, least: int = 0) -> I
     return array.astype(np.int64)
 
 
-def as_codes(
-    labels: Any, count: int | None, names: Sequence[str], classes: int | None = None, least: int = 0
-) -> Int[np.ndarray, " row"]:
-    """Labels as numbers, of which there are ``classes``, or as ``names``, and ``None`` or NaN where −1 may be."""
+def as_codes(labels: Any, count: int | None, names: Sequence[str], least: int = 0) -> Int[np.ndarray, " row"]:
+    """Labels as the numbers of ``names``, or as these, and ``None`` or NaN where −1 may be."""
     array = as_numbers(labels, "labels", None)
     if any(isinstance(label, str) for label in array.flat):
         known: dict[str | None, int] = {name: code for code, name in enumerate(names)}
@@ -93,8 +91,8 @@ def as_codes(
         given = [None if isinstance(label, float) and np.isnan(label) else label for label in array.flat]
         if odd := [label for label in given if not isinstance(label, str | None) or label not in known]:
             raise TensorError(f"expected labels among {', '.join(names)}, got {shown(odd[0])}")
-        array, classes = np.array([known[label] for label in given]).reshape(array.shape), len(names)
-    return as_labels(array, count, len(names) if classes is None else classes, least)
+        array = np.array([known[label] for label in given]).reshape(array.shape)
+    return as_labels(array, count, len(names), least)
 
 
 def as_rows(indices: Any, count: int, error: type[BayesDispatchError] = TensorError) -> Int[np.ndarray, "..."]:

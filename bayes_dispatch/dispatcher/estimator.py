@@ -193,7 +193,7 @@ class Dispatcher:
         Args:
             X: evidence of N prompts, or an array ``(N, F)`` taken as their hidden view.
             y: ``(N,)`` the expert of each prompt: its name, as :meth:`predict` has it (``"base"`` too), and ``None`` or
-                NaN where unknown; or its index, and −1 where unknown. ``None`` for no labels at all.
+                NaN where unknown; or its index, K for base, and −1 where unknown. ``None`` for no labels at all.
             mixtures: ``(N, K+1)`` known weights, base last, NaN rows where unknown; they win over labels.
             progress: show progress bars.
 
@@ -202,7 +202,7 @@ class Dispatcher:
 
         Raises:
             EvidenceError: bad evidence, none of the views that the dispatcher reads, or one that next to no prompt has.
-            TensorError: labels outside −1 … K−1, or of other names; mixtures off the simplex, or another N.
+            TensorError: labels outside −1 … K, or of other names; mixtures off the simplex, or another N.
         """
         data = TrainingSet.of(X, y, mixtures, self.experts)
         settings = (self.svi, self.features)

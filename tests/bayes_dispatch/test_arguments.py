@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bayes_dispatch.arguments import real, seed, several, simplex, whole
+from bayes_dispatch.arguments import real, seed, several, shown, simplex, whole
 from bayes_dispatch.errors import ConfigError
 
 
@@ -18,6 +18,10 @@ def test_numpy_numbers_are_numbers(value: object) -> None:
         assert type(found) is int
     assert real("x", value) == 3.0
     assert type(real("x", np.float32(0.5))) is float
+
+
+def test_numpy_values_are_shown_as_plain_ones() -> None:
+    assert [shown(np.str_("x")), shown(np.float64(0.5)), shown("a\nb")] == ["'x'", "0.5", "'a\\nb'"]
 
 
 @pytest.mark.parametrize(

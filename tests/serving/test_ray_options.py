@@ -137,7 +137,7 @@ def test_ray_is_asked_for_by_name(
     with pytest.raises(SystemExit) as ended:
         cli.main(command)
     assert ended.value.code == 2
-    told = f"expected the extra ray (pip install 'bayes-dispatch[{extra}]'), got no ray"
+    told = f"expected the extra {extra} (pip install '.[{extra}]' in a copy of the repository), got no ray"
     assert capfd.readouterr().err == f"bayes-dispatch: error: {told}\n"
 
 

@@ -153,6 +153,8 @@ def _tell(bundle: "Bundle", out: Path, model: str, as_json: bool) -> None:
         return print_json({"out": str(out), "experts": names, "cut": bundle.cut, "report": dict(bundle.report)})
     shared = f"; its first {bundle.cut} blocks run once for all of them" if bundle.cut else ""
     print(f"wrote {out}: experts {', '.join(names)} of {model}{shared}")
+    if not bundle.dispatcher.views:
+        print("without examples: a flat dispatcher, no calibrated intervals, and no gate")
     if "calibration" in bundle.report:
         found = bundle.report["calibration"]
         once = ", each of another example," if set(names) <= bundle.report["examples"].keys() else ""

@@ -107,8 +107,7 @@ def serve(
         from bayes_dispatch.serving.web.server import Server, listen
         from bayes_dispatch.serving.web.settings import WebSettings
     except ImportError as error:
-        message = f"expected the extra serve (pip install 'bayes-dispatch[serve]'), got no {error.name}"
-        raise MissingDependencyError(message) from None
+        raise MissingDependencyError.of("serve", error) from None
     known = Keys.given(keys, os.environ)
     refuse_unused("--no-keys", no_keys, known is None, "without keys", "both")
     if known is None and not no_keys and not is_loopback(host):
@@ -163,8 +162,7 @@ def _scale(replicas: str, busy: int, cpus: float, device: str) -> "Scale":
     try:
         from bayes_dispatch.serving.ray.cluster import Scale
     except ImportError as error:
-        message = f"expected the extra ray (pip install 'bayes-dispatch[serve,ray]'), got no {error.name}"
-        raise MissingDependencyError(message) from None
+        raise MissingDependencyError.of("serve,ray", error) from None
     return Scale.read(replicas, busy, cpus, int(device == "cuda"))
 
 

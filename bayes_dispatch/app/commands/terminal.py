@@ -271,8 +271,7 @@ def mapped_on_ray(device: str) -> "AbstractContextManager[MapBlocks]":
     try:
         from bayes_dispatch.serving.ray.bulk import blocks_on_ray
     except ImportError as error:
-        message = f"expected the extra ray (pip install 'bayes-dispatch[ray]'), got no {error.name}"
-        raise MissingDependencyError(message) from None
+        raise MissingDependencyError.of("ray", error) from None
     return blocks_on_ray()
 
 

@@ -13,9 +13,7 @@ try:
     import jax  # noqa: F401
     import numpyro  # noqa: F401
 except ImportError as error:
-    raise MissingDependencyError(
-        f"expected jax and numpyro for the reference posterior, got {error}: pip install 'bayes-dispatch[reference]'"
-    ) from error
+    raise MissingDependencyError.of("reference", error) from error
 
 from bayes_dispatch.checks.reference.draws import ReferencePosterior
 from bayes_dispatch.checks.reference.nuts import conditional_posterior, joint_posterior, reference_posterior

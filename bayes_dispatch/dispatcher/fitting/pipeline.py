@@ -123,16 +123,16 @@ class TrainingSet:
     def of(cls, given: Evidence | np.ndarray, labels: object, mixtures: object, experts: Sequence[str]) -> TrainingSet:
         """Check what users give, ``None`` for no labels or mixtures; known mixtures win over labels.
 
-        Labels are names, or numbers of experts; the name of base tells that the weights are known.
+        Labels are names, or numbers of components; that of base tells that the weights are known.
 
         Raises:
             EvidenceError: bad evidence.
-            TensorError: labels outside −1 … K−1, or of other names; mixtures off the simplex, or another N.
+            TensorError: labels outside −1 … K, or of other names; mixtures off the simplex, or another N.
         """
         evidence, count, base = as_evidence(given), len(experts), np.eye(len(experts) + 1)[-1]
         codes = np.full(len(evidence), -1)
         if labels is not None:
-            codes = as_codes(labels, len(evidence), (*experts, "base"), count, -1)
+            codes = as_codes(labels, len(evidence), (*experts, "base"), least=-1)
         known = _mixtures(mixtures, len(evidence), count + 1)
         known[(codes == count) & ~np.isfinite(known).all(1)] = base
         return cls(evidence, np.where(np.isfinite(known).all(1), -1, codes), known)

@@ -137,6 +137,8 @@ def test_names_are_labels(plain: Dispatcher, few: "Sample") -> None:
     found = TrainingSet.of(few.evidence, names, None, NAMES)
     np.testing.assert_array_equal(found.labels, expected.labels)
     np.testing.assert_array_equal(found.known, expected.known)
+    codes = np.where(base, len(NAMES), few.labels)
+    np.testing.assert_array_equal(TrainingSet.of(few.evidence, codes, None, NAMES).known, expected.known)
     gaps = np.array(
         [np.nan if name is None else name for name in names], dtype=object
     )  # as a column of pandas has them
@@ -303,7 +305,7 @@ def test_mixtures_win_over_labels(few: "Sample", settings: "Settings") -> None:
 def test_bad_labels_and_mixtures(few: "Sample", settings: "Settings") -> None:
     dispatcher = Dispatcher(NAMES, **settings())
     labels: list[Any] = [
-        few.labels + 1,
+        few.labels + 2,
         few.labels - 1,
         few.labels[:-1],
         few.labels.astype(float),

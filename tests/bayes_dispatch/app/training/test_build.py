@@ -4,6 +4,7 @@ Bad input is one line, and nothing is left half-written.
 """
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -159,6 +160,21 @@ def test_a_dispatcher_of_examples(
             tmp_path / "nameless"
         )
     assert not (tmp_path / "nameless").exists()
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_model_that_has_moved_is_told_of(
+    model: Path, adapters: dict[str, Path], tmp_path: Path, run: Callable[..., str]
+) -> None:
+    here, there, out = tmp_path / "here", tmp_path / "there", tmp_path / "bundle"
+    shutil.copytree(model, here)
+    given = [word for name, path in adapters.items() for word in ("--adapter", f"{name}={path}")]
+    told = run("build", "--model", str(here), *given, "--out", str(out))
+    assert "a flat dispatcher, no calibrated intervals, and no gate" in told
+    here.rename(there)
+    with pytest.raises(ConfigError, match=f"^expected the base model of {out} where it was, in {here}, got no such"):
+        load_bundle(out)
+    assert load_bundle(out, model=TransformersBackbone.load(there)).experts.names == ("low", "high")
 
 
 @pytest.mark.usefixtures("unchecked")
