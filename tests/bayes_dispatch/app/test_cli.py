@@ -493,7 +493,7 @@ def test_no_number_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
         for value in ("nan", "-inf", *(["inf"] if each != "chat --threshold" else [])):
             code, out, err = run(capfd, command, f"{option}={value}", *needed)
             assert_one_line(code, out, err)
-            assert f"got {value}" in err or f"Invalid value for '{option}'" in err or "bayes-dispatch[serve,ray]" in err
+            assert f"got {value}" in err or f"Invalid value for '{option}'" in err or "the extra serve,ray" in err
 
 
 def test_report_that_was_not_measured(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
