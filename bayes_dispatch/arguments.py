@@ -117,6 +117,12 @@ def shown(value: object) -> str:
     return f"{' '.join(repr(plain).split()):.80}"
 
 
+def in_a_line(error: BaseException) -> str:
+    """What an error of a library says, in a line of at most 200 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else f"{text[:198]} …"
+
+
 def seed(value: object, name: str = "seed") -> int:
     """A seed: a whole number from 0 to 2⁶³ − 1, which every generator in use takes.
 

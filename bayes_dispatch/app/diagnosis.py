@@ -34,7 +34,7 @@ from bayes_dispatch.dispatcher.conformal import COUNTED
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.domains import FOREIGN_TEXTS, Domain
-from bayes_dispatch.experts.domains.mixtures import LONGEST_CHARACTER
+from bayes_dispatch.experts.domains.mixtures import LONGEST_CHARACTER, shortest_and_longest
 from bayes_dispatch.inference.scoring.evidence_sets import foreign_evidence, mixed_evidence, pure_evidence
 from bayes_dispatch.storage import finite
 
@@ -74,13 +74,11 @@ class DiagnosisSettings:
             raise ConfigError(
                 f"expected risk and delta between 0 and 1, got {shown(self.risk)} and {shown(self.delta)}"
             )
-        for name, count in (("lengths", None), ("mixture_lengths", 2)):
-            given = several(name, getattr(self, name), count)
-            object.__setattr__(self, name, tuple(whole(f"each of {name}", each, LONGEST_CHARACTER) for each in given))
+        given = several("lengths", self.lengths)
+        object.__setattr__(self, "lengths", tuple(whole("each of lengths", each, LONGEST_CHARACTER) for each in given))
+        object.__setattr__(self, "mixture_lengths", shortest_and_longest("mixture_lengths", self.mixture_lengths))
         if not self.lengths:
             raise ConfigError("expected at least one length of prompts, got none")
-        if self.mixture_lengths[0] > self.mixture_lengths[1]:
-            raise ConfigError(f"expected mixture_lengths that ascend, got {self.mixture_lengths}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,12 +5,34 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
+from bayes_dispatch.arguments import several, whole
+from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.documents import Document
 from bayes_dispatch.experts.domains.domain import Domain, Split
 
-__all__ = ["LONGEST_CHARACTER", "beginning_of", "joined_text", "mixed_parts", "mixed_text", "owners_of"]
+__all__ = [
+    "LONGEST_CHARACTER",
+    "beginning_of",
+    "joined_text",
+    "mixed_parts",
+    "mixed_text",
+    "owners_of",
+    "shortest_and_longest",
+]
 
 LONGEST_CHARACTER = 4  # bytes of UTF-8: a text that is cut to fewer may be left without any
+
+
+def shortest_and_longest(name: str, lengths: object) -> tuple[int, int]:
+    """Lengths of prompts in bytes.
+
+    Raises:
+        ConfigError: not two whole numbers that ascend, or one of less than ``LONGEST_CHARACTER``.
+    """
+    low, high = (whole(f"each of {name}", each, LONGEST_CHARACTER) for each in several(name, lengths, 2))
+    if low > high:
+        raise ConfigError(f"expected {name} that ascend, got {low} and {high}")
+    return low, high
 
 
 def mixed_text(

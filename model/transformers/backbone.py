@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy, deepcopy
 from functools import partial
 from pathlib import Path
-from textwrap import shorten
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as reports
 
-from bayes_dispatch.arguments import shown, whole
+from bayes_dispatch.arguments import in_a_line, shown, whole
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Delta, block_of, rows_of_ones
 from bayes_dispatch.model.backbone import check_tokens
@@ -99,7 +98,7 @@ class TransformersBackbone:
         try:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
-            raise ConfigError(f"expected a device of this machine, got {device}: {_line(error)}") from None
+            raise ConfigError(f"expected a device of this machine, got {device}: {in_a_line(error)}") from None
         local = Path(path).is_dir()
         if not local and (isinstance(path, Path) or not HUB_NAME.fullmatch(path)):
             raise ConfigError(f"expected a directory, or a name on the hub, got {path}")
@@ -343,7 +342,7 @@ def _read(
             model, found = loaded
             nn.Module.to(model, device)
     except Exception as error:  # a config can make that library fail in any way
-        reason = _line(error) if local else f"no such directory, and from the hub: {_line(error)}"
+        reason = in_a_line(error) if local else f"no such directory, and from the hub: {in_a_line(error)}"
         raise ConfigError(f"expected a causal language model in {path}, got {reason}") from None
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ConfigError(f"expected a causal language model, got {type(config).__name__} in {path}")
@@ -354,7 +353,7 @@ def _read(
     except Exception as error:
         none = local and not any(Path(path).glob("tokenizer*"))
         raise ConfigError(
-            f"expected a tokenizer in {path}, got {'none: no tokenizer.json' if none else _line(error)}"
+            f"expected a tokenizer in {path}, got {'none: no tokenizer.json' if none else in_a_line(error)}"
         ) from None
 
 
@@ -369,7 +368,3 @@ def _bars_at_a_terminal() -> Iterator[None]:
     finally:
         if hidden:
             reports.enable_progress_bar()
-
-
-def _line(error: Exception) -> str:
-    return shorten(str(error), 200, placeholder=" …")

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from copy import copy
 from inspect import signature
-from textwrap import shorten
 from typing import Any
 from weakref import finalize, ref
 
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.pytorch_utils import Conv1D
 
+from bayes_dispatch.arguments import in_a_line
 from bayes_dispatch.errors import CacheFullError, ConfigError
 from bayes_dispatch.model.adaptation import Delta
 from bayes_dispatch.model.between import tell
@@ -148,7 +148,7 @@ class ModelParts:
                 self._inner(input_ids=ids, use_cache=False)
         except Exception as error:  # such as kernels that there are not of this dtype
             where = f"{self._model.dtype} on {self._model.device}"
-            got = f"{type(self._model).__name__}: {shorten(str(error), 200, placeholder=' …')}"
+            got = f"{type(self._model).__name__}: {in_a_line(error)}"
             raise ConfigError(f"expected a model that runs in {where}, got {got}") from error
         finally:
             hook.remove()

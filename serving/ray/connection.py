@@ -20,6 +20,7 @@ if os.environ.get("RAY_ADDRESS", "") in ("", "local"):
 
 import ray
 
+from bayes_dispatch.arguments import in_a_line
 from bayes_dispatch.errors import ConfigError
 
 __all__ = ["connected"]
@@ -42,7 +43,7 @@ def connected() -> Iterator[bool]:
         ray.init(**quiet | ({"address": "local", "include_dashboard": False} if OWN else {}))
     except Exception as error:  # Ray raises that class itself, too
         where = "that starts" if OWN else f"at {os.environ['RAY_ADDRESS']}"
-        why = " ".join(str(error).split()) or type(error).__name__
+        why = in_a_line(error) or type(error).__name__
         raise ConfigError(f"expected a Ray cluster {where}, got none: {why:.300}") from None
     try:
         if OWN and (host := ray.util.get_node_ip_address()) != "127.0.0.1":

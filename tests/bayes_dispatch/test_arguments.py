@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bayes_dispatch.arguments import real, seed, several, shown, simplex, whole
+from bayes_dispatch.arguments import in_a_line, real, seed, several, shown, simplex, whole
 from bayes_dispatch.errors import ConfigError
 
 
@@ -22,6 +22,14 @@ def test_numpy_numbers_are_numbers(value: object) -> None:
 
 def test_numpy_values_are_shown_as_plain_ones() -> None:
     assert [shown(np.str_("x")), shown(np.float64(0.5)), shown("a\nb")] == ["'x'", "0.5", "'a\\nb'"]
+
+
+def test_errors_of_libraries_are_cut_to_a_line() -> None:
+    assert in_a_line(ValueError("a\n  b")) == "a b"
+    for long in ("x" * 300, "word " * 100):  # whether there is a space to cut at or not
+        told = in_a_line(ValueError(long))
+        assert len(told) == 200
+        assert told[:-2] == long[:198]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from bayes_dispatch.app.commands.terminal import (
     JsonOption,
     SeedOption,
     announce,
+    calibrated_by,
     check_new_output,
     named_paths,
     print_json,
@@ -165,10 +166,7 @@ def _tell(bundle: "Bundle", out: Path, model: str, as_json: bool) -> None:
         if (base := bundle.report.get("base")) is not None:
             print(f"of {base['prompts']} held-out prompts of base {base['accuracy']:.1%} go to base")
         if (gate := bundle.gate) is not None:
-            print(
-                f"intervals, sets and gate are calibrated on held-out prompts, the gate on {len(gate.scores)} of them, "
-                f"for false-alarm rates of {gate.least_rate_shown} and above"
-            )
+            print(calibrated_by(gate))
         for name, gain in bundle.report["gains"].items():
             print(f"  {name} gains {gain['gain']:+.3f} nats a byte over base on its held-out examples")
 

@@ -29,6 +29,7 @@ from bayes_dispatch.app.commands.terminal import (
     PackagesOption,
     SeedOption,
     announce,
+    calibrated_by,
     check_new_output,
     check_output,
     components_of,
@@ -215,10 +216,7 @@ def calibrate_gate(
     assert gate is not None
     if as_json:
         return print_json({"out": str(out), **_of_gate(gate)})
-    print(
-        f"{out}: intervals, sets and gate are calibrated on held-out prompts of the experts, the gate on "
-        f"{len(gate.scores)} of them, for false-alarm rates of {gate.least_rate_shown} and above"
-    )
+    print(f"{out}: {calibrated_by(gate)}")
 
 
 @app.command()

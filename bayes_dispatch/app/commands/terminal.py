@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from bayes_dispatch.app.bulk import MapBlocks
     from bayes_dispatch.app.bundle import Bundle
+    from bayes_dispatch.dispatcher.gate import Gate
     from bayes_dispatch.experts.domains import Domain
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "TemperatureOption",
     "TopKOption",
     "announce",
+    "calibrated_by",
     "check_new_output",
     "components_of",
     "check_output",
@@ -131,6 +133,14 @@ def say_aside(kind: str, message: str) -> None:
 def announce(stage: str) -> None:
     """A line on stderr as a stage begins that may take minutes; progress bars are for terminals alone."""
     print(f"bayes-dispatch: {stage}", file=sys.stderr, flush=True)
+
+
+def calibrated_by(gate: "Gate") -> str:
+    """What a bundle's calibration is of, in a sentence."""
+    return (
+        f"intervals, sets and gate are calibrated on held-out prompts, the gate on {len(gate.scores)} of them, "
+        f"for false-alarm rates of {gate.least_rate_shown} and above"
+    )
 
 
 def refuse_unused(option: str, value: object, used: bool, needs: str, got: str = "it without") -> None:

@@ -15,7 +15,7 @@ import numpy as np
 
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.held_out import FEWEST_SEVERAL, settled
-from bayes_dispatch.arguments import seed, set_whole, several, whole
+from bayes_dispatch.arguments import seed, set_whole, several
 from bayes_dispatch.checks.reliability import expected_calibration_error
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
@@ -26,7 +26,7 @@ from bayes_dispatch.dispatcher.program.settings import Admixture
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains.domain import Domain, Finite, Split
-from bayes_dispatch.experts.domains.mixtures import LONGEST_CHARACTER, beginning_of
+from bayes_dispatch.experts.domains.mixtures import beginning_of, shortest_and_longest
 from bayes_dispatch.experts.domains.own import Own, OwnExamples
 from bayes_dispatch.inference.scoring.evidence_sets import (
     KnownEvidence,
@@ -47,7 +47,6 @@ __all__ = [
     "kept_at",
     "known_by",
     "our_version",
-    "shortest_and_longest",
     "training_evidence",
 ]
 
@@ -81,20 +80,7 @@ class BuildSettings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", seed(self.seed))
         set_whole(self, pure_prompts=1, mixed_prompts=0, gate_prompts=0)
-        object.__setattr__(self, "prompt_lengths", shortest_and_longest(self.prompt_lengths))
-
-
-def shortest_and_longest(lengths: object) -> tuple[int, int]:
-    """Lengths of prompts, in bytes.
-
-    Raises:
-        ConfigError: not two whole numbers that ascend, or one of less than the longest character.
-    """
-    given = several("prompt_lengths", lengths, 2)
-    low, high = (whole("each of prompt_lengths", each, LONGEST_CHARACTER) for each in given)
-    if low > high:
-        raise ConfigError(f"expected prompt_lengths that ascend, got {low} and {high}")
-    return low, high
+        object.__setattr__(self, "prompt_lengths", shortest_and_longest("prompt_lengths", self.prompt_lengths))
 
 
 def build_bundle(
@@ -140,11 +126,11 @@ def build_bundle(
     announce("held-out examples")
     mixed = settings.gate_prompts * len(own)
     held = stages.evidence("held_out", lambda: _held_out(model, experts, own, mixed, settings, progress))
-    gate, (pure, several) = None, np.bincount(held.groups, minlength=2)
-    if settings.gate_prompts and (pure + several < FEWEST_PROMPTS or several < FEWEST_SEVERAL):
+    gate, (pure, mixed) = None, np.bincount(held.groups, minlength=2)
+    if settings.gate_prompts and (pure + mixed < FEWEST_PROMPTS or mixed < FEWEST_SEVERAL):
         wanted = f"they take {FEWEST_PROMPTS} held-out prompts, {FEWEST_SEVERAL} of them of several experts"
-        times = max(FEWEST_PROMPTS / (pure + several), FEWEST_SEVERAL / max(several, 1))
-        given = f"and the examples give {pure + several}, {several} of them"
+        times = max(FEWEST_PROMPTS / (pure + mixed), FEWEST_SEVERAL / max(mixed, 1))
+        given = f"and the examples give {pure + mixed}, {mixed} of them"
         announce(f"no gate and no calibration: {wanted}, {given}; some {times:.1f} times as much text may do")
     elif settings.gate_prompts:
         dispatcher, gate = settled(dispatcher, held, settings.seed)

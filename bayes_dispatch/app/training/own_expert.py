@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from bayes_dispatch.app.bundle import Bundle
-from bayes_dispatch.app.training.build import kept_at, shortest_and_longest
+from bayes_dispatch.app.training.build import kept_at
 from bayes_dispatch.arguments import set_whole
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
@@ -21,6 +21,7 @@ from bayes_dispatch.dispatcher.fitting.pipeline import TrainingSet
 from bayes_dispatch.errors import ConfigError, RewardError, TensorError, UnknownNameError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.domains import BASE_TEXTS, EXPERT_DOMAINS, Checked, Domain
+from bayes_dispatch.experts.domains.mixtures import shortest_and_longest
 from bayes_dispatch.experts.domains.own import OwnPrompts, Reward, Rewarded
 from bayes_dispatch.experts.domains.own_files import read_jsonl, read_prompts, read_text
 from bayes_dispatch.experts.lora import LoraExpert
@@ -65,7 +66,7 @@ class RefitSettings:
 
     def __post_init__(self) -> None:
         set_whole(self, pure_prompts=1, mixed_prompts=1)
-        object.__setattr__(self, "prompt_lengths", shortest_and_longest(self.prompt_lengths))
+        object.__setattr__(self, "prompt_lengths", shortest_and_longest("prompt_lengths", self.prompt_lengths))
 
 
 def objective_by_name(name: str, *, kl: float, answer_bytes: int) -> Objective:
