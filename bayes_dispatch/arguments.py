@@ -118,9 +118,10 @@ def shown(value: object) -> str:
 
 
 def in_a_line(error: BaseException) -> str:
-    """What an error of a library says, in a line of at most 200 characters."""
+    """What an error of a library says, in a line of at most 200 characters; it ends with a word that is not long."""
     text = " ".join(str(error).split())
-    return text if len(text) <= 200 else f"{text[:198]} …"
+    words = text[:199].rpartition(" ")[0]
+    return text if len(text) <= 200 else f"{words if len(words) > 100 else text[:198]} …"
 
 
 def seed(value: object, name: str = "seed") -> int:
