@@ -40,7 +40,7 @@ class DocumentsPlan:
         sizes: dict[str, Any] = {"steps": 40, "batch_size": 4, "length": 640, "kind": kind}
         sizes["adapt_from"] = model.depth // 2
         rate = 5e-2 if kind == "svf" else 4e-3
-        build = BuildSettings(seed=seed, pure_prompts=150, mixed_prompts=1500)
+        build = BuildSettings(seed=seed, pure_prompts=500, mixed_prompts=6000, gate_prompts=120)
         return cls(ExpertSettings(**sizes, learning_rate=rate, seed=seed), build)
 
 

@@ -1,4 +1,5 @@
-"""The fit of a dispatcher, stage by stage: projections, globals by SVI, noise temper, globals by known weights."""
+"""The fit of a dispatcher, stage by stage: projections, globals by SVI, noise temper, globals by known weights, and the
+temper once more."""
 
 from __future__ import annotations
 
@@ -95,14 +96,20 @@ def _told(
     seed: int,
     progress: bool,
 ) -> tuple[FittedDispatcher, FitReport]:
-    """With what prompts of known weights tell: the noise temper, unless it is given, and then the globals."""
-    if temper is None:
-        temper = choose_temper(fitted.quadrature, known, np.random.default_rng(seed))
-    fitted = replace(fitted, temper=temper)
+    """With what prompts of known weights tell: the noise temper, unless it is given, the globals, and the temper that
+    goes with these."""
+
+    def with_temper(fitted: FittedDispatcher) -> FittedDispatcher:
+        chosen = choose_temper(fitted.quadrature, known, np.random.default_rng(seed)) if temper is None else temper
+        return replace(fitted, temper=chosen)
+
+    fitted = with_temper(fitted)
     if not svi.conditional_steps or not known.tell:
         return fitted, report
     found = fit_conditionally(fitted, known, svi, seed, progress)
-    return replace(fitted, globals=found), replace(report, conditional=found is not fitted.globals)
+    if found is fitted.globals:
+        return fitted, report
+    return with_temper(replace(fitted, globals=found)), replace(report, conditional=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ Views are not independent given the weights, nor is a prompt quite what training
 weights choose τ, by the posterior density of these weights among all of the components that share the prompt: a proper
 score, which a posterior that is too narrow loses by as well as one that is too wide. That others may share it is left
 out: the narrowest noise tells best who does, at whatever width of the intervals. Prompts of the fit itself fit too
-well, so τ is never below 1.
+well, so τ is never below 1. It goes with the globals: where known weights move these, τ is chosen anew.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bayes_dispatch.dispatcher.program.observed import Prompts
 
 __all__ = ["FEWEST", "KnownPrompts", "choose_temper"]
 
-TEMPERS = np.geomspace(1.0, 4.0, 5)
+TEMPERS = np.geomspace(1.0, 8.0, 7)
 JUDGED = 1000  # mixed prompts of a fit that choose τ, at most: it varies by a third between samples of 150
 FEWEST = 30  # of them, below which pure ones are joined; and known prompts, below which a temper stays as it is
 POINTS = 256  # other weights of the same components, that the own are compared with
@@ -36,7 +36,7 @@ def choose_temper(
     random: np.random.Generator,
     judged: int = JUDGED,
 ) -> float:
-    """The τ, from 1 to 4, under which weights of known prompts are likeliest; 1 where none are known.
+    """The τ, from 1 to 8, under which weights of known prompts are likeliest; 1 where none are known.
 
     Args:
         quadrature: of the fitted program. known: prompts with features as noisy as those of new ones.

@@ -12,7 +12,8 @@ import torch
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureSettings
-from bayes_dispatch.dispatcher.fitting import conditional
+from bayes_dispatch.dispatcher.exact.quadrature import Quadrature
+from bayes_dispatch.dispatcher.fitting import conditional, pipeline
 from bayes_dispatch.dispatcher.fitting.conditional import fit_conditionally
 from bayes_dispatch.dispatcher.fitting.simulation import simulate
 from bayes_dispatch.dispatcher.fitting.svi import GlobalsPosterior, SVISettings, isolated
@@ -133,6 +134,33 @@ def test_few_known_prompts_move_nothing(
     pairs = [(moved.state.globals.locations[name], left.state.globals.locations[name]) for name in ("M", "Phi")]
     assert all(torch.equal(*pair) for pair in pairs) == (known < 30)
     assert moved.report.conditional == (known == 30)
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_the_temper_is_that_of_the_globals_that_are_served(
+    sample: Sample, settings: Any, monkeypatch: pytest.MonkeyPatch, moves: bool
+) -> None:
+    """Where known weights move the globals it is chosen once more, under these."""
+    asked = []
+
+    def choose(quadrature: Quadrature, *_: object) -> float:
+        asked.append(quadrature)
+        return 1.0 + len(asked)
+
+    monkeypatch.setattr(pipeline, "choose_temper", choose)
+    if not moves:
+        monkeypatch.setattr(pipeline, "fit_conditionally", lambda fitted, *_: fitted.globals)
+    given = settings(svi=10)
+    given["svi"] = replace(given["svi"], conditional_steps=20)
+    found = Dispatcher(("sort", "reverse", "add"), **given).fit(sample.evidence, sample.labels, sample.mixtures)
+    assert found.report.conditional == moves
+    assert found.state.temper == (3.0 if moves else 2.0) == 1.0 + len(asked)
+    for served, of_choice in zip(found.state.quadrature.densities, asked[-1].densities, strict=True):
+        np.testing.assert_array_equal(served.columns, of_choice.columns)
+    given["program"] = Admixture(temper=1.7)
+    fixed = Dispatcher(("sort", "reverse", "add"), **given).fit(sample.evidence, sample.labels, sample.mixtures)
+    assert fixed.state.temper == 1.7
+    assert len(asked) == (2 if moves else 1)
 
 
 @pytest.mark.parametrize("copies", [[1] * 40, [3] * 40, [1] * 39 + [900], [900] + [1] * 39, [9000] * 30])
