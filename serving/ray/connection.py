@@ -44,7 +44,7 @@ def connected() -> Iterator[bool]:
     except Exception as error:  # Ray raises that class itself, too
         where = "that starts" if OWN else f"at {os.environ['RAY_ADDRESS']}"
         why = in_a_line(error) or type(error).__name__
-        raise ConfigError(f"expected a Ray cluster {where}, got none: {why:.300}") from None
+        raise ConfigError(f"expected a Ray cluster {where}, got none: {why}") from None
     try:
         if OWN and (host := ray.util.get_node_ip_address()) != "127.0.0.1":
             raise ConfigError(f"expected a Ray cluster at 127.0.0.1 alone, got one at {host}")
