@@ -9,11 +9,12 @@ from importlib import import_module
 from types import ModuleType
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from bayes_dispatch.dispatcher.program.generative import WEIGHT_FLOOR
 from bayes_dispatch.dispatcher.program.observed import Prompts
-from bayes_dispatch.dispatcher.program.views import View
+from bayes_dispatch.dispatcher.program.views import View, length_factor
 
 __all__ = ["ViewDensity"]
 
@@ -75,9 +76,8 @@ class ViewDensity:
         if self.view.kind in ("vectors", "surprise"):
             mixing, noisier = self.mixing, np.ones(len(values))
             if self.view.kind == "vectors":
-                lengths = prompts.lengths.double().numpy()
-                longer = (1 + 20 * self.strength / np.maximum(lengths, 1.0)) / (1 + 0.4 * self.strength)
-                noisier = np.where(lengths > 0, longer, 1.0)
+                lt = torch.tensor(self.strength, dtype=torch.float64, device="cpu")
+                noisier = length_factor(prompts.lengths.double(), lt).numpy()
             _loops().add_student(
                 np.ascontiguousarray(values),
                 noisier,
