@@ -132,8 +132,11 @@ def on_simplex(values: Float[np.ndarray, "*some weight"]) -> Float[np.ndarray, "
 class Frozen:
     """Of dataclasses that no one changes: nor are their arrays to be written to, in a copy or another process either.
 
-    They are frozen by ``self.__setstate__(vars(self))`` once all have been checked, and again where one is unpickled.
+    They are frozen once all have been checked, by ``super().__post_init__()``, and again where one is unpickled.
     """
+
+    def __post_init__(self) -> None:
+        self.__setstate__(vars(self))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         _freeze(state)

@@ -64,7 +64,7 @@ class Conformal(Frozen):
                 raise ConfigError(f"expected {name} of one prompt or more, got shapes {scores.shape}")
             if not (scores.min() >= 0 and scores.max() <= most and np.isfinite(scores).all()):  # NaN fails, too
                 raise ConfigError(f"expected {name} from 0 to {most}, got others")
-        self.__setstate__(vars(self))
+        super().__post_init__()
 
     @classmethod
     def of(

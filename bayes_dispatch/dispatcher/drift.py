@@ -63,9 +63,6 @@ class DriftMonitor(Frozen):
     seed: int
     __repr__ = short_repr
 
-    def __post_init__(self) -> None:
-        self.__setstate__(vars(self))
-
     @property
     def alarmed(self) -> bool:
         """Whether the martingale has ever reached ``1 / false_alarm_rate``."""

@@ -106,9 +106,6 @@ class Gate(Frozen):
     groups: np.ndarray
     __repr__ = short_repr
 
-    def __post_init__(self) -> None:
-        self.__setstate__(vars(self))
-
     @classmethod
     def calibrate(
         cls,

@@ -84,7 +84,7 @@ class DispatchPosterior(Frozen):
             raise TensorError(f"expected calibrated of {weights.shape[1]} prompts, got {len(self.calibrated)}")
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "experts", tuple(experts))
-        self.__setstate__(vars(self))
+        super().__post_init__()
 
     def __len__(self) -> int:
         return self.weights.shape[1]

@@ -84,7 +84,7 @@ class Evidence(Frozen):
         object.__setattr__(self, "views", views)
         object.__setattr__(self, "lengths", lengths)
         object.__setattr__(self, "missing", missing)
-        self.__setstate__(vars(self))
+        super().__post_init__()
 
     @classmethod
     def from_array(cls, hidden: Shaped[np.ndarray, "prompt feature"]) -> Evidence:

@@ -59,12 +59,6 @@ class Cells(Frozen):
     log_ratios: np.ndarray
     log_evidence: np.ndarray
 
-    def __post_init__(self) -> None:
-        self.__setstate__(vars(self))
-
-    def __getstate__(self) -> dict[str, object]:
-        return {each.name: getattr(self, each.name) for each in fields(self)}
-
     def __len__(self) -> int:
         return len(self.mass)
 

@@ -34,9 +34,6 @@ class Dirichlets(Frozen):
     concentration: np.ndarray
     log_evidence: ClassVar[None] = None
 
-    def __post_init__(self) -> None:
-        self.__setstate__(vars(self))
-
     def __len__(self) -> int:
         return len(self.concentration)
 

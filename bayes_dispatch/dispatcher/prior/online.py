@@ -81,7 +81,7 @@ class PriorState(Frozen):
             if values.shape != shape or not np.isfinite(values).all():
                 raise ConfigError(f"expected a finite {field} of shape {shape}, got shape {values.shape} or others")
             object.__setattr__(self, field, values)
-        self.__setstate__(vars(self))
+        super().__post_init__()
         if not (self.initial > 0).all():
             raise ConfigError(f"expected initial concentrations > 0, got {self.initial.tolist()}")
         spread = np.trace(self.covariance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -46,10 +46,6 @@ class Prompts:
     def blank(self) -> Prompts:
         """The same lengths, totals and missing views, nothing observed."""
         return Prompts(self.lengths, self.totals, self.missing)
-
-    def unlabelled(self) -> Prompts:
-        """The same evidence, without labels and known weights."""
-        return replace(self, labels=None, known=None)
 
     def select(self, rows: Tensor) -> Prompts:
         """The prompts at ``rows`` (integer or bool tensor)."""
