@@ -16,12 +16,11 @@ import torch
 
 from bayes_dispatch.app.shipped import SHIPPED, SMOLLM2, bundle_directory, is_smollm2, smollm2
 from bayes_dispatch.dispatcher.estimator import Dispatcher
-from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.evidence.evidence import VIEWS, Evidence
 from bayes_dispatch.dispatcher.evidence.files import read_evidence, write_evidence
 from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.errors import BundleError, ConfigError, ForeignExpertError, MissingDependencyError
 from bayes_dispatch.experts.bank import ExpertBank
-from bayes_dispatch.inference.two_pass.first_pass import VIEWS
 from bayes_dispatch.inference.two_pass.system import check_system, cut_of
 from bayes_dispatch.model.backbone import Backbone, Tokenizer
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM

@@ -18,7 +18,6 @@ from bayes_dispatch.model.backbone import Backbone, Read, Session, Tokenizer, To
 
 __all__ = [
     "TOKEN_CLASSES",
-    "VIEWS",
     "PROMPTS_AT_ONCE",
     "FirstPass",
     "Prefix",
@@ -54,7 +53,6 @@ _CLASS_OF = np.full(256, len(TOKEN_CLASSES))
 for _index, _members in enumerate(TOKEN_CLASSES.values()):
     _CLASS_OF[list(_members)] = _index
 
-VIEWS = ("hidden", "counts", "surprise")
 PROMPTS_AT_ONCE = 32
 TOKENS_AT_ONCE = 8192  # of them, padded to the longest
 RESIDUAL_FLOOR = 0.01  # of the mean squared hidden state: the residual of one token is 0, which has no logarithm

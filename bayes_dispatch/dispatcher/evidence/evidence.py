@@ -15,8 +15,9 @@ from bayes_dispatch.arguments import shown
 from bayes_dispatch.dispatcher.arrays import Frozen, as_numbers, as_rows, short_repr
 from bayes_dispatch.errors import EvidenceError
 
-__all__ = ["Evidence", "as_evidence"]
+__all__ = ["VIEWS", "Evidence", "as_evidence"]
 
+VIEWS = ("hidden", "counts", "surprise")  # that a first pass gives, and files of evidence hold
 LARGEST = 1e30  # of what is read: larger numbers are a mistake, and their squares overflow
 LENGTHS = "lengths"  # the key of ``missing`` for prompts of unknown length
 

@@ -8,13 +8,12 @@ from typing import NamedTuple
 import numpy as np
 
 from bayes_dispatch.arguments import shown
-from bayes_dispatch.dispatcher.evidence.evidence import Evidence
+from bayes_dispatch.dispatcher.evidence.evidence import VIEWS, Evidence
 from bayes_dispatch.errors import EvidenceError
 from bayes_dispatch.storage import write_output
 
 __all__ = ["EvidenceFile", "read_evidence", "write_evidence"]
 
-VIEWS = ("hidden", "counts", "surprise")
 ARRAYS = (*VIEWS, "lengths", "labels", "mixtures")
 
 
