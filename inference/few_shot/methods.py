@@ -16,7 +16,7 @@ from torch.distributions import constraints
 
 from bayes_dispatch.arguments import real, set_whole
 from bayes_dispatch.dispatcher.arviz_data import pareto_smoothed
-from bayes_dispatch.dispatcher.fitting.svi import finite, isolated
+from bayes_dispatch.dispatcher.fitting.svi import finite_loss, isolated
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.few_shot.program import FewShotFit, FewShotProgram, log_dirichlet
 from bayes_dispatch.model.frozen import frozen
@@ -138,7 +138,7 @@ class VariationalInference:
             elbo = Trace_ELBO(num_particles=self.particles, vectorize_particles=True, max_plate_nesting=0)
             svi = SVI(program, guide, optimizer, elbo)
             for step in range(self.steps):
-                finite(svi.step(), step, self.learning_rate)
+                finite_loss(svi.step(), step, self.learning_rate)
             with torch.no_grad():
                 state = guide.draw(self.draws)
                 ratios = program.log_prior(state) + program.log_likelihood(state) - guide.log_density(state)

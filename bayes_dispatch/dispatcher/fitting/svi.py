@@ -26,7 +26,7 @@ from torch.distributions import Transform, biject_to, constraints
 from tqdm.auto import tqdm
 
 from bayes_dispatch.arguments import real, set_whole
-from bayes_dispatch.arguments import seed as checked_seed
+from bayes_dispatch.arguments import seed as a_seed
 from bayes_dispatch.dispatcher.fitting.local_guides import AmortisedDirichlet, LocalDirichlet
 from bayes_dispatch.dispatcher.program.generative import MOSTLY, DispatchModel, label_informed_start
 from bayes_dispatch.dispatcher.program.observed import Prompts
@@ -39,7 +39,7 @@ __all__ = [
     "GlobalsPosterior",
     "SVISettings",
     "constrained",
-    "finite",
+    "finite_loss",
     "fit_globals",
     "isolated",
 ]
@@ -168,7 +168,7 @@ def isolated(seed: int, dtype: torch.dtype = torch.float32) -> Iterator[None]:
         pyro.settings.context(module_local_params=True, **UNCHECKED),
     ):
         before = torch.get_default_dtype()
-        torch.default_generator.manual_seed(checked_seed(seed))  # torch's own function seeds every accelerator, too
+        torch.default_generator.manual_seed(a_seed(seed))  # torch's own function seeds every accelerator, too
         torch.set_default_dtype(dtype)
         try:
             yield
@@ -176,7 +176,7 @@ def isolated(seed: int, dtype: torch.dtype = torch.float32) -> Iterator[None]:
             torch.set_default_dtype(before)
 
 
-def finite(loss: float, step: int, rate: float) -> float:
+def finite_loss(loss: float, step: int, rate: float) -> float:
     """The loss of a step.
 
     Raises:
@@ -240,7 +240,7 @@ def _fit(
         svi = SVI(model, guide, ClippedAdam({"lr": rate, "lrd": decay, "clip_norm": 10.0}), Trace_ELBO())
         bar = tqdm(range(settings.steps), desc="globals (SVI)", disable=None if progress else True)
         for step in bar:
-            losses.append(finite(svi.step(prompts) / len(prompts), len(losses), rate))
+            losses.append(finite_loss(svi.step(prompts) / len(prompts), len(losses), rate))
             if step % 50 == 0:
                 bar.set_postfix(loss=f"{losses[-1]:.2f}")
         change, converged = _converged(np.array(losses[-settings.steps :]))
