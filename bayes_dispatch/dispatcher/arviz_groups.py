@@ -35,10 +35,10 @@ def fitted_groups(
     state: FittedDispatcher,
     evidence: Evidence,
     posterior: DispatchPosterior,
+    labels: Float[np.ndarray, " weight"],
     report: FitReport | None = None,
     prompts: Sequence[str] | None = None,
     seed: int = 0,
-    labels: Float[np.ndarray, " weight"] | None = None,
 ) -> dict[str, xr.Dataset]:
     """Every group for N prompts, with as many draws of each kind as the posterior has of the weights.
 
@@ -55,10 +55,10 @@ def fitted_groups(
         state: the fitted program.
         evidence: of the N prompts.
         posterior: S draws of their weights.
+        labels: ``(K+1,)`` label shares of the posterior's prior.
         report: of the fit, for its trace; ``None`` where it is not known.
         prompts: a unique name of each prompt; its number by default.
         seed: of the globals and of replicated evidence.
-        labels: ``(K+1,)`` label shares of the posterior's prior; the program's own by default.
 
     Returns:
         - ``prior``, ``posterior``: ``weights`` (chain, draw, prompt, expert), and globals such as ``M`` (chain, draw,
@@ -88,7 +88,7 @@ def fitted_groups(
         globals_ = state.globals.to(torch.float64)
         fitted = [globals_.draw() for _ in weights]
         prior = [model.sample_globals() for _ in weights]
-        before = state.quadrature.prior(state.shares if labels is None else labels)
+        before = state.quadrature.prior(labels)
         shares = before.draw(weights[..., 0].numel(), np.random.default_rng([seed, 1])).reshape(weights.shape)
         blanks = [replace(observed.blank(), known=w) for w in torch.tensor(shares)]
         expected = [_replicate(state, sites, blank) for sites, blank in zip(prior, blanks, strict=True)]

@@ -563,7 +563,7 @@ class Dispatcher:
         evidence, now = as_evidence(X), self._served
         state, labels = now.fitted, now.labels
         posterior = self._posterior(now, labels, state.prompts(evidence), draws, seed)
-        return to_inference_data(fitted_groups(state, evidence, posterior, now.report, prompts, seed, labels))
+        return to_inference_data(fitted_groups(state, evidence, posterior, labels, now.report, prompts, seed))
 
     @property
     def _components(self) -> tuple[str, ...]:

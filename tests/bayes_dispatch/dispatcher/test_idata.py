@@ -137,7 +137,7 @@ def test_replicates(data: Any, fitted: Dispatcher, fresh: "Sample") -> None:
     """Replicated vectors have the mean of their program: 100 draws, 5.5 standard errors, false alarm < 1e-3. Fitting
     brings replicates nearer to what was observed."""
     posterior = fitted.posterior(fresh.evidence, draws=100, seed=0)
-    groups = fitted_groups(fitted.state, fresh.evidence, posterior, seed=1)
+    groups = fitted_groups(fitted.state, fresh.evidence, posterior, fitted.state.shares, seed=1)
     own, drawn = groups["posterior"], groups["posterior_predictive"]["hidden"]
     mean = own["weights"].dot(own["M"], dim="expert")
     residual = (drawn - mean).mean(DRAWS)
