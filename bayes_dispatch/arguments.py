@@ -14,7 +14,7 @@ import numpy as np
 from bayes_dispatch.errors import ConfigError
 
 MOST = 2**63 - 1  # that generators and ranges take
-SLACK = 1e-4  # by which weights may miss a sum of 1; of numbers of half precision, 100 times as much
+SLACK = 1e-4  # by which weights may miss a sum of 1, as rounded percentages do; of half precision, 100 times as much
 
 
 def whole(name: str, value: object, at_least: int, at_most: int | None = None) -> int:

@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss
 
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.held_out import held_out_domains
-from bayes_dispatch.arguments import number, set_whole, several, shown, whole
+from bayes_dispatch.arguments import fraction, set_whole, several, whole
 from bayes_dispatch.checks.coverage import (
     Coverage,
     CoverageCurve,
@@ -70,10 +70,8 @@ class DiagnosisSettings:
 
     def __post_init__(self) -> None:
         set_whole(self, simulations=20, mixtures=20, prompts=20, draws=19)
-        if not (0 < number(self.risk) < 1 and 0 < number(self.delta) < 1):
-            raise ConfigError(
-                f"expected risk and delta between 0 and 1, got {shown(self.risk)} and {shown(self.delta)}"
-            )
+        for name in ("risk", "delta"):
+            object.__setattr__(self, name, fraction(name, getattr(self, name)))
         given = several("lengths", self.lengths)
         object.__setattr__(self, "lengths", tuple(whole("each of lengths", each, LONGEST_CHARACTER) for each in given))
         object.__setattr__(self, "mixture_lengths", shortest_and_longest("mixture_lengths", self.mixture_lengths))

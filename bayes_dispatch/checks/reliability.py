@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from bayes_dispatch.arguments import whole
-from bayes_dispatch.dispatcher.arrays import TOLERANCE, as_flags, as_labels, as_points, as_values
+from bayes_dispatch.arguments import SLACK, whole
+from bayes_dispatch.dispatcher.arrays import as_flags, as_labels, as_points, as_values
 from bayes_dispatch.errors import TensorError
 
 __all__ = [
@@ -119,7 +119,7 @@ def confidence_curve(
     """
     confidence = as_values(confidence, "confidences")
     correct = as_flags(correct, "what is correct", len(confidence))
-    if confidence.min() < 0 or confidence.max() > 1 + TOLERANCE:
+    if confidence.min() < 0 or confidence.max() > 1 + SLACK:
         raise TensorError(f"expected confidences in 0 … 1, got {confidence.min():.4g} to {confidence.max():.4g}")
     bins = whole("bins", bins, 1)
     order = np.argsort(confidence, kind="stable")

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from scipy.stats import beta, binom
 
-from bayes_dispatch.arguments import number, shown, whole
+from bayes_dispatch.arguments import fraction, whole
 from bayes_dispatch.dispatcher.arrays import as_flags, as_values, short_repr
 from bayes_dispatch.errors import ConfigError, TensorError
 
@@ -145,8 +145,7 @@ def abstention_threshold(
     """
     confidence = as_values(confidence, "confidences")
     wrong = as_flags(errors, "errors", len(confidence))
-    if not (0 < number(risk) < 1 and 0 < number(delta) < 1):
-        raise ConfigError(f"expected risk and delta between 0 and 1, got {shown(risk)} and {shown(delta)}")
+    risk, delta = fraction("risk", risk), fraction("delta", delta)
     candidates = _candidates(risk, thresholds)
     starts = min(whole("starts", starts, 1), len(candidates))
     shares = np.zeros(len(candidates))

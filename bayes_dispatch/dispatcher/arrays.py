@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from bayes_dispatch.arguments import off_torch, shown
+from bayes_dispatch.arguments import SLACK, off_torch, shown
 from bayes_dispatch.errors import BayesDispatchError, TensorError
 
 __all__ = [
@@ -30,8 +30,6 @@ __all__ = [
     "on_simplex",
     "short_repr",
 ]
-
-TOLERANCE = 1e-4  # of the sum of a simplex row: float32 and percentages rounded to four digits pass
 
 
 def as_numbers(
@@ -63,7 +61,7 @@ def as_points(values: Any, name: str) -> Float[np.ndarray, "row class"]:
     array = as_numbers(values, name)
     if array.ndim != 2 or 0 in array.shape:
         raise TensorError(f"expected {name} of shape (N, classes), N ≥ 1, got shape {array.shape}")
-    if not (np.isfinite(array).all() and (array >= 0).all() and np.allclose(array.sum(1), 1, atol=TOLERANCE)):
+    if not (np.isfinite(array).all() and (array >= 0).all() and np.allclose(array.sum(1), 1, atol=SLACK)):
         raise TensorError(f"expected {name} on the simplex, got rows that are negative or do not sum to 1")
     return array
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Shaped
 
-from bayes_dispatch.arguments import shown
+from bayes_dispatch.arguments import SLACK, shown
 from bayes_dispatch.dispatcher.arrays import as_numbers
 from bayes_dispatch.dispatcher.evidence.evidence import LENGTHS, Evidence
 from bayes_dispatch.errors import ConfigError, EvidenceError, PromptError
@@ -131,5 +131,5 @@ def _check_kind(name: str, kind: str, values: np.ndarray) -> None:
     if kind != VECTORS and (values < 0).any():
         raise EvidenceError(f"expected non-negative numbers in {name!r}, got {np.nanmin(values)}")
     sums = values.sum(axis=1)
-    if kind == PROBABILITIES and (np.abs(sums - 1) > 1e-4).any():
+    if kind == PROBABILITIES and (np.abs(sums - 1) > SLACK).any():
         raise EvidenceError(f"expected rows of {name!r} that sum to 1, got a sum of {sums[np.abs(sums - 1).argmax()]}")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bayes_dispatch.arguments import real
+from bayes_dispatch.arguments import SLACK, real
 from bayes_dispatch.dispatcher.arrays import on_simplex
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureMap
@@ -199,7 +199,7 @@ def as_prompts(
             _check_kind(view, values, ~absent, f"whole numbers from 0 to {LARGEST_COUNT}", good)
             totals[view.name] = observed[view.name].sum(-1)
         elif view.kind == "probabilities":
-            near = np.abs(values.sum(1, keepdims=True) - 1) < 1e-4
+            near = np.abs(values.sum(1, keepdims=True) - 1) < SLACK
             _check_kind(view, values, ~absent, "probabilities that sum to 1", (values >= 0) & near)
             observed[view.name] = off_zero(observed[view.name])
     return Prompts(_tensor(evidence.known_lengths(), dtype), totals, missing, observed)

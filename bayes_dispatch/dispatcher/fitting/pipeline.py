@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from bayes_dispatch.arguments import SLACK
 from bayes_dispatch.dispatcher.arrays import as_codes, as_numbers, distinct_rows
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence, as_evidence
 from bayes_dispatch.dispatcher.evidence.projection import FeatureMap, FeatureSettings, fit_feature_map, spread_of
@@ -173,6 +174,6 @@ def _mixtures(mixtures: object, count: int, width: int) -> np.ndarray:
     if known.shape != (count, width):
         raise TensorError(f"expected mixtures of shape {(count, width)}, base last, got {known.shape}")
     rows = known[~np.isnan(known).all(1)]
-    if not (np.isfinite(rows).all() and (rows >= 0).all() and np.allclose(rows.sum(1), 1, atol=1e-4)):
+    if not (np.isfinite(rows).all() and (rows >= 0).all() and np.allclose(rows.sum(1), 1, atol=SLACK)):
         raise TensorError("expected mixtures on the simplex or rows of NaN, got rows that do not sum to 1")
     return known / known.sum(1, keepdims=True)
