@@ -28,31 +28,17 @@ from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.gate import Gate
 from bayes_dispatch.errors import BundleError
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
+from tests.bayes_dispatch.app.conftest import run
 
 DRAWS = "--draws with the blend posterior_predictive or refined_mean"
 SHOWN = "--show-experts without --json, which always has them, got both"
 HEAVY = {"numpy", "torch", "pyro", "arviz", "matplotlib", "sklearn", "pandas"}
 
 
-@pytest.fixture(scope="module")
-def saved(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle on disk."""
-    directory = tmp_path_factory.mktemp("bundles") / "tiny"
-    bundle.save(directory)
-    return directory
-
-
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test in a directory of its own, so that stray files are seen."""
     monkeypatch.chdir(tmp_path)
-
-
-def run(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command line, in this process."""
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(argument) for argument in arguments])
-    return (int(exit_.value.code or 0), *capfd.readouterr())
 
 
 def shell(*arguments: str | bytes | Path, **settings: Any) -> subprocess.CompletedProcess[bytes]:

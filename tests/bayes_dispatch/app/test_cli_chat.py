@@ -21,14 +21,6 @@ from bayes_dispatch.inference.two_pass.blends import PosteriorPredictive
 Talk = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture(scope="module")
-def saved(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny bundle on disk."""
-    directory = tmp_path_factory.mktemp("bundles") / "tiny"
-    bundle.save(directory)
-    return directory
-
-
 @pytest.fixture
 def talk(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Talk:
     """Exit code, stdout and stderr of a chat that is told some bytes."""

@@ -40,13 +40,6 @@ def compare(capfd: pytest.CaptureFixture[str]) -> Compare:
 
 
 @pytest.fixture(scope="module")
-def saved(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("bundles") / "tiny"
-    bundle.save(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def turned(bundle: Bundle) -> Bundle:
     """The same bundle with two experts in each other's place."""
     places = {"reverse": "sort", "sort": "reverse", "add": "add"}

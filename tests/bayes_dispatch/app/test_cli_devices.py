@@ -13,10 +13,10 @@ import torch
 
 from bayes_dispatch.app.bundle import Bundle, load_bundle, transformers_backbone
 from bayes_dispatch.app.bundle_at import BundleAt
-from bayes_dispatch.app.commands import main as cli
 from bayes_dispatch.app.shipped import SHIPPED
 from bayes_dispatch.errors import ConfigError
 from bayes_dispatch.inference.generator import TwoPassGenerator
+from tests.bayes_dispatch.app.conftest import run
 from tests.tiny import tiny_tokenizer
 
 ABSENT = "cuda:99" if torch.cuda.is_available() else "cuda"
@@ -42,13 +42,6 @@ def saved(llama64: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def run(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the command line, in this process."""
-    with pytest.raises(SystemExit) as exit_:
-        cli.main([str(argument) for argument in arguments])
-    return (int(exit_.value.code or 0), *capfd.readouterr())
 
 
 @pytest.mark.parametrize("ours", [False, True], ids=["transformers", "shipped"])
