@@ -170,10 +170,9 @@ def _dispatch(part: Mapping[str, Any]) -> list[Table]:
         for length, scores in part["accuracy"].items()
     ]
     coverage = part["coverage_90"]
-    found, simulated = coverage["found"], coverage.get("simulated") or coverage["attainable"]  # its name before 0.2
     calibration: Rows = [
-        ["coverage of 90% intervals", _number(found)],
-        ["the same on simulations from the fitted model", _number(simulated)],
+        ["coverage of 90% intervals", _number(coverage["found"])],
+        ["the same on simulations from the fitted model", _number(coverage["simulated"])],
         [
             f"AUROC of the base weight, foreign texts against {max(part['accuracy'], key=int)} bytes of a domain",
             f"{part['foreign_auroc_base_weight']:.3f}",
@@ -192,7 +191,6 @@ def _dispatch(part: Mapping[str, Any]) -> list[Table]:
 def _pure(part: Mapping[str, Any]) -> list[Table]:
     rows: Rows = []
     for domain, scores in part.items():
-        scores = _named(scores)
         lost = [_number(scores[blend][f"nll_minus_{domain}"], signed=True) for blend in COLUMNS]
         rows.append([domain, _number(scores[domain]["nll"]), *lost])
     columns = ["domain", "NLL of right expert", *COLUMNS]
@@ -205,7 +203,6 @@ def _blended(part: Mapping[str, Any], title: str) -> list[Table]:
     nll: Rows = []
     lost: Rows = []
     for name, scores in part.items():
-        scores = _named(scores)
         nll.append([name, *_numbers([scores[blend]["nll"] for blend in COLUMNS], best=min)])
         to_predictive = [_number(scores[blend][f"nll_minus_{PREDICTIVE}"], signed=True) for blend in rivals]
         lost.append([name, *to_predictive, _number(scores["mean_minus_best"], signed=True)])
@@ -217,21 +214,6 @@ def _blended(part: Mapping[str, Any], title: str) -> list[Table]:
             lost,
         ),
     ]
-
-
-def _named(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores of blends by their names of today, in reports of any age."""
-    from bayes_dispatch.inference.two_pass.blends import full_name
-
-    def today(name: str) -> str:
-        return PREDICTIVE if name == "predictive" else full_name(name)  # it had sixteen rows
-
-    minus, found = "nll_minus_", {}
-    for blend, own in scores.items():
-        if isinstance(own, Mapping):
-            own = {minus + today(key.removeprefix(minus)) if minus in key else key: v for key, v in own.items()}
-        found[today(blend)] = own
-    return found
 
 
 def _numbers(values: Sequence[Sequence[float | int]], best: Callable[[list[float]], float]) -> list[Cell]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from bayes_dispatch.app.tables import Cell, Table, report_tables, visible, weights_table
+from bayes_dispatch.app.tables import COLUMNS, PREDICTIVE, Cell, Table, report_tables, visible, weights_table
 from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 
 
@@ -33,8 +33,8 @@ def test_experts_table() -> None:
 
 
 def test_blend_tables() -> None:
-    blends = ("base", "max", "weighted_average", "top_k", "thompson", "predictive")
-    report = {blend: scores(float(n), 0.0, nll_minus_predictive=n - 5.0) for n, blend in enumerate(blends)}
+    minus = f"nll_minus_{PREDICTIVE}"
+    report = {blend: scores(float(n), 0.0, **{minus: n - 5.0}) for n, blend in enumerate(COLUMNS)}
     nll, lost = report_tables({"mixed": {"a & b": report | {"mean_minus_best": [-0.0001, 0.25]}}})
     assert [text(cell) for cell in nll.rows[0]] == ["a & b", *(f"{n}.000 ± 0.010" for n in range(6))]
     differences = [f"-{5 - n}.000 ± 0.003" for n in range(5)]
