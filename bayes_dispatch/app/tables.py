@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bayes_dispatch.dispatcher.gate import Gate
     from bayes_dispatch.dispatcher.posterior import DispatchPosterior
 
-__all__ = ["Cell", "Table", "report_markdown", "report_tables", "visible", "weights_table"]
+__all__ = ["Cell", "Table", "report_markdown", "report_tables", "visible", "visible_lines", "weights_table"]
 
 Mark = Literal["plain", "best", "right", "wrong"]
 STYLES: dict[Mark, str] = {"plain": "", "best": "bold", "right": "green", "wrong": "red"}
@@ -145,6 +145,11 @@ def visible(text: str, width: int | None = None) -> str:
     """``text`` in one line without control characters: newlines as ⏎, others as escapes; cut at ``width``."""
     line = "".join(c if c.isprintable() else "⏎" if c == "\n" else ascii(c)[1:-1] for c in text)
     return line if width is None or len(line) <= width else line[: width - 1] + "…"
+
+
+def visible_lines(text: str) -> str:
+    """``text`` line by line, without other control characters; tabs as spaces."""
+    return "\n".join(visible(line.expandtabs(4)) for line in text.split("\n"))
 
 
 def _experts(part: Mapping[str, Any]) -> list[Table]:

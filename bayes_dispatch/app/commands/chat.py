@@ -29,6 +29,7 @@ from bayes_dispatch.app.commands.terminal import (
     typed,
     with_options,
 )
+from bayes_dispatch.app.tables import visible_lines
 from bayes_dispatch.errors import BayesDispatchError, ConfigError
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def chat(
                 for event in reply:
                     written += event.text
                     if not as_json:
-                        sys.stdout.write(_shown(event.text))
+                        sys.stdout.write(visible_lines(event.text))
                         sys.stdout.flush()
             except BaseException as error:  # amid a reply, which would else count as said when it is closed
                 reply.throw(error)
@@ -163,13 +164,6 @@ def _lines(interactive: bool) -> Iterator[str]:
         line = line.removesuffix(b"\n").removesuffix(b"\r")
         if line:
             yield os.fsdecode(line)
-
-
-def _shown(text: str) -> str:
-    """Without control characters but newlines."""
-    from bayes_dispatch.app.tables import visible
-
-    return "\n".join(visible(line.expandtabs(4)) for line in text.split("\n"))
 
 
 def _note(turn: "Turn") -> str:

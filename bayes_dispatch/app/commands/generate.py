@@ -160,15 +160,14 @@ def _print_generation(generation: "Generation", experts: bool, fitted: bool) -> 
     """Prompts with their texts, and the weights of the ``experts``."""
     from rich.text import Text
 
-    from bayes_dispatch.app.tables import visible, weights_table
+    from bayes_dispatch.app.tables import visible_lines, weights_table
 
     console = open_console()
     for n, (prompt, text) in enumerate(zip(generation.prompts, generation.texts, strict=True)):
         if len(generation.prompts) > 1:
             console.print(f"── {n + 1} of {len(generation.prompts)} ──", highlight=False)
-        lines = [(prompt.decode(), "dim"), (text, "bold")]
-        shown = [("\n".join(visible(line.expandtabs(4)) for line in part.split("\n")), style) for part, style in lines]
-        console.print(Text.assemble(*shown), soft_wrap=True)
+        shown = Text.assemble((visible_lines(prompt.decode()), "dim"), (visible_lines(text), "bold"))
+        console.print(shown, soft_wrap=True)
         if generation.foreign[n]:
             done = "base alone" if generation.lengths[n] else "nothing was generated"
             which = "the prompt" if len(generation.prompts) == 1 else f"prompt {n + 1} of {len(generation.prompts)}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bayes_dispatch.app.tables import visible
 from bayes_dispatch.errors import ConfigError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -126,8 +127,7 @@ OwnJsonlOption = Annotated[
 
 def say_aside(kind: str, message: str) -> None:
     """One line on stderr."""
-    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
-    print(f"bayes-dispatch: {kind}: {line}", file=sys.stderr)
+    print(f"bayes-dispatch: {kind}: {visible(' '.join(message.split()))}", file=sys.stderr)
 
 
 def announce(stage: str) -> None:
