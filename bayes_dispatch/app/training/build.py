@@ -15,7 +15,7 @@ import numpy as np
 
 from bayes_dispatch.app.bundle import Bundle
 from bayes_dispatch.app.held_out import FEWEST_SEVERAL, settled
-from bayes_dispatch.arguments import seed, set_whole, several
+from bayes_dispatch.arguments import set_whole, several
 from bayes_dispatch.checks.reliability import expected_calibration_error
 from bayes_dispatch.dispatcher.estimator import Dispatcher
 from bayes_dispatch.dispatcher.evidence.evidence import Evidence
@@ -44,6 +44,7 @@ __all__ = [
     "PROGRAM",
     "BuildSettings",
     "build_bundle",
+    "fitted_dispatcher",
     "kept_at",
     "known_by",
     "our_version",
@@ -78,7 +79,6 @@ class BuildSettings:
     svi: SVISettings = field(default_factory=SVISettings)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seed", seed(self.seed))
         set_whole(self, pure_prompts=1, mixed_prompts=0, gate_prompts=0)
         object.__setattr__(self, "prompt_lengths", shortest_and_longest("prompt_lengths", self.prompt_lengths))
 
@@ -121,7 +121,7 @@ def build_bundle(
     announce("evidence")
     known = stages.evidence("train", lambda: training_evidence(model, experts, domains, unlabelled, settings, progress))
     announce("dispatcher")
-    dispatcher = stages.dispatcher(lambda: _fitted(experts, known, settings, progress))
+    dispatcher = stages.dispatcher(lambda: fitted_dispatcher(experts, known, settings.svi, settings.seed, progress))
     own = [domains[name] for name in experts.names]
     announce("held-out examples")
     mixed = settings.gate_prompts * len(own)
@@ -222,8 +222,11 @@ def _texts(domain: Domain, rng: np.random.Generator, length: int, count: int) ->
     return [domain.document(rng, 0, length, "held_out").text for _ in range(count)]
 
 
-def _fitted(experts: ExpertBank, known: KnownEvidence, settings: BuildSettings, progress: bool) -> Dispatcher:
-    dispatcher = Dispatcher(experts.names, settings.seed, svi=settings.svi, program=PROGRAM)
+def fitted_dispatcher(
+    experts: ExpertBank, known: KnownEvidence, svi: SVISettings, seed: int, progress: bool
+) -> Dispatcher:
+    """The dispatcher of a bundle that is built or trained, before it is calibrated."""
+    dispatcher = Dispatcher(experts.names, seed, svi=svi, program=PROGRAM)
     return dispatcher.fit(known.evidence, known.labels, known.mixtures, progress=progress)
 
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from bayes_dispatch.app.bundle import Bundle, load_bundle
 from bayes_dispatch.app.held_out import settled
-from bayes_dispatch.app.training.build import PROGRAM, known_by, our_version
+from bayes_dispatch.app.training.build import fitted_dispatcher, known_by, our_version
 from bayes_dispatch.app.training.curriculum import CURRICULA, Curriculum
 from bayes_dispatch.app.training.plans import TrainingPlan
 from bayes_dispatch.arguments import shown
@@ -184,8 +184,7 @@ def _fitted_dispatcher(
 ) -> Dispatcher:
     directory = work / "dispatcher"
     if not directory.exists():
-        dispatcher = Dispatcher(experts.names, plan.seed, svi=plan.svi, program=PROGRAM)
-        dispatcher.fit(train.evidence, train.labels, train.mixtures, progress=progress).save(directory)
+        fitted_dispatcher(experts, train, plan.svi, plan.seed, progress).save(directory)
     return Dispatcher.load(directory)
 
 
