@@ -18,6 +18,7 @@ from bayes_dispatch.model.mambaformer import blocks
 from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.compiled.switch import tensors_only
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+from tests.model.tensors import tokens
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -45,10 +46,6 @@ configs = st.builds(
     head_dim=st.sampled_from([4, 16]),
     window=st.none() | st.integers(1, 6),
 )
-
-
-def tokens(seed: int, *shape: int) -> Tensor:
-    return torch.randint(0, 258, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def scales(model: "MambaFormerForCausalLM", rows: int | None = None, seed: int = 0, only: str = "") -> Adaptation:

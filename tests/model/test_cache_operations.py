@@ -17,6 +17,7 @@ from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.cache import Cache, CrossAttentionState
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 from bayes_dispatch.storage import read_tensors, write_tensors
+from tests.model.tensors import tokens
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -48,10 +49,6 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 def build(make_model: MakeModel, kind: str, dtype: torch.dtype = torch.float64) -> "MambaFormerForCausalLM":
     return make_model(MambaFormerConfig(**SMALL | KINDS[kind]), dtype=dtype)
-
-
-def tokens(seed: int, *shape: int) -> Tensor:
-    return torch.randint(0, 258, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def scales(model: "MambaFormerForCausalLM", rows: int | None = None, seed: int = 0) -> Adaptation:

@@ -22,6 +22,7 @@ from bayes_dispatch.model.mambaformer.cache import AttentionState
 from bayes_dispatch.model.mambaformer.compiled.stepping import MOST_KEPT, MOST_ROWS, Stepper, Steppers
 from bayes_dispatch.model.mambaformer.compiled.switch import array, kernels, tensors_only
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+from tests.model.tensors import tokens
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.cache import Cache
@@ -68,10 +69,6 @@ def models(make_model: MakeModel) -> Callable[[str, torch.dtype], "MambaFormerFo
         return made[kind, dtype]
 
     return get
-
-
-def tokens(seed: int, *shape: int) -> Tensor:
-    return torch.randint(0, 258, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def scales(model: "MambaFormerForCausalLM", rows: int | None, seed: int) -> Adaptation:

@@ -20,6 +20,7 @@ from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.heads import MambaFormerForFeatureExtraction, MambaFormerForSequenceClassification, pool
 from bayes_dispatch.model.mambaformer.config import ClassifierConfig, FeatureExtractorConfig, MambaFormerConfig
 from bayes_dispatch.model.subwords import train_subwords
+from tests.model.tensors import tokens
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
@@ -27,10 +28,6 @@ if TYPE_CHECKING:
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 SMALL = {"d_model": 16, "n_pairs": 1, "n_heads": 2, "d_state": 4, "head_dim": 8, "chunk_size": 4}
 POOLINGS = ["last", "mean", "max"]
-
-
-def tokens(seed: int, *shape: int) -> Tensor:
-    return torch.randint(0, 258, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def classifier(make_model: MakeModel, pooling: Any = "last", **sizes: Any) -> MambaFormerForSequenceClassification:

@@ -14,15 +14,12 @@ from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Delta
 from bayes_dispatch.model.backbone import Backbone
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
+from tests.model.tensors import tokens
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
-
-
-def tokens(seed: int, *shape: int) -> Tensor:
-    return torch.randint(0, 258, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def scales(model: "MambaFormerForCausalLM", *lead: int, seed: int = 0) -> dict[str, Tensor]:

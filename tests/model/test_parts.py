@@ -16,15 +16,12 @@ from torch import Tensor
 from bayes_dispatch.errors import CacheFullError, ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.frozen import frozen
+from tests.model.tensors import tokens
 
 if TYPE_CHECKING:
     from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
-
-
-def tokens(seed: int, *shape: int) -> Tensor:
-    return torch.randint(0, 258, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def scales(model: "MambaFormerForCausalLM", block: int, rows: int, seed: int = 0) -> Adaptation:

@@ -29,6 +29,7 @@ from bayes_dispatch.model.pretraining.run import (
 )
 from bayes_dispatch.model.tokenizer import ByteTokenizer
 from bayes_dispatch.storage import read_tensors
+from tests.model.tensors import assert_same
 
 CONFIG = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
 SETTINGS = PretrainingSettings(steps=8, batch_size=4, length=24, warmup=4, checkpoint_every=3, seed=3)
@@ -58,11 +59,6 @@ def saved() -> Iterator[dict[int, int]]:
 def loss(model: MambaFormerForCausalLM) -> Tensor:
     ids, weights = pack_rows([(text, [1.0] * len(text)) for text in CORPUS.documents], ByteTokenizer())
     return next_token_loss(model(ids).logits, ids, weights) / weights.sum()
-
-
-def assert_same(a: MambaFormerForCausalLM, b: MambaFormerForCausalLM, rtol: float = 0, atol: float = 0) -> None:
-    for (name, x), y in zip(a.named_parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(x, y, rtol=rtol, atol=atol, msg=name)
 
 
 @pytest.mark.parametrize("mixer", get_args(StateSpaceKind))

@@ -23,6 +23,7 @@ from bayes_dispatch.model.pretraining.corpus import TextCorpus
 from bayes_dispatch.model.pretraining.run import PretrainingSettings, next_token_loss, pack_rows, pretrain
 from bayes_dispatch.model.pretraining.text import loss_per_byte
 from bayes_dispatch.model.tokenizer import ByteTokenizer
+from tests.model.tensors import assert_same
 
 CONFIG = LanguageModelConfig(backbone=MambaFormerConfig.tiny(), vocab_size=258)
 SETTINGS = PretrainingSettings(steps=8, batch_size=4, length=24, warmup=8, checkpoint_every=3, seed=3)
@@ -74,11 +75,6 @@ def loss(model: MambaFormerForCausalLM) -> float:
     ids, weights = pack_rows([(text, [1.0] * len(text)) for text in CORPUS.documents], ByteTokenizer())
     with torch.no_grad():
         return float(next_token_loss(model(ids).logits, ids, weights) / weights.sum())
-
-
-def assert_same(a: MambaFormerForCausalLM, b: MambaFormerForCausalLM, rtol: float = 0, atol: float = 0) -> None:
-    for (name, x), y in zip(a.named_parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(x, y, rtol=rtol, atol=atol, msg=name)
 
 
 def test_two_processes_are_one(one: MambaFormerForCausalLM, two: MambaFormerForCausalLM) -> None:

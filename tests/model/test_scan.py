@@ -13,6 +13,7 @@ from torch import Tensor
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.mambaformer.scan import ssd, ssd_chunks, ssd_scan, ssd_scan_ref, ssd_step
 from bayes_dispatch.model.mambaformer.scan.ssd import ssd_step_
+from tests.model.tensors import assert_equal
 
 NAMES = ("x", "dt", "A", "B", "C", "D", "initial_state")
 
@@ -64,12 +65,6 @@ def value_and_gradients(scan: Any, inputs: dict[str, Tensor], chunk: int) -> lis
     weights = torch.Generator().manual_seed(0)
     total = sum((v * torch.randn(v.shape, generator=weights, dtype=torch.float64).to(v)).sum() for v in (y, final))
     return [y.detach(), final.detach(), *torch.autograd.grad(total, list(leaves.values()))]
-
-
-def assert_equal(got: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
-    for a, b in zip(got, expected, strict=True):
-        assert a.isfinite().all()
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=40, deadline=None)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bayes_dispatch.errors import TensorError
 from bayes_dispatch.model.mambaformer.scan import selective_scan, selective_scan_ref, selective_step_
+from tests.model.tensors import assert_equal
 
 NEEDED = ("u", "delta", "A", "B", "C")
 OPTIONAL = ("D", "z", "delta_bias", "initial_state")
@@ -72,12 +73,6 @@ def value_and_gradients(scan: Callable[..., Any], inputs: dict[str, Tensor], **o
     weights = torch.Generator().manual_seed(0)
     total = sum((v * torch.randn(v.shape, generator=weights, dtype=torch.float64).to(v)).sum() for v in (y, last))
     return [y.detach(), last.detach(), *torch.autograd.grad(total, list(leaves.values()))]
-
-
-def assert_equal(got: list[Tensor], expected: list[Tensor], tolerance: float = 1e-10) -> None:
-    for a, b in zip(got, expected, strict=True):
-        assert a.isfinite().all()
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=25, deadline=None)

@@ -20,6 +20,7 @@ from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig, Seq2SeqConfig
 from bayes_dispatch.model.seq2seq.model import MambaFormerForSeq2Seq
+from tests.model.seq2seq import tokens
 
 MakeSeq2Seq = Callable[..., MambaFormerForSeq2Seq]
 
@@ -30,10 +31,6 @@ WAYS: list[dict[str, Any]] = [
     {"num_beams": 3},
     {"num_beams": 4, "length_penalty": 0.5, "repetition_penalty": 1.5},
 ]
-
-
-def tokens(seed: int, *shape: int) -> Tensor:
-    return torch.randint(0, 40, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def scales(model: MambaFormerForSeq2Seq, *lead: int) -> Adaptation:

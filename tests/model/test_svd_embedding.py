@@ -21,6 +21,7 @@ from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.config import ClassifierConfig, MambaFormerConfig
 from bayes_dispatch.model.mambaformer.svd.embedding import EMBEDDING, SVDEmbedding
 from bayes_dispatch.model.mambaformer.svd.files import load_factors, save_factors
+from tests.model.tensors import normal, tokens
 
 LINEAR = "bayes_dispatch.model.mambaformer.svd.linear"
 
@@ -29,14 +30,6 @@ if TYPE_CHECKING:
 
 MakeModel = Callable[..., "MambaFormerForCausalLM"]
 MIXERS = {name: MambaFormerConfig(d_model=32, n_heads=2, mixer=name, chunk_size=8) for name in ("mamba1", "mamba2")}
-
-
-def tokens(seed: int, *shape: int) -> Tensor:
-    return torch.randint(0, 258, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def dense(weight: Tensor, z: Tensor) -> Tensor:

@@ -19,16 +19,13 @@ from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.config import MambaFormerConfig
 from bayes_dispatch.model.mambaformer.svd.factors import Factors
 from bayes_dispatch.model.mambaformer.svd.linear import SVDLinear
+from tests.model.tensors import normal
 
 
 def linear_of(in_features: int, out_features: int, seed: int = 0) -> SVDLinear:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return SVDLinear(in_features, out_features).double()
-
-
-def normal(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def dense(linear: SVDLinear, z: Tensor) -> Tensor:
