@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bayes_dispatch.arguments import shown
-from bayes_dispatch.errors import ConfigError, TensorError
+from bayes_dispatch.errors import ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
 from bayes_dispatch.model.mambaformer.cache import Cache
 
@@ -22,6 +22,8 @@ __all__ = [
     "Tokenizer",
     "Tokens",
     "check_backbone",
+    "check_ended",
+    "check_hidden",
     "check_rows",
     "check_tokens",
     "clipped",
@@ -314,6 +316,20 @@ def check_tokens(ids: Tensor, tokens: Tensor | None, rows: int) -> None:
         raise TensorError(f"expected tokens (R, T) of {rows} rows, got shape {tuple(ids.shape)}")
     if tokens is not None and (tokens.shape != (rows,) or not bool(((tokens > 0) & (tokens <= ids.shape[1])).all())):
         raise TensorError(f"expected 1 … {ids.shape[1]} tokens of each of {rows} rows, got {tokens.tolist()}")
+
+
+def check_hidden(x: Tensor | None, ids: Tensor) -> Tensor:
+    """The hidden states that upper blocks read, or a ``TensorError`` unless they are of these tokens."""
+    if x is None or x.shape[:2] != ids.shape:
+        got = "none" if x is None else f"shape {tuple(x.shape)}"
+        raise TensorError(f"expected hidden states (R, T, D) for tokens of shape {tuple(ids.shape)}, got {got}")
+    return x
+
+
+def check_ended(changing: bool) -> None:
+    """Raise a ``StaleCacheError`` where the last change of a session was interrupted."""
+    if changing:
+        raise StaleCacheError("expected a session whose last change ended, got one that was interrupted")
 
 
 def check_rows(rows: Sequence[int], count: int) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from bayes_dispatch.arguments import whole
 from bayes_dispatch.errors import StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation
-from bayes_dispatch.model.backbone import Read, Session, check_rows, check_tokens, last_of
+from bayes_dispatch.model.backbone import Read, Session, check_ended, check_hidden, check_rows, check_tokens, last_of
 from bayes_dispatch.model.between import asking
 from bayes_dispatch.model.mambaformer.cache import Cache
 from bayes_dispatch.model.mambaformer.token_model import check_ids
@@ -111,7 +111,7 @@ class MambaFormerSession:
         return self._model.logits(hidden, self._adaptation).log_softmax(-1)
 
     def keep(self, rows: Sequence[int]) -> None:
-        self._check_whole()
+        check_ended(self._changing)
         check_rows(rows, self.rows)
         self._changing = True
         self._cache.reorder(rows)
@@ -119,7 +119,7 @@ class MambaFormerSession:
         self._changing = False
 
     def select(self, rows: Sequence[int]) -> "MambaFormerSession":
-        self._check_whole()
+        check_ended(self._changing)
         check_rows(rows, self.rows)
         twin = copy(self)
         twin._cache = self._cache.select(rows)
@@ -129,8 +129,8 @@ class MambaFormerSession:
     def join(self, other: Session) -> None:
         if not isinstance(other, MambaFormerSession) or (other._model, other._blocks) != (self._model, self._blocks):
             raise TensorError(f"expected a session of the same model and its blocks {self._blocks}, got another")
-        self._check_whole()
-        other._check_whole()
+        check_ended(self._changing)
+        check_ended(other._changing)
         adaptation = self._adaptation.followed_by(other._adaptation, self.rows, other.rows)
         both = [each._before for each in (self, other) if each._before is not None]
         before = torch.cat(both) if len(both) == 2 else None
@@ -147,19 +147,11 @@ class MambaFormerSession:
         self._cache.reserve(capacity)
 
     def _check(self, ids: Tensor, tokens: Tensor | None, x: Tensor | None) -> None:
-        self._check_whole()
+        check_ended(self._changing)
         check_tokens(ids, tokens, self.rows)
         check_ids(ids, self._model.vocab_size)
-        if not self._blocks.start:
-            return
-        if x is None or x.shape[:2] != ids.shape:
-            got = "none" if x is None else f"shape {tuple(x.shape)}"
-            raise TensorError(f"expected hidden states (R, T, D) for tokens of shape {tuple(ids.shape)}, got {got}")
-        self._model.check_states(x)
-
-    def _check_whole(self) -> None:
-        if self._changing:
-            raise StaleCacheError("expected a session whose last change ended, got one that was interrupted")
+        if self._blocks.start:
+            self._model.check_states(check_hidden(x, ids))
 
     def _select(self, rows: Sequence[int]) -> None:
         self._adaptation = self._adaptation.select(rows)

@@ -17,9 +17,9 @@ from transformers.cache_utils import (
 )
 
 from bayes_dispatch.arguments import whole
-from bayes_dispatch.errors import CacheFullError, StaleCacheError, TensorError
+from bayes_dispatch.errors import CacheFullError, TensorError
 from bayes_dispatch.model.adaptation import Delta, rows_of_deltas
-from bayes_dispatch.model.backbone import Read, Session, check_rows, check_tokens
+from bayes_dispatch.model.backbone import Read, Session, check_ended, check_hidden, check_rows, check_tokens
 from bayes_dispatch.model.between import asking
 from bayes_dispatch.model.mambaformer.token_model import check_ids
 from bayes_dispatch.model.transformers.parts import ModelParts
@@ -109,7 +109,7 @@ class TransformersSession:
         return Read(own_back, found.after, _rolled(found.hidden, -shift), states)
 
     def keep(self, rows: Sequence[int]) -> None:
-        self._whole()
+        check_ended(self._changing)
         check_rows(rows, self._rows)
         self._changing = True
         index = torch.as_tensor(rows, dtype=torch.long, device=self._pads.device)
@@ -120,7 +120,7 @@ class TransformersSession:
         self._changing = False
 
     def select(self, rows: Sequence[int]) -> "TransformersSession":
-        self._whole()
+        check_ended(self._changing)
         check_rows(rows, self._rows)
         index = torch.as_tensor(rows, dtype=torch.long, device=self._pads.device)
         copies = {id(layer): _copied(layer, index) for layer in self._layers()}
@@ -131,10 +131,10 @@ class TransformersSession:
         return twin
 
     def join(self, other: Session) -> None:
-        self._whole()
+        check_ended(self._changing)
         if not isinstance(other, TransformersSession) or (other._parts, other._blocks) != (self._parts, self._blocks):
             raise TensorError(f"expected a session of the same model and its blocks {self._blocks}, got another")
-        other._whole()
+        check_ended(other._changing)
         if not (self._read and other._read):
             raise TensorError("expected sessions that have read something, got an empty one")
         deltas = rows_of_deltas(self._deltas, other._deltas, self._rows, other._rows)
@@ -227,24 +227,19 @@ class TransformersSession:
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def _check(self, ids: Tensor, tokens: Tensor | None, x: Tensor | None) -> None:
-        self._whole()
+        check_ended(self._changing)
         check_tokens(ids, tokens, self._rows)
         check_ids(ids, self._parts.vocab_size)
         if tokens is not None and self._read and bool((tokens < ids.shape[1]).any()):
             raise TensorError(f"expected as many tokens of each row once some have been read, got {tokens.tolist()}")
-        if self._blocks.start and (x is None or x.shape[:2] != ids.shape):
-            got = "none" if x is None else f"shape {tuple(x.shape)}"
-            raise TensorError(f"expected hidden states (R, T, D) for tokens of shape {tuple(ids.shape)}, got {got}")
+        if self._blocks.start:
+            check_hidden(x, ids)
         if self._read + ids.shape[1] > self.capacity:
             raise CacheFullError(f"expected at most {self.capacity} tokens, got {self._read + ids.shape[1]}")
         # slots may be more, after ``reserve``, and in rows that are padded so as to end with longer ones
         if self._parts.longest is not None and self._read + ids.shape[1] > self._parts.longest:
             new = ids.shape[1] if tokens is None else tokens.to(self._pads.device)
             self._parts.check_length(int((self.lengths + new).max()))
-
-    def _whole(self) -> None:
-        if self._changing:
-            raise StaleCacheError("expected a session whose last change ended, got one that was interrupted")
 
     def kept(self) -> list[Tensor]:
         """What the first layer of each kind keeps."""
