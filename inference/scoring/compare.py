@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from bayes_dispatch.arguments import seed as checked_seed
+from bayes_dispatch.arguments import seed as a_seed
 from bayes_dispatch.errors import ConfigError, TensorError
 from bayes_dispatch.experts.bank import ExpertBank
 from bayes_dispatch.experts.documents import Document
@@ -62,7 +62,7 @@ def compare_blends(
         raise ConfigError(f"expected blends that all differ, got {', '.join(names) or 'none'}")
     _check(documents)
     prompts = [document.prompt for document in documents]
-    posterior = as_strategy(strategy).posterior(bundle, prompts, checked_seed(seed))
+    posterior = as_strategy(strategy).posterior(bundle, prompts, a_seed(seed))
     particles = {blend.name: blend.particles(posterior) for blend in chosen}
     found = score_together(bundle.model, bundle.experts, documents, particles, progress)
     return Comparison(tuple(score for name in names for score in found[name]))
