@@ -36,7 +36,7 @@ def bundle_directory(name: str | Path | None) -> Path:
     if name is not None and is_smollm2(name):
         directory = SHIPPED.with_name("shipped_smollm2")
     if not directory.is_dir():
-        raise BundleError(f"expected a bundle directory, got {directory}, which is none")
+        raise BundleError(f"expected a bundle directory or {SMOLLM2}, got {directory}, which is neither")
     return directory
 
 

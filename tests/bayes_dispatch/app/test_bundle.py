@@ -152,9 +152,9 @@ def test_without_a_directory_it_is_the_shipped_one(saved: Path, monkeypatch: pyt
 class TestDamage:
     def test_nothing_there(self, saved: Path) -> None:
         shutil.rmtree(saved)
-        refused(saved, "expected a bundle directory, got .*saved")
+        refused(saved, "expected a bundle directory or smollm2, got .*saved")
         saved.write_text("a file")
-        refused(saved, "expected a bundle directory, got .*saved")
+        refused(saved, "expected a bundle directory or smollm2, got .*saved")
 
     def test_an_empty_directory(self, tmp_path: Path) -> None:
         refused(tmp_path, "expected a bundle, with a bundle.json, in .*, got none")

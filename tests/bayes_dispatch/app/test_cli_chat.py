@@ -142,7 +142,7 @@ def test_what_is_shown(talk: Talk) -> None:
         (b"", ("--blend", "none"), "expected a blend of best_expert"),
         (b"", ("--sample", "--temperature", "0"), "expected temperature to be a finite number > 0, got 0.0"),
         (b"", ("--state", "."), "expected a readable file ., got: Is a directory"),
-        (b"", ("--bundle", "none"), "expected a bundle directory, got none"),
+        (b"", ("--bundle", "none"), "expected a bundle directory or smollm2, got none"),
     ],
 )
 def test_bad_input(talk: Talk, told: bytes, arguments: tuple[str, ...], message: str) -> None:

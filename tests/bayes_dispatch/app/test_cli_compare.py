@@ -151,7 +151,7 @@ def test_two_bundles(
             "expected blends that all differ, got best_expert, b",
         ),
         (["--blend", "max", "--reference", "base"], "expected a --reference of best_expert, got 'base'"),
-        (["--other", "nowhere"], "expected a bundle directory, got nowhere"),
+        (["--other", "nowhere"], "expected a bundle directory or smollm2, got nowhere"),
         (["--other", "nowhere", "--reference", "max"], "expected --reference or --other, got both"),
         (["--documents", "1"], "got: Invalid value for .--documents.: Input should be greater than or equal to 2"),
         (["--jsonl", "JSONL", "--set", "add"], "expected --jsonl, or --set and --documents, got both"),
