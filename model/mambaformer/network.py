@@ -194,8 +194,8 @@ class MambaFormerForCausalLM(TokenModel, GenerationMixin, Pretrained):
         mask = None if tokens is None else (places < tokens.to(ids.device)[:, None]).long()
         hidden, _ = self.read(ids, mask, None, adaptation)
         if torch.is_grad_enabled():  # of all tokens at once: a gradient needs all of these anyway
-            logits = self.logits(hidden, adaptation)[:, :-1]
-            said = -F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+            logits, following = self.logits(hidden, adaptation)[:, :-1], ids[:, 1:]
+            said = -F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").view_as(following)
         else:
             said = said_after(hidden, ids, self.vocab_size, lambda part: self.logits(part, adaptation).log_softmax(-1))
         return torch.cat([said.new_full((len(ids), 1), torch.nan), said], 1)

@@ -42,6 +42,7 @@ def times(
         if few or half:
             product = (_few if few else _tiled)(x.reshape(rows, x.shape[-1]), weight)
             return (product if bias is None else product.add_(bias)).reshape(*x.shape[:-1], len(weight))
+    x = x.contiguous()  # of a slice of several rows, torch multiplies each by a copy of the matrix
     if not half:
         return F.linear(x, weight, bias)
     by = x.dtype if near or weight.dtype != torch.bfloat16 else weight.dtype

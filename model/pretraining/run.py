@@ -76,8 +76,8 @@ def pack_rows(rows: Sequence[Row], tokenizer: Tokenizer) -> tuple[Tensor, Tensor
 
 def next_token_loss(logits: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
     """Sum over all tokens of weight times −log p, for logits (B, 1 + T, V) of ids (B, 1 + T) and weights (B, T)."""
-    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
-    return (losses * weights).sum()
+    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return (losses * weights.flatten()).sum()
 
 
 class Run(NamedTuple):

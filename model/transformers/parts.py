@@ -101,6 +101,7 @@ class ModelParts:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(B, T, D), normalised, to (B, T, V), with all that the model does to its logits."""
+        hidden = hidden.contiguous()  # of a slice, torch multiplies each row by a copy of the matrix
         with _value(hidden):
             return self._head(inputs_embeds=hidden, use_cache=False).logits
 

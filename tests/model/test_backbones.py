@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bayes_dispatch.errors import CacheFullError, ConfigError, StaleCacheError, TensorError
 from bayes_dispatch.model.adaptation import Adaptation, Delta
 from bayes_dispatch.model.backbone import Backbone, Read, Session, Tokenizer
+from bayes_dispatch.model.frozen import frozen
 from bayes_dispatch.model.mambaformer.config import LanguageModelConfig, MambaFormerConfig
 from bayes_dispatch.model.mambaformer.network import MambaFormerForCausalLM
 from bayes_dispatch.model.subwords import train_subwords
@@ -715,3 +717,28 @@ def _entering(backbone: Any, ids: Tensor, cut: bool) -> Tensor | None:
 def _shared(adaptation: Adaptation, row: int) -> Adaptation:
     deltas = {name: delta._replace(c=delta.c[row]) for name, delta in adaptation.deltas.items()}
     return Adaptation({name: z[row] for name, z in adaptation.scales.items()}, deltas)
+
+
+class Repeated(TorchDispatchMode):
+    """Matrices of so many rows that a product takes once for each prompt, as if each had its own: torch copies them."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.found: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.default:
+            self.found += [tuple(each.shape) for each in args if each.stride(0) == 0 and self.rows in each.shape]
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_row_has_a_copy_of_a_matrix(backbone: Any) -> None:
+    ids = tokens(backbone, 3, WIDTH)
+    learnt = Adaptation({name: z.requires_grad_() for name, z in scales(backbone).scales.items()})
+    with frozen(network(backbone)), Repeated(backbone.vocab_size) as repeated:
+        backbone.score(ids, adaptation=learnt)[:, 1:].sum().backward()
+        with torch.no_grad():
+            backbone.score(ids)
+            backbone.open(3, WIDTH).read(ids, own=True, tail=2)
+    assert not repeated.found
