@@ -87,7 +87,9 @@ class Front:
 
         try:
             self._admit(scope, record)
-            await self._app(scope, self._bounded(receive), marked)
+            # whoever asks for the head alone, as health checks do, is sent no body by the HTTP server
+            asked = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+            await self._app(asked, self._bounded(receive), marked)
         except asyncio.CancelledError:  # the server ends
             record.error = "cut_off"
             raise

@@ -360,6 +360,15 @@ def test_it_is_ready_while_its_engine_can_answer(served: Served, monkeypatch: py
     assert served.http.get("/health").status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/v1/models", "/"])
+def test_what_can_be_got_tells_its_head_alone(served: Served, path: str) -> None:
+    whole, head = served.http.get(path), served.http.head(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == whole.headers["content-type"]
+    assert served.http.head("/v1/completions").status_code == 405
+    assert served.http.get(path).status_code == 200  # on the same connection: nothing of a body was left in it
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_hangs_up_frees_the_rows(served: Served, stream: bool) -> None:
     asked = GREEDY | {"max_tokens": 1000, "stop": "never", "stream": stream}
