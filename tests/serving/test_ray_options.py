@@ -32,7 +32,7 @@ def test_a_replica_runs_the_bundle_of_its_gateway_alone(tmp_path: Path, unchecke
     (tmp_path / "bundle.json").write_bytes(b"{}")
     with pytest.raises(BundleError, match="as where it was named"):
         other.load()
-    with pytest.raises(BundleError, match="which is none"):
+    with pytest.raises(BundleError, match="which is neither"):
         BundleAt.here(tmp_path / "nothing")
 
 
